@@ -1,0 +1,36 @@
+# Every target makes the virtual environment it needs first, once. Another interpreter: make PYTHON=python3.12 ...
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow lint clean
+
+help:             ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+setup: $(READY)   ## virtual environment with exactly the packages of requirements.txt
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)    ## score samples/ with the shipped model; your own: make demo DATA=/path/to/folder
+	@$(BIN)/python samples/demo.py --out demo_report $(if $(DATA),--data "$(DATA)")
+
+test: $(READY)    ## the tests, in a few minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)   ## the tests that take longer
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: $(READY)    ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:            ## remove what the demo and the checks wrote
+	rm -rf demo_report .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,109 @@
+"""What every job shares: options in two spellings, exit codes, where talk and data go, progress.
+
+Data goes to stdout, talk to stderr. Exit codes: 0 done; 2 usage or unreadable input; 3 ``--enforce`` was given and a
+target was missed; 4 done, but some recordings failed; 70 an error of ours; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from pipeline.errors import SerError
+
+EXIT_DONE, EXIT_USAGE, EXIT_TARGET_MISSED, EXIT_SOME_FAILED, EXIT_OURS, EXIT_INTERRUPTED = 0, 2, 3, 4, 70, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Options read as ``--data_csv`` and ``--data-csv`` alike; a usage error is one line and exit code 2."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse, after writing every option's hyphens as underscores."""
+        given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([_underscored(a) for a in given], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with 2."""
+        self.exit(EXIT_USAGE, f"error: {message}; see {self.prog} --help\n")
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--") or argument == "--":
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def say(text: str = "") -> None:
+    """Talk: one line on stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def true_or_false(text: str) -> bool:
+    """``True``/``False`` as the command line spells them (also yes/no, 1/0)."""
+    value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.strip().lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return value
+
+
+def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parse, run, and turn what happened into an exit code; no traceback ever reaches the user."""
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return job(arguments)
+    except SerError as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = None  # the reader has gone: nothing more to print
+        return EXIT_DONE
+    except Exception as error:  # the last line of defence: our own mistake
+        log = Path(tempfile.mkstemp(prefix="ser-error-", suffix=".log")[1])
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        say(f"error: this is our mistake ({type(error).__name__}); please report it with {log}")
+        return EXIT_OURS
+
+
+class Progress:
+    """Done / total, speed, failures and time left: a bar on a terminal, else a plain line every few seconds."""
+
+    def __init__(self, what: str, unit: str = "files", every_s: float = 5.0) -> None:
+        self.what, self.unit, self.every_s = what, unit, every_s
+        self._start = time.monotonic()
+        self._first: int | None = None
+        self._last_line_s = 0.0
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __call__(self, done: int, total: int, failed: int = 0) -> None:
+        """Show that ``done`` of ``total`` are finished, ``failed`` of them badly."""
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=total, desc=self.what, unit=self.unit, initial=0)
+            self._bar.set_postfix(failed=failed, refresh=False)
+            self._bar.update(done - self._bar.n)
+            if done >= total:
+                self._bar.close()
+            return
+        now = time.monotonic() - self._start
+        self._first = done if self._first is None else self._first
+        if done < total and now - self._last_line_s < self.every_s:
+            return
+        self._last_line_s = now
+        rate = (done - self._first) / now if done > self._first else done / max(now, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+        say(f"{self.what}: {done}/{total} {self.unit}, {rate:.0f}/s, {failed} failed{left}")

@@ -1,0 +1,43 @@
+"""``ser``: all jobs under one command. ``ser COMMAND --help`` tells each one's options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from jobs._common import EXIT_DONE, EXIT_USAGE, say
+
+COMMANDS = {
+    "manifest": "a folder of labelled recordings -> a manifest CSV",
+    "extract": "recordings -> log-mel Parquet shards (Ray Data)",
+    "train": "a manifest or shards -> a trained model bundle (Ray Train)",
+    "evaluate": "a labelled CSV -> metrics, confusion matrix, verdict, report",
+    "score": "a folder or CSV -> a table of emotions (Ray Data)",
+    "infer": "one or a few files -> emotions, without Ray",
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return (
+        "usage: ser COMMAND [options]\n\n" + "\n".join(lines) + "\n\nser COMMAND --help tells each command's options."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that the first word names."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("-h", "--help"):
+        print(usage())
+        return EXIT_DONE
+    if not words or words[0] not in COMMANDS:
+        say(f"error: unknown command {words[0]!r}; see ser --help" if words else usage())
+        return EXIT_USAGE
+    result: int = import_module(f"jobs.{words[0]}").main(words[1:])
+    return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

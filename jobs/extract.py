@@ -1,0 +1,103 @@
+"""Recordings -> log-mel Parquet shards, in parallel on Ray Data."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, Progress, run, say
+from pipeline.corpora import label_counts, label_set, read_manifest, scan_folder
+from pipeline.features import KINDS, FeatureConfig
+from pipeline.labels import parse_label_map
+
+
+def build_parser() -> Parser:
+    """The options of this job."""
+    parser = Parser(
+        prog="python -m jobs.extract",
+        description=__doc__,
+        epilog="example: python -m jobs.extract --data_csv metadata.csv --out features",
+    )
+    add_data_options(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder for part-*.parquet and manifest.json")
+    parser.add_argument(
+        "--features_kind",
+        choices=KINDS,
+        default="log_mel",
+        help="log_mel (inception) or frame_features (cnn_bilstm)",
+    )
+    parser.add_argument(
+        "--mel_power_s",
+        type=float,
+        default=6.0,
+        help="seconds kept for training-time crops; 0: none (default 6)",
+    )
+    parser.add_argument("--block_rows", type=int, default=64, help="recordings a part (default 64)")
+    parser.add_argument("--overwrite", action="store_true", help="replace other shards in --out")
+    parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    return parser
+
+
+def add_data_options(parser: Parser) -> None:
+    """``--data_dir`` or ``--data_csv`` with ``--root`` and ``--label_map``."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data_dir",
+        type=Path,
+        help="folder of labelled recordings (RAVDESS names, or one folder an emotion)",
+    )
+    source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        help="folder that relative paths in the CSV start from (default: the CSV's folder)",
+    )
+    parser.add_argument("--label_map", type=parse_label_map, help="other label names: given=wanted,...")
+
+
+def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
+    """The manifest that the data options name."""
+    if arguments.data_dir is not None:
+        return scan_folder(arguments.data_dir)
+    return read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map)
+
+
+def describe_labels(table: pd.DataFrame) -> None:
+    """Say the label mapping and how many recordings each class has."""
+    labels = label_set(table)
+    say(f"labels: {labels.describe()}")
+    say("counts: " + ", ".join(f"{name} {n}" for name, n in label_counts(table, labels.names).items()))
+
+
+def job(arguments: argparse.Namespace) -> int:
+    """Extract, and say what came of it."""
+    from pipeline.shards import ShardOptions, extract_shards
+
+    table = read_data(arguments)
+    describe_labels(table)
+    say(f"extracting {len(table)} recordings -> {arguments.out}")
+    start = time.monotonic()
+    summary = extract_shards(
+        table,
+        arguments.out,
+        FeatureConfig(kind=arguments.features_kind),
+        options=ShardOptions(mel_power_s=arguments.mel_power_s, block_rows=arguments.block_rows),
+        overwrite=arguments.overwrite,
+        on_progress=Progress("extract"),
+    )
+    kept = f" ({summary.reused} parts were there already)" if summary.reused else ""
+    say(f"{summary.rows} rows, {summary.failed} failed, {time.monotonic() - start:.1f} s -> {summary.folder}{kept}")
+    return EXIT_SOME_FAILED if summary.failed and not arguments.tolerate_failures else EXIT_DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job."""
+    return run(job, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

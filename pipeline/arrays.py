@@ -1,0 +1,148 @@
+"""Reading a feature folder: Parquet shards -> memory-mapped arrays, checked before use. No Ray, no torch.
+
+The first read copies the tensors into ``.npy`` files below the folder, so that every later run (and every worker on the
+machine) maps the same pages instead of decoding Parquet again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import SerError
+from pipeline.features import FeatureConfig
+
+SHARD_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class ShardError(SerError):
+    """A feature folder that is missing, incomplete, damaged, or of another configuration."""
+
+
+@dataclass(frozen=True)
+class FeatureArrays:
+    """Readable recordings of a feature folder, in ``row_id`` order.
+
+    ``features`` is float32 ``(n, *config.input_shape)``; ``mel_power`` is float32 ``(n, n_mels, max_frames)`` power of
+    the whole recording, zero beyond ``n_frames[i]`` frames, or None when it was not extracted.
+    """
+
+    config: FeatureConfig
+    table: pd.DataFrame
+    features: NDArray[np.float32]
+    mel_power: NDArray[np.float32] | None
+    n_frames: NDArray[np.int64]
+
+    def select(self, rows: NDArray[np.int64]) -> FeatureArrays:
+        """The recordings at positions ``rows``; copies them into memory."""
+        return FeatureArrays(
+            self.config,
+            self.table.iloc[rows].reset_index(drop=True),
+            np.ascontiguousarray(self.features[rows]),
+            None if self.mel_power is None else np.ascontiguousarray(self.mel_power[rows]),
+            self.n_frames[rows],
+        )
+
+
+def read_shard_manifest(folder: Path) -> dict[str, Any]:
+    """``manifest.json`` of a complete feature folder.
+
+    Raises:
+        ShardError: no folder, an unfinished extraction, an unknown version, or a part that is not there.
+    """
+    if not folder.is_dir():
+        raise ShardError(
+            f"no feature folder {folder}; make one with: python -m jobs.extract --data_dir ... --out {folder}"
+        )
+    if not (folder / MANIFEST).is_file():
+        raise ShardError(f"{folder} has no {MANIFEST}: the extraction did not finish; run the same jobs.extract again")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, parts = manifest["version"], manifest["parts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{folder / MANIFEST} is damaged ({error}); extract again with --overwrite") from error
+    if version != SHARD_VERSION:
+        raise ShardError(f"{folder} has shard version {version}, this code reads {SHARD_VERSION}; extract again")
+    missing = [name for name in parts if not (folder / name).is_file()]
+    if missing:
+        raise ShardError(f"{folder} lacks {len(missing)} parts, {missing[0]} first; extract again with --overwrite")
+    return dict(manifest)
+
+
+def load_features(folder: str | os.PathLike[str], config: FeatureConfig | None = None) -> FeatureArrays:
+    """Open a feature folder.
+
+    Args:
+        config: what the features must be; None accepts what the folder holds.
+
+    Raises:
+        ShardError: as ``read_shard_manifest``; another FeatureConfig; no readable recording.
+    """
+    folder = Path(folder)
+    manifest = read_shard_manifest(folder)
+    found = FeatureConfig.from_dict(manifest["features"])
+    if config is not None and config.fingerprint() != found.fingerprint():
+        raise ShardError(
+            f"{folder} holds {found.kind} features {found.fingerprint()}, "
+            f"expected {config.kind} {config.fingerprint()}; extract again into another folder"
+        )
+    cache = folder / f"arrays-{manifest['plan']}"
+    if not (cache / "table.parquet").is_file():
+        _build_cache(folder, manifest, found, cache)
+    table = pd.read_parquet(cache / "table.parquet")
+    power = cache / "mel_power.npy"
+    return FeatureArrays(
+        config=found,
+        table=table,
+        features=np.load(cache / "features.npy", mmap_mode="r"),
+        mel_power=np.load(power, mmap_mode="r") if power.is_file() else None,
+        n_frames=table["n_frames"].to_numpy(np.int64),
+    )
+
+
+def _build_cache(folder: Path, manifest: dict[str, Any], config: FeatureConfig, cache: Path) -> None:
+    """Write ``features.npy``, ``mel_power.npy`` and ``table.parquet`` beside the shards, whole or not at all."""
+    total = int(manifest["rows"]) - int(manifest["failed"])
+    if total == 0:
+        raise ShardError(f"{folder} holds no readable recording; see the column error of its parts")
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        columns = [config.kind, "mel_power"] if manifest["mel_power_frames"] else [config.kind]
+        targets: dict[str, Any] = {}
+        tables: list[pa.Table] = []
+        done = 0
+        for name in manifest["parts"]:
+            part = pq.read_table(folder / name)
+            part = part.filter(pa.compute.equal(part["status"], "ok"))
+            for column in columns:
+                values = part[column].combine_chunks().to_numpy_ndarray() if len(part) else np.empty((0,))
+                if column not in targets and len(part):
+                    file = temporary / ("mel_power.npy" if column == "mel_power" else "features.npy")
+                    shape = (total, *values.shape[1:])
+                    targets[column] = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+                if len(part):
+                    targets[column][done : done + len(part)] = values
+            done += len(part)
+            tables.append(part.drop_columns([c for c in part.column_names if c in (config.kind, "mel_power")]))
+        for target in targets.values():
+            target.flush()
+        pq.write_table(pa.concat_tables(tables, promote_options="permissive"), temporary / "table.parquet")
+        try:
+            temporary.rename(cache)
+        except OSError:
+            if not (cache / "table.parquet").is_file():  # else another process was first: its cache is the same
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

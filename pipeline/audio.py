@@ -1,0 +1,222 @@
+"""Recordings in: a path or `bytes` to float32 mono samples at the rate asked for, or an `AudioError`.
+
+Method: the header is checked (`audio_headers`), then the limits, and only then are samples decoded: libsndfile seeks to
+the frames needed plus the resampler's margin and reads them in blocks that are mixed down as they pass, so that neither
+the length of a recording nor its channel count decides how much memory is held. Resampling is soxr's HQ, librosa's
+default; a part read this way equals the same part of the whole recording resampled, because parts start where the
+two sample grids meet and carry more margin than the filter is long.
+Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` for conventions (mean of channels, ceil of lengths).
+Limits: m4a, mp4, webm, aac and amr need the optional extra `av` (PyAV) and are decoded from their start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import soxr
+
+from pipeline.audio_decoders import Decoder, open_decoder
+from pipeline.audio_errors import (
+    DEFAULT_LIMITS,
+    ERRORS,
+    AudioError,
+    Limits,
+    NoSamples,
+    NoSuchChannel,
+    NotFinite,
+    OutOfRange,
+)
+from pipeline.audio_guard import AudioSource, open_source
+from pipeline.audio_headers import inspect
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "ERRORS",
+    "EXTENSIONS",
+    "AudioError",
+    "AudioInfo",
+    "AudioSource",
+    "Channel",
+    "Clip",
+    "Limits",
+    "content_hash",
+    "load",
+    "load_middle",
+    "probe",
+]
+
+Samples = npt.NDArray[np.float32]
+Channel = int | Literal["mix"]
+
+EXTENSIONS = frozenset(
+    ".wav .wave .rf64 .w64 .aif .aiff .aifc .caf .au .snd .flac .ogg .oga .opus .mp3".split()
+    + ".m4a .mp4 .webm .mka .mkv .mov .3gp .aac .amr".split()
+)
+"""File names that a folder scan takes for recordings. What a file is, its content decides."""
+
+_MARGIN = 2048  # frames at the lower rate on either side of a part; soxr's HQ filters reach some 200
+_LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a recording is: rate in Hz, channels, frames (samples a channel), seconds, container, codec."""
+
+    sample_rate_hz: int
+    channels: int
+    frames: int
+    duration_s: float
+    container: str
+    codec: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A part of a recording. `samples`: float32 mono (n,) at `sample_rate_hz`; `start_s`: where the real audio in it
+    starts in the recording; `scored_s`: seconds of real audio in it, the rest is zero padding."""
+
+    samples: Samples
+    sample_rate_hz: int
+    start_s: float
+    scored_s: float
+    info: AudioInfo
+
+
+def probe(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> AudioInfo:
+    """What `source` is, checked against `limits`, without decoding it (a length that the header lacks is counted)."""
+    with _decoder(source, limits) as decoder:
+        return _info(decoder)
+
+
+def load_middle(
+    source: AudioSource,
+    *,
+    window_s: float = 2.0,
+    sample_rate_hz: int = 48_000,
+    channel: Channel = "mix",
+    limits: Limits = DEFAULT_LIMITS,
+) -> Clip:
+    """The middle `window_s` seconds: exactly round(window_s * sample_rate_hz) samples, centred between zeros when
+    the recording is shorter. Raises `AudioError`."""
+    window = round(window_s * sample_rate_hz)
+    if window < 1:
+        raise ValueError(f"window_s {window_s} at {sample_rate_hz} Hz is {window} samples; expected 1 or more")
+    with _decoder(source, limits) as decoder:
+        total = resampled_length(decoder.frames, decoder.sample_rate_hz, sample_rate_hz)
+        count = min(window, total)
+        start = (total - count) // 2
+        part = _resampled(decoder, start, count, sample_rate_hz, channel)
+        samples = np.zeros(window, np.float32)
+        before = (window - count) // 2
+        samples[before : before + count] = part
+        return Clip(samples, sample_rate_hz, start / sample_rate_hz, count / sample_rate_hz, _info(decoder))
+
+
+def load(
+    source: AudioSource,
+    *,
+    sample_rate_hz: int = 48_000,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    channel: Channel = "mix",
+    limits: Limits = DEFAULT_LIMITS,
+) -> Clip:
+    """The recording from `start_s` on, `duration_s` seconds of it or up to its end, resampled and not padded.
+
+    Holds what it returns, 4 bytes a sample: take long recordings in parts. Raises `AudioError`; `NoSamples` when
+    `start_s` lies at or past the end.
+    """
+    if start_s < 0 or (duration_s is not None and duration_s <= 0):
+        raise ValueError(f"expected start_s >= 0 and duration_s > 0, got {start_s} and {duration_s}")
+    with _decoder(source, limits) as decoder:
+        total = resampled_length(decoder.frames, decoder.sample_rate_hz, sample_rate_hz)
+        start = round(start_s * sample_rate_hz)
+        if start >= total:
+            length_s = decoder.frames / decoder.sample_rate_hz
+            raise NoSamples(f"{decoder.name}: start {start_s:g} s is past its end at {length_s:g} s. Start earlier.")
+        count = total - start
+        if duration_s is not None:
+            count = min(count, max(round(duration_s * sample_rate_hz), 1))
+        samples = _resampled(decoder, start, count, sample_rate_hz, channel)
+        return Clip(samples, sample_rate_hz, start / sample_rate_hz, count / sample_rate_hz, _info(decoder))
+
+
+def content_hash(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> str:
+    """sha256 (64 hex digits) of the decoded samples as little-endian float32, rate and channels: the same for a WAV
+    and the FLAC made from it, whatever their names and tags."""
+    with _decoder(source, limits) as decoder:
+        digest = hashlib.sha256(f"{decoder.sample_rate_hz} Hz, {decoder.channels} channels\n".encode())
+        for block in decoder.blocks(0, decoder.frames):
+            digest.update(np.ascontiguousarray(block, "<f4"))
+        return digest.hexdigest()
+
+
+def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
+    """Samples that `frames` at `from_hz` become at `to_hz`: the ceiling of the exact ratio."""
+    return -(-frames * to_hz // from_hz)
+
+
+@contextmanager
+def _decoder(source: AudioSource, limits: Limits) -> Iterator[Decoder]:
+    with open_source(source) as file, open_decoder(file, inspect(file), limits) as decoder:
+        yield decoder
+
+
+def _info(decoder: Decoder) -> AudioInfo:
+    rate_hz, frames = decoder.sample_rate_hz, decoder.frames
+    return AudioInfo(rate_hz, decoder.channels, frames, frames / rate_hz, decoder.container, decoder.codec)
+
+
+def _resampled(decoder: Decoder, start: int, count: int, rate_hz: int, channel: Channel) -> Samples:
+    """Samples [start, start + count) of the whole recording resampled to `rate_hz`, reading little more than them."""
+    from_hz = decoder.sample_rate_hz
+    if from_hz == rate_hz:
+        return _mono(decoder, start, count, channel)
+    divisor = math.gcd(from_hz, rate_hz)
+    up, down = rate_hz // divisor, from_hz // divisor  # every `down` frames the two grids meet, `up` samples on
+    margin = _MARGIN * max(1, -(-from_hz // rate_hz))
+    periods = max(start * down // up - margin, 0) // down
+    first = periods * down
+    last = min(resampled_length(start + count, rate_hz, from_hz) + margin, decoder.frames)
+    resampled = soxr.resample(_mono(decoder, first, last - first, channel), from_hz, rate_hz, quality="HQ")
+    skipped = start - periods * up
+    samples = np.zeros(count, np.float32)
+    part = resampled[skipped : skipped + count]  # at the recording's end soxr may round down: a zero follows
+    samples[: len(part)] = part
+    return samples
+
+
+def _mono(decoder: Decoder, start: int, count: int, channel: Channel) -> Samples:
+    """Frames [start, start + count) as one channel, (count,) at the recording's own rate; finite."""
+    if channel != "mix" and not 0 <= channel < decoder.channels:
+        expected = f"0 to {decoder.channels - 1} or 'mix'"
+        raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
+    samples = np.empty(count, np.float32)
+    filled = 0
+    for block in decoder.blocks(start, count):
+        if channel != "mix":
+            mono = block[:, channel]
+        else:
+            mono = block[:, 0] if decoder.channels == 1 else block.mean(axis=1)
+        samples[filled : filled + len(block)] = mono
+        filled += len(block)
+    _check_values(samples, start, decoder)
+    return samples
+
+
+def _check_values(samples: Samples, start: int, decoder: Decoder) -> None:
+    peak = float(max(samples.max(), -samples.min()))  # NaN passes through both
+    if peak <= _LOUDEST:
+        return
+    frame = int(np.argmax(~(np.abs(samples) <= _LOUDEST)))
+    where = f"{decoder.name}: sample {samples[frame]} at {(start + frame) / decoder.sample_rate_hz:.3f} s"
+    if math.isfinite(peak):
+        raise OutOfRange(f"{where}; expected values within +-{_LOUDEST:g}. Export it again.")
+    raise NotFinite(f"{where}; expected finite values. Export it again.")

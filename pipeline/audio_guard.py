@@ -1,0 +1,168 @@
+"""A path or `bytes` opened as one thing: a descriptor of a regular, non-empty file.
+
+Method: a path is opened once, without blocking, after a look at what it is, so that a pipe, a device or a folder ends
+in an error and never in a wait; `bytes` become an anonymous file in memory, so that both take the same way through
+the decoder. Limits: needs a POSIX system (`os.pread`); without `memfd_create` bytes pass through a temporary file.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.audio_errors import (
+    EmptyFile,
+    NotAFile,
+    NotFound,
+    PermissionDenied,
+    Unreadable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer  # of Python 3.12
+
+AudioSource = str | os.PathLike[str] | bytes
+
+@dataclass(frozen=True)
+class Opened:
+    """A regular file open for reading. `name` is how messages call it."""
+
+    descriptor: int
+    size_bytes: int
+    name: str
+
+    def bytes_at(self, offset: int, count: int) -> bytes:
+        """Up to `count` bytes from `offset`; fewer at the end of the file. Leaves the descriptor's position alone."""
+        if offset >= self.size_bytes:
+            return b""
+        try:
+            return os.pread(self.descriptor, count, offset)
+        except OSError as error:
+            raise Unreadable(f"{self.name}: {error.strerror}. Check the disk or the network share.") from error
+
+
+
+@dataclass(frozen=True)
+class Splice:
+    """A repair that a decoder sees and the file does not: `data` in place of `dropped_bytes` bytes at `position`."""
+
+    position: int
+    dropped_bytes: int
+    data: bytes
+
+
+class FileView(io.RawIOBase):
+    """`file`, with or without a repair, as a binary file object of its own position."""
+
+    def __init__(self, file: Opened, splice: Splice | None = None) -> None:
+        super().__init__()
+        self.name, self._file, self._splice = file.name, file, splice or Splice(0, 0, b"")
+        self._size = file.size_bytes + len(self._splice.data) - self._splice.dropped_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        filled = 0
+        while filled < len(view):
+            part = self._part(self._position, len(view) - filled)
+            if not part:
+                break
+            view[filled : filled + len(part)] = part
+            filled += len(part)
+            self._position += len(part)
+        return filled
+
+    def _part(self, position: int, count: int) -> bytes:
+        at, data = self._splice.position, self._splice.data
+        if position < at:
+            return self._file.bytes_at(position, min(count, at - position))
+        if position < at + len(data):
+            return data[position - at : position - at + count]
+        return self._file.bytes_at(position - len(data) + self._splice.dropped_bytes, count)
+
+
+@contextmanager
+def open_source(source: AudioSource) -> Iterator[Opened]:
+    """Open a path or `bytes` as a regular file, closed on leaving. Never blocks on a pipe or a device."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name = f"recording of {len(source)} bytes"
+        with _anonymous_file(bytes(source)) as descriptor:
+            yield _not_empty(Opened(descriptor, len(source), name))
+        return
+    name = printable(source)
+    descriptor = _open_path(source, name)
+    try:
+        status = os.fstat(descriptor)
+        _refuse_irregular(status.st_mode, name)
+        yield _not_empty(Opened(descriptor, status.st_size, name))
+    finally:
+        os.close(descriptor)
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path for one line of text: control characters and undecodable bytes escaped, the middle of a long one cut."""
+    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-100:]}"
+
+
+@contextmanager
+def _anonymous_file(data: bytes) -> Iterator[int]:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("recording")
+        file = os.fdopen(descriptor, "wb", buffering=0)
+    else:
+        file = tempfile.TemporaryFile("wb", buffering=0)  # type: ignore[assignment]
+    with file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        yield file.fileno()
+
+
+def _open_path(path: str | os.PathLike[str], name: str) -> int:
+    try:
+        _refuse_irregular(os.stat(path).st_mode, name)  # before opening: to open a device can have effects
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
+        raise NotFound(f"{name or 'empty path'}: no such file. Check the path and the folder it is read from.") from error
+    except PermissionError as error:
+        raise PermissionDenied(f"{name}: permission denied. Grant read access to it and its folders.") from error
+    except OSError as error:
+        reason = "too many open files" if error.errno == errno.EMFILE else error.strerror
+        raise Unreadable(f"{name}: {reason}. Check the path, the disk or the network share.") from error
+
+
+def _refuse_irregular(mode: int, name: str) -> None:
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise NotAFile(f"{name} is {kind}; expected a regular audio file. Give the path of a recording.")
+
+
+def _not_empty(opened: Opened) -> Opened:
+    if opened.size_bytes == 0:
+        raise EmptyFile(f"{opened.name}: 0 bytes. Record or copy it again.")
+    return opened

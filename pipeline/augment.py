@@ -1,0 +1,217 @@
+"""Training-time changes to features, vectorised over a batch and decided by (seed, epoch, position) alone.
+
+What needs more than the stored window works on the mel power of the whole recording: `crop` (another 2-s window),
+`stretch` (time-stretch by interpolating frames), `shift` (whole mel bands), `gain` (spectral tilt; a plain gain is
+normalised away), `noise` (white noise added in power), `band` (band-limiting). On finished features: `masks`
+(SpecAugment, Park et al. 2019, two per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made at
+extraction. Limits: a cropped window has its frames on the recording's grid and hears across its edges, which the stored
+middle window does not; an example that draws no change is the stored feature, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, auto
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import SerError
+from pipeline.features import FeatureConfig
+
+POWER_NAMES = ("crop", "stretch", "shift", "gain", "noise", "band")
+NAMES = (*POWER_NAMES, "masks", "mixup", "pitch")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Which changes are made, how often (`_p`: probability an example) and how strongly."""
+
+    names: tuple[str, ...] = ()
+    crop_p: float = 0.7
+    stretch_p: float = 0.5
+    max_stretch: float = 0.15
+    shift_p: float = 0.5
+    max_shift_bands: int = 2
+    gain_p: float = 0.3
+    max_tilt_db: float = 6.0
+    noise_p: float = 0.3
+    min_snr_db: float = 10.0
+    max_snr_db: float = 40.0
+    band_p: float = 0.2
+    band_cut_db: float = 60.0
+    pitch_p: float = 0.5
+    freq_mask_bands: int = 8
+    time_mask_frames: int = 24
+    mixup_alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.names) - set(NAMES))
+        if unknown:
+            raise SerError(f"unknown augmentation {unknown[0]!r}; choose among {', '.join(NAMES)}")
+        if not self.mixup_alpha > 0:
+            raise SerError(f"mixup alpha {self.mixup_alpha}; expected a number above 0 (leave mixup out to turn it off)")
+
+
+class _Column(IntEnum):
+    """Columns of the uniform draws: one row an example, so that no draw depends on which changes are on."""
+
+    CROP = 0
+    START = auto()
+    STRETCH = auto()
+    SPEED = auto()
+    SHIFT = auto()
+    BANDS = auto()
+    GAIN = auto()
+    TILT = auto()
+    NOISE = auto()
+    SNR = auto()
+    NOISE_SEED = auto()
+    BAND = auto()
+    LOW = auto()
+    HIGH = auto()
+    PITCH = auto()
+    COPY = auto()
+    MASKS = auto()  # and the seven after it: (width, start) of two masks an axis
+
+
+_N_COLUMNS = _Column.MASKS + 8
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one epoch: a row for each position of the global stream."""
+
+    uniform: NDArray[np.float32]  # (n, columns) in [0, 1)
+    partner: NDArray[np.int64]  # (n,) position mixed in, of the same global batch
+    weight: NDArray[np.float32]  # (n,) share of the example itself in a mixture, 0.5..1
+
+    @classmethod
+    def of_epoch(cls, n: int, batch_size: int, alpha: float, seed: int, epoch: int) -> Draws:
+        """Draws for `n` positions in batches of `batch_size`; a function of the arguments alone."""
+        rng = np.random.default_rng([seed, epoch, 1])
+        uniform = rng.random((n, _N_COLUMNS), dtype=np.float32)
+        order = rng.random(n).reshape(-1, batch_size).argsort(axis=1)
+        partner = (order + np.arange(0, n, batch_size)[:, None]).ravel()
+        weight = rng.beta(alpha, alpha, n).astype(np.float32)
+        return cls(uniform, partner, np.maximum(weight, 1 - weight))
+
+
+class Augmenter:
+    """Applies an AugmentConfig to batches. Draws `u` are rows of `Draws.uniform`, (B, columns)."""
+
+    def __init__(self, config: AugmentConfig, features: FeatureConfig) -> None:
+        if features.kind != "log_mel" and (wrong := [n for n in config.names if n in POWER_NAMES]):
+            raise SerError(f"augmentation {wrong[0]!r} needs log_mel features, got {features.kind}; use masks and mixup")
+        self.config = config
+        self.features = features
+
+    def _happens(self, name: str, u: Tensor, column: _Column) -> Tensor:
+        if name not in self.config.names:
+            return torch.zeros(len(u), dtype=torch.bool)
+        return u[:, column] < getattr(self.config, f"{name}_p")
+
+    def copy_numbers(self, u: Tensor, n_copies: Tensor) -> Tensor:
+        """Which pitch-shifted copy each example takes: (B,) int64, -1 for the recording itself."""
+        taken = self._happens("pitch", u, _Column.PITCH) & (n_copies > 0)
+        return torch.where(taken, (u[:, _Column.COPY] * n_copies).long(), -1)
+
+    def needs_power(self, u: Tensor) -> Tensor:
+        """(B,) bool: the examples that are to be made from the whole recording's mel power."""
+        columns = (_Column.CROP, _Column.STRETCH, _Column.SHIFT, _Column.GAIN, _Column.NOISE, _Column.BAND)
+        happens = [self._happens(name, u, column) for name, column in zip(POWER_NAMES, columns, strict=True)]
+        return torch.stack(happens).any(dim=0)
+
+    def from_power(self, power: Tensor, n_frames: Tensor, u: Tensor) -> Tensor:
+        """Augmented windows of mel power (B, n_mels, F), of which `n_frames` (B,) are valid -> (B, 1, n_mels, frames)."""
+        window = self._window(power, n_frames, u)
+        window = self._tilt(window, u)
+        window = self._add_noise(window, u)
+        window = self._band_limit(window, u)
+        return normalise_batch(window, self.features)
+
+    def _window(self, power: Tensor, n_frames: Tensor, u: Tensor) -> Tensor:
+        """Crop, stretch and shift in one interpolation: (B, n_mels, F) -> (B, n_mels, frames)."""
+        n_mels, n_out = self.features.n_mels, self.features.n_frames
+        stretched = self._happens("stretch", u, _Column.STRETCH)
+        speed = torch.where(stretched, 1 + self.config.max_stretch * (2 * u[:, _Column.SPEED] - 1), 1.0)
+        room = (n_frames - 1) - speed * (n_out - 1)  # below 0: the recording is shorter than the window, and centred
+        random_start = u[:, _Column.START] * torch.where(stretched, room, room + 1)
+        cropped = self._happens("crop", u, _Column.CROP) & (room > 0)
+        start = torch.where(cropped, random_start, room / 2)
+        start = torch.where(stretched, start, start.floor())
+        position = start[:, None] + speed[:, None] * torch.arange(n_out)
+        left = position.floor()
+        fraction = (position - left)[:, None, :]
+        bands = torch.arange(n_mels).expand(len(u), -1)
+        shifted = self._happens("shift", u, _Column.SHIFT)
+        steps = (u[:, _Column.BANDS] * (2 * self.config.max_shift_bands + 1)).floor() - self.config.max_shift_bands
+        bands = (bands + torch.where(shifted, steps, 0.0).long()[:, None]).clamp(0, n_mels - 1)
+        power = power.gather(1, bands[:, :, None].expand(-1, -1, power.shape[2]))
+        return self._frames(power, left, n_frames) * (1 - fraction) + self._frames(power, left + 1, n_frames) * fraction
+
+    @staticmethod
+    def _frames(power: Tensor, index: Tensor, n_frames: Tensor) -> Tensor:
+        """Frames `index` (B, T) of power (B, n_mels, F), silent outside the recording: (B, n_mels, T)."""
+        inside = (index >= 0) & (index < n_frames[:, None])
+        gathered = power.gather(2, index.long().clamp(0, power.shape[2] - 1)[:, None, :].expand(-1, power.shape[1], -1))
+        return gathered * inside[:, None, :]
+
+    def _tilt(self, power: Tensor, u: Tensor) -> Tensor:
+        happens = self._happens("gain", u, _Column.GAIN)
+        if not happens.any():
+            return power
+        tilt_db = torch.where(happens, (2 * u[:, _Column.TILT] - 1) * self.config.max_tilt_db, 0.0)
+        gain_db = tilt_db[:, None] * torch.linspace(-1, 1, power.shape[1])
+        return power * (10 ** (gain_db / 10))[:, :, None]
+
+    def _add_noise(self, power: Tensor, u: Tensor) -> Tensor:
+        """White noise of a drawn signal-to-noise ratio; the power of a noise bin is exponentially distributed."""
+        happens = self._happens("noise", u, _Column.NOISE)
+        for row in happens.nonzero().flatten().tolist():
+            snr_db = self.config.min_snr_db + float(u[row, _Column.SNR]) * (self.config.max_snr_db - self.config.min_snr_db)
+            generator = torch.Generator().manual_seed(int(float(u[row, _Column.NOISE_SEED]) * 2**24))
+            noise = torch.empty_like(power[row]).exponential_(generator=generator)
+            power[row] += noise * power[row].mean() * 10 ** (-snr_db / 10)
+        return power
+
+    def _band_limit(self, power: Tensor, u: Tensor) -> Tensor:
+        """Cut below a drawn band of the lowest eighth and above one of the upper half."""
+        happens = self._happens("band", u, _Column.BAND)
+        if not happens.any():
+            return power
+        n_mels = power.shape[1]
+        low = u[:, _Column.LOW, None] * n_mels / 8
+        high = n_mels * (1 - u[:, _Column.HIGH, None] / 2)
+        band = torch.arange(n_mels)
+        outside = happens[:, None] & ((band < low.floor()) | (band >= high.ceil()))
+        return torch.where(outside[:, :, None], power * 10 ** (-self.config.band_cut_db / 10), power)
+
+    def mask(self, features: Tensor, u: Tensor) -> Tensor:
+        """SpecAugment: two masks an axis set to 0, the mean. (B, 1, n_mels, frames) or (B, frames, n_dims), same shape."""
+        if "masks" not in self.config.names:
+            return features
+        picture = features.ndim == 4
+        time_axis, freq_axis = (3, 2) if picture else (1, 2)
+        widths = (self.config.freq_mask_bands, self.config.freq_mask_bands, *[self.config.time_mask_frames] * 2)
+        for number, (axis, widest) in enumerate(zip((freq_axis, freq_axis, time_axis, time_axis), widths, strict=True)):
+            size = features.shape[axis]
+            width = (u[:, _Column.MASKS + 2 * number] * (widest + 1)).floor()
+            start = (u[:, _Column.MASKS + 2 * number + 1] * (size - width + 1)).floor()
+            index = torch.arange(size)
+            masked = (index >= start[:, None]) & (index < (start + width)[:, None])
+            shape = [len(u)] + [1] * (features.ndim - 1)
+            shape[axis] = size
+            features = features.masked_fill(masked.view(shape), 0.0)
+        return features
+
+
+def normalise_batch(power: Tensor, config: FeatureConfig) -> Tensor:
+    """`features.normalise_power` for a batch: (B, n_mels, frames) power -> (B, 1, n_mels, frames)."""
+    decibel = power.clamp_min(1e-10).log10_().mul_(10)
+    decibel -= decibel.amax(dim=(1, 2), keepdim=True)
+    decibel.clamp_min_(-config.top_db)
+    std, mean = torch.std_mean(decibel, dim=(1, 2), correction=0, keepdim=True)
+    return decibel.sub_(mean).div_(std + 1e-6).unsqueeze(1)

@@ -1,0 +1,123 @@
+"""Figures by group: for every column of the manifest that divides the recordings into a few groups.
+
+The difference to the rest is accuracy in the group minus accuracy outside it; its interval draws both shares
+from their binomials. With many groups some intervals miss zero by chance alone (one in twenty): read them as
+pointers, not as findings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.intervals import percentile_interval
+from pipeline.measures import Ints, scores
+from pipeline.outcomes import Outcomes
+
+MAX_GROUPS = 60
+SMALL_GROUP = 20
+MISSING = "(not given)"
+_BANDS_S = (0, 1, 2, 3, 4, 6, 10, 30, 60, 600, np.inf)
+_FIRST = ("speaker", "sex", "intensity", "statement", "corpus", "duration band")
+_NOT_GROUPS = {
+    *("speech", "label", "label_name", "status", "error", "predicted", "confidence", "entropy", "margin"),
+    *("row_id", "content_hash", "scored_s", "start_s", "end_s"),
+}
+
+
+def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str, pd.Series], list[str]]:
+    """Columns to break down by, as ordered categories; and the names of those that have too many values."""
+    ours = _NOT_GROUPS | {f"p_{label}" for label in labels}
+    columns: dict[str, pd.Series] = {}
+    left_out = []
+    for name in map(str, table.columns):
+        if name.removeprefix("in_") in ours:
+            continue
+        if name == "duration_s":
+            columns["duration band"] = _bands(table[name])
+        elif table[name].nunique(dropna=False) > MAX_GROUPS:
+            left_out.append(name)
+        else:
+            text = table[name].map(_as_text)
+            columns[name] = text.astype(
+                pd.CategoricalDtype(sorted(text.unique(), key=_natural), ordered=True)
+            )
+    useful = {name: cells for name, cells in columns.items() if cells.nunique() > 1}
+    order = sorted(useful, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+    return {name: useful[name] for name in order}, left_out
+
+
+def breakdowns(
+    found: Outcomes, resamples: int, rng: np.random.Generator
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One entry a column, with its groups, and the columns left out; figures are of what could be read."""
+    columns, left_out = group_columns(found.table, found.labels)
+    n_classes = len(found.labels)
+    size = n_classes * (n_classes + 1)
+    cell = found.truth * (n_classes + 1) + found.answer
+    result = []
+    for name, cells in columns.items():
+        groups = cells.cat.categories
+        tallies = np.bincount(cells.cat.codes.to_numpy(np.int64) * size + cell, minlength=len(groups) * size)
+        tallies = tallies.reshape(len(groups), n_classes, n_classes + 1)
+        whole = tallies.sum(axis=0)
+        used = [i for i in range(len(groups)) if tallies[i].any()]
+        rows = [_group(str(groups[i]), tallies[i], whole, resamples, rng) for i in used]
+        result.append({"column": name, "groups": rows})
+    return result, left_out
+
+
+def _group(
+    name: str, own: Ints, everything: Ints, resamples: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    n_classes = own.shape[0]
+    inside, outside = own[:, :n_classes], (everything - own)[:, :n_classes]
+    n, n_rest = int(inside.sum()), int(outside.sum())
+    row: dict[str, Any] = {"group": name, "n": n, "failed": int(own[:, n_classes].sum())}
+    row |= {
+        "accuracy": None,
+        "uar": None,
+        "difference": None,
+        "difference_interval": None,
+        "small": n < SMALL_GROUP,
+    }
+    if n:
+        figures = scores(inside)
+        row |= {"accuracy": float(figures.accuracy), "uar": float(figures.uar)}
+    if n and n_rest:
+        rest = float(scores(outside).accuracy)
+        drawn = (
+            rng.binomial(n, row["accuracy"], resamples) / n - rng.binomial(n_rest, rest, resamples) / n_rest
+        )
+        row |= {"difference": row["accuracy"] - rest, "difference_interval": percentile_interval(drawn)}
+    return row
+
+
+def _as_text(cell: object) -> str:
+    if cell is None or cell is pd.NA or cell != cell or str(cell).strip() == "":
+        return MISSING
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell)
+
+
+def _natural(text: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts 2 before 10."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def _bands(durations_s: pd.Series) -> pd.Series:
+    names = [f"{low:g}-{high:g} s" for low, high in pairwise(_BANDS_S[:-1])]
+    names.append(f"{_BANDS_S[-2]:g} s and more")
+    seconds = pd.to_numeric(durations_s, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    index = np.searchsorted(_BANDS_S, seconds, side="right") - 1
+    known = np.isfinite(seconds) & (index >= 0)
+    text = np.array([*names, MISSING])[np.where(known, index, len(names))]
+    return pd.Series(text, index=durations_s.index).astype(
+        pd.CategoricalDtype([*names, MISSING], ordered=True)
+    )

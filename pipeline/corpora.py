@@ -1,0 +1,297 @@
+"""Recordings as a manifest table: from a folder, a CSV, or a DataFrame.
+
+A manifest has one row a recording: ``speech`` (path), ``label`` (a class name; absent when only scoring), and, when
+known, ``speaker sex intensity statement corpus split``; every further column is kept untouched. RAVDESS file names are
+parsed after Livingstone & Russo (2018). Reading tables is in this module, splitting them in ``pipeline.splits``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+import pandas as pd
+
+from pipeline.audio import EXTENSIONS
+from pipeline.errors import SerError
+from pipeline.folders import local_path, path_text, scan
+from pipeline.labels import RAVDESS_EMOTIONS, LabelError, LabelSet, as_integer, canonical_name
+
+PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")
+LABEL_NAMES = ("label", "emotion")
+_RAVDESS_NAME = re.compile(r"^(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)$")
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+class ManifestError(SerError):
+    """A folder, CSV or table that is no manifest."""
+
+
+@dataclass(frozen=True)
+class RavdessName:
+    """What a RAVDESS file name says."""
+
+    song: bool
+    emotion: str
+    intensity: str
+    statement: str
+    repetition: int
+    speaker: str
+    sex: str
+
+
+def parse_ravdess(stem: str) -> RavdessName | None:
+    """The seven codes of a RAVDESS file stem, or None when the name is of another form.
+
+    >>> parse_ravdess("03-01-05-02-01-02-24").emotion
+    'angry'
+    """
+    match = _RAVDESS_NAME.match(stem)
+    if not match:
+        return None
+    _modality, channel, emotion, intensity, statement, repetition, actor = match.groups()
+    if emotion not in RAVDESS_EMOTIONS or channel not in ("01", "02"):
+        return None
+    return RavdessName(
+        song=channel == "02",
+        emotion=RAVDESS_EMOTIONS[emotion],
+        intensity={"01": "normal", "02": "strong"}.get(intensity, intensity),
+        statement={"01": "kids", "02": "dogs"}.get(statement, statement),
+        repetition=int(repetition),
+        speaker=f"Actor_{actor}",
+        sex="female" if int(actor) % 2 == 0 else "male",
+    )
+
+
+def scan_folder(folder: Path, *, songs: bool = False) -> pd.DataFrame:
+    """Manifest of a folder of labelled recordings, however nested, in order of file stem.
+
+    Labels come from RAVDESS file names, else from the name of the folder a file lies in (``angry/x.wav``). Song files
+    are left out unless ``songs``; a file found twice under one RAVDESS name (doubled nested folders) counts once.
+
+    Raises:
+        ManifestError: no such folder, no recording in it, or recordings whose emotion cannot be told.
+    """
+    if not folder.is_dir():
+        raise ManifestError(f"no folder {folder}; give the folder that holds the recordings")
+    rows: list[dict[str, object]] = []
+    seen: set[str] = set()
+    unknown: list[Path] = []
+    recordings = [Path(local_path(text)) for text in scan(folder, EXTENSIONS).files]
+    for path in sorted(recordings, key=lambda p: (p.stem, str(p))):
+        name = parse_ravdess(path.stem)
+        if name is None:
+            if path.parent == folder.absolute():
+                unknown.append(path)
+            else:
+                rows.append({"speech": path_text(path), "label": canonical_name(path.parent.name)})
+        elif (songs or not name.song) and path.stem not in seen:
+            seen.add(path.stem)
+            rows.append(_ravdess_row(path, name))
+    if unknown and not rows:
+        raise ManifestError(
+            f"cannot tell the emotion of {unknown[0].name} and {len(unknown) - 1} more in {folder}; "
+            "use RAVDESS file names, one folder an emotion, or a CSV with the columns speech,label"
+        )
+    if not rows:
+        raise ManifestError(f"no recordings in {folder}; expected files ending in {', '.join(sorted(EXTENSIONS))}")
+    return pd.DataFrame(rows)
+
+
+def _ravdess_row(path: Path, name: RavdessName) -> dict[str, object]:
+    return {
+        "speech": path_text(path),
+        "label": name.emotion,
+        "speaker": name.speaker,
+        "sex": name.sex,
+        "intensity": name.intensity,
+        "statement": name.statement,
+        "repetition": name.repetition,
+        "corpus": "RAVDESS song" if name.song else "RAVDESS",
+    }
+
+
+def read_manifest(
+    csv_path: Path,
+    *,
+    root: Path | None = None,
+    label_map: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+    require_labels: bool = True,
+) -> pd.DataFrame:
+    """Manifest in a CSV file: comma, semicolon or tab separated, UTF-8 (with or without BOM), UTF-16 or cp1252.
+
+    Args:
+        root: folder that relative paths start from; the CSV's own folder by default. Relative paths may leave the
+            CSV's folder, but not an explicit ``root``.
+        label_map: given name -> wanted name, before the alias table.
+        labels: class names that integer labels index and names must be among; by default the names found, and the
+            RAVDESS order for integers.
+
+    Raises:
+        ManifestError: no such file, no path column, no label column though required, no rows, a path outside ``root``.
+        LabelError: a label outside ``labels``.
+    """
+    table = _read_csv(csv_path)
+    if root is not None and not root.is_dir():
+        raise ManifestError(f"no folder {root}; --root is the folder that relative paths in the CSV start from")
+    return from_dataframe(
+        table,
+        root=root or csv_path.parent,
+        fenced=root is not None,
+        label_map=label_map,
+        labels=labels,
+        require_labels=require_labels,
+        source=str(csv_path),
+    )
+
+
+def from_dataframe(
+    table: pd.DataFrame,
+    *,
+    root: Path | None = None,
+    fenced: bool = False,
+    label_map: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+    require_labels: bool = True,
+    source: str = "the table",
+) -> pd.DataFrame:
+    """Manifest from a table that has a path column (``speech`` or one of its names) and perhaps labels.
+
+    Arguments and errors as ``read_manifest``; ``fenced`` refuses relative paths that leave ``root``.
+    """
+    if table.empty:
+        raise ManifestError(f"{source} has no rows; expected one row a recording")
+    table = _renamed(table, source)
+    if "label" not in table.columns and require_labels:
+        raise ManifestError(
+            f"{source} has no label column; add one named label (or emotion); found {list(table.columns)}"
+        )
+    table["speech"] = [
+        resolve_path(cell, root or Path.cwd(), fenced, f"{source}, row {i + 1}")
+        for i, cell in enumerate(table["speech"])
+    ]
+    if "label" in table.columns:
+        table["label"] = _label_names(table["label"], label_map, labels, require_labels, source)
+    return table
+
+
+def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "the table") -> str:
+    """Absolute path of a manifest cell; back-slashes of Windows paths are understood.
+
+    Raises:
+        ManifestError: an empty cell, or (``fenced``) a relative path that leaves ``root``.
+    """
+    text = "" if cell is None or cell is pd.NA or cell != cell else str(cell)
+    if not text.strip():
+        raise ManifestError(f"{where}: the path is empty; give every row the path of its recording")
+    if text.startswith("file://"):
+        return text
+    path = Path(text)
+    if "\\" in text and not (root / path).exists():
+        path = Path(PureWindowsPath(text).as_posix())
+    if path.is_absolute():
+        return str(path)
+    full = os.path.normpath(root.absolute() / path)
+    if fenced and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(root)):
+        raise ManifestError(
+            f"{where}: {text!r} leaves --root {root}; move the recording below it, or give an absolute path"
+        )
+    return full
+
+
+def label_set(table: pd.DataFrame) -> LabelSet:
+    """The classes of a labelled manifest, sorted."""
+    return LabelSet.from_names(str(name) for name in table["label"])
+
+
+def label_counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, int]:
+    """Recordings a class, in label order; classes without any count 0."""
+    counts = table["label"].value_counts()
+    return {name: int(counts.get(name, 0)) for name in labels}
+
+
+def _read_csv(csv_path: Path) -> pd.DataFrame:
+    if not csv_path.is_file():
+        raise ManifestError(f"no file {csv_path}; make one with: ser manifest FOLDER --out metadata.csv")
+    text = _decoded(csv_path.read_bytes(), csv_path)
+    header = text.lstrip().split("\n", 1)[0]
+    if not header.strip():
+        raise ManifestError(f"{csv_path} is empty; expected a CSV with the columns speech,label")
+    separator = max(",;\t", key=header.count)
+    try:
+        rows = list(csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=separator))
+    except csv.Error as error:
+        raise ManifestError(f"cannot read {csv_path} as CSV: {error}") from error
+    names, body = [n.strip() for n in rows[0]], [r for r in rows[1:] if any(cell.strip() for cell in r)]
+    for number, row in enumerate(body, start=2):
+        if len(row) != len(names):
+            raise ManifestError(
+                f"{csv_path}, row {number}: {len(row)} cells, the header has {len(names)}; "
+                f"put cells that hold {separator!r} in double quotes"
+            )
+    if len(set(names)) != len(names):
+        raise ManifestError(f"{csv_path} names a column twice: {names}; rename one of them")
+    return pd.DataFrame(body, columns=names)
+
+
+def _decoded(raw: bytes, csv_path: Path) -> str:
+    """UTF-16 when a byte-order mark says so, else UTF-8, else what Excel writes in western Europe."""
+    encodings = ("utf-16",) if raw.startswith(_UTF16_MARKS) else ("utf-8-sig", "cp1252")
+    for encoding in encodings:
+        try:
+            text = raw.decode(encoding)
+        except UnicodeError:
+            continue
+        if "\0" not in text:
+            return text
+    raise ManifestError(
+        f"{csv_path} is not a text file that can be read; expected a CSV with the columns speech,label, as UTF-8"
+    )
+
+
+def _renamed(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """A copy whose path and label columns have their canonical names."""
+    table = table.reset_index(drop=True).copy()
+    lower = {str(column).strip().lower(): column for column in reversed(list(table.columns))}
+    for canonical, names in (("speech", PATH_NAMES), ("label", LABEL_NAMES)):
+        found = next((lower[name] for name in names if name in lower), None)
+        if found is not None and found != canonical:
+            table = table.rename(columns={found: canonical})
+    if "speech" not in table.columns:
+        raise ManifestError(
+            f"{source} has no path column; name it speech (or {', '.join(PATH_NAMES[1:])}); found {list(table.columns)}"
+        )
+    return table
+
+
+def _label_names(
+    cells: pd.Series,
+    label_map: Mapping[str, str] | None,
+    labels: Sequence[str] | None,
+    required: bool,
+    source: str,
+) -> list[str | None]:
+    """Class names of label cells; integers index ``labels`` (RAVDESS order when none are given)."""
+    known = LabelSet(tuple(labels)) if labels is not None else None
+    by_number = known or LabelSet(tuple(sorted(RAVDESS_EMOTIONS.values())))
+    names: list[str | None] = []
+    for row, cell in enumerate(cells, start=1):
+        text = "" if cell is None or cell is pd.NA or cell != cell else str(cell).strip()
+        try:
+            if not text and required:
+                raise LabelError("the label is empty; label every recording, or leave the row out")
+            if not text:
+                names.append(None)
+            elif as_integer(text) is not None:
+                names.append(by_number.names[by_number.index(text)])
+            else:
+                names.append(known.names[known.index(text, label_map)] if known else canonical_name(text, label_map))
+        except LabelError as error:
+            raise LabelError(f"{source}, row {row}: {error}") from None
+    return names

@@ -1,0 +1,235 @@
+"""Features of a window of speech: the log-mel picture of the 2-D models, the frame vectors of the 1-D model.
+
+Log-mel: ``librosa.feature.melspectrogram`` (Hann window, centred frames, zero padding, power 2, Slaney mel scale and
+norm), then ``power_to_db(ref=max, top_db=80)``, then per-clip standardisation ``(x - mean) / (std + 1e-6)``.
+Everything here works in float32 on mono samples at ``FeatureConfig.sample_rate_hz``; nothing reads files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import scipy.fft
+from numpy.typing import NDArray
+
+from pipeline.errors import SerError
+
+Array = NDArray[np.float32]
+KINDS = ("log_mel", "frame_features")
+_AMIN = 1e-10  # librosa.power_to_db's floor
+
+
+class FeatureError(SerError):
+    """Samples or features that do not fit a FeatureConfig."""
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """What the model hears: the window, the sampling rate and the analysis. Its fingerprint travels with the data."""
+
+    kind: str = "log_mel"
+    sample_rate_hz: int = 48_000
+    window_s: float = 2.0
+    n_mels: int = 64
+    n_fft: int = 2048
+    hop_length: int = 512
+    top_db: float = 80.0
+    n_mfcc: int = 40
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise FeatureError(f"unknown feature kind {self.kind!r}; expected one of {', '.join(KINDS)}")
+        positive = (
+            self.sample_rate_hz,
+            self.window_s,
+            self.n_mels,
+            self.n_fft,
+            self.hop_length,
+            self.top_db,
+            self.n_mfcc,
+        )
+        if min(positive) <= 0:
+            raise FeatureError(f"every number of a FeatureConfig must be positive, got {self}")
+        if self.window_samples < self.hop_length:
+            raise FeatureError(f"window_s={self.window_s} is shorter than one hop; use a longer window")
+
+    @property
+    def window_samples(self) -> int:
+        """Samples in a window (96,000 by default)."""
+        return round(self.window_s * self.sample_rate_hz)
+
+    @property
+    def n_frames(self) -> int:
+        """Frames in a window (188 by default): centred frames at every hop."""
+        return 1 + self.window_samples // self.hop_length
+
+    @property
+    def n_dims(self) -> int:
+        """Values a frame of ``frame_features``: MFCC with two deltas, log-mel, and six descriptors."""
+        return 3 * self.n_mfcc + self.n_mels + 6
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example: ``(1, n_mels, n_frames)``, or ``(n_frames, n_dims)`` for frame features."""
+        return (1, self.n_mels, self.n_frames) if self.kind == "log_mel" else (self.n_frames, self.n_dims)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FeatureConfig:
+        """The configuration in ``values``.
+
+        Raises:
+            FeatureError: a name that this version does not know, or a value out of range.
+        """
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise FeatureError(
+                f"unknown feature settings {unknown}; update this project, or extract the features again"
+            )
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when any setting does."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def extract(samples: Array, config: FeatureConfig) -> Array:
+    """Model input of one window.
+
+    Args:
+        samples: float32 mono ``(config.window_samples,)`` at ``config.sample_rate_hz``.
+
+    Returns:
+        float32 of ``config.input_shape``.
+
+    Raises:
+        FeatureError: another number of samples or dimensions.
+    """
+    if samples.shape != (config.window_samples,):
+        raise FeatureError(
+            f"expected {config.window_samples} mono samples ({config.window_s} s at {config.sample_rate_hz} Hz), "
+            f"got shape {samples.shape}; read the recording with pipeline.audio.load_middle"
+        )
+    return log_mel(samples, config) if config.kind == "log_mel" else frame_features(samples, config)
+
+
+def log_mel(samples: Array, config: FeatureConfig) -> Array:
+    """Standardised log-mel picture, float32 ``(1, n_mels, frames)``, without unit, of mono ``samples (n,)``."""
+    return normalise_power(mel_power(samples, config), config)
+
+
+def mel_power(samples: Array, config: FeatureConfig) -> Array:
+    """Mel-band power, float32 ``(n_mels, 1 + n // hop_length)``, of mono ``samples (n,)`` of any length."""
+    power = _stft_power(samples, config)
+    return _mel_filters(config.sample_rate_hz, config.n_fft, config.n_mels) @ power
+
+
+def normalise_power(power: Array, config: FeatureConfig) -> Array:
+    """Power ``(n_mels, frames)`` -> dB below its maximum, cut at ``top_db``, standardised: ``(1, n_mels, frames)``."""
+    decibel = 10.0 * np.log10(np.maximum(power, np.float32(_AMIN)))
+    decibel -= decibel.max()
+    np.maximum(decibel, np.float32(-config.top_db), out=decibel)
+    decibel -= decibel.mean()
+    decibel /= decibel.std() + np.float32(1e-6)
+    return decibel[np.newaxis].astype(np.float32, copy=False)
+
+
+def frame_features(samples: Array, config: FeatureConfig) -> Array:
+    """Frame vectors of the 1-D model, float32 ``(frames, n_dims)``, every column standardised over the window.
+
+    Columns: MFCC, delta, delta-delta (``n_mfcc`` each), log-mel in dB (``n_mels``), then spectral centroid, bandwidth,
+    85 % rolloff, flatness, zero-crossing rate and RMS, as librosa defines them, on one hop.
+    """
+    import librosa
+
+    magnitude = np.sqrt(_stft_power(samples, config))
+    mel = _mel_filters(config.sample_rate_hz, config.n_fft, config.n_mels) @ (magnitude * magnitude)
+    decibel = librosa.power_to_db(mel, ref=np.max, top_db=config.top_db)
+    mfcc = scipy.fft.dct(decibel, axis=0, type=2, norm="ortho")[: config.n_mfcc]
+    if len(mfcc) < config.n_mfcc:
+        raise FeatureError(f"n_mfcc={config.n_mfcc} needs as many mel bands, got n_mels={config.n_mels}")
+    spectral: dict[str, Any] = {
+        "S": magnitude,
+        "sr": config.sample_rate_hz,
+        "n_fft": config.n_fft,
+        "hop_length": config.hop_length,
+    }
+    frame: dict[str, Any] = {"frame_length": config.n_fft, "hop_length": config.hop_length}
+    rows = [
+        mfcc,
+        librosa.feature.delta(mfcc),
+        librosa.feature.delta(mfcc, order=2),
+        decibel,
+        librosa.feature.spectral_centroid(**spectral),
+        librosa.feature.spectral_bandwidth(**spectral),
+        librosa.feature.spectral_rolloff(**spectral, roll_percent=0.85),
+        librosa.feature.spectral_flatness(S=magnitude),
+        librosa.feature.zero_crossing_rate(samples, **frame),
+        librosa.feature.rms(S=magnitude, **frame),
+    ]
+    columns = np.concatenate(rows, axis=0).astype(np.float32)
+    columns -= columns.mean(axis=1, keepdims=True)
+    columns /= columns.std(axis=1, keepdims=True) + np.float32(1e-6)
+    return np.ascontiguousarray(columns.T)
+
+
+def _stft_power(samples: Array, config: FeatureConfig) -> Array:
+    """|STFT|^2, ``(1 + n_fft // 2, frames)``: Hann window, centred frames, zeros beyond both ends."""
+    if samples.ndim != 1 or samples.size == 0:
+        raise FeatureError(f"expected mono samples (n,) with n > 0, got shape {samples.shape}")
+    padded = np.pad(samples.astype(np.float32, copy=False), config.n_fft // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, config.n_fft)[:: config.hop_length]
+    spectrum = scipy.fft.rfft(frames * _hann(config.n_fft), axis=-1)
+    power: Array = spectrum.real**2 + spectrum.imag**2
+    return power.T
+
+
+@lru_cache(maxsize=8)
+def _hann(n_fft: int) -> Array:
+    """Periodic Hann window, as STFTs use it."""
+    phase = 2.0 * np.pi * np.arange(n_fft) / n_fft
+    return (0.5 - 0.5 * np.cos(phase)).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def _mel_filters(sample_rate_hz: int, n_fft: int, n_mels: int) -> Array:
+    """Triangular filters ``(n_mels, 1 + n_fft // 2)`` on Slaney's mel scale, each of unit area (Slaney norm).
+
+    Malcolm Slaney, "Auditory Toolbox", 1998: linear below 1 kHz (200/3 Hz a mel), logarithmic above.
+    """
+    edges_hz = _mel_to_hz(np.linspace(0.0, _hz_to_mel(sample_rate_hz / 2.0), n_mels + 2))
+    bins_hz = np.fft.rfftfreq(n_fft, 1.0 / sample_rate_hz)
+    ramps = edges_hz[:, np.newaxis] - bins_hz[np.newaxis]
+    widths = np.diff(edges_hz)[:, np.newaxis]
+    rising, falling = -ramps[:-2] / widths[:-1], ramps[2:] / widths[1:]
+    triangles = np.maximum(0.0, np.minimum(rising, falling))
+    area = 2.0 / (edges_hz[2:] - edges_hz[:-2])
+    return (triangles * area[:, np.newaxis]).astype(np.float32)
+
+
+_LINEAR_HZ_PER_MEL = 200.0 / 3.0
+_BREAK_HZ = 1000.0
+_LOG_STEP = np.log(6.4) / 27.0
+
+
+def _hz_to_mel(frequency_hz: float) -> float:
+    if frequency_hz < _BREAK_HZ:
+        return frequency_hz / _LINEAR_HZ_PER_MEL
+    return float(_BREAK_HZ / _LINEAR_HZ_PER_MEL + np.log(frequency_hz / _BREAK_HZ) / _LOG_STEP)
+
+
+def _mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
+    break_mel = _BREAK_HZ / _LINEAR_HZ_PER_MEL
+    linear = mel * _LINEAR_HZ_PER_MEL
+    logarithmic = _BREAK_HZ * np.exp(_LOG_STEP * (mel - break_mel))
+    return np.asarray(np.where(mel < break_mel, linear, logarithmic))

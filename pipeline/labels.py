@@ -1,0 +1,152 @@
+"""Ordered emotion label sets, the codes of known corpora, and the spellings people send.
+
+Source of the codes: Livingstone & Russo (2018), "The Ryerson Audio-Visual Database of Emotional Speech and Song
+(RAVDESS)", PLoS ONE 13(5): e0196391, table of file-name identifiers. The alias table collects the adjective and
+noun forms used by RAVDESS, TESS (``ps`` = pleasant surprise), CREMA-D (``ANG DIS FEA HAP NEU SAD``) and SAVEE.
+
+Class indices are positions in sorted order, nothing else: RAVDESS is angry 0 ... surprised 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import SerError
+
+RAVDESS_EMOTIONS: Mapping[str, str] = {
+    "01": "neutral",
+    "02": "calm",
+    "03": "happy",
+    "04": "sad",
+    "05": "angry",
+    "06": "fearful",
+    "07": "disgust",
+    "08": "surprised",
+}
+RAVDESS_LABELS: tuple[str, ...] = tuple(sorted(RAVDESS_EMOTIONS.values()))
+
+ALIASES: Mapping[str, str] = {
+    "anger": "angry",
+    "ang": "angry",
+    "mad": "angry",
+    "calmness": "calm",
+    "relaxed": "calm",
+    "disgusted": "disgust",
+    "dis": "disgust",
+    "fear": "fearful",
+    "fea": "fearful",
+    "afraid": "fearful",
+    "scared": "fearful",
+    "happiness": "happy",
+    "hap": "happy",
+    "joy": "happy",
+    "joyful": "happy",
+    "neu": "neutral",
+    "neutrality": "neutral",
+    "sadness": "sad",
+    "surprise": "surprised",
+    "sur": "surprised",
+    "ps": "surprised",
+    "pleasant_surprise": "surprised",
+    "pleasant_surprised": "surprised",
+}
+
+
+class LabelError(SerError):
+    """A label that is none of the classes."""
+
+
+def normalise_name(text: str) -> str:
+    """One spelling of a label name: trimmed, lower case, inner blanks and hyphens as underscores.
+
+    >>> normalise_name(" Pleasant Surprise ")
+    'pleasant_surprise'
+    """
+    return "_".join(text.strip().lower().replace("-", " ").replace("_", " ").split())
+
+
+def canonical_name(text: str, label_map: Mapping[str, str] | None = None) -> str:
+    """The name a spelling stands for: ``label_map`` first, then the alias table, else the normalised text.
+
+    >>> canonical_name("Fear"), canonical_name("joy", {"joy": "calm"}), canonical_name("Bored")
+    ('fearful', 'calm', 'bored')
+    """
+    name = normalise_name(text)
+    if label_map and name in label_map:
+        return label_map[name]
+    return ALIASES.get(name, name)
+
+
+def parse_label_map(text: str) -> dict[str, str]:
+    """``"excited=happy,calmness=neutral"`` as ``{"excited": "happy", "calmness": "neutral"}``.
+
+    Raises:
+        LabelError: a part is not of the form ``given=wanted``.
+    """
+    mapping: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        given, separator, wanted = part.partition("=")
+        if not separator or not given.strip() or not wanted.strip():
+            raise LabelError(f"label map part {part!r} is not of the form given=wanted, as in excited=happy")
+        mapping[normalise_name(given)] = normalise_name(wanted)
+    return mapping
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Class names in index order (sorted, unique)."""
+
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2:
+            raise LabelError(f"a classifier needs two classes or more, got {list(self.names)}; add labelled recordings")
+        if list(self.names) != sorted(set(self.names)):
+            raise LabelError(f"class names must be unique and in sorted order, got {list(self.names)}")
+
+    @classmethod
+    def from_names(cls, names: Iterable[str]) -> LabelSet:
+        """The set of ``names``, in sorted order."""
+        return cls(tuple(sorted(set(names))))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, value: str | int, label_map: Mapping[str, str] | None = None) -> int:
+        """Class index of a name, an alias, or a 0-based integer (``3``, ``"3"``, ``"3.0"``).
+
+        Raises:
+            LabelError: the value is no class of this set.
+        """
+        number = as_integer(value)
+        if number is not None:
+            if 0 <= number < len(self.names):
+                return number
+            raise LabelError(f"label {value} is outside 0..{len(self.names) - 1}; the classes are {self.describe()}")
+        name = canonical_name(str(value), label_map)
+        if name not in self.names:
+            raise LabelError(
+                f"unknown label {str(value)!r}; the classes are {self.describe()}; "
+                f"translate other names with --label_map {normalise_name(str(value)) or 'given'}=wanted"
+            )
+        return self.names.index(name)
+
+    def describe(self) -> str:
+        """``"0 angry, 1 calm, ..."``, one line."""
+        return ", ".join(f"{i} {name}" for i, name in enumerate(self.names))
+
+
+def as_integer(value: object) -> int | None:
+    """The integer that a label cell holds, or None when it is a name.
+
+    >>> as_integer("3"), as_integer(3.0), as_integer("3.5"), as_integer("sad")
+    (3, 3, None, None)
+    """
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(str(value).strip())
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None

@@ -1,0 +1,216 @@
+"""The book of a scoring run on disk, so that whatever dies, every recording is scored exactly once.
+
+The manifest is cut into numbered blocks of rows. ``OUT/work/plan.json`` says what is being scored with what;
+``OUT/work/part-NNNNNN.parquet`` holds a finished block, written under a temporary name, synced and renamed, so that
+a part is there whole or not at all. Only the driver writes parts, under a lock (``flock``) that dies with it: what
+is missing after a crash is the blocks without a part, and nothing else is scored again. ``OUT/run.json``, written
+last, makes the run finished, and the work folder is removed.
+
+Why not Ray Data's own checkpointing: in Ray 2.60 it silently scores everything twice when the source is no file
+read, deletes what was committed when a resumed run overwrites, and keeps no record of the model, options or input
+that the committed rows came from.
+
+``Notes`` is the workers' part: which recording of a block is being decoded, so that a retry after a crash knows whom
+to suspect. Sources: the write-ahead habit of databases; POSIX rename and flock. Limits: ``OUT`` lies on a file system
+with both (NFSv4 has them).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.checkpoint import write_json
+from pipeline.errors import SerError
+
+LEDGER_VERSION = 1
+RUN = "run.json"
+_LOCK, _WORK, _PLAN = ".lock", "work", "plan.json"
+_POSITION_BYTES = 8
+
+
+class LedgerError(SerError):
+    """An output folder that is in use, holds another run, or cannot be written."""
+
+
+class Ledger:
+    """The output folder of one run; use it inside ``with open_ledger(...)``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.work = out / _WORK
+        self.notes = self.work / "notes"
+
+    def finished(self) -> dict[str, Any] | None:
+        """``run.json`` of a finished run, or None."""
+        return _read(self.out / RUN)
+
+    def claim(self, plan: Mapping[str, Any], block_rows: int, *, overwrite: bool) -> int:
+        """Make the folder that of ``plan``, or find that it already is; returns the rows a block of this run has.
+
+        Raises:
+            LedgerError: the folder holds another run, and ``overwrite`` is not given.
+        """
+        finished, begun = self.finished(), _read(self.work / _PLAN)
+        known = finished or begun
+        if overwrite or known is None:
+            self._clear(known is not None)
+            self.notes.mkdir(parents=True, exist_ok=True)
+            write_json(self.work / _PLAN, {"plan": dict(plan), "block_rows": block_rows})
+            return block_rows
+        differing = [key for key in plan if plan[key] != known.get("plan", {}).get(key)]
+        if differing:
+            raise LedgerError(
+                f"{self.out} holds a run with {_difference(differing, known.get('plan', {}), plan)}; "
+                "choose another --out, or --overwrite to begin again"
+            )
+        if finished is None:
+            self.notes.mkdir(parents=True, exist_ok=True)
+            for leftover in self.work.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        return int(known.get("block_rows", block_rows))
+
+    def part_path(self, block: int) -> Path:
+        """Where the part of a block is, or will be."""
+        return self.work / f"part-{block:06d}.parquet"
+
+    def commit(self, block: int, table: pa.Table) -> None:
+        """Write a block's part, whole or not at all, and have it on the disk before returning.
+
+        Raises:
+            LedgerError: the disk is full or cannot be written; what was committed before is safe.
+        """
+        path = self.part_path(block)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                pq.write_table(table, file, compression="zstd", compression_level=1)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise LedgerError(
+                f"cannot write {path}: {error.strerror or error}; free some space and give the same command again: "
+                "it goes on where it stopped"
+            ) from error
+
+    def committed(self, sizes: Mapping[int, int]) -> dict[int, int]:
+        """Block -> failed rows, of every whole part; a part that is damaged or of another size is removed.
+
+        Args:
+            sizes: rows that each block must have.
+        """
+        found: dict[int, int] = {}
+        for block, rows in sizes.items():
+            path = self.part_path(block)
+            if not path.is_file():
+                continue
+            try:
+                status = pq.read_table(path, columns=["status"])["status"].to_pylist()
+            except (OSError, pa.ArrowException):
+                status = []
+            if len(status) == rows:
+                found[block] = sum(code != "ok" for code in status)
+            else:
+                path.unlink()
+        return found
+
+    def finish(self, run: Mapping[str, Any]) -> None:
+        """Write ``run.json`` and remove the work folder."""
+        write_json(self.out / RUN, run)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _clear(self, ours: bool) -> None:
+        """Remove what an earlier run left; a folder with other people's files is never touched."""
+        (self.out / RUN).unlink(missing_ok=True)
+        if ours:
+            shutil.rmtree(self.work, ignore_errors=True)
+        elif self.work.exists() and any(self.work.iterdir()) and not any(self.work.glob("part-*.parquet")):
+            raise LedgerError(f"{self.work} holds other files; choose another --out")
+
+
+@contextmanager
+def open_ledger(out: Path) -> Iterator[Ledger]:
+    """The ledger in ``out`` (made when missing), locked until the end of the ``with`` block or of the process.
+
+    Raises:
+        LedgerError: another run is writing into ``out``, or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / _LOCK).open("a")
+    except OSError as error:
+        raise LedgerError(f"cannot write into {out}: {error.strerror}; choose another --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LedgerError(f"another run is writing into {out}; wait for it, or choose another --out") from error
+        yield Ledger(out)
+
+
+class Notes:
+    """One attempt at a block: notes down which recording is being decoded, and reads what earlier attempts noted.
+
+    Where the folder cannot be written from this machine, nothing is noted and nobody suspected.
+
+    Attributes:
+        suspects: positions in the block that an attempt which died had begun last.
+        attempts: how many attempts have died.
+    """
+
+    def __init__(self, folder: Path, block: int) -> None:
+        self._own = folder / f"{block:06d}.{uuid.uuid4().hex}"
+        self._file = -1
+        self.suspects: frozenset[int] = frozenset()
+        self.attempts = 0
+        with suppress(OSError):
+            earlier = list(folder.glob(f"{block:06d}.*"))
+            positions = [path.read_bytes() for path in earlier]
+            self.attempts = len(earlier)
+            self.suspects = frozenset(int.from_bytes(p, "little") for p in positions if len(p) == _POSITION_BYTES)
+            self._file = os.open(self._own, os.O_CREAT | os.O_WRONLY, 0o644)
+
+    def begin(self, position: int) -> None:
+        """The recording at ``position`` of the block is being decoded from now on."""
+        if self._file >= 0:
+            with suppress(OSError):
+                os.pwrite(self._file, position.to_bytes(_POSITION_BYTES, "little"), 0)
+
+    def close(self) -> None:
+        """The attempt is over, without a crash."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._own.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None when there is none that can be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _difference(keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What two plans disagree about, for one line."""
+    parts = []
+    for key in keys:
+        before, after = str(old.get(key)), str(new[key])
+        short = max(len(before), len(after)) <= 24
+        parts.append(f"{key} {before} instead of {after}" if short else f"another {key}")
+    return ", ".join(parts)

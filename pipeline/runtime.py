@@ -1,0 +1,88 @@
+"""Starting Ray quietly: one place for the switches that every Ray part of the pipeline relies on.
+
+On its own, a command starts a local Ray bound to loopback with token authentication; inside ``ray job submit`` (or with
+``RAY_ADDRESS`` set) it joins that cluster. Ray's own chatter is turned down so that a job's output can be read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_LOG_TO_STDERR": "0",
+}
+_OBJECT_STORE_BYTES = 1 << 30
+
+
+def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = _OBJECT_STORE_BYTES) -> None:
+    """Start or join Ray; does nothing when this process is already connected.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray, by default those of the machine. Ignored when joining a cluster.
+        object_store_bytes: cap of a local Ray's shared memory.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    joining = bool(os.environ.get("RAY_ADDRESS"))
+    if not joining:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # bind everything to 127.0.0.1
+    import ray
+
+    if ray.is_initialized():
+        return
+    level = logging.ERROR
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": level,
+        "runtime_env": {"env_vars": _worker_environment()},
+    }
+    if joining:
+        ray.init(**options)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            object_store_memory=object_store_bytes,
+            include_dashboard=False,
+            **options,
+        )
+        _protect_token()
+    logging.getLogger("ray").setLevel(level)
+
+
+def _worker_environment() -> dict[str, str]:
+    """Variables that workers need to import this project and to stay quiet."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**_QUIET, "PYTHONPATH": path}
+
+
+def _protect_token() -> None:
+    """Ray writes its token readable by everybody; only its owner should read it."""
+    token = Path.home() / ".ray" / "auth_token"
+    try:
+        token.chmod(0o600)
+    except OSError:
+        return  # no token file: the cluster was started with its own authentication
+
+
+def data_context() -> object:
+    """Ray Data's settings for this process: order kept, native tensor columns, no silent hang. Returns the context."""
+    from ray.data import DataContext
+    from ray.data._internal.tensor_extensions.arrow import FixedShapeTensorFormat
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import: ray.data configures its own logging
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = 300
+    context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
+    return context

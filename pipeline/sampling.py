@@ -1,0 +1,117 @@
+"""Class balance: inverse-frequency weights, boosts, and a weighted sampler shared by any number of workers.
+
+Each epoch is one global stream of draws with replacement (`torch.multinomial`, as `torch.utils.data.WeightedRandomSampler`),
+a function of (seed, epoch) alone. A global batch is a run of `batch_size` draws; worker r of W takes its r-th W-th part,
+so 1, 2 or 4 workers together see exactly the same draws. Limits: W must divide the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.errors import SerError
+from pipeline.labels import LabelSet
+
+
+def parse_class_values(text: str, labels: LabelSet, option: str = "--oversample_boost") -> dict[int, float]:
+    """Read `CLASS:VALUE,...`; a class is an index or a name: "1:2.0,sad:1.5" -> {1: 2.0, 6: 1.5}.
+
+    Raises:
+        SerError: not that form, an unknown class, a class given twice, or a value that is not a positive number.
+    """
+    values: dict[int, float] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, separator, value = item.rpartition(":")
+        try:
+            number = float(value) if separator else float("nan")
+        except ValueError:
+            number = float("nan")
+        if not (0 < number < float("inf")):
+            raise SerError(f"{option}: got {item!r}, expected CLASS:FACTOR with a factor above 0, as in 1:2.0,sad:1.5")
+        index = labels.index(name.strip())
+        if index in values:
+            raise SerError(f"{option}: class {labels.names[index]!r} is given twice; give it once")
+        values[index] = number
+    return values
+
+
+def class_weights(classes: np.ndarray, n_classes: int) -> np.ndarray:
+    """Inverse-frequency weights, mean 1 over the clips: n / (C_present * count); 0 for a class without clips. (C,) float64."""
+    counts = np.bincount(classes, minlength=n_classes).astype(np.float64)
+    present = counts > 0
+    weights = np.zeros(n_classes)
+    weights[present] = counts.sum() / (present.sum() * counts[present])
+    return weights
+
+
+@dataclass(frozen=True)
+class WeightedSampler:
+    """Weighted draws with replacement, the same whatever the number of workers.
+
+    Args:
+        weights: (n,) unnormalised draw probability of each clip.
+        batch_size: global batch, of all workers together. Every batch is full: an epoch draws n rounded up to whole batches.
+        seed: together with the epoch it decides every draw.
+    """
+
+    weights: np.ndarray
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or len(self.weights) == 0:
+            raise SerError(f"cannot draw batches of {self.batch_size} from {len(self.weights)} clips; both must be at least 1")
+        if not np.isfinite(self.weights).all() or self.weights.min() < 0 or self.weights.sum() <= 0:
+            raise SerError("sampling weights must be finite, not negative, and not all 0")
+
+    @classmethod
+    def balanced(
+        cls,
+        classes: np.ndarray,
+        n_classes: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        boosts: dict[int, float] | None = None,
+    ) -> WeightedSampler:
+        """Every class equally often, then each class times its boost. `classes` (n,) int: the class of each clip."""
+        weights = class_weights(classes, n_classes)
+        for index, factor in (boosts or {}).items():
+            weights[index] *= factor
+        return cls(weights[classes], batch_size, seed)
+
+    def __len__(self) -> int:
+        """Number of global batches in an epoch."""
+        return -(-len(self.weights) // self.batch_size)
+
+    def draws(self, epoch: int) -> np.ndarray:
+        """All draws of an epoch, in order: (len(self) * batch_size,) int64 indices of clips."""
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        weights = torch.as_tensor(self.weights, dtype=torch.float64)
+        drawn: np.ndarray = torch.multinomial(
+            weights, len(self) * self.batch_size, replacement=True, generator=generator
+        ).numpy()
+        return drawn
+
+    def positions(self, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+        """One worker's part of each global batch, as positions in `draws(epoch)`: (batch_size / world,) int64.
+
+        Raises:
+            SerError: the workers cannot share the batch equally.
+        """
+        if self.batch_size % world:
+            raise SerError(f"batch size {self.batch_size} cannot be shared by {world} workers; make it a multiple of {world}")
+        part = self.batch_size // world
+        for batch in range(len(self)):
+            start = batch * self.batch_size + rank * part
+            yield np.arange(start, start + part)
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """One 63-bit seed from two numbers; neighbouring pairs give unrelated streams."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+

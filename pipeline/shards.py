@@ -1,0 +1,247 @@
+"""Recordings -> feature shards with Ray Data: one Parquet part a block of rows, written whole or not at all.
+
+Each task reads its block of the manifest, computes the features, and writes ``part-NNNNN.parquet`` under a temporary
+name that it renames at the end; only counts travel back. So memory does not grow with the number of recordings, order
+is the manifest's, and a second run of the same extraction does only the parts that are missing. ``manifest.json`` is
+written last: its presence means complete. A recording that cannot be read is a row with ``status`` and ``error``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.arrays import MANIFEST, SHARD_VERSION, ShardError, read_shard_manifest
+from pipeline.audio import AudioError, load_middle
+from pipeline.checkpoint import write_json
+from pipeline.features import FeatureConfig, extract, mel_power
+from pipeline.folders import local_path
+
+PLAN = "plan.json"
+ProgressCallback = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How to extract. ``mel_power_s`` seconds around the middle are kept for training-time crops; 0 keeps none."""
+
+    mel_power_s: float = 6.0
+    block_rows: int = 64
+    pitch_semitones: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What an extraction left: rows (pitch-shifted copies counted), how many failed, parts reused from before."""
+
+    folder: Path
+    rows: int
+    failed: int
+    reused: int
+
+
+def extract_shards(
+    manifest: pd.DataFrame,
+    out: Path,
+    config: FeatureConfig,
+    *,
+    options: ShardOptions | None = None,
+    overwrite: bool = False,
+    on_progress: ProgressCallback | None = None,
+) -> ShardSummary:
+    """Extract the features of every recording of ``manifest`` into ``out``; a finished or begun run is continued.
+
+    Args:
+        manifest: as ``pipeline.corpora`` makes it; its columns are kept.
+        on_progress: called with (rows done, rows in all, failed so far).
+
+    Raises:
+        ShardError: ``out`` holds another extraction (and not ``overwrite``), or a folder that is none of ours.
+    """
+    options = options or ShardOptions()
+    table = manifest.reset_index(drop=True).drop(columns=["status", "error", "row_id"], errors="ignore")
+    blocks = [table.iloc[i : i + options.block_rows] for i in range(0, len(table), options.block_rows)]
+    plan = {"plan": _fingerprint(table, config, options), "version": SHARD_VERSION, "blocks": len(blocks)}
+    _claim(out, plan, overwrite)
+    names = [f"part-{i:05d}.parquet" for i in range(len(blocks))]
+    if (out / MANIFEST).is_file():
+        done = read_shard_manifest(out)
+        return ShardSummary(out, int(done["rows"]), int(done["failed"]), len(names))
+    todo = [i for i, name in enumerate(names) if not (out / name).is_file()]
+    finished = sum(len(b) for i, b in enumerate(blocks) if i not in set(todo))
+    failed = 0
+    if todo:
+        for rows, bad in _run_blocks(blocks, todo, out.absolute(), config, options):
+            finished, failed = finished + rows, failed + bad
+            if on_progress:
+                on_progress(finished, len(table), failed)
+    rows, failed = _count(out, names)
+    values = {
+        **plan,
+        "features": config.to_dict(),
+        "fingerprint": config.fingerprint(),
+        "options": asdict(options),
+        "mel_power_frames": _power_frames(config, options),
+        "rows": rows,
+        "failed": failed,
+        "parts": names,
+    }
+    write_json(out / MANIFEST, values)
+    return ShardSummary(out, rows, failed, len(names) - len(todo))
+
+
+def _fingerprint(table: pd.DataFrame, config: FeatureConfig, options: ShardOptions) -> str:
+    digest = hashlib.sha256(config.fingerprint().encode())
+    digest.update(json.dumps(asdict(options), sort_keys=True).encode())
+    digest.update(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    """Make ``out`` the folder of this plan, or refuse."""
+    if out.exists() and not out.is_dir():
+        raise ShardError(f"{out} is a file; give --out a folder")
+    known = out / PLAN
+    if out.is_dir() and any(out.iterdir()):
+        if not known.is_file():
+            raise ShardError(f"{out} is not empty and holds no feature shards; give --out a new folder")
+        if json.loads(known.read_text(encoding="utf-8")) == plan:
+            return
+        if not overwrite:
+            raise ShardError(
+                f"{out} holds shards of other recordings or settings; give another --out, or --overwrite to replace it"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(known, plan)
+
+
+def _run_blocks(
+    blocks: list[pd.DataFrame], todo: list[int], out: Path, config: FeatureConfig, options: ShardOptions
+) -> Any:
+    """Run the blocks ``todo`` on Ray Data; yields (rows, failed) for each as it is done."""
+    import ray
+
+    from pipeline.runtime import data_context, start_ray
+
+    start_ray()
+    data_context()
+    frames = [blocks[i].assign(_block=i, _row=blocks[i].index) for i in todo]
+
+    def work(batch: Any) -> Any:
+        rows, bad = write_block(batch, out, config, options)
+        return pd.DataFrame({"rows": [rows], "failed": [bad]})
+
+    dataset = ray.data.from_pandas(frames).map_batches(
+        work, batch_format="pandas", batch_size=None, zero_copy_batch=True
+    )
+    for row in dataset.iter_rows():
+        yield int(row["rows"]), int(row["failed"])
+
+
+def write_block(batch: pd.DataFrame, out: Path, config: FeatureConfig, options: ShardOptions) -> tuple[int, int]:
+    """Extract one block (manifest rows with ``_block`` and ``_row``) into its part; (rows, failed)."""
+    rows: list[dict[str, Any]] = []
+    columns = [c for c in batch.columns if c not in ("_block", "_row")]
+    for record in batch.to_dict("records"):
+        rows.extend(_rows_of({str(name): value for name, value in record.items()}, columns, config, options))
+    target = out / f"part-{int(batch['_block'].iloc[0]):05d}.parquet"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(_to_arrow(rows, columns, config, options), temporary, compression="zstd", compression_level=1)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(batch), sum(row["status"] != "ok" for row in rows)
+
+
+def _rows_of(
+    record: dict[str, Any], columns: list[str], config: FeatureConfig, options: ShardOptions
+) -> list[dict[str, Any]]:
+    """The row of one recording, and those of its pitch-shifted copies."""
+    number, path = int(record["_row"]), local_path(record["speech"])
+    base = {c: record[c] for c in columns} | {"row_id": str(number), "parent_id": "", "pitch_semitones": 0.0}
+    base |= {"status": "ok", "error": "", "n_frames": 0, config.kind: None, "mel_power": None}
+    frames = _power_frames(config, options)
+    try:
+        clip = load_middle(path, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz)
+        base[config.kind] = extract(clip.samples, config)
+        if not frames:
+            return [base]
+        samples = _excerpt(path, config, options)
+    except AudioError as error:
+        return [base | {"status": error.code, "error": str(error), config.kind: None}]
+    rows = [base | _power(samples, config, frames)]
+    for semitones in options.pitch_semitones:
+        shifted = _pitch_shift(samples, config, semitones)
+        copy = {"row_id": f"{number}{semitones:+g}", "parent_id": str(number), "pitch_semitones": semitones}
+        rows.append(
+            base | copy | {config.kind: extract(_middle(shifted, config), config)} | _power(shifted, config, frames)
+        )
+    return rows
+
+
+def _excerpt(path: str, config: FeatureConfig, options: ShardOptions) -> np.ndarray:
+    """Up to ``mel_power_s`` seconds around the middle, mono."""
+    whole = load_middle(path, window_s=options.mel_power_s, sample_rate_hz=config.sample_rate_hz)
+    real = min(len(whole.samples), max(config.window_samples, round(whole.scored_s * config.sample_rate_hz)))
+    start = (len(whole.samples) - real) // 2
+    return whole.samples[start : start + real]
+
+
+def _middle(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
+    start = (len(samples) - config.window_samples) // 2
+    return samples[start : start + config.window_samples]
+
+
+def _pitch_shift(samples: np.ndarray, config: FeatureConfig, semitones: float) -> np.ndarray:
+    import librosa
+
+    return librosa.effects.pitch_shift(samples, sr=config.sample_rate_hz, n_steps=semitones)
+
+
+def _power_frames(config: FeatureConfig, options: ShardOptions) -> int:
+    if config.kind != "log_mel" or options.mel_power_s <= 0:
+        return 0
+    return 1 + round(max(options.mel_power_s, config.window_s) * config.sample_rate_hz) // config.hop_length
+
+
+def _power(samples: np.ndarray, config: FeatureConfig, frames: int) -> dict[str, Any]:
+    power = mel_power(samples, config)
+    padded = np.zeros((config.n_mels, frames), np.float32)
+    padded[:, : power.shape[1]] = power
+    return {"mel_power": padded, "n_frames": power.shape[1]}
+
+
+def _to_arrow(rows: list[dict[str, Any]], columns: list[str], config: FeatureConfig, options: ShardOptions) -> pa.Table:
+    plain = [*columns, "row_id", "parent_id", "pitch_semitones", "status", "error", "n_frames"]
+    table = pa.Table.from_pandas(pd.DataFrame([{c: row[c] for c in plain} for row in rows]), preserve_index=False)
+    table = table.append_column(config.kind, _tensor([row[config.kind] for row in rows], config.input_shape))
+    frames = _power_frames(config, options)
+    if frames:
+        table = table.append_column("mel_power", _tensor([row["mel_power"] for row in rows], (config.n_mels, frames)))
+    return table
+
+
+def _tensor(values: list[np.ndarray | None], shape: tuple[int, ...]) -> pa.Array:
+    """A fixed-shape tensor column; recordings without features are zeros (their status says so)."""
+    stacked = np.stack([np.zeros(shape, np.float32) if v is None else v for v in values])
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(stacked))
+
+
+def _count(out: Path, names: list[str]) -> tuple[int, int]:
+    """Rows and failed rows of the finished parts."""
+    statuses = [pq.read_table(out / name, columns=["status"])["status"] for name in names]
+    rows = sum(len(s) for s in statuses)
+    return rows, rows - sum(int(pa.compute.sum(pa.compute.equal(s, "ok")).as_py() or 0) for s in statuses)

@@ -1,0 +1,159 @@
+"""Which recordings train and which test: stratified and speaker-disjoint splits, content hashes, the leak check.
+
+Rows are put in order of file stem before any random choice, so that a split depends on the recordings' names and the
+seed alone, not on folders or formats. Recordings with the same content (decoded samples, rate, channels) are one unit:
+they fall on one side together. Stratified splitting is scikit-learn's ``StratifiedShuffleSplit`` over such units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedShuffleSplit
+
+from pipeline.audio import AudioError, content_hash
+from pipeline.corpora import ManifestError
+from pipeline.folders import local_path
+
+SPLITS = ("train", "inner_val", "test")
+HASH_COLUMN = "content_hash"
+
+
+def by_stem(table: pd.DataFrame) -> pd.DataFrame:
+    """The table in order of file stem (then label, then path), with a fresh index."""
+    stems = [Path(str(p)).stem for p in table["speech"]]
+    order = sorted(
+        range(len(table)), key=lambda i: (stems[i], str(table["label"].iloc[i]), str(table["speech"].iloc[i]))
+    )
+    return table.iloc[order].reset_index(drop=True)
+
+
+def split_table(
+    table: pd.DataFrame,
+    *,
+    test_size: float = 0.2,
+    inner_val: float = 0.2,
+    by: str = "random",
+    seed: int = 42,
+) -> dict[str, pd.DataFrame]:
+    """Split a labelled manifest into ``train``, ``inner_val`` and ``test``.
+
+    Args:
+        test_size: share of all recordings (or speakers) held out for the one final test.
+        inner_val: share of the rest on which epochs and settings are chosen; 0 leaves that part empty.
+        by: ``random`` (stratified by class) or ``speaker`` (whole speakers, no voice in two parts).
+        seed: random state of both choices.
+
+    A ``split`` column whose cells are train, inner_val (or val, validation) and test is used as it stands; where it
+    names no inner_val rows, they are drawn from its train rows.
+
+    Raises:
+        ManifestError: too few recordings of a class, no speaker column, or an unknown name in the split column.
+    """
+    table = by_stem(table)
+    if "split" in table.columns and table["split"].astype(str).str.strip().any():
+        return _given_split(table, inner_val, by, seed)
+    rest, test = _divide(table, test_size, by, seed, "test")
+    train, inner = _divide(rest, inner_val, by, seed, "inner validation")
+    return {"train": train, "inner_val": inner, "test": test}
+
+
+def _given_split(table: pd.DataFrame, inner_val: float, by: str, seed: int) -> dict[str, pd.DataFrame]:
+    aliases = {"val": "inner_val", "valid": "inner_val", "validation": "inner_val", "dev": "inner_val"}
+    names = table["split"].astype(str).str.strip().str.lower().replace(aliases)
+    unknown = sorted(set(names) - set(SPLITS))
+    if unknown:
+        raise ManifestError(f"the split column holds {unknown}; expected train, inner_val and test")
+    parts = {name: table[names == name].reset_index(drop=True) for name in SPLITS}
+    if parts["train"].empty:
+        raise ManifestError("the split column names no train recordings; expected train, inner_val and test")
+    if parts["inner_val"].empty:
+        parts["train"], parts["inner_val"] = _divide(parts["train"], inner_val, by, seed, "inner validation")
+    return parts
+
+
+def _divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(the larger part, the held-out part) of ``table``."""
+    if not 0 <= share < 1:
+        raise ManifestError(f"the share of the {what} part must be at least 0 and below 1, got {share}")
+    if share == 0:
+        return table, table.iloc[:0].copy()
+    held = _held_speakers(table, share, seed, what) if by == "speaker" else _held_stratified(table, share, seed, what)
+    return table[~held].reset_index(drop=True), table[held].reset_index(drop=True)
+
+
+def _held_stratified(table: pd.DataFrame, share: float, seed: int, what: str) -> np.ndarray:
+    hashes = table[HASH_COLUMN] if HASH_COLUMN in table.columns else pd.Series("", index=table.index)
+    unit = np.array([h if isinstance(h, str) and h else f"row {i}" for i, h in enumerate(hashes)])
+    first = ~pd.Series(unit).duplicated().to_numpy()
+    units, labels = unit[first], table["label"].to_numpy()[first]
+    splitter = StratifiedShuffleSplit(n_splits=1, test_size=share, random_state=seed)
+    try:
+        _, chosen = next(splitter.split(np.zeros((len(units), 1)), labels.astype(str)))
+    except ValueError as error:
+        raise ManifestError(f"cannot hold out {share:.0%} for the {what} part: {error}; add recordings") from error
+    return np.isin(unit, units[chosen])
+
+
+def _held_speakers(table: pd.DataFrame, share: float, seed: int, what: str) -> np.ndarray:
+    if "speaker" not in table.columns or table["speaker"].isna().any():
+        raise ManifestError("a split by speaker needs a speaker for every recording; add the column speaker")
+    speakers = sorted(set(table["speaker"].astype(str)))
+    count = max(1, round(share * len(speakers)))
+    if count >= len(speakers):
+        raise ManifestError(
+            f"cannot hold out {share:.0%} of {len(speakers)} speakers for the {what} part; add speakers"
+        )
+    chosen = np.random.default_rng(seed).permutation(speakers)[:count]
+    return table["speaker"].astype(str).isin(chosen).to_numpy()
+
+
+def add_hashes(table: pd.DataFrame, *, threads: int = 2) -> pd.DataFrame:
+    """The table with ``content_hash``: sha256 of the decoded recording, empty where it cannot be read."""
+    with ThreadPoolExecutor(threads) as pool:
+        return table.assign(**{HASH_COLUMN: list(pool.map(_hash_or_empty, table["speech"]))})
+
+
+def _hash_or_empty(path: str) -> str:
+    try:
+        return content_hash(local_path(path))
+    except AudioError:
+        return ""
+
+
+def duplicates_in(table: pd.DataFrame) -> list[list[str]]:
+    """Paths of recordings that share their content, a list a group; needs ``content_hash``."""
+    known = table[table[HASH_COLUMN] != ""]
+    groups = known.groupby(HASH_COLUMN)["speech"].agg(list)
+    return [paths for paths in groups if len(paths) > 1]
+
+
+def check_disjoint(parts: Mapping[str, pd.DataFrame]) -> None:
+    """Refuse splits of which two hold the same recording (by content, or by path without hashes).
+
+    Raises:
+        ManifestError: names one recording and both parts.
+    """
+    owner: dict[str, tuple[str, str]] = {}
+    for name, part in parts.items():
+        hashes = part[HASH_COLUMN] if HASH_COLUMN in part.columns else [""] * len(part)
+        for path, digest in zip(part["speech"], hashes, strict=True):
+            key = str(digest or path)
+            other, other_path = owner.setdefault(key, (name, str(path)))
+            if other != name:
+                raise ManifestError(
+                    f"the same recording is in the {other} and the {name} part ({other_path}, {path}); "
+                    "remove one, or leave the split column out"
+                )
+
+
+def leaked(table: pd.DataFrame, training: pd.DataFrame) -> pd.Series:
+    """True for each row whose content (``content_hash``) is among the ``training`` rows of a bundle."""
+    if HASH_COLUMN not in training.columns or training.empty:
+        return pd.Series(False, index=table.index)
+    used = training[training["split"] != "test"] if "split" in training.columns else training
+    return table[HASH_COLUMN].isin(set(used[HASH_COLUMN]) - {""})

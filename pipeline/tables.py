@@ -1,0 +1,61 @@
+"""CSV files that are safe to open in a spreadsheet, and read back as they were.
+
+A text cell that begins with ``= + - @`` or a control character can run as a formula (OWASP, "CSV
+Injection"); such cells get a leading ``'``, which ``read_csv`` takes off again. Numbers, also as text, are
+left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+_RISKY = re.compile(r"^'*[=+\-@\x00-\x1f\x7f]")
+_GUARDED = re.compile(r"^''*[=+\-@\x00-\x1f\x7f]")
+
+
+def guard(text: str) -> str:
+    """The text as a spreadsheet may see it.
+
+    >>> guard("=1+1"), guard("-3.5"), guard("angry")
+    ("'=1+1", '-3.5', 'angry')
+    """
+    return "'" + text if _RISKY.match(text) and not _is_number(text) else text
+
+
+def unguard(text: str) -> str:
+    """What ``guard`` was given.
+
+    >>> unguard("'=1+1"), unguard("'quoted'")
+    ('=1+1', "'quoted'")
+    """
+    return text[1:] if _GUARDED.match(text) else text
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write ``table`` with guarded text columns, UTF-8, one line a row, without the index."""
+    safe = table.rename(columns=lambda name: guard(str(name)))
+    for name in safe.columns:
+        if not pd.api.types.is_numeric_dtype(safe[name]):
+            safe[name] = safe[name].map(lambda cell: guard(cell) if isinstance(cell, str) else cell)
+    safe.to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read what ``write_csv`` wrote; empty cells are missing values."""
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""], encoding="utf-8")
+    table = table.rename(columns=unguard)
+    for name in table.columns:
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            table[name] = table[name].map(lambda cell: unguard(cell) if isinstance(cell, str) else cell)
+    return table
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text == text.strip()

@@ -1,0 +1,88 @@
+"""The verdict on the targets: accuracy, weighted F1 and every class's recall, each with its interval.
+
+Recordings that could not be read count as wrong here; the figure on the read ones alone is shown beside it.
+The interval is the one over speakers where it exists, else the one over recordings. A target that is met by
+the figure while the interval reaches below it is said to be met with that reservation; a class without
+recordings cannot be decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import SerError
+
+MET = "met"
+CROSSES = "met, but the interval crosses the line"
+NOT_DECIDABLE = "not decidable"
+NOT_MET = "not met"
+_FROM_BEST = (MET, CROSSES, NOT_DECIDABLE, NOT_MET)
+_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is to be reached, as shares of 1."""
+
+    accuracy: float = 0.80
+    weighted_f1: float = 0.80
+    class_recall: float = 0.75
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 <= value <= 1:
+                raise SerError(f"the target for {name} must lie between 0 and 1, got {value}; 80 % is 0.80")
+
+
+def judge(value: float | None, interval: Sequence[float] | None, target: float) -> str:
+    """One of ``met``, ``met, but the interval crosses the line``, ``not met``, ``not decidable``."""
+    if value is None:
+        return NOT_DECIDABLE
+    if value < target - _TOLERANCE:
+        return NOT_MET
+    if interval is None or interval[0] < target - _TOLERANCE:
+        return CROSSES
+    return MET
+
+
+def verdict(evaluation: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
+    """Outcome of every target and of all together, from the figures of ``metrics.evaluate``."""
+    checks = [
+        _check("accuracy", None, targets.accuracy, evaluation["overall"]["accuracy"]),
+        _check("weighted F1", None, targets.weighted_f1, evaluation["overall"]["weighted_f1"]),
+    ]
+    for row in evaluation["per_class"]:
+        checks.append(_check("recall", row["label"], targets.class_recall, row["recall"]))
+    return {
+        "outcome": max((check["outcome"] for check in checks), key=_FROM_BEST.index),
+        "missed": [_name(check) for check in checks if check["outcome"] == NOT_MET],
+        "undecidable": [_name(check) for check in checks if check["outcome"] == NOT_DECIDABLE],
+        "targets": asdict(targets),
+        "checks": checks,
+    }
+
+
+def reached(found: Mapping[str, Any]) -> bool:
+    """Whether every target is met by its figure; what is not decidable has not been reached."""
+    return found["outcome"] in (MET, CROSSES)
+
+
+def _check(metric: str, label: str | None, target: float, figure: Mapping[str, Any]) -> dict[str, Any]:
+    over = "speakers" if figure["with_failed"]["over_speakers"] else "recordings"
+    interval = figure["with_failed"][f"over_{over}"]
+    return {
+        "metric": metric,
+        "label": label,
+        "target": target,
+        "value": figure["with_failed"]["value"],
+        "interval": interval,
+        "interval_over": over if interval else None,
+        "value_read_only": figure["value"],
+        "outcome": judge(figure["with_failed"]["value"], interval, target),
+    }
+
+
+def _name(check: Mapping[str, Any]) -> str:
+    return check["metric"] if check["label"] is None else f"{check['metric']} of {check['label']}"

@@ -1,0 +1,192 @@
+"""Shared fixtures: synthetic audio, a RAVDESS-like folder, a small untrained bundle, one Ray for the session.
+
+Tests need no data beyond this repository: whatever they hear is synthesised here, from a seed. In CI (``CI=true``)
+a skipped test is a failure, unless its reason names a missing GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of numpy or torch
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from pipeline.checkpoint import Bundle, save_bundle
+from pipeline.features import FeatureConfig
+from pipeline.labels import RAVDESS_EMOTIONS, RAVDESS_LABELS
+
+Samples = NDArray[np.float32]
+
+# What an emotion sounds like here: fundamental in Hz, syllables a second, peak. Far apart, so that a model can learn it.
+_VOICES = {
+    "neutral": (120.0, 3.0, 0.30),
+    "calm": (110.0, 2.0, 0.15),
+    "happy": (240.0, 5.0, 0.60),
+    "sad": (95.0, 1.5, 0.08),
+    "angry": (200.0, 6.0, 0.90),
+    "fearful": (320.0, 7.0, 0.40),
+    "disgust": (80.0, 2.5, 0.50),
+    "surprised": (400.0, 4.0, 0.70),
+}
+
+
+def speech_like(
+    *,
+    f0_hz: float = 150.0,
+    syllables_hz: float = 4.0,
+    peak: float = 0.5,
+    duration_s: float = 1.0,
+    sample_rate_hz: int = 16_000,
+    seed: int = 0,
+) -> Samples:
+    """Voiced sound: harmonics of a gliding fundamental under a syllable envelope, and a little noise.
+
+    Returns mono float32 ``(round(duration_s * sample_rate_hz),)`` whose largest magnitude is ``peak``.
+    """
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
+    glide = 1.0 + 0.1 * np.sin(2 * np.pi * (0.7 * t + rng.random()))
+    phase = 2 * np.pi * np.cumsum(f0_hz * glide) / sample_rate_hz
+    harmonics = range(1, max(2, int(min(4000.0, 0.45 * sample_rate_hz) / (1.1 * f0_hz)) + 1))
+    voice = sum(np.sin(k * phase + 2 * np.pi * rng.random()) / k for k in harmonics)
+    envelope = 0.1 + 0.9 * np.sin(np.pi * syllables_hz * t + rng.random()) ** 2
+    samples = voice * envelope + 0.01 * rng.standard_normal(t.size)
+    return np.asarray(samples * (peak / np.abs(samples).max()), dtype=np.float32)
+
+
+@pytest.fixture(scope="session", name="speech_like")
+def _speech_like() -> Callable[..., Samples]:
+    """The function ``speech_like``: keywords ``f0_hz syllables_hz peak duration_s sample_rate_hz seed``."""
+    return speech_like
+
+
+@pytest.fixture
+def write_audio(tmp_path: Path) -> Callable[..., Path]:
+    """``write_audio("a/b.wav", **voice)`` -> path of a clip below ``tmp_path``.
+
+    The keywords are those of ``speech_like``, and ``samples`` (an array (n,) or (n, channels) instead of a voice),
+    ``channels``, ``subtype`` (``"PCM_16"``; soundfile's default for the extension when None).
+    """
+
+    def write(
+        name: str = "clip.wav",
+        *,
+        samples: Samples | None = None,
+        sample_rate_hz: int = 16_000,
+        channels: int = 1,
+        subtype: str | None = None,
+        **voice: Any,
+    ) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if samples is None:
+            samples = speech_like(sample_rate_hz=sample_rate_hz, **voice)
+        if channels > 1:
+            samples = np.stack([samples] * channels, axis=1)
+        soundfile.write(path, samples, sample_rate_hz, subtype=subtype)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def ravdess_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``Actor_01 .. Actor_04`` with 16 WAV clips each, 64 in all: 8 emotions x 2 statements, named as RAVDESS names them.
+
+    1.0 s at 16 kHz, mono; the emotions differ in pitch, rhythm and loudness. For the whole session: do not change it.
+    """
+    folder = tmp_path_factory.mktemp("ravdess_like")
+    for actor in range(1, 5):
+        (folder / f"Actor_{actor:02d}").mkdir()
+        for code, emotion in RAVDESS_EMOTIONS.items():
+            f0_hz, syllables_hz, peak = _VOICES[emotion]
+            for statement in (1, 2):
+                samples = speech_like(
+                    f0_hz=f0_hz * (1.2 if actor % 2 == 0 else 1.0),
+                    syllables_hz=syllables_hz,
+                    peak=peak,
+                    seed=1000 * actor + 10 * int(code) + statement,
+                )
+                name = f"03-01-{code}-01-{statement:02d}-01-{actor:02d}.wav"
+                soundfile.write(folder / f"Actor_{actor:02d}" / name, samples, 16_000, subtype="PCM_16")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of the Inception with seeded random weights: the eight RAVDESS classes, no training. Do not change it."""
+    import torch
+
+    from pipeline.models import build_model
+
+    config = FeatureConfig()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model("inception", {}, len(RAVDESS_LABELS), config.input_shape)
+    return save_bundle(
+        tmp_path_factory.mktemp("bundles") / "tiny",
+        name="tiny",
+        state_dict=model.state_dict(),
+        model_name="inception",
+        model_options={},
+        labels=RAVDESS_LABELS,
+        features=config,
+        metrics={},
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray with two CPUs, started at the first use in the session and stopped at its end.
+
+    Jobs called in the same process join it (``start_ray`` does nothing where Ray runs); whoever calls ``ray.shutdown``
+    breaks the tests that come later.
+    """
+    import ray
+
+    from pipeline.runtime import start_ray
+
+    start_ray(num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+def _is_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip into a failure, unless its reason names a missing GPU; expected failures are left alone."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if "GPU" not in reason:
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where everything must run: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI, a test that skips fails."""
+    report = yield
+    if _is_ci():
+        _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """In CI, a module that skips itself fails."""
+    report = yield
+    if _is_ci():
+        _forbid_skip(report)
+    return report

@@ -1,0 +1,65 @@
+"""Label order, spellings, integers, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.labels import ALIASES, RAVDESS_LABELS, LabelError, LabelSet, canonical_name, parse_label_map
+
+RAVDESS = LabelSet(RAVDESS_LABELS)
+
+
+def test_ravdess_order_is_the_contract() -> None:
+    expected = ["angry", "calm", "disgust", "fearful", "happy", "neutral", "sad", "surprised"]
+    assert list(RAVDESS.names) == expected
+    assert [RAVDESS.index(name) for name in expected] == list(range(8))
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES))
+def test_every_alias_names_a_ravdess_class_and_is_none_itself(alias: str) -> None:
+    assert ALIASES[alias] in RAVDESS_LABELS
+    assert alias not in RAVDESS_LABELS
+
+
+@pytest.mark.parametrize(
+    ("given", "index"),
+    [
+        ("Fear", 3),
+        (" SURPRISE ", 7),
+        ("ps", 7),
+        ("Pleasant-Surprise", 7),
+        (0, 0),
+        ("7", 7),
+        ("3.0", 3),
+        (5.0, 5),
+    ],
+)
+def test_spellings_and_integers(given: str | int, index: int) -> None:
+    assert RAVDESS.index(given) == index
+
+
+@pytest.mark.parametrize("given", ["bored", "", "-1", 8, "8", "1.5", True, "nan", "inf"])
+def test_what_no_class_has_is_refused_in_one_line(given: str | int) -> None:
+    with pytest.raises(LabelError) as caught:
+        RAVDESS.index(given)
+    assert "\n" not in str(caught.value)
+    assert "angry" in str(caught.value)
+
+
+def test_label_map_goes_before_aliases() -> None:
+    mapping = parse_label_map("Joy=calm, excited = happy")
+    assert canonical_name("joy", mapping) == "calm"
+    assert canonical_name("EXCITED", mapping) == "happy"
+    assert canonical_name("fear", mapping) == "fearful"
+
+
+@pytest.mark.parametrize("text", ["joy", "joy=", "=calm"])
+def test_malformed_label_map(text: str) -> None:
+    with pytest.raises(LabelError, match="given=wanted"):
+        parse_label_map(text)
+
+
+@pytest.mark.parametrize("names", [("b", "a"), ("a", "a"), ("a",), ()])
+def test_a_label_set_is_sorted_unique_and_of_two_at_least(names: tuple[str, ...]) -> None:
+    with pytest.raises(LabelError):
+        LabelSet(names)
