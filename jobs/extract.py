@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, Progress, run, say
-from pipeline.corpora import label_counts, label_set, read_manifest, scan_folder
+from pipeline.corpora import label_counts, read_manifest, scan_folder
 from pipeline.features import KINDS, FeatureConfig
-from pipeline.labels import parse_label_map
+from pipeline.labels import describe, parse_label_map
 
 
 def build_parser() -> Parser:
@@ -68,9 +68,9 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
 
 def describe_labels(table: pd.DataFrame) -> None:
     """Say the label mapping and how many recordings each class has."""
-    labels = label_set(table)
-    say(f"labels: {labels.describe()}")
-    say("counts: " + ", ".join(f"{name} {n}" for name, n in label_counts(table, labels.names).items()))
+    names = sorted(set(table["label"]))
+    say(f"labels: {describe(names)}")
+    say("counts: " + ", ".join(f"{name} {n}" for name, n in label_counts(table, names).items()))
 
 
 def job(arguments: argparse.Namespace) -> int:

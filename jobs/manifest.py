@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs._common import EXIT_DONE, Parser, run, say
-from pipeline.corpora import label_counts, label_set, scan_folder
+from jobs.extract import describe_labels
+from pipeline.corpora import scan_folder
 
 
 def build_parser() -> Parser:
@@ -24,10 +25,8 @@ def job(arguments: argparse.Namespace) -> int:
     table = scan_folder(arguments.folder, songs=arguments.songs)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(arguments.out, index=False)
-    labels = label_set(table)
     say(f"{len(table)} recordings -> {arguments.out}")
-    say(f"labels: {labels.describe()}")
-    say("counts: " + ", ".join(f"{name} {n}" for name, n in label_counts(table, labels.names).items()))
+    describe_labels(table)
     return EXIT_DONE
 
 

@@ -69,7 +69,7 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
         raise ShardError(f"{folder} has no {MANIFEST}: the extraction did not finish; run the same jobs.extract again")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, parts = manifest["version"], manifest["parts"]
+        version, parts = manifest["version"], [str(name) for name in manifest["parts"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{folder / MANIFEST} is damaged ({error}); extract again with --overwrite") from error
     if version != SHARD_VERSION:

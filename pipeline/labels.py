@@ -9,7 +9,7 @@ Class indices are positions in sorted order, nothing else: RAVDESS is angry 0 ..
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import SerError
@@ -134,7 +134,12 @@ class LabelSet:
 
     def describe(self) -> str:
         """``"0 angry, 1 calm, ..."``, one line."""
-        return ", ".join(f"{i} {name}" for i, name in enumerate(self.names))
+        return describe(self.names)
+
+
+def describe(names: Sequence[str]) -> str:
+    """``"0 angry, 1 calm, ..."``: names with their indices, one line."""
+    return ", ".join(f"{i} {name}" for i, name in enumerate(names))
 
 
 def as_integer(value: object) -> int | None:

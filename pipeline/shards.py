@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,14 @@ from pipeline.features import FeatureConfig, extract, mel_power
 from pipeline.folders import local_path
 
 PLAN = "plan.json"
+_OUR_COLUMNS = {
+    "row_id": pa.string(),
+    "parent_id": pa.string(),
+    "pitch_semitones": pa.float64(),
+    "status": pa.string(),
+    "error": pa.string(),
+    "n_frames": pa.int64(),
+}
 ProgressCallback = Callable[[int, int, int], None]
 
 
@@ -70,11 +78,11 @@ def extract_shards(
         ShardError: ``out`` holds another extraction (and not ``overwrite``), or a folder that is none of ours.
     """
     options = options or ShardOptions()
-    table = manifest.reset_index(drop=True).drop(columns=["status", "error", "row_id"], errors="ignore")
+    table = manifest.reset_index(drop=True).drop(columns=[*_OUR_COLUMNS, config.kind, "mel_power"], errors="ignore")
     blocks = [table.iloc[i : i + options.block_rows] for i in range(0, len(table), options.block_rows)]
     plan = {"plan": _fingerprint(table, config, options), "version": SHARD_VERSION, "blocks": len(blocks)}
     _claim(out, plan, overwrite)
-    names = [f"part-{i:05d}.parquet" for i in range(len(blocks))]
+    names = [part_name(i) for i in range(len(blocks))]
     if (out / MANIFEST).is_file():
         done = read_shard_manifest(out)
         return ShardSummary(out, int(done["rows"]), int(done["failed"]), len(names))
@@ -82,7 +90,8 @@ def extract_shards(
     finished = sum(len(b) for i, b in enumerate(blocks) if i not in set(todo))
     failed = 0
     if todo:
-        for rows, bad in _run_blocks(blocks, todo, out.absolute(), config, options):
+        block = BlockWriter(out.absolute(), pa.Schema.from_pandas(table, preserve_index=False), config, options)
+        for rows, bad in _run_blocks(blocks, todo, block):
             finished, failed = finished + rows, failed + bad
             if on_progress:
                 on_progress(finished, len(table), failed)
@@ -99,6 +108,11 @@ def extract_shards(
     }
     write_json(out / MANIFEST, values)
     return ShardSummary(out, rows, failed, len(names) - len(todo))
+
+
+def part_name(block: int) -> str:
+    """File name of a block's part."""
+    return f"part-{block:05d}.parquet"
 
 
 def _fingerprint(table: pd.DataFrame, config: FeatureConfig, options: ShardOptions) -> str:
@@ -127,9 +141,7 @@ def _claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
     write_json(known, plan)
 
 
-def _run_blocks(
-    blocks: list[pd.DataFrame], todo: list[int], out: Path, config: FeatureConfig, options: ShardOptions
-) -> Any:
+def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter) -> Iterator[tuple[int, int]]:
     """Run the blocks ``todo`` on Ray Data; yields (rows, failed) for each as it is done."""
     import ray
 
@@ -140,7 +152,7 @@ def _run_blocks(
     frames = [blocks[i].assign(_block=i, _row=blocks[i].index) for i in todo]
 
     def work(batch: Any) -> Any:
-        rows, bad = write_block(batch, out, config, options)
+        rows, bad = write(batch)
         return pd.DataFrame({"rows": [rows], "failed": [bad]})
 
     dataset = ray.data.from_pandas(frames).map_batches(
@@ -150,46 +162,60 @@ def _run_blocks(
         yield int(row["rows"]), int(row["failed"])
 
 
-def write_block(batch: pd.DataFrame, out: Path, config: FeatureConfig, options: ShardOptions) -> tuple[int, int]:
-    """Extract one block (manifest rows with ``_block`` and ``_row``) into its part; (rows, failed)."""
-    rows: list[dict[str, Any]] = []
-    columns = [c for c in batch.columns if c not in ("_block", "_row")]
-    for record in batch.to_dict("records"):
-        rows.extend(_rows_of({str(name): value for name, value in record.items()}, columns, config, options))
-    target = out / f"part-{int(batch['_block'].iloc[0]):05d}.parquet"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(_to_arrow(rows, columns, config, options), temporary, compression="zstd", compression_level=1)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(batch), sum(row["status"] != "ok" for row in rows)
+@dataclass(frozen=True)
+class BlockWriter:
+    """Extracts one block of the manifest and writes its part. ``schema``: the manifest's columns, for every part."""
 
+    out: Path
+    schema: pa.Schema
+    config: FeatureConfig
+    options: ShardOptions
 
-def _rows_of(
-    record: dict[str, Any], columns: list[str], config: FeatureConfig, options: ShardOptions
-) -> list[dict[str, Any]]:
-    """The row of one recording, and those of its pitch-shifted copies."""
-    number, path = int(record["_row"]), local_path(record["speech"])
-    base = {c: record[c] for c in columns} | {"row_id": str(number), "parent_id": "", "pitch_semitones": 0.0}
-    base |= {"status": "ok", "error": "", "n_frames": 0, config.kind: None, "mel_power": None}
-    frames = _power_frames(config, options)
-    try:
-        clip = load_middle(path, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz)
-        base[config.kind] = extract(clip.samples, config)
-        if not frames:
-            return [base]
-        samples = _excerpt(path, config, options)
-    except AudioError as error:
-        return [base | {"status": error.code, "error": str(error), config.kind: None}]
-    rows = [base | _power(samples, config, frames)]
-    for semitones in options.pitch_semitones:
-        shifted = _pitch_shift(samples, config, semitones)
-        copy = {"row_id": f"{number}{semitones:+g}", "parent_id": str(number), "pitch_semitones": semitones}
-        rows.append(
-            base | copy | {config.kind: extract(_middle(shifted, config), config)} | _power(shifted, config, frames)
-        )
-    return rows
+    def __call__(self, batch: pd.DataFrame) -> tuple[int, int]:
+        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``); (rows, failed)."""
+        rows = [row for _, record in batch.iterrows() for row in self._rows(record)]
+        target = self.out / part_name(int(batch["_block"].iloc[0]))
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            pq.write_table(self._to_arrow(batch, rows), temporary, compression="zstd", compression_level=1)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return len(batch), sum(row["status"] != "ok" for row in rows)
+
+    def _rows(self, record: pd.Series) -> list[dict[str, Any]]:
+        """What we add to the row of one recording, and to those of its pitch-shifted copies."""
+        number, path = int(record["_row"]), local_path(record["speech"])
+        base = {"_row": number, "row_id": str(number), "parent_id": "", "pitch_semitones": 0.0}
+        base |= {"status": "ok", "error": "", "n_frames": 0, "features": None, "mel_power": None}
+        config, frames = self.config, _power_frames(self.config, self.options)
+        try:
+            clip = load_middle(path, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz)
+            base["features"] = extract(clip.samples, config)
+            if not frames:
+                return [base]
+            samples = _excerpt(path, config, self.options)
+        except AudioError as error:
+            return [base | {"status": error.code, "error": str(error), "features": None}]
+        rows = [base | _power(samples, config, frames)]
+        for semitones in self.options.pitch_semitones:
+            shifted = _pitch_shift(samples, config, semitones)
+            copy = {"row_id": f"{number}{semitones:+g}", "parent_id": str(number), "pitch_semitones": semitones}
+            copy["features"] = extract(_middle(shifted, config), config)
+            rows.append(base | copy | _power(shifted, config, frames))
+        return rows
+
+    def _to_arrow(self, batch: pd.DataFrame, rows: list[dict[str, Any]]) -> pa.Table:
+        given = batch.set_index("_row").loc[[row["_row"] for row in rows], self.schema.names]
+        table = pa.Table.from_pandas(given, schema=self.schema, preserve_index=False)
+        for name, kind in _OUR_COLUMNS.items():
+            table = table.append_column(name, pa.array([row[name] for row in rows], kind))
+        tensor = _tensor([row["features"] for row in rows], self.config.input_shape)
+        table = table.append_column(self.config.kind, tensor)
+        if frames := _power_frames(self.config, self.options):
+            tensor = _tensor([row["mel_power"] for row in rows], (self.config.n_mels, frames))
+            table = table.append_column("mel_power", tensor)
+        return table
 
 
 def _excerpt(path: str, config: FeatureConfig, options: ShardOptions) -> np.ndarray:
@@ -222,16 +248,6 @@ def _power(samples: np.ndarray, config: FeatureConfig, frames: int) -> dict[str,
     padded = np.zeros((config.n_mels, frames), np.float32)
     padded[:, : power.shape[1]] = power
     return {"mel_power": padded, "n_frames": power.shape[1]}
-
-
-def _to_arrow(rows: list[dict[str, Any]], columns: list[str], config: FeatureConfig, options: ShardOptions) -> pa.Table:
-    plain = [*columns, "row_id", "parent_id", "pitch_semitones", "status", "error", "n_frames"]
-    table = pa.Table.from_pandas(pd.DataFrame([{c: row[c] for c in plain} for row in rows]), preserve_index=False)
-    table = table.append_column(config.kind, _tensor([row[config.kind] for row in rows], config.input_shape))
-    frames = _power_frames(config, options)
-    if frames:
-        table = table.append_column("mel_power", _tensor([row["mel_power"] for row in rows], (config.n_mels, frames)))
-    return table
 
 
 def _tensor(values: list[np.ndarray | None], shape: tuple[int, ...]) -> pa.Array:

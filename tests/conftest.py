@@ -26,7 +26,7 @@ from pipeline.labels import RAVDESS_EMOTIONS, RAVDESS_LABELS
 
 Samples = NDArray[np.float32]
 
-# What an emotion sounds like here: fundamental in Hz, syllables a second, peak. Far apart, so that a model can learn it.
+# What an emotion sounds like here: fundamental in Hz, syllables a second, peak. Far apart: a model can learn them.
 _VOICES = {
     "neutral": (120.0, 3.0, 0.30),
     "calm": (110.0, 2.0, 0.15),
@@ -100,7 +100,7 @@ def write_audio(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def ravdess_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``Actor_01 .. Actor_04`` with 16 WAV clips each, 64 in all: 8 emotions x 2 statements, named as RAVDESS names them.
+    """``Actor_01 .. Actor_04`` with 16 WAV clips each, 64 in all: 8 emotions x 2 statements, named as in RAVDESS.
 
     1.0 s at 16 kHz, mono; the emotions differ in pitch, rhythm and loudness. For the whole session: do not change it.
     """
@@ -123,7 +123,7 @@ def ravdess_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of the Inception with seeded random weights: the eight RAVDESS classes, no training. Do not change it."""
+    """A bundle of the Inception with seeded random weights, untrained: the eight RAVDESS classes. Do not change it."""
     import torch
 
     from pipeline.models import build_model

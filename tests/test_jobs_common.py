@@ -1,0 +1,131 @@
+"""Options in both spellings, exit codes, one-line errors, progress; the manifest and extract jobs; `ser`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from jobs import _common, cli, extract, manifest
+from jobs._common import Parser, Progress, run, true_or_false
+from pipeline.errors import SerError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parser() -> Parser:
+    made = Parser(prog="job")
+    made.add_argument("--data_csv", required=True)
+    made.add_argument("--use_focal", type=true_or_false, default=False)
+    return made
+
+
+@pytest.mark.parametrize("words", [["--data_csv", "a-b"], ["--data-csv", "a-b"], ["--data-csv=a-b"]])
+def test_hyphens_and_underscores_are_alike_in_names_only(words: list[str]) -> None:
+    assert parser().parse_args(words).data_csv == "a-b"
+
+
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("false", False), ("1", True), ("no", False)])
+def test_booleans_as_the_brief_spells_them(text: str, value: bool) -> None:
+    assert parser().parse_args(["--data_csv", "x", "--use_focal", text]).use_focal is value
+
+
+def raises(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def job(_: argparse.Namespace) -> int:
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (SerError("two\nlines"), 2, "error: two lines\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stdout = sys.stdout
+    assert run(raises(error), parser(), ["--data_csv", "x"]) == code
+    sys.stdout = stdout
+    assert capsys.readouterr().err == text
+
+
+def test_our_mistakes_leave_a_log_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_common.tempfile, "tempdir", str(tmp_path))
+    assert run(raises(RuntimeError("boom")), parser(), ["--data_csv", "x"]) == 70
+    talk = capsys.readouterr().err
+    (log,) = tmp_path.iterdir()
+    assert str(log) in talk
+    assert "Traceback" not in talk
+    assert "boom" in log.read_text()
+
+
+@pytest.mark.parametrize("words", [[], ["--nonsense", "--data_csv", "x"], ["--data_csv", "x", "--use_focal", "maybe"]])
+def test_usage_errors_are_one_line_and_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda _: 0, parser(), words) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_progress_lines_tell_failures_and_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("score", every_s=0)
+    for done in (10, 20):
+        progress(done, 20, 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("score: 20/20 files")
+    assert all("3 failed" in line for line in lines)
+
+
+def test_manifest_then_extract(ravdess_like: Path, tmp_path: Path, ray_session: object) -> None:
+    csv = tmp_path / "metadata.csv"
+    assert manifest.main([str(ravdess_like), "--out", str(csv)]) == 0
+    table = pd.read_csv(csv)
+    assert len(table) == 64
+    assert table["label"].value_counts().eq(8).all()
+    table.iloc[:5].to_csv(csv, index=False)
+    assert extract.main(["--data-csv", str(csv), "--out", str(tmp_path / "f")]) == 0
+    assert json.loads((tmp_path / "f" / "manifest.json").read_text())["rows"] == 5
+    table.iloc[:5].assign(speech="nowhere.wav").to_csv(csv, index=False)
+    words = ["--data-csv", str(csv), "--out", str(tmp_path / "g")]
+    assert extract.main(words) == 4
+    assert extract.main([*words, "--tolerate_failures"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["manifest", "nowhere", "--out", "x.csv"],
+        ["extract", "--data_csv", "nowhere.csv", "--out", "x"],
+        ["extract", "--data_dir", "nowhere", "--out", "x"],
+        ["extract", "--out", "x"],
+        ["dance"],
+        [],
+    ],
+)
+def test_what_is_not_there_is_2(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    talk = capsys.readouterr().err
+    assert "Traceback" not in talk
+    if words:
+        assert talk.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_every_help_works(command: str) -> None:
+    words = [sys.executable, "-m", "jobs.cli", *filter(None, [command]), "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
