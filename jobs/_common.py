@@ -84,8 +84,7 @@ class Progress:
 
     def __init__(self, what: str, unit: str = "files", every_s: float = 5.0) -> None:
         self.what, self.unit, self.every_s = what, unit, every_s
-        self._start = time.monotonic()
-        self._first: int | None = None
+        self._start: tuple[float, int] | None = None  # when the first work was done, and how much
         self._last_line_s = 0.0
         self._bar: tqdm[NoReturn] | None = None
 
@@ -99,11 +98,13 @@ class Progress:
             if done >= total:
                 self._bar.close()
             return
-        now = time.monotonic() - self._start
-        self._first = done if self._first is None else self._first
+        now = time.monotonic()
+        self._start = self._start or (now, done)
         if done < total and now - self._last_line_s < self.every_s:
             return
         self._last_line_s = now
-        rate = (done - self._first) / now if done > self._first else done / max(now, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
-        say(f"{self.what}: {done}/{total} {self.unit}, {rate:.0f}/s, {failed} failed{left}")
+        since_s, first = self._start
+        rate = (done - first) / (now - since_s) if done > first else 0.0
+        speed = f", {rate:.0f}/s" if rate else ""
+        left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        say(f"{self.what}: {done}/{total} {self.unit}{speed}, {failed} failed{left}")

@@ -41,16 +41,37 @@ def build_parser() -> Parser:
 def _add_data_options(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label; extracted to OUT/features first")
+    source.add_argument(
+        "--data_csv", type=Path, help="CSV with the columns speech,label; extracted to OUT/features first"
+    )
     source.add_argument("--data_dir", type=Path, help="folder of labelled recordings; extracted to OUT/features first")
     source.add_argument("--features", type=Path, help="folder that jobs.extract wrote")
-    group.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)")
+    group.add_argument(
+        "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
+    )
     group.add_argument("--label_map", type=parse_label_map, help="other label names: given=wanted,...")
-    group.add_argument("--out", type=Path, required=True, help="folder of the run: checkpoints, history, bundle, report")
-    group.add_argument("--split", choices=("random", "speaker"), default="random", help="random: stratified by class; speaker: no voice in two parts")
+    group.add_argument(
+        "--out", type=Path, required=True, help="folder of the run: checkpoints, history, bundle, report"
+    )
+    group.add_argument(
+        "--split",
+        choices=("random", "speaker"),
+        default="random",
+        help="random: stratified by class; speaker: no voice in two parts",
+    )
     group.add_argument("--test_size", type=float, default=0.2, help="share held out for the final report (default 0.2)")
-    group.add_argument("--inner_val", type=float, default=0.2, help="share of the rest that chooses the epoch; 0: train on all of it for exactly --epochs (default 0.2)")
-    group.add_argument("--report_split", choices=("test", "inner_val", "none"), default="test", help="what the final report is computed on (default test)")
+    group.add_argument(
+        "--inner_val",
+        type=float,
+        default=0.2,
+        help="share of the rest that chooses the epoch; 0: train on all of it for exactly --epochs (default 0.2)",
+    )
+    group.add_argument(
+        "--report_split",
+        choices=("test", "inner_val", "none"),
+        default="test",
+        help="what the final report is computed on (default test)",
+    )
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
 
 
@@ -58,12 +79,33 @@ def _add_model_options(parser: Parser) -> None:
     group = parser.add_argument_group("model and loss")
     group.add_argument("--model", choices=tuple(BUNDLE_NAMES), default="inception")
     group.add_argument("--dropout", type=float, help="default: the model's own (inception 0.4)")
-    group.add_argument("--oversample_boost", default="", metavar="CLASS:FACTOR,...", help="draw classes more often, by index or name: 1:2.0,sad:1.5")
-    group.add_argument("--class_weights", default="none", metavar="balanced|none|CLASS:WEIGHT,...", help="weights in the loss (default none)")
+    group.add_argument(
+        "--oversample_boost",
+        default="",
+        metavar="CLASS:FACTOR,...",
+        help="draw classes more often, by index or name: 1:2.0,sad:1.5",
+    )
+    group.add_argument(
+        "--class_weights",
+        default="none",
+        metavar="balanced|none|CLASS:WEIGHT,...",
+        help="weights in the loss (default none)",
+    )
     group.add_argument("--label_smoothing", type=float, default=0.0)
-    group.add_argument("--use_focal", type=true_or_false, default=False, metavar="True|False", help="focal loss instead of cross-entropy")
+    group.add_argument(
+        "--use_focal",
+        type=true_or_false,
+        default=False,
+        metavar="True|False",
+        help="focal loss instead of cross-entropy",
+    )
     group.add_argument("--focal_gamma", type=float, default=2.0)
-    group.add_argument("--augment", default="", metavar="NAME,...", help="crop,stretch,shift,masks,mixup,gain,noise,band,pitch (default none)")
+    group.add_argument(
+        "--augment",
+        default="",
+        metavar="NAME,...",
+        help="crop,stretch,shift,masks,mixup,gain,noise,band,pitch (default none)",
+    )
     group.add_argument("--mixup_alpha", type=float, default=0.2)
 
 
@@ -77,11 +119,22 @@ def _add_loop_options(parser: Parser) -> None:
     group.add_argument("--warmup_epochs", type=float, default=0.0)
     group.add_argument("--clip_norm", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
     group.add_argument("--ema", type=float, default=0.0, help="decay of the average of weights, as 0.995; 0: none")
-    group.add_argument("--patience", type=int, default=7, help="epochs without a better validation F1 before stopping; 0: never stop early")
+    group.add_argument(
+        "--patience",
+        type=int,
+        default=7,
+        help="epochs without a better validation F1 before stopping; 0: never stop early",
+    )
     group.add_argument("--seed", type=int, default=42)
-    group.add_argument("--num_workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray (default 1)")
-    group.add_argument("--use_gpu", type=true_or_false, nargs="?", const=True, metavar="True|False", help="default: when there is one")
-    group.add_argument("--threads", type=int, default=0, help="math threads a worker (default: the CPUs shared out equally)")
+    group.add_argument(
+        "--num_workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray (default 1)"
+    )
+    group.add_argument(
+        "--use_gpu", type=true_or_false, nargs="?", const=True, metavar="True|False", help="default: when there is one"
+    )
+    group.add_argument(
+        "--threads", type=int, default=0, help="math threads a worker (default: the CPUs shared out equally)"
+    )
 
 
 def job(arguments: argparse.Namespace) -> int:
@@ -113,7 +166,9 @@ def _prepare(arguments: argparse.Namespace) -> Plan:
         read_plan(arguments.out)
     features = arguments.features or _extract(arguments)
     arrays = load_features(features)
-    originals = arrays.table[arrays.table["parent_id"].isin(["", None])] if "parent_id" in arrays.table else arrays.table
+    originals = (
+        arrays.table[arrays.table["parent_id"].isin(["", None])] if "parent_id" in arrays.table else arrays.table
+    )
     if "label" not in originals.columns:
         raise SerError(f"{features} has no labels; extract it from a CSV with a label column")
     if arguments.features:
@@ -122,7 +177,9 @@ def _prepare(arguments: argparse.Namespace) -> Plan:
     if arguments.resume:
         splits = read_splits(arguments.out)
     else:
-        splits = split_table(add_hashes(originals), test_size=arguments.test_size, inner_val=arguments.inner_val, by=arguments.split)
+        splits = split_table(
+            add_hashes(originals), test_size=arguments.test_size, inner_val=arguments.inner_val, by=arguments.split
+        )
         check_disjoint(splits)
     say("parts: " + ", ".join(f"{name} {len(part)}" for name, part in splits.items()))
     plan = Plan(
@@ -143,7 +200,9 @@ def _prepare(arguments: argparse.Namespace) -> Plan:
 def _check_same(recorded: dict[str, Any], plan: Plan) -> None:
     for name in ("labels", "model"):
         if recorded[name] != plan.to_dict()[name]:
-            raise SerError(f"the run was started with {name} {recorded[name]}, got {plan.to_dict()[name]}; resume with the same")
+            raise SerError(
+                f"the run was started with {name} {recorded[name]}, got {plan.to_dict()[name]}; resume with the same"
+            )
 
 
 def _extract(arguments: argparse.Namespace) -> Path:
@@ -153,9 +212,13 @@ def _extract(arguments: argparse.Namespace) -> Path:
     table = read_data(arguments)
     describe_labels(table)
     folder: Path = arguments.out / "features"
-    summary = extract_shards(table, folder, FeatureConfig(kind=FEATURE_KINDS[arguments.model]), on_progress=Progress("extract"))
+    summary = extract_shards(
+        table, folder, FeatureConfig(kind=FEATURE_KINDS[arguments.model]), on_progress=Progress("extract")
+    )
     if summary.failed:
-        say(f"{summary.failed} of {summary.rows} recordings could not be read and are left out; see the column error in {folder}")
+        say(
+            f"{summary.failed} of {summary.rows} recordings could not be read and are left out; see the column error in {folder}"
+        )
     return folder
 
 
@@ -210,7 +273,10 @@ def _train(plan: Plan, arguments: argparse.Namespace) -> bool:
         from pipeline.runs import train_here
 
         result = train_here(
-            plan, device="cuda" if use_gpu else "cpu", on_epoch=lambda record, _: show.epoch(record), on_batch=show.batch
+            plan,
+            device="cuda" if use_gpu else "cpu",
+            on_epoch=lambda record, _: show.epoch(record),
+            on_batch=show.batch,
         )
         return result.interrupted
     from pipeline.train import train_on_ray

@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -56,12 +56,12 @@ Samples = npt.NDArray[np.float32]
 Channel = int | Literal["mix"]
 
 EXTENSIONS = frozenset(
-    ".wav .wave .rf64 .w64 .aif .aiff .aifc .caf .au .snd .flac .ogg .oga .opus .mp3".split()
-    + ".m4a .mp4 .webm .mka .mkv .mov .3gp .aac .amr".split()
+    {".wav", ".wave", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".caf", ".au", ".snd", ".flac", ".ogg", ".oga"}
+    | {".opus", ".mp3", ".m4a", ".mp4", ".webm", ".mka", ".mkv", ".mov", ".3gp", ".aac", ".amr"}
 )
 """File names that a folder scan takes for recordings. What a file is, its content decides."""
 
-_MARGIN = 2048  # frames at the lower rate on either side of a part; soxr's HQ filters reach some 200
+_MARGIN = 512  # frames at the lower rate on either side of a part; less than 256 changes the result, 256 and more do not
 _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
 
 
@@ -79,8 +79,11 @@ class AudioInfo:
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of a recording. `samples`: float32 mono (n,) at `sample_rate_hz`; `start_s`: where the real audio in it
-    starts in the recording; `scored_s`: seconds of real audio in it, the rest is zero padding."""
+    """A part of a recording.
+
+    `samples`: float32 mono (n,) at `sample_rate_hz`; `start_s`: where in the recording its real audio starts;
+    `scored_s`: seconds of real audio in it, the rest is zero padding.
+    """
 
     samples: Samples
     sample_rate_hz: int
@@ -103,8 +106,19 @@ def load_middle(
     channel: Channel = "mix",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Clip:
-    """The middle `window_s` seconds: exactly round(window_s * sample_rate_hz) samples, centred between zeros when
-    the recording is shorter. Raises `AudioError`."""
+    """The middle of a recording, as it would be cut from the whole recording resampled.
+
+    Args:
+        source: path or bytes.
+        window_s: length in seconds; the clip has exactly round(window_s * sample_rate_hz) samples, centred between
+            zeros when the recording is shorter.
+        sample_rate_hz: rate of the samples returned.
+        channel: "mix" (the mean of all channels), or one channel, counted from 0.
+        limits: what is refused before decoding.
+
+    Raises:
+        AudioError: the recording cannot be used; `code` says why.
+    """
     window = round(window_s * sample_rate_hz)
     if window < 1:
         raise ValueError(f"window_s {window_s} at {sample_rate_hz} Hz is {window} samples; expected 1 or more")
@@ -128,10 +142,20 @@ def load(
     channel: Channel = "mix",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Clip:
-    """The recording from `start_s` on, `duration_s` seconds of it or up to its end, resampled and not padded.
+    """A recording or a part of it, resampled, not padded: as `load_middle`, but where the caller says.
 
-    Holds what it returns, 4 bytes a sample: take long recordings in parts. Raises `AudioError`; `NoSamples` when
-    `start_s` lies at or past the end.
+    Holds what it returns, 4 bytes a sample: take long recordings in parts.
+
+    Args:
+        source: path or bytes.
+        sample_rate_hz: rate of the samples returned.
+        start_s: start of the part, in seconds.
+        duration_s: length of the part, in seconds, shortened at the recording's end; None for all that follows.
+        channel: "mix" (the mean of all channels), or one channel, counted from 0.
+        limits: what is refused before decoding.
+
+    Raises:
+        AudioError: the recording cannot be used; `NoSamples` when `start_s` lies at or past its end.
     """
     if start_s < 0 or (duration_s is not None and duration_s <= 0):
         raise ValueError(f"expected start_s >= 0 and duration_s > 0, got {start_s} and {duration_s}")
@@ -149,12 +173,15 @@ def load(
 
 
 def content_hash(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> str:
-    """sha256 (64 hex digits) of the decoded samples as little-endian float32, rate and channels: the same for a WAV
-    and the FLAC made from it, whatever their names and tags."""
+    """sha256 (64 hex digits) of the decoded samples, the rate and the number of channels.
+
+    Samples count as little-endian float32, so a WAV and the FLAC made from it have one hash, whatever their names and
+    tags. Raises `AudioError`.
+    """
     with _decoder(source, limits) as decoder:
         digest = hashlib.sha256(f"{decoder.sample_rate_hz} Hz, {decoder.channels} channels\n".encode())
         for block in decoder.blocks(0, decoder.frames):
-            digest.update(np.ascontiguousarray(block, "<f4"))
+            digest.update(block.astype("<f4", copy=False).tobytes())
         return digest.hexdigest()
 
 
@@ -198,14 +225,11 @@ def _mono(decoder: Decoder, start: int, count: int, channel: Channel) -> Samples
     if channel != "mix" and not 0 <= channel < decoder.channels:
         expected = f"0 to {decoder.channels - 1} or 'mix'"
         raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
+    weights = np.full(decoder.channels, 1.0 / decoder.channels, np.float32)
     samples = np.empty(count, np.float32)
     filled = 0
     for block in decoder.blocks(start, count):
-        if channel != "mix":
-            mono = block[:, channel]
-        else:
-            mono = block[:, 0] if decoder.channels == 1 else block.mean(axis=1)
-        samples[filled : filled + len(block)] = mono
+        samples[filled : filled + len(block)] = block @ weights if channel == "mix" else block[:, channel]
         filled += len(block)
     _check_values(samples, start, decoder)
     return samples

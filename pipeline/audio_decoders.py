@@ -8,6 +8,7 @@ Limits: libsndfile 1.2.2 serves MPEG audio from version 1.1 on; what it cannot o
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -17,13 +18,13 @@ import numpy.typing as npt
 import soundfile
 
 from pipeline.audio_errors import Corrupt, ExtraNeeded, Limits, NoSamples, Truncated
-from pipeline.audio_guard import Opened
+from pipeline.audio_guard import FileView, Opened
 from pipeline.audio_headers import ACCEPTED, Container
 
 Block = npt.NDArray[np.float32]
 BLOCK_SAMPLES = 2**16
-_LENGTH_IN_HEADER_ONLY = {"FLAC", "OGG", "MP3"}  # compressed: the file's size does not tell whether all is there
-_UNKNOWN_FRAMES = 2**62
+_UNKNOWN_FRAMES = 2**62  # libsndfile says 2^63 - 1 where a header leaves the length open
+_LAP_FRAMES = 8192  # the largest Vorbis block; what a seek yields first can lack its overlap (libsndfile issue 885)
 
 
 class Decoder(Protocol):
@@ -49,68 +50,122 @@ def open_decoder(file: Opened, container: Container, limits: Limits) -> Iterator
             yield decoder
         return
     if importlib.util.find_spec("av") is None:
-        remedy = f"Install the extra: pip install 'ser[av]', or convert it. Accepted without it are {ACCEPTED}."
-        raise ExtraNeeded(f"{file.name}: {container.name} needs PyAV. {remedy}")
+        remedy = "Install it with pip install 'speech-emotion-ray[av]', or convert the file"
+        problem = f"{container.name} needs the extra 'av' (PyAV)"
+        raise ExtraNeeded(f"{file.name}: {problem}. {remedy}; accepted without it are {ACCEPTED}.")
     from pipeline.audio_av import open_av
 
     with open_av(file, container, limits) as decoder:
         yield decoder
 
 
+class _Sound(soundfile.SoundFile):  # type: ignore[misc]
+    """A `SoundFile` that does not seek to where it already is after every read.
+
+    That costs a FLAC one more decoded frame a block, and fails in a stream whose header leaves its length open.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
 class SndfileDecoder:
     """A recording read by libsndfile."""
 
-    def __init__(self, file: Opened, container: Container, sound: soundfile.SoundFile) -> None:
+    def __init__(self, file: Opened, container: Container, sound: _Sound, counted_frames: int | None = None) -> None:
         self.name, self.container, self.codec = file.name, container.name, str(sound.subtype)
-        self.sample_rate_hz, self.channels, self.frames = int(sound.samplerate), int(sound.channels), int(sound.frames)
+        self.sample_rate_hz, self.channels = int(sound.samplerate), int(sound.channels)
+        self.frames = int(sound.frames) if counted_frames is None else counted_frames
         self._sound = sound
+        self._lap, self._last_seek = 0, self.frames
+        if counted_frames is not None:
+            self._last_seek = 0
+        elif self.codec == "VORBIS":
+            self._lap, self._last_seek = _LAP_FRAMES, self.frames - container.last_page_frames - _LAP_FRAMES
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
-        size = max(BLOCK_SAMPLES // self.channels, 1)
-        try:
-            if self._sound.tell() != start:
-                self._sound.seek(start)
+        with self._coded():
+            skipped = self._seek(start)
+            while skipped:
+                skipped -= len(self._read(min(skipped, self._block_frames)))
             while count:
-                block = self._sound.read(min(size, count), dtype="float32", always_2d=True)
-                if not len(block):
-                    raise self._ends_early(self._sound.tell())
+                block = self._read(min(count, self._block_frames))
                 count -= len(block)
                 yield block
-        except (soundfile.SoundFileError, RuntimeError) as error:
-            raise Corrupt(f"{self.name}: decoding failed ({_reason(error)}). Copy or export it again.") from error
+
+    def count_frames(self, limits: Limits) -> None:
+        """Set `frames`, which the header leaves open, by decoding everything; stops at the limits."""
+        self.frames = 0
+        with self._coded():
+            while block := len(self._sound.read(self._block_frames, dtype="float32", always_2d=True)):
+                self.frames += block
+                self.check(limits)
+
+    def check(self, limits: Limits) -> None:
+        limits.check(self.name, rate_hz=self.sample_rate_hz, channels=self.channels, frames=self.frames)
 
     def check_end(self) -> None:
-        """Read the last frame of a compressed recording: `Truncated` when it is not there."""
+        """Read the last frame, `Truncated` when it is not there: of a compressed file the size tells nothing."""
         try:
             self._sound.seek(self.frames - 1)
             if len(self._sound.read(1, dtype="float32")):
                 return
-        except (soundfile.SoundFileError, RuntimeError):
+        except soundfile.SoundFileError:
             pass
-        raise self._ends_early(None)
+        raise Truncated(f"{self.name}: cut off before its frame {self.frames}. Copy or download it again.")
 
-    def _ends_early(self, position: int | None) -> Truncated:
-        where = "before" if position is None else f"at frame {position}, expected"
-        return Truncated(f"{self.name}: cut off, ends {where} its frame {self.frames}. Copy or download it again.")
+    @property
+    def _block_frames(self) -> int:
+        return max(BLOCK_SAMPLES // self.channels, 1)
+
+    def _seek(self, start: int) -> int:
+        """Go to `start` or before it; how many frames there are to drop."""
+        target = max(min(start - self._lap, self._last_seek), 0)
+        if self._sound.tell() != target:
+            self._sound.seek(target)
+        return start - target
+
+    @contextmanager
+    def _coded(self) -> Iterator[None]:
+        try:
+            yield
+        except soundfile.SoundFileError as error:
+            raise Corrupt(f"{self.name}: decoding failed ({_reason(error)}). Export it again.") from error
+
+    def _read(self, count: int) -> Block:
+        block: Block = self._sound.read(count, dtype="float32", always_2d=True)
+        if not len(block):
+            at = f"{self._sound.tell()} of its {self.frames} frames"
+            raise Truncated(f"{self.name}: cut off, ends after {at}. Copy or download it again.")
+        return block
 
 
 @contextmanager
 def _open_sndfile(file: Opened, container: Container, limits: Limits) -> Iterator[SndfileDecoder]:
-    file.rewind()
-    try:
-        sound = soundfile.SoundFile(file.descriptor, closefd=False)
-    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:
-        remedy = "Copy or export it again."
-        raise Corrupt(f"{file.name}: broken {container.name} header ({_reason(error)}). {remedy}") from error
-    with sound:
+    with _sound(file, container) as sound:
         decoder = SndfileDecoder(file, container, sound)
         if decoder.frames <= 0:
             raise NoSamples(f"{file.name}: a {container.name} header and no samples. Record or export it again.")
-        rate_hz, channels = decoder.sample_rate_hz, decoder.channels
-        limits.check(file.name, rate_hz=rate_hz, channels=channels, frames=decoder.frames)
-        if container.name in _LENGTH_IN_HEADER_ONLY:
-            decoder.check_end()
-        yield decoder
+        if decoder.frames < _UNKNOWN_FRAMES:
+            decoder.check(limits)
+            if container.name in ("FLAC", "MP3"):
+                decoder.check_end()
+            yield decoder
+            return
+        decoder.count_frames(limits)
+        frames = decoder.frames
+    with _sound(file, container) as sound:  # once read to its end, a stream of open length cannot go back
+        yield SndfileDecoder(file, container, sound, counted_frames=frames)
+
+
+def _sound(file: Opened, container: Container) -> _Sound:
+    os.lseek(file.descriptor, 0, os.SEEK_SET)
+    try:
+        opened = FileView(file, container.splice) if container.splice else file.descriptor
+        return _Sound(opened, closefd=False)
+    except (soundfile.SoundFileError, ValueError, TypeError) as error:
+        problem = f"broken {container.name} header ({_reason(error)})"
+        raise Corrupt(f"{file.name}: {problem}. Copy or export it again.") from error
 
 
 def _reason(error: Exception) -> str:

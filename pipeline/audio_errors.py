@@ -26,6 +26,8 @@
 `code` is stable: it stands in tables (`status`) and HTTP answers (`code`) alike. `ERRORS` maps each code to its class.
 """
 
+# ruff: noqa: D101 - the tree above says what each is
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -26,9 +26,10 @@ from pipeline.audio_errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer  # of Python 3.12
+    from typing_extensions import Buffer
 
 AudioSource = str | os.PathLike[str] | bytes
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -48,7 +49,6 @@ class Opened:
             raise Unreadable(f"{self.name}: {error.strerror}. Check the disk or the network share.") from error
 
 
-
 @dataclass(frozen=True)
 class Splice:
     """A repair that a decoder sees and the file does not: `data` in place of `dropped_bytes` bytes at `position`."""
@@ -63,7 +63,7 @@ class FileView(io.RawIOBase):
 
     def __init__(self, file: Opened, splice: Splice | None = None) -> None:
         super().__init__()
-        self.name, self._file, self._splice = file.name, file, splice or Splice(0, 0, b"")
+        self._file, self._splice = file, splice or Splice(0, 0, b"")
         self._size = file.size_bytes + len(self._splice.data) - self._splice.dropped_bytes
         self._position = 0
 
@@ -129,15 +129,15 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def _anonymous_file(data: bytes) -> Iterator[int]:
+    file: io.RawIOBase
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("recording")
-        file = os.fdopen(descriptor, "wb", buffering=0)
+        file = os.fdopen(os.memfd_create("recording"), "wb", buffering=0)
     else:
-        file = tempfile.TemporaryFile("wb", buffering=0)  # type: ignore[assignment]
+        file = tempfile.TemporaryFile("wb", buffering=0)  # noqa: SIM115 - closed below
     with file:
         view = memoryview(data)
         while view:
-            view = view[file.write(view) :]
+            view = view[file.write(view) or 0 :]
         os.lseek(file.fileno(), 0, os.SEEK_SET)
         yield file.fileno()
 
@@ -147,7 +147,9 @@ def _open_path(path: str | os.PathLike[str], name: str) -> int:
         _refuse_irregular(os.stat(path).st_mode, name)  # before opening: to open a device can have effects
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
-        raise NotFound(f"{name or 'empty path'}: no such file. Check the path and the folder it is read from.") from error
+        raise NotFound(
+            f"{name or 'empty path'}: no such file. Check the path and the folder it is read from."
+        ) from error
     except PermissionError as error:
         raise PermissionDenied(f"{name}: permission denied. Grant read access to it and its folders.") from error
     except OSError as error:

@@ -52,7 +52,9 @@ class AugmentConfig:
         if unknown:
             raise SerError(f"unknown augmentation {unknown[0]!r}; choose among {', '.join(NAMES)}")
         if not self.mixup_alpha > 0:
-            raise SerError(f"mixup alpha {self.mixup_alpha}; expected a number above 0 (leave mixup out to turn it off)")
+            raise SerError(
+                f"mixup alpha {self.mixup_alpha}; expected a number above 0 (leave mixup out to turn it off)"
+            )
 
 
 class _Column(IntEnum):
@@ -104,7 +106,9 @@ class Augmenter:
 
     def __init__(self, config: AugmentConfig, features: FeatureConfig) -> None:
         if features.kind != "log_mel" and (wrong := [n for n in config.names if n in POWER_NAMES]):
-            raise SerError(f"augmentation {wrong[0]!r} needs log_mel features, got {features.kind}; use masks and mixup")
+            raise SerError(
+                f"augmentation {wrong[0]!r} needs log_mel features, got {features.kind}; use masks and mixup"
+            )
         self.config = config
         self.features = features
 
@@ -171,7 +175,9 @@ class Augmenter:
         """White noise of a drawn signal-to-noise ratio; the power of a noise bin is exponentially distributed."""
         happens = self._happens("noise", u, _Column.NOISE)
         for row in happens.nonzero().flatten().tolist():
-            snr_db = self.config.min_snr_db + float(u[row, _Column.SNR]) * (self.config.max_snr_db - self.config.min_snr_db)
+            snr_db = self.config.min_snr_db + float(u[row, _Column.SNR]) * (
+                self.config.max_snr_db - self.config.min_snr_db
+            )
             generator = torch.Generator().manual_seed(int(float(u[row, _Column.NOISE_SEED]) * 2**24))
             noise = torch.empty_like(power[row]).exponential_(generator=generator)
             power[row] += noise * power[row].mean() * 10 ** (-snr_db / 10)

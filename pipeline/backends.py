@@ -34,7 +34,7 @@ class Backend(Protocol):
 
 
 def open_backend(bundle: Bundle, name: str, device: str, threads: int | None) -> Backend:
-    """The back end called ``name``; ``auto`` is ONNX Runtime on the CPU where the network can be exported, else PyTorch.
+    """The back end called ``name``; ``auto`` is ONNX Runtime on the CPU, and PyTorch where that cannot be had.
 
     Args:
         device: ``cpu``, or a PyTorch device such as ``cuda`` or ``cuda:1``.
@@ -56,9 +56,7 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int | None) ->
             session = open_session(bundle, threads)
     except ImportError as error:
         if name == "onnx":
-            raise SerError(
-                "the package onnxruntime is missing; install it, or use --backend torch"
-            ) from error
+            raise SerError("the package onnxruntime is missing; install it, or use --backend torch") from error
         session = None
     if session is not None:
         return OnnxBackend(session)
@@ -97,7 +95,7 @@ class TorchBackend:
             raise SerError(f"cannot use device {device!r}: {reason}; use --device cpu") from error
         pictures = len(bundle.features.input_shape) == 3
         self._format = torch.channels_last if pictures else torch.contiguous_format
-        self._model = model.to(memory_format=self._format)
+        self._model = model.to(memory_format=self._format)  # type: ignore[call-overload]
 
     def logits(self, features: Array) -> Array:
         import torch

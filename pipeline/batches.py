@@ -48,7 +48,9 @@ class TrainingData:
             raise SerError(f"{len(shared)} clips are in both the training and the validation part; split again")
 
 
-def from_arrays(arrays: FeatureArrays, classes: Rows, n_classes: int, train_rows: Rows, valid_rows: Rows) -> TrainingData:
+def from_arrays(
+    arrays: FeatureArrays, classes: Rows, n_classes: int, train_rows: Rows, valid_rows: Rows
+) -> TrainingData:
     """Training data of extracted features; `classes` (n,) and the rows index `arrays.features`."""
     return TrainingData(
         config=arrays.config,
@@ -100,7 +102,11 @@ class Batches:
         rows = self.data.train_rows[self.sampler.draws(epoch)]
         draws = Draws.of_epoch(len(rows), self.sampler.batch_size, self.config.mixup_alpha, self.sampler.seed, epoch)
         for positions in self.sampler.positions(rank, world):
-            yield self._mixed(rows, draws, positions) if "mixup" in self.config.names else self._plain(rows, draws, positions)
+            yield (
+                self._mixed(rows, draws, positions)
+                if "mixup" in self.config.names
+                else self._plain(rows, draws, positions)
+            )
 
     def _plain(self, rows: Rows, draws: Draws, positions: Rows) -> tuple[Tensor, Tensor]:
         """Examples at `positions` of the stream, augmented one by one."""

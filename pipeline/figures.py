@@ -1,8 +1,8 @@
 """The report's drawings: confusion matrix, per-class bars, reliability, risk-coverage; by seaborn and matplotlib.
 
-Colours are those of Okabe & Ito (2008), told apart by every form of colour blindness, and never the only sign: values are
-written, bars below the target are hatched. Each drawing exists for light and for dark paper. Sizes are such that text of 8 pt
-stays readable when a drawing fills a phone's width.
+Colours are those of Okabe & Ito (2008), told apart by every form of colour blindness, and never the only
+sign: values are written, bars below the target are hatched. Each drawing exists for light and for dark
+paper. Sizes are such that text of 8 pt stays readable when a drawing fills a phone's width.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Theme:
 
 
 LIGHT = Theme("#ffffff", "#1b1f24", "#c9ced6", "#0072b2", "#d55e00", "#f7fafd", "#005a8d")
-DARK = Theme("#171b21", "#e6e9ee", "#434b57", "#56b4e9", "#e69f00", "#1d242d", "#56b4e9")
+DARK = Theme("#171b21", "#e6e9ee", "#434b57", "#56b4e9", "#e69f00", "#1d242d", "#1f6fa8")
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,10 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
         xticklabels=names,
         yticklabels=[f"{name}\n(n={sum(row)})" for name, row in zip(names, confusion["counts"], strict=True)],
     )
+    overall, n = evaluation["overall"], evaluation["n"]
+    unread = f", {n['labelled_failed']:,} more not read" if n["labelled_failed"] else ""
+    title = f"{n['read']:,} recordings{unread}: accuracy {_percent(overall['accuracy']['value'])}"
+    axes.set_title(f"{title}, UAR {_percent(overall['uar']['value'])}", size=7.5)
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
     axes.tick_params(length=0)
@@ -127,7 +131,7 @@ def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
             continue
         below = value < target
         colour = theme.orange if below else theme.blue
-        axes.barh(y, value * 100, height=0.62, color=colour, hatch="////" if below else None, edgecolor=theme.paper, lw=0)
+        axes.barh(y, value * 100, height=0.62, color=colour, hatch="////" if below else None, lw=0)
         if bounds is not None:
             error = [[max(0.0, value - bounds[0]) * 100], [max(0.0, bounds[1] - value) * 100]]
             axes.errorbar(value * 100, y, xerr=error, color=theme.ink, capsize=2.5, lw=1)
@@ -155,7 +159,7 @@ def reliability(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     sizes = [12 + 150 * row["n"] / largest for row in bins]
     axes.scatter(x, y, s=sizes, color=theme.blue, edgecolor=theme.paper, zorder=3, label="recordings (area: how many)")
     axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="confidence, %", ylabel="accuracy, %")
-    axes.legend(loc="upper left", frameon=False, fontsize=7)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=7, borderpad=0)
     ece = evaluation["overall"]["ece"]
     axes.text(100, 3, f"ECE {ece * 100:.1f} points", ha="right", size=8)
     sns.despine(figure)
@@ -182,7 +186,7 @@ def _axes(width_in: float, height_in: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _style(theme: Theme) -> dict[str, Any]:
+def _style(theme: Theme) -> Any:
     return {
         "font.size": 8,
         "figure.facecolor": theme.paper,

@@ -324,7 +324,9 @@ class Run:
         changed = sorted(name for name in ours if name not in free and ours[name] != theirs[name])
         if changed:
             name = changed[0]
-            raise SerError(f"the run was started with {name}={theirs[name]}, got {ours[name]}; resume with the same settings")
+            raise SerError(
+                f"the run was started with {name}={theirs[name]}, got {ours[name]}; resume with the same settings"
+            )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

@@ -52,9 +52,7 @@ class FolderScan:
             if count
         ]
         if self.unreadable:
-            parts.append(
-                f"{len(self.unreadable):,} folders that cannot be read (first: {_example(self.unreadable)})"
-            )
+            parts.append(f"{len(self.unreadable):,} folders that cannot be read (first: {_example(self.unreadable)})")
         if self.too_deep:
             parts.append(f"{len(self.too_deep):,} folders too deep (first: {_example(self.too_deep)})")
         return ", ".join(parts)
@@ -107,9 +105,9 @@ def scan(folder: Path, extensions: Collection[str], *, max_depth: int = MAX_DEPT
 
 
 def path_text(path: str | bytes | os.PathLike[str]) -> str:
-    """The path as text that UTF-8 can hold: itself, or its ``file://`` URI when its bytes are not UTF-8.
+    r"""The path as text that UTF-8 can hold: itself, or its ``file://`` URI when its bytes are not UTF-8.
 
-    >>> path_text(b"/calls/a b.wav"), path_text(b"/calls/caf\\xe9.wav")
+    >>> path_text(b"/calls/a b.wav"), path_text(b"/calls/caf\xe9.wav")
     ('/calls/a b.wav', 'file:///calls/caf%E9.wav')
     """
     raw = os.fsencode(path)
@@ -120,10 +118,10 @@ def path_text(path: str | bytes | os.PathLike[str]) -> str:
 
 
 def local_path(text: str) -> str:
-    """The path, for ``open``, that ``path_text`` (or any ``file://`` URI of this machine) stands for.
+    r"""The path, for ``open``, that ``path_text`` (or any ``file://`` URI of this machine) stands for.
 
     >>> local_path("/calls/a.wav"), os.fsencode(local_path("file:///calls/caf%E9.wav"))
-    ('/calls/a.wav', b'/calls/caf\\xe9.wav')
+    ('/calls/a.wav', b'/calls/caf\xe9.wav')
     """
     if not text.startswith(_URI):
         return text
@@ -142,9 +140,7 @@ def _is_listed_anyway(link: bytes, root: bytes) -> bool:
     target, top = os.path.realpath(link), os.path.join(os.path.realpath(root), b"")
     if top.startswith(os.path.join(target, b"")):
         return True
-    return target.startswith(top) and not any(
-        part.startswith(b".") for part in target[len(top) :].split(b"/")
-    )
+    return target.startswith(top) and not any(part.startswith(b".") for part in target[len(top) :].split(b"/"))
 
 
 def _identity(folder: bytes) -> tuple[int, int]:

@@ -23,9 +23,7 @@ def hints(found: Outcomes) -> list[str]:
     elif absent:
         sentences.append(f"No recordings of {', '.join(absent)}: not in the averages over classes (n/a).")
     if "speech" in found.table.columns and (repeated := int(found.table["speech"].duplicated().sum())):
-        sentences.append(
-            f"{repeated} rows name a recording that an earlier row names already; each row counts."
-        )
+        sentences.append(f"{repeated} rows name a recording that an earlier row names already; each row counts.")
     permuted = permutation_hint(found)
     return [*sentences, *([permuted] if permuted else [])]
 
@@ -46,9 +44,7 @@ def permutation_hint(found: Outcomes) -> str | None:
         return None
     occupied = square.sum(axis=1) > 0
     pairs = ",".join(
-        f"{found.labels[i]}={found.labels[j]}"
-        for i, j in zip(given, meant, strict=True)
-        if i != j and occupied[i]
+        f"{found.labels[i]}={found.labels[j]}" for i, j in zip(given, meant, strict=True) if i != j and occupied[i]
     )
     return (
         f"The labels look permuted: accuracy is {before:.0%}, and would be {after:.0%} "

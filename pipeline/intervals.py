@@ -12,12 +12,13 @@ stands in.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from scipy.stats import beta
+from scipy.stats import beta, norm
 
 from pipeline.measures import Floats, Ints
 
@@ -37,9 +38,7 @@ def resample_recordings(counts: Ints, resamples: int, rng: np.random.Generator) 
     return drawn.reshape(resamples, *counts.shape)
 
 
-def resample_groups(
-    group: Ints, cell: Ints, shape: tuple[int, ...], resamples: int, rng: np.random.Generator
-) -> Ints:
+def resample_groups(group: Ints, cell: Ints, shape: tuple[int, ...], resamples: int, rng: np.random.Generator) -> Ints:
     """Tallies ``(resamples, *shape)`` of whole groups (speakers) drawn with replacement.
 
     Args:
@@ -78,6 +77,24 @@ def clopper_pearson(right: int, n: int) -> Interval:
     low = 0.0 if right == 0 else float(beta.ppf(tail, right, n - right + 1))
     high = 1.0 if right == n else float(beta.ppf(1 - tail, right + 1, n - right))
     return low, high
+
+
+def newcombe(right: int, n: int, right_rest: int, n_rest: int) -> Interval:
+    """Hybrid score ``LEVEL`` interval of ``right/n - right_rest/n_rest``, independent samples."""
+    share, rest = right / n, right_rest / n_rest
+    (low, high), (low_rest, high_rest) = _wilson(right, n), _wilson(right_rest, n_rest)
+    below = math.hypot(share - low, high_rest - rest)
+    above = math.hypot(high - share, rest - low_rest)
+    return share - rest - below, share - rest + above
+
+
+def _wilson(right: int, n: int) -> Interval:
+    """Score interval of a share (Wilson 1927)."""
+    z = float(norm.ppf((1 + LEVEL) / 2))
+    share = right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
 def interval(value: float, samples: Floats, n: int) -> Interval | None:

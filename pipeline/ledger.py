@@ -1,8 +1,8 @@
 """The book of a scoring run on disk, so that whatever dies, every recording is scored exactly once.
 
-The manifest is cut into numbered blocks of rows. ``OUT/work/plan.json`` says what is being scored with what;
-``OUT/work/part-NNNNNN.parquet`` holds a finished block, written under a temporary name, synced and renamed, so that
-a part is there whole or not at all. Only the driver writes parts, under a lock (``flock``) that dies with it: what
+The manifest is cut into numbered blocks of rows. ``OUT/.score/plan.json`` says what is being scored with what;
+``OUT/.score/part-NNNNNN.parquet`` holds a finished block, written under a temporary name, synced and renamed, so
+that a part is there whole or not at all. Only the driver writes parts, under a lock (``flock``) that dies with it: what
 is missing after a crash is the blocks without a part, and nothing else is scored again. ``OUT/run.json``, written
 last, makes the run finished, and the work folder is removed.
 
@@ -35,7 +35,7 @@ from pipeline.errors import SerError
 
 LEDGER_VERSION = 1
 RUN = "run.json"
-_LOCK, _WORK, _PLAN = ".lock", "work", "plan.json"
+_LOCK, _WORK, _PLAN = ".score.lock", ".score", "plan.json"
 _POSITION_BYTES = 8
 
 
@@ -63,9 +63,12 @@ class Ledger:
         """
         finished, begun = self.finished(), _read(self.work / _PLAN)
         known = finished or begun
+        if known is None and not overwrite and (table := next(filter(Path.exists, self._tables()), None)):
+            raise LedgerError(f"{table} is of no run known here; choose another --out, or --overwrite to replace it")
         if overwrite or known is None:
-            self._clear(known is not None)
-            self.notes.mkdir(parents=True, exist_ok=True)
+            (self.out / RUN).unlink(missing_ok=True)
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.notes.mkdir(parents=True)
             write_json(self.work / _PLAN, {"plan": dict(plan), "block_rows": block_rows})
             return block_rows
         differing = [key for key in plan if plan[key] != known.get("plan", {}).get(key)]
@@ -132,13 +135,8 @@ class Ledger:
         write_json(self.out / RUN, run)
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def _clear(self, ours: bool) -> None:
-        """Remove what an earlier run left; a folder with other people's files is never touched."""
-        (self.out / RUN).unlink(missing_ok=True)
-        if ours:
-            shutil.rmtree(self.work, ignore_errors=True)
-        elif self.work.exists() and any(self.work.iterdir()) and not any(self.work.glob("part-*.parquet")):
-            raise LedgerError(f"{self.work} holds other files; choose another --out")
+    def _tables(self) -> tuple[Path, Path]:
+        return self.out / "predictions.parquet", self.out / "predictions.csv"
 
 
 @contextmanager

@@ -110,9 +110,7 @@ class Reliability:
         return float(np.nansum(gap * self.n) / self.n.sum())
 
 
-def reliability(
-    confidence: Floats, correct: NDArray[np.bool_], n_bins: int = CALIBRATION_BINS
-) -> Reliability:
+def reliability(confidence: Floats, correct: NDArray[np.bool_], n_bins: int = CALIBRATION_BINS) -> Reliability:
     """Accuracy against confidence in ``n_bins`` equal bins."""
     edges = np.linspace(0, 1, n_bins + 1)
     index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)

@@ -80,7 +80,7 @@ def evaluate(
     result |= _figures(found, resamples, seed, rng)
     result["hints"] = hints(found)
     result["verdict"] = verdict(result, targets or Targets())
-    result["breakdowns"], result["breakdowns_left_out"] = breakdowns(found, resamples, rng)
+    result["breakdowns"], result["breakdowns_left_out"] = breakdowns(found)
     return result
 
 
@@ -185,9 +185,7 @@ def _top2(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
         with np.errstate(invalid="ignore"):
             return np.asarray(read[..., 1].sum(axis=(-1, -2)) / read.sum(axis=(-1, -2, -3)))
 
-    return _figure(
-        share(counts), {over: share(array) for over, array in drawn.items()}, int(counts[:, :-1].sum())
-    )
+    return _figure(share(counts), {over: share(array) for over, array in drawn.items()}, int(counts[:, :-1].sum()))
 
 
 def _probability_figures(found: Outcomes) -> dict[str, float | None]:

@@ -133,7 +133,9 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
     wanted_axes = 3 if name == "inception" else 2
     if len(input_shape) != wanted_axes:
         kind = "log_mel" if name == "inception" else "frame_features"
-        raise SerError(f"model {name!r} takes {kind} features, got shape {tuple(input_shape)}; extract with --kind {kind}")
+        raise SerError(
+            f"model {name!r} takes {kind} features, got shape {tuple(input_shape)}; extract with --kind {kind}"
+        )
     if name == "inception":
         return EnhancedInceptionModel(n_classes, **options)
     return CnnBiLstmAttention(input_shape[1], n_classes, **options)

@@ -96,9 +96,7 @@ def _open(path: Path, threads: int) -> ort.InferenceSession | None:
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (
-        Exception
-    ):  # the runtime's own exception classes have no public base; a damaged file is exported again
+    except Exception:  # the runtime's own exception classes have no public base; a damaged file is exported again
         return None
 
 
@@ -112,9 +110,7 @@ def _onnx_bytes(bundle: Bundle) -> bytes:
     model = bundle.build_model()
     example = torch.zeros(1, *bundle.features.input_shape)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # the exporter announces its successor, and LSTM limits that batch 1 meets
+        warnings.simplefilter("ignore")  # the exporter announces its successor, and LSTM limits that batch 1 meets
         path = os.path.join(folder, ONNX_NAME)
         try:
             torch.onnx.export(

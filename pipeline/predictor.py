@@ -9,7 +9,7 @@ code: ``predict`` does not raise for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +19,10 @@ from pipeline import audio
 from pipeline.backends import Backend, open_backend
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.errors import SerError
-from pipeline.features import FeatureConfig, extract
-from pipeline.folders import local_path
-from pipeline.windows import covered_s, crop_starts
+from pipeline.excerpts import Excerpt, listen, listen_apart
 
 Array = NDArray[np.float32]
 UNCERTAIN = "uncertain"
-_SPAN_S = 60.0  # crops that lie within this are cut from one read
 
 
 @dataclass(frozen=True)
@@ -76,25 +73,10 @@ class Prediction:
         return UNCERTAIN if self.ok and self.confidence < min_confidence else self.predicted
 
 
-@dataclass(frozen=True)
-class Excerpt:
-    """What is heard of one recording: features ``(crops, *input_shape)``, none when it cannot be used."""
-
-    features: Array
-    duration_s: float = float("nan")
-    scored_s: float = 0.0
-    sample_rate_hz: int = 0
-    channels: int = 0
-    status: str = "ok"
-    error: str | None = None
-
-
 class Predictor:
     """A bundle, ready to run. Not safe for use by several threads at once."""
 
-    def __init__(
-        self, bundle: Bundle, backend: Backend, *, batch_size: int = 16, crops: int | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, batch_size: int = 16, crops: int | None = None) -> None:
         if batch_size < 1:
             raise SerError(f"batch_size must be 1 or more, got {batch_size}")
         if crops is not None and crops < 1:
@@ -145,8 +127,7 @@ class Predictor:
             return np.empty((0, len(self.labels)))
         features = np.ascontiguousarray(features, dtype=np.float32)
         batches = [
-            self.backend.logits(features[i : i + self.batch_size])
-            for i in range(0, len(features), self.batch_size)
+            self.backend.logits(features[i : i + self.batch_size]) for i in range(0, len(features), self.batch_size)
         ]
         return _log_softmax(np.concatenate(batches).astype(np.float64) / self.bundle.temperature)
 
@@ -154,9 +135,7 @@ class Predictor:
         """Calibrated probabilities, float64 ``(n, classes)``, rows summing to 1, of features ``(n, *input_shape)``."""
         return np.exp(self.log_probabilities(features))
 
-    def predict(
-        self, sources: Sequence[audio.AudioSource], *, channel: audio.Channel = "mix"
-    ) -> list[Prediction]:
+    def predict(self, sources: Sequence[audio.AudioSource], *, channel: audio.Channel = "mix") -> list[Prediction]:
         """One Prediction a source, in order. Never raises for a recording that cannot be used."""
         results: list[Prediction] = []
         for begin in range(0, len(sources), self.batch_size):
@@ -168,14 +147,14 @@ class Predictor:
         """Decode a recording and make its features; problems are told in the Excerpt, not raised."""
         return listen(source, self.bundle.features, self.crops, channel)
 
+    def listen_apart(self, source: audio.AudioSource, *, channel: audio.Channel = "mix") -> Excerpt:
+        """As ``listen``, in a process of its own, so that a decoder that crashes costs no more than its recording."""
+        return listen_apart(source, self.bundle.features, self.crops, channel)
+
     def classify(self, excerpts: Sequence[Excerpt]) -> list[Prediction]:
         """One Prediction an excerpt, in order, the network run over all of them together."""
         usable = [excerpt for excerpt in excerpts if excerpt.status == "ok"]
-        log_p = (
-            self.log_probabilities(np.concatenate([e.features for e in usable]))
-            if usable
-            else np.empty((0, 0))
-        )
+        log_p = self.log_probabilities(np.concatenate([e.features for e in usable])) if usable else np.empty((0, 0))
         pooled = iter(_pool(log_p, [len(e.features) for e in usable]))
         return [self._prediction(e, next(pooled) if e.status == "ok" else None) for e in excerpts]
 
@@ -193,76 +172,6 @@ class Predictor:
             sample_rate_hz=excerpt.sample_rate_hz,
             channels=excerpt.channels,
         )
-
-
-def listen(
-    source: audio.AudioSource, config: FeatureConfig, crops: int = 1, channel: audio.Channel = "mix"
-) -> Excerpt:
-    """Decode ``crops`` windows of a recording and make their features, ``(crops, *config.input_shape)``.
-
-    A recording that is not longer than the window gives one, zero padded; ``file://`` paths are understood. Problems
-    are told in the Excerpt's ``status`` and ``error``; nothing is raised.
-    """
-    if isinstance(source, str):
-        source = local_path(source)
-    try:
-        return _middle(source, config, channel) if crops == 1 else _crops(source, config, crops, channel)
-    except audio.AudioError as error:
-        return failed(config, error.code, str(error))
-    except (
-        Exception
-    ) as error:  # a recording must never end the job: what was not foreseen becomes a row as well
-        return failed(config, "internal_error", f"{type(error).__name__}: {error}")
-
-
-def failed(config: FeatureConfig, status: str, error: str) -> Excerpt:
-    """The Excerpt of a recording that cannot be used."""
-    return Excerpt(
-        np.empty((0, *config.input_shape), np.float32), status=status, error=" ".join(error.split())
-    )
-
-
-def _middle(source: audio.AudioSource, config: FeatureConfig, channel: audio.Channel) -> Excerpt:
-    clip = audio.load_middle(
-        source, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz, channel=channel
-    )
-    return _excerpt(extract(clip.samples, config)[np.newaxis], clip.info, clip.scored_s)
-
-
-def _crops(source: audio.AudioSource, config: FeatureConfig, crops: int, channel: audio.Channel) -> Excerpt:
-    info = audio.probe(source)
-    starts = crop_starts(info.duration_s, config.window_s, crops)
-    if len(starts) == 1:
-        return _middle(source, config, channel)
-    read = _reader(source, config, channel, starts)
-    features = np.stack([extract(read(start_s), config) for start_s in starts])
-    return _excerpt(features, info, covered_s(starts, info.duration_s, config.window_s))
-
-
-def _reader(
-    source: audio.AudioSource, config: FeatureConfig, channel: audio.Channel, starts: Sequence[float]
-) -> Callable[[float], Array]:
-    """A function from a start in seconds to the window's samples; reads once when the windows lie close together."""
-    rate_hz, size = config.sample_rate_hz, config.window_samples
-
-    def load(start_s: float, duration_s: float) -> Array:
-        clip = audio.load(
-            source, sample_rate_hz=rate_hz, start_s=start_s, duration_s=duration_s, channel=channel
-        )
-        return clip.samples
-
-    def fitted(samples: Array) -> Array:
-        return np.pad(samples[:size], (0, max(0, size - len(samples))))
-
-    span_s = starts[-1] - starts[0] + config.window_s
-    if span_s > _SPAN_S:
-        return lambda start_s: fitted(load(start_s, config.window_s))
-    span = load(starts[0], span_s)
-    return lambda start_s: fitted(span[round((start_s - starts[0]) * rate_hz) :])
-
-
-def _excerpt(features: Array, info: audio.AudioInfo, scored_s: float) -> Excerpt:
-    return Excerpt(features, info.duration_s, scored_s, info.sample_rate_hz, info.channels)
 
 
 def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

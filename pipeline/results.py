@@ -38,8 +38,6 @@ def write_results(plan: Plan, name: str, report_split: str, seconds: float) -> R
         report_split: `test`, `inner_val` or `none`; opened here, once.
         seconds: how long the training took.
     """
-    from pipeline.report import terminal_summary, write_report
-
     state = load_checkpoint(plan.checkpoint)
     plot_curves(state["history"], plan.out / "curves.png")
     splits = read_splits(plan.out)
@@ -59,6 +57,8 @@ def write_results(plan: Plan, name: str, report_split: str, seconds: float) -> R
     summary, report_path = "", None
     part = splits.get(report_split)
     if part is not None and len(part):
+        from pipeline.report import terminal_summary, write_report
+
         predictions = predict(plan, weights, part)
         meta = {"model": name, "split": report_split, "trained_on": training["trained_on"], "run": str(plan.out)}
         evaluation = write_report(predictions, plan.labels, plan.out / "report", meta=meta)
@@ -150,7 +150,10 @@ def card(name: str, plan: Plan, metrics: Mapping[str, Any], report_split: str) -
             "|---|---|",
             f"| accuracy | {found['accuracy']:.1%} |",
             f"| weighted F1 | {found['weighted_f1']:.1%} |",
-            *(f"| recall of {label} | {'n/a' if r is None else f'{r:.1%}'} |" for label, r in found["class_recall"].items()),
+            *(
+                f"| recall of {label} | {'n/a' if r is None else f'{r:.1%}'} |"
+                for label, r in found["class_recall"].items()
+            ),
             "",
         ]
     lines += [

@@ -96,9 +96,7 @@ def read_splits(out: Path) -> dict[str, pd.DataFrame]:
     missing = [name for name in SPLITS if not (out / "splits" / f"{name}.csv").is_file()]
     if missing:
         raise SerError(f"{out} holds no run to resume (no splits/{missing[0]}.csv); leave --resume out to start one")
-    return {
-        name: pd.read_csv(out / "splits" / f"{name}.csv", dtype=str, keep_default_na=False) for name in SPLITS
-    }
+    return {name: pd.read_csv(out / "splits" / f"{name}.csv", dtype=str, keep_default_na=False) for name in SPLITS}
 
 
 def read_plan(out: Path) -> dict[str, Any]:

@@ -64,7 +64,9 @@ class WeightedSampler:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or len(self.weights) == 0:
-            raise SerError(f"cannot draw batches of {self.batch_size} from {len(self.weights)} clips; both must be at least 1")
+            raise SerError(
+                f"cannot draw batches of {self.batch_size} from {len(self.weights)} clips; both must be at least 1"
+            )
         if not np.isfinite(self.weights).all() or self.weights.min() < 0 or self.weights.sum() <= 0:
             raise SerError("sampling weights must be finite, not negative, and not all 0")
 
@@ -104,7 +106,9 @@ class WeightedSampler:
             SerError: the workers cannot share the batch equally.
         """
         if self.batch_size % world:
-            raise SerError(f"batch size {self.batch_size} cannot be shared by {world} workers; make it a multiple of {world}")
+            raise SerError(
+                f"batch size {self.batch_size} cannot be shared by {world} workers; make it a multiple of {world}"
+            )
         part = self.batch_size // world
         for batch in range(len(self)):
             start = batch * self.batch_size + rank * part
@@ -114,4 +118,3 @@ class WeightedSampler:
 def _mix(seed: int, epoch: int) -> int:
     """One 63-bit seed from two numbers; neighbouring pairs give unrelated streams."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-

@@ -36,11 +36,16 @@ def unguard(text: str) -> str:
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write ``table`` with guarded text columns, UTF-8, one line a row, without the index."""
+    guarded(table).to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
+
+
+def guarded(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with every text cell and column name as ``guard`` gives it."""
     safe = table.rename(columns=lambda name: guard(str(name)))
     for name in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[name]):
             safe[name] = safe[name].map(lambda cell: guard(cell) if isinstance(cell, str) else cell)
-    safe.to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
+    return safe
 
 
 def read_csv(path: Path) -> pd.DataFrame:

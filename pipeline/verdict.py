@@ -59,6 +59,7 @@ def verdict(evaluation: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
         "outcome": max((check["outcome"] for check in checks), key=_FROM_BEST.index),
         "missed": [_name(check) for check in checks if check["outcome"] == NOT_MET],
         "undecidable": [_name(check) for check in checks if check["outcome"] == NOT_DECIDABLE],
+        "lowest_class": _lowest(evaluation["per_class"]),
         "targets": asdict(targets),
         "checks": checks,
     }
@@ -82,6 +83,13 @@ def _check(metric: str, label: str | None, target: float, figure: Mapping[str, A
         "value_read_only": figure["value"],
         "outcome": judge(figure["with_failed"]["value"], interval, target),
     }
+
+
+def _lowest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The class of the lowest recall, the failed counted as wrong."""
+    known = [(row["recall"]["with_failed"]["value"], row["label"]) for row in rows]
+    value, label = min((pair for pair in known if pair[0] is not None), key=lambda pair: pair[0])
+    return {"label": label, "value": value}
 
 
 def _name(check: Mapping[str, Any]) -> str:

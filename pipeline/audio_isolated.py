@@ -1,0 +1,106 @@
+"""Decoding in a process of its own, for a recording under suspicion: a decoder that crashes costs one recording.
+
+Method: a fresh Python process gets the recording (its path, or its bytes) on stdin and answers on stdout with one line
+of JSON and the samples; nothing is pickled. A process that dies becomes `DecoderCrashed`, one that does not answer in
+time is killed and becomes `DecodeTimeout`; an `AudioError` comes back as itself.
+Limits: some 0.3 s a recording for the new process; not for the first try of every recording.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.audio import AudioInfo, Clip, load_middle
+from pipeline.audio_errors import ERRORS, AudioError, DecoderCrashed, DecodeTimeout, Limits
+from pipeline.audio_guard import AudioSource, printable
+
+_CHILD = "from pipeline.audio_isolated import answer; answer()"
+_NO_SAMPLES = np.empty(0, np.float32)
+
+
+def decode_in_subprocess(
+    source: AudioSource, *, timeout_s: float = 30.0, decode: Callable[..., Clip] = load_middle, **options: Any
+) -> Clip:
+    """`decode(source, **options)` in a process of its own.
+
+    Args:
+        source: path or bytes of a recording.
+        timeout_s: seconds until the process is killed.
+        decode: `load_middle`, `load`, or another function at the top of an importable module.
+        options: its keyword arguments (numbers, strings, `limits`).
+
+    Raises:
+        DecoderCrashed: the process died. DecodeTimeout: it was killed. AudioError: what `decode` raised.
+    """
+    data = bytes(source) if isinstance(source, (bytes, bytearray, memoryview)) else b""
+    path = "" if isinstance(source, (bytes, bytearray, memoryview)) else os.fspath(source)
+    name = printable(path) if path else f"recording of {len(data)} bytes"
+    question = {
+        "decode": [decode.__module__, decode.__qualname__],
+        "path": base64.b64encode(os.fsencode(path)).decode(),
+        "options": {key: asdict(value) if isinstance(value, Limits) else value for key, value in options.items()},
+    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD],
+            input=json.dumps(question).encode() + b"\n" + data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=timeout_s,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DecodeTimeout(f"{name}: not decoded within {timeout_s:g} s. Leave it out, or export it again.") from error
+    if child.returncode != 0 or b"\n" not in child.stdout:
+        raise DecoderCrashed(f"{name}: its decoder {_death(child.returncode)}. Leave it out, or export it again.")
+    return _read_answer(child.stdout)
+
+
+def answer() -> None:
+    """The child's side: read the question on stdin, write the answer on stdout."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    reply = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what decoders print must not get into the answer
+    question = json.loads(sys.stdin.buffer.readline())
+    options = question["options"]
+    if "limits" in options:
+        options["limits"] = Limits(**options["limits"])
+    module, name = question["decode"]
+    path = os.fsdecode(base64.b64decode(question["path"]))
+    try:
+        clip: Clip = getattr(importlib.import_module(module), name)(path or sys.stdin.buffer.read(), **options)
+        header: dict[str, Any] = {"clip": asdict(replace(clip, samples=_NO_SAMPLES)) | {"samples": None}}
+        samples = clip.samples.tobytes()
+    except AudioError as error:
+        header, samples = {"code": error.code, "message": str(error)}, b""
+    with reply:
+        reply.write(json.dumps(header).encode() + b"\n" + samples)
+
+
+def _read_answer(stdout: bytes) -> Clip:
+    line, _, samples = stdout.partition(b"\n")
+    header = json.loads(line)
+    if "code" in header:
+        raise ERRORS[header["code"]](header["message"])
+    values = header["clip"] | {"info": AudioInfo(**header["clip"]["info"])}
+    return Clip(**values | {"samples": np.frombuffer(bytearray(samples), np.float32)})
+
+
+def _death(return_code: int) -> str:
+    if return_code < 0:
+        return f"ended the process with {signal.Signals(-return_code).name}"
+    return f"ended the process with status {return_code}"

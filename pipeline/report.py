@@ -1,0 +1,171 @@
+"""Predictions (and what was true) -> ``metrics.json``, CSV tables, figures, and one self-contained ``report.html``.
+
+The page shows nothing that is not in ``metrics.json``: it is rendered from the same dict. What a folder
+holds afterwards: ``metrics.json verdict.csv per_class.csv confusion_counts.csv confusion_normalised.csv
+breakdowns.csv reliability.csv risk_coverage.csv mistakes.csv failures.csv``, ``confusion_matrix per_class
+reliability risk_coverage`` as PNG and SVG.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import soundfile
+
+from pipeline import figures
+from pipeline.audio import AudioError, load, probe
+from pipeline.metrics import Targets, evaluate
+from pipeline.outcomes import failed_rows, outcomes
+from pipeline.report_html import meta_rows, render
+from pipeline.tables import write_csv
+from pipeline.terminal import terminal_summary
+
+__all__ = ["Targets", "terminal_summary", "write_report"]
+
+SHOWN_MISTAKES = 20
+SHOWN_FAILURES = 50
+_CLIP_RATE_HZ = 22_050
+_CLIP_LIMIT_S = 10.0
+_MISTAKE_COLUMNS = ("speech", "speaker", "label_name", "predicted", "confidence", "p_true", "duration_s")
+
+
+def write_report(
+    predictions: pd.DataFrame,
+    labels: Sequence[str],
+    out: Path,
+    *,
+    meta: Mapping[str, Any],
+    targets: Targets | None = None,
+    embed_audio: int = 0,
+    leak_check: Mapping[str, Any] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate ``predictions`` and write everything into ``out`` (made when missing).
+
+    Args:
+        predictions: a scores table; without any ``label_name`` the page says so and has no metrics. labels:
+        class names in index order. out: folder of the report. meta: how the predictions were made (model,
+        sha256, versions, command ...), shown as it is; ``model`` and
+            ``data`` also appear at the top of the page.
+        targets: of the verdict.
+        embed_audio: how many of the most confident mistakes can be played in the page.
+        leak_check: what ``leaks.check`` found.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        LabelError: a label that is none of ``labels``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    evaluation = evaluate(predictions, labels, targets=targets, resamples=resamples, seed=seed)
+    evaluation |= {"meta": dict(meta), "leak_check": leak_check, "mistakes": []}
+    failures = _failures(predictions)
+    evaluation["failures"] = _failure_summary(failures)
+    write_csv(failures, out / "failures.csv")
+    pictures = []
+    if evaluation["labelled"]:
+        mistakes = _mistakes(predictions, labels)
+        evaluation["mistakes"] = _records(mistakes.head(max(SHOWN_MISTAKES, embed_audio)))
+        write_csv(mistakes, out / "mistakes.csv")
+        _write_tables(evaluation, out)
+        pictures = [
+            {"title": drawing.title, "alt": drawing.alt} | figures.save(drawing, evaluation, out)
+            for drawing in figures.drawings(evaluation)
+        ]
+    text = json.dumps(evaluation, indent=1, allow_nan=False, default=str)
+    (out / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    page = render(
+        "report.html.j2",
+        e=json.loads(text),
+        pictures=pictures,
+        meta_rows=meta_rows(meta),
+        audio=_players(evaluation["mistakes"][:embed_audio]),
+    )
+    (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    return evaluation
+
+
+def _failures(predictions: pd.DataFrame) -> pd.DataFrame:
+    rows = predictions[failed_rows(predictions)]
+    return rows.reindex(columns=["speech", "status", "error"])
+
+
+def _failure_summary(failures: pd.DataFrame) -> dict[str, Any]:
+    counts = failures["status"].fillna("unknown").value_counts()
+    by_code = [{"code": str(code), "n": int(n)} for code, n in counts.items()]
+    return {"n": len(failures), "by_code": by_code, "first": _records(failures.head(SHOWN_FAILURES))}
+
+
+def _mistakes(predictions: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """Wrong answers, the most confident first."""
+    found = outcomes(predictions, labels)
+    found = found.where(found.read & ~found.correct)
+    table = found.table.assign(predicted=np.array(found.labels, dtype=object)[found.answer])
+    table["confidence"] = np.nan if found.confidence is None else found.confidence
+    if found.probabilities is not None:
+        table["p_true"] = np.take_along_axis(found.probabilities, found.truth[:, None], axis=1)[:, 0]
+    table = table.sort_values("confidence", ascending=False, kind="stable", na_position="last")
+    return table[[name for name in _MISTAKE_COLUMNS if name in table.columns]]
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as dicts of plain Python values, missing ones as None."""
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(name): _plain(cell) for name, cell in row.items()} for row in rows]
+
+
+def _plain(cell: object) -> object:
+    return cell.item() if isinstance(cell, np.generic) else cell
+
+
+def _write_tables(evaluation: Mapping[str, Any], out: Path) -> None:
+    confusion = evaluation["confusion"]
+    for name, cells in (("counts", confusion["counts"]), ("normalised", confusion["row_normalised"])):
+        table = pd.DataFrame(cells, columns=confusion["labels"])
+        table.insert(0, "true", confusion["labels"])
+        if name == "counts":
+            table["failed"] = confusion["failed"]
+        write_csv(table, out / f"confusion_{name}.csv")
+    write_csv(pd.json_normalize(evaluation["per_class"]), out / "per_class.csv")
+    write_csv(pd.DataFrame(evaluation["verdict"]["checks"]), out / "verdict.csv")
+    groups = [{"column": part["column"], **row} for part in evaluation["breakdowns"] for row in part["groups"]]
+    write_csv(pd.DataFrame(groups), out / "breakdowns.csv")
+    for name in ("reliability", "risk_coverage"):
+        if evaluation[name] is not None:
+            write_csv(pd.DataFrame(evaluation[name]), out / f"{name}.csv")
+
+
+def _players(mistakes: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """WAV data URIs of the mistakes that can still be read, by their position."""
+    players = {}
+    for position, row in enumerate(mistakes):
+        try:
+            players[position] = _wav_uri(row["speech"])
+        except AudioError:
+            continue
+    return players
+
+
+def _wav_uri(path: str) -> str:
+    """At most 10 s from the middle of a recording, mono, 16 bit."""
+    length_s = probe(path).duration_s
+    clip = load(
+        path,
+        sample_rate_hz=_CLIP_RATE_HZ,
+        start_s=max(0.0, (length_s - _CLIP_LIMIT_S) / 2),
+        duration_s=min(length_s, _CLIP_LIMIT_S),
+    )
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(clip.samples, -1, 1), _CLIP_RATE_HZ, format="WAV", subtype="PCM_16")
+    return "data:audio/wav;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
