@@ -3,7 +3,8 @@
 Each task reads its block of the manifest, computes the features, and writes ``part-NNNNN.parquet`` under a temporary
 name that it renames at the end; only counts travel back. So memory does not grow with the number of recordings, order
 is the manifest's, and a second run of the same extraction does only the parts that are missing. ``manifest.json`` is
-written last: its presence means complete. A recording that cannot be read is a row with ``status`` and ``error``.
+written last: its presence means complete. A recording that cannot be read is a row with ``status`` and ``error``; one
+that takes its decoder's process down is decoded apart at the next attempt, and becomes ``decoder_crashed``.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.arrays import MANIFEST, SHARD_VERSION, ShardError, read_shard_manifest
-from pipeline.audio import AudioError, load_middle
+from pipeline.audio import AudioError, Clip, load_middle
+from pipeline.audio_isolated import decode_in_subprocess
 from pipeline.checkpoint import write_json
 from pipeline.features import FeatureConfig, extract, mel_power
 from pipeline.folders import local_path
+from pipeline.ledger import Notes
 
-PLAN = "plan.json"
+PLAN, NOTES = "plan.json", ".notes"
+_RETRIES = 20
+_SUSPECT_ALL = 4  # attempts at a block that died before each of its recordings is decoded apart
 _OUR_COLUMNS = {
     "row_id": pa.string(),
     "parent_id": pa.string(),
@@ -90,11 +95,13 @@ def extract_shards(
     finished = sum(len(b) for i, b in enumerate(blocks) if i not in set(todo))
     failed = 0
     if todo:
+        (out / NOTES).mkdir(exist_ok=True)
         block = BlockWriter(out.absolute(), pa.Schema.from_pandas(table, preserve_index=False), config, options)
         for rows, bad in _run_blocks(blocks, todo, block):
             finished, failed = finished + rows, failed + bad
             if on_progress:
                 on_progress(finished, len(table), failed)
+    shutil.rmtree(out / NOTES, ignore_errors=True)
     rows, failed = _count(out, names)
     values = {
         **plan,
@@ -173,8 +180,17 @@ class BlockWriter:
 
     def __call__(self, batch: pd.DataFrame) -> tuple[int, int]:
         """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``); (rows, failed)."""
-        rows = [row for _, record in batch.iterrows() for row in self._rows(record)]
-        target = self.out / part_name(int(batch["_block"].iloc[0]))
+        block = int(batch["_block"].iloc[0])
+        notes = Notes(self.out / NOTES, block)
+        if notes.attempts > _RETRIES:
+            raise ShardError(f"block {block} took its process down {notes.attempts} times; is memory short?")
+        rows: list[dict[str, Any]] = []
+        for position, (_, record) in enumerate(batch.iterrows()):
+            notes.begin(position)
+            apart = position in notes.suspects or notes.attempts >= _SUSPECT_ALL
+            rows.extend(self._rows(record, decode_in_subprocess if apart else load_middle))
+        notes.close()
+        target = self.out / part_name(block)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             pq.write_table(self._to_arrow(batch, rows), temporary, compression="zstd", compression_level=1)
@@ -183,18 +199,18 @@ class BlockWriter:
             temporary.unlink(missing_ok=True)
         return len(batch), sum(row["status"] != "ok" for row in rows)
 
-    def _rows(self, record: pd.Series) -> list[dict[str, Any]]:
+    def _rows(self, record: pd.Series, read: Callable[..., Clip]) -> list[dict[str, Any]]:
         """What we add to the row of one recording, and to those of its pitch-shifted copies."""
         number, path = int(record["_row"]), local_path(record["speech"])
         base = {"_row": number, "row_id": str(number), "parent_id": "", "pitch_semitones": 0.0}
         base |= {"status": "ok", "error": "", "n_frames": 0, "features": None, "mel_power": None}
         config, frames = self.config, _power_frames(self.config, self.options)
         try:
-            clip = load_middle(path, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz)
+            clip = read(path, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz)
             base["features"] = extract(clip.samples, config)
             if not frames:
                 return [base]
-            samples = _excerpt(path, config, self.options)
+            samples = _excerpt(read, path, config, self.options)
         except AudioError as error:
             return [base | {"status": error.code, "error": str(error), "features": None}]
         rows = [base | _power(samples, config, frames)]
@@ -218,9 +234,9 @@ class BlockWriter:
         return table
 
 
-def _excerpt(path: str, config: FeatureConfig, options: ShardOptions) -> np.ndarray:
+def _excerpt(read: Callable[..., Clip], path: str, config: FeatureConfig, options: ShardOptions) -> np.ndarray:
     """Up to ``mel_power_s`` seconds around the middle, mono."""
-    whole = load_middle(path, window_s=options.mel_power_s, sample_rate_hz=config.sample_rate_hz)
+    whole = read(path, window_s=options.mel_power_s, sample_rate_hz=config.sample_rate_hz)
     real = min(len(whole.samples), max(config.window_samples, round(whole.scored_s * config.sample_rate_hz)))
     start = (len(whole.samples) - real) // 2
     return whole.samples[start : start + real]

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from pipeline import arrays
+from pipeline import arrays, shards
 from pipeline.arrays import ShardError, load_features
-from pipeline.audio import load_middle
+from pipeline.audio import Clip, load_middle
+from pipeline.audio_errors import DecoderCrashed
 from pipeline.features import FeatureConfig, extract, normalise_power
-from pipeline.shards import ShardOptions, extract_shards
+from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
 
 CONFIG = FeatureConfig()
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -166,3 +171,31 @@ def test_nothing_readable(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="no readable recording"):
         load_features(tmp_path / "out")
     assert arrays.read_shard_manifest(tmp_path / "out")["rows"] == 1
+
+
+def test_a_decoder_that_kills_its_process_costs_one_row(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    good = manifest[manifest["speech"].str.contains("good")].reset_index(drop=True)
+    victim = good["speech"][4]
+
+    class Crashing(BlockWriter):
+        """Its decoder aborts the process at one recording, as C libraries do; decoded apart, it says so."""
+
+        def _rows(self, record: pd.Series, read: Callable[..., Clip]) -> list[dict[str, Any]]:
+            if record["speech"] != victim:
+                return super()._rows(record, read)
+            if read is load_middle:
+                os.abort()
+
+            def crash(*_: object, **__: object) -> Clip:
+                raise DecoderCrashed("its decoder ended the process")
+
+            return super()._rows(record, crash)
+
+    out = tmp_path / "out"
+    (out / NOTES).mkdir(parents=True)
+    write = Crashing(out, pa.Schema.from_pandas(good, preserve_index=False), CONFIG, ShardOptions(mel_power_s=0))
+    blocks = [good.iloc[i : i + 3] for i in (0, 3, 6)]
+    assert sorted(shards._run_blocks(blocks, [0, 1, 2], write)) == [(3, 0), (3, 0), (3, 1)]
+    rows = read_parts(out)
+    assert rows["speech"].tolist() == good["speech"].tolist()
+    assert rows["status"].tolist() == ["ok"] * 4 + ["decoder_crashed"] + ["ok"] * 4
