@@ -1,0 +1,186 @@
+"""Extraction to Parquet on Ray Data against a hand-written pool of processes, and its memory, in one run.
+
+    python benchmarks/bench_extract.py --data_dir RECORDINGS [--small 2000 --large 10000 --repeats 5 --memory 500 20000]
+
+Both sides run the same ``BlockWriter`` over the same blocks and write the same parts. The slope (seconds more for the
+clips more, between ``--small`` and ``--large``) leaves out what starting costs; Ray is up and has run one warm-up
+pipeline, the pool is up and has run one block a process. Sides alternate; medians are printed. The recordings are hard
+links to those in ``--data_dir`` (copies where links fail), repeated until there are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import ray
+
+from pipeline.audio import EXTENSIONS
+from pipeline.features import FeatureConfig
+from pipeline.folders import scan
+from pipeline.runtime import start_ray
+from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
+
+CONFIG = FeatureConfig()
+
+
+def repeated(source: Path, folder: Path, n: int) -> pd.DataFrame:
+    """Manifest of ``n`` files in ``folder``: links to the recordings in ``source``, over and over."""
+    recordings = scan(source, EXTENSIONS).files
+    if not recordings:
+        raise SystemExit(f"no recordings in {source}; give --data_dir a folder of recordings")
+    paths = []
+    for i in range(n):
+        path = folder / f"{i // 1000:03d}" / f"{i:06d}{Path(recordings[i % len(recordings)]).suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(recordings[i % len(recordings)], path)
+        except OSError:
+            shutil.copyfile(recordings[i % len(recordings)], path)
+        paths.append(str(path))
+    return pd.DataFrame({"speech": paths, "label": "calm"})
+
+
+def blocks_of(table: pd.DataFrame, options: ShardOptions) -> list[pd.DataFrame]:
+    """The blocks that ``extract_shards`` makes."""
+    numbered = table.assign(_row=range(len(table)))
+    starts = range(0, len(table), options.block_rows)
+    return [numbered.iloc[i : i + options.block_rows].assign(_block=block) for block, i in enumerate(starts)]
+
+
+def on_ray(table: pd.DataFrame, out: Path, options: ShardOptions) -> float:
+    """Seconds of one extraction on Ray Data."""
+    start_s = time.perf_counter()
+    extract_shards(table, out, CONFIG, options=options)
+    return time.perf_counter() - start_s
+
+
+def on_pool(pool: object, table: pd.DataFrame, out: Path, options: ShardOptions) -> float:
+    """Seconds of one extraction on the pool."""
+    start_s = time.perf_counter()
+    (out / NOTES).mkdir(parents=True)
+    write = BlockWriter(out, pa.Schema.from_pandas(table, preserve_index=False), CONFIG, options)
+    for _ in pool.imap_unordered(write, blocks_of(table, options)):  # type: ignore[attr-defined]
+        pass
+    return time.perf_counter() - start_s
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def slopes(arguments: argparse.Namespace, table: pd.DataFrame, scratch: Path, options: ShardOptions) -> None:
+    """Print the cost of a clip on both sides and their ratio."""
+    small, large = table.iloc[: arguments.small], table.iloc[: arguments.large]
+    with get_context("spawn").Pool(arguments.cpus, initializer=_one_thread) as pool:
+        on_pool(pool, table.iloc[: options.block_rows * arguments.cpus], scratch / "warm-pool", options)
+        on_ray(table.iloc[: options.block_rows * arguments.cpus], scratch / "warm-ray", options)
+        sides: dict[str, Callable[[pd.DataFrame, Path], float]] = {
+            "Ray Data": lambda t, out: on_ray(t, out, options),
+            "pool": lambda t, out: on_pool(pool, t, out, options),
+        }
+        costs: dict[str, list[float]] = {name: [] for name in sides}
+        for repeat in range(arguments.repeats):
+            for name, side in sides.items():
+                seconds = []
+                for part in (small, large):
+                    out = scratch / f"{name}-{repeat}-{len(part)}".replace(" ", "")
+                    seconds.append(side(part, out))
+                    shutil.rmtree(out)
+                costs[name].append((seconds[1] - seconds[0]) / (len(large) - len(small)))
+            print(
+                f"  repeat {repeat + 1}: " + ", ".join(f"{n} {c[-1] * 1e3:.2f} ms a clip" for n, c in costs.items()),
+                flush=True,
+            )
+    medians = {name: statistics.median(values) for name, values in costs.items()}
+    ratio = statistics.median(p / r for r, p in zip(costs["Ray Data"], costs["pool"], strict=True))
+    print(f"slope {len(small):,} -> {len(large):,} clips, median of {arguments.repeats}:")
+    for name, value in medians.items():
+        print(f"  {name:<9} {value * 1e3:6.2f} ms a clip")
+    print(f"  Ray Data runs at {ratio:.2f} x the pool's speed (wanted: at least 0.85)")
+
+
+def private_bytes() -> int:
+    """Private memory of this process and all processes of this Ray, from ``/proc``."""
+    total = 0
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes()
+            if int(entry.name) != os.getpid() and not command.startswith(b"ray::"):
+                continue
+            lines = (entry / "smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
+    return total
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """A list whose only item becomes the largest private memory seen inside the block."""
+    peak, stop = [private_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            peak[0] = max(peak[0], private_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def memory(arguments: argparse.Namespace, table: pd.DataFrame, scratch: Path, options: ShardOptions) -> None:
+    """Print the peak private memory of driver and workers for few and for many clips."""
+    peaks = []
+    for n in arguments.memory:
+        with peak_memory() as peak:
+            on_ray(table.iloc[:n], scratch / f"memory-{n}", options)
+        shutil.rmtree(scratch / f"memory-{n}")
+        peaks.append(peak[0])
+        print(f"  {n:>7,} clips: peak private memory {peak[0] / 2**20:,.0f} MiB", flush=True)
+    print(f"  ratio {peaks[-1] / peaks[0]:.2f} (wanted: at most 1.10)")
+
+
+def main() -> None:
+    """Run both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--small", type=int, default=2_000)
+    parser.add_argument("--large", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", type=int, nargs=2, default=[500, 20_000])
+    parser.add_argument("--cpus", type=int, default=os.cpu_count())
+    parser.add_argument("--mel_power_s", type=float, default=0.0, help="as jobs.extract; default 0: log-mel alone")
+    parser.add_argument("--block_rows", type=int, default=64)
+    arguments = parser.parse_args()
+    options = ShardOptions(mel_power_s=arguments.mel_power_s, block_rows=arguments.block_rows)
+    versions = f"Python {platform.python_version()}, Ray {ray.__version__}"
+    print(f"machine: {platform.machine()}, {os.cpu_count()} CPUs, {versions}")
+    start_ray(arguments.cpus)
+    with tempfile.TemporaryDirectory(dir=arguments.data_dir.absolute().parent) as folder:
+        scratch = Path(folder)
+        table = repeated(arguments.data_dir, scratch / "audio", max(arguments.large, *arguments.memory))
+        slopes(arguments, table, scratch, options)
+        memory(arguments, table, scratch, options)
+
+
+if __name__ == "__main__":
+    main()
