@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow test-browser lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -14,7 +14,7 @@ setup: $(READY)   ## virtual environment with exactly the packages of requiremen
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -26,6 +26,10 @@ test: $(READY)    ## the tests, in a few minutes
 
 test-slow: $(READY)   ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+test-browser: $(READY)  ## the tests in a real browser; needs chromium (CHROMIUM=/usr/bin/chromium)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2 greenlet==3.5.6
+	$(BIN)/python -m pytest -m browser
 
 lint: $(READY)    ## ruff and mypy --strict
 	$(BIN)/ruff check .

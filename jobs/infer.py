@@ -7,12 +7,16 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
+from jobs._hearing import add_hearing, hearing
 from pipeline.backends import BACKENDS
+from pipeline.options import ScoreOptions
 from pipeline.predictor import Prediction, Predictor
+from pipeline.timeline import Timeline
 
 STDIN = "-"
 
@@ -27,74 +31,110 @@ def build_parser() -> Parser:
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument("--file", nargs="+", required=True, metavar="FILE", help="recordings; - reads one from stdin")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
-    parser.add_argument(
-        "--min_confidence", type=float, default=0.0, help="answers below it become 'uncertain' (default 0)"
-    )
+    add_hearing(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the network (default auto)")
     parser.add_argument("--device", default="cpu", help="cpu, or a PyTorch device such as cuda (default cpu)")
     parser.add_argument("--threads", type=int, help="math threads (default: all CPUs)")
     return parser
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What is printed of one file: its prediction, and its windows (None when it was not heard in windows)."""
+
+    name: str
+    prediction: Prediction
+    windows: Timeline | None
+
+
 def job(arguments: argparse.Namespace) -> int:
     """Predict, print; 4 when a recording could not be used."""
+    options = hearing(arguments)
     predictor = Predictor.from_bundle(
         arguments.model_weights,
         backend=arguments.backend,
         device=arguments.device,
         threads=arguments.threads,
-        crops=arguments.crops,
+        crops=options.crops,
     )
-    names: list[str] = arguments.file
-    predictions = predictor.predict([sys.stdin.buffer.read() if name == STDIN else name for name in names])
+    answers = [_answer(name, predictor, options) for name in arguments.file]
     if arguments.json:
-        answers = [
-            as_json(name, prediction, predictor.labels, arguments.min_confidence)
-            for name, prediction in zip(names, predictions, strict=True)
-        ]
-        print(json.dumps(answers, indent=2, ensure_ascii=True, allow_nan=False))
+        found = [as_json(answer, predictor.labels, options) for answer in answers]
+        print(json.dumps(found, indent=2, ensure_ascii=True, allow_nan=False))
     else:
-        print_table(names, predictions, predictor.labels, arguments.min_confidence)
-    return EXIT_DONE if all(prediction.ok for prediction in predictions) else EXIT_SOME_FAILED
+        print_table(answers, predictor.labels, options)
+    for answer in answers:
+        if answer.prediction.error is not None:
+            say(answer.prediction.error)
+    return EXIT_DONE if all(answer.prediction.ok for answer in answers) else EXIT_SOME_FAILED
 
 
-def as_json(name: str, prediction: Prediction, labels: Sequence[str], min_confidence: float) -> dict[str, Any]:
+def _answer(name: str, predictor: Predictor, options: ScoreOptions) -> Answer:
+    source = sys.stdin.buffer.read() if name == STDIN else name
+    if options.steps is None:
+        return Answer(name, predictor.predict([source], channel=options.channel)[0], None)
+    heard = predictor.follow(source, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs)
+    return Answer(name, *heard)
+
+
+def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dict[str, Any]:
     """One answer, plain values; what is not known is null."""
-    answer: dict[str, Any] = {"file": name, "status": prediction.status, "error": prediction.error}
-    answer["predicted"] = prediction.label(min_confidence)
+    prediction, windows = answer.prediction, answer.windows
+    found: dict[str, Any] = {"file": answer.name, "status": prediction.status, "error": prediction.error}
+    found["predicted"] = prediction.label(options.min_confidence, options.silence_dbfs)
     if prediction.ok:
-        answer |= {
+        found |= {
             "confidence": prediction.confidence,
             "probabilities": dict(zip(labels, prediction.probabilities.tolist(), strict=True)),
             "entropy": prediction.entropy,
             "margin": prediction.margin,
+            "level_dbfs": prediction.level_dbfs,
             "scored_s": prediction.scored_s,
         }
     if math.isfinite(prediction.duration_s):
-        answer |= {
+        found |= {
             "duration_s": prediction.duration_s,
             "sample_rate_hz": prediction.sample_rate_hz,
             "channels": prediction.channels,
         }
-    return answer
+    if windows is not None:
+        found["segments"] = [
+            {
+                "channel": windows.channel[i],
+                "start_s": float(windows.start_s[i]),
+                "end_s": float(windows.end_s[i]),
+                "predicted": name,
+                "probabilities": dict(zip(labels, windows.probabilities[i].tolist(), strict=True)),
+            }
+            for i, name in enumerate(windows.names(labels, options.min_confidence, options.silence_dbfs))
+        ]
+    return found
 
 
-def print_table(
-    names: Sequence[str], predictions: Sequence[Prediction], labels: Sequence[str], min_confidence: float
-) -> None:
-    """File, label, confidence and the runner-up, one line a recording; errors go to stderr."""
-    shown = [name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\n", "\\n") for name in names]
+def print_table(answers: Sequence[Answer], labels: Sequence[str], options: ScoreOptions) -> None:
+    """File, label, confidence and the runners-up, one line a recording, and below it one for each of its windows."""
+    shown = [answer.name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\n", "\\n") for answer in answers]
     width = max(len("file"), *map(len, shown))
     print(f"{'file':<{width}}  {'emotion':<12} {'confidence':>10}  then")
-    for name, prediction in zip(shown, predictions, strict=True):
+    for name, answer in zip(shown, answers, strict=True):
+        prediction = answer.prediction
         if not prediction.ok:
             print(f"{name:<{width}}  {prediction.status}")
-            say(f"{prediction.error}")
             continue
         order = prediction.probabilities.argsort()[::-1]
         then = ", ".join(f"{labels[i]} {prediction.probabilities[i]:.1%}" for i in order[1:3])
-        print(f"{name:<{width}}  {prediction.label(min_confidence):<12} {prediction.confidence:>10.1%}  {then}")
+        label = prediction.label(options.min_confidence, options.silence_dbfs)
+        print(f"{name:<{width}}  {label:<12} {prediction.confidence:>10.1%}  {then}")
+        if answer.windows is not None:
+            _print_windows(answer.windows, labels, options)
+
+
+def _print_windows(windows: Timeline, labels: Sequence[str], options: ScoreOptions) -> None:
+    names = windows.names(labels, options.min_confidence, options.silence_dbfs)
+    sure = windows.probabilities.max(axis=1)
+    for i, name in enumerate(names):
+        channel = "" if windows.channel[i] == "mix" else f"channel {windows.channel[i]}  "
+        print(f"  {channel}{windows.start_s[i]:8.2f} - {windows.end_s[i]:8.2f} s  {name:<12} {sure[i]:>10.1%}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, Progress, run, say
+from jobs._hearing import add_hearing, hearing
+from jobs._provenance import provenance
 from pipeline.audio import EXTENSIONS
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.corpora import ManifestError, read_manifest
+from pipeline.exports import FORMATS
 from pipeline.folders import FolderScan, scan
 from pipeline.labels import parse_label_map
+
+if TYPE_CHECKING:
+    from pipeline.scoring import ScoreRun
 
 
 def build_parser() -> Parser:
@@ -34,13 +43,13 @@ def build_parser() -> Parser:
     parser.add_argument("--label_map", type=parse_label_map, help="other label names in the CSV: given=wanted,...")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument("--no_report", action="store_true", help="write the tables only")
+    parser.add_argument("--note", help="a sentence to show at the top of the report")
     parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
-    model = parser.add_argument_group("what is asked of the model")
-    model.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
-    model.add_argument(
-        "--min_confidence", type=float, default=0.0, help="answers below it become 'uncertain' (default 0)"
+    parser.add_argument(
+        "--export", nargs="+", choices=FORMATS, default=[], help="also write JSON Lines, or Audacity label tracks"
     )
-    model.add_argument("--channels", type=_channel, default="mix", help="mix, or the number of a channel (default mix)")
+    parser.add_argument("--merge", action="store_true", help="also write timeline: neighbouring equal segments as one")
+    add_hearing(parser)
     spread = parser.add_argument_group("how the work is spread (changes no result)")
     spread.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here; 0: no Ray (default: all)")
     spread.add_argument("--num_gpus", type=int, default=0, help="GPUs to use (default 0)")
@@ -49,12 +58,6 @@ def build_parser() -> Parser:
         "--block_rows", type=int, help="recordings a block, the unit of resumption (default: up to 256)"
     )
     return parser
-
-
-def _channel(text: str) -> int | str:
-    if text == "mix" or (text.isdecimal() and int(text) < 64):
-        return text if text == "mix" else int(text)
-    raise argparse.ArgumentTypeError(f"expected mix or a channel number from 0, got {text!r}")
 
 
 def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFrame, FolderScan | None]:
@@ -82,7 +85,7 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
 
 def job(arguments: argparse.Namespace) -> int:
     """Score, and say what came of it."""
-    from pipeline.scoring import Execution, ScoreOptions, score_manifest
+    from pipeline.scoring import Execution, score_manifest
 
     bundle = load_bundle(arguments.model_weights)
     table, found = read_input(arguments, bundle)
@@ -92,9 +95,7 @@ def job(arguments: argparse.Namespace) -> int:
         table,
         arguments.out,
         weights=bundle.folder,
-        options=ScoreOptions(
-            crops=arguments.crops, min_confidence=arguments.min_confidence, channel=arguments.channels
-        ),
+        options=hearing(arguments),
         execution=Execution(
             num_cpus=arguments.num_cpus,
             num_gpus=arguments.num_gpus,
@@ -103,28 +104,42 @@ def job(arguments: argparse.Namespace) -> int:
         ),
         overwrite=arguments.overwrite,
         report=not arguments.no_report,
+        formats=arguments.export,
+        merge=arguments.merge,
+        meta=provenance(arguments.command, bundle) | {"data": str(arguments.input), "note": arguments.note},
         on_progress=Progress("score"),
     )
-    if result.scored:
-        speed = result.scored / result.seconds
-        say(f"{result.scored:,} recordings scored in {result.seconds:.1f} s, {speed:.0f} files/s")
-    else:
-        say("nothing left to do")
-    if result.failed:
-        causes = ", ".join(f"{n:,} {code}" for code, n in sorted(result.statuses.items()) if code != "ok")
-        say(f"{result.failed:,} of {result.rows:,} recordings could not be used: {causes}")
-    if result.evaluation is not None and "label" in table.columns:
+    tell(result, bundle)
+    if result.evaluation is not None and result.evaluation["labelled"]:
         from pipeline.report import terminal_summary
 
         print(terminal_summary(result.evaluation))
-    print(arguments.out / ("predictions.csv" if arguments.no_report else "report.html"))
+    for path in [arguments.out / ("predictions.csv" if arguments.no_report else "report.html"), *result.exports]:
+        print(path)
     unseen = found is not None and (found.unreadable or found.too_deep)
     return EXIT_SOME_FAILED if (result.failed or unseen) and not arguments.tolerate_failures else EXIT_DONE
 
 
+def tell(result: ScoreRun, bundle: Bundle) -> None:
+    """Say how fast it was, what failed, and what was not heard."""
+    if result.scored:
+        speed = result.scored / result.seconds
+        say(f"{result.scored:,} recordings scored in {result.seconds:.1f} s, {speed:.0f} files/s")
+    else:
+        say("nothing left to score")
+    if result.failed:
+        causes = ", ".join(f"{n:,} {code}" for code, n in sorted(result.statuses.items()) if code != "ok")
+        say(f"{result.failed:,} of {result.rows:,} recordings could not be used: {causes}")
+    if result.unheard:
+        say(f"{result.unheard} scored; --window_s {bundle.features.window_s:g} scores all of it")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job."""
-    return run(job, build_parser(), argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    parser.set_defaults(command=f"python -m jobs.score {shlex.join(words)}")
+    return run(job, parser, argv)
 
 
 if __name__ == "__main__":

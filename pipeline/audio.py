@@ -61,7 +61,9 @@ EXTENSIONS = frozenset(
 )
 """File names that a folder scan takes for recordings. What a file is, its content decides."""
 
-_MARGIN = 512  # frames at the lower rate on either side of a part; less than 256 changes the result, 256 and more do not
+_MARGIN = (
+    512  # frames at the lower rate on either side of a part; less than 256 changes the result, 256 and more do not
+)
 _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
 
 
@@ -126,10 +128,10 @@ def load_middle(
         total = resampled_length(decoder.frames, decoder.sample_rate_hz, sample_rate_hz)
         count = min(window, total)
         start = (total - count) // 2
-        part = _resampled(decoder, start, count, sample_rate_hz, channel)
-        samples = np.zeros(window, np.float32)
-        before = (window - count) // 2
-        samples[before : before + count] = part
+        samples = _resampled(decoder, start, count, sample_rate_hz, channel)
+        if count < window:
+            before = (window - count) // 2
+            samples = np.pad(samples, (before, window - count - before))
         return Clip(samples, sample_rate_hz, start / sample_rate_hz, count / sample_rate_hz, _info(decoder))
 
 
@@ -229,7 +231,12 @@ def _mono(decoder: Decoder, start: int, count: int, channel: Channel) -> Samples
     samples = np.empty(count, np.float32)
     filled = 0
     for block in decoder.blocks(start, count):
-        samples[filled : filled + len(block)] = block @ weights if channel == "mix" else block[:, channel]
+        if channel != "mix" or decoder.channels == 1:
+            mono = block[:, 0 if channel == "mix" else channel]
+        else:
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found below
+                mono = block @ weights
+        samples[filled : filled + len(block)] = mono
         filled += len(block)
     _check_values(samples, start, decoder)
     return samples

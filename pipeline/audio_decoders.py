@@ -22,8 +22,9 @@ from pipeline.audio_guard import FileView, Opened
 from pipeline.audio_headers import ACCEPTED, Container
 
 Block = npt.NDArray[np.float32]
-BLOCK_SAMPLES = 2**16
+BLOCK_SAMPLES = 2**15
 _UNKNOWN_FRAMES = 2**62  # libsndfile says 2^63 - 1 where a header leaves the length open
+_INT16_STEP = np.float32(2.0**-15)
 _LAP_FRAMES = 8192  # the largest Vorbis block; what a seek yields first can lack its overlap (libsndfile issue 885)
 
 
@@ -133,7 +134,11 @@ class SndfileDecoder:
             raise Corrupt(f"{self.name}: decoding failed ({_reason(error)}). Export it again.") from error
 
     def _read(self, count: int) -> Block:
-        block: Block = self._sound.read(count, dtype="float32", always_2d=True)
+        block: Block
+        if self.codec == "PCM_16":  # three times as fast as libsndfile's conversion, and the same
+            block = np.multiply(self._sound.read(count, dtype="int16", always_2d=True), _INT16_STEP, dtype=np.float32)
+        else:
+            block = self._sound.read(count, dtype="float32", always_2d=True)
         if not len(block):
             at = f"{self._sound.tell()} of its {self.frames} frames"
             raise Truncated(f"{self.name}: cut off, ends after {at}. Copy or download it again.")

@@ -3,9 +3,9 @@
 What needs more than the stored window works on the mel power of the whole recording: `crop` (another 2-s window),
 `stretch` (time-stretch by interpolating frames), `shift` (whole mel bands), `gain` (spectral tilt; a plain gain is
 normalised away), `noise` (white noise added in power), `band` (band-limiting). On finished features: `masks`
-(SpecAugment, Park et al. 2019, two per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made at
-extraction. Limits: a cropped window has its frames on the recording's grid and hears across its edges, which the stored
-middle window does not; an example that draws no change is the stored feature, bit for bit.
+(SpecAugment, Park et al. 2019, two per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made
+at extraction. An example that draws no change is the stored feature, bit for bit. Limits: a cropped window has its
+frames on the recording's grid and hears across its edges, which the stored middle window does not.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Augmenter:
     """Applies an AugmentConfig to batches. Draws `u` are rows of `Draws.uniform`, (B, columns)."""
 
     def __init__(self, config: AugmentConfig, features: FeatureConfig) -> None:
-        if features.kind != "log_mel" and (wrong := [n for n in config.names if n in POWER_NAMES]):
+        if features.kind != "log_mel" and (wrong := [n for n in config.names if n in (*POWER_NAMES, "pitch")]):
             raise SerError(
                 f"augmentation {wrong[0]!r} needs log_mel features, got {features.kind}; use masks and mixup"
             )
@@ -115,7 +115,8 @@ class Augmenter:
     def _happens(self, name: str, u: Tensor, column: _Column) -> Tensor:
         if name not in self.config.names:
             return torch.zeros(len(u), dtype=torch.bool)
-        return u[:, column] < getattr(self.config, f"{name}_p")
+        probability: float = getattr(self.config, f"{name}_p")
+        return u[:, column] < probability
 
     def copy_numbers(self, u: Tensor, n_copies: Tensor) -> Tensor:
         """Which pitch-shifted copy each example takes: (B,) int64, -1 for the recording itself."""
@@ -129,7 +130,7 @@ class Augmenter:
         return torch.stack(happens).any(dim=0)
 
     def from_power(self, power: Tensor, n_frames: Tensor, u: Tensor) -> Tensor:
-        """Augmented windows of mel power (B, n_mels, F), of which `n_frames` (B,) are valid -> (B, 1, n_mels, frames)."""
+        """Augmented windows of mel power (B, n_mels, F), `n_frames` (B,) of them valid: (B, 1, n_mels, frames)."""
         window = self._window(power, n_frames, u)
         window = self._tilt(window, u)
         window = self._add_noise(window, u)
@@ -196,7 +197,7 @@ class Augmenter:
         return torch.where(outside[:, :, None], power * 10 ** (-self.config.band_cut_db / 10), power)
 
     def mask(self, features: Tensor, u: Tensor) -> Tensor:
-        """SpecAugment: two masks an axis set to 0, the mean. (B, 1, n_mels, frames) or (B, frames, n_dims), same shape."""
+        """SpecAugment: two masks an axis set to 0, the mean, in (B, 1, n_mels, frames) or (B, frames, n_dims)."""
         if "masks" not in self.config.names:
             return features
         picture = features.ndim == 4

@@ -1,8 +1,8 @@
 """What a training epoch reads: the clips of a split, and the augmented batches of one worker.
 
-Everything comes from memory-mapped arrays in the worker itself: making a batch costs a small part of a training step, so
-there are no loader processes. A batch is a function of (seed, epoch, position in the global stream): the workers of one
-run see what a single worker would have seen.
+Everything comes from memory-mapped arrays in the worker itself: making a batch costs a small part of a training step,
+so there are no loader processes. A batch is a function of (seed, epoch, position in the global stream): the workers of
+one run see what a single worker would have seen.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def from_arrays(
         train_rows=train_rows,
         valid_rows=valid_rows,
         mel_power=arrays.mel_power,
-        n_frames=None if arrays.n_frames is None else np.asarray(arrays.n_frames, dtype=np.int64),
+        n_frames=arrays.n_frames,
         copies=pitch_copies(arrays.table),
     )
 
@@ -88,10 +88,12 @@ class Batches:
         self.data, self.sampler, self.config = data, sampler, augment
         self.augmenter = Augmenter(augment, data.config)
         needs_power = [name for name in augment.names if name in POWER_NAMES]
-        if needs_power and data.mel_power is None:
-            raise SerError(f"augmentation {needs_power[0]!r} needs mel_power; extract the features again with it")
+        if needs_power and (data.mel_power is None or data.n_frames is None):
+            raise SerError(
+                f"augmentation {needs_power[0]!r} needs mel power; extract the features again with --mel_power_s 6"
+            )
         if "pitch" in augment.names and not data.copies:
-            raise SerError("augmentation 'pitch' needs pitch-shifted copies; extract the features again with them")
+            raise SerError("augmentation 'pitch' needs copies; extract the features again with --pitch_semitones -1,1")
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -116,7 +118,8 @@ class Batches:
         by_power = self.augmenter.needs_power(u)
         if by_power.any():
             source = chosen[by_power.numpy()]
-            assert self.data.mel_power is not None and self.data.n_frames is not None
+            assert self.data.mel_power is not None  # both checked in __init__
+            assert self.data.n_frames is not None
             power = torch.from_numpy(self.data.mel_power[source]).float()
             n_frames = torch.from_numpy(self.data.n_frames[source])
             features[by_power] = self.augmenter.from_power(power, n_frames, u[by_power])

@@ -43,8 +43,7 @@ def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str,
         elif table[name].nunique(dropna=False) > MAX_GROUPS:
             left_out.append(name)
         else:
-            text = table[name].map(_as_text)
-            columns[name] = text.astype(pd.CategoricalDtype(sorted(text.unique(), key=_natural), ordered=True))
+            columns[name] = _as_categories(table[name])
     useful = {name: cells for name, cells in columns.items() if cells.nunique() > 1}
     order = sorted(useful, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
     return {name: useful[name] for name in order}, left_out
@@ -81,6 +80,15 @@ def _group(name: str, own: Ints, everything: Ints) -> dict[str, Any]:
         row["difference"] = right / n - right_rest / n_rest
         row["difference_interval"] = list(newcombe(right, n, right_rest, n_rest))
     return row
+
+
+def _as_categories(cells: pd.Series) -> pd.Series:
+    """The cells as text, in natural order; each different cell is looked at once."""
+    codes, values = pd.factorize(cells, use_na_sentinel=False)
+    texts = [_as_text(value) for value in values]
+    order = sorted(set(texts), key=_natural)
+    position = np.array([order.index(text) for text in texts])
+    return pd.Series(pd.Categorical.from_codes(position[codes], pd.Index(order), ordered=True), index=cells.index)
 
 
 def _as_text(cell: object) -> str:

@@ -1,16 +1,14 @@
-"""What is heard of a recording: its window or crops, decoded and made into features. Problems are told, not raised.
+"""What is heard of a recording: its middle, its crops, or windows all over it, decoded and made into features.
 
-``listen`` works in this process. ``listen_apart`` does the same in a process of its own, for a recording that may take
-its decoder, and with it the process, down: it costs a second, and the crash becomes the status ``decoder_crashed``.
+``listen`` gives the middle or the crops at once; its problems are told in the Excerpt, not raised. ``walk`` gives the
+windows of one channel in stretches, so that hours pass through little memory. With ``apart``, decoding happens in a
+process of its own, for a recording that may take its decoder, and with it the process, down.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,119 +16,208 @@ from numpy.typing import NDArray
 from pipeline import audio
 from pipeline.features import FeatureConfig, extract
 from pipeline.folders import local_path
-from pipeline.windows import covered_s, crop_starts
+from pipeline.windows import Walk, covered_s, crop_starts
 
 Array = NDArray[np.float32]
-_SPAN_S = 60.0  # crops that lie within this are cut from one read
+_SPAN_S = 60.0  # windows that lie within this are cut from one read
 _APART_LIMIT_S = 120.0
+_FAINTEST = 1e-20  # power of digital silence: -200 dBFS
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What is heard of one recording: features ``(crops, *input_shape)``, none when it cannot be used."""
+    """What is heard of one recording.
+
+    Attributes:
+        features: ``(windows, *input_shape)``; none when the recording cannot be used.
+        level_dbfs: RMS level of the loudest window, of the real audio in it.
+        status: ``ok`` or the code of an AudioError.
+    """
 
     features: Array
     duration_s: float = float("nan")
     scored_s: float = 0.0
     sample_rate_hz: int = 0
     channels: int = 0
+    level_dbfs: float = float("nan")
     status: str = "ok"
     error: str | None = None
 
 
-def listen(source: audio.AudioSource, config: FeatureConfig, crops: int = 1, channel: audio.Channel = "mix") -> Excerpt:
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive windows: features ``(n, *input_shape)``, start, end and RMS level of each ``(n,)``."""
+
+    features: Array
+    start_s: NDArray[np.float64]
+    end_s: NDArray[np.float64]
+    level_dbfs: NDArray[np.float64]
+
+
+def listen(
+    source: audio.AudioSource,
+    config: FeatureConfig,
+    crops: int = 1,
+    channel: audio.Channel = "mix",
+    *,
+    apart: bool = False,
+) -> Excerpt:
     """Decode ``crops`` windows of a recording and make their features, ``(crops, *config.input_shape)``.
 
     A recording that is not longer than the window gives one, zero padded; ``file://`` paths are understood. Problems
     are told in the Excerpt's ``status`` and ``error``; nothing is raised.
     """
-    if isinstance(source, str):
-        source = local_path(source)
     try:
-        return _middle(source, config, channel) if crops == 1 else _crops(source, config, crops, channel)
-    except audio.AudioError as error:
-        return failed(config, error.code, str(error))
+        hear = _middle if crops == 1 else _crops
+        return hear(_Recording(source, config, channel, apart), crops)
     except Exception as error:  # a recording must never end the job: what was not foreseen becomes a row as well
-        return failed(config, "internal_error", f"{type(error).__name__}: {error}")
+        return failed(config, error)
 
 
-def listen_apart(
-    source: audio.AudioSource, config: FeatureConfig, crops: int = 1, channel: audio.Channel = "mix"
-) -> Excerpt:
-    """As ``listen``, in a process of its own; ``decoder_crashed`` or ``decode_timeout`` when that does not answer."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_listen_into, args=(sender, source, config, crops, channel), daemon=True)
-    child.start()
-    sender.close()
-    name = "the bytes given" if isinstance(source, bytes) else os.fspath(source)
-    try:
-        if not receiver.poll(_APART_LIMIT_S):
-            return failed(config, "decode_timeout", f"{name}: not decoded within {_APART_LIMIT_S:g} s; convert it")
-        excerpt: Excerpt = receiver.recv()
-        return excerpt
-    except EOFError:
-        child.join(5)
-        return failed(
-            config, "decoder_crashed", f"{name}: the decoder ended its process ({child.exitcode}); convert it"
-        )
-    finally:
-        child.kill()
-        child.join()
-        receiver.close()
-
-
-def _listen_into(
-    sender: Connection, source: audio.AudioSource, config: FeatureConfig, crops: int, channel: audio.Channel
-) -> None:
-    with sender:
-        sender.send(listen(source, config, crops, channel))
-
-
-def failed(config: FeatureConfig, status: str, error: str) -> Excerpt:
+def failed(config: FeatureConfig, error: Exception) -> Excerpt:
     """The Excerpt of a recording that cannot be used."""
-    return Excerpt(np.empty((0, *config.input_shape), np.float32), status=status, error=" ".join(error.split()))
+    if isinstance(error, audio.AudioError):
+        status, text = error.code, str(error)
+    else:
+        status, text = "internal_error", f"{type(error).__name__}: {error}"
+    return Excerpt(np.empty((0, *config.input_shape), np.float32), status=status, error=" ".join(text.split()))
 
 
-def _middle(source: audio.AudioSource, config: FeatureConfig, channel: audio.Channel) -> Excerpt:
-    clip = audio.load_middle(source, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz, channel=channel)
-    return _excerpt(extract(clip.samples, config)[np.newaxis], clip.info, clip.scored_s)
+def describe(source: audio.AudioSource, *, apart: bool = False) -> audio.AudioInfo:
+    """What a recording is: ``audio.probe``, perhaps ``apart``.
+
+    Raises:
+        AudioError: it cannot be used.
+    """
+    if apart:
+        return _decode_apart(audio.load_middle, _local(source)).info
+    return audio.probe(_local(source))
 
 
-def _crops(source: audio.AudioSource, config: FeatureConfig, crops: int, channel: audio.Channel) -> Excerpt:
-    info = audio.probe(source)
+def walk(
+    source: audio.AudioSource,
+    config: FeatureConfig,
+    steps: Walk,
+    duration_s: float,
+    channel: audio.Channel = "mix",
+    *,
+    at_once: int = 16,
+    apart: bool = False,
+) -> Iterator[Stretch]:
+    """The windows of a recording, ``at_once`` in a Stretch; never more than a minute of audio is held.
+
+    Args:
+        duration_s: length of the recording, as ``describe`` gives it.
+
+    Raises:
+        AudioError: the recording cannot be used; perhaps only after some stretches.
+    """
+    recording = _Recording(source, config, channel, apart)
+    starts = steps.starts(duration_s)
+    for part in _parts(starts, steps.window_s):
+        cut = recording.reader(part, steps.window_s)
+        for begin in range(0, len(part), at_once):
+            start_s = np.array(part[begin : begin + at_once])
+            pieces = [cut(start) for start in start_s]
+            yield Stretch(
+                np.stack([extract(_centred(piece, config.window_samples), config) for piece in pieces]),
+                start_s,
+                np.minimum(start_s + steps.window_s, duration_s),
+                np.array([_level_dbfs(piece) for piece in pieces]),
+            )
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """One channel of a recording, and how it is decoded."""
+
+    source: audio.AudioSource
+    config: FeatureConfig
+    channel: audio.Channel
+    apart: bool
+
+    def middle(self) -> audio.Clip:
+        return self._decoded(audio.load_middle, window_s=self.config.window_s)
+
+    def reader(self, starts: Sequence[float], window_s: float) -> Callable[[float], Array]:
+        """A function from one of ``starts`` to the samples of its window, shorter at the recording's end."""
+        rate_hz = self.config.sample_rate_hz
+        size = round(window_s * rate_hz)
+        span = self._decoded(audio.load, start_s=starts[0], duration_s=starts[-1] - starts[0] + window_s).samples
+
+        def cut(start_s: float) -> Array:
+            first = round(start_s * rate_hz) - round(starts[0] * rate_hz)
+            return span[first : first + size]
+
+        return cut
+
+    def _decoded(self, load: Callable[..., audio.Clip], **part: float) -> audio.Clip:
+        decode = _decode_apart if self.apart else _decode
+        return decode(
+            load, _local(self.source), sample_rate_hz=self.config.sample_rate_hz, channel=self.channel, **part
+        )
+
+
+def _decode(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
+    return load(source, **options)
+
+
+def _decode_apart(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
+    from pipeline.audio_isolated import decode_in_subprocess
+
+    return decode_in_subprocess(source, decode=load, timeout_s=_APART_LIMIT_S, **options)
+
+
+def _local(source: audio.AudioSource) -> audio.AudioSource:
+    return local_path(source) if isinstance(source, str) else source
+
+
+def _middle(recording: _Recording, crops: int = 1) -> Excerpt:
+    """The middle alone, whatever ``crops`` says."""
+    clip = recording.middle()
+    real = round(clip.scored_s * clip.sample_rate_hz)
+    before = (len(clip.samples) - real) // 2
+    level_dbfs = _level_dbfs(clip.samples[before : before + real])
+    return _excerpt(extract(clip.samples, recording.config)[np.newaxis], clip.info, clip.scored_s, level_dbfs)
+
+
+def _crops(recording: _Recording, crops: int) -> Excerpt:
+    config = recording.config
+    info = describe(recording.source, apart=recording.apart)
     starts = crop_starts(info.duration_s, config.window_s, crops)
     if len(starts) == 1:
-        return _middle(source, config, channel)
-    read = _reader(source, config, channel, starts)
-    features = np.stack([extract(read(start_s), config) for start_s in starts])
-    return _excerpt(features, info, covered_s(starts, info.duration_s, config.window_s))
+        return _middle(recording)
+    pieces: list[Array] = []
+    for part in _parts(starts, config.window_s):
+        cut = recording.reader(part, config.window_s)
+        pieces += [_centred(cut(start), config.window_samples) for start in part]
+    features = np.stack([extract(piece, config) for piece in pieces])
+    heard_s = covered_s(starts, info.duration_s, config.window_s)
+    return _excerpt(features, info, heard_s, max(map(_level_dbfs, pieces)))
 
 
-def _reader(
-    source: audio.AudioSource, config: FeatureConfig, channel: audio.Channel, starts: Sequence[float]
-) -> Callable[[float], Array]:
-    """A function from a start in seconds to the window's samples; reads once when the windows lie close together."""
-    rate_hz, size = config.sample_rate_hz, config.window_samples
-
-    def load(start_s: float, duration_s: float) -> Array:
-        clip = audio.load(source, sample_rate_hz=rate_hz, start_s=start_s, duration_s=duration_s, channel=channel)
-        return clip.samples
-
-    def fitted(samples: Array) -> Array:
-        return np.pad(samples[:size], (0, max(0, size - len(samples))))
-
-    span_s = starts[-1] - starts[0] + config.window_s
-    if span_s > _SPAN_S:
-        return lambda start_s: fitted(load(start_s, config.window_s))
-    span = load(starts[0], span_s)
-    return lambda start_s: fitted(span[round((start_s - starts[0]) * rate_hz) :])
+def _parts(starts: Sequence[float], window_s: float) -> Iterator[list[float]]:
+    """Consecutive starts whose windows lie within ``_SPAN_S``, to be cut from one read."""
+    part: list[float] = []
+    for start in starts:
+        if part and start + window_s - part[0] > _SPAN_S:
+            yield part
+            part = []
+        part.append(start)
+    yield part
 
 
-def _excerpt(features: Array, info: audio.AudioInfo, scored_s: float) -> Excerpt:
-    return Excerpt(features, info.duration_s, scored_s, info.sample_rate_hz, info.channels)
+def _centred(samples: Array, size: int) -> Array:
+    """``size`` samples: those given, between zeros."""
+    missing = size - len(samples)
+    return np.pad(samples, (missing // 2, missing - missing // 2)) if missing else samples
 
 
-def _one_line(text: str) -> str:
-    """The text in one line, without the stand-ins for bytes that are not UTF-8."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+def _level_dbfs(samples: Array) -> float:
+    """RMS level over full scale, in dB."""
+    power = float(samples @ samples) / max(len(samples), 1)
+    return float(10 * np.log10(max(power, _FAINTEST)))
+
+
+def _excerpt(features: Array, info: audio.AudioInfo, scored_s: float, level_dbfs: float) -> Excerpt:
+    return Excerpt(features, info.duration_s, scored_s, info.sample_rate_hz, info.channels, level_dbfs)

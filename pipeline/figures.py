@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Theme:
     high: str
 
 
-LIGHT = Theme("#ffffff", "#1b1f24", "#c9ced6", "#0072b2", "#d55e00", "#f7fafd", "#005a8d")
+LIGHT = Theme("#ffffff", "#1b1f24", "#c9ced6", "#0072b2", "#d55e00", "#f7fafd", "#003f66")
 DARK = Theme("#171b21", "#e6e9ee", "#434b57", "#56b4e9", "#e69f00", "#1d242d", "#1f6fa8")
 
 
@@ -85,9 +85,6 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     names = confusion["labels"]
     shares = np.array([[np.nan if cell is None else cell for cell in row] for row in confusion["row_normalised"]])
     shares = shares.reshape(len(names), len(names))
-    notes = [
-        [_cell_text(shares[i, j], count) for j, count in enumerate(row)] for i, row in enumerate(confusion["counts"])
-    ]
     width = max(4.2, 1.0 + 0.42 * len(names))
     figure, axes = _axes(width, width)
     colours = sns.blend_palette([theme.low, theme.high], as_cmap=True)
@@ -97,9 +94,6 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
         vmin=0,
         vmax=1,
         cmap=colours,
-        annot=np.array(notes, dtype=object),
-        fmt="",
-        annot_kws={"size": 6.5, "linespacing": 1.15},
         cbar=False,
         square=True,
         linewidths=0.6,
@@ -107,6 +101,12 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
         xticklabels=names,
         yticklabels=[f"{name}\n(n={sum(row)})" for name, row in zip(names, confusion["counts"], strict=True)],
     )
+    for i, row in enumerate(confusion["counts"]):
+        for j, count in enumerate(row):
+            if count:
+                text = f"{shares[i, j] * 100:.0f} %\n{count:,}"
+                ink = _ink_on(colours(shares[i, j]))
+                axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", size=6.5, linespacing=1.15, color=ink)
     overall, n = evaluation["overall"], evaluation["n"]
     unread = f", {n['labelled_failed']:,} more not read" if n["labelled_failed"] else ""
     title = f"{n['read']:,} recordings{unread}: accuracy {_percent(overall['accuracy']['value'])}"
@@ -141,7 +141,8 @@ def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.65)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy of the class (recall), %")
+    unread = ", of those read" if evaluation["n"]["labelled_failed"] else ""
+    axes.set_xlabel(f"accuracy of the class (recall), %{unread}")
     axes.tick_params(axis="y", length=0)
     sns.despine(figure, left=True)
     return figure
@@ -203,13 +204,15 @@ def _style(theme: Theme) -> Any:
     }
 
 
+def _ink_on(rgba: Sequence[float]) -> str:
+    """Black or white, whichever contrasts more with a colour (relative luminance of WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#ffffff" if luminance < 0.179 else "#101418"
+
+
 def _plate(colour: str) -> dict[str, Any]:
     return {"facecolor": colour, "edgecolor": "none", "pad": 1.2}
-
-
-def _cell_text(share: float, count: int) -> str:
-    """Per cent of the row over the count; nothing in an empty cell."""
-    return "" if count == 0 else f"{share * 100:.0f} %\n{count:,}"
 
 
 def _percent(value: float | None) -> str:

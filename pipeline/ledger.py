@@ -36,6 +36,13 @@ from pipeline.errors import SerError
 LEDGER_VERSION = 1
 RUN = "run.json"
 _LOCK, _WORK, _PLAN = ".score.lock", ".score", "plan.json"
+_TABLES = ("predictions", "segments", "channels", "timeline")
+_OUTPUTS = (
+    RUN,
+    "report.html",
+    "metrics.json",
+    *(f"{t}.{form}" for t in _TABLES for form in ("parquet", "csv", "jsonl")),
+)
 _POSITION_BYTES = 8
 
 
@@ -63,10 +70,11 @@ class Ledger:
         """
         finished, begun = self.finished(), _read(self.work / _PLAN)
         known = finished or begun
-        if known is None and not overwrite and (table := next(filter(Path.exists, self._tables()), None)):
+        if known is None and not overwrite and (table := next(filter(Path.exists, self._outputs()), None)):
             raise LedgerError(f"{table} is of no run known here; choose another --out, or --overwrite to replace it")
         if overwrite or known is None:
-            (self.out / RUN).unlink(missing_ok=True)
+            for path in self._outputs():
+                path.unlink(missing_ok=True)
             shutil.rmtree(self.work, ignore_errors=True)
             self.notes.mkdir(parents=True)
             write_json(self.work / _PLAN, {"plan": dict(plan), "block_rows": block_rows})
@@ -131,12 +139,15 @@ class Ledger:
         return found
 
     def finish(self, run: Mapping[str, Any]) -> None:
-        """Write ``run.json`` and remove the work folder."""
+        """Write ``run.json``, have it on the disk, and remove the work folder."""
         write_json(self.out / RUN, run)
+        _sync(self.out / RUN)
+        _sync(self.out)
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def _tables(self) -> tuple[Path, Path]:
-        return self.out / "predictions.parquet", self.out / "predictions.csv"
+    def _outputs(self) -> list[Path]:
+        """What a run leaves; of two models or inputs side by side it would mislead."""
+        return [self.out / name for name in _OUTPUTS]
 
 
 @contextmanager
@@ -166,18 +177,18 @@ class Notes:
 
     Attributes:
         suspects: positions in the block that an attempt which died had begun last.
-        attempts: how many attempts have died.
+        attempts: how many attempts with this ``run`` have died; those of another start may have died with the job.
     """
 
-    def __init__(self, folder: Path, block: int) -> None:
-        self._own = folder / f"{block:06d}.{uuid.uuid4().hex}"
+    def __init__(self, folder: Path, block: int, run: str = "") -> None:
+        self._own = folder / f"{block:06d}.{run}.{uuid.uuid4().hex}"
         self._file = -1
         self.suspects: frozenset[int] = frozenset()
         self.attempts = 0
         with suppress(OSError):
             earlier = list(folder.glob(f"{block:06d}.*"))
             positions = [path.read_bytes() for path in earlier]
-            self.attempts = len(earlier)
+            self.attempts = sum(path.name.split(".")[1] == run for path in earlier)
             self.suspects = frozenset(int.from_bytes(p, "little") for p in positions if len(p) == _POSITION_BYTES)
             self._file = os.open(self._own, os.O_CREAT | os.O_WRONLY, 0o644)
 
@@ -193,6 +204,16 @@ class Notes:
             os.close(self._file)
             self._file = -1
             self._own.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's names, on the disk; not every file system can."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

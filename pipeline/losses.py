@@ -6,7 +6,7 @@ Both are one formula. With target distribution t (one row a clip), smoothing e, 
     loss = -sum_ic w_c t'_ic (1 - p_ic)^gamma log p_ic / sum_ic w_c t_ic
 
 gamma = 0 is `torch.nn.functional.cross_entropy`; gamma > 0 is Lin et al. 2017, "Focal Loss for Dense Object Detection".
-Limits: under several workers the class-weight normaliser (the denominator) is that of each worker's own part of the batch.
+Limits: under several workers the denominator is that of each worker's own part of the batch.
 """
 
 from __future__ import annotations

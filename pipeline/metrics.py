@@ -31,7 +31,7 @@ from pipeline.measures import (
 from pipeline.outcomes import Outcomes, failed_rows, has_labels, outcomes
 from pipeline.verdict import Targets, verdict
 
-__all__ = ["FORMAT_VERSION", "Targets", "evaluate"]
+__all__ = ["FORMAT_VERSION", "Targets", "evaluate", "speaker_groups"]
 
 FORMAT_VERSION = 1
 OVERALL = ("accuracy", "uar", "weighted_f1", "macro_f1")
@@ -91,7 +91,7 @@ def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generato
     cell = (found.truth * (n_classes + 1) + found.answer) * 2 + (0 if hits is None else hits)
     counts = np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape).astype(np.int64)
     drawn = {"recordings": resample_recordings(counts, resamples, rng)}
-    speakers, note = _speakers(found.table)
+    speakers, note = speaker_groups(found.table)
     if speakers is not None:
         drawn["speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
     overall = _overall(counts, drawn)
@@ -120,13 +120,14 @@ def _top2_hits(found: Outcomes) -> Ints | None:
     return hits
 
 
-def _speakers(table: pd.DataFrame) -> tuple[Ints | None, str | None]:
+def speaker_groups(table: pd.DataFrame) -> tuple[Ints | None, str | None]:
     """Speaker index of each row, or the reason why there is no interval over speakers."""
     if "speaker" not in table.columns:
         return None, "no speaker column"
-    codes, names = pd.factorize(table["speaker"])
+    named = table["speaker"].notna() & (table["speaker"].astype(str).str.strip() != "")
+    codes, names = pd.factorize(table["speaker"].where(named))
     if (codes < 0).any():
-        return None, f"{int((codes < 0).sum())} recordings name no speaker"
+        return None, f"recordings without a speaker: {int((codes < 0).sum())}"
     if len(names) < MIN_SPEAKERS:
         return None, f"too few: {len(names)} speakers, at least {MIN_SPEAKERS} are needed"
     return codes.astype(np.int64), None

@@ -8,6 +8,7 @@ Limits: no auxiliary heads, no pretrained weights; the forward passes are plain 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class CnnBiLstmAttention(nn.Module):
         super().__init__()
         widths = (n_dims, 128, 256, 512, 512)
         layers: list[nn.Module] = []
-        for index, (n_in, n_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (n_in, n_out) in enumerate(pairwise(widths)):
             layers += [nn.Conv1d(n_in, n_out, 5, padding=2, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True)]
             if index < 3:
                 layers.append(nn.MaxPool1d(2))

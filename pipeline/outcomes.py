@@ -52,15 +52,16 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.truth)
 
-    def where(self, mask: NDArray[np.bool_]) -> Outcomes:
-        """The rows of a boolean mask (n,)."""
+    def where(self, rows: NDArray[np.bool_] | Ints) -> Outcomes:
+        """The rows of a boolean mask (n,), or of row numbers in their order."""
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         return Outcomes(
             self.labels,
-            self.table[mask].reset_index(drop=True),
-            self.truth[mask],
-            self.answer[mask],
-            None if self.probabilities is None else self.probabilities[mask],
-            None if self.confidence is None else self.confidence[mask],
+            self.table.iloc[rows].reset_index(drop=True),
+            self.truth[rows],
+            self.answer[rows],
+            None if self.probabilities is None else self.probabilities[rows],
+            None if self.confidence is None else self.confidence[rows],
         )
 
 

@@ -1,16 +1,21 @@
-"""The table of scores: its columns, and writing it from the finished blocks of a run, one block in memory at a time.
+"""The tables of scores: their columns, and writing them from the finished blocks of a run, little in memory at a time.
 
-Columns: the manifest's, untouched (one that collides with ours becomes ``in_NAME``), then ``status`` (``ok`` or an
-error code), ``error``, ``label_name`` when labels were given, ``predicted``, ``confidence``, ``p_<label>`` per class,
-``duration_s``, ``scored_s``, ``entropy`` (0 certain .. 1 uniform), ``margin`` (best minus second). One row per row of
-the manifest, in its order. ``predictions.parquet`` is exact; ``predictions.csv`` has its text cells guarded
-(``pipeline.tables``) and is read back by ``read_predictions``.
+``predictions``: the manifest's columns, untouched (one that collides with ours becomes ``in_NAME``), then ``status``
+(``ok`` or an error code), ``error``, ``label_name`` when labels were given, ``predicted``, ``confidence``,
+``p_<label>`` per class, ``duration_s``, ``scored_s``, ``level_dbfs``, ``entropy`` (0 certain .. 1 uniform), ``margin``
+(best minus second). One row per row of the manifest, in its order.
+
+``segments``, for recordings heard window by window: ``row`` (from 0, of ``predictions``), ``speech``, ``channel``,
+``start_s``, ``end_s``, ``predicted`` (also ``silence``), ``confidence``, ``p_<label>``, ``level_dbfs``, ``entropy``,
+``margin``. ``channels``, when each was heard apart: all windows of one channel of a recording together.
+
+Each is written as ``.parquet``, which is exact, and as ``.csv``, whose text cells are guarded (``pipeline.tables``)
+and which ``read_predictions`` reads back.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,40 +24,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SerError
-from pipeline.predictor import Prediction
-from pipeline.tables import guarded, read_csv
+from pipeline.predictor import Prediction, entropy, margin
+from pipeline.table_files import table_files
+from pipeline.tables import read_csv
+from pipeline.timeline import SILENCE_DBFS, Floats, Timeline, joined, nested, unnested
 
 PARQUET, CSV = "predictions.parquet", "predictions.csv"
-_AFTER = ("duration_s", "scored_s", "entropy", "margin")
+_AFTER = ("duration_s", "scored_s", "level_dbfs", "entropy", "margin")
 _WINDOWED = ("channel", "start_s", "end_s")
+_ROWS_AT_ONCE, _WINDOWS_AT_ONCE = 4096, 100_000
 
 
 def our_columns(labels: Sequence[str], *, labelled: bool) -> list[str]:
-    """The columns that follow the manifest's."""
+    """The columns of ``predictions`` that follow the manifest's."""
     name = ["label_name"] if labelled else []
     return ["status", "error", *name, "predicted", "confidence", *(f"p_{label}" for label in labels), *_AFTER]
 
 
-def to_table(predictions: Sequence[Prediction], labels: Sequence[str], min_confidence: float = 0.0) -> pa.Table:
-    """Predictions as our columns, ``label_name`` excepted; missing values are null."""
+def to_table(
+    predictions: Sequence[Prediction],
+    labels: Sequence[str],
+    min_confidence: float = 0.0,
+    silence_dbfs: float = SILENCE_DBFS,
+    timelines: Sequence[Timeline] | None = None,
+) -> pa.Table:
+    """Predictions as our columns, ``label_name`` excepted; missing values are null.
+
+    Args:
+        timelines: the windows of each recording, kept in a nested column ``windows``.
+    """
     p = np.array([prediction.probabilities for prediction in predictions]).reshape(len(predictions), len(labels))
-
-    def numbers(values: Iterable[float]) -> pa.Array:
-        return pa.array(np.fromiter(values, np.float64), from_pandas=True)
-
     columns: dict[str, pa.Array] = {
         "status": pa.array([x.status for x in predictions], pa.string()),
         "error": pa.array([x.error for x in predictions], pa.string()),
-        "predicted": pa.array([x.label(min_confidence) for x in predictions], pa.string()),
-        "confidence": numbers(x.confidence for x in predictions),
+        "predicted": pa.array([x.label(min_confidence, silence_dbfs) for x in predictions], pa.string()),
+        "confidence": _numbers(x.confidence for x in predictions),
+        **_probabilities(p, labels),
+        "duration_s": _numbers(x.duration_s for x in predictions),
+        "scored_s": _numbers(x.scored_s for x in predictions),
+        "level_dbfs": _numbers(x.level_dbfs for x in predictions),
+        **_doubt(p),
     }
-    columns |= {f"p_{label}": pa.array(p[:, i], from_pandas=True) for i, label in enumerate(labels)}
-    columns |= {
-        "duration_s": numbers(x.duration_s for x in predictions),
-        "scored_s": numbers(x.scored_s for x in predictions),
-        "entropy": numbers(x.entropy if x.ok else np.nan for x in predictions),
-        "margin": numbers(x.margin if x.ok else np.nan for x in predictions),
-    }
+    if timelines is not None:
+        columns["windows"] = nested(timelines)
     return pa.table(columns)
 
 
@@ -73,48 +87,100 @@ def plain_manifest(manifest: pd.DataFrame, labels: Sequence[str]) -> pd.DataFram
     return table
 
 
-def write_tables(manifest: pd.DataFrame, parts: Iterable[pa.Table], out: Path, labels: Sequence[str]) -> None:
-    """Write ``predictions.parquet`` and ``predictions.csv``, each whole or not at all.
+def write_tables(
+    manifest: pd.DataFrame,
+    parts: Iterable[pa.Table],
+    out: Path,
+    labels: Sequence[str],
+    *,
+    min_confidence: float = 0.0,
+    silence_dbfs: float = SILENCE_DBFS,
+    each_channel: bool = False,
+) -> None:
+    """Write ``predictions`` (and ``segments`` where the parts hold windows, ``channels`` where asked for).
 
     Args:
         manifest: as ``plain_manifest`` gives it; a ``label`` column becomes ``label_name`` as well.
         parts: tables of ``to_table``, in order, together as long as the manifest; taken one at a time.
-        out: an existing folder.
+        out: an existing folder. Every file appears in it whole or not at all; older tables there are removed.
         labels: the model's, in its order.
+
+    Raises:
+        SerError: the disk is full or cannot be written.
     """
     labelled = "label" in manifest.columns
     order = [*manifest.columns, *our_columns(labels, labelled=labelled)]
     schema = pa.Schema.from_pandas(manifest, preserve_index=False)
-    temporary = [out / f".{name}.{os.getpid()}.tmp" for name in (PARQUET, CSV)]
-    writer: pq.ParquetWriter | None = None
     begin = 0
-    try:
-        with temporary[1].open("w", encoding="utf-8", newline="") as csv_file:
-            for part in parts:
-                rows = manifest.iloc[begin : begin + len(part)]
-                table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False)
-                if labelled:
-                    part = part.append_column("label_name", table["label"].cast(pa.string()))
-                for name in part.column_names:
-                    table = table.append_column(name, part[name])
-                table = table.select(order).replace_schema_metadata(None)
-                if writer is None:
-                    writer = pq.ParquetWriter(temporary[0], table.schema, compression="zstd", compression_level=1)
-                writer.write_table(table)
-                guarded(table.to_pandas()).to_csv(csv_file, index=False, header=begin == 0, lineterminator="\n")
-                begin += len(part)
-        if writer is None or begin != len(manifest):
+    with table_files(out) as files:
+        for part in _gathered(parts):
+            rows = manifest.iloc[begin : begin + len(part)]
+            table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False)
+            if labelled:
+                part = part.append_column("label_name", table["label"].cast(pa.string()))
+            for name in part.column_names:
+                table = table.append_column(name, part[name])
+            files.write("predictions", table.select(order))
+            if "windows" in part.column_names:
+                found = unnested(part["windows"])
+                named = [t.names(labels, min_confidence, silence_dbfs) for t in found]
+                files.write("segments", segments_table(found, named, rows["speech"], labels))
+                if each_channel:
+                    sides = [t.sides(silence_dbfs) for t in found]
+                    named = [t.names(labels, min_confidence, silence_dbfs) for t in sides]
+                    files.write("channels", segments_table(sides, named, rows["speech"], labels))
+            begin += len(part)
+        if begin != len(manifest):
             raise ValueError(f"parts hold {begin} rows, the manifest {len(manifest)}")
-        writer.close()
-        for path, name in zip(temporary, (PARQUET, CSV), strict=True):
-            path.replace(out / name)
-    except OSError as error:
-        raise SerError(
-            f"cannot write the tables in {out}: {error.strerror or error}; free space, then give the same command again"
-        ) from error
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+
+
+def segments_table(
+    timelines: Sequence[Timeline], names: Sequence[Sequence[str]], speech: pd.Series[str], labels: Sequence[str]
+) -> pa.Table:
+    """The table ``segments`` of some recordings.
+
+    Args:
+        names: what the windows of each recording are called.
+        speech: path of each recording; the index says which row of ``predictions`` it is.
+    """
+    lengths = [len(timeline) for timeline in timelines]
+    row = np.repeat(np.arange(len(timelines)), lengths)
+    whole = joined(timelines)
+    p = whole.probabilities
+    return pa.table(
+        {
+            "row": pa.array(speech.index.to_numpy()[row], pa.int64()),
+            "speech": pa.array(speech, pa.string()).take(pa.array(row)),
+            "channel": pa.array(whole.channel, pa.string()),
+            "start_s": whole.start_s,
+            "end_s": whole.end_s,
+            "predicted": pa.array([name for part in names for name in part], pa.string()),
+            "confidence": p.max(axis=1, initial=0.0),
+            **_probabilities(p, labels),
+            "level_dbfs": whole.level_dbfs,
+            **_doubt(p),
+        }
+    )
+
+
+def read_segments(out: Path, labels: Sequence[str]) -> Iterator[tuple[int, str, Timeline, list[str]]]:
+    """(row, speech, windows, what they are called) of each recording in ``segments.parquet`` that has any, in order.
+
+    Raises:
+        SerError: the folder has no such table.
+    """
+    path = out / "segments.parquet"
+    if not path.is_file():
+        raise SerError(f"{out} has no segments: its recordings were not heard window by window; give --window_s")
+    with pq.ParquetFile(path) as file:  # a recording lies in one row group
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group).to_pandas()
+            log_p = np.log(np.maximum(table[[f"p_{label}" for label in labels]].to_numpy(), 1e-300))
+            times = {name: table[name].to_numpy() for name in ("start_s", "end_s", "level_dbfs")}
+            whole = Timeline(channel=table["channel"].to_numpy(dtype=object), log_p=log_p, **times)
+            for row, positions in table.groupby("row", sort=False).indices.items():
+                named = list(table["predicted"].iloc[positions])
+                yield int(row), str(table["speech"].iloc[positions[0]]), whole.where(positions), named
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
@@ -132,3 +198,31 @@ def read_predictions(path: Path) -> pd.DataFrame:
 
 def _text(cell: object) -> str:
     return str(cell).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _numbers(values: Iterable[float]) -> pa.Array:
+    return pa.array(np.fromiter(values, np.float64), from_pandas=True)
+
+
+def _probabilities(p: Floats, labels: Sequence[str]) -> dict[str, pa.Array]:
+    return {f"p_{label}": pa.array(p[:, i], from_pandas=True) for i, label in enumerate(labels)}
+
+
+def _doubt(p: Floats) -> dict[str, pa.Array]:
+    return {"entropy": pa.array(entropy(p), from_pandas=True), "margin": pa.array(margin(p), from_pandas=True)}
+
+
+def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Parts joined to pieces of some thousand rows, or some ten thousand windows."""
+    held: list[pa.Table] = []
+    rows = windows = 0
+    for part in parts:
+        held.append(part)
+        rows += len(part)
+        if "windows" in part.column_names:
+            windows += len(part["windows"].combine_chunks().flatten())
+        if rows >= _ROWS_AT_ONCE or windows >= _WINDOWS_AT_ONCE:
+            yield pa.concat_tables(held)
+            held, rows, windows = [], 0, 0
+    if held:
+        yield pa.concat_tables(held)

@@ -2,8 +2,8 @@
 
 A recording is decoded (``pipeline.audio``), its window or crops become features (``pipeline.features``), the network
 gives logits (``pipeline.backends``), which are divided by the bundle's temperature; several crops are pooled as the
-mean of their log-probabilities, renormalised. A recording that cannot be used becomes a Prediction with its error's
-code: ``predict`` does not raise for it.
+mean of their log-probabilities, renormalised. ``predict`` hears the middle (or crops) of recordings, ``follow`` all
+of one, window by window. A recording that cannot be used becomes a Prediction with its error's code; neither raises.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,12 @@ from pipeline import audio
 from pipeline.backends import Backend, open_backend
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.errors import SerError
-from pipeline.excerpts import Excerpt, listen, listen_apart
+from pipeline.excerpts import Excerpt, describe, failed, listen, walk
+from pipeline.timeline import SILENCE_DBFS, Floats, Timeline, joined, log_softmax, named, no_windows, pool
+from pipeline.windows import Walk, covered_s
 
 Array = NDArray[np.float32]
-UNCERTAIN = "uncertain"
+Channels = int | Literal["mix", "each"]
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,19 @@ class Prediction:
         scored_s: how much of it was heard.
         sample_rate_hz: of the recording as stored.
         channels: of the recording as stored.
+        level_dbfs: RMS level of what was heard, of the loudest window when there are several.
     """
 
     status: str
     error: str | None
     predicted: str | None
     confidence: float
-    probabilities: NDArray[np.float64]
+    probabilities: Floats
     duration_s: float
     scored_s: float
     sample_rate_hz: int
     channels: int
+    level_dbfs: float = float("nan")
 
     @property
     def ok(self) -> bool:
@@ -58,19 +63,19 @@ class Prediction:
 
     @property
     def entropy(self) -> float:
-        """Shannon entropy of the probabilities over that of a uniform guess: 0 certain, 1 clueless."""
-        p = self.probabilities
-        return float(-(p * np.log(np.maximum(p, 1e-300))).sum() / np.log(len(p)))
+        """See ``entropy``."""
+        return float(entropy(self.probabilities))
 
     @property
     def margin(self) -> float:
-        """Probability of the best label minus that of the second."""
-        second, first = np.sort(self.probabilities)[-2:]
-        return float(first - second)
+        """See ``margin``."""
+        return float(margin(self.probabilities))
 
-    def label(self, min_confidence: float = 0.0) -> str | None:
-        """``predicted``, or ``uncertain`` when the confidence is below ``min_confidence``."""
-        return UNCERTAIN if self.ok and self.confidence < min_confidence else self.predicted
+    def label(self, min_confidence: float = 0.0, silence_dbfs: float = SILENCE_DBFS) -> str | None:
+        """``predicted``; ``silence`` below that level, else ``uncertain`` below ``min_confidence``."""
+        if self.predicted is None:
+            return None
+        return named(self.predicted, self.confidence, self.level_dbfs, min_confidence, silence_dbfs)
 
 
 class Predictor:
@@ -118,7 +123,7 @@ class Predictor:
         """Class names in the order of every probability vector."""
         return self.bundle.labels
 
-    def log_probabilities(self, features: Array) -> NDArray[np.float64]:
+    def log_probabilities(self, features: Array) -> Floats:
         """Calibrated log-probabilities, float64 ``(n, classes)``, of float32 features ``(n, *input_shape)``."""
         expected = self.bundle.features.input_shape
         if features.shape[1:] != expected:
@@ -129,9 +134,9 @@ class Predictor:
         batches = [
             self.backend.logits(features[i : i + self.batch_size]) for i in range(0, len(features), self.batch_size)
         ]
-        return _log_softmax(np.concatenate(batches).astype(np.float64) / self.bundle.temperature)
+        return log_softmax(np.concatenate(batches).astype(np.float64) / self.bundle.temperature)
 
-    def probabilities(self, features: Array) -> NDArray[np.float64]:
+    def probabilities(self, features: Array) -> Floats:
         """Calibrated probabilities, float64 ``(n, classes)``, rows summing to 1, of features ``(n, *input_shape)``."""
         return np.exp(self.log_probabilities(features))
 
@@ -143,22 +148,78 @@ class Predictor:
             results += self.classify([self.listen(source, channel=channel) for source in part])
         return results
 
-    def listen(self, source: audio.AudioSource, *, channel: audio.Channel = "mix") -> Excerpt:
-        """Decode a recording and make its features; problems are told in the Excerpt, not raised."""
-        return listen(source, self.bundle.features, self.crops, channel)
+    def listen(self, source: audio.AudioSource, *, channel: audio.Channel = "mix", apart: bool = False) -> Excerpt:
+        """Decode a recording and make its features; problems are told in the Excerpt, not raised.
 
-    def listen_apart(self, source: audio.AudioSource, *, channel: audio.Channel = "mix") -> Excerpt:
-        """As ``listen``, in a process of its own, so that a decoder that crashes costs no more than its recording."""
-        return listen_apart(source, self.bundle.features, self.crops, channel)
+        Args:
+            channel: ``mix``, or the number of one channel.
+            apart: decode in a process of its own, so that a decoder that crashes costs no more than its recording.
+        """
+        return listen(source, self.bundle.features, self.crops, channel, apart=apart)
 
     def classify(self, excerpts: Sequence[Excerpt]) -> list[Prediction]:
         """One Prediction an excerpt, in order, the network run over all of them together."""
         usable = [excerpt for excerpt in excerpts if excerpt.status == "ok"]
         log_p = self.log_probabilities(np.concatenate([e.features for e in usable])) if usable else np.empty((0, 0))
-        pooled = iter(_pool(log_p, [len(e.features) for e in usable]))
+        ends = np.cumsum([len(e.features) for e in usable], dtype=int)
+        pooled = iter([pool(log_p[end - len(e.features) : end]) for e, end in zip(usable, ends, strict=True)])
         return [self._prediction(e, next(pooled) if e.status == "ok" else None) for e in excerpts]
 
-    def _prediction(self, excerpt: Excerpt, log_p: NDArray[np.float64] | None) -> Prediction:
+    def follow(
+        self,
+        source: audio.AudioSource,
+        steps: Walk,
+        *,
+        channels: Channels = "mix",
+        silence_dbfs: float = SILENCE_DBFS,
+        apart: bool = False,
+    ) -> tuple[Prediction, Timeline]:
+        """A recording over time, and all of it together: the windows that are not silent, pooled.
+
+        Args:
+            steps: the windows; they may not be longer than the model's.
+            channels: ``mix``, the number of one channel, or ``each``.
+            apart: as in ``listen``.
+
+        Raises:
+            SerError: windows that are longer than the model's.
+        """
+        config = self.bundle.features
+        if steps.window_s > config.window_s:
+            raise SerError(
+                f"window_s {steps.window_s:g} is more than the {config.window_s:g} s that {self.bundle.name} hears "
+                f"at a time; give --window_s {config.window_s:g}"
+            )
+        try:
+            info = describe(source, apart=apart)
+            tracks = [
+                self._track(source, steps, info.duration_s, channel, apart)
+                for channel in (range(info.channels) if channels == "each" else [channels])
+            ]
+        except Exception as error:  # as in listen: a recording never ends the job
+            return self._prediction(failed(config, error), None), no_windows(len(self.labels))
+        timeline = joined(tracks)
+        heard = Excerpt(
+            np.empty((0, *config.input_shape), np.float32),
+            info.duration_s,
+            covered_s(steps.starts(info.duration_s), info.duration_s, steps.window_s),
+            info.sample_rate_hz,
+            info.channels,
+            float(timeline.level_dbfs.max()),
+        )
+        return self._prediction(heard, timeline.pooled(silence_dbfs)), timeline
+
+    def _track(
+        self, source: audio.AudioSource, steps: Walk, duration_s: float, channel: audio.Channel, apart: bool
+    ) -> Timeline:
+        config, size = self.bundle.features, self.batch_size
+        stretches = walk(source, config, steps, duration_s, channel, at_once=size, apart=apart)
+        parts = [(s.start_s, s.end_s, s.level_dbfs, self.log_probabilities(s.features)) for s in stretches]
+        start_s, end_s, level_dbfs, log_p = (np.concatenate(column) for column in zip(*parts, strict=True))
+        name = np.full(len(start_s), str(channel), dtype=object)
+        return Timeline(name, start_s, end_s, level_dbfs, log_p)
+
+    def _prediction(self, excerpt: Excerpt, log_p: Floats | None) -> Prediction:
         p = np.full(len(self.labels), np.nan) if log_p is None else np.exp(log_p)
         best = None if log_p is None else int(p.argmax())
         return Prediction(
@@ -171,16 +232,16 @@ class Predictor:
             scored_s=excerpt.scored_s,
             sample_rate_hz=excerpt.sample_rate_hz,
             channels=excerpt.channels,
+            level_dbfs=excerpt.level_dbfs,
         )
 
 
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+def entropy(p: Floats) -> Floats:
+    """Shannon entropy of probabilities ``(..., classes)`` over that of a uniform guess: 0 certain, 1 clueless."""
+    return np.asarray(-(p * np.log(np.maximum(p, 1e-300))).sum(axis=-1) / np.log(p.shape[-1]))
 
 
-def _pool(log_p: NDArray[np.float64], counts: Sequence[int]) -> list[NDArray[np.float64]]:
-    """Mean of consecutive groups of rows, renormalised; a group of one stays as it is."""
-    ends = np.cumsum(counts, dtype=int)
-    groups = [log_p[end - count : end] for end, count in zip(ends, counts, strict=True)]
-    return [g[0] if len(g) == 1 else _log_softmax(g.mean(axis=0, keepdims=True))[0] for g in groups]
+def margin(p: Floats) -> Floats:
+    """Probability of the best label minus that of the second, of probabilities ``(..., classes)``."""
+    ordered = np.sort(p, axis=-1)
+    return np.asarray(ordered[..., -1] - ordered[..., -2])

@@ -21,13 +21,15 @@ import soundfile
 
 from pipeline import figures
 from pipeline.audio import AudioError, load, probe
+from pipeline.compare import compare, disagreements
+from pipeline.folders import local_path
 from pipeline.metrics import Targets, evaluate
 from pipeline.outcomes import failed_rows, outcomes
 from pipeline.report_html import meta_rows, render
 from pipeline.tables import write_csv
 from pipeline.terminal import terminal_summary
 
-__all__ = ["Targets", "terminal_summary", "write_report"]
+__all__ = ["Targets", "terminal_summary", "write_comparison", "write_report"]
 
 SHOWN_MISTAKES = 20
 SHOWN_FAILURES = 50
@@ -159,6 +161,7 @@ def _players(mistakes: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 def _wav_uri(path: str) -> str:
     """At most 10 s from the middle of a recording, mono, 16 bit."""
+    path = local_path(path)
     length_s = probe(path).duration_s
     clip = load(
         path,
@@ -169,3 +172,28 @@ def _wav_uri(path: str) -> str:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(clip.samples, -1, 1), _CLIP_RATE_HZ, format="WAV", subtype="PCM_16")
     return "data:audio/wav;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def write_comparison(
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    labels: Sequence[str],
+    out: Path,
+    *,
+    names: tuple[str, str],
+    meta: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Compare two scores tables of the same recordings into ``out``.
+
+    Writes ``comparison.json``, ``comparison.csv``, ``disagreements.csv`` and ``comparison.html``; arguments and errors
+    as ``compare.compare``, ``meta`` as in ``write_report``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found = compare(first, second, labels, names=names) | {"meta": dict(meta)}
+    write_csv(pd.DataFrame(found["figures"]), out / "comparison.csv")
+    write_csv(disagreements(first, second, labels), out / "disagreements.csv")
+    text = json.dumps(found, indent=1, allow_nan=False, default=str)
+    (out / "comparison.json").write_text(text + "\n", encoding="utf-8")
+    page = render("comparison.html.j2", c=json.loads(text), meta_rows=meta_rows(meta))
+    (out / "comparison.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    return found

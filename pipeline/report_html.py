@@ -70,7 +70,10 @@ def span(bounds: Sequence[float] | None) -> str:
 
 def points(value: float | None) -> str:
     """A difference of shares in percentage points, with its sign."""
-    return "n/a" if value is None else f"{value * 100:+.1f}".replace("-", "−")
+    if value is None:
+        return "n/a"
+    text = f"{value * 100:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def points_span(bounds: Sequence[float] | None) -> str:

@@ -1,8 +1,9 @@
-"""From a run's last checkpoint to its bundle: weights, predictions on the split that is reported, metrics, model card."""
+"""From a run's last checkpoint to its bundle: weights, predictions on the reported split, metrics, model card."""
 
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,100 +16,115 @@ import torch
 from pipeline.arrays import load_features
 from pipeline.checkpoint import Bundle, save_bundle
 from pipeline.fit import StateDict, weights_of
-from pipeline.runs import Plan, load_checkpoint, plot_curves, read_splits, rows_of
+from pipeline.history import plot_curves
+from pipeline.model_card import model_card
+from pipeline.models import build_model
+from pipeline.report import terminal_summary, write_report
+from pipeline.runs import SPLIT_SEED, Plan, load_checkpoint, read_splits, rows_of
 
-CARD_SPLITS = {"test": "held-out test part", "inner_val": "inner validation part, which also chose the epoch"}
+INTERRUPTED = "interrupted"
+_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Results:
-    """What `write_results` made: the text for the terminal and the report's path, where a split was reported."""
+    """What was made of a run: its bundle, and the report with its text for the terminal where a split was reported."""
 
     bundle: Bundle
     best_epoch: int
     summary: str = ""
-    path: Path | None = None
+    report: Path | None = None
 
 
-def write_results(plan: Plan, name: str, report_split: str, seconds: float) -> Results:
-    """Write curves, bundle and report of a run.
+def write_results(plan: Plan, report_split: str) -> Results:
+    """Make a bundle of a finished run's folder, with curves and a report.
 
     Args:
-        name: of the bundle.
         report_split: `test`, `inner_val` or `none`; opened here, once.
-        seconds: how long the training took.
     """
     state = load_checkpoint(plan.checkpoint)
     plot_curves(state["history"], plan.out / "curves.png")
+    part = read_splits(plan.out).get(report_split)
+    if part is None or part.empty:
+        results = Results(_save(plan, plan.out, state, {}), state["best_epoch"])
+    else:
+        name, report = bundle_name(plan.model_name), plan.out / "report"
+        data = f"{plan.out / 'splits' / report_split}.csv"
+        meta = {"model": name, "data": data, "epoch": state["best_epoch"], "trained_on": str(plan.features)}
+        evaluation = write_report(predict(plan, weights_of(state), part), plan.labels, report, meta=meta)
+        bundle = _save(plan, plan.out, state, {report_split: headline(evaluation) | {"n": len(part)}})
+        results = Results(bundle, state["best_epoch"], terminal_summary(evaluation), report / "report.html")
+    shutil.rmtree(plan.out / INTERRUPTED, ignore_errors=True)
+    return results
+
+
+def keep_weights(plan: Plan) -> Results:
+    """Make a bundle of the best weights of an unfinished run, in a folder of its own: no split is opened for it."""
+    state = load_checkpoint(plan.checkpoint)
+    return Results(_save(plan, plan.out / INTERRUPTED, state, {}), state["best_epoch"])
+
+
+def bundle_name(model_name: str) -> str:
+    """What the bundle of a model is called."""
+    return f"{model_name}_ser_final"
+
+
+def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[str, dict[str, Any]]) -> Bundle:
     splits = read_splits(plan.out)
-    weights = weights_of(state)
-    arrays = load_features(plan.features)
-    training = {
+    name, training = bundle_name(plan.model_name), _training(plan, state, len(splits["train"]))
+    figures = {part: found | {"trained_on": training["trained_on"]} for part, found in figures.items()}
+    return save_bundle(
+        folder,
+        name=name,
+        state_dict=weights_of(dict(state)),
+        model_name=plan.model_name,
+        model_options=plan.model_options,
+        labels=plan.labels,
+        features=load_features(plan.features).config,
+        metrics={"training": training, **figures},
+        training=training_table(splits),
+        card=model_card(name, plan.labels, training, figures, pd.concat(splits.values())),
+    )
+
+
+def _training(plan: Plan, state: Mapping[str, Any], clips: int) -> dict[str, Any]:
+    """The `training` block of metrics.json."""
+    return {
         "model": plan.model_name,
         "epochs": len(state["history"]),
         "best_epoch": state["best_epoch"],
-        "seconds": round(seconds, 1),
-        "trained_on": f"{len(splits['train'])} clips (splits/train.csv)",
+        "seconds": round(sum(record["seconds"] for record in state["history"]), 1),
+        "trained_on": f"{clips} clips (splits/train.csv)",
+        "split_seed": SPLIT_SEED,
         "settings": state["config"],
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
-    metrics: dict[str, Any] = {"training": training}
-    summary, report_path = "", None
-    part = splits.get(report_split)
-    if part is not None and len(part):
-        from pipeline.report import terminal_summary, write_report
-
-        predictions = predict(plan, weights, part)
-        meta = {"model": name, "split": report_split, "trained_on": training["trained_on"], "run": str(plan.out)}
-        evaluation = write_report(predictions, plan.labels, plan.out / "report", meta=meta)
-        metrics[report_split] = figures(evaluation) | {"n": len(part), "trained_on": training["trained_on"]}
-        summary, report_path = terminal_summary(evaluation), plan.out / "report" / "report.html"
-    bundle = save_bundle(
-        plan.out,
-        name=name,
-        state_dict=weights,
-        model_name=plan.model_name,
-        model_options=plan.model_options,
-        labels=plan.labels,
-        features=arrays.config,
-        metrics=metrics,
-        training=training_table(splits),
-        card=card(name, plan, metrics, report_split),
-    )
-    return Results(bundle, state["best_epoch"], summary, report_path)
 
 
 def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
     """Predictions of one split from stored features, in the columns of a score table."""
-    from pipeline.models import build_model
-
     arrays = load_features(plan.features)
     rows = rows_of(arrays.table, part, plan.features)
     model = build_model(plan.model_name, plan.model_options, len(plan.labels), arrays.config.input_shape)
     model.load_state_dict(weights)
     model.eval()
     with torch.inference_mode():
-        parts = [
-            model(torch.from_numpy(arrays.features[rows[i : i + 64]])).softmax(dim=1) for i in range(0, len(rows), 64)
-        ]
-    probabilities = torch.cat(parts).double().numpy()
-    best = probabilities.argmax(axis=1)
+        batches = [torch.from_numpy(arrays.features[rows[i : i + _BATCH]]) for i in range(0, len(rows), _BATCH)]
+        probabilities = torch.cat([model(batch).softmax(dim=1) for batch in batches]).double().numpy()
     table = part.drop(columns=["status", "error", "parent_id", "n_frames"], errors="ignore").assign(
         status="ok",
         error="",
         label_name=part["label"],
-        predicted=np.array(plan.labels)[best],
+        predicted=np.array(plan.labels)[probabilities.argmax(axis=1)],
         confidence=probabilities.max(axis=1),
     )
     return table.assign(**{f"p_{name}": probabilities[:, i] for i, name in enumerate(plan.labels)})
 
 
-def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The few numbers of an evaluation that a bundle carries."""
-    overall = evaluation["overall"]
-    keys = [key for key in ("accuracy", "uar", "weighted_f1", "macro_f1") if key in overall]
-    found: dict[str, Any] = {key: overall[key]["value"] for key in keys}
+def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The few figures of an evaluation that a bundle carries."""
+    found = {key: evaluation["overall"][key]["value"] for key in ("accuracy", "uar", "weighted_f1", "macro_f1")}
     found["class_recall"] = {row["label"]: row["recall"]["value"] for row in evaluation["per_class"]}
     found["verdict"] = evaluation["verdict"]["outcome"]
     return found
@@ -116,49 +132,15 @@ def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def training_table(splits: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """`training.csv`: id (file stem), content hash, speaker and split of every recording; no audio, no path."""
-    rows = []
-    for split, part in splits.items():
-        for row in part.to_dict("records"):
-            rows.append(
-                {
-                    "id": Path(str(row["speech"])).stem,
-                    "content_hash": row.get("content_hash", ""),
-                    "speaker": row.get("speaker", ""),
-                    "split": split,
-                }
-            )
-    return pd.DataFrame(rows, columns=["id", "content_hash", "speaker", "split"])
-
-
-def card(name: str, plan: Plan, metrics: Mapping[str, Any], report_split: str) -> str:
-    """The model card, Markdown."""
-    training = metrics["training"]
-    lines = [
-        f"# {name}",
-        "",
-        f"Speech emotion classifier `{plan.model_name}`, trained from scratch on {training['trained_on']}; "
-        f"weights of epoch {training['best_epoch']} of {training['epochs']}.",
-        f"Classes in index order: {', '.join(plan.labels)}.",
-        "",
+    tables = [
+        pd.DataFrame(
+            {
+                "id": [Path(path).stem for path in part["speech"]],
+                "content_hash": part.get("content_hash", ""),
+                "speaker": part.get("speaker", ""),
+                "split": split,
+            }
+        )
+        for split, part in splits.items()
     ]
-    if report_split in metrics:
-        found = metrics[report_split]
-        lines += [
-            f"Measured on {found['n']} recordings ({CARD_SPLITS[report_split]}):",
-            "",
-            "| figure | value |",
-            "|---|---|",
-            f"| accuracy | {found['accuracy']:.1%} |",
-            f"| weighted F1 | {found['weighted_f1']:.1%} |",
-            *(
-                f"| recall of {label} | {'n/a' if r is None else f'{r:.1%}'} |"
-                for label, r in found["class_recall"].items()
-            ),
-            "",
-        ]
-    lines += [
-        "A random split lets the same voices be in training and test; voices never heard are recognised less well.",
-        "Acted speech only: do not use it to judge people.",
-        "",
-    ]
-    return "\n".join(lines)
+    return pd.concat(tables, ignore_index=True)

@@ -1,17 +1,17 @@
-"""The folder of one training run: its plan, splits, checkpoint, growing history, curves, and at last its bundle.
+"""The folder of one training run: its plan, splits, checkpoint, growing history, and at last its bundle.
 
-`plan.json` says what the run is; `splits/` which recordings each part holds; `checkpoint.pt` is the full state after the last
-epoch (replaced in one step, never half written); `history.csv` is written anew from that state after each epoch, so it
-holds no epoch twice. `config.json` of the bundle comes last: its presence means finished. On several machines the
-folder must be on storage that all of them share.
+`plan.json` says what the run is; `splits/` which recordings each part holds; `checkpoint.pt` is the full state after
+the last epoch (replaced in one step, never half written); `history.csv` is written anew from that state after each
+epoch, so it holds no epoch twice. `config.json` of the bundle comes last: its presence means finished. On several
+machines the folder must be on storage that all of them share.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,15 @@ from pipeline.arrays import load_features
 from pipeline.batches import TrainingData, from_arrays
 from pipeline.checkpoint import write_json
 from pipeline.errors import SerError
-from pipeline.fit import BatchCallback, EpochCallback, FitConfig, FitResult, Record, Run, fit
+from pipeline.fit import BatchCallback, EpochCallback, FitResult, Record, Run, batches_of, fit
+from pipeline.fit_config import FitConfig
+from pipeline.history import EventLog, write_history
 from pipeline.models import build_model
 from pipeline.splits import SPLITS
+from pipeline.workers import Workers
 
 PLAN_VERSION = 1
-HISTORY_COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "val_loss",
-    "val_accuracy",
-    "val_weighted_f1",
-    "weights",
-    "seconds",
-    "train_seconds",
-)
+SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
 
 
 @dataclass(frozen=True)
@@ -57,11 +50,6 @@ class Plan:
         """The full state after the last finished epoch."""
         return self.out / "checkpoint.pt"
 
-    @property
-    def finished(self) -> bool:
-        """Whether the bundle is complete."""
-        return (self.out / "config.json").is_file()
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -69,22 +57,59 @@ class Plan:
             "features": str(self.features.absolute()),
             "labels": list(self.labels),
             "model": {"name": self.model_name, "options": dict(self.model_options)},
-            "fit": asdict(self.fit),
+            "fit": self.fit.to_dict(),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], out: Path) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            SerError: a plan of another version.
+        """
+        if values.get("version") != PLAN_VERSION:
+            raise SerError(f"{out} holds a run of version {values.get('version')}, expected {PLAN_VERSION}; start anew")
+        return cls(
+            out=out,
+            features=Path(values["features"]),
+            labels=tuple(values["labels"]),
+            model_name=values["model"]["name"],
+            model_options=values["model"]["options"],
+            fit=FitConfig.from_dict(values["fit"]),
+        )
+
+    def check_continues(self, started: Plan) -> None:
+        """Refuse to go on with a run of other labels, another model or other settings.
+
+        Raises:
+            SerError: names what differs.
+        """
+        ours, theirs = self.to_dict(), started.to_dict()
+        for name in ("labels", "model"):
+            if ours[name] != theirs[name]:
+                raise SerError(
+                    f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same"
+                )
+        self.fit.check_continues(started.fit)
 
 
 def begin(plan: Plan, splits: Mapping[str, pd.DataFrame]) -> None:
-    """Lay down a new run: splits, then `plan.json`.
+    """Lay down a new run: splits, then `plan.json`. One that never finished an epoch is written over.
 
     Raises:
         SerError: the folder holds another run.
     """
-    if (plan.out / "plan.json").exists() or plan.finished:
-        raise SerError(f"{plan.out} already holds a run; continue it with --resume, or give another --out")
+    refuse_begun(plan.out)
     (plan.out / "splits").mkdir(parents=True, exist_ok=True)
     for name in SPLITS:
         splits[name].to_csv(plan.out / "splits" / f"{name}.csv", index=False)
     write_json(plan.out / "plan.json", plan.to_dict())
+
+
+def refuse_begun(out: Path) -> None:
+    """Raise SerError when `out` holds a run with at least one finished epoch, or a bundle."""
+    if (out / "checkpoint.pt").exists() or (out / "config.json").exists():
+        raise SerError(f"{out} already holds a run; continue it with --resume, or give another --out")
 
 
 def read_splits(out: Path) -> dict[str, pd.DataFrame]:
@@ -99,8 +124,8 @@ def read_splits(out: Path) -> dict[str, pd.DataFrame]:
     return {name: pd.read_csv(out / "splits" / f"{name}.csv", dtype=str, keep_default_na=False) for name in SPLITS}
 
 
-def read_plan(out: Path) -> dict[str, Any]:
-    """`plan.json` of a run.
+def read_plan(out: Path) -> Plan:
+    """The plan of a run.
 
     Raises:
         SerError: the folder holds no run, or one of another version.
@@ -108,10 +133,7 @@ def read_plan(out: Path) -> dict[str, Any]:
     path = out / "plan.json"
     if not path.is_file():
         raise SerError(f"{out} holds no run to resume (no plan.json); leave --resume out to start one")
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("version") != PLAN_VERSION:
-        raise SerError(f"{path} has version {values.get('version')}, expected {PLAN_VERSION}; start a new run")
-    return values
+    return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")), out)
 
 
 def training_data(plan: Plan) -> TrainingData:
@@ -137,6 +159,19 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folder: Path) -> np.ndarray
         raise SerError(f"row {error} of the splits is not in {folder}; give the features the run began with") from error
 
 
+def check(plan: Plan, num_workers: int = 1) -> None:
+    """Refuse, before any worker is started, settings that do not fit the data, the model or the workers.
+
+    Raises:
+        SerError: what is wrong.
+    """
+    data = training_data(plan)
+    batches_of(data, plan.fit).sampler.part(num_workers)
+    build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+    if plan.checkpoint.is_file():
+        load_checkpoint(plan.checkpoint)
+
+
 def train_here(
     plan: Plan,
     *,
@@ -152,15 +187,27 @@ def train_here(
     torch.manual_seed(plan.fit.seed)
     model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
     state = load_checkpoint(plan.checkpoint) if plan.checkpoint.is_file() else None
+    events: EventLog | None = None
+    if Workers.current().rank == 0:
+        for abandoned in plan.out.glob(".*.tmp"):  # of a process that was killed while it wrote
+            abandoned.unlink(missing_ok=True)
+        if state is not None:
+            write_history(plan.out, state["history"])
+        events = EventLog(plan.out / "tensorboard", done=len(state["history"]) if state else 0)
 
     def save_then_report(record: Record, run: Run) -> None:
-        if run.rank == 0:
+        if events is not None:
             save_checkpoint(plan.checkpoint, run.state())
             write_history(plan.out, run.history)
+            events.add(record)
         if on_epoch is not None:
             on_epoch(record, run)
 
-    return fit(model, data, plan.fit, device=device, state=state, on_epoch=save_then_report, on_batch=on_batch)
+    try:
+        return fit(model, data, plan.fit, device=device, state=state, on_epoch=save_then_report, on_batch=on_batch)
+    finally:
+        if events is not None:
+            events.close()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -181,29 +228,3 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
         raise SerError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; start a new run") from error
     return state
-
-
-def write_history(out: Path, history: Sequence[Record]) -> None:
-    """`history.csv`, one row an epoch, replaced in one step."""
-    temporary = out / f".history.{os.getpid()}.tmp"
-    pd.DataFrame(history, columns=list(HISTORY_COLUMNS)).to_csv(temporary, index=False, float_format="%.6g")
-    temporary.replace(out / "history.csv")
-
-
-def plot_curves(history: Sequence[Record], path: Path) -> None:
-    """Loss, validation figures and learning rate over the epochs, as a PNG."""
-    from matplotlib.figure import Figure
-
-    table = pd.DataFrame(history)
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axis, columns in zip(
-        panels, (("train_loss", "val_loss"), ("val_accuracy", "val_weighted_f1"), ("lr",)), strict=True
-    ):
-        for column in columns:
-            if column in table and table[column].notna().any():
-                axis.plot(table["epoch"], table[column], label=column)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)

@@ -18,6 +18,7 @@ _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",  # as the command itself; Ray's default, 15, starves on a busy machine
 }
 _OBJECT_STORE_BYTES = 1 << 30
 

@@ -1,8 +1,9 @@
 """Class balance: inverse-frequency weights, boosts, and a weighted sampler shared by any number of workers.
 
-Each epoch is one global stream of draws with replacement (`torch.multinomial`, as `torch.utils.data.WeightedRandomSampler`),
-a function of (seed, epoch) alone. A global batch is a run of `batch_size` draws; worker r of W takes its r-th W-th part,
-so 1, 2 or 4 workers together see exactly the same draws. Limits: W must divide the batch size.
+Each epoch is one global stream of draws with replacement (`torch.multinomial`, as in
+`torch.utils.data.WeightedRandomSampler`), a function of (seed, epoch) alone. A global batch is a run of `batch_size`
+draws; worker r of W takes its r-th W-th part, so 1, 2 or 4 workers together see exactly the same draws. Limits: W must
+divide the batch size.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def parse_class_values(text: str, labels: LabelSet, option: str = "--oversample_
 
 
 def class_weights(classes: np.ndarray, n_classes: int) -> np.ndarray:
-    """Inverse-frequency weights, mean 1 over the clips: n / (C_present * count); 0 for a class without clips. (C,) float64."""
+    """Inverse-frequency weights (C,): n / (C_present * count), mean 1 over the clips; 0 for a class without clips."""
     counts = np.bincount(classes, minlength=n_classes).astype(np.float64)
     present = counts > 0
     weights = np.zeros(n_classes)
@@ -54,7 +55,7 @@ class WeightedSampler:
 
     Args:
         weights: (n,) unnormalised draw probability of each clip.
-        batch_size: global batch, of all workers together. Every batch is full: an epoch draws n rounded up to whole batches.
+        batch_size: of all workers together. Every batch is full: an epoch draws n, rounded up to whole batches.
         seed: together with the epoch it decides every draw.
     """
 
@@ -99,8 +100,8 @@ class WeightedSampler:
         ).numpy()
         return drawn
 
-    def positions(self, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
-        """One worker's part of each global batch, as positions in `draws(epoch)`: (batch_size / world,) int64.
+    def part(self, world: int) -> int:
+        """Examples of a global batch that each of `world` workers gets.
 
         Raises:
             SerError: the workers cannot share the batch equally.
@@ -109,7 +110,11 @@ class WeightedSampler:
             raise SerError(
                 f"batch size {self.batch_size} cannot be shared by {world} workers; make it a multiple of {world}"
             )
-        part = self.batch_size // world
+        return self.batch_size // world
+
+    def positions(self, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+        """One worker's part of each global batch, as positions in `draws(epoch)`: (batch_size / world,) int64."""
+        part = self.part(world)
         for batch in range(len(self)):
             start = batch * self.batch_size + rank * part
             yield np.arange(start, start + part)

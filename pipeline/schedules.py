@@ -1,7 +1,7 @@
 """Learning-rate schedules as factors of the peak, a function of the step, for `torch.optim.lr_scheduler.LambdaLR`.
 
-`cosine`: Loshchilov & Hutter 2017 without restarts, to 0 (`CosineAnnealingLR`). `onecycle`: Smith & Topin 2018 with cosine
-arms (`OneCycleLR`: rise from 1/25 of the peak, fall to 1e-4 of the start). Limits: momentum stays as it is.
+`cosine`: Loshchilov & Hutter 2017 without restarts, to 0 (`CosineAnnealingLR`). `onecycle`: Smith & Topin 2018 with
+cosine arms (`OneCycleLR`: rise from 1/25 of the peak, fall to 1e-4 of the start). Limits: momentum stays as it is.
 """
 
 from __future__ import annotations

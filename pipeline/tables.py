@@ -7,8 +7,10 @@ left alone.
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
+from typing import Literal, TextIO
 
 import pandas as pd
 
@@ -36,7 +38,19 @@ def unguard(text: str) -> str:
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write ``table`` with guarded text columns, UTF-8, one line a row, without the index."""
-    guarded(table).to_csv(path, index=False, encoding="utf-8", lineterminator="\n")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        append_csv(table, file, header=True)
+
+
+def append_csv(table: pd.DataFrame, file: TextIO, *, header: bool) -> None:
+    """As ``write_csv``, to the end of a file that was opened with ``newline=""``."""
+    safe = guarded(table)
+    texts = [safe[name] for name in safe.columns if not pd.api.types.is_numeric_dtype(safe[name])]
+    bare = any(
+        "\r" in cell for column in texts for cell in column if isinstance(cell, str)
+    )  # csv quotes it not by itself
+    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL
+    safe.to_csv(file, index=False, header=header, lineterminator="\n", quoting=quoting)
 
 
 def guarded(table: pd.DataFrame) -> pd.DataFrame:

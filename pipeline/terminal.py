@@ -62,7 +62,7 @@ def _confusion(confusion: Mapping[str, Any]) -> str:
     first = max(map(len, names))
     room = (WIDTH - first) // len(heads)
     if room < 4:
-        return f"confusion matrix: {len(names)} classes are too many for this width; see confusion_counts.csv"
+        return _wrapped(f"confusion matrix: {len(names)} classes are too many to show here, see confusion_counts.csv")
     texts = [[_count(cell, room - 1) for cell in row] for row in cells]
     column = min(room, 1 + max(len(text) for row in [*texts, heads] for text in row))
     lines = ["confusion matrix (rows: true, columns: predicted)"]

@@ -8,20 +8,21 @@ new driver with `--resume` both go on from it. Limits: the run folder must be vi
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from pipeline.errors import SerError
-from pipeline.fit import FitConfig, Record, Run
+from pipeline.fit import DivergedError, Record, Run
+from pipeline.history import read_history
 from pipeline.runs import Plan, train_here
 from pipeline.runtime import start_ray
 
-PROGRESS = "progress.json"
 _BEAT_S = 0.5
 
 
@@ -45,59 +46,85 @@ def train_on_ray(
 
     Raises:
         SerError: what a worker found wrong with the settings or the data.
+        KeyboardInterrupt: Ctrl-C; the workers are gone, the checkpoint is that of the last finished epoch.
     """
     start_ray()
+    _check_gpus(num_workers if use_gpu else 0)
+    shutil.rmtree(_storage(plan), ignore_errors=True)  # of a driver that was killed
+    trainer = _trainer(plan, num_workers, use_gpu, max_failures)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with _Watch(plan.out, on_epoch, on_batch):
+            complaint = trainer.fit().return_value
+    except SystemExit as stop:  # how Ray's own Ctrl-C handler ends a run, once it has stopped the workers
+        raise KeyboardInterrupt from stop
+    except Exception as error:
+        complaint = _user_error(error)
+        if complaint is None:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        shutil.rmtree(_storage(plan), ignore_errors=True)
+    if complaint is not None:
+        raise SerError(complaint)
+
+
+def _check_gpus(wanted: int) -> None:
+    """Refuse to wait for GPUs that will not come; a cluster that was joined may still bring some up."""
+    import ray
+
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if wanted > found and not os.environ.get("RAY_ADDRESS"):
+        raise SerError(f"{wanted} workers need a GPU each, this machine has {found}; train with fewer, or on CPUs")
+
+
+def _storage(plan: Plan) -> Path:
+    return plan.out.absolute() / "ray"
+
+
+def _progress(out: Path) -> Path:
+    return out / "ray" / "progress.json"
+
+
+def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> Any:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     free = float(ray.cluster_resources().get("CPU", 1))
-    cpus = max(0.1, min(1.0, free / (2 * num_workers)))
-    trainer = TorchTrainer(
+    wanted = float(plan.fit.threads or 1)
+    resources = {"CPU": max(0.1, min(wanted, free / (2 * num_workers)))}  # room for other tasks, even on few CPUs
+    if use_gpu:
+        resources["GPU"] = 1
+    return TorchTrainer(
         _worker,
         train_loop_config={"plan": plan.to_dict(), "out": str(plan.out.absolute()), "use_gpu": use_gpu},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
-        ),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
-            name=f"attempt-{time.time_ns()}",
-            storage_path=str((plan.out / "ray").absolute()),
+            name=f"attempt-{time.time_ns()}",  # never used twice: Ray would silently go on with the old one
+            storage_path=str(_storage(plan)),
             failure_config=FailureConfig(max_failures=max_failures),
         ),
     )
-    with _Watch(plan.out, on_epoch, on_batch):
-        try:
-            trainer.fit()
-        except Exception as error:
-            found = _user_error(error)
-            if found is None:
-                raise
-            raise SerError(found) from error
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+def _worker(config: dict[str, Any]) -> Any:
+    """What each Ray Train worker runs; returns what is wrong when starting again would not help."""
     import ray.train
     from ray.train.torch import get_device
 
-    values = config["plan"]
-    plan = Plan(
-        out=Path(config["out"]),
-        features=Path(values["features"]),
-        labels=tuple(values["labels"]),
-        model_name=values["model"]["name"],
-        model_options=values["model"]["options"],
-        fit=FitConfig.from_dict(values["fit"]),
-    )
-    beat = _Beat(plan.out / PROGRESS) if ray.train.get_context().get_world_rank() == 0 else None
+    plan = Plan.from_dict(config["plan"], Path(config["out"]))
+    beat = _Beat(_progress(plan.out)) if ray.train.get_context().get_world_rank() == 0 else None
 
     def report(record: Record, run: Run) -> None:
         ray.train.report({name: value for name, value in record.items() if value is not None})
 
-    train_here(plan, device=str(get_device()) if config["use_gpu"] else "cpu", on_epoch=report, on_batch=beat)
+    try:
+        train_here(plan, device=str(get_device()) if config["use_gpu"] else "cpu", on_epoch=report, on_batch=beat)
+    except DivergedError as error:
+        return str(error)
+    return None
 
 
 def _user_error(error: BaseException) -> str | None:
@@ -137,7 +164,7 @@ class _Watch:
         on_batch: Callable[[int, int, int], None] | None,
     ) -> None:
         self.out, self.on_epoch, self.on_batch = out, on_epoch, on_batch
-        self.seen = len(self._history())
+        self.seen = len(read_history(out))
         self.last: list[int] = []
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -156,20 +183,13 @@ class _Watch:
             self._look()
 
     def _look(self) -> None:
-        for record in self._history()[self.seen :]:
+        for record in read_history(self.out)[self.seen :]:
             self.seen += 1
             if self.on_epoch is not None:
                 self.on_epoch(record)
-        path = self.out / PROGRESS
+        path = _progress(self.out)
         if self.on_batch is not None and path.is_file():
             progress = json.loads(path.read_text(encoding="utf-8"))
             if progress != self.last:
                 self.last = progress
                 self.on_batch(*progress)
-
-    def _history(self) -> list[Record]:
-        path = self.out / "history.csv"
-        if not path.is_file():
-            return []
-        records: list[Record] = pd.read_csv(path).astype(object).where(lambda t: t.notna(), None).to_dict("records")
-        return records

@@ -1,14 +1,49 @@
-"""Which parts of a recording are heard: evenly spaced crops. Times in seconds, plain arithmetic.
+"""Which parts of a recording are heard: evenly spaced crops, or windows that walk over all of it. Plain arithmetic.
 
 A crop is as long as the model's window. ``K`` crops of a recording split what the window can slide over into ``K``
-equal parts and sit in their middles: one crop is the recording's middle, and no crop touches the very ends.
+equal parts and sit in their middles: one crop is the recording's middle, and no crop touches the very ends. Walking
+windows start every hop from the beginning; a last one ends where the recording ends. All times are in seconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import SerError
+
+MIN_WINDOW_S = 0.1
+_TAIL_S = 0.001  # what may stay unheard at the end of a recording
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Windows of ``window_s`` that start every ``hop_s``."""
+
+    window_s: float
+    hop_s: float
+
+    def __post_init__(self) -> None:
+        if not self.window_s >= MIN_WINDOW_S:
+            raise SerError(f"window_s must be {MIN_WINDOW_S} s or more, got {self.window_s}")
+        if not self.hop_s >= MIN_WINDOW_S / 10:
+            raise SerError(f"hop_s must be {MIN_WINDOW_S / 10} s or more, got {self.hop_s}")
+
+    def starts(self, duration_s: float) -> list[float]:
+        """Where the windows of a recording start; one only when it is not longer than the window.
+
+        >>> Walk(2.0, 1.0).starts(4.5), Walk(2.0, 2.0).starts(4.0), Walk(2.0, 1.0).starts(0.5)
+        ([0.0, 1.0, 2.0, 2.5], [0.0, 2.0], [0.0])
+        """
+        last_s = duration_s - self.window_s
+        if last_s <= 0:
+            return [0.0]
+        starts = [index * self.hop_s for index in range(int(last_s / self.hop_s + 1e-9) + 1)]
+        return starts if last_s - starts[-1] <= _TAIL_S else [*starts, last_s]
+
 
 def crop_starts(duration_s: float, window_s: float, crops: int) -> list[float]:
-    """Starts, in seconds, of ``crops`` windows; one only when the recording is not longer than the window.
+    """Starts of ``crops`` windows; one only when the recording is not longer than the window.
 
     >>> crop_starts(5.0, 2.0, 1), crop_starts(5.0, 2.0, 3), crop_starts(1.0, 2.0, 3)
     ([1.5], [0.5, 1.5, 2.5], [0.0])
@@ -19,7 +54,7 @@ def crop_starts(duration_s: float, window_s: float, crops: int) -> list[float]:
     return [room_s * (index + 0.5) / crops for index in range(crops)]
 
 
-def covered_s(starts: list[float], duration_s: float, window_s: float) -> float:
+def covered_s(starts: Sequence[float], duration_s: float, window_s: float) -> float:
     """Seconds of the recording that lie in at least one of the windows (``starts`` ascending).
 
     >>> covered_s([0.0, 1.0, 6.0], 10.0, 2.0), covered_s([0.0], 1.5, 2.0)

@@ -1,0 +1,128 @@
+"""From a file to its log-mel picture: this project beside the plain librosa calls, in one run on one core.
+
+    python -m benchmarks.bench_features [--data_dir RAVDESS]
+
+Three cases, middle 2 s of each: 48 kHz clips of a few seconds (RAVDESS ones with --data_dir, else synthetic), and one
+10-minute 44.1 kHz stereo recording as WAV and as FLAC. "Plain" is `librosa.load(sr=48000)`, the middle cut out,
+`librosa.feature.melspectrogram`, `librosa.power_to_db(ref=np.max)` and the same standardisation. The two sides take
+turns; a figure is the median over the turns. Both are warmed up, and their pictures compared, before the clock starts.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import librosa
+import numpy as np
+import numpy.typing as npt
+import soundfile
+
+from benchmarks.recordings import synthetic_speech
+from pipeline.audio import load_middle
+from pipeline.features import FeatureConfig, log_mel
+
+Picture = npt.NDArray[np.float32]
+CONFIG = FeatureConfig()
+WANTED = {"48 kHz clip": 2.5, "10 min WAV, 44.1 kHz stereo": 30.0, "10 min FLAC, 44.1 kHz stereo": 20.0}
+
+
+def ours(path: Path) -> Picture:
+    clip = load_middle(path, window_s=CONFIG.window_s, sample_rate_hz=CONFIG.sample_rate_hz)
+    return log_mel(clip.samples, CONFIG)
+
+
+def plain(path: Path) -> Picture:
+    samples, rate_hz = librosa.load(path, sr=CONFIG.sample_rate_hz)
+    samples = librosa.util.pad_center(samples, size=max(len(samples), CONFIG.window_samples))
+    start = (len(samples) - CONFIG.window_samples) // 2
+    window = samples[start : start + CONFIG.window_samples]
+    power = librosa.feature.melspectrogram(
+        y=window, sr=rate_hz, n_fft=CONFIG.n_fft, hop_length=CONFIG.hop_length, n_mels=CONFIG.n_mels
+    )
+    decibel = librosa.power_to_db(power, ref=np.max, top_db=CONFIG.top_db)
+    return ((decibel - decibel.mean()) / (decibel.std() + 1e-6))[np.newaxis].astype(np.float32)
+
+
+def seconds(function: Callable[[Path], Picture], paths: Sequence[Path]) -> float:
+    """Mean seconds a recording."""
+    started_s = time.perf_counter()
+    for path in paths:
+        function(path)
+    return (time.perf_counter() - started_s) / len(paths)
+
+
+def compare(case: str, paths: Sequence[Path], turns: int) -> bool:
+    """Measure and print one case; whether it is as fast as wanted."""
+    difference = max(float(np.abs(ours(path) - plain(path)).max()) for path in paths[:5])
+    times_s: dict[Callable[[Path], Picture], list[float]] = {ours: [], plain: []}
+    for _ in range(turns):
+        for function, measured in times_s.items():
+            measured.append(seconds(function, paths))
+    ours_s, plain_s = statistics.median(times_s[ours]), statistics.median(times_s[plain])
+    ratio = plain_s / ours_s
+    verdict = "reached" if ratio >= WANTED[case] else "MISSED"
+    figures = f"{plain_s * 1e3:10.2f} {ours_s * 1e3:10.2f} {ratio:7.1f}x {WANTED[case]:6.1f}x {verdict:8s}"
+    print(f"{case:30s} {figures} {difference:9.1e} {len(paths):6d} x {turns}", flush=True)
+    return ratio >= WANTED[case]
+
+
+def clips(data_dir: Path | None, folder: Path, count: int) -> list[Path]:
+    """`count` WAV clips: evenly spread over those in `data_dir`, or synthetic ones of 3 to 4 s."""
+    if data_dir:
+        found = sorted(data_dir.rglob("*.wav")) or sorted(data_dir.rglob("*.flac"))
+        if not found:
+            raise SystemExit(f"{data_dir}: no WAV or FLAC file below it. Give the folder of the recordings.")
+        return found[:: max(len(found) // count, 1)][:count]
+    paths = [folder / f"clip{index}.wav" for index in range(count)]
+    for index, path in enumerate(paths):
+        soundfile.write(path, synthetic_speech(3.0 + index / count, 48_000, seed=index), 48_000, "PCM_16")
+    return paths
+
+
+def long_recording(path: Path, minutes: int = 10) -> Path:
+    with soundfile.SoundFile(path, "w", 44_100, 2, "PCM_16") as file:
+        for minute in range(minutes):
+            file.write(synthetic_speech(60.0, 44_100, 2, seed=minute))
+    return path
+
+
+def processor() -> str:
+    """Its name, where Linux tells."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def main() -> int:
+    """Parse the command line, measure, print; 0 when every case is as fast as wanted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", "--data-dir", type=Path, help="folder of 48 kHz recordings; default: synthetic")
+    parser.add_argument("--clips", type=int, default=24, help="short clips a turn (default 24)")
+    parser.add_argument("--turns", type=int, default=7, help="turns to take the median of (default 7)")
+    args = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for both sides
+    print(f"{processor()}, pinned to one; Python {platform.python_version()}, librosa {librosa.__version__}")
+    print(f"{'middle 2 s -> log-mel':30s} {'plain ms':>10s} {'ours ms':>10s} {'faster':>8s} {'wanted':>7s}", end="")
+    print(f" {'':8s} {'max diff':>9s} {'files x turns':>13s}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        reached = [compare("48 kHz clip", clips(args.data_dir, folder, args.clips), args.turns)]
+        for extension in ("wav", "flac"):
+            path = long_recording(folder / f"long.{extension}")
+            reached.append(compare(f"10 min {extension.upper()}, 44.1 kHz stereo", [path], args.turns))
+    return 0 if all(reached) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

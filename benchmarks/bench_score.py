@@ -1,0 +1,304 @@
+"""Batch scoring: against the plain way, against a pool written by hand, over sizes, resumed, and on a long call.
+
+    python -m benchmarks.bench_score --data_dir RECORDINGS [--parts plain slope command scale call infer]
+        [--small 5000 --large 20000 --sizes 1000 10000 100000 --repeats 3 --plain 300 --hours 3]
+
+The recordings are hard links to those in ``--data_dir``, repeated until there are enough. Sides that are compared take
+turns; a figure is the median over the repeats, a ratio the median of the ratios of each turn.
+
+- plain: what one would write first: per file ``librosa.load`` at 48 kHz, the middle 2 s, librosa's log-mel, eager
+  PyTorch at batch 1, default threads; measured per file after a warm-up.
+- command: the whole command, start included, tables (and report, against the plain way) written.
+- slope: seconds a file more, between ``--small`` and ``--large``; Ray and pool are up and warm.
+- scale: one Ray, growing inputs; then the finished largest run once more, as a command.
+- call: a stereo telephone call, 2 s windows every second, each channel; memory over that of a 10 s call.
+- infer: ``jobs.infer`` against ``python -c "import torch"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import soundfile
+
+from benchmarks.pool_score import open_pool
+from benchmarks.pool_score import run as run_pool
+from benchmarks.processes import descendants, linked_folder, machine, resident_bytes, sampled
+from pipeline.audio import EXTENSIONS
+from pipeline.checkpoint import Bundle, load_bundle
+from pipeline.folders import scan
+from pipeline.onnx_export import ensure_onnx
+
+PARTS = ("plain", "command", "slope", "scale", "call", "infer")
+ROOT = Path(__file__).resolve().parents[1]
+WARM = 512
+
+
+def timed(call: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
+
+
+def command(*words: object, environment: dict[str, str] | None = None) -> float:
+    """Seconds of a Python command; its failure ends the benchmark."""
+    line = [sys.executable, *map(str, words)]
+    return timed(
+        lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True, env=environment or dict(os.environ))
+    )
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How many times faster ours is, the median of the turns."""
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+
+
+def score_words(bundle: Bundle, folder: Path, out: Path, *more: object) -> list[object]:
+    return ["-m", "jobs.score", "--model_weights", bundle.folder, "--input", folder, "--out", out, "--crops", 1, *more]
+
+
+# --- the plain way ---
+
+
+def plain_seconds(bundle: Bundle, folder: Path, n: int) -> float:
+    """Seconds a file, the way one would write it first."""
+    import librosa
+    import torch
+
+    config = bundle.features
+    model = bundle.build_model()
+
+    def one(path: str) -> int:
+        samples, rate_hz = librosa.load(path, sr=config.sample_rate_hz)
+        samples = librosa.util.pad_center(samples, size=max(len(samples), config.window_samples))
+        start = (len(samples) - config.window_samples) // 2
+        mel = librosa.feature.melspectrogram(
+            y=samples[start : start + config.window_samples],
+            sr=rate_hz,
+            n_fft=config.n_fft,
+            hop_length=config.hop_length,
+            n_mels=config.n_mels,
+        )
+        decibel = librosa.power_to_db(mel, ref=np.max)
+        features = torch.from_numpy((decibel - decibel.mean()) / (decibel.std() + 1e-6)).float()
+        with torch.no_grad():
+            return int(model(features[None, None]).softmax(dim=1).argmax())
+
+    paths = scan(folder, EXTENSIONS).files
+    for path in paths[:20]:
+        one(path)
+    return timed(lambda: [one(path) for path in paths[:n]]) / min(n, len(paths))
+
+
+# --- parts ---
+
+
+def inner(arguments: argparse.Namespace, side: str, sizes: Sequence[int]) -> dict[str, Any]:
+    """Run one side in a process of its own: start, warm-up, then each size; what it printed as JSON."""
+    words = ["-m", "benchmarks.bench_score", "--inner", side, "--sizes", *sizes, "--data_dir", arguments.folder]
+    words += ["--model_weights", arguments.model_weights or "", "--scratch", arguments.scratch]
+    line = [sys.executable, *map(str, words)]
+    done = subprocess.run(line, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run_inner(arguments: argparse.Namespace) -> None:
+    """The other end of ``inner``."""
+    bundle = load_bundle(arguments.model_weights or None)
+    paths = list(scan(arguments.data_dir, EXTENSIONS).files)
+    seconds, memory, store = [], [], []
+    sizes = [WARM, *arguments.sizes]
+    if arguments.inner == "pool":
+        with open_pool(str(bundle.folder), os.cpu_count() or 1) as pool:
+            for n in sizes:
+                out = Path(arguments.scratch) / f"pool-{n}"
+                shutil.rmtree(out, ignore_errors=True)
+                seconds.append(timed(lambda n=n, out=out: run_pool(pool, paths[:n], out, bundle.labels)))
+    else:
+        import ray
+
+        from pipeline.runtime import start_ray
+        from pipeline.scoring import ScoreOptions, score_manifest
+
+        start_ray()
+        cap = ray.cluster_resources()["object_store_memory"]
+
+        def stored() -> float:
+            return cap - ray.available_resources().get("object_store_memory", cap)
+
+        options = ScoreOptions(crops=1)
+        for n in sizes:
+            out = Path(arguments.scratch) / f"ray-{n}"
+            shutil.rmtree(out, ignore_errors=True)
+            table = pd.DataFrame({"speech": paths[:n]})
+            with sampled(lambda: resident_bytes(os.getpid()), 1.0) as peak, sampled(stored, 2.0) as in_store:
+                start_s = time.perf_counter()
+                score_manifest(table, out, weights=bundle.folder, options=options, report=False)
+                seconds.append(time.perf_counter() - start_s)
+            memory.append(peak[0])
+            store.append(in_store[0] / cap)
+    print(json.dumps({"seconds": seconds[1:], "memory": memory[1:], "store": store[1:]}))
+
+
+def slope(arguments: argparse.Namespace) -> None:
+    sizes = (arguments.small, arguments.large)
+    costs: dict[str, list[float]] = {"ray": [], "pool": []}
+    for turn in range(arguments.repeats):
+        for side, found in costs.items():
+            small_s, large_s = inner(arguments, side, sizes)["seconds"]
+            found.append((large_s - small_s) / (sizes[1] - sizes[0]))
+        print(
+            f"  turn {turn + 1}: " + ", ".join(f"{s} {c[-1] * 1e3:.2f} ms a file" for s, c in costs.items()), flush=True
+        )
+    ratio = median_ratio(costs["ray"], costs["pool"])
+    ours, theirs = (statistics.median(found) * 1e3 for found in costs.values())
+    result(f"slope {sizes[0]:,} -> {sizes[1]:,} files", f"{ours:.2f} ms a file, pool {theirs:.2f}", ratio, 0.85)
+
+
+def whole_command(arguments: argparse.Namespace, bundle: Bundle, plain_s: float | None) -> None:
+    folder, n = arguments.folder_large, arguments.large
+    ours, theirs, reported = [], [], []
+    for turn in range(arguments.repeats):
+        out = Path(arguments.scratch) / "command"
+        for times, words in (
+            (ours, score_words(bundle, folder, out / "ours", "--no_report")),
+            (theirs, ["-m", "benchmarks.pool_score", folder, out / "pool", bundle.folder]),
+            (reported, score_words(bundle, folder, out / "report")),
+        ):
+            if times is not reported or turn == 0:
+                times.append(command(*words))
+        shutil.rmtree(out)
+        print(f"  turn {turn + 1}: {ours[-1]:.1f} s, pool {theirs[-1]:.1f} s", flush=True)
+    ratio = median_ratio(ours, theirs)
+    figures = f"{statistics.median(ours):.1f} s, pool {statistics.median(theirs):.1f} s"
+    result(f"whole command, {n:,} files, start included", figures, ratio, 0.7)
+    if plain_s is not None:
+        figures = f"{reported[0]:.1f} s with report; plain {plain_s * 1e3:.1f} ms a file"
+        result(f"folder of {n:,} -> tables + report, against the plain way", figures, plain_s * n / reported[0], 10.0)
+
+
+def scale(arguments: argparse.Namespace, bundle: Bundle) -> None:
+    sizes = arguments.sizes
+    found = inner(arguments, "ray", sizes)
+    for n, seconds, memory, store in zip(sizes, found["seconds"], found["memory"], found["store"], strict=True):
+        line = f"{seconds:.1f} s, driver {memory / 2**20:.0f} MiB, object store {store:.1%} of its cap"
+        print(f"  {n:>7,} files: {line}", flush=True)
+    if len(sizes) > 2:
+        (s0, s1, s2), (n0, n1, n2) = found["seconds"][:3], sizes[:3]
+        low, high = (s1 - s0) / (n1 - n0), (s2 - s1) / (n2 - n1)
+        figures = f"{low * 1e3:.2f} -> {high * 1e3:.2f} ms a file"
+        result(f"cost of a file {n1:,}..{n2:,} over {n0:,}..{n1:,}", figures, high / low, 1.1, at_most=True)
+    out = Path(arguments.scratch) / f"ray-{sizes[-1]}"
+    seconds = command(*score_words(bundle, arguments.folder, out, "--no_report"))
+    result(f"finished run of {sizes[-1]:,} files once more", "", seconds, 30.0, at_most=True, unit=" s")
+
+
+def call(arguments: argparse.Namespace, bundle: Bundle) -> None:
+    rate_hz, rng = 8_000, np.random.default_rng(0)
+    peaks: list[float] = []
+    seconds = 0.0
+    for duration_s in (10, round(arguments.hours * 3600)):
+        path = Path(arguments.scratch) / f"call-{duration_s}" / "call.wav"
+        path.parent.mkdir()
+        with soundfile.SoundFile(path, "w", rate_hz, 2, "PCM_16") as file:
+            for _ in range(0, duration_s, 10):
+                loud = np.repeat(rng.random((10, 2)), rate_hz, axis=0) * 0.3
+                file.write(loud * rng.standard_normal((10 * rate_hz, 2)) * 0.3)
+        words = score_words(bundle, path.parent, path.parent / "out", "--no_report", "--num_cpus", 0)[:-2]
+        words = [w for w in words if w not in ("--crops", 1)]
+        words += ["--window_s", 2, "--hop_s", 1, "--channels", "each", "--num_cpus", 0]
+        before = time.perf_counter()
+        with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            tree = lambda pid=process.pid: float(sum(map(resident_bytes, [pid, *descendants(pid)])))  # noqa: E731
+            with sampled(tree) as peak:
+                if process.wait():
+                    raise SystemExit(f"scoring {path} failed")
+        seconds = time.perf_counter() - before
+        peaks.append(peak[0])
+    windows = len(pd.read_parquet(path.parent / "out" / "segments.parquet", columns=["row"]))
+    figures = f"{windows:,} windows in {seconds:.0f} s, {duration_s / seconds:.0f} x real time; memory over a 10 s call"
+    result(
+        f"{arguments.hours:g} h stereo call", figures, (peaks[1] - peaks[0]) / 2**20, 1024, at_most=True, unit=" MiB"
+    )
+
+
+def infer(arguments: argparse.Namespace, bundle: Bundle) -> None:
+    recording = scan(arguments.folder, EXTENSIONS).files[0]
+    ours, torch = [], []
+    for _ in range(max(arguments.repeats, 5)):
+        ours.append(command("-m", "jobs.infer", "--model_weights", bundle.folder, "--file", recording))
+        torch.append(command("-c", "import torch"))
+    figures = f"{statistics.median(ours):.2f} s, import torch {statistics.median(torch):.2f} s"
+    ratio = statistics.median(a / b for a, b in zip(ours, torch, strict=True))
+    result("infer of one file over import torch", figures, ratio, 2.5, at_most=True)
+
+
+def result(what: str, figures: str, value: float, wanted: float, *, at_most: bool = False, unit: str = " x") -> None:
+    """Print a line of the table."""
+    reached = value <= wanted if at_most else value >= wanted
+    limit = f"{'at most' if at_most else 'at least'} {wanted:g}{unit}"
+    print(f"| {what} | {figures} | {value:.2f}{unit} | {limit} | {'yes' if reached else 'NO'} |", flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--model_weights", help="default: the shipped bundle")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--small", type=int, default=5_000)
+    parser.add_argument("--large", type=int, default=20_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain", type=int, default=300)
+    parser.add_argument("--hours", type=float, default=3.0)
+    parser.add_argument("--inner", choices=("ray", "pool"), help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    if arguments.inner:
+        run_inner(arguments)
+        return
+    bundle = load_bundle(arguments.model_weights)
+    ensure_onnx(bundle)
+    print(f"machine: {machine()}\nmodel: {bundle.name}\n", flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.data_dir.absolute().parent, prefix=".bench-") as scratch:
+        arguments.scratch = scratch
+        n = max(arguments.large, *(arguments.sizes if "scale" in arguments.parts else [0]))
+        arguments.folder = linked_folder(arguments.data_dir, Path(scratch) / "audio", n)
+        arguments.folder_large = linked_folder(arguments.data_dir, Path(scratch) / "large", arguments.large)
+        print("| what | figures | value | wanted | reached |\n|---|---|---|---|---|", flush=True)
+        plain_s = None
+        if "plain" in arguments.parts:
+            turns = [plain_seconds(bundle, arguments.folder, arguments.plain) for _ in range(arguments.repeats)]
+            plain_s = statistics.median(turns)
+        if "command" in arguments.parts:
+            whole_command(arguments, bundle, plain_s)
+        if "slope" in arguments.parts:
+            slope(arguments)
+        if "scale" in arguments.parts:
+            scale(arguments, bundle)
+        if "call" in arguments.parts:
+            call(arguments, bundle)
+        if "infer" in arguments.parts:
+            infer(arguments, bundle)
+
+
+if __name__ == "__main__":
+    main()

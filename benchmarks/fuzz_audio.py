@@ -1,0 +1,268 @@
+"""Feed mutated recordings of all formats to the decoder and count what comes out.
+
+    python -m benchmarks.fuzz_audio --count 10000
+
+Case i is made from (seed, i) alone: a recording of some format, then one to three of bit flips, overwritten, removed,
+repeated or inserted stretches, cut heads and tails, header fields set to extremes, two files grafted together, and for
+every fourth case a path whose extension lies. A child process decodes them one after the other, and each must
+give finite samples or an `AudioError`. The parent starts a new child where one dies or does not answer.
+Exit status 0: no crash, no hang, no exception without a code, memory flat; else 1, and --keep has the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import multiprocessing
+import os
+import platform
+import resource
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from benchmarks.recordings import every_format
+from pipeline.audio import AudioError, Clip, content_hash, load, load_middle, probe
+
+HANG_CPU_S = 5.0
+ANSWER_WITHIN_S = 60.0  # of wall time, on a box that others use too
+START_WITHIN_S = 600.0
+GROWTH_MIB = 16.0
+_EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFE, 0xFFFF_FFFF)
+_FAILURES = ("crash", "hang", "uncoded")
+
+Random = np.random.Generator
+
+
+class Outcome(NamedTuple):
+    """`result`: "ok", an error code, or one of `_FAILURES`; `cpu_s`: seconds of CPU; `rss_mib`: memory held after."""
+
+    index: int
+    name: str
+    result: str
+    detail: str
+    cpu_s: float
+    rss_mib: float
+    peak_mib: float
+
+
+def mutated(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
+    """Name of the recording that case `index` starts from, and its mutated bytes."""
+    rng = np.random.default_rng((seed, index))
+    name = sorted(files)[index % len(files)]
+    data = bytearray(files[name])
+    for _ in range(rng.integers(1, 4)):
+        mutations = (
+            _flip_bits,
+            _overwrite,
+            _cut_tail,
+            _cut_head,
+            _remove,
+            _repeat,
+            _insert,
+            _forge_header,
+            _forge_header,
+        )
+        if len(data):
+            data = mutations[rng.integers(len(mutations))](data, rng)
+    if rng.random() < 0.05:  # the head of this one on the body of another
+        other = files[sorted(files)[rng.integers(len(files))]]
+        cut = int(rng.integers(1, 200))
+        data = data[:cut] + other[cut:]
+    return name, bytes(data)
+
+
+def _somewhere(data: bytearray, rng: Random) -> int:
+    """A position, half of the time in the header."""
+    end = min(len(data), 200) if rng.random() < 0.5 else len(data)
+    return int(rng.integers(end))
+
+
+def _flip_bits(data: bytearray, rng: Random) -> bytearray:
+    for _ in range(rng.integers(1, 33)):
+        data[_somewhere(data, rng)] ^= 1 << int(rng.integers(8))
+    return data
+
+
+def _overwrite(data: bytearray, rng: Random) -> bytearray:
+    at = _somewhere(data, rng)
+    end = min(at + int(rng.integers(1, 64)), len(data))
+    data[at:end] = rng.bytes(end - at)
+    return data
+
+
+def _cut_tail(data: bytearray, rng: Random) -> bytearray:
+    return data[: _somewhere(data, rng)]
+
+
+def _cut_head(data: bytearray, rng: Random) -> bytearray:
+    return data[_somewhere(data, rng) :]
+
+
+def _remove(data: bytearray, rng: Random) -> bytearray:
+    at = _somewhere(data, rng)
+    return data[:at] + data[at + int(rng.integers(1, 2000)) :]
+
+
+def _repeat(data: bytearray, rng: Random) -> bytearray:
+    at = _somewhere(data, rng)
+    return data[: at + int(rng.integers(1, 2000))] + data[at:]
+
+
+def _insert(data: bytearray, rng: Random) -> bytearray:
+    at = _somewhere(data, rng)
+    return data[:at] + rng.bytes(int(rng.integers(1, 500))) + data[at:]
+
+
+def _forge_header(data: bytearray, rng: Random) -> bytearray:
+    """A field of 1, 2, 4 or 8 bytes in the first 128 bytes becomes an extreme value, in either byte order."""
+    size = int(rng.choice((1, 2, 4, 8)))
+    at = int(rng.integers(0, min(len(data), 128)))
+    value = int(rng.choice(_EXTREMES)) & (256**size - 1)
+    data[at : at + size] = value.to_bytes(size, "little" if rng.random() < 0.5 else "big")
+    return data
+
+
+_MUTATIONS = (
+    *(_flip_bits, _flip_bits, _overwrite, _overwrite, _forge_header, _forge_header, _forge_header),
+    *(_cut_tail, _cut_head, _remove, _repeat, _insert),
+)
+
+
+def decode(index: int, name: str, data: bytes, folder: Path) -> str:
+    """The error's code, or "ok"; raises what has no code, and `ValueError` where the answer is not as promised."""
+    source: bytes | Path = data
+    if index % 4 == 3:
+        source = folder / f"case{index}.{('wav', 'mp3', 'flac', 'ogg', 'txt', 'm4a')[index // 4 % 6]}"
+        source.write_bytes(data)
+    calls: tuple[Callable[..., object], ...] = (load_middle, load_middle, load_middle, load, content_hash, probe)
+    call = calls[index // 4 % len(calls)]
+    try:
+        answer = call(source)
+    except AudioError as error:
+        return error.code if str(error).isprintable() else _not_as_promised(f"message {str(error)!r}")
+    finally:
+        if isinstance(source, Path):
+            source.unlink()
+    if isinstance(answer, Clip):
+        shape, promised = answer.samples.shape, (96_000,)
+        if answer.samples.dtype != np.float32 or (call is load_middle and shape != promised):
+            _not_as_promised(f"{answer.samples.dtype} {shape}")
+        if not np.isfinite(answer.samples).all():
+            _not_as_promised("samples that are not finite")
+    return "ok"
+
+
+def _not_as_promised(got: str) -> NoReturn:
+    raise ValueError(f"not as promised: {got}")
+
+
+def child(answers: Connection, indices: range, seed: int) -> None:
+    """Decode the cases of `indices`: None once ready, then one `Outcome` each."""
+    warnings.simplefilter("error")
+    files = every_format()
+    answers.send(None)
+    with tempfile.TemporaryDirectory() as folder:
+        for index in indices:
+            name, data = mutated(index, seed, files)
+            started_s, detail = time.process_time(), ""
+            try:
+                result = decode(index, name, data, Path(folder))
+            except Exception as error:
+                result, detail = "uncoded", f"{type(error).__name__}: {error}"
+            cpu_s = time.process_time() - started_s
+            if cpu_s > HANG_CPU_S:
+                result, detail = "hang", f"{cpu_s:.1f} s"
+            peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            answers.send(Outcome(index, name, result, detail, cpu_s, _rss_mib(), peak_mib))
+
+
+def _rss_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def run(count: int, seed: int, report: Callable[[Outcome], None]) -> int:
+    """Decode all cases, calling `report` for each; the number of child processes it took."""
+    context = multiprocessing.get_context("spawn")
+    children, index = 0, 0
+    while index < count:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=child, args=(theirs, range(index, count), seed), daemon=True)
+        process.start()
+        theirs.close()
+        children, ready = children + 1, False
+        try:
+            while index < count:
+                if not ours.poll(ANSWER_WITHIN_S if ready else START_WITHIN_S):
+                    report(Outcome(index, "", "hang", f"no answer in {ANSWER_WITHIN_S:g} s", 0.0, 0.0, 0.0))
+                    index += 1
+                    break
+                answer: Outcome | None = ours.recv()
+                ready = True
+                if answer:
+                    report(answer)
+                    index = answer.index + 1
+        except EOFError:
+            process.join()
+            report(Outcome(index, "", "crash", f"exit status {process.exitcode}", 0.0, 0.0, 0.0))
+            index += 1
+        process.kill()
+        process.join()
+    return children
+
+
+def print_summary(outcomes: list[Outcome], children: int, seconds: float) -> bool:
+    """Print the counts; whether nothing went wrong."""
+    counts = collections.Counter(outcome.result for outcome in outcomes)
+    formats = collections.Counter(outcome.name for outcome in outcomes)
+    print(f"{len(outcomes)} mutated recordings of {len(formats)} formats in {seconds:.0f} s, {platform.platform()}")
+    for result, number in counts.most_common():
+        print(f"  {result:20s} {number:6d}")
+    for outcome in outcomes:
+        if outcome.result in _FAILURES:
+            print(f"  case {outcome.index} ({outcome.name}): {outcome.result}, {outcome.detail}")
+    measured = [outcome for outcome in outcomes if outcome.rss_mib]
+    tenth = max(len(measured) // 10, 1)
+    before = float(np.median([outcome.rss_mib for outcome in measured[tenth : 2 * tenth] or measured]))
+    after = float(np.median([outcome.rss_mib for outcome in measured[-tenth:]]))
+    peak = max(outcome.peak_mib for outcome in measured)
+    slowest = max(measured, key=lambda outcome: outcome.cpu_s)
+    print(f"memory held: {before:.0f} MiB after a tenth, {after:.0f} MiB at the end; peak {peak:.0f} MiB")
+    print(f"slowest: {slowest.cpu_s:.2f} s of CPU, case {slowest.index} ({slowest.name}); child processes: {children}")
+    failures = sum(counts[failure] for failure in _FAILURES)
+    print(f"crashes {counts['crash']}, hangs {counts['hang']}, exceptions without a code {counts['uncoded']}")
+    return failures == 0 and after - before <= GROWTH_MIB
+
+
+def main() -> int:
+    """Parse the command line, run, print; 0 when nothing went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10_000, help="recordings (default 10000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the recordings that crash, hang or raise without a code")
+    args = parser.parse_args()
+    outcomes: list[Outcome] = []
+
+    def report(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        if len(outcomes) % 500 == 0:
+            print(f"{len(outcomes)} of {args.count}", flush=True)
+        if outcome.result in _FAILURES and args.keep:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            name, data = mutated(outcome.index, args.seed, every_format())
+            (args.keep / f"case{outcome.index}_{name}").write_bytes(data)
+
+    started_s = time.monotonic()
+    children = run(args.count, args.seed, report)
+    return 0 if print_summary(outcomes, children, time.monotonic() - started_s) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""Kill tests of batch scoring: the driver, and workers, with ``kill -9``, at random moments from a seed.
+
+    python -m benchmarks.kill_score --data_dir RECORDINGS [--files 2000 --driver_kills 20 --worker_kills 20 --seed 0]
+
+Every run scores the same folder. The driver is killed when a random share of the rows (5 to 95 %) is committed, and the
+same command is given again; workers are killed, ``--kills_a_run`` in each run, at random shares while they score, and
+the run is left alone. Each kill is printed. At the end the rows of every run are compared, as multisets, with those of
+an undisturbed run: lost, doubled and different rows are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from benchmarks.processes import command_of, descendants, linked_folder, machine
+from pipeline.checkpoint import load_bundle
+from pipeline.onnx_export import ensure_onnx
+
+ROOT = Path(__file__).resolve().parents[1]
+DEADLINE_S = 600.0
+BROKEN = {"empty.wav": b"", "words.wav": b"no audio, only words\n" * 30, "cut.flac": b"fLaC" + bytes(40)}
+Rows = Counter[tuple[object, ...]]
+
+
+def begin(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
+    """Start the command that every run gives."""
+    words = ["-m", "jobs.score", "--input", arguments.folder, "--out", out, "--block_rows", arguments.block_rows]
+    words += ["--model_weights", arguments.model_weights, "--no_report", "--tolerate_failures"]
+    words += ["--num_cpus", arguments.num_cpus]
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, error = process.communicate(timeout=DEADLINE_S)
+    if process.returncode:
+        raise SystemExit(f"the command ended with {process.returncode}:\n{error}")
+
+
+def rows_of(out: Path) -> Rows:
+    """Each row as what it says, probabilities to six digits."""
+    table = pd.read_parquet(out / "predictions.parquet")
+    p = [name for name in table.columns if name.startswith("p_")]
+    table[p] = table[p].round(6)
+    kept = table[["speech", "status", "predicted", *p]].astype(object).where(table.notna(), None)
+    return Counter(map(tuple, kept.itertuples(index=False)))
+
+
+def committed_rows(out: Path) -> int:
+    total = 0
+    for part in (out / ".score").glob("part-*.parquet"):
+        try:
+            total += pq.read_metadata(part).num_rows
+        except OSError:  # the run has just finished and removed it
+            continue
+    return total
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, rows: int) -> bool:
+    """Wait until so many rows are committed; False when the run ended before."""
+    while process.poll() is None:
+        if committed_rows(out) >= rows:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def kill_driver(arguments: argparse.Namespace, out: Path, share: float) -> tuple[str, int]:
+    """Kill the driver once, then give the command again; (what happened, kills)."""
+    process = begin(arguments, out)
+    hit = wait_for(process, out, int(share * arguments.files))
+    family = descendants(process.pid)
+    process.kill()
+    process.communicate()
+    found = committed_rows(out)
+    start_s = time.monotonic()
+    while any(map(command_of, family)) and time.monotonic() - start_s < 60:
+        time.sleep(0.1)
+    gone_s = time.monotonic() - start_s
+    left = sum(bool(command_of(pid)) for pid in family)
+    finish(begin(arguments, out))
+    text = f"driver killed at {found / arguments.files:6.1%} of the rows (wanted {share:.1%})"
+    return f"{text}; its {len(family)} processes gone after {gone_s:.1f} s, {left} left", int(hit)
+
+
+def kill_workers(
+    arguments: argparse.Namespace, out: Path, shares: list[float], rng: np.random.Generator
+) -> tuple[str, int]:
+    """Kill a random busy worker at each share of one run; (what happened, kills)."""
+    process = begin(arguments, out)
+    kills = []
+    for share in sorted(shares):
+        if not wait_for(process, out, int(share * arguments.files)):
+            break
+        busy = [pid for pid in descendants(process.pid) if "score_block" in command_of(pid)]
+        if busy:
+            os.kill(int(rng.choice(busy)), signal.SIGKILL)
+            kills.append(committed_rows(out) / arguments.files)
+    finish(process)
+    return f"workers killed at {', '.join(f'{kill:.1%}' for kill in kills)} of the rows", len(kills)
+
+
+def compare(expected: Rows, out: Path) -> tuple[int, int, int]:
+    """Rows lost, doubled and different, of a finished run."""
+    found = rows_of(out)
+    names, wanted = (Counter(row[0] for row in rows.elements()) for rows in (found, expected))
+    lost, doubled = (wanted - names).total(), (names - wanted).total()
+    return lost, doubled, (expected - found).total() - lost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--model_weights", type=Path, help="default: the shipped bundle")
+    parser.add_argument("--files", type=int, default=2_000)
+    parser.add_argument("--block_rows", type=int, default=40)
+    parser.add_argument("--num_cpus", type=int, default=os.cpu_count())
+    parser.add_argument("--driver_kills", type=int, default=20)
+    parser.add_argument("--worker_kills", type=int, default=20)
+    parser.add_argument("--kills_a_run", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    bundle = load_bundle(arguments.model_weights)
+    ensure_onnx(bundle)
+    arguments.model_weights = bundle.folder
+    rng = np.random.default_rng(arguments.seed)
+    print(
+        f"machine: {machine()}\nmodel: {bundle.name}; "
+        f"{arguments.files:,} files, {len(BROKEN)} of them broken; seed {arguments.seed}"
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.data_dir.absolute().parent, prefix=".kill-") as scratch:
+        arguments.folder = linked_folder(arguments.data_dir, Path(scratch) / "audio", arguments.files - len(BROKEN))
+        for name, content in BROKEN.items():
+            (arguments.folder / name).write_bytes(content)
+        start_s = time.monotonic()
+        finish(begin(arguments, Path(scratch) / "undisturbed"))
+        print(f"undisturbed run: {time.monotonic() - start_s:.1f} s", flush=True)
+        expected = rows_of(Path(scratch) / "undisturbed")
+        totals = np.zeros(4, dtype=int)
+        driver = [("driver", [share]) for share in rng.uniform(0.05, 0.95, arguments.driver_kills)]
+        shares = rng.uniform(0.05, 0.95, arguments.worker_kills)
+        a_run = arguments.kills_a_run
+        workers = [("workers", list(shares[i : i + a_run])) for i in range(0, len(shares), a_run)]
+        for number, (kind, at) in enumerate([*driver, *workers]):
+            out = Path(scratch) / f"{kind}-{number}"
+            text, kills = (
+                kill_driver(arguments, out, at[0]) if kind == "driver" else kill_workers(arguments, out, at, rng)
+            )
+            lost, doubled, different = compare(expected, out)
+            totals += [kills, lost, doubled, different]
+            print(f"  {text}: {lost} lost, {doubled} doubled, {different} different", flush=True)
+    kills, lost, doubled, different = totals
+    print(f"{kills} kills, {expected.total():,} rows a run: {lost} lost, {doubled} doubled, {different} different")
+    sys.exit(bool(lost or doubled or different))
+
+
+if __name__ == "__main__":
+    main()

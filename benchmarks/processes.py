@@ -1,0 +1,95 @@
+"""What the scoring benchmarks share: folders of hard links, process trees and their memory, the machine in a line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline.audio import EXTENSIONS
+from pipeline.folders import local_path, scan
+
+
+def linked_folder(source: Path, folder: Path, n: int) -> Path:
+    """``folder`` with ``n`` recordings: links to those in ``source``, over and over, 1,000 a sub-folder."""
+    recordings = [Path(local_path(text)) for text in scan(source, EXTENSIONS).files]
+    if not recordings:
+        raise SystemExit(f"no recordings in {source}; give --data_dir a folder of recordings")
+    for i in range(n):
+        original = recordings[i % len(recordings)]
+        path = folder / f"{i // 1000:03d}" / f"{i:06d}{original.suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(original, path)
+        except OSError:
+            shutil.copyfile(original, path)
+    return folder
+
+
+def machine() -> str:
+    """Processor, CPUs, memory and versions."""
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory_kib = next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "onnxruntime", "librosa"))
+    processor = names[0] if names else platform.machine()
+    python = f"Python {platform.python_version()}"
+    return f"{processor}, {os.cpu_count()} CPUs, {memory_kib / 2**20:.0f} GiB; {python}, {versions}"
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that ``pid`` started, and those that they started."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and (stat := _text(entry / "stat")):
+            parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
+    found = list(parents.get(pid, []))
+    for child in found:
+        found += parents.get(child, [])
+    return found
+
+
+def command_of(pid: int) -> str:
+    """Its command line, spaces between the words; empty when it has ended."""
+    return _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of one process that is in RAM and not backed by a shared file or shared memory."""
+    for line in _lines(f"/proc/{pid}/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@contextmanager
+def sampled(measure: Callable[[], float], every_s: float = 0.25) -> Iterator[list[float]]:
+    """A list whose only item becomes the largest value that ``measure`` had inside the block."""
+    peak, stop = [measure()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(every_s):
+            peak[0] = max(peak[0], measure())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _lines(path: str) -> list[str]:
+    return _text(Path(path)).splitlines()

@@ -1,0 +1,55 @@
+"""The options of ``score`` and ``infer`` that say what is heard of a recording, and how its answers are called."""
+
+from __future__ import annotations
+
+import argparse
+
+from pipeline.options import ScoreOptions
+from pipeline.predictor import Channels
+from pipeline.timeline import SILENCE_DBFS
+
+
+def add_hearing(parser: argparse.ArgumentParser) -> None:
+    """Add them, as a group."""
+    group = parser.add_argument_group("what is heard, and how it is called")
+    group.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
+    group.add_argument("--window_s", type=float, help="hear all of a recording in windows of this length, up to 2 s")
+    group.add_argument("--hop_s", type=float, help="from one window to the next (default: the window's length)")
+    group.add_argument(
+        "--channels", type=_channels, default="mix", help="mix, each (with --window_s), or a channel's number"
+    )
+    group.add_argument(
+        "--min_confidence", type=float, default=0.0, help="answers below it become 'uncertain' (default 0)"
+    )
+    group.add_argument(
+        "--silence_dbfs",
+        type=float,
+        default=SILENCE_DBFS,
+        help=f"what is quieter (RMS) becomes 'silence' (default {SILENCE_DBFS:g})",
+    )
+
+
+def hearing(arguments: argparse.Namespace) -> ScoreOptions:
+    """What the options say.
+
+    Raises:
+        SerError: a number out of range, or options that exclude each other.
+    """
+    return ScoreOptions(
+        crops=arguments.crops,
+        min_confidence=arguments.min_confidence,
+        channels=arguments.channels,
+        window_s=arguments.window_s,
+        hop_s=arguments.hop_s,
+        silence_dbfs=arguments.silence_dbfs,
+    )
+
+
+def _channels(text: str) -> Channels:
+    if text == "mix":
+        return "mix"
+    if text == "each":
+        return "each"
+    if text.isdecimal() and int(text) < 64:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected mix, each or a channel number from 0, got {text!r}")

@@ -1,0 +1,242 @@
+"""A labelled CSV and a model -> metrics with intervals, confusion matrix, verdict, and one report page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, Progress, run, say
+from jobs._provenance import provenance
+from pipeline import leaks
+from pipeline.checkpoint import Bundle, load_bundle
+from pipeline.compare import comparison_summary
+from pipeline.corpora import label_counts, read_manifest
+from pipeline.errors import SerError
+from pipeline.labels import parse_label_map
+from pipeline.predictions import read_predictions
+from pipeline.report import terminal_summary, write_comparison, write_report
+from pipeline.verdict import Targets, reached
+
+
+def build_parser() -> Parser:
+    """The options of this job."""
+    parser = Parser(
+        prog="python -m jobs.evaluate",
+        description=__doc__,
+        epilog="example: python -m jobs.evaluate --model_weights runs/first --data_csv val_metadata.csv --out report",
+    )
+    parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
+    parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
+    parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
+    parser.add_argument("--label_map", type=parse_label_map, help="other label names in the CSV: given=wanted,...")
+    parser.add_argument("--out", type=Path, required=True, help="folder for predictions, metrics, figures, report.html")
+    parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
+    parser.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
+    parser.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here; 0: no Ray (default: all)")
+    parser.add_argument(
+        "--leak_check",
+        choices=("warn", "error", "off"),
+        default="warn",
+        help="look for recordings the model was trained on, by content (default warn)",
+    )
+    parser.add_argument("--embed_audio", type=_count, default=0, metavar="N", help="play N mistakes in the page")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two bundles (scored on --data_csv) or two --out folders of scores, of the same recordings",
+    )
+    parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    targets = parser.add_argument_group("targets (0.80 or 80 for 80 %)")
+    targets.add_argument("--min_accuracy", type=_share, default=0.80, help="default 0.80")
+    targets.add_argument("--min_weighted_f1", type=_share, default=0.80, help="default 0.80")
+    targets.add_argument("--min_class_accuracy", type=_share, default=0.75, help="recall of every class, default 0.75")
+    targets.add_argument("--enforce", action="store_true", help="exit 3 unless every target is shown to be met")
+    return parser
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text.strip().rstrip("%"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a share as 0.80 or 80, got {text!r}") from None
+    value = value / 100 if value > 1 or text.strip().endswith("%") else value
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, or 0 to 100 %, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > 200:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 200, got {text!r}")
+    return int(text)
+
+
+def job(arguments: argparse.Namespace) -> int:
+    """Evaluate or compare, and say what came of it."""
+    if arguments.compare is not None:
+        return _compare(arguments)
+    if arguments.data_csv is None:
+        raise SerError("no --data_csv; give the CSV of labelled recordings to evaluate on")
+    bundle = load_bundle(arguments.model_weights)
+    manifest = _manifest(arguments, bundle)
+    found = _leaks(arguments, manifest, bundle)
+    start_s = time.monotonic()
+    predictions, failed = _score(arguments, manifest, bundle, arguments.out)
+    meta = provenance(arguments.command, bundle)
+    meta |= {"data": str(arguments.data_csv), "crops": arguments.crops or bundle.crops}
+    targets = Targets(arguments.min_accuracy, arguments.min_weighted_f1, arguments.min_class_accuracy)
+    evaluation = write_report(
+        predictions,
+        bundle.labels,
+        arguments.out,
+        meta=meta | {"seconds": round(time.monotonic() - start_s, 1)},
+        targets=targets,
+        embed_audio=arguments.embed_audio,
+        leak_check=None if found is None else leaks.describe(found, predictions, bundle.labels),
+    )
+    print(terminal_summary(evaluation))
+    _say_leaks(evaluation["leak_check"])
+    print(f"report: {arguments.out / 'report.html'}")
+    return _exit_code(arguments, evaluation, failed)
+
+
+def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed: int) -> int:
+    if arguments.enforce and not evaluation["labelled"]:
+        say("--enforce: without labels no target can be shown to be met")
+        return EXIT_TARGET_MISSED
+    if arguments.enforce and not reached(evaluation["verdict"]):
+        say(f"--enforce: {evaluation['verdict']['outcome']}")
+        return EXIT_TARGET_MISSED
+    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+
+
+def _manifest(arguments: argparse.Namespace, bundle: Bundle) -> pd.DataFrame:
+    manifest = read_manifest(
+        arguments.data_csv,
+        root=arguments.root,
+        label_map=arguments.label_map,
+        labels=bundle.labels,
+        require_labels=False,
+    )
+    say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(bundle.labels)))
+    if "label" in manifest.columns and manifest["label"].notna().any():
+        counts = label_counts(manifest, bundle.labels)
+        say("counts: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+    else:
+        say(f"{arguments.data_csv} has no labels: the recordings are scored, but there are no metrics")
+    return manifest
+
+
+def _leaks(arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle) -> leaks.Leaks | None:
+    """What the CSV shares with the training.
+
+    Raises:
+        SerError: ``--leak_check error`` and a recording was used in training.
+    """
+    if arguments.leak_check == "off":
+        return None
+    found = leaks.find(manifest, bundle.training, threads=os.cpu_count() or 1)
+    if found.mask.any() and arguments.leak_check == "error":
+        example = manifest.loc[found.mask, "speech"].iloc[0]
+        raise SerError(
+            f"{int(found.mask.sum())} of {len(manifest)} recordings were used to train {bundle.name}, as {example}; "
+            "leave them out, or see the figures with and without them with --leak_check warn"
+        )
+    return found
+
+
+def _say_leaks(found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
+    if found["note"]:
+        say(f"leak check: {found['note']}")
+    if found["leaked"]:
+        say(f"leak check: {found['leaked']} of {found['checked']} recordings were used in training")
+        if found["all"] and found["unseen"]:
+            for name in ("all", "unseen"):
+                row = found[name]
+                figures = "n/a" if row["accuracy"] is None else f"accuracy {row['accuracy']:.1%}, UAR {row['uar']:.1%}"
+                say(f"  {'with' if name == 'all' else 'without'} them ({row['n']}): {figures}")
+    if found["shared_speakers"]:
+        more = f" and {found['more_shared_speakers']} more" if found["more_shared_speakers"] else ""
+        say(f"leak check: speakers also heard in training: {', '.join(found['shared_speakers'])}{more}")
+    if found["duplicate_groups"]:
+        say(f"leak check: {found['duplicate_groups']} recordings are in the CSV more than once, under different names")
+
+
+def _score(
+    arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, out: Path
+) -> tuple[pd.DataFrame, int]:
+    """Predictions of every row, and how many failed."""
+    from pipeline.scoring import Execution, ScoreOptions, score_manifest
+
+    say(f"scoring {len(manifest):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {out}")
+    result = score_manifest(
+        manifest,
+        out,
+        weights=bundle.folder,
+        options=ScoreOptions(crops=arguments.crops),
+        execution=Execution(num_cpus=arguments.num_cpus),
+        overwrite=arguments.overwrite,
+        report=False,
+        on_progress=Progress("score"),
+    )
+    return read_predictions(out), result.failed
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Compare two bundles on the CSV, or two finished score tables."""
+    tables, names, labels, failed = [], [], [], 0
+    for place, given in zip("AB", map(Path, arguments.compare), strict=True):
+        if given.suffix == ".pt" or (given / "config.json").is_file():
+            if arguments.data_csv is None:
+                raise SerError(f"{given} is a model; give the CSV to compare on with --data_csv")
+            bundle = load_bundle(given)
+            table, lost = _score(arguments, _manifest(arguments, bundle), bundle, arguments.out / place)
+            found, failed = list(bundle.labels), failed + lost
+        else:
+            table = read_predictions(given)
+            found = _labels_of(table, given)
+        tables.append(table)
+        names.append(str(given))
+        labels.append(found)
+    if labels[0] != labels[1]:
+        raise SerError(f"{names[0]} answers {labels[0]}, {names[1]} {labels[1]}; compare models of the same classes")
+    meta = provenance(arguments.command) | {"data": arguments.data_csv}
+    result = write_comparison(tables[0], tables[1], labels[0], arguments.out, names=(names[0], names[1]), meta=meta)
+    print(comparison_summary(result))
+    print(f"comparison: {arguments.out / 'comparison.html'}")
+    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+
+
+def _labels_of(table: pd.DataFrame, place: Path) -> list[str]:
+    """Class names of a scores table: from its run, else from its ``p_`` columns after ``confidence``."""
+    run_json = (place if place.is_dir() else place.parent) / "run.json"
+    if run_json.is_file():
+        return list(json.loads(run_json.read_text(encoding="utf-8"))["labels"])
+    columns = list(table.columns)
+    if "confidence" not in columns:
+        raise SerError(f"{place} is no table of scores: it has no column confidence; give what jobs.score wrote")
+    return [name[2:] for name in columns[columns.index("confidence") :] if name.startswith("p_")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    parser.set_defaults(command=f"python -m jobs.evaluate {shlex.join(words)}")
+    return run(job, parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,175 @@
+"""The options of `jobs.train`, and the settings they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from jobs._common import Parser, true_or_false
+from pipeline.labels import LabelSet, parse_label_map
+
+if TYPE_CHECKING:
+    from pipeline.fit_config import FitConfig
+
+MODELS = ("inception", "cnn_bilstm")
+
+
+def add_data_options(parser: Parser) -> None:
+    """What is trained on, and where the run is kept."""
+    group = parser.add_argument_group("data")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data_csv", type=Path, help="CSV with the columns speech,label; extracted to OUT/features first"
+    )
+    source.add_argument("--data_dir", type=Path, help="folder of labelled recordings; extracted to OUT/features first")
+    source.add_argument("--features", type=Path, help="folder that jobs.extract wrote")
+    group.add_argument(
+        "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
+    )
+    group.add_argument("--label_map", type=parse_label_map, help="other label names: given=wanted,...")
+    group.add_argument(
+        "--out", type=Path, required=True, help="folder of the run: checkpoints, history, bundle, report"
+    )
+    group.add_argument(
+        "--split",
+        choices=("random", "speaker"),
+        default="random",
+        help="random: stratified by class; speaker: no voice in two parts",
+    )
+    group.add_argument("--test_size", type=float, default=0.2, help="share held out for the final report (default 0.2)")
+    group.add_argument(
+        "--inner_val",
+        type=float,
+        default=0.2,
+        help="share of the rest that chooses the epoch; 0: train on all of it for exactly --epochs (default 0.2)",
+    )
+    group.add_argument(
+        "--report_split",
+        choices=("test", "inner_val", "none"),
+        default="test",
+        help="what the final report is computed on (default test)",
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+
+
+def add_model_options(parser: Parser) -> None:
+    """Model, sampling, loss and augmentation."""
+    group = parser.add_argument_group("model and loss")
+    group.add_argument("--model", choices=MODELS, default="inception")
+    group.add_argument("--dropout", type=float, help="default: the model's own (inception 0.4, cnn_bilstm 0.3)")
+    group.add_argument(
+        "--oversample_boost",
+        default="",
+        metavar="CLASS:FACTOR,...",
+        help="draw classes more often, by index or name: 1:2.0,sad:1.5",
+    )
+    group.add_argument(
+        "--class_weights",
+        default="none",
+        metavar="balanced|none|CLASS:WEIGHT,...",
+        help="weights in the loss (default none)",
+    )
+    group.add_argument("--label_smoothing", type=float, default=0.0)
+    group.add_argument(
+        "--use_focal",
+        type=true_or_false,
+        default=False,
+        metavar="True|False",
+        help="focal loss instead of cross-entropy",
+    )
+    group.add_argument("--focal_gamma", type=float, default=2.0)
+    group.add_argument(
+        "--augment",
+        default="",
+        metavar="NAME,...",
+        help="crop,stretch,shift,masks,mixup,gain,noise,band,pitch (default none)",
+    )
+    group.add_argument("--mixup_alpha", type=float, default=0.2)
+
+
+def add_loop_options(parser: Parser) -> None:
+    """Epochs, optimiser, workers."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=50)
+    group.add_argument("--batch_size", type=int, default=64, help="of all workers together (default 64)")
+    group.add_argument("--lr", type=float, default=1e-4)
+    group.add_argument("--weight_decay", type=float, default=1e-5)
+    group.add_argument("--scheduler", choices=("cosine", "onecycle"), default="cosine")
+    group.add_argument("--warmup_epochs", type=float, default=0.0)
+    group.add_argument("--clip_norm", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
+    group.add_argument("--ema", type=float, default=0.0, help="decay of the average of weights, as 0.995; 0: none")
+    group.add_argument(
+        "--patience",
+        type=int,
+        default=7,
+        help="epochs without a better validation F1 before stopping; 0: never stop early",
+    )
+    group.add_argument("--seed", type=int, default=42)
+    group.add_argument(
+        "--num_workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray (default 1)"
+    )
+    group.add_argument(
+        "--max_failures", type=int, default=3, help="how often failed Ray workers are started again (default 3)"
+    )
+    group.add_argument(
+        "--use_gpu", type=true_or_false, nargs="?", const=True, metavar="True|False", help="default: when there is one"
+    )
+    group.add_argument(
+        "--threads", type=int, default=0, help="math threads a worker (default: the CPUs shared out equally)"
+    )
+
+
+def augmentations(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The names in `--augment`."""
+    return tuple(name.strip() for name in arguments.augment.split(",") if name.strip())
+
+
+def fit_config(arguments: argparse.Namespace, labels: LabelSet, train: pd.DataFrame) -> FitConfig:
+    """The settings that the options stand for; `train` are the manifest rows of the training part.
+
+    Raises:
+        SerError: a value out of range, an unknown class or name.
+    """
+    from pipeline.fit_config import FitConfig
+    from pipeline.sampling import parse_class_values
+
+    share = max(1, len(os.sched_getaffinity(0)) // max(arguments.num_workers, 1))
+    return FitConfig(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        scheduler=arguments.scheduler,
+        warmup_epochs=arguments.warmup_epochs,
+        clip_norm=arguments.clip_norm,
+        label_smoothing=arguments.label_smoothing,
+        use_focal=arguments.use_focal,
+        focal_gamma=arguments.focal_gamma,
+        class_weights=_loss_weights(arguments.class_weights, labels, train),
+        oversample_boost=parse_class_values(arguments.oversample_boost, labels),
+        ema=arguments.ema,
+        augment=augmentations(arguments),
+        mixup_alpha=arguments.mixup_alpha,
+        patience=arguments.patience,
+        seed=arguments.seed,
+        threads=arguments.threads or share,
+    )
+
+
+def _loss_weights(text: str, labels: LabelSet, train: pd.DataFrame) -> tuple[float, ...] | None:
+    """`none`, `balanced`, or `CLASS:WEIGHT,...` with 1 for the classes that are not named."""
+    from pipeline.sampling import class_weights, parse_class_values
+
+    if text == "none":
+        return None
+    if text == "balanced":
+        classes = np.array([labels.index(name) for name in train["label"]])
+        return tuple(float(w) or 1.0 for w in class_weights(classes, len(labels)))
+    given = parse_class_values(text, labels, "--class_weights")
+    return tuple(given.get(i, 1.0) for i in range(len(labels)))

@@ -1,0 +1,95 @@
+"""Whether recordings to be evaluated were used in training, and what the figures are without them.
+
+Recordings are compared by content (``splits.content_hash``), so that renaming or another lossless format hides nothing.
+A re-encoded, cut or resampled copy is another content and is not found. Recordings of the bundle's ``test`` part
+were not used; those of ``inner_val`` were, to choose the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pipeline.measures import scores
+from pipeline.outcomes import Outcomes, has_labels, outcomes
+from pipeline.splits import HASH_COLUMN, add_hashes, duplicates_in, leaked
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What a manifest shares with a bundle's training.
+
+    Attributes:
+        mask: rows whose recording was used in training, (n,).
+        shared_speakers: speakers of the manifest who were heard in training, sorted.
+        duplicates: groups of paths in the manifest that have the same content.
+        note: why nothing could be compared; None when it could.
+    """
+
+    mask: NDArray[np.bool_]
+    shared_speakers: tuple[str, ...]
+    duplicates: tuple[tuple[str, ...], ...]
+    note: str | None = None
+
+
+def find(manifest: pd.DataFrame, training: pd.DataFrame, *, threads: int = 2) -> Leaks:
+    """Compare the recordings of ``manifest`` (column ``speech``) with ``bundle.training``; reads every recording once.
+
+    Unreadable recordings have no content and are never reported.
+    """
+    hashed = manifest if HASH_COLUMN in manifest.columns else add_hashes(manifest, threads=threads)
+    duplicates = tuple(tuple(group) for group in duplicates_in(hashed))
+    if HASH_COLUMN not in training.columns or training.empty:
+        note = "The bundle does not list the recordings it was trained on: what it has heard cannot be told."
+        return Leaks(np.zeros(len(manifest), dtype=bool), (), duplicates, note)
+    mask = leaked(hashed, training).to_numpy(dtype=bool)
+    return Leaks(mask, _shared_speakers(manifest, training), duplicates)
+
+
+def describe(leaks: Leaks, predictions: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
+    """JSON-able account for the report; ``predictions`` has the manifest's rows in its order."""
+    found: dict[str, Any] = {
+        "note": leaks.note,
+        "checked": len(predictions) if leaks.note is None else 0,
+        "leaked": int(leaks.mask.sum()),
+        "recordings": predictions.loc[leaks.mask, "speech"].head(SHOWN).astype(str).tolist(),
+        "duplicates": [list(group) for group in leaks.duplicates[:SHOWN]],
+        "duplicate_groups": len(leaks.duplicates),
+        "shared_speakers": list(leaks.shared_speakers[:SHOWN]),
+        "more_shared_speakers": max(0, len(leaks.shared_speakers) - SHOWN),
+        "all": None,
+        "unseen": None,
+    }
+    if found["leaked"] and has_labels(predictions):
+        found["all"] = _figures(outcomes(predictions, labels))
+        unseen = predictions[~leaks.mask]
+        found["unseen"] = _figures(outcomes(unseen, labels))
+    return found
+
+
+def _figures(found: Outcomes) -> dict[str, Any]:
+    """Counted as in the verdict: what could not be read is wrong."""
+    if not len(found):
+        return {"n": 0, "accuracy": None, "uar": None, "weighted_f1": None}
+    point = scores(found.counts)
+    return {
+        "n": len(found),
+        "accuracy": float(point.accuracy),
+        "uar": float(point.uar),
+        "weighted_f1": float(point.weighted_f1),
+    }
+
+
+def _shared_speakers(manifest: pd.DataFrame, training: pd.DataFrame) -> tuple[str, ...]:
+    if "speaker" not in manifest.columns or "speaker" not in training.columns:
+        return ()
+    used = training[training["split"] != "test"] if "split" in training.columns else training
+    heard = set(used["speaker"].dropna().astype(str)) - {""}
+    return tuple(sorted(heard & set(manifest["speaker"].dropna().astype(str))))

@@ -1,0 +1,116 @@
+"""The model card of a bundle, Markdown: what it is, data and licence, figures, recipe, limits, forbidden uses.
+
+The headings follow Mitchell et al. 2019, "Model Cards for Model Reporting", shortened. Every figure says what the model
+was trained on; nothing is written that the run does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+PARTS = {"test": "held-out test part", "inner_val": "inner validation part, which also chose the epoch"}
+_RAVDESS = (
+    "The recordings are speech of RAVDESS (Livingstone & Russo 2018, <https://doi.org/10.5281/zenodo.1188976>), "
+    "licence CC BY-NC-SA 4.0: name the source, no commercial use, share alike. The bundle holds no audio."
+)
+_OTHER = "The recordings are the user's own; the bundle holds no audio. Their licence may bind these weights."
+_RAVDESS_LIMITS = (
+    "Acted emotion: North American actors speak two English sentences of about 1.5 s in a studio. Spontaneous "
+    "speech, other languages, children, noise and telephone lines were not heard in training.",
+)
+_LIMITS = (
+    "The model hears 2 s of sound, not words, and always answers with one of its classes; a confidence is no proof.",
+    "A voice that is in the training part is recognised better than one never heard: where the figures come from a "
+    "random split, the same voices are on both sides of it.",
+)
+_FORBIDDEN = (
+    "Do not use it to infer the emotions of people at work or in education: the EU AI Act, Art. 5(1)(f), prohibits it "
+    "(medical and safety reasons apart).",
+    "Do not use it to judge, rank, hire, insure, police or diagnose people, nor on anybody who does not know of it.",
+)
+
+
+def model_card(
+    name: str,
+    labels: Sequence[str],
+    training: Mapping[str, Any],
+    figures: Mapping[str, Mapping[str, Any]],
+    recordings: pd.DataFrame,
+) -> str:
+    """The card.
+
+    Args:
+        name: of the bundle.
+        labels: class names in index order.
+        training: the `training` block of metrics.json.
+        figures: the block of metrics.json of each part that was measured.
+        recordings: manifest rows of all parts, for their number, speakers and corpus.
+    """
+    corpora = set(recordings["corpus"]) if "corpus" in recordings else set()
+    ravdess = corpora == {"RAVDESS"}
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"Speech emotion classifier (`{training['model']}`), trained from scratch: no pretrained weights. "
+            f"Classes in index order: {', '.join(labels)}.",
+            "",
+            "## Data",
+            "",
+            f"{training['trained_on']}, of {_described(recordings)}. {_RAVDESS if ravdess else _OTHER}",
+            "",
+            *_figures(figures),
+            *_recipe(training),
+            *_list("Limits", (*_RAVDESS_LIMITS, *_LIMITS) if ravdess else _LIMITS),
+            *_list("Must not be used", _FORBIDDEN),
+        ]
+    )
+
+
+def _described(recordings: pd.DataFrame) -> str:
+    speakers = recordings["speaker"].nunique() if "speaker" in recordings else 0
+    return f"{len(recordings)} recordings" + (f" of {speakers} speakers" if speakers else "")
+
+
+def _figures(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for part, found in figures.items():
+        lines += [
+            "## Figures",
+            "",
+            f"On the {found['n']} recordings of the {PARTS[part]}; trained on {found['trained_on']}.",
+            "",
+            "| figure | value |",
+            "|---|---|",
+            f"| accuracy | {found['accuracy']:.1%} |",
+            f"| weighted F1 | {found['weighted_f1']:.1%} |",
+            *(f"| recall of {label} | {_percent(recall)} |" for label, recall in found["class_recall"].items()),
+            "",
+        ]
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1%}"
+
+
+def _recipe(training: Mapping[str, Any]) -> list[str]:
+    settings = training["settings"]
+    return [
+        "## Recipe",
+        "",
+        f"Weights of epoch {training['best_epoch']} of {training['epochs']}; {training['seconds']:.0f} s with PyTorch "
+        f"{training['torch']} on {training['machine']}; split seed {training['split_seed']}, seed {settings['seed']}.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items() if value not in (None, {}, ())),
+        "",
+    ]
+
+
+def _list(heading: str, items: Sequence[str]) -> list[str]:
+    return [f"## {heading}", "", *(f"- {item}" for item in items), ""]

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+from made_predictions import LABELS, made_predictions
+
+from pipeline import leaks
+from pipeline.splits import add_hashes
+
+
+@pytest.fixture
+def manifest(write_audio: Callable[..., Path]) -> pd.DataFrame:
+    paths = [write_audio(f"{i}.wav", seed=i, duration_s=0.3) for i in range(6)]
+    return pd.DataFrame({"speech": map(str, paths), "label": "sad", "speaker": [f"s{i % 3}" for i in range(6)]})
+
+
+def trained_on(manifest: pd.DataFrame, splits: list[str]) -> pd.DataFrame:
+    """A bundle's training table that holds the first rows of the manifest."""
+    return add_hashes(manifest.head(len(splits))).assign(id="x", split=splits)[
+        ["id", "content_hash", "speaker", "split"]
+    ]
+
+
+def test_recordings_are_found_by_content_in_another_format_and_under_another_name(
+    manifest: pd.DataFrame, tmp_path: Path
+) -> None:
+    training = trained_on(manifest, ["train", "inner_val"])
+    samples, rate_hz = soundfile.read(manifest["speech"][0], dtype="int16")
+    soundfile.write(tmp_path / "renamed.flac", samples, rate_hz, subtype="PCM_16")
+    given = manifest.assign(speech=[str(tmp_path / "renamed.flac"), *manifest["speech"][1:]])
+    assert leaks.find(given, training).mask.tolist() == [True, True, False, False, False, False]
+
+
+def test_the_test_part_of_the_training_table_was_not_used(manifest: pd.DataFrame) -> None:
+    found = leaks.find(manifest, trained_on(manifest, ["test", "test", "train"]))
+    assert found.mask.tolist() == [False, False, True, False, False, False]
+    assert found.shared_speakers == ("s2",)
+
+
+def test_duplicates_and_unreadable_files(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("no audio")
+    copy = tmp_path / "copy.wav"
+    copy.write_bytes(Path(manifest["speech"][1]).read_bytes())
+    more = pd.DataFrame({"speech": [str(tmp_path / "text.wav"), str(tmp_path / "text.wav"), str(copy)], "label": "sad"})
+    found = leaks.find(pd.concat([manifest, more], ignore_index=True), trained_on(manifest, ["train"]))
+    assert found.duplicates == ((manifest["speech"][1], str(copy)),)
+    assert found.mask.sum() == 1
+
+
+def test_a_bundle_that_lists_nothing_says_so(manifest: pd.DataFrame) -> None:
+    found = leaks.find(manifest, pd.DataFrame())
+    assert not found.mask.any()
+    assert "cannot be told" in str(found.note)
+
+
+def test_figures_with_and_without() -> None:
+    table = made_predictions(100, accuracy=1.0)
+    table.loc[50:, "predicted"] = [next(n for n in LABELS if n != t) for t in table["label_name"][50:]]
+    found = leaks.describe(leaks.Leaks(np.arange(100) < 25, ("s1",), ()), table, LABELS)
+    assert (found["leaked"], found["all"]["n"], found["unseen"]["n"]) == (25, 100, 75)
+    assert found["all"]["accuracy"] == pytest.approx(0.5)
+    assert found["unseen"]["accuracy"] == pytest.approx(25 / 75)
+    everything = leaks.describe(leaks.Leaks(np.ones(100, dtype=bool), (), ()), table, LABELS)
+    assert everything["unseen"] == {"n": 0, "accuracy": None, "uar": None, "weighted_f1": None}
