@@ -209,6 +209,7 @@ def scale(arguments: argparse.Namespace, bundle: Bundle) -> None:
 
 def call(arguments: argparse.Namespace, bundle: Bundle) -> None:
     rate_hz, rng = 8_000, np.random.default_rng(0)
+    quiet = subprocess.DEVNULL
     peaks: list[float] = []
     seconds = 0.0
     for duration_s in (10, round(arguments.hours * 3600)):
@@ -222,7 +223,7 @@ def call(arguments: argparse.Namespace, bundle: Bundle) -> None:
         words = [w for w in words if w not in ("--crops", 1)]
         words += ["--window_s", 2, "--hop_s", 1, "--channels", "each", "--num_cpus", 0]
         before = time.perf_counter()
-        with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=quiet, stderr=quiet) as process:
             tree = lambda pid=process.pid: float(sum(map(resident_bytes, [pid, *descendants(pid)])))  # noqa: E731
             with sampled(tree) as peak:
                 if process.wait():

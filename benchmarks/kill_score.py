@@ -82,7 +82,7 @@ def kill_driver(arguments: argparse.Namespace, out: Path, share: float) -> tuple
     """Kill the driver once, then give the command again; (what happened, kills)."""
     process = begin(arguments, out)
     hit = wait_for(process, out, int(share * arguments.files))
-    family = descendants(process.pid)
+    family = [pid for pid in descendants(process.pid) if "Agent" not in command_of(pid)]  # Ray's agents linger
     process.kill()
     process.communicate()
     found = committed_rows(out)

@@ -171,7 +171,7 @@ def _say_leaks(found: dict[str, Any] | None) -> None:
         more = f" and {found['more_shared_speakers']} more" if found["more_shared_speakers"] else ""
         say(f"leak check: speakers also heard in training: {', '.join(found['shared_speakers'])}{more}")
     if found["duplicate_groups"]:
-        say(f"leak check: {found['duplicate_groups']} recordings are in the CSV more than once, under different names")
+        say(f"leak check: recordings that are in the CSV more than once, by content: {found['duplicate_groups']}")
 
 
 def _score(

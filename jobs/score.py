@@ -124,7 +124,7 @@ def tell(result: ScoreRun, bundle: Bundle) -> None:
     """Say how fast it was, what failed, and what was not heard."""
     if result.scored:
         speed = result.scored / result.seconds
-        say(f"{result.scored:,} recordings scored in {result.seconds:.1f} s, {speed:.0f} files/s")
+        say(f"{result.scored:,} recordings scored in {result.seconds:.1f} s, {speed:.3g} files/s, start included")
     else:
         say("nothing left to score")
     if result.failed:

@@ -1,10 +1,9 @@
 """Recordings in: a path or `bytes` to float32 mono samples at the rate asked for, or an `AudioError`.
 
 Method: the header is checked (`audio_headers`), then the limits, and only then are samples decoded: libsndfile seeks to
-the frames needed plus the resampler's margin and reads them in blocks that are mixed down as they pass, so that neither
-the length of a recording nor its channel count decides how much memory is held. Resampling is soxr's HQ, librosa's
-default; a part read this way equals the same part of the whole recording resampled, because parts start where the
-two sample grids meet and carry more margin than the filter is long.
+the frames needed plus the resampler's margin and reads them in blocks, mixed down as they pass, so that neither length
+nor channels of a recording decide how much memory is held. Resampling is soxr's HQ, librosa's default; a part equals
+that part of the whole recording resampled, for it starts where the two sample grids meet, with margin for the filter.
 Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` for conventions (mean of channels, ceil of lengths).
 Limits: m4a, mp4, webm, aac and amr need the optional extra `av` (PyAV) and are decoded from their start.
 """
@@ -61,9 +60,7 @@ EXTENSIONS = frozenset(
 )
 """File names that a folder scan takes for recordings. What a file is, its content decides."""
 
-_MARGIN = (
-    512  # frames at the lower rate on either side of a part; less than 256 changes the result, 256 and more do not
-)
+_MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
 _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
 
 
@@ -95,7 +92,7 @@ class Clip:
 
 
 def probe(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> AudioInfo:
-    """What `source` is, checked against `limits`, without decoding it (a length that the header lacks is counted)."""
+    """What `source` is, checked against `limits`. Decodes only where its header does not tell the length."""
     with _decoder(source, limits) as decoder:
         return _info(decoder)
 

@@ -22,7 +22,7 @@ from pipeline.audio_guard import FileView, Opened
 from pipeline.audio_headers import ACCEPTED, Container
 
 Block = npt.NDArray[np.float32]
-BLOCK_SAMPLES = 2**15
+BLOCK_SAMPLES = 2**16
 _UNKNOWN_FRAMES = 2**62  # libsndfile says 2^63 - 1 where a header leaves the length open
 _INT16_STEP = np.float32(2.0**-15)
 _LAP_FRAMES = 8192  # the largest Vorbis block; what a seek yields first can lack its overlap (libsndfile issue 885)

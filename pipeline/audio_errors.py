@@ -137,11 +137,12 @@ class Limits:
     """What is accepted, checked on the header before anything is decoded.
 
     `max_decoded_bytes` bounds frames x channels x 4 of the whole recording: a forged sample rate shortens the
-    duration, but not this. The defaults take 10 hours of 48 kHz stereo.
+    duration, but not this. The defaults take ten hours of eight channels at 192 kHz, for a window costs the same in a
+    recording of any length; whoever decodes all of what strangers send should pass less.
     """
 
     max_duration_s: float = 36_000.0
-    max_decoded_bytes: int = 16 * 2**30
+    max_decoded_bytes: int = 36_000 * 192_000 * 8 * 4
     min_rate_hz: int = 4_000
     max_rate_hz: int = 384_000
     max_channels: int = 8

@@ -26,7 +26,7 @@ _BANDS_S = (0, 1, 2, 3, 4, 6, 10, 30, 60, 600, np.inf)
 _FIRST = ("speaker", "sex", "intensity", "statement", "corpus", "duration band")
 _NOT_GROUPS = {
     *("speech", "label", "label_name", "status", "error", "predicted", "confidence", "entropy", "margin"),
-    *("row_id", "content_hash", "scored_s", "start_s", "end_s"),
+    *("row_id", "parent_id", "n_frames", "content_hash", "scored_s", "start_s", "end_s"),
 }
 
 

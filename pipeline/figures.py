@@ -1,6 +1,6 @@
 """The report's drawings: confusion matrix, per-class bars, reliability, risk-coverage; by seaborn and matplotlib.
 
-Colours are those of Okabe & Ito (2008), told apart by every form of colour blindness, and never the only
+Colours are those of Okabe & Ito (2008), chosen for the common forms of colour blindness, and never the only
 sign: values are written, bars below the target are hatched. Each drawing exists for light and for dark
 paper. Sizes are such that text of 8 pt stays readable when a drawing fills a phone's width.
 """

@@ -90,7 +90,9 @@ class EventLog:
                 self._writer.add_scalar(name, record[name], record["epoch"])
         self._writer.flush()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()

@@ -8,9 +8,12 @@ machines the folder must be on storage that all of them share.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from pipeline.splits import SPLITS
 from pipeline.workers import Workers
 
 PLAN_VERSION = 1
+_LOCK_WAIT_S = 15.0
 SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
 
 
@@ -182,32 +186,48 @@ def train_here(
     """Train in this process (one worker, or one of several), going on from the run's checkpoint when it has one.
 
     The first worker saves the state and the history before `on_epoch` is called.
+
+    Raises:
+        SerError: as `fit.fit`; another process trains the same run.
     """
-    data = training_data(plan)
-    torch.manual_seed(plan.fit.seed)
-    model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
-    state = load_checkpoint(plan.checkpoint) if plan.checkpoint.is_file() else None
-    events: EventLog | None = None
-    if Workers.current().rank == 0:
-        for abandoned in plan.out.glob(".*.tmp"):  # of a process that was killed while it wrote
+    first = Workers.current().rank == 0
+    with _only_writer(plan.out) if first else nullcontext():
+        data = training_data(plan)
+        torch.manual_seed(plan.fit.seed)
+        model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+        state = load_checkpoint(plan.checkpoint) if plan.checkpoint.is_file() else None
+        done = state["history"] if state else []
+        with EventLog(plan.out / "tensorboard", len(done)) if first else nullcontext() as events:
+            if first:
+                write_history(plan.out, done)
+
+            def save_then_report(record: Record, run: Run) -> None:
+                if events is not None:
+                    save_checkpoint(plan.checkpoint, run.state())
+                    write_history(plan.out, run.history)
+                    events.add(record)
+                if on_epoch is not None:
+                    on_epoch(record, run)
+
+            return fit(model, data, plan.fit, device=device, state=state, on_epoch=save_then_report, on_batch=on_batch)
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Hold the run's lock. A killed driver's workers may live on for some seconds: wait for them that long."""
+    with (out / ".lock").open("w") as lock:
+        deadline_s = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline_s:
+                    raise SerError(f"another process trains the run in {out}; wait for it, or end it") from error
+                time.sleep(0.1)
+        for abandoned in out.glob(".*.tmp"):  # of a process that was killed while it wrote
             abandoned.unlink(missing_ok=True)
-        if state is not None:
-            write_history(plan.out, state["history"])
-        events = EventLog(plan.out / "tensorboard", done=len(state["history"]) if state else 0)
-
-    def save_then_report(record: Record, run: Run) -> None:
-        if events is not None:
-            save_checkpoint(plan.checkpoint, run.state())
-            write_history(plan.out, run.history)
-            events.add(record)
-        if on_epoch is not None:
-            on_epoch(record, run)
-
-    try:
-        return fit(model, data, plan.fit, device=device, state=state, on_epoch=save_then_report, on_batch=on_batch)
-    finally:
-        if events is not None:
-            events.close()
+        yield
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -1,0 +1,186 @@
+"""Training: the loop against a bare one, Ray Train against the loop alone, memory formats; one epoch of the Inception.
+
+    python -m benchmarks.bench_train --features FEATURES [--repeats 3 --epochs 4 --batch_size 64]
+
+- loop: an epoch of ``fit.py`` (batches made on the way, with augmentation) against a bare PyTorch loop over the same
+  batches, made beforehand and fed from RAM: same model, optimiser, threads and memory format; and the bare loop with
+  plain NCHW tensors. Sides take turns, an epoch each.
+- ray: ``jobs.train`` with ``--num_workers 0`` on all threads, with one Ray worker on all threads, and with as many
+  workers of one thread; seconds from one line of ``history.csv`` to the next, so validation, checkpoint and Ray's own
+  exchanges count, and starting does not. Sides take turns, a run each; the first epoch of a run is left out.
+
+A figure is the median over all epochs of a side, a ratio the median over the turns. FEATURES is a folder that
+``jobs.extract`` wrote; ``loop`` trains on all its clips, ``ray`` on the parts that ``jobs.train`` makes by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.processes import machine
+from pipeline.arrays import load_features
+from pipeline.batches import TrainingData, from_arrays
+from pipeline.corpora import label_set
+from pipeline.fit import Run
+from pipeline.fit_config import FitConfig
+from pipeline.losses import ClassificationLoss
+from pipeline.models import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+AUGMENT = ("crop", "stretch", "shift", "masks", "mixup")
+Batch = tuple[Tensor, Tensor]
+
+
+def all_clips(features: Path) -> TrainingData:
+    """Every clip as training data, no validation part."""
+    arrays = load_features(features)
+    labels = label_set(arrays.table)
+    classes = np.array([labels.index(name) for name in arrays.table["label"]], dtype=np.int64)
+    originals = np.flatnonzero(arrays.table["parent_id"] == "")
+    return from_arrays(arrays, classes, len(labels), originals, np.empty(0, np.int64))
+
+
+def bare_loop(data: TrainingData, config: FitConfig, batches: Sequence[Batch]) -> Callable[[], None]:
+    """An epoch of what one would write by hand, over batches in RAM."""
+    torch.manual_seed(config.seed)
+    model = build_model("inception", {}, data.n_classes, data.config.input_shape)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loss_of = ClassificationLoss(data.n_classes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+    def epoch() -> None:
+        model.train()
+        for features, targets in batches:
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(model(features), targets).backward()
+            optimizer.step()
+
+    return epoch
+
+
+def timed(call: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
+
+
+def loop(arguments: argparse.Namespace) -> None:
+    """Print the loop's epoch time against the bare loop's."""
+    data = all_clips(arguments.features)
+    config = FitConfig(batch_size=arguments.batch_size, augment=AUGMENT, threads=arguments.threads)
+    plain = FitConfig(batch_size=arguments.batch_size, channels_last=False)
+    torch.manual_seed(config.seed)
+    run = Run(build_model("inception", {}, data.n_classes, data.config.input_shape), data, config)
+    batches = list(run.batches.epoch(1))
+    sides: dict[str, Callable[[], object]] = {
+        "fit.py": run.epoch,
+        "bare loop": bare_loop(data, config, batches),
+        "bare loop, NCHW": bare_loop(data, plain, batches),
+    }
+    for call in sides.values():
+        call()  # warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(arguments.repeats):
+        for name, call in sides.items():
+            seconds[name].append(timed(call))
+        print(f"  turn {repeat + 1}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
+    making_s = statistics.median(timed(lambda: list(run.batches.epoch(2))) for _ in range(3))
+    clips = len(data.train_rows)
+    print(f"an epoch of {clips} clips in batches of {arguments.batch_size}, {arguments.threads} threads, medians:")
+    for name, values in seconds.items():
+        print(f"  {name:<16} {statistics.median(values):7.2f} s")
+    print(f"  {'making batches':<16} {making_s:7.2f} s of fit.py's, with {', '.join(AUGMENT)}")
+    result("fit.py against the bare loop", seconds["bare loop"], seconds["fit.py"], 0.95)
+    result("channels-last against NCHW", seconds["bare loop, NCHW"], seconds["bare loop"])
+
+
+def epoch_seconds(arguments: argparse.Namespace, workers: int, threads: int, out: Path) -> list[float]:
+    """Seconds between the lines of a run's history.csv."""
+    words = ["--features", arguments.features, "--out", out, "--epochs", arguments.epochs, "--patience", 0]
+    words += ["--batch_size", arguments.batch_size, "--augment", ",".join(AUGMENT), "--report_split", "none"]
+    words += ["--num_workers", workers, "--threads", threads]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    written_s: list[float] = []
+    while process.poll() is None:
+        try:
+            changed_s = (out / "history.csv").stat().st_mtime_ns / 1e9
+        except OSError:
+            changed_s = 0.0
+        if changed_s and (not written_s or changed_s != written_s[-1]):
+            written_s.append(changed_s)
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"jobs.train ended with {process.returncode}:\n{process.communicate()[1]}")
+    epochs_s = written_s[-arguments.epochs :]  # the file is first written empty, when the run begins
+    return list(np.diff(epochs_s))
+
+
+def ray(arguments: argparse.Namespace) -> None:
+    """Print Ray Train's epoch times against those of the loop alone."""
+    threads = arguments.threads
+    sides = {
+        f"fit.py alone, {threads} threads": (0, threads),
+        f"Ray, 1 worker x {threads} threads": (1, threads),
+        f"Ray, {threads} workers x 1 thread": (threads, 1),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    turns: dict[str, list[float]] = {name: [] for name in sides}
+    with tempfile.TemporaryDirectory() as scratch:
+        for repeat in range(arguments.repeats):
+            for number, (name, (workers, each)) in enumerate(sides.items()):
+                found = epoch_seconds(arguments, workers, each, Path(scratch) / f"{repeat}-{number}")
+                seconds[name] += found
+                turns[name].append(statistics.median(found))
+            print(f"  turn {repeat + 1}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in turns.items()), flush=True)
+    print("an epoch from one checkpoint to the next, medians:")
+    for name, values in seconds.items():
+        print(f"  {name:<28} {statistics.median(values):7.2f} s")
+    alone, one, many = turns.values()
+    result("Ray, 1 worker, against fit.py alone", alone, one, 0.95)
+    result(f"Ray, {threads} workers, against fit.py alone", alone, many, 1.0)
+
+
+def result(what: str, theirs: Sequence[float], ours: Sequence[float], wanted: float | None = None) -> None:
+    """Print how many times as fast as theirs ours is."""
+    ratio = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+    goal = "" if wanted is None else f" (wanted: at least {wanted:g}: {'met' if ratio >= wanted else 'MISSED'})"
+    print(f"  {what}: {ratio:.2f} x the speed{goal}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=("loop", "ray"), default=["loop", "ray"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4, help="of each run in the part ray")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    print(f"machine: {machine()}")
+    if "loop" in arguments.parts:
+        loop(arguments)
+    if "ray" in arguments.parts:
+        ray(arguments)
+
+
+if __name__ == "__main__":
+    main()

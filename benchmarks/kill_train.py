@@ -1,0 +1,168 @@
+"""Kill tests of training: a Ray Train worker, and the driver, with ``kill -9``, at random moments from a seed.
+
+    python -m benchmarks.kill_train --data_dir RECORDINGS [--clips 96 --epochs 8 --kills 5 --seed 0]
+
+Every run trains the same model on the same clips. A moment is drawn in epochs, between 0 and the epochs that are
+really run, and the kill comes as soon as the run is that far (the workers tell how far they are, batch by batch).
+After a killed worker the run is left alone; after a killed driver its processes are waited for, and the same command
+is given again with ``--resume``. Each kill is printed. Then every run must have exited with 0, hold a bundle that
+loads, and ``history.csv`` must list every epoch once; its losses are compared with those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.processes import command_of, descendants, machine
+from pipeline.checkpoint import load_bundle
+from pipeline.corpora import scan_folder
+from pipeline.history import read_history
+
+ROOT = Path(__file__).resolve().parents[1]
+DEADLINE_S = 900.0
+WORKER = "ray::RayTrainWorker"
+
+
+def sample(data_dir: Path, clips: int, path: Path) -> Path:
+    """Manifest of every n-th recording of each class, so that the classes keep their shares."""
+    table = scan_folder(data_dir).sort_values(["label", "speech"])
+    table.iloc[np.linspace(0, len(table) - 1, clips).round().astype(int)].to_csv(path, index=False)
+    return path
+
+
+def run_job(*words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def begin(arguments: argparse.Namespace, out: Path, *more: str) -> subprocess.Popen[str]:
+    """Start the command that every run gives."""
+    words = ["--features", arguments.features, "--out", out, "--epochs", arguments.epochs, "--patience", 0]
+    words += ["--num_workers", arguments.num_workers, "--batch_size", arguments.batch_size, "--lr", 1e-3, *more]
+    return run_job("jobs.train", *words)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, error = process.communicate(timeout=DEADLINE_S)
+    if process.returncode:
+        raise SystemExit(f"the command ended with {process.returncode}:\n{error}")
+
+
+def progress(out: Path) -> float:
+    """Epochs done, with the share of the one that runs; told after every batch, at most twice a second."""
+    done = float(len(read_history(out)))
+    try:
+        epoch, batches, total = json.loads((out / "ray" / "progress.json").read_text(encoding="utf-8"))
+    except OSError:
+        return done
+    return max(done, epoch - 1 + batches / total)
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, moment: float) -> None:
+    """Wait until a run is so many epochs far."""
+    while progress(out) < moment or not workers_of(process.pid):
+        if process.poll() is not None:
+            raise SystemExit(f"the run ended before epoch {moment:.2f}:\n{process.communicate()[1]}")
+        time.sleep(0.02)
+
+
+def workers_of(driver: int) -> list[int]:
+    return sorted(pid for pid in descendants(driver) if command_of(pid).startswith(WORKER))
+
+
+def kill_worker(arguments: argparse.Namespace, out: Path, moment: float, rng: np.random.Generator) -> str:
+    """Kill a random worker once; what happened."""
+    process = begin(arguments, out)
+    wait_for(process, out, moment)
+    victim = int(rng.choice(workers_of(process.pid)))
+    found = progress(out)
+    os.kill(victim, signal.SIGKILL)
+    start_s = time.monotonic()
+    finish(process)
+    return (
+        f"worker killed at epoch {found:.2f} (wanted {moment:.2f}), finished {time.monotonic() - start_s:.0f} s later"
+    )
+
+
+def kill_driver(arguments: argparse.Namespace, out: Path, moment: float) -> str:
+    """Kill the driver once, then give the command again; what happened."""
+    process = begin(arguments, out)
+    wait_for(process, out, moment)
+    family, found = descendants(process.pid), progress(out)
+    process.kill()
+    process.communicate()
+    start_s = time.monotonic()
+    while any(map(command_of, family)) and time.monotonic() - start_s < 60:
+        time.sleep(0.1)
+    gone_s, left = time.monotonic() - start_s, sum(bool(command_of(pid)) for pid in family)
+    kept = len(read_history(out))
+    finish(begin(arguments, out, "--resume"))
+    text = f"driver killed at epoch {found:.2f} (wanted {moment:.2f}); its {len(family)} processes gone"
+    return f"{text} after {gone_s:.1f} s, {left} left; resumed after epoch {kept}"
+
+
+def check(arguments: argparse.Namespace, out: Path, expected: pd.DataFrame) -> tuple[str, bool]:
+    """What a finished run holds, and whether that is what it should hold."""
+    history = pd.DataFrame(read_history(out))
+    once = history["epoch"].tolist() == list(range(1, arguments.epochs + 1))
+    bundle = load_bundle(out)
+    bundle.build_model()
+    right = once and bundle.metrics["training"]["epochs"] == arguments.epochs
+    text = f"{len(history)} epochs" + (", each once" if once else f", listed as {history['epoch'].tolist()}")
+    if once:
+        gap = (history["train_loss"].astype(float) - expected["train_loss"].astype(float)).abs().max()
+        text += f", losses within {gap:.1g} of the undisturbed run's"
+    return f"{text}, bundle loads", right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=96)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=5, help="of a worker, and as many of the driver")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(arguments.seed)
+    print(f"machine: {machine()}")
+    print(f"{arguments.clips} clips, {arguments.epochs} epochs, {arguments.num_workers} workers; seed {arguments.seed}")
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        arguments.features = folder / "features"
+        manifest = sample(arguments.data_dir, arguments.clips, folder / "clips.csv")
+        finish(run_job("jobs.extract", "--data_csv", manifest, "--out", arguments.features))
+        start_s = time.monotonic()
+        finish(begin(arguments, folder / "undisturbed"))
+        expected = pd.DataFrame(read_history(folder / "undisturbed"))
+        print(f"undisturbed run: {len(expected)} epochs, {time.monotonic() - start_s:.0f} s", flush=True)
+        for kind in ("worker", "driver"):
+            for number, moment in enumerate(rng.uniform(0, len(expected), arguments.kills)):
+                out = folder / f"{kind}-{number}"
+                if kind == "worker":
+                    text = kill_worker(arguments, out, moment, rng)
+                else:
+                    text = kill_driver(arguments, out, moment)
+                found, right = check(arguments, out, expected)
+                failed += not right
+                print(f"  {text}: {found}", flush=True)
+    print(f"{2 * arguments.kills} kills, {failed} runs not as they should be")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

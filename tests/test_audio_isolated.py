@@ -1,0 +1,88 @@
+"""A decoder that crashes or hangs costs one recording; silence of any length costs little memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from audio_recordings import ONE_SECOND, code_of, encoded, voice
+
+from pipeline import audio
+from pipeline.audio import Limits, load, load_middle
+from pipeline.audio_isolated import decode_in_subprocess
+
+
+def test_the_subprocess_gives_the_same_clip(tmp_path: Path) -> None:
+    path = tmp_path / "\udcffodd\n.flac"
+    path.write_bytes(encoded(voice(3.0, 44_100), 44_100, "FLAC"))
+    here = load_middle(path, window_s=1.5, limits=Limits(max_duration_s=5))
+    there = decode_in_subprocess(path, window_s=1.5, limits=Limits(max_duration_s=5))
+    assert np.array_equal(here.samples, there.samples)
+    assert (here.info, here.start_s, here.scored_s) == (there.info, there.start_s, there.scored_s)
+    part = decode_in_subprocess(path.read_bytes(), decode=load, start_s=1.0, duration_s=0.5, channel=0)
+    assert np.array_equal(part.samples, load(path, start_s=1.0, duration_s=0.5).samples)
+    assert code_of(ONE_SECOND[:999], decode_in_subprocess) == "truncated"
+
+
+@pytest.fixture
+def hostile_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "hostile_decoders.py").write_text(
+        "import os, sys, threading\n"
+        "def abort(source, **options):\n    os.abort()\n"
+        "def leave(source, **options):\n    os._exit(0)\n"
+        "def fail(source, **options):\n    raise MemoryError('no')\n"
+        "def hang(source, **options):\n    threading.Event().wait()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import hostile_decoders
+
+    yield hostile_decoders
+    del sys.modules["hostile_decoders"]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "code", "message"),
+    [
+        ("abort", "decoder_crashed", "SIGABRT"),
+        ("leave", "decoder_crashed", "status 0"),
+        ("fail", "decoder_crashed", "status 1"),
+        ("hang", "decode_timeout", "within 1 s"),
+    ],
+)
+def test_a_decoder_that_ends_its_process_costs_one_recording(
+    decoder: str, code: str, message: str, hostile_decoders: Any
+) -> None:
+    timeout_s = 1.0 if decoder == "hang" else 60.0
+    with pytest.raises(audio.AudioError, match=message) as caught:
+        decode_in_subprocess(b"anything", decode=getattr(hostile_decoders, decoder), timeout_s=timeout_s)
+    assert caught.value.code == code
+
+
+def test_twenty_minutes_of_silence_take_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "silence.flac"
+    with soundfile.SoundFile(path, "w", 48_000, 1, "PCM_16", format="FLAC") as file:
+        for _ in range(20):
+            file.write(np.zeros(60 * 48_000, np.int16))
+    assert path.stat().st_size < 400_000
+    script = (
+        "import resource, sys\n"
+        "from pipeline.audio import content_hash, load, load_middle, probe\n"
+        "def peak():\n    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "long, short = sys.argv[1:]\n"
+        "content_hash(short), load_middle(short)\n"
+        "before = peak()\n"
+        "probe(long), load_middle(long), content_hash(long), load(long, start_s=600, duration_s=2)\n"
+        "print(peak() - before)"
+    )
+    short = tmp_path / "short.wav"
+    short.write_bytes(ONE_SECOND)
+    root = Path(audio.__file__).parents[1]
+    output = subprocess.run(
+        [sys.executable, "-c", script, path, short], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    assert int(output) / 1024 < 64, "MiB"

@@ -1,0 +1,264 @@
+"""The folder of a run: laid down, trained in, resumed, refused, and at last a bundle. In this process, without Ray."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import accuracy_score
+from torch import nn
+
+from pipeline import checkpoint, results, runs
+from pipeline.arrays import load_features
+from pipeline.checkpoint import load_bundle
+from pipeline.errors import SerError
+from pipeline.fit import Run
+from pipeline.fit_config import FitConfig
+from pipeline.history import read_history
+from pipeline.results import keep_weights, write_results
+from pipeline.runs import Plan, begin, check, read_plan, read_splits, save_checkpoint, train_here, training_data
+from pipeline.splits import split_table
+from toy_data import LABELS, toy_model, write_features
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_features(tmp_path_factory.mktemp("toy") / "features", copies=1)
+
+
+@pytest.fixture
+def plan(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A new run of a tiny model in the Inception's place."""
+
+    def build(name: str, options: Any, n_classes: int, input_shape: Any) -> nn.Module:
+        assert name == "inception"
+        return toy_model(n_classes)
+
+    for module in (runs, results, checkpoint):
+        if hasattr(module, "build_model"):
+            monkeypatch.setattr(module, "build_model", build)
+    monkeypatch.setattr("pipeline.models.build_model", build)
+    config = FitConfig(epochs=3, batch_size=8, lr=1e-2, ema=0.5, augment=("crop", "mixup", "pitch"), threads=1)
+    made = Plan(tmp_path / "run", features, LABELS, "inception", {}, config)
+    begin(made, split_of(features))
+    return made
+
+
+def split_of(features: Path) -> dict[str, pd.DataFrame]:
+    table = load_features(features).table
+    return split_table(table[table["parent_id"] == ""])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupt_after(epochs: int) -> Callable[[dict[str, Any], Run], None]:
+    def stop(record: dict[str, Any], run: Run) -> None:
+        if record["epoch"] == epochs:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_splits_hold_every_clip_once_and_no_copy(plan: Plan) -> None:
+    data, parts = training_data(plan), read_splits(plan.out)
+    assert [len(parts[name]) for name in ("train", "inner_val", "test")] == [38, 10, 12]
+    ids = [int(row) for part in parts.values() for row in part["row_id"]]
+    assert sorted(ids) == list(range(60))
+    table = load_features(plan.features).table
+    for rows, name in ((data.train_rows, "train"), (data.valid_rows, "inner_val")):
+        assert table["row_id"].iloc[rows].tolist() == parts[name]["row_id"].tolist()
+        assert [LABELS[c] for c in data.classes[rows]] == parts[name]["label"].tolist()
+    assert data.copies is not None
+    assert set(data.copies) == set(np.flatnonzero(table["parent_id"] == ""))
+
+
+def test_a_run_from_the_start_to_its_bundle(plan: Plan) -> None:
+    seen: list[list[int]] = []
+    result = train_here(plan, on_epoch=lambda record, run: seen.append([r["epoch"] for r in read_history(plan.out)]))
+    assert seen == [[1], [1, 2], [1, 2, 3]]  # history.csv grows as it runs
+    made = write_results(plan, "test")
+    bundle = load_bundle(plan.out)
+    assert bundle.name == "inception_ser_final"
+    assert bundle.labels == LABELS
+    for name, value in bundle.state_dict().items():
+        assert torch.equal(value, result.weights[name])
+    table = pd.read_csv(plan.out / "training.csv", dtype=str)
+    assert table["split"].value_counts().to_dict() == {"train": 38, "inner_val": 10, "test": 12}
+    training, test = bundle.metrics["training"], bundle.metrics["test"]
+    assert training["epochs"] == 3
+    assert training["settings"]["seed"] == 42
+    assert test["trained_on"] == training["trained_on"] == "38 clips (splits/train.csv)"
+    assert test["model_sha256"] == bundle.weights_sha256
+    assert test["n"] == 12
+    assert "accuracy" in made.summary
+    assert {"curves.png", "history.csv", "README.md", "report/report.html", "report/metrics.json"} <= set(
+        files(plan.out)
+    )
+    assert not (plan.out / "interrupted").exists()
+
+
+def test_the_reported_figures_are_those_of_the_weights(plan: Plan) -> None:
+    result = train_here(plan)
+    write_results(plan, "test")
+    arrays, part = load_features(plan.features), read_splits(plan.out)["test"]
+    model = toy_model()
+    model.load_state_dict(result.weights)
+    rows = [arrays.table["row_id"].tolist().index(row) for row in part["row_id"]]
+    with torch.inference_mode():
+        answers = model.eval()(torch.from_numpy(arrays.features[rows])).argmax(dim=1).numpy()
+    expected = accuracy_score(part["label"], np.array(LABELS)[answers])
+    assert load_bundle(plan.out).metrics["test"]["accuracy"] == pytest.approx(expected)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(plan: Plan, tmp_path: Path) -> None:
+    whole = replace(plan, out=tmp_path / "whole")
+    begin(whole, split_of(plan.features))
+    expected = train_here(whole)
+    stopped = train_here(plan, on_epoch=interrupt_after(2))
+    assert stopped.interrupted
+    kept = keep_weights(plan)
+    assert kept.bundle.folder == plan.out / "interrupted"
+    assert load_bundle(plan.out / "interrupted").metrics["training"]["epochs"] == 2
+    assert "test" not in kept.bundle.metrics  # no split is opened before the end
+    assert not (plan.out / "config.json").exists()
+    resumed = train_here(plan)
+    for name, value in resumed.weights.items():
+        assert torch.equal(value, expected.weights[name])
+    assert [r["epoch"] for r in read_history(plan.out)] == [1, 2, 3]
+    losses = [[r["train_loss"] for r in read_history(out)] for out in (plan.out, whole.out)]
+    assert losses[0] == losses[1]
+    write_results(plan, "none")
+    assert not (plan.out / "interrupted").exists()
+
+
+def test_a_finished_run_is_not_trained_again(plan: Plan) -> None:
+    train_here(plan)
+    before = plan.checkpoint.read_bytes()
+    again = train_here(plan, on_epoch=lambda *_: pytest.fail("an epoch too many"))
+    assert len(again.history) == 3
+    assert plan.checkpoint.read_bytes() == before
+
+
+def test_history_is_mended_from_the_checkpoint(plan: Plan) -> None:
+    """A kill between the checkpoint and the history leaves the history one epoch short."""
+    train_here(plan)
+    text = (plan.out / "history.csv").read_text()
+    (plan.out / "history.csv").write_text("\n".join(text.splitlines()[:3]) + "\n")
+    (plan.out / ".checkpoint.pt.1.tmp").write_bytes(b"half")
+    train_here(plan)
+    assert (plan.out / "history.csv").read_text() == text
+    assert not list(plan.out.glob(".*.tmp"))
+
+
+def test_no_validation_part(plan: Plan, tmp_path: Path) -> None:
+    table = load_features(plan.features).table
+    bare = replace(plan, out=tmp_path / "bare")
+    begin(bare, split_table(table[table["parent_id"] == ""], inner_val=0))
+    result = train_here(bare)
+    assert result.best_epoch == 3
+    assert write_results(bare, "inner_val").report is None  # nothing to report on
+    bundle = load_bundle(bare.out)
+    assert set(bundle.metrics) == {"training"}
+    for name, value in bundle.state_dict().items():
+        assert torch.equal(value, result.weights[name])
+
+
+def test_the_card_says_data_licence_recipe_limits_and_forbidden_uses(plan: Plan) -> None:
+    train_here(plan)
+    write_results(plan, "test")
+    text = (plan.out / "README.md").read_text()
+    for words in (
+        "CC BY-NC-SA 4.0",
+        "38 clips (splits/train.csv), of 60 recordings of 4 speakers",
+        "held-out test part; trained on 38 clips",
+        "| recall of calm |",
+        "| lr | 0.01 |",
+        "split seed 42, seed 42",
+        "Acted emotion",
+        "Art. 5(1)(f)",
+        "no pretrained weights",
+    ):
+        assert words in text
+    splits = {name: part.assign(corpus="mine") for name, part in split_of(plan.features).items()}
+    begin(other := replace(plan, out=plan.out.parent / "other"), splits)
+    train_here(other)
+    write_results(other, "none")
+    text = (other.out / "README.md").read_text()
+    assert "CC BY-NC-SA" not in text
+    assert "## Figures" not in text
+
+
+def test_two_processes_cannot_train_one_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_LOCK_WAIT_S", 0.2)
+    with (plan.out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SerError, match="another process trains the run"):
+            train_here(plan)
+    train_here(plan)
+
+
+def test_a_run_is_not_written_over(plan: Plan) -> None:
+    begin(plan, split_of(plan.features))  # no epoch is done yet
+    train_here(plan, on_epoch=interrupt_after(1))
+    before = files(plan.out)
+    with pytest.raises(SerError, match="already holds a run; continue it with --resume"):
+        begin(plan, split_of(plan.features))
+    assert files(plan.out) == before
+
+
+def test_other_settings_are_refused(plan: Plan) -> None:
+    started = read_plan(plan.out)
+    plan.check_continues(started)
+    replace(plan, fit=replace(plan.fit, threads=2, patience=1)).check_continues(started)
+    for other, message in (
+        (replace(plan, model_name="cnn_bilstm"), "started with model"),
+        (replace(plan, model_options={"dropout": 0.1}), "started with model"),
+        (replace(plan, labels=("calm", "sad")), "started with labels"),
+        (replace(plan, fit=replace(plan.fit, seed=1)), "seed=42, got 1"),
+    ):
+        with pytest.raises(SerError, match=message):
+            other.check_continues(started)
+
+
+def test_what_cannot_be_trained_is_found_before_the_start(plan: Plan, tmp_path: Path) -> None:
+    check(plan, 2)
+    with pytest.raises(SerError, match="multiple of 3"):
+        check(plan, 3)
+    plan.checkpoint.write_bytes(b"PK no checkpoint")
+    with pytest.raises(SerError, match="cannot read the checkpoint"):
+        check(plan)
+    with pytest.raises(SerError, match=r"holds no run to resume \(no plan.json\)"):
+        read_plan(tmp_path)
+    with pytest.raises(SerError, match="holds no run to resume"):
+        read_splits(tmp_path)
+    path = plan.out / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 9}))
+    with pytest.raises(SerError, match="version 9, expected 1"):
+        read_plan(plan.out)
+
+
+def test_splits_of_other_features_are_refused(plan: Plan, tmp_path: Path) -> None:
+    fewer = write_features(tmp_path / "fewer", n=30)
+    with pytest.raises(SerError, match="give the features the run began with"):
+        train_here(replace(plan, features=fewer))
+
+
+def test_checkpoints_hold_no_code(plan: Plan, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tmp_path.joinpath("touched").touch, ())
+
+    save_checkpoint(plan.checkpoint, {"version": 1, "evil": Evil()})
+    with pytest.raises(SerError, match="cannot read the checkpoint"):
+        train_here(plan)
+    assert not (tmp_path / "touched").exists()
