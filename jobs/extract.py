@@ -36,10 +36,25 @@ def build_parser() -> Parser:
         default=6.0,
         help="seconds kept for training-time crops; 0: none (default 6)",
     )
+    parser.add_argument(
+        "--pitch_semitones",
+        type=semitones,
+        default=(),
+        metavar="N,...",
+        help="also extract pitch-shifted copies, for training with --augment pitch: --pitch_semitones=-1,1",
+    )
     parser.add_argument("--block_rows", type=int, default=64, help="recordings a part (default 64)")
     parser.add_argument("--overwrite", action="store_true", help="replace other shards in --out")
     parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
     return parser
+
+
+def semitones(text: str) -> tuple[float, ...]:
+    """``-1,1`` as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, as -1,1, got {text!r}") from None
 
 
 def add_data_options(parser: Parser) -> None:
@@ -85,7 +100,11 @@ def job(arguments: argparse.Namespace) -> int:
         table,
         arguments.out,
         FeatureConfig(kind=arguments.features_kind),
-        options=ShardOptions(mel_power_s=arguments.mel_power_s, block_rows=arguments.block_rows),
+        options=ShardOptions(
+            mel_power_s=arguments.mel_power_s,
+            block_rows=arguments.block_rows,
+            pitch_semitones=arguments.pitch_semitones,
+        ),
         overwrite=arguments.overwrite,
         on_progress=Progress("extract"),
     )

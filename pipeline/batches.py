@@ -93,7 +93,7 @@ class Batches:
                 f"augmentation {needs_power[0]!r} needs mel power; extract the features again with --mel_power_s 6"
             )
         if "pitch" in augment.names and not data.copies:
-            raise SerError("augmentation 'pitch' needs copies; extract the features again with --pitch_semitones -1,1")
+            raise SerError("augmentation 'pitch' needs copies; extract the features again with --pitch_semitones=-1,1")
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -135,7 +135,7 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
     if len(input_shape) != wanted_axes:
         kind = "log_mel" if name == "inception" else "frame_features"
         raise SerError(
-            f"model {name!r} takes {kind} features, got shape {tuple(input_shape)}; extract with --kind {kind}"
+            f"model {name!r} takes {kind} features, got shape {tuple(input_shape)}; extract with --features_kind {kind}"
         )
     if name == "inception":
         return EnhancedInceptionModel(n_classes, **options)

@@ -128,8 +128,8 @@ def test_every_weight_learns(name: str) -> None:
     [
         ("resnet", {}, (1, 64, 188), "choose one of inception, cnn_bilstm"),
         ("inception", {"width": 2}, (1, 64, 188), "no option 'width'"),
-        ("inception", {}, (188, 190), "takes log_mel features"),
-        ("cnn_bilstm", {}, (1, 64, 188), "takes frame_features features"),
+        ("inception", {}, (188, 190), "--features_kind log_mel"),
+        ("cnn_bilstm", {}, (1, 64, 188), "--features_kind frame_features"),
     ],
 )
 def test_what_cannot_be_built_is_refused(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score
 from torch import nn
+from toy_data import LABELS, toy_model, write_features
 
 from pipeline import checkpoint, results, runs
 from pipeline.arrays import load_features
@@ -26,7 +27,6 @@ from pipeline.history import read_history
 from pipeline.results import keep_weights, write_results
 from pipeline.runs import Plan, begin, check, read_plan, read_splits, save_checkpoint, train_here, training_data
 from pipeline.splits import split_table
-from toy_data import LABELS, toy_model, write_features
 
 
 @pytest.fixture(scope="module")

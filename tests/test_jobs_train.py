@@ -1,0 +1,222 @@
+"""`jobs.train` as a command: from recordings to a bundle on Ray, usage errors, resume, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from toy_data import LABELS, write_features
+
+from jobs import train
+from jobs.extract import build_parser as extract_parser
+from jobs.train import build_parser, main
+from jobs.train_options import fit_config
+from pipeline.checkpoint import load_bundle
+from pipeline.errors import SerError
+from pipeline.history import read_history
+from pipeline.labels import LabelSet
+from pipeline.shards import ShardOptions, ShardSummary
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = ["--num_workers", "0", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_features(tmp_path_factory.mktemp("toy") / "features", n=45)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_recordings_to_bundle_and_report_with_two_ray_workers(
+    ravdess_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["--data_dir", str(ravdess_like), "--model", "cnn_bilstm", "--num_workers", "2", "--epochs", "1"]
+    assert main([*words, "--batch_size", "16", "--use_focal", "True", "--out", str(out)]) == 0
+    printed, said = capsys.readouterr()
+    assert "labels: 0 angry, 1 calm" in said
+    assert "parts: train 40, inner_val 11, test 13" in said
+    assert "epoch 1/1  loss " in said
+    assert "weighted F1" in said
+    assert f"report: {out}/report/report.html" in printed
+    assert "confusion matrix" in printed
+    assert "verdict" in printed
+    bundle = load_bundle(out)
+    assert (bundle.name, bundle.model_name) == ("cnn_bilstm_ser_final", "cnn_bilstm")
+    with torch.inference_mode():
+        assert bundle.build_model()(torch.zeros(1, 188, 190)).shape == (1, 8)
+    assert len(read_history(out)) == 1
+    parts = {name: pd.read_csv(out / "splits" / f"{name}.csv") for name in ("train", "inner_val", "test")}
+    assert sum(map(len, parts.values())) == 64
+    assert set(parts["test"]["label"]) == set(bundle.labels)
+    for name in ("curves.png", "metrics.json", "README.md", "training.csv", "report/confusion_matrix.png"):
+        assert (out / name).is_file(), name
+    assert bundle.metrics["training"]["settings"]["use_focal"] is True
+
+
+def test_without_ray_and_again(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ["--features", str(features), *FAST, "--class-weights", "balanced", "--oversample_boost", "sad:2"]
+    assert main([*words, "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "counts: calm 15, happy 15, sad 15" in said
+    assert said.count("epoch ") >= 2
+    settings = load_bundle(out).metrics["training"]["settings"]
+    assert settings["oversample_boost"] == {"2": 2.0}
+    assert settings["class_weights"] == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert main([*words, "--out", str(out), "--resume"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert main([*words, "--out", str(out)]) == 2
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_ctrl_c_keeps_the_best_weights_and_resume_goes_on(features: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "jobs.train", "--features", str(features), *FAST, "--out", str(out)]
+    words[words.index("--epochs") + 1] = "3"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        told = ""
+        for line in process.stderr:
+            told += line
+            if line.startswith("epoch 1/"):
+                process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, told
+    kept = out / "interrupted" / "inception_ser_final.pt"
+    assert f"the best weights so far, of epoch 1, are in {kept}" in told
+    assert "--resume" in told
+    assert load_bundle(kept).metrics["training"]["epochs"] == 1
+    assert main([*words[3:], "--resume"]) == 0
+    assert [record["epoch"] for record in read_history(out)] == [1, 2, 3]
+    assert load_bundle(out).metrics["training"]["epochs"] == 3
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch_size", "0"], "at least 1"),
+        (["--epochs", "0"], "at least 1"),
+        (["--num_workers", "-1"], "0 or more"),
+        (["--num_workers", "3"], "batch size 16 cannot be shared by 3 workers"),
+        (["--lr", "-1"], "learning rate"),
+        (["--lr", "fast"], "invalid float value"),
+        (["--oversample_boost", "bored:2"], "unknown label 'bored'"),
+        (["--oversample_boost", "9:2"], "outside 0..2"),
+        (["--class_weights", "sad"], "--class_weights: got 'sad'"),
+        (["--augment", "echo"], "unknown augmentation 'echo'"),
+        (["--augment", "pitch"], "--pitch_semitones"),
+        (["--model", "cnn_bilstm"], "--features_kind frame_features"),
+        (["--model", "resnet"], "invalid choice: 'resnet'"),
+        (["--use_focal", "maybe"], "expected True or False"),
+        (["--use_gpu", "True"], "PyTorch sees no GPU"),
+        (["--test_size", "1.5"], "share of the test part"),
+        (["--split", "speaker", "--inner_val", "0.9"], "add speakers"),
+        (["--resume"], "holds no run to resume"),
+        (["--data_csv", "x.csv"], "not allowed with"),
+    ],
+)
+def test_usage_errors_exit_with_two_in_one_line(
+    words: list[str], message: str, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if message == "PyTorch sees no GPU" and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    given = ["--features", str(features), *FAST, "--out", str(tmp_path / "run"), *words]
+    assert main(given) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_refused_start_does_not_claim_the_folder(features: Path, tmp_path: Path) -> None:
+    words = ["--features", str(features), *FAST, "--out", str(tmp_path / "run")]
+    assert main([*words, "--augment", "pitch"]) == 2
+    assert main([*words, "--report_split", "none", "--epochs", "1"]) == 0
+
+
+def test_missing_features_and_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    for source in (["--features", "nowhere"], ["--data_csv", "nowhere.csv"], ["--data_dir", "nowhere"]):
+        assert main([*source, *out]) == 2
+        assert "nowhere" in capsys.readouterr().err
+    assert main(out) == 2
+    assert "--data_csv" in capsys.readouterr().err
+
+
+def extracted(words: list[str], monkeypatch: pytest.MonkeyPatch, failed: int = 0) -> Any:
+    """What `jobs.train` asks the extraction for."""
+    asked: dict[str, Any] = {}
+
+    def note(table: pd.DataFrame, out: Path, config: Any, *, options: ShardOptions, **_: Any) -> ShardSummary:
+        asked.update(rows=len(table), out=out, config=config, options=options)
+        return ShardSummary(out, len(table), failed, 0)
+
+    monkeypatch.setattr("pipeline.shards.extract_shards", note)
+    asked["answer"] = train._extract(build_parser().parse_args(words))
+    return asked
+
+
+def test_pitch_copies_are_extracted_when_they_are_asked_for(
+    ravdess_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--data_dir", str(ravdess_like), "--out", str(tmp_path)]
+    plain = extracted(words, monkeypatch)
+    assert plain["options"].pitch_semitones == ()
+    assert plain["config"].kind == "log_mel"
+    assert plain["answer"] == (tmp_path / "features", 0)
+    assert extracted([*words, "--augment", "crop, pitch"], monkeypatch)["options"].pitch_semitones == (-1.0, 1.0)
+    assert extracted([*words, "--model", "cnn_bilstm"], monkeypatch)["config"].kind == "frame_features"
+    assert extracted(words, monkeypatch, failed=3)["answer"][1] == 3
+
+
+@pytest.mark.parametrize(("text", "expected"), [("-1,1", (-1.0, 1.0)), ("2", (2.0,)), ("", ())])
+def test_pitch_copies_by_the_extraction_job(text: str, expected: tuple[float, ...]) -> None:
+    words = ["--data_dir", "x", "--out", "y", f"--pitch_semitones={text}"]
+    assert extract_parser().parse_args(words).pitch_semitones == expected
+
+
+def test_options_reach_the_settings() -> None:
+    labels, rows = LabelSet(LABELS), pd.DataFrame({"label": ["calm", "calm", "calm", "happy"]})
+
+    def settings(*words: str) -> Any:
+        return fit_config(build_parser().parse_args(["--features", "x", "--out", "y", *words]), labels, rows)
+
+    plain = settings()
+    assert (plain.epochs, plain.batch_size, plain.lr, plain.weight_decay) == (50, 64, 1e-4, 1e-5)
+    assert (plain.scheduler, plain.patience, plain.seed, plain.class_weights) == ("cosine", 7, 42, None)
+    assert settings("--class_weights", "sad:2,0:0.5").class_weights == (0.5, 1.0, 2.0)
+    assert settings("--class_weights", "balanced").class_weights == pytest.approx((2 / 3, 2.0, 1.0))
+    assert settings("--oversample-boost", "1:2.0,sad:3").oversample_boost == {1: 2.0, 2: 3.0}
+    assert settings("--augment", "crop, mixup,").augment == ("crop", "mixup")
+    assert settings("--use_focal", "False").use_focal is False
+    given = settings(
+        "--scheduler", "onecycle", "--ema", "0.9", "--clip_norm", "1", "--warmup_epochs", "2", "--threads", "3"
+    )
+    assert (given.scheduler, given.ema, given.clip_norm, given.warmup_epochs, given.threads) == (
+        "onecycle",
+        0.9,
+        1,
+        2,
+        3,
+    )
+    with pytest.raises(SerError, match="given twice"):
+        settings("--oversample_boost", "sad:2,2:3")
+
+
+def test_failed_recordings_make_the_exit_code_four(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ravdess_like: Path
+) -> None:
+    monkeypatch.setattr(train, "_extract", lambda arguments: (features, 2))
+    words = ["--data_dir", str(ravdess_like), *FAST, "--epochs", "1", "--report_split", "none"]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 4
+    assert main([*words, "--out", str(tmp_path / "b"), "--tolerate_failures"]) == 0
