@@ -24,7 +24,7 @@ _OBJECT_STORE_BYTES = 1 << 30
 
 
 def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = _OBJECT_STORE_BYTES) -> None:
-    """Start or join Ray; does nothing when this process is already connected.
+    """Start or join Ray; does nothing when this process is already connected. A start that times out is tried again.
 
     Args:
         num_cpus: logical CPUs of a local Ray, by default those of the machine. Ignored when joining a cluster.
@@ -48,13 +48,14 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = _OBJECT_
     if joining:
         ray.init(**options)
     else:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=object_store_bytes,
-            include_dashboard=False,
-            **options,
-        )
+        options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
+        try:
+            ray.init(address="local", **options)
+        except Exception as error:  # Ray raises a bare Exception when its processes are not up within 30 s
+            if "timed out" not in str(error):
+                raise
+            ray.shutdown()
+            ray.init(address="local", **options)
         _protect_token()
     logging.getLogger("ray").setLevel(level)
 
