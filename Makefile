@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-browser lint clean
+.PHONY: help setup demo test test-slow test-browser bench-features fuzz lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -30,6 +30,13 @@ test-slow: $(READY)   ## the tests that take longer
 test-browser: $(READY)  ## the tests in a real browser; needs chromium (CHROMIUM=/usr/bin/chromium)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2 greenlet==3.5.6
 	$(BIN)/python -m pytest -m browser
+
+bench-features: $(READY)  ## speed of decoding, features and extraction: make bench-features DATA=/path/to/recordings
+	$(BIN)/python -m benchmarks.bench_features --data_dir "$(DATA)"
+	$(BIN)/python -m benchmarks.bench_extract --data_dir "$(DATA)"
+
+fuzz: $(READY)    ## 10,000 mutated recordings through the decoder
+	$(BIN)/python -m benchmarks.fuzz_audio --count 10000
 
 lint: $(READY)    ## ruff and mypy --strict
 	$(BIN)/ruff check .

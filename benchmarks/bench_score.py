@@ -1,6 +1,6 @@
 """Batch scoring: against the plain way, against a pool written by hand, over sizes, resumed, and on a long call.
 
-    python -m benchmarks.bench_score --data_dir RECORDINGS [--parts plain slope command scale call infer]
+    python -m benchmarks.bench_score --data_dir RECORDINGS [--parts plain command slope scale call broken infer]
         [--small 5000 --large 20000 --sizes 1000 10000 100000 --repeats 3 --plain 300 --hours 3]
 
 The recordings are hard links to those in ``--data_dir``, repeated until there are enough. Sides that are compared take
@@ -12,12 +12,14 @@ turns; a figure is the median over the repeats, a ratio the median of the ratios
 - slope: seconds a file more, between ``--small`` and ``--large``; Ray and pool are up and warm.
 - scale: one Ray, growing inputs; then the finished largest run once more, as a command.
 - call: a stereo telephone call, 2 s windows every second, each channel; memory over that of a 10 s call.
+- broken: a folder of 10,000 with 500 broken recordings of every kind: rows out, and each failure's code.
 - infer: ``jobs.infer`` against ``python -c "import torch"``.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -39,10 +41,10 @@ from benchmarks.pool_score import run as run_pool
 from benchmarks.processes import descendants, linked_folder, machine, resident_bytes, sampled
 from pipeline.audio import EXTENSIONS
 from pipeline.checkpoint import Bundle, load_bundle
-from pipeline.folders import scan
+from pipeline.folders import local_path, scan
 from pipeline.onnx_export import ensure_onnx
 
-PARTS = ("plain", "command", "slope", "scale", "call", "infer")
+PARTS = ("plain", "command", "slope", "scale", "call", "broken", "infer")
 ROOT = Path(__file__).resolve().parents[1]
 WARM = 512
 
@@ -237,6 +239,61 @@ def call(arguments: argparse.Namespace, bundle: Bundle) -> None:
     )
 
 
+def broken_recordings(good: bytes) -> dict[str, tuple[bytes, str]]:
+    """Name ending -> content and the status it must get; ``good`` is a whole WAV of 16 bit."""
+
+    def wav(samples: np.ndarray, rate_hz: int, subtype: str) -> bytes:
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, rate_hz, format="WAV", subtype=subtype)
+        return buffer.getvalue()
+
+    quiet = np.zeros((4_000, 1), np.float32)
+    return {
+        "empty.wav": (b"", "empty_file"),
+        "words.wav": (b"no audio, only words\n" * 50, "not_audio"),
+        "noise.mp3": (np.random.default_rng(0).bytes(20_000), "not_audio"),
+        "header.wav": (wav(quiet[:0], 16_000, "PCM_16"), "no_samples"),
+        "cut.wav": (good[: len(good) // 2], "truncated"),
+        "codec.wav": (good[:20] + b"\x34\x12" + good[22:], "unsupported_format"),
+        "nan.wav": (wav(quiet + np.float32(np.nan), 16_000, "FLOAT"), "not_finite"),
+        "loud.wav": (wav(quiet + np.float32(1e30), 16_000, "FLOAT"), "out_of_range"),
+        "slow.wav": (wav(quiet, 1_000, "PCM_16"), "bad_sample_rate"),
+        "wide.wav": (wav(np.zeros((4_000, 12), np.float32), 16_000, "PCM_16"), "bad_channels"),
+    }
+
+
+def broken(arguments: argparse.Namespace, bundle: Bundle) -> None:
+    n, bad = arguments.broken, arguments.broken // 20
+    folder = linked_folder(arguments.data_dir, Path(arguments.scratch) / "broken", n - bad)
+    first = Path(local_path(scan(folder, EXTENSIONS).files[0]))
+    samples, rate_hz = soundfile.read(first, dtype="int16")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate_hz, format="WAV", subtype="PCM_16")
+    kinds = broken_recordings(buffer.getvalue()) | {"pipe.wav": (b"", "not_a_file"), "link.wav": (b"", "not_found")}
+    expected: dict[str, str] = {}
+    for i in range(bad):
+        kind, (content, code) = list(kinds.items())[i % len(kinds)]
+        path = folder / f"{i % (n // 1000):03d}" / f"bad-{i:04d}-{kind}"
+        path.parent.mkdir(exist_ok=True)
+        if kind == "pipe.wav":
+            os.mkfifo(path)
+        elif kind == "link.wav":
+            path.symlink_to("nowhere.wav")
+        else:
+            path.write_bytes(content)
+        expected[str(path)] = code
+    out = Path(arguments.scratch) / "broken-out"
+    command(*score_words(bundle, folder, out, "--no_report", "--tolerate_failures"))
+    found = pd.read_parquet(out / "predictions.parquet", columns=["speech", "status"])
+    wanted = found["speech"].map(expected).fillna("ok")
+    counts = found["status"].value_counts().to_dict()
+    print("  " + ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())), flush=True)
+    right = int((found["status"] == wanted).sum())
+    result(
+        f"{n:,} files, {bad} of them broken: rows out", f"{right:,} rows with the right status", len(found), n, unit=""
+    )
+
+
 def infer(arguments: argparse.Namespace, bundle: Bundle) -> None:
     recording = scan(arguments.folder, EXTENSIONS).files[0]
     ours, torch = [], []
@@ -265,6 +322,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain", type=int, default=300)
+    parser.add_argument("--broken", type=int, default=10_000)
     parser.add_argument("--hours", type=float, default=3.0)
     parser.add_argument("--inner", choices=("ray", "pool"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
@@ -297,6 +355,8 @@ def main() -> None:
             scale(arguments, bundle)
         if "call" in arguments.parts:
             call(arguments, bundle)
+        if "broken" in arguments.parts:
+            broken(arguments, bundle)
         if "infer" in arguments.parts:
             infer(arguments, bundle)
 

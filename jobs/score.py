@@ -18,8 +18,9 @@ from pipeline.audio import EXTENSIONS
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.corpora import ManifestError, read_manifest
 from pipeline.exports import FORMATS
-from pipeline.folders import FolderScan, scan
+from pipeline.folders import FolderScan, local_path, scan
 from pipeline.labels import parse_label_map
+from pipeline.remote import is_remote, scan_remote
 
 if TYPE_CHECKING:
     from pipeline.scoring import ScoreRun
@@ -34,7 +35,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument(
-        *("--input", "--data_csv"), type=Path, required=True, help="folder of recordings, or CSV with the column speech"
+        *("--input", "--data_csv"), required=True, help="folder of recordings (also s3://, gs://), or CSV with speech"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for predictions.parquet, .csv, report, run.json"
@@ -62,7 +63,9 @@ def build_parser() -> Parser:
 
 def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFrame, FolderScan | None]:
     """The manifest that ``--input`` names, and what the folder scan left out."""
-    source: Path = arguments.input
+    if is_remote(arguments.input):
+        return _listed(arguments.input, scan_remote(arguments.input, EXTENSIONS))
+    source = Path(local_path(arguments.input))
     if not source.is_dir():
         table = read_manifest(
             source,
@@ -76,6 +79,10 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
         found = scan(source, EXTENSIONS)
     except OSError as error:
         raise ManifestError(f"cannot list {source}: {error.strerror}; check its permissions") from error
+    return _listed(str(source), found)
+
+
+def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:
     if skipped := found.skipped():
         say(f"left out: {skipped}")
     if not found.files:
@@ -106,7 +113,7 @@ def job(arguments: argparse.Namespace) -> int:
         report=not arguments.no_report,
         formats=arguments.export,
         merge=arguments.merge,
-        meta=provenance(arguments.command, bundle) | {"data": str(arguments.input), "note": arguments.note},
+        meta=provenance(arguments.command, bundle) | {"data": arguments.input, "note": arguments.note},
         on_progress=Progress("score"),
     )
     tell(result, bundle)

@@ -147,20 +147,22 @@ class SndfileDecoder:
 
 @contextmanager
 def _open_sndfile(file: Opened, container: Container, limits: Limits) -> Iterator[SndfileDecoder]:
+    counted_frames = None
     with _sound(file, container) as sound:
         decoder = SndfileDecoder(file, container, sound)
+        if decoder.frames >= _UNKNOWN_FRAMES:
+            decoder.count_frames(limits)
+            counted_frames = decoder.frames
         if decoder.frames <= 0:
             raise NoSamples(f"{file.name}: a {container.name} header and no samples. Record or export it again.")
-        if decoder.frames < _UNKNOWN_FRAMES:
-            decoder.check(limits)
+        decoder.check(limits)
+        if counted_frames is None:
             if container.name in ("FLAC", "MP3"):
                 decoder.check_end()
             yield decoder
             return
-        decoder.count_frames(limits)
-        frames = decoder.frames
     with _sound(file, container) as sound:  # once read to its end, a stream of open length cannot go back
-        yield SndfileDecoder(file, container, sound, counted_frames=frames)
+        yield SndfileDecoder(file, container, sound, counted_frames)
 
 
 def _sound(file: Opened, container: Container) -> _Sound:

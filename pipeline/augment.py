@@ -150,12 +150,14 @@ class Augmenter:
         position = start[:, None] + speed[:, None] * torch.arange(n_out)
         left = position.floor()
         fraction = (position - left)[:, None, :]
-        bands = torch.arange(n_mels).expand(len(u), -1)
+        window = self._frames(power, left, n_frames) * (1 - fraction)
+        window += self._frames(power, left + 1, n_frames) * fraction
         shifted = self._happens("shift", u, _Column.SHIFT)
+        if not shifted.any():
+            return window
         steps = (u[:, _Column.BANDS] * (2 * self.config.max_shift_bands + 1)).floor() - self.config.max_shift_bands
-        bands = (bands + torch.where(shifted, steps, 0.0).long()[:, None]).clamp(0, n_mels - 1)
-        power = power.gather(1, bands[:, :, None].expand(-1, -1, power.shape[2]))
-        return self._frames(power, left, n_frames) * (1 - fraction) + self._frames(power, left + 1, n_frames) * fraction
+        bands = torch.arange(n_mels) + torch.where(shifted, steps, 0.0).long()[:, None]
+        return window.gather(1, bands.clamp(0, n_mels - 1)[:, :, None].expand(-1, -1, n_out))
 
     @staticmethod
     def _frames(power: Tensor, index: Tensor, n_frames: Tensor) -> Tensor:
@@ -201,18 +203,22 @@ class Augmenter:
         if "masks" not in self.config.names:
             return features
         picture = features.ndim == 4
-        time_axis, freq_axis = (3, 2) if picture else (1, 2)
-        widths = (self.config.freq_mask_bands, self.config.freq_mask_bands, *[self.config.time_mask_frames] * 2)
-        for number, (axis, widest) in enumerate(zip((freq_axis, freq_axis, time_axis, time_axis), widths, strict=True)):
-            size = features.shape[axis]
-            width = (u[:, _Column.MASKS + 2 * number] * (widest + 1)).floor()
-            start = (u[:, _Column.MASKS + 2 * number + 1] * (size - width + 1)).floor()
-            index = torch.arange(size)
-            masked = (index >= start[:, None]) & (index < (start + width)[:, None])
-            shape = [len(u)] + [1] * (features.ndim - 1)
-            shape[axis] = size
-            features = features.masked_fill(masked.view(shape), 0.0)
-        return features
+        n_bands, n_frames = features.shape[2], features.shape[3 if picture else 1]
+        bands = self._span(u, 0, n_bands, self.config.freq_mask_bands)
+        bands |= self._span(u, 1, n_bands, self.config.freq_mask_bands)
+        frames = self._span(u, 2, n_frames, self.config.time_mask_frames)
+        frames |= self._span(u, 3, n_frames, self.config.time_mask_frames)
+        if picture:
+            return features.masked_fill(bands[:, None, :, None] | frames[:, None, None, :], 0.0)
+        return features.masked_fill(bands[:, None, :] | frames[:, :, None], 0.0)
+
+    @staticmethod
+    def _span(u: Tensor, number: int, size: int, widest: int) -> Tensor:
+        """Mask `number` of an axis: up to `widest` neighbours of `size` places, (B, size) bool."""
+        width = (u[:, _Column.MASKS + 2 * number, None] * (widest + 1)).floor()
+        start = (u[:, _Column.MASKS + 2 * number + 1, None] * (size - width + 1)).floor()
+        index = torch.arange(size)
+        return (index >= start) & (index < start + width)
 
 
 def normalise_batch(power: Tensor, config: FeatureConfig) -> Tensor:

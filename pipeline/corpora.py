@@ -21,6 +21,7 @@ from pipeline.audio import EXTENSIONS
 from pipeline.errors import SerError
 from pipeline.folders import local_path, path_text, scan
 from pipeline.labels import RAVDESS_EMOTIONS, LabelError, LabelSet, as_integer, canonical_name
+from pipeline.remote import is_remote
 
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_NAMES = ("label", "emotion")
@@ -190,7 +191,7 @@ def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "t
     text = "" if cell is None or cell is pd.NA or cell != cell else str(cell)
     if not text.strip():
         raise ManifestError(f"{where}: the path is empty; give every row the path of its recording")
-    if text.startswith("file://"):
+    if text.startswith("file://") or is_remote(text):
         return text
     path = Path(text)
     if "\\" in text and not (root / path).exists():

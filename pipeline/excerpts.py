@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline import audio
 from pipeline.features import FeatureConfig, extract
 from pipeline.folders import local_path
+from pipeline.remote import fetch, is_remote
 from pipeline.windows import Walk, covered_s, crop_starts
 
 Array = NDArray[np.float32]
@@ -80,7 +81,8 @@ def failed(config: FeatureConfig, error: Exception) -> Excerpt:
         status, text = error.code, str(error)
     else:
         status, text = "internal_error", f"{type(error).__name__}: {error}"
-    return Excerpt(np.empty((0, *config.input_shape), np.float32), status=status, error=" ".join(text.split()))
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())  # names may be no text at all
+    return Excerpt(np.empty((0, *config.input_shape), np.float32), status=status, error=text)
 
 
 def describe(source: audio.AudioSource, *, apart: bool = False) -> audio.AudioInfo:
@@ -169,7 +171,10 @@ def _decode_apart(load: Callable[..., audio.Clip], source: audio.AudioSource, **
 
 
 def _local(source: audio.AudioSource) -> audio.AudioSource:
-    return local_path(source) if isinstance(source, str) else source
+    """What ``audio`` can open: paths for ``file://`` URIs, bytes for objects of a store."""
+    if not isinstance(source, str):
+        return source
+    return fetch(source) if is_remote(source) else local_path(source)
 
 
 def _middle(recording: _Recording, crops: int = 1) -> Excerpt:

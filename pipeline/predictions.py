@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import SerError
@@ -220,7 +221,7 @@ def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
         held.append(part)
         rows += len(part)
         if "windows" in part.column_names:
-            windows += len(part["windows"].combine_chunks().flatten())
+            windows += pc.sum(pc.list_value_length(part["windows"])).as_py()
         if rows >= _ROWS_AT_ONCE or windows >= _WINDOWS_AT_ONCE:
             yield pa.concat_tables(held)
             held, rows, windows = [], 0, 0

@@ -20,6 +20,7 @@ from pipeline.checkpoint import Bundle
 from pipeline.folders import local_path
 from pipeline.ledger import LEDGER_VERSION
 from pipeline.options import ScoreOptions
+from pipeline.remote import is_remote, stamp_of
 
 LONG_S = 6.0  # of recordings longer than this, most is not heard unless in windows
 
@@ -109,6 +110,8 @@ def _stamps(speech: pd.Series[str]) -> str:
     """Hash of the recordings' sizes and times of change: one that was replaced since is another input."""
 
     def stamp(path: str) -> tuple[int, int]:
+        if is_remote(path):
+            return stamp_of(path)
         try:
             status = os.stat(local_path(path))
         except (OSError, ValueError):

@@ -7,6 +7,7 @@ a skipped test is a failure, unless its reason names a missing GPU.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from pipeline.features import FeatureConfig, extract
 from pipeline.labels import RAVDESS_EMOTIONS, RAVDESS_LABELS
 
 Samples = NDArray[np.float32]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has Ctrl-C ignored, children too
 
 # What an emotion sounds like here: fundamental in Hz, syllables a second, peak. Far apart: a model can learn them.
 _VOICES = {

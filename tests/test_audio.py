@@ -141,6 +141,9 @@ def test_a_flac_of_unknown_length_is_counted_and_read() -> None:
     assert unknown.info.frames == len(samples)
     assert np.array_equal(unknown.samples, known.samples)
     assert code_of(bytes(data), limits=Limits(max_duration_s=2.9)) == "too_long"
+    without_frames = bytes(data[:42]) + bytes(100)  # "fLaC" and STREAMINFO, then nothing that decodes
+    for call in (probe, load_middle, audio.content_hash):
+        assert code_of(without_frames, call) == "no_samples"
 
 
 def test_lengths_that_streaming_writers_could_not_know() -> None:

@@ -33,6 +33,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_features(tmp_path_factory.mktemp("toy") / "features", n=45)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_recordings_to_bundle_and_report_with_two_ray_workers(
     ravdess_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

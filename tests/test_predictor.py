@@ -173,11 +173,11 @@ def test_an_unforeseen_error_is_a_status_too(
     path = write_audio()
 
     def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("integer\ndivision")
+        raise OSError(5, "Input/output\nerror", "caf\udce9.wav")
 
     monkeypatch.setattr(audio, "load_middle", broken)
     found = predictor.predict([path])[0]
-    assert (found.status, found.error) == ("internal_error", "ZeroDivisionError: integer division")
+    assert (found.status, found.error) == ("internal_error", "OSError: [Errno 5] Input/output error: 'caf\\udce9.wav'")
 
 
 @pytest.mark.parametrize("channel", [0, 1])

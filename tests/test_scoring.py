@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ import pytest
 from jobs import infer
 from pipeline import scoring
 from pipeline.arrays import load_features
-from pipeline.blocks import Task, score_block
+from pipeline.blocks import Classifier, Task, listen_block, make_block, score_block
 from pipeline.checkpoint import Bundle, save_bundle
 from pipeline.corpora import scan_folder
 from pipeline.errors import SerError
@@ -314,6 +317,48 @@ def test_what_would_be_found_out_late_is_refused_early(bundle: Bundle, manifest:
     with pytest.raises(SerError, match="nothing to score"):
         score_manifest(manifest.head(0), out, weights=weights)
     assert not out.exists()
+
+
+def task_of(bundle: Bundle, notes: Path) -> Task:
+    return Task(str(bundle.folder), bundle.weights_sha256, ScoreOptions(crops=2), 4, str(notes), "run")
+
+
+def test_the_halves_for_gpus_give_what_the_whole_gives(
+    bundle: Bundle, manifest: pd.DataFrame, write_audio: WriteAudio, tmp_path: Path
+) -> None:
+    paths = [*manifest["speech"].head(5), str(tmp_path / "gone.wav"), str(write_audio(duration_s=4.0))]
+    task, rows = task_of(bundle, tmp_path), make_block(3, paths)
+    whole, halves = score_block(rows, task), Classifier(task)(listen_block(rows, task))
+    assert halves.column_names == whole.column_names
+    pd.testing.assert_frame_equal(halves.to_pandas(), whole.to_pandas(), rtol=0, atol=1e-6)
+    assert whole["block"].to_pylist() == [3] * 7
+    assert whole["position"].to_pylist() == list(range(7))
+
+
+def test_more_gpus_than_there_are_is_refused(
+    bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path, ray_session: None
+) -> None:
+    with pytest.raises(SerError, match="num_gpus 64, but there are"):
+        score_manifest(manifest, tmp_path / "out", weights=bundle.folder, execution=Execution(num_gpus=64))
+
+
+def test_a_model_replaced_meanwhile_is_refused(bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path) -> None:
+    task = dataclasses.replace(task_of(bundle, tmp_path), weights_sha256="0" * 64)
+    with pytest.raises(SerError, match="was replaced while its model was scoring"):
+        score_block(make_block(0, [manifest["speech"][0]]), task)
+
+
+def test_a_process_that_dies_at_every_block_is_given_up(
+    bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.blocks._RETRIES", 1)
+    monkeypatch.setattr("pipeline.blocks._answer_blocks", die)
+    with pytest.raises(SerError, match="the scoring process died 2 times at one block"):
+        score_manifest(manifest.head(2), tmp_path / "out", weights=bundle.folder, execution=CHILD)
+
+
+def die(connection: Connection, task: Task) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------

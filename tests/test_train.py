@@ -42,6 +42,7 @@ def losses(plan: Plan) -> list[Any]:
     return [[record[name] for name in names] for record in read_history(plan.out)]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_one_ray_worker_gives_the_losses_and_weights_of_the_loop_alone(features: Path, tmp_path: Path) -> None:
     alone, on_ray = new_run(features, tmp_path / "alone"), new_run(features, tmp_path / "ray")
@@ -58,6 +59,7 @@ def test_one_ray_worker_gives_the_losses_and_weights_of_the_loop_alone(features:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_early_stopping_is_one_decision_of_all_workers(features: Path, tmp_path: Path) -> None:
     plan = new_run(features, tmp_path / "run", replace(CONFIG, epochs=6, lr=1e-9, patience=1))
@@ -69,6 +71,7 @@ def test_early_stopping_is_one_decision_of_all_workers(features: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_a_killed_worker_is_replaced(features: Path, tmp_path: Path) -> None:
     plan, undisturbed = (new_run(features, tmp_path / name, replace(CONFIG, epochs=5)) for name in ("run", "whole"))
@@ -86,6 +89,7 @@ def test_a_killed_worker_is_replaced(features: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_a_diverged_run_is_told_at_once(features: Path, tmp_path: Path) -> None:
     plan = new_run(features, tmp_path / "run", replace(CONFIG, lr=1e30))
@@ -94,6 +98,7 @@ def test_a_diverged_run_is_told_at_once(features: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_ctrl_c_stops_the_workers_and_keeps_the_checkpoint(features: Path, tmp_path: Path) -> None:
     plan = new_run(features, tmp_path / "run", replace(CONFIG, epochs=500))

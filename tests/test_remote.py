@@ -1,0 +1,132 @@
+"""Objects as recordings: on a file system that Arrow knows, in the place of a store, so that no network is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs
+import pytest
+
+from jobs import score
+from pipeline import remote, scoring
+from pipeline.audio_errors import NotAFile, NotFound, TooLarge, Unreadable
+from pipeline.blocks import score_block
+from pipeline.checkpoint import Bundle
+from pipeline.corpora import read_manifest
+from pipeline.errors import SerError
+from pipeline.predictions import read_predictions
+from pipeline.predictor import Predictor
+from pipeline.remote import fetch, is_remote, scan_remote, stamp_of
+
+WriteAudio = Callable[..., Path]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in the place of the stores: its sub-folders are the buckets. Lists the stores asked for in ``asked``."""
+    root = tmp_path / "store"
+    (root / "calls").mkdir(parents=True)
+    files = pyarrow.fs.SubTreeFileSystem(str(root), pyarrow.fs.LocalFileSystem())
+    monkeypatch.setattr(remote, "_file_system", lambda _: files)
+    fetch.cache_clear()
+    yield root
+    fetch.cache_clear()
+
+
+def put(store: Path, key: str, content: bytes = b"content") -> str:
+    (store / key).parent.mkdir(parents=True, exist_ok=True)
+    (store / key).write_bytes(content)
+    return f"s3://{key}"
+
+
+@pytest.mark.parametrize("uri", ["s3://calls/a b.wav", "gs://calls/2024/ü#1 100%.wav", "s3://calls/why?.wav"])
+def test_keys_are_taken_as_they_are(uri: str, store: Path) -> None:
+    put(store, uri.partition("://")[2])
+    assert is_remote(uri)
+    assert fetch(uri) == b"content"
+    assert stamp_of(uri)[0] == 7
+
+
+def test_options_follow_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def opened(store: str) -> object:
+        asked.append(store)
+        raise SerError("not here")
+
+    monkeypatch.setattr(remote, "_file_system", opened)
+    with pytest.raises(SerError, match="not here"):
+        fetch("s3://calls/a b?.wav?region=eu-west-1&scheme=http")
+    assert asked == ["s3://calls?region=eu-west-1&scheme=http"]
+
+
+@pytest.mark.parametrize(
+    "text", ["/calls/a.wav", "file:///a.wav", "http://x/a.wav", "S3/calls/a.wav", "s3:/calls/a.wav"]
+)
+def test_other_paths_are_not_remote(text: str) -> None:
+    assert not is_remote(text)
+
+
+def test_what_cannot_be_fetched_has_a_code(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, "calls/folder/a.wav")
+    with pytest.raises(NotFound, match="no such object"):
+        fetch("s3://calls/gone.wav")
+    with pytest.raises(NotAFile, match="a folder"):
+        fetch("s3://calls/folder")
+    monkeypatch.setattr(remote, "_LARGEST", 3)
+    with pytest.raises(TooLarge, match="the limit is"):
+        fetch("s3://calls/folder/a.wav")
+
+    class Broken:
+        def get_file_info(self, _: str) -> None:
+            raise OSError("AWS Error ACCESS_DENIED")
+
+    monkeypatch.setattr(remote, "_file_system", lambda _: Broken())
+    with pytest.raises(Unreadable, match=r"ACCESS_DENIED\. Check credentials"):
+        fetch("s3://calls/other.wav")
+    assert stamp_of("s3://calls/other.wav") == (-1, -1)
+    with pytest.raises(SerError, match="cannot list s3://calls"):
+        scan_remote("s3://calls", {".wav"})
+
+
+def test_listing(store: Path) -> None:
+    for key in (
+        "calls/b.WAV",
+        "calls/2/a.wav",
+        "calls/10/a.wav",
+        "calls/notes.txt",
+        "calls/.git/x.wav",
+        "calls/2/._a.wav",
+    ):
+        put(store, key)
+    found = scan_remote("s3://calls/?scheme=http", {".wav"})
+    assert found.files == tuple(f"s3://calls/{key}?scheme=http" for key in ("10/a.wav", "2/a.wav", "b.WAV"))
+    assert (found.hidden, found.other) == (2, 1)
+    assert scan_remote("s3://calls/2", {".wav"}).files == ("s3://calls/2/a.wav",)
+
+
+def test_an_object_is_a_recording_like_any_other(tiny_bundle: Bundle, store: Path, write_audio: WriteAudio) -> None:
+    path = write_audio(duration_s=5.0)
+    uri = put(store, "calls/a.wav", path.read_bytes())
+    predictor = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=3)
+    local, there, gone = predictor.predict([path, uri, "s3://calls/gone.wav"])
+    np.testing.assert_array_equal(there.probabilities, local.probabilities)
+    assert gone.status == "not_found"
+    apart = predictor.classify([predictor.listen(uri, apart=True)])[0]
+    np.testing.assert_array_equal(apart.probabilities, local.probabilities)
+
+
+def test_a_bucket_is_scored(
+    tiny_bundle: Bundle, store: Path, write_audio: WriteAudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "in_child", lambda blocks, task: (score_block(block, task) for block in blocks))
+    uris = [put(store, f"calls/{i}.wav", write_audio(f"{i}.wav", seed=i).read_bytes()) for i in range(3)]
+    words = ["--model_weights", str(tiny_bundle.folder), "--num_cpus", "0", "--no_report"]
+    assert score.main([*words, "--input", "s3://calls", "--out", str(tmp_path / "out")]) == 0
+    assert list(read_predictions(tmp_path / "out")["speech"]) == uris
+    put(store, "calls/0.wav", write_audio("new.wav", seed=9).read_bytes())
+    assert score.main([*words, "--input", "s3://calls", "--out", str(tmp_path / "out")]) == 2, "another input"
+    (tmp_path / "m.csv").write_text("speech\n" + "\n".join(uris) + "\n")
+    assert list(read_manifest(tmp_path / "m.csv", require_labels=False)["speech"]) == uris
