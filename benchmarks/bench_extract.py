@@ -1,6 +1,6 @@
 """Extraction to Parquet on Ray Data against a hand-written pool of processes, and its memory, in one run.
 
-    python benchmarks/bench_extract.py --data_dir RECORDINGS [--small 2000 --large 10000 --repeats 5 --memory 500 20000]
+    python -m benchmarks.bench_extract --data_dir RECORDINGS [--small 2000 --large 10000 --repeats 5 --memory 500 20000]
 
 Both sides run the same ``BlockWriter`` over the same blocks and write the same parts. The slope (seconds more for the
 clips more, between ``--small`` and ``--large``) leaves out what starting costs; Ray is up and has run one warm-up
@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import ray
 
+from benchmarks.processes import command_of, descendants, linked_folder, machine, resident_bytes, sampled
 from pipeline.audio import EXTENSIONS
 from pipeline.features import FeatureConfig
 from pipeline.folders import scan
@@ -36,21 +33,9 @@ from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
 CONFIG = FeatureConfig()
 
 
-def repeated(source: Path, folder: Path, n: int) -> pd.DataFrame:
-    """Manifest of ``n`` files in ``folder``: links to the recordings in ``source``, over and over."""
-    recordings = scan(source, EXTENSIONS).files
-    if not recordings:
-        raise SystemExit(f"no recordings in {source}; give --data_dir a folder of recordings")
-    paths = []
-    for i in range(n):
-        path = folder / f"{i // 1000:03d}" / f"{i:06d}{Path(recordings[i % len(recordings)]).suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(recordings[i % len(recordings)], path)
-        except OSError:
-            shutil.copyfile(recordings[i % len(recordings)], path)
-        paths.append(str(path))
-    return pd.DataFrame({"speech": paths, "label": "calm"})
+def manifest_of(folder: Path) -> pd.DataFrame:
+    """Manifest of all recordings in ``folder``."""
+    return pd.DataFrame({"speech": scan(folder, EXTENSIONS).files, "label": "calm"})
 
 
 def blocks_of(table: pd.DataFrame, options: ShardOptions) -> list[pd.DataFrame]:
@@ -112,46 +97,17 @@ def slopes(arguments: argparse.Namespace, table: pd.DataFrame, scratch: Path, op
     print(f"  Ray Data runs at {ratio:.2f} x the pool's speed (wanted: at least 0.85)")
 
 
-def private_bytes() -> int:
-    """Private memory of this process and all processes of this Ray, from ``/proc``."""
-    total = 0
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            command = (entry / "cmdline").read_bytes()
-            if int(entry.name) != os.getpid() and not command.startswith(b"ray::"):
-                continue
-            lines = (entry / "smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
-    return total
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """A list whose only item becomes the largest private memory seen inside the block."""
-    peak, stop = [private_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            peak[0] = max(peak[0], private_bytes())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
+def private_bytes() -> float:
+    """Private memory of this process (the driver) and of this Ray's workers."""
+    workers = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::")]
+    return float(sum(map(resident_bytes, [os.getpid(), *workers])))
 
 
 def memory(arguments: argparse.Namespace, table: pd.DataFrame, scratch: Path, options: ShardOptions) -> None:
     """Print the peak private memory of driver and workers for few and for many clips."""
     peaks = []
     for n in arguments.memory:
-        with peak_memory() as peak:
+        with sampled(private_bytes) as peak:
             on_ray(table.iloc[:n], scratch / f"memory-{n}", options)
         shutil.rmtree(scratch / f"memory-{n}")
         peaks.append(peak[0])
@@ -172,12 +128,12 @@ def main() -> None:
     parser.add_argument("--block_rows", type=int, default=64)
     arguments = parser.parse_args()
     options = ShardOptions(mel_power_s=arguments.mel_power_s, block_rows=arguments.block_rows)
-    versions = f"Python {platform.python_version()}, Ray {ray.__version__}"
-    print(f"machine: {platform.machine()}, {os.cpu_count()} CPUs, {versions}")
+    print(f"machine: {machine()}")
     start_ray(arguments.cpus)
     with tempfile.TemporaryDirectory(dir=arguments.data_dir.absolute().parent) as folder:
         scratch = Path(folder)
-        table = repeated(arguments.data_dir, scratch / "audio", max(arguments.large, *arguments.memory))
+        n = max(arguments.large, *arguments.memory)
+        table = manifest_of(linked_folder(arguments.data_dir, scratch / "audio", n))
         slopes(arguments, table, scratch, options)
         memory(arguments, table, scratch, options)
 

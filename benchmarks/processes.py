@@ -1,4 +1,4 @@
-"""What the scoring benchmarks share: folders of hard links, process trees and their memory, the machine in a line."""
+"""What the benchmarks share: folders of hard links, process trees and their memory, the machine in a line."""
 
 from __future__ import annotations
 
