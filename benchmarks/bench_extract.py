@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, nargs=2, default=[500, 20_000])
     parser.add_argument("--cpus", type=int, default=os.cpu_count())
     parser.add_argument("--mel_power_s", type=float, default=0.0, help="as jobs.extract; default 0: log-mel alone")
-    parser.add_argument("--block_rows", type=int, default=64)
+    parser.add_argument("--block_rows", type=int, default=128)
     arguments = parser.parse_args()
     options = ShardOptions(mel_power_s=arguments.mel_power_s, block_rows=arguments.block_rows)
     print(f"machine: {machine()}")

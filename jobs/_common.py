@@ -55,12 +55,27 @@ def true_or_false(text: str) -> bool:
     return value
 
 
-def run(job: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
-    """Parse, run, and turn what happened into an exit code; no traceback ever reaches the user."""
+def run(
+    job: Callable[[argparse.Namespace], int],
+    parser: Parser,
+    argv: Sequence[str] | None,
+    *,
+    prepare: Callable[[Parser, Sequence[str]], Parser] | None = None,
+) -> int:
+    """Parse, run, and turn what happened into an exit code; no traceback ever reaches the user.
+
+    ``prepare`` may change the parser by what it finds on the command line.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parser.parse_args(argv)
+        if prepare is not None:
+            parser = prepare(parser, words)
+        arguments = parser.parse_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
+    except SerError as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return EXIT_USAGE
     try:
         return job(arguments)
     except SerError as error:

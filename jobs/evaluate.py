@@ -1,4 +1,7 @@
-"""A labelled CSV and a model -> metrics with intervals, confusion matrix, verdict, and one report page."""
+"""A labelled CSV and a model -> metrics with intervals, confusion matrix, verdict, and one report page.
+
+With --protocol: a recipe instead of a model, trained and tested on the folds of the recordings.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ from typing import Any
 
 import pandas as pd
 
+from jobs import protocols
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, Progress, run, say
 from jobs._provenance import provenance
+from jobs.train_options import with_recipe
 from pipeline import leaks
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.compare import comparison_summary
@@ -61,6 +66,7 @@ def build_parser() -> Parser:
     targets.add_argument("--min_weighted_f1", type=_share, default=0.80, help="default 0.80")
     targets.add_argument("--min_class_accuracy", type=_share, default=0.75, help="recall of every class, default 0.75")
     targets.add_argument("--enforce", action="store_true", help="exit 3 unless every target is shown to be met")
+    protocols.add_options(parser)
     return parser
 
 
@@ -85,6 +91,8 @@ def job(arguments: argparse.Namespace) -> int:
     """Evaluate or compare, and say what came of it."""
     if arguments.compare is not None:
         return _compare(arguments)
+    if arguments.protocol is not None:
+        return protocols.job(arguments, targets_of(arguments))
     if arguments.data_csv is None:
         raise SerError("no --data_csv; give the CSV of labelled recordings to evaluate on")
     bundle = load_bundle(arguments.model_weights)
@@ -94,13 +102,12 @@ def job(arguments: argparse.Namespace) -> int:
     predictions, failed = _score(arguments, manifest, bundle, arguments.out)
     meta = provenance(arguments.command, bundle)
     meta |= {"data": str(arguments.data_csv), "crops": arguments.crops or bundle.crops}
-    targets = Targets(arguments.min_accuracy, arguments.min_weighted_f1, arguments.min_class_accuracy)
     evaluation = write_report(
         predictions,
         bundle.labels,
         arguments.out,
         meta=meta | {"seconds": round(time.monotonic() - start_s, 1)},
-        targets=targets,
+        targets=targets_of(arguments),
         embed_audio=arguments.embed_audio,
         leak_check=None if found is None else leaks.describe(found, predictions, bundle.labels),
     )
@@ -108,6 +115,11 @@ def job(arguments: argparse.Namespace) -> int:
     _say_leaks(evaluation["leak_check"])
     print(f"report: {arguments.out / 'report.html'}")
     return _exit_code(arguments, evaluation, failed)
+
+
+def targets_of(arguments: argparse.Namespace) -> Targets:
+    """What the options say is to be reached."""
+    return Targets(arguments.min_accuracy, arguments.min_weighted_f1, arguments.min_class_accuracy)
 
 
 def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed: int) -> int:
@@ -235,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     parser.set_defaults(command=f"python -m jobs.evaluate {shlex.join(words)}")
-    return run(job, parser, argv)
+    return run(job, parser, argv, prepare=with_recipe)
 
 
 if __name__ == "__main__":

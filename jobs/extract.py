@@ -43,7 +43,7 @@ def build_parser() -> Parser:
         metavar="N,...",
         help="also extract pitch-shifted copies, for training with --augment pitch: --pitch_semitones=-1,1",
     )
-    parser.add_argument("--block_rows", type=int, default=64, help="recordings a part (default 64)")
+    parser.add_argument("--block_rows", type=int, default=128, help="recordings a part (default 128)")
     parser.add_argument("--overwrite", action="store_true", help="replace other shards in --out")
     parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
     return parser

@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, run, say
 from jobs.extract import describe_labels, read_data
-from jobs.train_options import add_data_options, add_loop_options, add_model_options, augmentations, fit_config
+from jobs.train_options import (
+    FEATURE_KINDS,
+    add_data_options,
+    add_loop_options,
+    add_model_options,
+    add_recipe_option,
+    add_worker_options,
+    augmentations,
+    fit_config,
+    with_recipe,
+)
 from pipeline.corpora import label_set
 from pipeline.errors import SerError
 
 if TYPE_CHECKING:
     from pipeline.runs import Plan
 
-FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
 PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
 
 
@@ -30,8 +39,10 @@ def build_parser() -> Parser:
         epilog="example: python -m jobs.train --data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first",
     )
     add_data_options(parser)
+    add_recipe_option(parser)
     add_model_options(parser)
     add_loop_options(parser)
+    add_worker_options(parser)
     return parser
 
 
@@ -43,7 +54,7 @@ def job(arguments: argparse.Namespace) -> int:
         say(f"the run in {arguments.out} is finished; nothing is left to do")
         return EXIT_DONE
     device = _device(arguments)
-    features, failed = (arguments.features, 0) if arguments.features else _extract(arguments)
+    features, failed = (arguments.features, 0) if arguments.features else extracted(arguments)
     plan = _plan(arguments, features)
     interrupted = _train(plan, arguments, device)
     if not plan.checkpoint.is_file():
@@ -66,8 +77,8 @@ def _nothing_left(out: Path, resume: bool) -> bool:
     return (out / "config.json").is_file()
 
 
-def _extract(arguments: argparse.Namespace) -> tuple[Path, int]:
-    """Features of the recordings, in the run's folder; how many could not be read."""
+def extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
+    """Features of the recordings, in ``--out``; how many could not be read."""
     from pipeline.features import FeatureConfig
     from pipeline.shards import ShardOptions, extract_shards
 
@@ -213,7 +224,7 @@ def _finish(plan: Plan, report_split: str, interrupted: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job."""
-    return run(job, build_parser(), argv)
+    return run(job, build_parser(), argv, prepare=with_recipe)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from jobs._common import Parser, true_or_false
+from pipeline.checkpoint import load_bundle
+from pipeline.errors import SerError
 from pipeline.labels import LabelSet, parse_label_map
 
 if TYPE_CHECKING:
     from pipeline.fit_config import FitConfig
 
 MODELS = ("inception", "cnn_bilstm")
+FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
+_AS_THEY_ARE = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "scheduler",
+    "warmup_epochs",
+    "clip_norm",
+    "label_smoothing",
+    "use_focal",
+    "focal_gamma",
+    "ema",
+    "mixup_alpha",
+    "patience",
+    "seed",
+)  # settings that are options of the same name
 
 
 def add_data_options(parser: Parser) -> None:
@@ -93,8 +113,44 @@ def add_model_options(parser: Parser) -> None:
     group.add_argument("--mixup_alpha", type=float, default=0.2)
 
 
+def add_recipe_option(parser: Parser) -> None:
+    """``--recipe``, which ``with_recipe`` reads before all others."""
+    parser.add_argument(
+        "--recipe", type=Path, metavar="BUNDLE", help="take model and training settings from a bundle, where not given"
+    )
+
+
+def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
+    """The parser, with the settings that ``--recipe`` names as its defaults.
+
+    Raises:
+        SerError: no such bundle, or one that does not tell how it was trained.
+    """
+    first = Parser(add_help=False)
+    add_recipe_option(first)
+    bundle_path = first.parse_known_args(argv)[0].recipe  # type: ignore[no-untyped-call]
+    if bundle_path is not None:
+        bundle = load_bundle(bundle_path)
+        settings = bundle.metrics.get("training", {}).get("settings")
+        if settings is None:
+            raise SerError(f"{bundle_path} does not tell how it was trained; give the settings as options")
+        parser.set_defaults(**_defaults(settings), model=bundle.model_name, dropout=bundle.model_options.get("dropout"))
+    return parser
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A bundle's training settings as option values."""
+    found = {name: settings[name] for name in _AS_THEY_ARE}
+    weights = settings["class_weights"]
+    return found | {
+        "augment": ",".join(settings["augment"]),
+        "oversample_boost": ",".join(f"{name}:{factor:g}" for name, factor in settings["oversample_boost"].items()),
+        "class_weights": "none" if weights is None else ",".join(f"{i}:{w!r}" for i, w in enumerate(weights)),
+    }
+
+
 def add_loop_options(parser: Parser) -> None:
-    """Epochs, optimiser, workers."""
+    """Epochs, optimiser, seed."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=50)
     group.add_argument("--batch_size", type=int, default=64, help="of all workers together (default 64)")
@@ -111,6 +167,11 @@ def add_loop_options(parser: Parser) -> None:
         help="epochs without a better validation F1 before stopping; 0: never stop early",
     )
     group.add_argument("--seed", type=int, default=42)
+
+
+def add_worker_options(parser: Parser) -> None:
+    """Workers and what each is given."""
+    group = parser.add_argument_group("workers")
     group.add_argument(
         "--num_workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray (default 1)"
     )
@@ -130,8 +191,12 @@ def augmentations(arguments: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name.strip() for name in arguments.augment.split(",") if name.strip())
 
 
-def fit_config(arguments: argparse.Namespace, labels: LabelSet, train: pd.DataFrame) -> FitConfig:
+def fit_config(
+    arguments: argparse.Namespace, labels: LabelSet, train: pd.DataFrame, threads: int | None = None
+) -> FitConfig:
     """The settings that the options stand for; `train` are the manifest rows of the training part.
+
+    `threads` are those of a worker; by default as the worker options say.
 
     Raises:
         SerError: a value out of range, an unknown class or name.
@@ -139,7 +204,8 @@ def fit_config(arguments: argparse.Namespace, labels: LabelSet, train: pd.DataFr
     from pipeline.fit_config import FitConfig
     from pipeline.sampling import parse_class_values
 
-    share = max(1, len(os.sched_getaffinity(0)) // max(arguments.num_workers, 1))
+    if threads is None:
+        threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // max(arguments.num_workers, 1))
     return FitConfig(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -158,7 +224,7 @@ def fit_config(arguments: argparse.Namespace, labels: LabelSet, train: pd.DataFr
         mixup_alpha=arguments.mixup_alpha,
         patience=arguments.patience,
         seed=arguments.seed,
-        threads=arguments.threads or share,
+        threads=threads,
     )
 
 

@@ -21,14 +21,18 @@ _QUIET = {
     "RAY_worker_niceness": "0",  # as the command itself; Ray's default, 15, starves on a busy machine
 }
 _OBJECT_STORE_BYTES = 1 << 30
+_CLUSTER_TASKS = 256
 
 
-def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = _OBJECT_STORE_BYTES) -> None:
+def start_ray(
+    num_cpus: int | None = None, *, object_store_bytes: int = _OBJECT_STORE_BYTES, metrics_port: int | None = None
+) -> None:
     """Start or join Ray; does nothing when this process is already connected. A start that times out is tried again.
 
     Args:
         num_cpus: logical CPUs of a local Ray, by default those of the machine. Ignored when joining a cluster.
         object_store_bytes: cap of a local Ray's shared memory.
+        metrics_port: where a local Ray exports metrics in Prometheus' format; any free port when None.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -49,6 +53,7 @@ def start_ray(num_cpus: int | None = None, *, object_store_bytes: int = _OBJECT_
         ray.init(**options)
     else:
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
+        options |= {"_metrics_export_port": metrics_port} if metrics_port else {}
         try:
             ray.init(address="local", **options)
         except Exception as error:  # Ray raises a bare Exception when its processes are not up within 30 s
@@ -77,7 +82,11 @@ def _protect_token() -> None:
 
 
 def data_context() -> object:
-    """Ray Data's settings for this process: order kept, native tensor columns, no silent hang. Returns the context."""
+    """Ray Data's settings for this process: order kept, native tensor columns, no silent hang. Returns the context.
+
+    Its reservation of resources for each operator is off: while the grant for a new execution is on its way (seconds,
+    and for back-to-back executions all along) it holds a pipeline to one task at a time. ``task_pool`` bounds instead.
+    """
     from ray.data import DataContext
     from ray.data._internal.tensor_extensions.arrow import FixedShapeTensorFormat
 
@@ -86,5 +95,19 @@ def data_context() -> object:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 300
+    context.op_resource_reservation_enabled = False
     context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
     return context
+
+
+def task_pool(blocks: int) -> Any:
+    """How many tasks of a stage Ray Data hands to Ray: two for each CPU, so that none waits for the driver's next turn.
+
+    ``blocks`` is how many tasks there are in all. Each still occupies a CPU while it runs. On a cluster that was joined
+    some hundreds are handed over at least: tasks that wait are what makes an autoscaler bring up nodes.
+    """
+    import ray
+
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    wanted = max(2 * cpus, _CLUSTER_TASKS if os.environ.get("RAY_ADDRESS") else 2)
+    return ray.data.TaskPoolStrategy(size=max(1, min(wanted, blocks)))

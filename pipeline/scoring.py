@@ -237,7 +237,7 @@ def _on_ray(blocks: Sequence[pa.Table], task: Task, execution: Execution) -> Ite
     import ray
     from ray.exceptions import RayTaskError
 
-    from pipeline.runtime import data_context, start_ray
+    from pipeline.runtime import data_context, start_ray, task_pool
 
     start_ray(execution.num_cpus)
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -248,12 +248,15 @@ def _on_ray(blocks: Sequence[pa.Table], task: Task, execution: Execution) -> Ite
     dataset: ray.data.Dataset = ray.data.from_arrow(list(blocks))
     how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     if execution.num_gpus:
+        context.op_resource_reservation_enabled = True  # features between the stages must not fill the object store
         actors = ray.data.ActorPoolStrategy(min_size=1, max_size=execution.num_gpus)
         dataset = dataset.map_batches(partial(listen_block, task=task), num_cpus=1, **how).map_batches(
             Classifier, fn_constructor_args=(task,), num_gpus=1, compute=actors, **how
         )
     else:
-        dataset = dataset.map_batches(partial(score_block, task=task), num_cpus=1, **how)
+        dataset = dataset.map_batches(
+            partial(score_block, task=task), num_cpus=1, compute=task_pool(len(blocks)), **how
+        )
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except RayTaskError as error:

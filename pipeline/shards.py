@@ -50,7 +50,7 @@ class ShardOptions:
     """How to extract. ``mel_power_s`` seconds around the middle are kept for training-time crops; 0 keeps none."""
 
     mel_power_s: float = 6.0
-    block_rows: int = 64
+    block_rows: int = 128
     pitch_semitones: tuple[float, ...] = ()
 
 
@@ -152,7 +152,7 @@ def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter)
     """Run the blocks ``todo`` on Ray Data; yields (rows, failed) for each as it is done."""
     import ray
 
-    from pipeline.runtime import data_context, start_ray
+    from pipeline.runtime import data_context, start_ray, task_pool
 
     start_ray()
     data_context()
@@ -163,7 +163,7 @@ def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter)
         return pd.DataFrame({"rows": [rows], "failed": [bad]})
 
     dataset = ray.data.from_pandas(frames).map_batches(
-        work, batch_format="pandas", batch_size=None, zero_copy_batch=True
+        work, batch_format="pandas", batch_size=None, zero_copy_batch=True, num_cpus=1, compute=task_pool(len(frames))
     )
     for row in dataset.iter_rows():
         yield int(row["rows"]), int(row["failed"])

@@ -57,8 +57,8 @@ def split_table(
     table = by_stem(table)
     if "split" in table.columns and table["split"].astype(str).str.strip().any():
         return _given_split(table, inner_val, by, seed)
-    rest, test = _divide(table, test_size, by, seed, "test")
-    train, inner = _divide(rest, inner_val, by, seed, "inner validation")
+    rest, test = divide(table, test_size, by, seed, "test")
+    train, inner = divide(rest, inner_val, by, seed, "inner validation")
     return {"train": train, "inner_val": inner, "test": test}
 
 
@@ -72,11 +72,11 @@ def _given_split(table: pd.DataFrame, inner_val: float, by: str, seed: int) -> d
     if parts["train"].empty:
         raise ManifestError("the split column names no train recordings; expected train, inner_val and test")
     if parts["inner_val"].empty:
-        parts["train"], parts["inner_val"] = _divide(parts["train"], inner_val, by, seed, "inner validation")
+        parts["train"], parts["inner_val"] = divide(parts["train"], inner_val, by, seed, "inner validation")
     return parts
 
 
-def _divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(the larger part, the held-out part) of ``table``."""
     if not 0 <= share < 1:
         raise ManifestError(f"the share of the {what} part must be at least 0 and below 1, got {share}")
@@ -87,8 +87,7 @@ def _divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) ->
 
 
 def _held_stratified(table: pd.DataFrame, share: float, seed: int, what: str) -> np.ndarray:
-    hashes = table[HASH_COLUMN] if HASH_COLUMN in table.columns else pd.Series("", index=table.index)
-    unit = np.array([h if isinstance(h, str) and h else f"row {i}" for i, h in enumerate(hashes)])
+    unit = units_of(table)
     first = ~pd.Series(unit).duplicated().to_numpy()
     units, labels = unit[first], table["label"].to_numpy()[first]
     splitter = StratifiedShuffleSplit(n_splits=1, test_size=share, random_state=seed)
@@ -99,8 +98,19 @@ def _held_stratified(table: pd.DataFrame, share: float, seed: int, what: str) ->
     return np.isin(unit, units[chosen])
 
 
+def units_of(table: pd.DataFrame) -> np.ndarray:
+    """What must stay together, a name a row: the content hash, or the row itself where there is none."""
+    hashes = table[HASH_COLUMN] if HASH_COLUMN in table.columns else pd.Series("", index=table.index)
+    return np.array([h if isinstance(h, str) and h else f"row {i}" for i, h in enumerate(hashes)])
+
+
+def has_speakers(table: pd.DataFrame) -> bool:
+    """Whether every row names its speaker."""
+    return "speaker" in table.columns and bool(table["speaker"].fillna("").astype(str).str.strip().ne("").all())
+
+
 def _held_speakers(table: pd.DataFrame, share: float, seed: int, what: str) -> np.ndarray:
-    if "speaker" not in table.columns or table["speaker"].isna().any():
+    if not has_speakers(table):
         raise ManifestError("a split by speaker needs a speaker for every recording; add the column speaker")
     speakers = sorted(set(table["speaker"].astype(str)))
     count = max(1, round(share * len(speakers)))

@@ -27,6 +27,7 @@ RAY_MODULES = {
     "pipeline.shards",
     "pipeline.train",
     "pipeline.scoring",
+    "pipeline.protocols",
     "serve.deployment",
 }
 # Layers of the pipeline, lowest first. A module must not reach, by any chain of imports, a module of a higher layer.
@@ -35,7 +36,7 @@ LAYERS = (
     {"errors", "labels", "audio", "features", "augment", "sampling", "models", "losses", "metrics"},
     {"corpora", "splits", "arrays", "checkpoint", "report"},
     {"fit", "onnx_export", "predictor"},
-    {"runtime", "shards", "train", "scoring"},
+    {"runtime", "shards", "train", "scoring", "protocols"},
 )
 
 

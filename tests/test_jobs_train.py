@@ -163,7 +163,7 @@ def extracted(words: list[str], monkeypatch: pytest.MonkeyPatch, failed: int = 0
         return ShardSummary(out, len(table), failed, 0)
 
     monkeypatch.setattr("pipeline.shards.extract_shards", note)
-    asked["answer"] = train._extract(build_parser().parse_args(words))
+    asked["answer"] = train.extracted(build_parser().parse_args(words))
     return asked
 
 
@@ -217,7 +217,7 @@ def test_options_reach_the_settings() -> None:
 def test_failed_recordings_make_the_exit_code_four(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ravdess_like: Path
 ) -> None:
-    monkeypatch.setattr(train, "_extract", lambda arguments: (features, 2))
+    monkeypatch.setattr(train, "extracted", lambda arguments: (features, 2))
     words = ["--data_dir", str(ravdess_like), *FAST, "--epochs", "1", "--report_split", "none"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 4
     assert main([*words, "--out", str(tmp_path / "b"), "--tolerate_failures"]) == 0

@@ -1,0 +1,179 @@
+"""``jobs.evaluate --protocol``: train and test a recipe on the folds of the recordings, and compare the protocols."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, say, true_or_false
+from jobs._provenance import provenance
+from jobs.train_options import add_loop_options, add_model_options, add_recipe_option, fit_config
+from pipeline.errors import SerError
+from pipeline.verdict import Targets, reached
+
+if TYPE_CHECKING:
+    from pipeline.folds import Fold
+    from pipeline.protocols import SideBySide
+
+_NAMES = ("holdout", "kfold", "speaker_kfold", "loso")
+
+
+def add_options(parser: Parser) -> None:
+    """The options of a protocol run: folds, and the training of each."""
+    group = parser.add_argument_group("protocols: train and test a recipe instead of testing a model")
+    group.add_argument(
+        "--protocol",
+        type=_protocols,
+        metavar="NAME,...",
+        help=f"of {', '.join(_NAMES)}; several are compared, as kfold,speaker_kfold",
+    )
+    group.add_argument("--features", type=Path, help="folder that jobs.extract wrote, instead of --data_csv")
+    group.add_argument("--folds", type=int, default=5, help="of kfold and speaker_kfold (default 5)")
+    group.add_argument(
+        "--folds_csv",
+        type=Path,
+        help="CSV that says which fold each recording is tested in: fold, and content_hash, id or speaker",
+    )
+    group.add_argument("--test_size", type=float, default=0.2, help="share held out by holdout (default 0.2)")
+    group.add_argument(
+        "--inner_val",
+        type=float,
+        default=0.2,
+        help="share of a fold's training part that chooses the epoch; 0: exactly --epochs on all (default 0.2)",
+    )
+    group.add_argument("--folds_at_once", type=int, help="default: as many as there are GPUs, or CPUs")
+    group.add_argument("--use_gpu", type=true_or_false, nargs="?", const=True, help="default: when there is one")
+    group.add_argument("--max_failures", type=int, default=3, help="how often a fold that died is started again")
+    add_recipe_option(parser)
+    add_model_options(parser)
+    add_loop_options(parser)
+
+
+def _protocols(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names or set(names) - set(_NAMES):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected one or more of {', '.join(_NAMES)}")
+    return names
+
+
+def job(arguments: argparse.Namespace, targets: Targets) -> int:
+    """Train and test under each protocol, and say what came of it."""
+    from pipeline.protocol_report import protocols_summary, write_protocols
+
+    if (arguments.features is None) == (arguments.data_csv is None):
+        raise SerError("--protocol needs --data_csv (a labelled CSV) or --features (what jobs.extract wrote)")
+    features, failed = (arguments.features, 0) if arguments.features else _extracted(arguments)
+    table = _recordings(features)
+    folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}
+    meta = provenance(arguments.command) | {"data": str(arguments.data_csv or features)}
+    rows, verdicts = [], []
+    for protocol, parts in folds.items():
+        row, verdict = _run(protocol, parts, table, features, arguments, targets, meta)
+        rows.append(row)
+        verdicts.append(verdict)
+    found = write_protocols(rows, arguments.out, meta)
+    print(protocols_summary(found))
+    print(f"page: {arguments.out / 'protocols.html'}")
+    if arguments.enforce and not all(map(reached, verdicts)):
+        say("--enforce: " + ", ".join(f"{row['protocol']} {row['verdict']}" for row in rows))
+        return EXIT_TARGET_MISSED
+    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+
+
+def _extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
+    from jobs.train import extracted
+
+    arguments.data_dir = None
+    return extracted(arguments)
+
+
+def _recordings(features: Path) -> pd.DataFrame:
+    """The labelled originals of a feature folder, with content hashes."""
+    from jobs.extract import describe_labels
+    from pipeline.arrays import load_features
+    from pipeline.splits import add_hashes
+
+    table = load_features(features).table
+    if "label" not in table.columns:
+        raise SerError(f"{features} has no labels; extract it from a CSV with a label column")
+    originals = table[table["parent_id"] == ""].reset_index(drop=True)
+    describe_labels(originals)
+    return add_hashes(originals)
+
+
+def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) -> list[Fold]:
+    from pipeline.folds import assignment, folds_of
+    from pipeline.runs import SPLIT_SEED
+
+    assigned = None if arguments.folds_csv is None else assignment(table, arguments.folds_csv, "fold")
+    found = folds_of(
+        table,
+        protocol,
+        folds=arguments.folds,
+        test_size=arguments.test_size,
+        inner_val=arguments.inner_val,
+        seed=SPLIT_SEED,
+        assigned=assigned,
+    )
+    tested = [len(fold.splits["test"]) for fold in found]
+    say(f"{protocol}: {len(found)} folds, {sum(tested)} recordings tested, {min(tested)}-{max(tested)} a fold")
+    return found
+
+
+def _run(
+    protocol: str,
+    folds: list[Fold],
+    table: pd.DataFrame,
+    features: Path,
+    arguments: argparse.Namespace,
+    targets: Targets,
+    meta: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train, test, report one protocol; its row in the comparison, and its verdict."""
+    from pipeline.corpora import label_set
+    from pipeline.protocol_report import protocol_row
+    from pipeline.protocols import train_folds
+    from pipeline.report import write_report
+    from pipeline.runs import Plan
+
+    out: Path = arguments.out / protocol
+    if arguments.overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    side, labels = _side_by_side(len(folds), arguments), label_set(table)
+    plan = Plan(
+        out=out,
+        features=features,
+        labels=labels.names,
+        model_name=arguments.model,
+        model_options={} if arguments.dropout is None else {"dropout": arguments.dropout},
+        fit=fit_config(arguments, labels, table, threads=side.cpus),
+    )
+    say(f"{protocol}: {side.folds} folds at once, {side.cpus} threads each -> {out}")
+
+    def show(fold: str, record: dict[str, Any]) -> None:
+        chosen = "" if record["val_loss"] is None else f"  validation F1 {record['val_weighted_f1']:.1%}"
+        epoch = f"epoch {record['epoch']:.0f}/{plan.fit.epochs}"
+        say(f"{protocol} fold {fold}  {epoch}  loss {record['train_loss']:.4f}{chosen}  {record['seconds']:.1f} s")
+
+    answers = train_folds(folds, plan, side, max_failures=arguments.max_failures, on_epoch=show)
+    answers.to_parquet(out / "predictions.parquet", index=False)
+    about = {"model": f"{arguments.model}, one a fold", "protocol": protocol, "folds": len(folds)}
+    settings = {"settings": plan.fit.to_dict()}
+    evaluation = write_report(answers, labels.names, out, meta=about | meta | settings, targets=targets)
+    return protocol_row(protocol, folds, answers, labels.names, evaluation), evaluation["verdict"]
+
+
+def _side_by_side(folds: int, arguments: argparse.Namespace) -> SideBySide:
+    import torch
+
+    from pipeline.protocols import SideBySide
+
+    gpus = torch.cuda.device_count() if arguments.use_gpu is not False else 0
+    if arguments.use_gpu and not gpus:
+        raise SerError("--use_gpu True, but PyTorch sees no GPU here; leave it out to train on CPUs")
+    return SideBySide.of(folds, arguments.folds_at_once, len(os.sched_getaffinity(0)), gpus)

@@ -1,0 +1,151 @@
+"""``jobs.evaluate --protocol``: folds trained on Ray, resumed, compared; and what the table says, by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from toy_data import write_features
+
+from jobs.evaluate import main
+from jobs.train_options import with_recipe
+from pipeline.errors import SerError
+from pipeline.folds import Fold
+from pipeline.metrics import evaluate
+from pipeline.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
+from pipeline.protocols import SideBySide
+
+FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_features(tmp_path_factory.mktemp("toy") / "features", n=24)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_session")
+def test_two_protocols_in_one_command_and_resumed(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--protocol", "kfold,speaker_kfold", "--features", str(features), *FAST, "--out", str(out)]
+    assert main(words) == 0
+    printed, said = capsys.readouterr()
+    assert "kfold: 2 folds, 24 recordings tested, 12-12 a fold" in said
+    assert "speaker_kfold fold 2  epoch 1/1  loss " in said
+    assert "speaker_kfold minus kfold, points: accuracy" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("page: "))
+    found = json.loads((out / "protocols.json").read_text())
+    assert [(row["protocol"], row["n"], len(row["folds"])) for row in found["protocols"]] == [
+        ("kfold", 24, 2),
+        ("speaker_kfold", 24, 2),
+    ]
+    table = pd.read_parquet(out / "kfold" / "predictions.parquet")
+    row = found["protocols"][0]
+    assert sorted(table["row_id"].astype(int)) == list(range(24))
+    assert row["overall"]["accuracy"]["value"] == pytest.approx(accuracy_score(table["label_name"], table["predicted"]))
+    for fold in row["folds"]:
+        part = table[table["fold"] == fold["fold"]]
+        truth, answer = part["label_name"], part["predicted"]
+        assert fold["uar"] == pytest.approx(balanced_accuracy_score(truth, answer))
+        assert fold["weighted_f1"] == pytest.approx(f1_score(truth, answer, average="weighted"))
+    assert not list(out.rglob("checkpoint.pt"))
+    for name in ("protocols.html", "protocols.csv", "folds.csv", "kfold/report.html", "speaker_kfold/metrics.json"):
+        assert (out / name).is_file(), name
+
+    before = table.drop(columns=[])
+    shutil.rmtree(out / "speaker_kfold" / "fold-2")
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "speaker_kfold fold 2  epoch 1/1" in said
+    assert "kfold fold 1  epoch" not in said  # what is done is not done again
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "kfold" / "predictions.parquet"), before)
+
+    assert main([*words, "--lr", "2e-3"]) == 2
+    assert "the run was started with lr=0.001, got 0.002" in capsys.readouterr().err
+    assert main([*words, "--enforce"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--protocol", "kfold"], "--protocol needs --data_csv"),
+        (["--protocol", "threefold"], "expected one or more of holdout, kfold"),
+        (["--protocol", ""], "expected one or more of holdout, kfold"),
+        (["--protocol", "kfold", "--folds", "1"], "expected 2 to 8"),
+        (["--protocol", "kfold", "--folds", "2", "--folds_at_once", "999"], "--folds_at_once 999 on"),
+        (["--protocol", "kfold", "--recipe", "nowhere"], "no model bundle at nowhere"),
+        (["--protocol", "kfold", "--folds_csv", "nowhere.csv"], "cannot read nowhere.csv"),
+    ],
+)
+def test_usage_errors(
+    words: list[str], message: str, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--features", str(features)] if len(words) > 2 else []
+    assert main([*words, *given, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_gives_the_settings_that_are_not_given() -> None:
+    from jobs.train import build_parser
+
+    words = ["--features", "f", "--out", "o", "--recipe", "models/inception_ser_final", "--epochs", "3"]
+    root = Path(__file__).resolve().parents[1]
+    words[words.index("models/inception_ser_final")] = str(root / "models" / "inception_ser_final")
+    arguments = with_recipe(build_parser(), words).parse_args(words)
+    settings = json.loads((root / "models" / "inception_ser_final" / "metrics.json").read_text())["training"][
+        "settings"
+    ]
+    assert arguments.epochs == 3
+    for name in ("batch_size", "lr", "weight_decay", "ema", "label_smoothing", "scheduler"):
+        assert getattr(arguments, name) == settings[name], name
+    assert arguments.augment.split(",") == settings["augment"]
+
+
+def test_a_bundle_without_settings_is_no_recipe(tiny_bundle: Any) -> None:
+    from jobs.train import build_parser
+
+    with pytest.raises(SerError, match="does not tell how it was trained"):
+        with_recipe(build_parser(), ["--recipe", str(tiny_bundle.folder)])
+
+
+def test_side_by_side_shares_out_what_there_is() -> None:
+    assert SideBySide.of(5, None, cpus=2, gpus=0) == SideBySide(2, 1)
+    assert SideBySide.of(2, None, cpus=8, gpus=0) == SideBySide(2, 4)
+    assert SideBySide.of(6, 3, cpus=16, gpus=1) == SideBySide(3, 5, pytest.approx(1 / 3))
+    assert SideBySide.of(6, None, cpus=16, gpus=1) == SideBySide(1, 16, 1.0)
+
+
+def answered(right: int, n: int = 8) -> pd.DataFrame:
+    """Two folds, two classes, the first ``right`` answers right."""
+    truth = ["calm", "sad"] * (n // 2)
+    answers = [t if i < right else {"calm": "sad", "sad": "calm"}[t] for i, t in enumerate(truth)]
+    table = pd.DataFrame({"label_name": truth, "predicted": answers, "fold": ["1"] * (n // 2) + ["2"] * (n // 2)})
+    return table.assign(status="ok", confidence=0.9, p_calm=0.5, p_sad=0.5, speech=[f"{i}.wav" for i in range(n)])
+
+
+def row_of(protocol: str, right: int) -> dict[str, Any]:
+    table, labels = answered(right), ("calm", "sad")
+    parts = {"train": table.iloc[:0], "inner_val": table.iloc[:0], "test": table}
+    return protocol_row(protocol, [Fold("1", parts), Fold("2", parts)], table, labels, evaluate(table, labels))
+
+
+def test_the_gap_and_the_spread_by_hand(tmp_path: Path) -> None:
+    rows = [row_of("kfold", 8), row_of("speaker_kfold", 6)]
+    (gap,) = gaps(rows)
+    assert (gap["same"], gap["unseen"]) == ("kfold", "speaker_kfold")
+    assert gap["accuracy"] == pytest.approx(6 / 8 - 1)
+    assert rows[1]["over_folds"]["accuracy"] == {"mean": 0.75, "sd": pytest.approx(0.3535533906)}  # of 1.0 and 0.5
+    assert rows[1]["lowest_class"]["recall"] == 0.75
+    found = write_protocols(rows, tmp_path, {"command": "<script>alert(1)</script>"})
+    page = (tmp_path / "protocols.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "−25.0" in page
+    assert "−25.0" in protocols_summary(found)
+    assert gaps([row_of("kfold", 8), row_of("holdout", 8)]) == []
