@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, run, say
 from jobs.extract import describe_labels, read_data
 from jobs.train_options import (
@@ -114,7 +116,7 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
         splits = read_splits(arguments.out)
     else:
         splits = split_table(
-            add_hashes(originals),
+            _in_given_parts(add_hashes(originals), arguments.split_csv),
             test_size=arguments.test_size,
             inner_val=arguments.inner_val,
             by=arguments.split,
@@ -136,6 +138,18 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
         begin(plan, splits)
     check(plan, max(arguments.num_workers, 1))
     return plan
+
+
+def _in_given_parts(table: pd.DataFrame, split_csv: Path | None) -> pd.DataFrame:
+    """The table with the parts of ``--split_csv`` as its split column, without the rows it does not name."""
+    from pipeline.folds import assignment
+
+    if split_csv is None:
+        return table
+    found = table.assign(split=assignment(table, split_csv, "split")).dropna(subset=["split"])
+    if len(found) < len(table):
+        say(f"{len(table) - len(found)} recordings are not named in {split_csv} and are left out")
+    return found.reset_index(drop=True)
 
 
 def _device(arguments: argparse.Namespace) -> str:

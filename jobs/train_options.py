@@ -61,6 +61,11 @@ def add_data_options(parser: Parser) -> None:
         default="random",
         help="random: stratified by class; speaker: no voice in two parts",
     )
+    group.add_argument(
+        "--split_csv",
+        type=Path,
+        help="CSV with split and content_hash, id or speaker: the part of each recording; others are left out",
+    )
     group.add_argument("--test_size", type=float, default=0.2, help="share held out for the final report (default 0.2)")
     group.add_argument(
         "--inner_val",

@@ -206,6 +206,14 @@ def save_bundle(
     return load_bundle(folder)
 
 
+def set_temperature(bundle: Bundle, temperature: float, figures: Mapping[str, Any]) -> None:
+    """Write another temperature into a bundle, and how it was found into its ``metrics.json`` (``calibration``)."""
+    config = dict(_read_json(bundle.folder / _CONFIG))
+    block = {"calibration": {"temperature": temperature, **figures}}
+    write_json(bundle.folder / _METRICS, bundle.metrics | stamped(block, bundle.weights_sha256))
+    write_json(bundle.folder / _CONFIG, config | {"temperature": temperature})
+
+
 def stamped(metrics: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]:
     """``metrics`` with ``model_sha256`` in every block that is a mapping."""
     return {

@@ -49,7 +49,7 @@ def split_table(
         seed: random state of both choices.
 
     A ``split`` column whose cells are train, inner_val (or val, validation) and test is used as it stands; where it
-    names no inner_val rows, they are drawn from its train rows.
+    names no inner_val rows, they are drawn from its train rows, and with ``inner_val`` 0 those it names join them.
 
     Raises:
         ManifestError: too few recordings of a class, no speaker column, or an unknown name in the split column.
@@ -71,7 +71,10 @@ def _given_split(table: pd.DataFrame, inner_val: float, by: str, seed: int) -> d
     parts = {name: table[names == name].reset_index(drop=True) for name in SPLITS}
     if parts["train"].empty:
         raise ManifestError("the split column names no train recordings; expected train, inner_val and test")
-    if parts["inner_val"].empty:
+    if inner_val == 0:
+        parts["train"] = by_stem(pd.concat([parts["train"], parts["inner_val"]]))
+        parts["inner_val"] = parts["inner_val"].iloc[:0]
+    elif parts["inner_val"].empty:
         parts["train"], parts["inner_val"] = divide(parts["train"], inner_val, by, seed, "inner validation")
     return parts
 

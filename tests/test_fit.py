@@ -63,7 +63,7 @@ def test_both_models_learn_a_small_set_by_heart(name: str) -> None:
         if accuracy(run.model, data, data.train_rows) == 1.0:
             raise KeyboardInterrupt
 
-    config = FitConfig(epochs=50, batch_size=16, lr=1e-3, threads=1)
+    config = FitConfig(epochs=150, batch_size=16, lr=1e-3, threads=1)
     result = fit(model, data, config, on_epoch=enough)
     model.load_state_dict(result.weights)
     assert accuracy(model, data, data.train_rows) == 1.0

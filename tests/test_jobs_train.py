@@ -221,3 +221,19 @@ def test_failed_recordings_make_the_exit_code_four(
     words = ["--data_dir", str(ravdess_like), *FAST, "--epochs", "1", "--report_split", "none"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 4
     assert main([*words, "--out", str(tmp_path / "b"), "--tolerate_failures"]) == 0
+
+
+def test_a_committed_split_is_kept_and_unnamed_recordings_are_left_out(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{number:03d}" for number in range(40)]  # of 45
+    pd.DataFrame({"id": names, "split": ["train"] * 24 + ["inner_val"] * 6 + ["test"] * 10}).to_csv(
+        tmp_path / "split.csv", index=False
+    )
+    words = ["--features", str(features), *FAST, "--epochs", "1", "--report_split", "none", "--inner_val", "0"]
+    assert main([*words, "--split_csv", str(tmp_path / "split.csv"), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert "5 recordings are not named in" in said
+    assert "parts: train 30, inner_val 0, test 10" in said
+    test = pd.read_csv(tmp_path / "run" / "splits" / "test.csv")
+    assert sorted(Path(p).stem for p in test["speech"]) == names[30:]

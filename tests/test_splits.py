@@ -114,3 +114,11 @@ def test_leaks_are_training_and_selection_recordings_only() -> None:
     asked = pd.DataFrame({"content_hash": ["a", "b", "c", "d", ""]})
     assert leaked(asked, training).tolist() == [True, True, False, False, False]
     assert not leaked(asked, pd.DataFrame()).any()
+
+
+def test_a_given_split_is_trained_on_whole_when_no_inner_validation_is_wanted() -> None:
+    table = manifest(40)
+    table["split"] = ["test" if i < 8 else "inner_val" if i < 16 else "train" for i in range(40)]
+    parts = split_table(table, inner_val=0)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 32, "inner_val": 0, "test": 8}
+    assert list(parts["train"]["speech"].map(lambda p: Path(p).stem)) == [f"{i:04d}" for i in range(8, 40)]
