@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-browser bench-features fuzz lint clean
+.PHONY: help setup demo serve test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -21,6 +21,9 @@ $(READY): requirements.txt pyproject.toml
 demo: $(READY)    ## score samples/ with the shipped model; your own: make demo DATA=/path/to/folder
 	@$(BIN)/python samples/demo.py --out demo_report $(if $(DATA),--data "$(DATA)")
 
+serve: $(READY)   ## the HTTP service on http://127.0.0.1:8000; options: make serve ARGS="--bundles runs/first"
+	@$(BIN)/python -m jobs.serve $(ARGS)
+
 test: $(READY)    ## the tests, in a few minutes
 	$(BIN)/python -m pytest
 
@@ -35,8 +38,31 @@ bench-features: $(READY)  ## speed of decoding, features and extraction: make be
 	$(BIN)/python -m benchmarks.bench_features --data_dir "$(DATA)"
 	$(BIN)/python -m benchmarks.bench_extract --data_dir "$(DATA)"
 
+bench-score: $(READY)  ## speed of batch scoring, end to end: make bench-score DATA=/path/to/recordings
+	$(BIN)/python -m benchmarks.bench_score --data_dir "$(DATA)"
+
+bench-train: $(READY)  ## speed of training: make bench-train FEATURES=/folder/of/jobs.extract
+	$(BIN)/python -m benchmarks.bench_train --features "$(FEATURES)"
+
+kill-tests: $(READY)  ## processes killed in the middle of training and scoring: make kill-tests DATA=/path/to/recordings
+	$(BIN)/python -m benchmarks.kill_train --data_dir "$(DATA)"
+	$(BIN)/python -m benchmarks.kill_score --data_dir "$(DATA)"
+
+reproduce: $(READY)  ## train the shipped model again, on its committed split: make reproduce DATA=/path/to/RAVDESS
+	$(BIN)/python -m jobs.train --data_dir "$(DATA)" --split_csv models/splits/ravdess_split.csv \
+	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out runs/reproduced
+
+bench-serve: $(READY)  ## the service beside the model in process, killed workers, hostile uploads; about 15 minutes
+	$(BIN)/python -m benchmarks.bench_serve
+	$(BIN)/python -m benchmarks.kill_replica
+	$(BIN)/python -m benchmarks.upload_attacks
+
 fuzz: $(READY)    ## 10,000 mutated recordings through the decoder
 	$(BIN)/python -m benchmarks.fuzz_audio --count 10000
+
+fuzz-api: $(READY)  ## every check of schemathesis against the running service
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check schemathesis==4.32.5
+	$(BIN)/python -m benchmarks.fuzz_api
 
 lint: $(READY)    ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -66,6 +66,15 @@ def resident_bytes(pid: int) -> int:
     return 0
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and of all that it started and that still run."""
+    ticks = 0
+    for member in (pid, *descendants(pid)):
+        fields = _text(Path(f"/proc/{member}/stat")).rpartition(")")[2].split()
+        ticks += sum(map(int, fields[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
 def sampled(measure: Callable[[], float], every_s: float = 0.25) -> Iterator[list[float]]:
     """A list whose only item becomes the largest value that ``measure`` had inside the block."""

@@ -13,8 +13,11 @@ COMMANDS = {
     "extract": "recordings -> log-mel Parquet shards (Ray Data)",
     "train": "a manifest or shards -> a trained model bundle (Ray Train)",
     "evaluate": "a labelled CSV -> metrics, confusion matrix, verdict, report",
+    "calibrate": "out-of-fold answers -> the temperature of a model",
     "score": "a folder or CSV -> a table of emotions (Ray Data)",
     "infer": "one or a few files -> emotions, without Ray",
+    "serve": "the HTTP service on this machine (Ray Serve)",
+    "predict": "files -> emotions, by a running service",
 }
 
 

@@ -62,6 +62,7 @@ def listen(
     channel: audio.Channel = "mix",
     *,
     apart: bool = False,
+    limits: audio.Limits = audio.DEFAULT_LIMITS,
 ) -> Excerpt:
     """Decode ``crops`` windows of a recording and make their features, ``(crops, *config.input_shape)``.
 
@@ -70,7 +71,7 @@ def listen(
     """
     try:
         hear = _middle if crops == 1 else _crops
-        return hear(_Recording(source, config, channel, apart), crops)
+        return hear(_Recording(source, config, channel, apart, limits), crops)
     except Exception as error:  # a recording must never end the job: what was not foreseen becomes a row as well
         return failed(config, error)
 
@@ -85,15 +86,17 @@ def failed(config: FeatureConfig, error: Exception) -> Excerpt:
     return Excerpt(np.empty((0, *config.input_shape), np.float32), status=status, error=text)
 
 
-def describe(source: audio.AudioSource, *, apart: bool = False) -> audio.AudioInfo:
+def describe(
+    source: audio.AudioSource, *, apart: bool = False, limits: audio.Limits = audio.DEFAULT_LIMITS
+) -> audio.AudioInfo:
     """What a recording is: ``audio.probe``, perhaps ``apart``.
 
     Raises:
         AudioError: it cannot be used.
     """
     if apart:
-        return _decode_apart(audio.load_middle, _local(source)).info
-    return audio.probe(_local(source))
+        return _decode_apart(audio.load_middle, _local(source), limits=limits).info
+    return audio.probe(_local(source), limits=limits)
 
 
 def walk(
@@ -105,6 +108,7 @@ def walk(
     *,
     at_once: int = 16,
     apart: bool = False,
+    limits: audio.Limits = audio.DEFAULT_LIMITS,
 ) -> Iterator[Stretch]:
     """The windows of a recording, ``at_once`` in a Stretch; never more than a minute of audio is held.
 
@@ -114,7 +118,7 @@ def walk(
     Raises:
         AudioError: the recording cannot be used; perhaps only after some stretches.
     """
-    recording = _Recording(source, config, channel, apart)
+    recording = _Recording(source, config, channel, apart, limits)
     starts = steps.starts(duration_s)
     for part in _parts(starts, steps.window_s):
         cut = recording.reader(part, steps.window_s)
@@ -137,6 +141,7 @@ class _Recording:
     config: FeatureConfig
     channel: audio.Channel
     apart: bool
+    limits: audio.Limits
 
     def middle(self) -> audio.Clip:
         return self._decoded(audio.load_middle, window_s=self.config.window_s)
@@ -155,8 +160,9 @@ class _Recording:
 
     def _decoded(self, load: Callable[..., audio.Clip], **part: float) -> audio.Clip:
         decode = _decode_apart if self.apart else _decode
+        rate_hz = self.config.sample_rate_hz
         return decode(
-            load, _local(self.source), sample_rate_hz=self.config.sample_rate_hz, channel=self.channel, **part
+            load, _local(self.source), sample_rate_hz=rate_hz, channel=self.channel, limits=self.limits, **part
         )
 
 
@@ -188,7 +194,7 @@ def _middle(recording: _Recording, crops: int = 1) -> Excerpt:
 
 def _crops(recording: _Recording, crops: int) -> Excerpt:
     config = recording.config
-    info = describe(recording.source, apart=recording.apart)
+    info = describe(recording.source, apart=recording.apart, limits=recording.limits)
     starts = crop_starts(info.duration_s, config.window_s, crops)
     if len(starts) == 1:
         return _middle(recording)

@@ -150,6 +150,11 @@ def normalise_power(power: Array, config: FeatureConfig) -> Array:
     return decibel[np.newaxis].astype(np.float32, copy=False)
 
 
+def mel_edges_hz(config: FeatureConfig) -> NDArray[np.float64]:
+    """Corners of the mel filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from [k] to [k+1], falls to [k+2]."""
+    return _mel_edges_hz(config.sample_rate_hz, config.n_mels)
+
+
 def frame_features(samples: Array, config: FeatureConfig) -> Array:
     """Frame vectors of the 1-D model, float32 ``(frames, n_dims)``, every column standardised over the window.
 
@@ -253,7 +258,7 @@ def _mel_filters(sample_rate_hz: int, n_fft: int, n_mels: int) -> Array:
 
     Malcolm Slaney, "Auditory Toolbox", 1998: linear below 1 kHz (200/3 Hz a mel), logarithmic above.
     """
-    edges_hz = _mel_to_hz(np.linspace(0.0, _hz_to_mel(sample_rate_hz / 2.0), n_mels + 2))
+    edges_hz = _mel_edges_hz(sample_rate_hz, n_mels)
     bins_hz = np.fft.rfftfreq(n_fft, 1.0 / sample_rate_hz)
     ramps = edges_hz[:, np.newaxis] - bins_hz[np.newaxis]
     widths = np.diff(edges_hz)[:, np.newaxis]
@@ -261,6 +266,10 @@ def _mel_filters(sample_rate_hz: int, n_fft: int, n_mels: int) -> Array:
     triangles = np.maximum(0.0, np.minimum(rising, falling))
     area = 2.0 / (edges_hz[2:] - edges_hz[:-2])
     return (triangles * area[:, np.newaxis]).astype(np.float32)
+
+
+def _mel_edges_hz(sample_rate_hz: int, n_mels: int) -> NDArray[np.float64]:
+    return _mel_to_hz(np.linspace(0.0, _hz_to_mel(sample_rate_hz / 2.0), n_mels + 2))
 
 
 _LINEAR_HZ_PER_MEL = 200.0 / 3.0

@@ -79,9 +79,17 @@ class Prediction:
 
 
 class Predictor:
-    """A bundle, ready to run. Not safe for use by several threads at once."""
+    """A bundle, ready to run. Not safe for use by several threads at once, but for ``listen``."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, batch_size: int = 16, crops: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        batch_size: int = 16,
+        crops: int | None = None,
+        limits: audio.Limits = audio.DEFAULT_LIMITS,
+    ) -> None:
         if batch_size < 1:
             raise SerError(f"batch_size must be 1 or more, got {batch_size}")
         if crops is not None and crops < 1:
@@ -90,6 +98,7 @@ class Predictor:
         self.backend = backend
         self.batch_size = batch_size
         self.crops = crops or bundle.crops
+        self.limits = limits
 
     @classmethod
     def from_bundle(
@@ -101,6 +110,7 @@ class Predictor:
         threads: int | None = None,
         batch_size: int = 16,
         crops: int | None = None,
+        limits: audio.Limits = audio.DEFAULT_LIMITS,
     ) -> Predictor:
         """Open the bundle at ``path`` (None: the shipped one) and load its network.
 
@@ -110,13 +120,15 @@ class Predictor:
             threads: math threads; all CPUs that this process may use when None.
             batch_size: examples the network sees at once.
             crops: windows a recording, evenly spaced; the bundle's own number when None.
+            limits: recordings beyond them are refused before they are decoded.
 
         Raises:
             BundleError: no usable bundle.
             SerError: a back end or device that is not there, or a number out of range.
         """
         bundle = load_bundle(path)
-        return cls(bundle, open_backend(bundle, backend, device, threads), batch_size=batch_size, crops=crops)
+        opened = open_backend(bundle, backend, device, threads)
+        return cls(bundle, opened, batch_size=batch_size, crops=crops, limits=limits)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -155,7 +167,7 @@ class Predictor:
             channel: ``mix``, or the number of one channel.
             apart: decode in a process of its own, so that a decoder that crashes costs no more than its recording.
         """
-        return listen(source, self.bundle.features, self.crops, channel, apart=apart)
+        return listen(source, self.bundle.features, self.crops, channel, apart=apart, limits=self.limits)
 
     def classify(self, excerpts: Sequence[Excerpt]) -> list[Prediction]:
         """One Prediction an excerpt, in order, the network run over all of them together."""
@@ -191,7 +203,7 @@ class Predictor:
                 f"at a time; give --window_s {config.window_s:g}"
             )
         try:
-            info = describe(source, apart=apart)
+            info = describe(source, apart=apart, limits=self.limits)
             tracks = [
                 self._track(source, steps, info.duration_s, channel, apart)
                 for channel in (range(info.channels) if channels == "each" else [channels])
@@ -213,7 +225,7 @@ class Predictor:
         self, source: audio.AudioSource, steps: Walk, duration_s: float, channel: audio.Channel, apart: bool
     ) -> Timeline:
         config, size = self.bundle.features, self.batch_size
-        stretches = walk(source, config, steps, duration_s, channel, at_once=size, apart=apart)
+        stretches = walk(source, config, steps, duration_s, channel, at_once=size, apart=apart, limits=self.limits)
         parts = [(s.start_s, s.end_s, s.level_dbfs, self.log_probabilities(s.features)) for s in stretches]
         start_s, end_s, level_dbfs, log_p = (np.concatenate(column) for column in zip(*parts, strict=True))
         name = np.full(len(start_s), str(channel), dtype=object)

@@ -1,0 +1,190 @@
+"""The service beside the Predictor in process, and beside a Serve application that does nothing, in one run.
+
+    python -m benchmarks.bench_serve [--seconds 30 --overload_s 300 --threads 1 --replicas 1]
+
+Recordings: 48 kHz mono 16-bit WAV of 3.7 s (355 kB), synthetic, posted as multipart forms over kept connections. All on
+one machine: the load tool takes its share of the CPUs, and its CPU time is printed beside. Rows:
+
+1. the Predictor in process: p50 of one recording from bytes, and recordings a second in batches of 16, with as many
+   math threads as the service has in all;
+2. what Serve itself costs: the same requests to a deployment that reads the body and answers, and to two in a row;
+3. throughput at 16 clients, against 1 less the CPU time of 2 (two stages) and of the load tool;
+4. p50 at 1 client, against 1 plus the p50 of 2;
+5. p99 against p50 at 80 % of the capacity that 3 found, requests arriving at random (Poisson);
+6. twice the capacity, for minutes: what is accepted, what is refused and how, and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import soundfile
+
+from benchmarks.load import Load, closed_loop, multipart, open_loop, request
+from benchmarks.processes import cpu_seconds, machine
+from benchmarks.recordings import synthetic_speech
+from benchmarks.services import HOST, Running, no_op, ours, started
+from pipeline.predictor import Predictor
+
+BATCH = 16
+CLIENTS = 16
+CLIP_S, RATE_HZ = 3.7, 48_000
+
+
+@dataclass
+class Verdict:
+    """The rows of the table and whether each was reached."""
+
+    rows: list[tuple[str, str, str, bool]] = field(default_factory=list)
+
+    def add(self, what: str, measured: str, wanted: str, reached: bool) -> None:
+        self.rows.append((what, measured, wanted, reached))
+
+    def print(self) -> None:
+        print("\n| what | measured | wanted | |\n|---|---|---|---|")
+        for what, measured, wanted, reached in self.rows:
+            print(f"| {what} | {measured} | {wanted} | {'reached' if reached else 'MISSED'} |")
+
+
+def clips(count: int = 16) -> list[bytes]:
+    """Different recordings of one length."""
+    found = []
+    for seed in range(count):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, synthetic_speech(CLIP_S, RATE_HZ, seed=seed), RATE_HZ, format="WAV", subtype="PCM_16")
+        found.append(buffer.getvalue())
+    return found
+
+
+def in_process(data: Sequence[bytes], threads: int, seconds: float) -> tuple[float, float]:
+    """Milliseconds of one recording (median), recordings a second in batches."""
+    predictor = Predictor.from_bundle(threads=threads, batch_size=BATCH)
+    predictor.predict(list(data))
+    single_ms, until_s, turn = [], time.perf_counter() + seconds, 0
+    while (start_s := time.perf_counter()) < until_s:
+        predictor.predict([data[turn % len(data)]])
+        single_ms.append(1e3 * (time.perf_counter() - start_s))
+        turn += 1
+    batch, done, start_s = [data[i % len(data)] for i in range(BATCH)], 0, time.perf_counter()
+    while time.perf_counter() < start_s + seconds:
+        predictor.predict(batch)
+        done += BATCH
+    return statistics.median(single_ms), done / (time.perf_counter() - start_s)
+
+
+def measured(service: Running, messages: Sequence[bytes], clients: int, seconds: float) -> tuple[Load, float]:
+    """A closed loop, warmed up, and the CPU milliseconds a request of the service's processes."""
+    closed_loop(HOST, service.port, messages, clients, min(seconds, 5.0))
+    before_s = cpu_seconds(service.pid)
+    load = closed_loop(HOST, service.port, messages, clients, seconds)
+    return load, 1e3 * (cpu_seconds(service.pid) - before_s) / max(len(load.answers), 1)
+
+
+def show(what: str, load: Load, service_ms: float) -> None:
+    """One line of a closed loop."""
+    p50, p99 = load.percentile_ms(50), load.percentile_ms(99)
+    cpu = f"CPU a request: service {service_ms:.1f} ms, load tool {load.cpu_ms:.1f} ms"
+    print(f"{what}: {load.rate:.1f}/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms; {cpu}; {dict(load.statuses)}", flush=True)
+
+
+def no_ops(messages_of: Sequence[bytes], seconds: float) -> tuple[float, float]:
+    """p50 in ms at 1 client of the plain no-op; CPU milliseconds a request of the one with two stages and its load."""
+    bodies = [multipart(data) for data in messages_of]
+    p50_ms = cost_ms = 0.0
+    for two_stages in (False, True):
+        name = "no-op, ingress and inner deployment" if two_stages else "no-op"
+        with started(no_op(two_stages=two_stages)) as service:
+            messages = [request(HOST, service.port, "/", *body) for body in bodies]
+            for clients in (1, CLIENTS):
+                load, service_ms = measured(service, messages, clients, seconds)
+                show(f"{name}, {clients} clients", load, service_ms)
+                if clients == 1 and not two_stages:
+                    p50_ms = load.percentile_ms(50)
+                if clients == CLIENTS and two_stages:
+                    cost_ms = service_ms + load.cpu_ms
+    return p50_ms, cost_ms
+
+
+def overload(service: Running, messages: Sequence[bytes], rate: float, seconds: float, calm: Load) -> tuple[str, bool]:
+    """Twice what the service can do; what became of it, and whether that is as wanted."""
+    before = service.memory_mib()
+    load = open_loop(HOST, service.port, messages, rate, seconds)
+    after = service.memory_mib()
+    fifths = [load.percentile_ms(99, begin_s=m * seconds / 5, end_s=(m + 1) * seconds / 5) for m in range(5)]
+    statuses = load.statuses
+    others = len(load.answers) - statuses[200] - statuses[429] - statuses[503]
+    by_fifths = ", ".join(f"{value:.0f}" for value in fifths)
+    grown = ", ".join(f"{name} {before[name]:.0f} -> {after[name]:.0f}" for name in before)
+    print(f"  offered {rate:.0f}/s for {seconds:.0f} s; accepted {load.rate:.1f}/s; statuses {dict(statuses)}")
+    print(
+        f"  accepted: p50 {load.percentile_ms(50):.0f} ms, p99 {load.percentile_ms(99):.0f} ms, by fifths {by_fifths}"
+    )
+    print(f"  refused: p50 {load.percentile_ms(50, status=429):.0f} ms; {load.without_retry_after} without Retry-After")
+    print(f"  at 80 % p99 was {calm.percentile_ms(99):.0f} ms; memory in MiB: {grown}", flush=True)
+    steady = max(fifths) <= 1.5 * min(fifths)
+    flat = all(after[name] <= before[name] + max(30.0, 0.1 * before[name]) for name in before)
+    told = f"p99 {min(fifths):.0f}-{max(fifths):.0f} ms, {others} other errors, memory {'flat' if flat else 'GREW'}"
+    return told, steady and flat and others == 0 and load.without_retry_after == 0
+
+
+def main() -> int:
+    """Measure, print; 0 when every row is reached."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
+    parser.add_argument("--overload_s", type=float, default=300.0)
+    parser.add_argument("--threads", type=int, default=1, help="math threads of a model worker")
+    parser.add_argument("--replicas", type=int, default=1, help="model workers")
+    arguments = parser.parse_args()
+    seconds, cpus = arguments.seconds, arguments.threads * arguments.replicas
+    print(f"machine: {machine()}\n{arguments.replicas} model workers of {arguments.threads} threads", flush=True)
+    data, verdict = clips(), Verdict()
+    single_ms, batches = in_process(data, cpus, min(seconds, 15.0))
+    print(f"in process, {cpus} threads: one recording {single_ms:.1f} ms, batches of 16 {batches:.1f}/s", flush=True)
+    no_op_ms, cost_ms = no_ops(data, seconds / 2)
+
+    size = ("--threads", str(arguments.threads), "--replicas", str(arguments.replicas))
+    size += ("--max_replicas", str(arguments.replicas))
+    with started(ours(*size)) as service:
+        messages = [request(HOST, service.port, "/v1/predict", *multipart(clip)) for clip in data]
+        one, service_ms = measured(service, messages, 1, seconds)
+        show("service, 1 client", one, service_ms)
+        many, service_ms = measured(service, messages, CLIENTS, seconds)
+        show(f"service, {CLIENTS} clients", many, service_ms)
+        machine_cpus = 2 if cpus == 1 else cpus
+        possible = min(batches, 1e3 * machine_cpus / (1e3 * cpus / batches + cost_ms))
+        verdict.add(
+            f"throughput at {CLIENTS} clients",
+            f"{many.rate:.1f}/s = {many.rate / batches:.2f}x in process, {many.rate / possible:.2f}x less Serve's CPU",
+            ">= 0.8x",
+            many.rate >= 0.8 * possible,
+        )
+        extra_ms = one.percentile_ms(50) - single_ms - no_op_ms
+        verdict.add(
+            "p50 at 1 client",
+            f"{one.percentile_ms(50):.1f} ms = {single_ms:.1f} in process + {no_op_ms:.1f} no-op {extra_ms:+.1f}",
+            "<= +5 ms",
+            extra_ms <= 5.0,
+        )
+        calm = open_loop(HOST, service.port, messages, 0.8 * many.rate, 2 * seconds, seed=1)
+        p50, p99 = calm.percentile_ms(50), calm.percentile_ms(99)
+        verdict.add(
+            f"80 % of capacity, {0.8 * many.rate:.0f}/s",
+            f"p50 {p50:.1f} ms, p99 {p99:.1f} ms = {p99 / p50:.1f}x; {dict(calm.statuses)}",
+            "<= 5x",
+            p99 <= 5 * p50,
+        )
+        print("twice the capacity:")
+        told, reached = overload(service, messages, 2 * many.rate, arguments.overload_s, calm)
+        verdict.add(f"{arguments.overload_s:.0f} s at twice the capacity", told, "steady, no other errors", reached)
+    verdict.print()
+    return 0 if all(row[3] for row in verdict.rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Services to measure, each a process with a Ray of its own on free ports: ours, and two that do nothing."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.processes import command_of, descendants, resident_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = "127.0.0.1"
+_START_S = 240.0
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that answers."""
+
+    pid: int
+    port: int
+    metrics_port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def processes(self, part: str = "ray::ServeReplica") -> dict[int, str]:
+        """Pid -> title of its processes whose title holds ``part``."""
+        found = {pid: command_of(pid) for pid in descendants(self.pid)}
+        return {pid: title for pid, title in found.items() if part in title}
+
+    def workers(self) -> list[int]:
+        """Pids of the model workers."""
+        return sorted(self.processes("ray::ServeReplica:ser:Model"))
+
+    def memory_mib(self) -> dict[str, float]:
+        """Resident memory of proxy, ingress and model workers (the largest of them)."""
+        return memory_mib(self.parts())
+
+    def parts(self) -> dict[str, list[int]]:
+        """Pids of the proxy, the ingress, the model workers."""
+        titles = {"proxy": "ray::ProxyActor", "ingress": ":Ingress", "model": ":Model"}
+        return {name: list(self.processes(title)) for name, title in titles.items()}
+
+
+def memory_mib(parts: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Resident memory of the largest process of each part."""
+    return {name: max((resident_bytes(pid) / _MIB for pid in pids), default=0.0) for name, pids in parts.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def started(words: Sequence[str]) -> Iterator[Running]:
+    """Run ``python -m WORDS --port P --metrics_port M`` until it says that it is ready, and stop it afterwards."""
+    port, metrics_port = free_port(), free_port()
+    log = Path(tempfile.mkstemp(prefix="service-", suffix=".log")[1])
+    command = [sys.executable, "-m", *words, "--port", str(port), "--metrics_port", str(metrics_port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+    try:
+        until_s = time.monotonic() + _START_S
+        while "ready: " not in log.read_text():
+            if process.poll() is not None or time.monotonic() > until_s:
+                raise SystemExit(f"the service did not start:\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield Running(process.pid, port, metrics_port, log)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def ours(*options: str) -> tuple[str, ...]:
+    """Words that start our service."""
+    return ("jobs.serve", *options)
+
+
+def no_op(*, two_stages: bool) -> tuple[str, ...]:
+    """Words that start a service that reads a request's body and answers at once, perhaps by a second deployment."""
+    return ("benchmarks.services", *(("--two_stages",) if two_stages else ()))
+
+
+def main() -> None:
+    """Be the service that does nothing."""
+    parser = argparse.ArgumentParser(description="A Serve application that does nothing, to know what Serve costs.")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--metrics_port", type=int, required=True)
+    parser.add_argument("--two_stages", action="store_true")
+    arguments = parser.parse_args()
+    from pipeline.runtime import start_ray
+
+    start_ray(metrics_port=arguments.metrics_port)
+    from benchmarks import no_op_app
+
+    no_op_app.run(HOST, arguments.port, two_stages=arguments.two_stages)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    print("ready: ", flush=True)
+    ended.wait()
+    no_op_app.stop()
+
+
+if __name__ == "__main__":
+    main()

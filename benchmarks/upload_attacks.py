@@ -1,0 +1,264 @@
+"""Uploads that mean harm, or are mistakes: the status of each, how long it took, and what memory it cost.
+
+    python -m benchmarks.upload_attacks
+
+A service of its own is started. Memory is the peak of the proxy, the ingress and the model worker while the upload ran,
+less what each held before; after each, an ordinary recording must still be answered.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+import sys
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+import soundfile
+
+from benchmarks.bench_serve import clips
+from benchmarks.processes import machine, sampled
+from benchmarks.recordings import every_format
+from benchmarks.services import HOST, Running, memory_mib, ours, started
+
+MIB = 2**20
+GIB = 2**30
+_PREDICT, _TASK = "/v1/predict", "/v1/audio-classification"
+_BODY_TIMEOUT_S = 8
+Statuses = Counter[str]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What is sent, and the statuses that are right."""
+
+    name: str
+    send: Callable[[Running], Statuses]
+    wanted: frozenset[str]
+
+
+def post(path: str, **content: object) -> Callable[[Running], Statuses]:
+    """One request by httpx."""
+
+    def send(service: Running) -> Statuses:
+        answer = httpx.post(service.url + path, timeout=120, **content)  # type: ignore[arg-type]
+        return Counter([_told(answer)])
+
+    return send
+
+
+def _told(answer: httpx.Response) -> str:
+    try:
+        found = answer.json()
+    except ValueError:
+        return f"{answer.status_code} not JSON"
+    if isinstance(found, dict) and "code" in found:
+        return f"{answer.status_code} {found['code']}"
+    if isinstance(found, dict) and "files" in found:
+        return f"{answer.status_code} " + "+".join(sorted({file["status"] for file in found["files"]}))
+    return str(answer.status_code)
+
+
+def file(data: bytes, **fields: str) -> Callable[[Running], Statuses]:
+    return post(_PREDICT, files={"file": ("x", data)}, data=fields)
+
+
+def stream(parts: Iterator[bytes], *, declared: int | None = None) -> Callable[[Running], Statuses]:
+    """A raw request whose body is sent as fast as it is taken; the status line, and how much could be sent."""
+
+    def send(service: Running) -> Statuses:
+        length = "Transfer-Encoding: chunked" if declared is None else f"Content-Length: {declared}"
+        head = f"POST {_TASK} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: audio/wav\r\n{length}\r\n\r\n"
+        sent = 0
+        with socket.create_connection((HOST, service.port), timeout=60) as connection:
+            connection.sendall(head.encode())
+            try:
+                for part in parts:
+                    connection.sendall(b"%x\r\n%s\r\n" % (len(part), part) if declared is None else part)
+                    sent += len(part)
+            except OSError:
+                pass  # the service has hung up
+            status = _status_line(connection)
+        return Counter([f"{status} (took {sent / MIB:.0f} MiB)"])
+
+    return send
+
+
+def _status_line(connection: socket.socket) -> str:
+    try:
+        answer = connection.recv(65536).decode("latin-1")
+    except OSError:
+        return "hung up"
+    return _brief(answer)
+
+
+def slow_bodies(count: int) -> Callable[[Running], Statuses]:
+    """Many connections that declare a body and then send a byte a second."""
+
+    def one(service: Running) -> str:
+        head = f"POST {_TASK} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: audio/wav\r\nContent-Length: 100000\r\n\r\n"
+        with socket.create_connection((HOST, service.port), timeout=1.0) as connection:
+            connection.sendall(head.encode())
+            until_s = time.monotonic() + 5 * _BODY_TIMEOUT_S
+            while time.monotonic() < until_s:
+                try:
+                    connection.sendall(b"x")
+                    return _first(connection)
+                except TimeoutError:
+                    continue
+                except OSError:
+                    return "hung up"
+        return "still open"
+
+    def send(service: Running) -> Statuses:
+        with ThreadPoolExecutor(count + 1) as threads:
+            answers = [threads.submit(one, service) for _ in range(count)]
+            time.sleep(2.0)
+            begun_s = time.monotonic()
+            ordinary = file(clips(1)[0])(service)
+            took_s = time.monotonic() - begun_s
+            found = Counter(answer.result() for answer in answers)
+        return found + Counter(f"meanwhile {status} in {took_s:.1f} s" for status in ordinary)
+
+    return send
+
+
+def _first(connection: socket.socket) -> str:
+    """The status of an answer; TimeoutError while there is none."""
+    return _brief(connection.recv(65536).decode("latin-1"))
+
+
+def _brief(answer: str) -> str:
+    """Status and problem code of a raw answer."""
+    code = answer.partition('"code":"')[2].partition('"')[0]
+    return f"{answer[9:12]} {code}".strip() or "hung up"
+
+
+def together(count: int, send: Callable[[Running], Statuses]) -> Callable[[Running], Statuses]:
+    """The same from many at once."""
+
+    def all_of_them(service: Running) -> Statuses:
+        with ThreadPoolExecutor(count) as threads:
+            return sum((done for done in threads.map(lambda _: send(service), range(count))), Counter())
+
+    return all_of_them
+
+
+def silence(seconds: int, rate_hz: int = 48_000, channels: int = 1) -> bytes:
+    """A small FLAC that decodes to much."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate_hz, channels, "PCM_16", format="FLAC") as target:
+        for _ in range(seconds):
+            target.write(np.zeros((rate_hz, channels), np.float32))
+    return buffer.getvalue()
+
+
+def zip_bomb() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(100 * MIB))
+    return buffer.getvalue()
+
+
+def patched(data: bytes, position: int, new: bytes) -> bytes:
+    return data[:position] + new + data[position + len(new) :]
+
+
+def attacks() -> list[Attack]:
+    """All of them."""
+    clip = clips(1)[0]
+    formats = every_format()
+    rejected = frozenset({"400 not_audio", "400 empty_file", "415 unsupported_format", "422 truncated", "422 corrupt"})
+
+    def of(name: str, send: Callable[[Running], Statuses], *wanted: str) -> Attack:
+        return Attack(name, send, frozenset(wanted) or rejected)
+
+    quiet_20, quiet_60 = silence(1200), silence(3600)
+    big = {"files": [("file", (f"{n}.wav", clip)) for n in range(200)]}
+    small = {"files": [("file", (f"{n}.wav", formats["FLAC_PCM_16_48000_1.flac"][:5000])) for n in range(200)]}
+    head = b'--b\r\nContent-Disposition: form-data; name="'
+    broken = {"headers": {"content-type": "multipart/form-data; boundary=b"}}
+    json = {"headers": {"content-type": "application/json"}}
+    odd_names = [("file", (name, clip)) for name in ("../../etc/passwd", "a\nb", "é" * 200, "C:\\x.wav", ".wav")]
+    kinds = {"PNG": b"\x89PNG\r\n\x1a\n" + bytes(500), "PDF": b"%PDF-1.7\n" + bytes(500), "HTML": b"<html>" * 90}
+    kinds |= {"ELF": b"\x7fELF" + bytes(500), "pickle": b"\x80\x04K\x01." * 50, "playlist": b"#EXTM3U\n/etc/passwd\n"}
+    return [
+        of(f"bomb: 20 min of silence as FLAC, {len(quiet_20) // 1000} kB", file(quiet_20), "200 ok"),
+        of("the same, all of it in windows of 2 s", file(quiet_20, window_s="2"), "200 ok"),
+        of("the same, windows every 0.01 s", file(quiet_20, window_s="2", hop_s="0.01"), "422 too_many_windows"),
+        of("the same from 20 at once", together(20, file(quiet_20)), "200 ok", "429 overloaded"),
+        of("bomb: 60 min", file(quiet_60), "413 too_long"),
+        of("bomb: 20 min, 8 channels", file(silence(1200, channels=8)), "413 too_large"),
+        of("zip bomb, 100 MiB of zeros", file(zip_bomb())),
+        of("WAV whose header says 4 GiB", file(patched(clip, 40, b"\xf0\xff\xff\xff"))),
+        of("WAV that says 1 Hz", file(patched(clip, 24, b"\1\0\0\0")), "422 bad_sample_rate"),
+        of("WAV that says 1,024 channels", file(patched(clip, 22, b"\0\4")), "422 bad_channels", "422 corrupt"),
+        of("WAV of 0 samples", file(clip[:44]), "422 truncated", "422 no_samples"),
+        *(of(f"a {kind} file", file(data)) for kind, data in kinds.items()),
+        of("nothing", file(b""), "400 empty_file"),
+        of("1 GiB, declared", stream((bytes(MIB) for _ in range(1024)), declared=GIB), "413 body_too_large", "hung up"),
+        of("1 GiB, chunked", stream(bytes(MIB) for _ in range(1024)), "413 body_too_large", "hung up"),
+        of("33 MiB in a form", file(bytes(33 * MIB)), "413 body_too_large"),
+        of("30 MiB from 40 at once", together(40, post(_TASK, content=bytes(30 * MIB))), "400 not_audio", "429"),
+        of(f"100 slow bodies, a byte a second ({_BODY_TIMEOUT_S} s allowed)", slow_bodies(100), "408 body_timeout"),
+        of("200 files of 355 kB at once", post(_PREDICT, **big), "413 body_too_large"),
+        of("200 files of 5 kB at once", post(_PREDICT, **small), "422 too_many_files"),
+        of("file names that are paths", post(_PREDICT, files=odd_names), "200 ok"),
+        of("a field of 1 MiB", file(clip, model="x" * MIB), "400 bad_request"),
+        of("5,000 fields", file(clip, **{f"f{n}": "x" for n in range(5000)}), "400 bad_request"),
+        of("a part whose header is 8 MiB", post(_PREDICT, content=head + b"x" * 8 * MIB, **broken), "400 bad_request"),
+        of("1 MiB of dashes", post(_PREDICT, content=b"--b\r\n" * 200_000, **broken), "400 bad_request"),
+        of("JSON of 100,000 brackets", post(_TASK, content=b"[" * 100_000, **json), "422 invalid_request"),
+        of("an address for a recording", post(_TASK, json={"inputs": "http://127.0.0.1/x.wav"}), "422 invalid_request"),
+    ]
+
+
+def watched(service: Running, send: Callable[[Running], Statuses]) -> tuple[Statuses, dict[str, float]]:
+    """What was answered, and by how many MiB each part grew at most meanwhile."""
+    parts = service.parts()
+    before = memory_mib(parts)
+    peaks = dict(before)
+
+    def look() -> float:
+        for name, value in memory_mib(parts).items():
+            peaks[name] = max(peaks[name], value)
+        return 0.0
+
+    with sampled(look, every_s=0.05):
+        found = send(service)
+    return found, {name: peaks[name] - before[name] for name in before}
+
+
+def main() -> int:
+    """Start a service, attack it, print; 0 when every answer was right."""
+    print(f"machine: {machine()}")
+    wrong = 0
+    with started(ours("--body_timeout_s", str(_BODY_TIMEOUT_S))) as service:
+        ordinary = file(clips(1)[0])
+        ordinary(service)
+        print(f"at rest, MiB: {', '.join(f'{name} {value:.0f}' for name, value in service.memory_mib().items())}")
+        print("\n| sent | answer | s | proxy | ingress | model |\n|---|---|---|---|---|---|")
+        for attack in attacks():
+            begun_s = time.monotonic()
+            found, grown_mib = watched(service, attack.send)
+            took_s = time.monotonic() - begun_s
+            grown = " | ".join(f"{value:+.0f}" for value in grown_mib.values())
+            wanted = (*attack.wanted, "meanwhile 200 ok")
+            right = all(status.startswith(wanted) for status in found)
+            alive = ordinary(service) == Counter(["200 ok"])
+            wrong += not (right and alive)
+            told = ", ".join(f"{status}" + (f" x{count}" if count > 1 else "") for status, count in found.items())
+            verdict = "" if right and alive else " **WRONG**" if alive else " **SERVICE GONE**"
+            print(f"| {attack.name} | {told}{verdict} | {took_s:.1f} | {grown} |", flush=True)
+        print(f"\nafterwards, MiB: {', '.join(f'{name} {value:.0f}' for name, value in service.memory_mib().items())}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

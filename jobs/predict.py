@@ -1,0 +1,82 @@
+"""Recordings -> emotions, by a running service: no model, no Ray, no audio library here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
+from pipeline.errors import SerError
+from serve.client import DEFAULT_URL, Client
+from serve.client_errors import ClientError
+from serve.schema import Failure, Recording
+
+STDIN = "-"
+
+
+def build_parser() -> Parser:
+    """The options of this job."""
+    parser = Parser(
+        prog="python -m jobs.predict",
+        description=__doc__,
+        epilog="example: python -m jobs.predict --url http://127.0.0.1:8000 a.wav b.flac; SER_API_KEY holds the key",
+    )
+    parser.add_argument("file", nargs="+", help="recordings; - reads one from stdin")
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("SER_API_URL", DEFAULT_URL),
+        help=f"where the service is (default: SER_API_URL, else {DEFAULT_URL})",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one answer a line, instead of a table")
+    parser.add_argument("--window_s", type=float, help="hear all of a recording in windows of this length")
+    parser.add_argument("--hop_s", type=float, help="from one window to the next (default: the window's length)")
+    parser.add_argument("--channels", help="mix (default), each, or a channel's number")
+    parser.add_argument("--top_k", type=int, help="so many classes an answer (default: all)")
+    parser.add_argument("--min_confidence", type=float, help="answers below it become 'uncertain'")
+    parser.add_argument("--model", help="name of a model of the service (default: its first)")
+    return parser
+
+
+def job(arguments: argparse.Namespace) -> int:
+    """Ask, print; 4 when a recording could not be used."""
+    names = ("window_s", "hop_s", "channels", "top_k", "min_confidence", "model")
+    options = {name: getattr(arguments, name) for name in names}
+    sources = [("-", sys.stdin.buffer.read()) if name == STDIN else name for name in arguments.file]
+    width = max(len("file"), *(len(Path(name).name) for name in arguments.file))
+    failed = 0
+    try:
+        with Client(arguments.url, os.environ.get("SER_API_KEY")) as client:
+            if not arguments.json:
+                print(f"{'file':<{width}}  {'emotion':<12} {'confidence':>10}  then")
+            for answer in client.predict_each(sources, **options):
+                failed += isinstance(answer, Failure)
+                print(answer.model_dump_json(exclude_none=True) if arguments.json else _row(answer, width), flush=True)
+                if isinstance(answer, Failure):
+                    say(f"{answer.name}: {answer.problem.detail}")
+    except ClientError as error:
+        raise SerError(str(error)) from error
+    return EXIT_SOME_FAILED if failed else EXIT_DONE
+
+
+def _row(answer: Recording | Failure, width: int) -> str:
+    if isinstance(answer, Failure):
+        return f"{answer.name or '':<{width}}  {answer.problem.code}"
+    then = ", ".join(f"{score.label} {score.score:.1%}" for score in answer.scores[1:3])
+    lines = [f"{answer.name or '':<{width}}  {answer.label:<12} {answer.confidence:>10.1%}  {then}"]
+    for segment in answer.segments or []:
+        channel = "" if segment.channel == "mix" else f"channel {segment.channel}  "
+        span = f"{segment.start_s:8.2f} - {segment.end_s:8.2f} s"
+        lines.append(f"  {channel}{span}  {segment.label:<12} {segment.confidence:>10.1%}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job."""
+    return run(job, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

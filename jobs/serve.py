@@ -1,0 +1,100 @@
+"""The HTTP service on this machine, until Ctrl-C. Bundles, address and key are checked before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+from collections.abc import Sequence
+from queue import SimpleQueue
+
+from pydantic import ValidationError
+
+from jobs._common import EXIT_DONE, Parser, run, say
+from pipeline.errors import SerError
+from pipeline.runtime import start_ray
+from serve.bundles import open_bundles
+from serve.settings import API_KEY_VARIABLE, Settings, is_loopback, key_digest_from_environment
+
+_LISTS = {"bundles", "cors_origins"}
+
+
+def build_parser() -> Parser:
+    """The options of this job: address, metrics, and all of ``serve.settings.Settings``."""
+    parser = Parser(
+        prog="python -m jobs.serve",
+        description=__doc__,
+        epilog="example: python -m jobs.serve --bundles runs/first --max_replicas 2",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help=f"beyond loopback {API_KEY_VARIABLE} must be set")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--metrics_port", type=int, default=8080, help="Prometheus metrics (default 8080)")
+    for name, field in Settings.model_fields.items():
+        kind = {"type": str, "metavar": "A,B"} if name in _LISTS else {"type": field.annotation}
+        shown = "" if name in _LISTS else f" (default {field.default})"
+        parser.add_argument(f"--{name}", default=field.default, help=f"{field.description}{shown}", **kind)
+    return parser
+
+
+def job(arguments: argparse.Namespace) -> int:
+    """Check, start, wait for a signal, drain."""
+    settings = _settings(arguments)
+    if not is_loopback(arguments.host) and key_digest_from_environment() is None:
+        raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
+    _check_free(arguments.host, arguments.port)
+    open_bundles(settings.bundles)
+    say("starting")
+    start_ray(metrics_port=arguments.metrics_port)
+    from serve import deployment  # imports Ray, whose environment start_ray has set
+
+    signals: SimpleQueue[int] = SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: signals.put(number))
+    try:
+        deployment.run(settings, arguments.host, arguments.port)
+        say(f"ready: http://{arguments.host}:{arguments.port} (/docs; Ctrl-C stops, SIGHUP opens the bundles again)")
+        say(f"metrics: http://127.0.0.1:{arguments.metrics_port}/metrics")
+        while signals.get() == signal.SIGHUP:
+            _roll_out(settings)
+    finally:
+        say("stopping")
+        deployment.stop()
+    return EXIT_DONE
+
+
+def _roll_out(settings: Settings) -> None:
+    from serve import deployment
+
+    try:
+        deployment.roll_out(settings)
+        say("rolled out")
+    except SerError as error:
+        say(f"error: {error}; what runs goes on")
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    try:
+        return Settings(**{name: getattr(arguments, name) for name in Settings.model_fields})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise SerError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _check_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SerError(f"cannot listen on {host}:{port} ({reason}); choose another --port") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job."""
+    return run(job, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,148 @@
+"""From what a worker found to what goes over the wire."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.picture import Picture
+from pipeline.predictor import Prediction
+from pipeline.timeline import Timeline
+from serve import schema
+from serve.asks import Card, Explained, Heard
+from serve.problems import recording_error
+from serve.schema import Options
+
+_SILENT_DBFS = -200.0
+_DIGITS = 4
+_PLATFORMS = {"onnx": "onnxruntime_onnx", "torch": "pytorch"}
+
+
+def recording(heard: Heard, name: str | None, options: Options) -> schema.Recording:
+    """The answer for one recording.
+
+    Raises:
+        ServiceError: it could not be used.
+    """
+    prediction = usable(heard.prediction)
+    label = prediction.label(options.min_confidence)
+    assert label is not None
+    return schema.Recording(
+        name=name,
+        label=label,
+        confidence=prediction.confidence,
+        scores=scores(heard.labels, prediction.probabilities, options.top_k),
+        duration_s=prediction.duration_s,
+        scored_s=prediction.scored_s,
+        sample_rate_hz=prediction.sample_rate_hz,
+        channels=prediction.channels,
+        level_dbfs=level(prediction.level_dbfs),
+        segments=None if heard.timeline is None else segments(heard.timeline, heard.labels, options),
+        picture=None if heard.picture is None else picture(heard.picture),
+    )
+
+
+def usable(prediction: Prediction) -> Prediction:
+    """``prediction``; ServiceError where its recording could not be used."""
+    if not prediction.ok:
+        raise recording_error(prediction.status, prediction.error or "")
+    return prediction
+
+
+def scores(labels: Sequence[str], probabilities: NDArray[np.float64], top_k: int | None) -> list[schema.Score]:
+    """Classes and probabilities, most probable first."""
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [schema.Score(label=labels[i], score=float(probabilities[i])) for i in order]
+
+
+def segments(timeline: Timeline, labels: Sequence[str], options: Options) -> list[schema.Segment]:
+    """The windows of a recording, in order."""
+    probabilities = timeline.probabilities
+    return [
+        schema.Segment(
+            channel=str(timeline.channel[i]),
+            start_s=float(timeline.start_s[i]),
+            end_s=float(timeline.end_s[i]),
+            label=label,
+            confidence=float(probabilities[i].max()),
+            scores=scores(labels, probabilities[i], options.top_k),
+            level_dbfs=level(float(timeline.level_dbfs[i])),
+        )
+        for i, label in enumerate(timeline.names(labels, options.min_confidence))
+    ]
+
+
+def level(dbfs: float) -> float:
+    """A level that JSON can carry."""
+    return dbfs if math.isfinite(dbfs) else _SILENT_DBFS
+
+
+def picture(drawn: Picture) -> schema.Picture:
+    """A picture, its values rounded to what can be seen."""
+    return schema.Picture(
+        waveform=schema.Waveform(
+            start_s=drawn.outline_start_s,
+            end_s=drawn.outline_end_s,
+            low=drawn.low.astype(float).round(_DIGITS).tolist(),
+            high=drawn.high.astype(float).round(_DIGITS).tolist(),
+        ),
+        window_start_s=drawn.window_start_s,
+        window_s=drawn.window_s,
+        frequency_hz=drawn.frequency_hz.round(1).tolist(),
+        time_s=drawn.time_s.round(_DIGITS).tolist(),
+        level_db=drawn.level_db.astype(float).round(1).tolist(),
+    )
+
+
+def explanation(explained: Explained, request_id: str) -> schema.Explanation:
+    """The answer of ``explain``.
+
+    Raises:
+        ServiceError: the recording, or the model, cannot be explained.
+    """
+    prediction = usable(explained.prediction)
+    assert explained.occlusion is not None
+    assert explained.picture is not None
+    occlusion, drawn = explained.occlusion, picture(explained.picture)
+    times_s = drawn.window_start_s + occlusion.time_edges_s(explained.features)
+    return schema.Explanation(
+        id=request_id,
+        model=explained.model,
+        version=explained.version,
+        label=explained.labels[occlusion.target],
+        confidence=prediction.confidence,
+        scores=scores(explained.labels, prediction.probabilities, None),
+        time_s=times_s.round(_DIGITS).tolist(),
+        frequency_hz=occlusion.frequency_edges_hz(explained.features).round(1).tolist(),
+        importance=occlusion.importance.round(_DIGITS).tolist(),
+        picture=drawn,
+    )
+
+
+def model_info(card: Card, names: Sequence[str], limits: dict[str, float]) -> schema.ModelInfo:
+    """What is known of a model, and of the service."""
+    return schema.ModelInfo(
+        name=card.name,
+        version=card.version,
+        labels=list(card.labels),
+        features=card.features.to_dict(),
+        crops=card.crops,
+        metrics=card.metrics,
+        card=card.text,
+        models=list(names),
+        limits=limits,
+    )
+
+
+def metadata(card: Card) -> schema.ModelMetadata:
+    """A model as the Open Inference Protocol describes one."""
+    return schema.ModelMetadata(
+        name=card.name,
+        versions=[card.version],
+        platform=_PLATFORMS.get(card.backend, card.backend),
+        inputs=[schema.Tensor(name="features", datatype="FP32", shape=[-1, *card.features.input_shape])],
+        outputs=[schema.Tensor(name="logits", datatype="FP32", shape=[-1, len(card.labels)])],
+    )

@@ -1,0 +1,69 @@
+"""The HTTP interface as one ASGI application over some ``Models``: routes, doors, limits, problems. No Ray in here."""
+
+from __future__ import annotations
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+
+from serve import openapi, routes_inference, routes_info
+from serve.access import Access
+from serve.body_limit import BodyLimit
+from serve.doors import require_key, require_loopback
+from serve.problems import ServiceError, answer
+from serve.schema import FieldError
+from serve.service import Service
+from serve.settings import MIB
+
+_HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application."""
+    settings = service.settings
+    app = FastAPI(title="Speech emotion recognition", version="1", redoc_url=None)
+    app.state.service = service
+    doors = [Depends(require_key if service.key_digest else require_loopback)]
+    app.include_router(routes_inference.router, dependencies=doors)
+    app.include_router(routes_info.models, dependencies=doors)
+    app.include_router(routes_info.health)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=round(settings.max_body_mib * MIB),
+        max_held_bytes=round(settings.max_held_mib * MIB),
+        timeout_s=settings.body_timeout_s,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    app.add_middleware(Access, meter=service.meter)
+    app.openapi = openapi.described(app, service.models.names, service.window_s, settings)  # type: ignore[method-assign]
+    return app
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return answer(error, request.scope)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    errors = [FieldError(field=".".join(map(str, e["loc"][1:])), message=e["msg"]) for e in error.errors()]
+    told = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
+    return answer(ServiceError("invalid_request", told, errors=errors), request.scope)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "bad_request")
+    detail = {"not_found": "no such endpoint; see /docs", "method_not_allowed": "see the header Allow"}.get(code)
+    return answer(ServiceError(code, detail or str(error.detail), headers=error.headers), request.scope)

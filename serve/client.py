@@ -1,0 +1,205 @@
+"""The service from Python: ``Client`` waits, ``AsyncClient`` is awaited; both are httpx underneath.
+
+    with Client("http://127.0.0.1:8000", api_key) as client:
+        answer = client.predict("speech.wav")
+        print(answer.label, answer.confidence)
+
+Timeouts are explicit. Answers 429 and 503 that say ``Retry-After`` are tried again, up to ``retries`` times and for no
+longer than ``patience_s``; nothing else is. Errors are those of ``client_errors``, each one sentence for people.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from serve.client_errors import BadRecording
+from serve.client_wire import Retries, Source, form, named, parts, read, single, told
+from serve.schema import Explanation, Failure, ModelInfo, Prediction, Recording, Score
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_TIMEOUT = httpx.Timeout(90.0, connect=5.0, pool=5.0)
+_HEALTH_TIMEOUT = httpx.Timeout(5.0, connect=2.0)
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+class Client:
+    """The service, waited for. Use it in a ``with`` block, or ``close`` it. Threads may share one.
+
+    Args:
+        base_url: where the service is.
+        api_key: its key, if it has one.
+        timeout: seconds, or httpx.Timeout; by default 5 s to connect and 90 s for an answer.
+        retries: how often a request is sent again.
+        patience_s: how long it may take altogether before it is not sent again.
+        transport: httpx's, for tests.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        timeout: float | httpx.Timeout = _TIMEOUT,
+        retries: int = 5,
+        patience_s: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.retries, self.patience_s = retries, patience_s
+        self._http = httpx.Client(headers=_authorization(api_key), timeout=timeout, transport=transport)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def predict(self, source: Source, **options: Any) -> Recording:
+        """Emotions of one recording.
+
+        Args:
+            source: a path, bytes, or (name, bytes).
+            options: ``window_s, hop_s, channels, top_k, min_confidence, picture, model``, as in ``schema.Options``.
+
+        Raises:
+            ClientError: see ``client_errors``.
+        """
+        return single(self.predict_together([source], **options))
+
+    def predict_together(self, sources: Sequence[Source], **options: Any) -> Prediction:
+        """Emotions of several recordings in one request; those that cannot be used are ``Failure`` entries.
+
+        Raises:
+            ClientError: as ``predict``; of a single recording also ``BadRecording``.
+        """
+        return read(self._send("POST", "/v1/predict", **form(sources, options)), Prediction)
+
+    def predict_each(self, sources: Iterable[Source], **options: Any) -> Iterator[Recording | Failure]:
+        """Emotions of any number of recordings, in order, as they are answered; a few go into one request.
+
+        Raises:
+            ClientError: the service cannot be used. A recording that cannot be used is a ``Failure`` instead.
+        """
+        for part in parts(sources):
+            try:
+                yield from self.predict_together(part, **options).files
+            except BadRecording as error:
+                if len(part) > 1 or error.code == "invalid_request":
+                    raise
+                yield Failure(name=part[0][0], problem=error.problem)
+
+    def explain(self, source: Source, **options: Any) -> Explanation:
+        """Which parts of the picture speak for the predicted label; options ``channels, model``."""
+        return read(self._send("POST", "/v1/explain", **form([source], options)), Explanation)
+
+    def classify(self, source: Source) -> list[Score]:
+        """Scores alone, most probable first."""
+        return read(self._send("POST", "/v1/audio-classification", content=named(source)[1]), list[Score])
+
+    def model(self, name: str | None = None) -> ModelInfo:
+        """What is known of a model, by default the first, and of the service's limits."""
+        return read(self._send("GET", "/v1/model", params={"model": name} if name else {}), ModelInfo)
+
+    def live(self) -> bool:
+        """Whether the service answers at all. Never raises ClientError."""
+        return self._healthy("/v2/health/live")
+
+    def ready(self) -> bool:
+        """Whether it can take recordings now. Never raises ClientError."""
+        return self._healthy("/v2/health/ready")
+
+    def _healthy(self, path: str) -> bool:
+        try:
+            return self._http.get(self.base_url + path, timeout=_HEALTH_TIMEOUT).is_success
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return False
+
+    def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        retries = Retries(self.retries, self.patience_s)
+        while True:
+            with told(self.base_url):
+                response = self._http.request(method, self.base_url + path, **content)
+            wait_s = retries.wait_s(response)
+            if wait_s is None:
+                return response
+            time.sleep(wait_s)
+
+
+class AsyncClient:
+    """As ``Client``, to be awaited; use it in an ``async with`` block."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        timeout: float | httpx.Timeout = _TIMEOUT,
+        retries: int = 5,
+        patience_s: float = 60.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.retries, self.patience_s = retries, patience_s
+        self._http = httpx.AsyncClient(headers=_authorization(api_key), timeout=timeout, transport=transport)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def predict(self, source: Source, **options: Any) -> Recording:
+        """See ``Client.predict``."""
+        return single(await self.predict_together([source], **options))
+
+    async def predict_together(self, sources: Sequence[Source], **options: Any) -> Prediction:
+        """See ``Client.predict_together``."""
+        return read(await self._send("POST", "/v1/predict", **form(sources, options)), Prediction)
+
+    async def explain(self, source: Source, **options: Any) -> Explanation:
+        """See ``Client.explain``."""
+        return read(await self._send("POST", "/v1/explain", **form([source], options)), Explanation)
+
+    async def classify(self, source: Source) -> list[Score]:
+        """See ``Client.classify``."""
+        return read(await self._send("POST", "/v1/audio-classification", content=named(source)[1]), list[Score])
+
+    async def model(self, name: str | None = None) -> ModelInfo:
+        """See ``Client.model``."""
+        return read(await self._send("GET", "/v1/model", params={"model": name} if name else {}), ModelInfo)
+
+    async def ready(self) -> bool:
+        """See ``Client.ready``."""
+        try:
+            return (await self._http.get(self.base_url + "/v2/health/ready", timeout=_HEALTH_TIMEOUT)).is_success
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return False
+
+    async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        retries = Retries(self.retries, self.patience_s)
+        while True:
+            with told(self.base_url):
+                response = await self._http.request(method, self.base_url + path, **content)
+            wait_s = retries.wait_s(response)
+            if wait_s is None:
+                return response
+            await asyncio.sleep(wait_s)

@@ -1,0 +1,130 @@
+"""How requests of the clients are built and answers read: what ``Client`` and ``AsyncClient`` share. Sends nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
+from serve.client_errors import ClientError, NoAnswer, Unreachable, refused
+from serve.schema import Failure, Prediction, Problem, Recording
+
+Source = str | os.PathLike[str] | bytes | tuple[str, bytes]
+"""A recording: a path, a file's bytes, or its name and bytes."""
+
+FILES_A_REQUEST = 16
+BYTES_A_REQUEST = 16 * 2**20
+_LONGEST_WAIT_S = 30.0
+Answer = TypeVar("Answer")
+
+
+class Retries:
+    """Whether, and when, one request is sent again: on 429 and 503 that say ``Retry-After``.
+
+    Args:
+        most: times.
+        patience_s: seconds from the first attempt, beyond which there is no other.
+    """
+
+    def __init__(self, most: int, patience_s: float) -> None:
+        self._left = most
+        self._until_s = time.monotonic() + patience_s
+
+    def wait_s(self, response: httpx.Response) -> float | None:
+        """Seconds until the request is sent again; None when the answer stands."""
+        after = response.headers.get("retry-after", "")
+        if response.status_code not in (429, 503) or not after.isdecimal() or not self._left:
+            return None
+        self._left -= 1
+        wait_s = min(float(after), _LONGEST_WAIT_S)
+        return wait_s if time.monotonic() + wait_s <= self._until_s else None
+
+
+def named(source: Source) -> tuple[str, bytes]:
+    """File name and bytes of a recording; reads paths.
+
+    Raises:
+        ClientError: a path that cannot be read.
+    """
+    if isinstance(source, tuple):
+        return source
+    if isinstance(source, bytes):
+        return "recording", source
+    try:
+        return Path(source).name, Path(source).read_bytes()
+    except OSError as error:
+        raise ClientError(f"cannot read {os.fspath(source)}: {error.strerror}") from error
+
+
+def form(sources: Sequence[Source], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments to httpx for a multipart form; options that are None are left out."""
+    given = {key: value for key, value in options.items() if value is not None}
+    fields = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.items()}
+    return {"files": [("file", named(source)) for source in sources], "data": fields}
+
+
+def parts(sources: Iterable[Source]) -> Iterator[list[tuple[str, bytes]]]:
+    """Recordings in groups that fit into one request."""
+    part: list[tuple[str, bytes]] = []
+    held_bytes = 0
+    for source in sources:
+        name, data = named(source)
+        if part and (len(part) == FILES_A_REQUEST or held_bytes + len(data) > BYTES_A_REQUEST):
+            yield part
+            part, held_bytes = [], 0
+        part.append((name, data))
+        held_bytes += len(data)
+    if part:
+        yield part
+
+
+def single(prediction: Prediction) -> Recording:
+    """The only answer.
+
+    Raises:
+        Refused: its recording could not be used.
+    """
+    (answer,) = prediction.files
+    if isinstance(answer, Failure):
+        raise refused(answer.problem)
+    return answer
+
+
+@contextmanager
+def told(base_url: str) -> Iterator[None]:
+    """Turn httpx's errors into ours."""
+    try:
+        yield
+    except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as error:
+        raise NoAnswer(f"the service at {base_url} did not answer in time; send fewer recordings, or later") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unreachable(f"no service answers at {base_url}; is it running?") from error
+
+
+def read(response: httpx.Response, kind: type[Answer]) -> Answer:
+    """The answer as a ``kind``.
+
+    Raises:
+        Refused: it is a problem, or nothing that this service says.
+    """
+    expected: Any = kind if response.is_success else Problem
+    try:
+        answer: Any = TypeAdapter(expected).validate_json(response.content)
+    except ValidationError as error:  # not the service's own words: another server's, or a proxy's
+        raise refused(_foreign(response)) from error
+    if not response.is_success:
+        raise refused(answer)
+    found: Answer = answer
+    return found
+
+
+def _foreign(response: httpx.Response) -> Problem:
+    status = response.status_code if response.status_code >= 400 else 502
+    detail = f"the answer {response.status_code} of {response.url.host} is none of this service; is the address right?"
+    return Problem(type="about:blank", title="A foreign answer", status=status, code="foreign_answer", detail=detail)

@@ -1,0 +1,189 @@
+"""The service on Ray Serve: an ingress that speaks HTTP, and workers for each model, one process each.
+
+    serve run serve.deployment:build            # and, after a blank, Settings: threads=2 bundles=runs/first
+    serve deploy serve/config.yaml
+    python -m jobs.serve                        # the same, with checks before anything starts
+
+The ingress reads requests and writes answers; recordings travel on as bytes, so that a decoder that crashes takes a
+worker down, not the ingress: what was in work there is asked again elsewhere, each recording then decoded in a process
+of its own. Queues are bounded at the workers; a full one becomes 429 with Retry-After. New weights in ``user_config``
+are loaded beside the old ones and take over between two requests.
+"""
+
+# Without "from __future__ import annotations": Ray Serve looks at the class of build's argument to make it typed.
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from click import ClickException
+from ray import serve as ray_serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from pipeline.checkpoint import Bundle
+from pipeline.errors import SerError
+from pipeline.predictor import Predictor
+from serve.api import create_app
+from serve.asks import Ask, Card, Explained, Heard
+from serve.bundles import open_bundles
+from serve.metrics import RequestMeter, WorkMeter
+from serve.remote import RemoteModels
+from serve.service import Service
+from serve.settings import Settings, key_digest_from_environment
+from serve.worker import Worker
+
+APP_NAME = "ser"
+logger = logging.getLogger("ray.serve.ser")
+_INGRESS_ONGOING = 1000  # slow uploads hold a place each
+_DRAIN_S = 30.0
+_ALL = 100  # percent: in an update, old processes answer until the new ones are ready
+
+
+class ModelWorker:
+    """One process of a model."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._meter = WorkMeter()
+        self._worker: Worker | None = None
+
+    async def reconfigure(self, config: Mapping[str, str]) -> None:
+        """Load the weights that ``config`` names; requests go on with the old ones until the new ones are warm.
+
+        Weights that cannot be used are an error at start; later they are told in the log, and the old ones stay.
+        """
+        try:
+            worker = await asyncio.to_thread(_open, config["bundle"], self._settings)
+        except SerError as error:
+            if self._worker is None:
+                raise
+            logger.error("the new weights cannot be used, the old ones stay: %s", error)
+            return
+        self._worker = worker
+        card = worker.card()
+        logger.info("model %s, version %s, is loaded", card.name, card.version)
+
+    async def predict(self, data: bytes, ask: Ask, apart: bool = False) -> Heard:
+        """What a recording sounds like."""
+        worker = self._now
+        heard = await worker.predict(data, ask, apart=apart)
+        self._meter.work(heard.model, heard.timing, worker.waiting)
+        return heard
+
+    async def explain(self, data: bytes, ask: Ask, apart: bool = False) -> Explained:
+        """Why."""
+        return await self._now.explain(data, ask, apart=apart)
+
+    async def card(self) -> Card:
+        """What is known of the model."""
+        return self._now.card()
+
+    def check_health(self) -> None:
+        """Raise when this process should be replaced."""
+        self._now.check()
+
+    @property
+    def _now(self) -> Worker:
+        assert self._worker is not None, "reconfigure comes before the first request"
+        return self._worker
+
+
+def _open(folder: str, settings: Settings) -> Worker:
+    predictor = Predictor.from_bundle(
+        folder, threads=settings.threads, batch_size=settings.batch_size, limits=settings.audio_limits
+    )
+    worker = Worker(predictor, max_windows=settings.max_windows)
+    worker.warm_up()
+    return worker
+
+
+class Ingress:
+    """The process that speaks HTTP; Ray Serve asks it for the application."""
+
+    def __init__(
+        self, settings: Settings, digest: str | None, window_s: float, handles: Mapping[str, DeploymentHandle[Any]]
+    ) -> None:
+        room = settings.max_replicas * settings.max_ongoing + settings.max_queued
+        self._service = Service(RemoteModels(handles, room), settings, RequestMeter(), window_s, digest)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The application."""
+        return create_app(self._service)
+
+
+class StartError(SerError, ClickException):
+    """A SerError that Ray's command line, too, tells in one line."""
+
+
+def build(args: Settings) -> ray_serve.Application:
+    """The application of ``args``; reads ``SER_API_KEY``. All bundles are opened first.
+
+    Raises:
+        StartError: a bundle that is missing or cannot be used, or two of one name.
+    """
+    try:
+        bundles = open_bundles(args.bundles)
+    except SerError as error:
+        raise StartError(str(error)) from error
+    models = {bundle.name: _model(number, bundle, args) for number, bundle in enumerate(bundles)}
+    ingress = ray_serve.deployment(
+        name="Ingress",
+        max_ongoing_requests=_INGRESS_ONGOING,
+        max_surge_percent=_ALL,
+        graceful_shutdown_timeout_s=args.deadline_s,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=LoggingConfig(enable_access_log=False),
+    )(ray_serve.ingress()(Ingress))
+    window_s = max(bundle.features.window_s for bundle in bundles)
+    return ingress.bind(args, key_digest_from_environment(), window_s, models)
+
+
+def _model(number: int, bundle: Bundle, args: Settings) -> ray_serve.Application:
+    size: dict[str, Any] = {"num_replicas": args.replicas}
+    if args.max_replicas > args.replicas:
+        scaling = {"min_replicas": args.replicas, "max_replicas": args.max_replicas}
+        size = {"autoscaling_config": scaling | {"target_ongoing_requests": max(1, args.max_ongoing // 2)}}
+    deployment = ray_serve.deployment(
+        name=f"Model{number}",
+        user_config={"bundle": str(bundle.folder.resolve()), "weights_sha256": bundle.weights_sha256},
+        max_ongoing_requests=args.max_ongoing,
+        max_queued_requests=args.max_queued,
+        max_surge_percent=_ALL,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        ray_actor_options={"num_cpus": args.threads},
+        logging_config=LoggingConfig(enable_access_log=False),
+        **size,
+    )(ModelWorker)
+    return deployment.bind(args)
+
+
+def http_options(host: str, port: int, settings: Settings) -> dict[str, Any]:
+    """Ray Serve's HTTP options: its own deadline lies beyond ours, so that callers meet our answer."""
+    patience_s = settings.body_timeout_s + settings.deadline_s + 15
+    return {"host": host, "port": port, "request_timeout_s": patience_s, "keep_alive_timeout_s": 65}
+
+
+def run(settings: Settings, host: str, port: int) -> None:
+    """Start Serve on the Ray that this process is connected to, and return once the service answers."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; the replicas keep their own
+    application = build(settings)
+    ray_serve.start(proxy_location="HeadOnly", http_options=http_options(host, port, settings))
+    ray_serve.run(application, name=APP_NAME, route_prefix="/")
+
+
+def roll_out(settings: Settings) -> None:
+    """Replace what runs by ``settings`` (new weights, say), process by process, and return when that is done.
+
+    Raises:
+        SerError: a bundle that cannot be used; what runs goes on.
+    """
+    ray_serve.run(build(settings), name=APP_NAME, route_prefix="/")
+
+
+def stop() -> None:
+    """Drain and stop what ``run`` started."""
+    ray_serve.shutdown()

@@ -1,0 +1,121 @@
+"""Errors as RFC 9457 problem documents: a status, a stable ``code``, one sentence; never a path or a traceback.
+
+The codes of recordings are those of ``pipeline.audio`` (``AudioError.code``); the others are listed in ``KINDS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastapi.responses import JSONResponse
+
+from pipeline.audio import ERRORS
+from serve.request_scope import note, request_id
+from serve.schema import FieldError, Problem
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Kind(NamedTuple):
+    """HTTP status and title of a code."""
+
+    status: int
+    title: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "bad_request": Kind(400, "The request cannot be read"),
+    "unauthorized": Kind(401, "An API key is needed"),
+    "key_required": Kind(403, "The service has no API key"),
+    "not_found": Kind(404, "Nothing at this address"),
+    "unknown_model": Kind(404, "No model of this name"),
+    "method_not_allowed": Kind(405, "Another method is needed"),
+    "body_timeout": Kind(408, "The request came too slowly"),
+    "body_too_large": Kind(413, "The request is too large"),
+    "too_many_files": Kind(422, "Too many recordings in one request"),
+    "unsupported_media_type": Kind(415, "Another content type is needed"),
+    "invalid_request": Kind(422, "A field is wrong"),
+    "too_many_windows": Kind(422, "Too many windows"),
+    "not_explainable": Kind(422, "This model cannot be explained"),
+    "overloaded": Kind(429, "Too many requests"),
+    "internal_error": Kind(500, "Our mistake"),
+    "unavailable": Kind(503, "Not ready"),
+    "deadline_exceeded": Kind(503, "No answer in time"),
+}
+
+_AUDIO_STATUS: Mapping[str, int] = {
+    "not_audio": 400,
+    "empty_file": 400,
+    "too_long": 413,
+    "too_large": 413,
+    "unsupported_format": 415,
+    "extra_needed": 415,
+    "decode_timeout": 503,
+}
+_AUDIO_TITLE = "The recording cannot be used"
+
+
+class ServiceError(Exception):
+    """A request, or one recording of it, that cannot be answered.
+
+    ``headers`` are added to the answer, ``errors`` name the fields that are wrong.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        errors: list[FieldError] | None = None,
+    ) -> None:
+        super().__init__(code, detail)
+        self.code, self.detail, self.errors = code, detail, errors
+        self.headers = dict(headers or {})
+
+    def problem(self, request_id: str | None) -> Problem:
+        """As a document."""
+        kind = kind_of(self.code)
+        return Problem(
+            type=f"urn:ser:problem:{self.code}",
+            title=kind.title,
+            status=kind.status,
+            code=self.code,
+            detail=self.detail,
+            request_id=request_id,
+            errors=self.errors,
+        )
+
+
+def kind_of(code: str) -> Kind:
+    """Status and title of a code: ours, or an AudioError's."""
+    return KINDS.get(code) or Kind(_AUDIO_STATUS.get(code, 422), _AUDIO_TITLE)
+
+
+def recording_error(code: str, detail: str) -> ServiceError:
+    """The error of a recording with the ``status`` and ``error`` of a Prediction; unforeseen ones tell nothing."""
+    if code == "internal_error" or code not in {*ERRORS, *KINDS}:
+        return ServiceError("internal_error", "this recording met a mistake of ours; report it with the request id")
+    return ServiceError(code, detail)
+
+
+def retry_later(code: str, detail: str, after_s: float = 1.0) -> ServiceError:
+    """An error that goes away by itself, with ``Retry-After`` in whole seconds."""
+    return ServiceError(code, detail, headers={"Retry-After": str(max(1, math.ceil(after_s)))})
+
+
+def answer(error: ServiceError, scope: Scope) -> JSONResponse:
+    """The answer that tells the client of the request ``scope`` of ``error``; its code is noted for the log."""
+    note(scope, code=error.code)
+    document = error.problem(request_id(scope) or None)
+    headers = dict(error.headers)
+    if document.status == HTTPStatus.UNAUTHORIZED:
+        headers.setdefault("WWW-Authenticate", "Bearer")
+    content = document.model_dump(mode="json", exclude_none=True)
+    return JSONResponse(content, document.status, headers, media_type=MEDIA_TYPE)

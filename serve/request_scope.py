@@ -1,0 +1,37 @@
+"""What travels with a request through all layers: its id, its headers, and notes for its line in the log.
+
+Ray Serve's proxy makes an id (``X-Request-ID``) where a client sends none, and puts it on every answer, also on those
+it writes itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
+
+_LONGEST = 128
+_NOTES = "ser.notes"
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first value of a header (lower-case name), as text."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def request_id(scope: Scope) -> str:
+    """Printable characters of the request's id, 128 at most; empty where nothing in front of us gave one."""
+    given = header(scope, b"x-request-id") or ""
+    return "".join(character for character in given if character.isprintable())[:_LONGEST]
+
+
+def notes(scope: Scope) -> dict[str, Any]:
+    """What is known of the request so far."""
+    found: dict[str, Any] = scope.setdefault(_NOTES, {})
+    return found
+
+
+def note(scope: Scope, **values: Any) -> None:
+    """Add to ``notes``."""
+    notes(scope).update(values)

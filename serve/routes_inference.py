@@ -1,0 +1,122 @@
+"""Recordings in, emotions out: ``/v1/predict``, ``/v1/audio-classification``, ``/v1/explain``.
+
+Doors and the length of the queue are asked before a body is read. One recording that cannot be used is the answer's
+problem; among several, each has its own, and the others are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, Request
+
+from pipeline.predictor import Channels
+from serve import answers, schema, uploads
+from serve.asks import Ask, Heard
+from serve.problems import ServiceError, retry_later
+from serve.request_scope import note, request_id
+from serve.schema import ExplainOptions, Options
+from serve.service import Service, service_of
+from serve.uploads import Upload
+
+router = APIRouter(prefix="/v1", tags=["inference"])
+_AT_ONCE = 8  # recordings of one request that are in work together; others shall come through as well
+
+
+@router.post("/predict", response_model=schema.Prediction, response_model_exclude_none=True)
+async def predict(request: Request) -> schema.Prediction:
+    """Emotions of one recording or several."""
+    service = service_of(request)
+    service.models.check_room(service.models.names[0])
+    files, options = await uploads.read_form(request, Options, service.settings.max_files)
+    model = service.model(options.model)
+    note(request.scope, model=model, files=len(files))
+    async with _deadline(service):
+        found = await _all_of_them(service, model, files, options)
+    _note_timing(request, found[0])
+    answered: list[schema.Recording | schema.Failure] = []
+    for upload, heard in zip(files, found, strict=True):
+        try:
+            answered.append(answers.recording(heard, upload.name, options))
+            service.meter.recording(model, "ok")
+        except ServiceError as error:
+            service.meter.recording(model, error.code)
+            if len(files) == 1:
+                raise
+            answered.append(schema.Failure(name=upload.name, problem=error.problem(None)))
+    name, version = found[0].model, found[0].version
+    return schema.Prediction(id=request_id(request.scope), model=name, version=version, files=answered)
+
+
+@router.post("/audio-classification", response_model=list[schema.Score])
+async def audio_classification(request: Request) -> list[schema.Score]:
+    """The Hugging Face task: audio bytes (or JSON with base64 and parameters) in, labels and scores out."""
+    service = service_of(request)
+    model = service.model(None)
+    service.models.check_room(model)
+    upload, parameters = await uploads.read_task(request)
+    note(request.scope, model=model, files=1)
+    async with _deadline(service):
+        heard = await service.models.predict(model, upload.data, Ask())
+    _note_timing(request, heard)
+    try:
+        prediction = answers.usable(heard.prediction)
+    except ServiceError as error:
+        service.meter.recording(model, error.code)
+        raise
+    service.meter.recording(model, "ok")
+    return answers.scores(heard.labels, prediction.probabilities, parameters.top_k)
+
+
+@router.post("/explain", response_model=schema.Explanation)
+async def explain(request: Request) -> schema.Explanation:
+    """Which parts of what the model sees speak for the predicted label, over time and mel bands."""
+    service = service_of(request)
+    service.models.check_room(service.models.names[0])
+    files, options = await uploads.read_form(request, ExplainOptions, max_files=1)
+    model = service.model(options.model)
+    note(request.scope, model=model, files=1)
+    async with _deadline(service):
+        explained = await service.models.explain(model, files[0].data, Ask(channels=_channels(options.channels)))
+    return answers.explanation(explained, request_id(request.scope))
+
+
+async def _all_of_them(service: Service, model: str, files: list[Upload], options: Options) -> list[Heard]:
+    """What became of each file. A ServiceError (a full queue, say) concerns the request as a whole."""
+    ask = Ask(options.window_s, options.hop_s, _channels(options.channels), options.picture)
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(upload: Upload) -> Heard:
+        async with places:
+            return await service.models.predict(model, upload.data, ask)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(upload)) for upload in files]
+    except* ServiceError as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+@asynccontextmanager
+async def _deadline(service: Service) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(service.settings.deadline_s):
+            yield
+    except TimeoutError:
+        detail = f"no answer within {service.settings.deadline_s:g} s; send fewer or shorter recordings, or later"
+        raise retry_later("deadline_exceeded", detail) from None
+
+
+def _channels(text: str) -> Channels:
+    if text.isdecimal():
+        return int(text)
+    return "each" if text == "each" else "mix"
+
+
+def _note_timing(request: Request, heard: Heard) -> None:
+    timing = heard.timing
+    stages = {"decode_ms": timing.decode_s, "wait_ms": timing.wait_s, "network_ms": timing.network_s}
+    note(request.scope, batch=timing.batch, **{name: round(value * 1e3, 1) for name, value in stages.items()})

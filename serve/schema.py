@@ -1,0 +1,240 @@
+"""What goes over the wire: answers and problems as pydantic models, shared by service, client and page.
+
+Needs pydantic only: no numpy, no torch, no Ray. Units are in the names (``_s`` seconds, ``_hz`` hertz, ``_dbfs`` dB
+over full scale); times count from the start of the recording. Fields are only ever added, never renamed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+CHANNELS_PATTERN = r"^(mix|each|[0-7])$"
+
+
+def _form_bool(text: object) -> object:
+    """The two spellings that a form's boolean has."""
+    return {"true": True, "false": False}.get(text, "") if isinstance(text, str) else text
+
+
+FormBool = Annotated[bool, BeforeValidator(_form_bool)]
+
+
+class Wire(BaseModel):
+    """A message. Fields that a newer service added are ignored by an older client."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class FieldError(Wire):
+    """One field of a request that is wrong."""
+
+    field: str
+    message: str
+
+
+class Problem(Wire):
+    """An error, RFC 9457. ``code`` is stable: programs decide by it, people read ``detail``."""
+
+    type: str = Field(description="urn:ser:problem:CODE")
+    title: str = Field(description="the kind of problem, the same for every occurrence")
+    status: int = Field(ge=400, le=599, description="the HTTP status")
+    code: str = Field(description="stable, snake_case")
+    detail: str = Field(description="one sentence: what was got, what is accepted, the remedy")
+    request_id: str | None = Field(default=None, description="as in the header X-Request-ID")
+    errors: list[FieldError] | None = Field(default=None, description="the fields that are wrong")
+
+
+class Score(Wire):
+    """A class and its probability."""
+
+    label: str
+    score: float = Field(ge=0, le=1)
+
+
+class Segment(Wire):
+    """One window of one channel."""
+
+    channel: str = Field(description="mix, or the channel's number from 0")
+    start_s: float
+    end_s: float
+    label: str = Field(description="the class, or uncertain, or silence")
+    confidence: float = Field(ge=0, le=1, description="probability of the most probable class")
+    scores: list[Score] = Field(description="most probable first")
+    level_dbfs: float
+
+
+class Waveform(Wire):
+    """Outline of a recording's sound, all channels mixed: lowest and highest sample of each of n equal parts."""
+
+    start_s: float
+    end_s: float
+    low: list[float]
+    high: list[float]
+
+
+class Picture(Wire):
+    """What the model sees, with the recording around it."""
+
+    waveform: Waveform
+    window_start_s: float = Field(description="start of the model's window; what lies outside the recording is padding")
+    window_s: float
+    frequency_hz: list[float] = Field(description="centres of the mel bands, ascending")
+    time_s: list[float] = Field(description="centres of the frames")
+    level_db: list[list[float]] = Field(description="bands x frames, dB below the loudest; row 0 is the lowest band")
+
+
+class Recording(Wire):
+    """The answer for one recording that could be used."""
+
+    status: Literal["ok"] = "ok"
+    name: str | None = Field(description="its file name as sent")
+    label: str = Field(description="the class, or uncertain below min_confidence, or silence")
+    confidence: float = Field(ge=0, le=1, description="probability of the most probable class")
+    scores: list[Score] = Field(description="most probable first, top_k of them")
+    duration_s: float
+    scored_s: float = Field(description="how much of it was heard")
+    sample_rate_hz: int
+    channels: int
+    level_dbfs: float = Field(description="RMS level of what was heard, of its loudest window")
+    segments: list[Segment] | None = Field(default=None, description="its windows, when they were asked for")
+    picture: Picture | None = Field(default=None, description="when it was asked for")
+
+
+class Failure(Wire):
+    """The answer for one recording, of several, that could not be used."""
+
+    status: Literal["failed"] = "failed"
+    name: str | None
+    problem: Problem
+
+
+FileAnswer = Annotated[Recording | Failure, Field(discriminator="status")]
+
+
+class Prediction(Wire):
+    """Answer of ``POST /v1/predict``: one entry a file, in the order sent."""
+
+    id: str = Field(description="the request's id, as in the header X-Request-ID")
+    model: str
+    version: str = Field(description="first 12 digits of the sha256 of the model's weights")
+    files: list[FileAnswer]
+
+
+class Explanation(Wire):
+    """Answer of ``POST /v1/explain``: how much each patch of the picture speaks for the predicted class."""
+
+    id: str
+    model: str
+    version: str
+    label: str
+    confidence: float
+    scores: list[Score]
+    time_s: list[float] = Field(description="edges of the cells in time, ascending: columns + 1")
+    frequency_hz: list[float] = Field(description="edges of the cells in frequency, ascending: rows + 1")
+    importance: list[list[float]] = Field(
+        description="rows x columns, row 0 lowest: fall of the log-odds of the label when the cell is hidden"
+    )
+    picture: Picture
+
+
+class ModelInfo(Wire):
+    """Answer of ``GET /v1/model``."""
+
+    name: str
+    version: str
+    labels: list[str] = Field(description="in index order")
+    features: dict[str, Any] = Field(description="what the model hears: window, rate, analysis")
+    crops: int = Field(description="windows a recording, pooled")
+    metrics: dict[str, Any] = Field(description="measured figures; each block says what it was trained on")
+    card: str = Field(description="the model card, Markdown")
+    models: list[str] = Field(description="names of all models that this service has; the first is the default")
+    limits: dict[str, float] = Field(description="what a request may hold")
+
+
+class Live(Wire):
+    """Answer of ``GET /v2/health/live``."""
+
+    live: bool
+
+
+class Ready(Wire):
+    """Answer of ``GET /v2/health/ready`` and ``GET /v2/models/NAME/ready``."""
+
+    ready: bool
+
+
+class Tensor(Wire):
+    """Name, type and shape of a model's input or output; -1 is any."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(Wire):
+    """Answer of ``GET /v2/models/NAME``, as the Open Inference Protocol has it."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Options(BaseModel):
+    """The form fields of ``POST /v1/predict`` beside ``file``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    window_s: float | None = Field(
+        default=None,
+        ge=0.1,
+        allow_inf_nan=False,
+        description="hear all of the recording in windows of this length, at most the model's own; default: its middle",
+    )
+    hop_s: float | None = Field(
+        default=None,
+        ge=0.01,
+        allow_inf_nan=False,
+        description="from one window to the next; default: the window's length. Alone it implies the model's window",
+    )
+    channels: str = Field(
+        default="mix",
+        pattern=CHANNELS_PATTERN,
+        description="mix, a channel's number from 0, or each (which implies windows)",
+    )
+    top_k: int | None = Field(default=None, ge=1, description="so many classes in scores; default: all")
+    min_confidence: float = Field(default=0.0, ge=0, le=1, description="answers below it are called uncertain")
+    picture: FormBool = Field(default=False, description="add waveform and log-mel picture of what the model sees")
+    model: str | None = Field(default=None, max_length=100, description="a name of GET /v1/model; default: its first")
+
+
+class ExplainOptions(BaseModel):
+    """The form fields of ``POST /v1/explain`` beside ``file``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channels: str = Field(
+        default="mix", pattern=r"^(mix|[0-7])$", description="mix, or a channel's number counted from 0"
+    )
+    model: str | None = Field(default=None, max_length=100, description="a name of GET /v1/model; default: its first")
+
+
+class TaskParameters(BaseModel):
+    """``parameters`` of the audio-classification task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    top_k: int | None = Field(default=None, ge=1, description="so many classes; default: all")
+    function_to_apply: Literal["softmax"] | None = Field(default=None, description="only softmax: calibrated")
+
+
+class TaskInput(BaseModel):
+    """``POST /v1/audio-classification`` as JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    inputs: str = Field(description="the recording, base64", min_length=4, json_schema_extra={"format": "byte"})
+    parameters: TaskParameters | None = None

@@ -1,0 +1,134 @@
+"""Requests in: multipart forms, raw audio and the JSON of the audio-classification task, read and checked by hand.
+
+By hand, because a framework that reads the body before it asks who is calling lets strangers fill the memory, and
+because every mistake shall be told as a problem of ours. Recordings come as bytes only: neither paths nor addresses
+are ever opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from serve.problems import ServiceError
+from serve.schema import FieldError, TaskInput, TaskParameters
+
+_MAX_FIELDS = 32
+_MAX_FIELD_BYTES = 64 * 1024
+_RAW_TYPES = ("application/octet-stream", "audio/", "video/")
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A recording as sent: its file name (None where it has none) and its bytes."""
+
+    name: str | None
+    data: bytes
+
+
+def content_type(request: Request) -> str:
+    """The media type alone, lower case; empty when none was sent."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_form(request: Request, model: type[Fields], max_files: int) -> tuple[list[Upload], Fields]:
+    """The recordings in the parts ``file`` of a multipart form, one at least, and its other fields as a ``model``.
+
+    Raises:
+        ServiceError: another content type, a broken form, too many files, or a wrong field.
+    """
+    if content_type(request) != "multipart/form-data":
+        raise ServiceError(
+            "unsupported_media_type", "send the recording as multipart/form-data, in the field file (curl -F file=@...)"
+        )
+    try:
+        # one file more than allowed is read, to tell too many from broken
+        form = await request.form(max_files=max_files + 1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+    except HTTPException as error:
+        if "Too many files" in str(error.detail):
+            raise _too_many(max_files) from None
+        raise ServiceError("bad_request", "the multipart form is broken; let a library or curl -F build it") from None
+    try:
+        fields: dict[str, str] = {}
+        parts: list[UploadFile] = []
+        for key, value in form.multi_items():
+            if isinstance(value, str):
+                if key in fields:
+                    raise _invalid(key, "given twice")
+                fields[key] = value
+            elif key == "file":
+                parts.append(value)
+            else:
+                raise _invalid(key, "a file in a field that takes none; recordings go into file")
+        if len(parts) > max_files:
+            raise _too_many(max_files)
+        if "file" in fields:
+            raise _invalid("file", "text instead of a recording; send it as a file (curl -F file=@speech.wav)")
+        if not parts:
+            raise _invalid("file", "missing; send one recording or more")
+        options = validated(model, fields)
+        return [Upload(part.filename or None, await part.read()) for part in parts], options
+    finally:
+        await form.close()
+
+
+async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
+    """The recording and parameters of the audio-classification task: raw audio, or JSON with base64.
+
+    Raises:
+        ServiceError: another content type, broken JSON or base64, or a wrong field.
+    """
+    kind = content_type(request)
+    if kind == "application/json":
+        body = await request.body()
+        try:
+            task = TaskInput.model_validate_json(body)
+        except ValidationError as error:
+            raise _invalid_fields(error) from None
+        try:
+            return Upload(None, base64.b64decode(task.inputs, validate=True)), task.parameters or TaskParameters()
+        except (binascii.Error, ValueError):
+            raise _invalid("inputs", "not base64") from None
+    if kind and not kind.startswith(_RAW_TYPES):
+        raise ServiceError(
+            "unsupported_media_type",
+            "send the recording's bytes (application/octet-stream or audio/...), or JSON with base64 in inputs",
+        )
+    return Upload(None, await request.body()), TaskParameters()
+
+
+def validated(model: type[Fields], fields: dict[str, str]) -> Fields:
+    """Form fields as a ``model``.
+
+    Raises:
+        ServiceError: an unknown field or a value out of range.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid_fields(error) from None
+
+
+def _invalid_fields(error: ValidationError) -> ServiceError:
+    errors = [
+        FieldError(field=".".join(map(str, item["loc"])) or "body", message=item["msg"])
+        for item in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    told = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
+    return ServiceError("invalid_request", told, errors=errors)
+
+
+def _invalid(field: str, message: str) -> ServiceError:
+    return ServiceError("invalid_request", f"{field}: {message}", errors=[FieldError(field=field, message=message)])
+
+
+def _too_many(max_files: int) -> ServiceError:
+    return ServiceError("too_many_files", f"a request may hold {max_files} recordings; send the rest in another one")

@@ -1,0 +1,194 @@
+"""The body limit as an ASGI middleware: it stops reading at the limit, counts chunks, gives up in time, lets go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from serve.body_limit import BodyLimit
+
+MANY = 10**9
+
+
+class Stream:
+    """A request whose body comes in ``chunks``; counts what is taken. After them it waits, or is complete."""
+
+    def __init__(self, chunks: list[bytes], *, complete: bool = True, declared: int | None = None) -> None:
+        self.chunks, self.complete = list(chunks), complete
+        self.taken = 0
+        headers = [] if declared is None else [(b"content-length", str(declared).encode())]
+        self.scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/", "headers": headers}
+        self.sent: list[dict[str, Any]] = []
+
+    async def receive(self) -> dict[str, Any]:
+        if not self.chunks and not self.complete:
+            await asyncio.Event().wait()
+        chunk = self.chunks.pop(0) if self.chunks else b""
+        self.taken += len(chunk)
+        return {"type": "http.request", "body": chunk, "more_body": bool(self.chunks) or not self.complete}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.sent[0]["headers"])
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.sent[1]["body"])
+        return found
+
+
+async def echo_length(scope: Any, receive: Any, send: Any) -> None:
+    """Reads all of the body, answers with its length."""
+    length, more = 0, True
+    while more:
+        message = await receive()
+        length += len(message["body"])
+        more = message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(length).encode()})
+
+
+def limited(**limits: Any) -> BodyLimit:
+    return BodyLimit(echo_length, **{"max_bytes": 100, "max_held_bytes": MANY, "timeout_s": 5.0} | limits)
+
+
+def ask(middleware: BodyLimit, stream: Stream) -> Stream:
+    asyncio.run(middleware(stream.scope, stream.receive, stream.send))
+    return stream
+
+
+@pytest.mark.parametrize("sizes", [[100], [50, 50], [1] * 100, [0], [0, 100, 0]])
+def test_up_to_the_limit_everything_passes(sizes: list[int]) -> None:
+    stream = ask(limited(), Stream([b"x" * size for size in sizes]))
+    assert stream.status == 200
+    assert stream.sent[1]["body"] == str(sum(sizes)).encode()
+
+
+def test_a_declared_length_is_refused_before_reading() -> None:
+    stream = ask(limited(), Stream([b"x" * 60] * 50, declared=101))
+    assert (stream.status, stream.problem["code"], stream.taken) == (413, "body_too_large", 0)
+    assert stream.headers[b"connection"] == b"close"
+
+
+@pytest.mark.parametrize("declared", [None, 5])
+def test_chunks_are_counted_whatever_was_declared(declared: int | None) -> None:
+    stream = ask(limited(), Stream([b"x" * 60] * 1000, declared=declared))
+    assert (stream.status, stream.problem["code"]) == (413, "body_too_large")
+    assert stream.taken == 120  # the chunk that breaks the limit is the last one taken
+    assert stream.headers[b"connection"] == b"close"
+
+
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    stream = ask(limited(timeout_s=0.05), Stream([b"x"], complete=False))
+    assert (stream.status, stream.problem["code"]) == (408, "body_timeout")
+    assert stream.headers[b"connection"] == b"close"
+
+
+def test_drops_that_keep_coming_do_not_prolong_the_time() -> None:
+    async def drip() -> Stream:
+        stream = Stream([], complete=False)
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(0.01)
+            stream.taken += 1
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        await limited(timeout_s=0.1)(stream.scope, receive, stream.send)
+        return stream
+
+    stream = asyncio.run(drip())
+    assert stream.status == 408
+    assert 1 <= stream.taken <= 11
+
+
+def test_the_time_of_answering_is_not_the_body_s() -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(receive(), 0.2)  # waits for the client to go, beyond the body's time
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+
+    class Gone(Stream):
+        async def receive(self) -> dict[str, Any]:
+            if self.taken:
+                await asyncio.Event().wait()
+            return await super().receive()
+
+    middleware = BodyLimit(slow, max_bytes=100, max_held_bytes=MANY, timeout_s=0.05)
+    assert ask(middleware, Gone([b"x"])).status == 204
+
+
+def test_all_requests_together_hold_no_more_than_they_may() -> None:
+    async def scenario() -> None:
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def hold(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            entered.set()
+            await leave.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        middleware = BodyLimit(hold, max_bytes=100, max_held_bytes=150, timeout_s=5.0)
+        first, second, third = (Stream([b"x" * 90]) for _ in range(3))
+        holding = asyncio.create_task(middleware(first.scope, first.receive, first.send))
+        await entered.wait()
+        await middleware(second.scope, second.receive, second.send)
+        assert (second.status, second.problem["code"]) == (429, "overloaded")
+        assert second.headers[b"retry-after"] == b"1"
+        leave.set()
+        await holding
+        await middleware(third.scope, third.receive, third.send)  # the first has let go, the second took nothing
+        assert (first.status, third.status) == (200, 200)
+
+    asyncio.run(scenario())
+
+
+def test_bytes_are_let_go_when_the_application_fails_or_the_caller_leaves() -> None:
+    async def fail(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        raise ConnectionError
+
+    middleware = BodyLimit(fail, max_bytes=100, max_held_bytes=100, timeout_s=5.0)
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            ask(middleware, Stream([b"x" * 90]))
+
+    async def leave() -> None:
+        held = limited(max_held_bytes=100)
+        for _ in range(3):
+            stream = Stream([b"x" * 90], complete=False)
+            task = asyncio.create_task(held(stream.scope, stream.receive, stream.send))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert stream.taken == 90
+
+    asyncio.run(leave())
+
+
+def test_other_protocols_pass_untouched() -> None:
+    seen = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope["type"], receive, send))
+
+    async def nothing() -> AsyncIterator[None]:
+        yield
+
+    asyncio.run(
+        BodyLimit(application, max_bytes=1, max_held_bytes=1, timeout_s=1)({"type": "lifespan"}, nothing, nothing)
+    )
+    assert seen == [("lifespan", nothing, nothing)]

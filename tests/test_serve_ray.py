@@ -1,0 +1,305 @@
+"""The service as it runs: Ray Serve's proxy, ingress and a model worker, over real sockets, started once.
+
+Limits are set low here, so that they can be reached quickly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+from serving import form, wav
+
+from benchmarks.processes import command_of, descendants
+from jobs import infer
+from pipeline.arrays import load_features
+from pipeline.checkpoint import Bundle, save_bundle
+from pipeline.predictor import Predictor
+from serve.client import Client
+from serve.client_errors import Busy
+from serve.schema import Problem, Recording
+from serve.settings import Settings
+
+MIB = 2**20
+SETTINGS: dict[str, Any] = {
+    "max_ongoing": 4,
+    "max_queued": 2,
+    "max_body_mib": 2,
+    "max_files": 8,
+    "body_timeout_s": 1.5,
+    "max_windows": 400,
+}
+
+
+@pytest.fixture(scope="module")
+def url(ray_session: None, tiny_bundle: Bundle) -> Iterator[str]:
+    from serve import deployment
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    deployment.run(Settings(bundles=(str(tiny_bundle.folder),), **SETTINGS), "127.0.0.1", port)
+    yield f"http://127.0.0.1:{port}"
+    deployment.stop()
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def problem_of(response: httpx.Response, status: int, code: str) -> Problem:
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    problem = Problem.model_validate_json(response.content)
+    assert (response.status_code, problem.code) == (status, code)
+    assert problem.request_id == response.headers["x-request-id"]
+    return problem
+
+
+def test_shard_infer_score_and_service_agree(
+    url: str, tiny_bundle: Bundle, write_audio: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.scoring import Execution, score_manifest
+    from pipeline.shards import ShardOptions, extract_shards
+
+    paths = [
+        write_audio("a.wav", duration_s=3.0, sample_rate_hz=44_100, channels=2),
+        write_audio("b.flac", duration_s=1.0, f0_hz=300),
+        write_audio("c.ogg", duration_s=4.0, sample_rate_hz=48_000, f0_hz=90),
+    ]
+    with Client(url) as client:
+        served = [answer for answer in client.predict_each(paths) if isinstance(answer, Recording)]
+        raw = [client.classify(path) for path in paths]
+    assert infer.main(["--json", "--model_weights", str(tiny_bundle.folder), "--file", *map(str, paths)]) == 0
+    inferred = json.loads(capsys.readouterr().out)
+    manifest = pd.DataFrame({"speech": list(map(str, paths)), "label": ["calm", "sad", "calm"]})
+    extract_shards(manifest, tmp_path / "features", tiny_bundle.features, options=ShardOptions(mel_power_s=0))
+    pictures = np.asarray(load_features(tmp_path / "features").features)
+    by_shard = Predictor.from_bundle(tiny_bundle.folder, threads=1).probabilities(pictures)
+    score_manifest(manifest, tmp_path / "scores", weights=tiny_bundle.folder, execution=Execution(num_cpus=1))
+    scored = pd.read_parquet(tmp_path / "scores" / "predictions.parquet")
+    by_score = scored[[f"p_{name}" for name in tiny_bundle.labels]].to_numpy()
+    for answer, scores, one, shard, score in zip(served, raw, inferred, by_shard, by_score, strict=True):
+        by_label = {item.label: item.score for item in answer.scores}
+        found = [by_label[name] for name in tiny_bundle.labels]
+        np.testing.assert_allclose(found, [one["probabilities"][name] for name in tiny_bundle.labels], atol=1e-5)
+        np.testing.assert_allclose(found, shard, atol=1e-5)
+        np.testing.assert_allclose(found, score, atol=1e-5)
+        assert answer.label == one["predicted"] == scores[0].label
+        assert (answer.duration_s, answer.channels) == (one["duration_s"], one["channels"])
+
+
+def test_every_answer_has_one_request_id(http: httpx.Client) -> None:
+    asked = (("GET", "/v2/health/live"), ("GET", "/nothing"), ("GET", "/v1/predict"), ("POST", "/v1/explain"))
+    for method, path in asked:
+        made = http.request(method, path)
+        assert len(made.headers.get_list("x-request-id")) == 1
+        given = http.request(method, path, headers={"x-request-id": "mine-1"})
+        assert given.headers.get_list("x-request-id") == ["mine-1"]
+    answer = http.post("/v1/predict", **form(wav()))
+    assert answer.json()["id"] == answer.headers["x-request-id"]
+
+
+def test_no_version_of_ours_is_told(http: httpx.Client) -> None:
+    for answer in (http.get("/v2/health/live"), http.get("/nothing"), http.post("/v1/predict", **form(b"words"))):
+        told = " ".join([*map(": ".join, answer.headers.items()), answer.text]).lower()
+        assert not any(word in told for word in ("ray", "python", "fastapi", "starlette", "/home", "/tmp"))
+
+
+def test_the_task_as_hugging_face_s_client_speaks_it(url: str, tmp_path: Path) -> None:
+    from huggingface_hub import InferenceClient
+
+    path = tmp_path / "speech.wav"
+    path.write_bytes(wav(3.0))
+    client = InferenceClient(model=f"{url}/v1/audio-classification", token="none", timeout=60)
+    every = client.audio_classification(path.read_bytes())
+    assert [item.label for item in client.audio_classification(str(path))] == [item.label for item in every]
+    first = client.audio_classification(path.read_bytes(), top_k=3)
+    assert [(item.label, item.score) for item in first] == [(item.label, item.score) for item in every[:3]]
+    with Client(url) as ours:
+        assert [(score.label, score.score) for score in ours.classify(path)] == [(i.label, i.score) for i in every]
+
+
+def test_declared_lengths_are_refused_at_once(url: str) -> None:
+    answer, sent = _upload(url, [b"x"], declared=10**9, chunked=False)
+    assert b" 413 " in answer.split(b"\r\n", 1)[0]
+    assert b'"code":"body_too_large"' in answer
+    assert sent < 10
+
+
+def test_chunked_uploads_are_cut_off(url: str) -> None:
+    answer, sent = _upload(url, [bytes(MIB)] * 200, chunked=True)
+    assert b" 413 " in answer.split(b"\r\n", 1)[0]
+    assert b'"code":"body_too_large"' in answer
+    assert sent < 100 * MIB  # what the sockets and the proxy held; the connection is closed
+
+
+def test_slow_uploads_are_given_up(url: str) -> None:
+    started_s = time.monotonic()
+    answer, _ = _upload(url, [b"x"], declared=1000, chunked=False)
+    assert b" 408 " in answer.split(b"\r\n", 1)[0]
+    assert b'"code":"body_timeout"' in answer
+    assert 1.0 < time.monotonic() - started_s < 20.0
+
+
+def _upload(url: str, parts: list[bytes], *, chunked: bool, declared: int = 0) -> tuple[bytes, int]:
+    """Send a body by hand; (the answer, bytes of the body that could be sent)."""
+    address = httpx.URL(url)
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {declared}"
+    head = (
+        f"POST /v1/audio-classification HTTP/1.1\r\nHost: {address.host}\r\nContent-Type: audio/wav\r\n{length}\r\n\r\n"
+    )
+    sent, answer = 0, bytearray()
+    with socket.create_connection((address.host, address.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+
+        def read() -> None:
+            try:
+                while part := connection.recv(65536):
+                    answer.extend(part)
+            except OSError:
+                return  # the service has hung up
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for part in parts:
+                connection.sendall(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+                sent += len(part)
+        except OSError:
+            pass
+        reader.join(30)
+    return bytes(answer), sent
+
+
+def test_many_files_at_once(http: httpx.Client) -> None:
+    problem_of(http.post("/v1/predict", **form(*[wav(0.2)] * 9)), 422, "too_many_files")
+    answer = http.post("/v1/predict", **form(*[wav(0.2)] * 5, b"words"))
+    if answer.status_code == 200:
+        assert [file["status"] for file in answer.json()["files"]] == ["ok"] * 5 + ["failed"]
+    else:  # 4 in work, 2 waiting: one request may fill the service
+        problem_of(answer, 429, "overloaded")
+
+
+def test_overload_is_told_and_retries_get_through(url: str) -> None:
+    body = form(wav(20.0), window_s=2, hop_s=0.2)
+
+    async def flood() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            return await asyncio.gather(*(client.post("/v1/predict", **body) for _ in range(24)))
+
+    answers = asyncio.run(flood())
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < len(answers)
+    for answer in refused:
+        problem_of(answer, 429, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+    with Client(url, retries=20) as client, ThreadPoolExecutor(12) as threads:
+        found = list(threads.map(lambda _: client.predict(wav(1.0)).label, range(24)))
+    assert len(set(found)) == 1
+    with Client(url, retries=0) as client, ThreadPoolExecutor(24) as threads:
+        tries = list(threads.map(lambda _: _code(client, wav(20.0)), range(24)))
+    assert set(tries) == {"ok", "overloaded"}
+
+
+def _code(client: Client, data: bytes) -> str:
+    try:
+        client.predict(data, window_s=2, hop_s=0.2)
+    except Busy as busy:
+        return busy.code
+    return "ok"
+
+
+def _workers() -> list[int]:
+    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::ServeReplica:ser:Model")]
+
+
+def test_every_metric_of_ours_is_exported_with_its_help(http: httpx.Client) -> None:
+    import ray
+
+    (node,) = ray.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    wanted = ("requests_total", "request_seconds", "recordings_total", "stage_seconds", "batch_size")
+    until_s = time.monotonic() + 60
+    while True:  # Ray exports every few seconds
+        lines = httpx.get(address, timeout=30).text.splitlines()
+        helped = {line.split()[2] for line in lines if line.startswith("# HELP ray_ser_") and len(line.split()) > 5}
+        if {f"ray_ser_{name}" for name in (*wanted, "waiting_recordings")} <= helped:
+            break
+        assert time.monotonic() < until_s, f"exported are only {sorted(helped)}"
+        time.sleep(0.5)
+    overloaded = [line for line in lines if line.startswith("ray_ser_requests_total{") and 'code="overloaded"' in line]
+    assert overloaded
+    assert all('status="429"' in line for line in overloaded)
+
+
+def test_a_killed_worker_costs_no_request(url: str) -> None:
+    (victim,) = _workers()
+    with Client(url, retries=20) as client, ThreadPoolExecutor(3) as threads:
+        before = client.predict(wav(20.0), window_s=2, hop_s=0.1)
+        running = [threads.submit(client.predict, wav(20.0), window_s=2, hop_s=0.1) for _ in range(3)]
+        while not any(future.running() for future in running):
+            time.sleep(0.01)
+        os.kill(victim, signal.SIGKILL)
+        for future in running:
+            assert future.result(timeout=120).scores == before.scores
+        assert client.ready()
+    assert victim not in _workers()
+
+
+def test_new_weights_take_over_between_requests(url: str, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    from serve import deployment
+
+    state = tiny_bundle.state_dict()
+    last = [name for name in state if name.endswith("bias")][-1]
+    state[last] = state[last].flip(0)
+    other = save_bundle(
+        tmp_path / "other",
+        name="tiny",
+        state_dict=state,
+        model_name=tiny_bundle.model_name,
+        model_options=tiny_bundle.model_options,
+        labels=tiny_bundle.labels,
+        features=tiny_bundle.features,
+        metrics={},
+    )
+    data, stop, seen, failed = wav(1.0), threading.Event(), [], []
+
+    def load() -> None:
+        with Client(url, retries=10) as client:
+            while not stop.is_set():
+                try:
+                    seen.append(client.predict_together([data]).version)
+                except Exception as error:
+                    failed.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        deployment.roll_out(Settings(bundles=(str(other.folder),), **SETTINGS))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    versions = [bundle.weights_sha256[:12] for bundle in (tiny_bundle, other)]
+    assert seen[0] == versions[0]
+    with Client(url) as client:
+        assert client.predict_together([data]).version == versions[1]
+        assert client.model().version == versions[1]
+    assert set(seen) <= set(versions)
