@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo serve test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve fuzz fuzz-api lint clean
+.PHONY: help setup demo serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -24,6 +24,9 @@ demo: $(READY)    ## score samples/ with the shipped model; your own: make demo 
 serve: $(READY)   ## the HTTP service on http://127.0.0.1:8000; options: make serve ARGS="--bundles runs/first"
 	@$(BIN)/python -m jobs.serve $(ARGS)
 
+app: $(READY)     ## the web page and its service, on http://localhost:8501; options: make app ARGS="--port 8600"
+	@$(BIN)/python -m jobs.app $(ARGS)
+
 test: $(READY)    ## the tests, in a few minutes
 	$(BIN)/python -m pytest
 
@@ -31,7 +34,7 @@ test-slow: $(READY)   ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 test-browser: $(READY)  ## the tests in a real browser; needs chromium (CHROMIUM=/usr/bin/chromium)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2 greenlet==3.5.6
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2 greenlet==3.5.6 axe-playwright-python==0.1.8
 	$(BIN)/python -m pytest -m browser
 
 bench-features: $(READY)  ## speed of decoding, features and extraction: make bench-features DATA=/path/to/recordings
@@ -56,6 +59,9 @@ bench-serve: $(READY)  ## the service beside the model in process, killed worker
 	$(BIN)/python -m benchmarks.bench_serve
 	$(BIN)/python -m benchmarks.kill_replica
 	$(BIN)/python -m benchmarks.upload_attacks
+
+bench-page: $(READY)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
+	$(BIN)/python -m benchmarks.bench_page
 
 fuzz: $(READY)    ## 10,000 mutated recordings through the decoder
 	$(BIN)/python -m benchmarks.fuzz_audio --count 10000

@@ -108,7 +108,10 @@ def main() -> None:
     parser.add_argument("--two_stages", action="store_true")
     arguments = parser.parse_args()
     from pipeline.runtime import start_ray
+    from serve.ray_settings import prepare
+    from serve.settings import Settings
 
+    prepare(Settings(max_queued=1000))  # Ray as our service has it
     start_ray(metrics_port=arguments.metrics_port)
     from benchmarks import no_op_app
 

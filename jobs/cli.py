@@ -18,6 +18,7 @@ COMMANDS = {
     "infer": "one or a few files -> emotions, without Ray",
     "serve": "the HTTP service on this machine (Ray Serve)",
     "predict": "files -> emotions, by a running service",
+    "app": "the web page and the service together",
 }
 
 

@@ -14,6 +14,7 @@ from jobs._common import EXIT_DONE, Parser, run, say
 from pipeline.errors import SerError
 from pipeline.runtime import start_ray
 from serve.bundles import open_bundles
+from serve.ray_settings import prepare
 from serve.settings import API_KEY_VARIABLE, Settings, is_loopback, key_digest_from_environment
 
 _LISTS = {"bundles", "cors_origins"}
@@ -43,6 +44,7 @@ def job(arguments: argparse.Namespace) -> int:
         raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
     _check_free(arguments.host, arguments.port)
     open_bundles(settings.bundles)
+    prepare(settings)
     say("starting")
     start_ray(metrics_port=arguments.metrics_port)
     from serve import deployment  # imports Ray, whose environment start_ray has set

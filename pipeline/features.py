@@ -151,7 +151,7 @@ def normalise_power(power: Array, config: FeatureConfig) -> Array:
 
 
 def mel_edges_hz(config: FeatureConfig) -> NDArray[np.float64]:
-    """Corners of the mel filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from [k] to [k+1], falls to [k+2]."""
+    """Corners of the mel filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from k to k + 1, falls to k + 2."""
     return _mel_edges_hz(config.sample_rate_hz, config.n_mels)
 
 

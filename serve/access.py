@@ -11,6 +11,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from starlette.requests import ClientDisconnect
+
 from serve.problems import ServiceError, answer
 from serve.request_scope import notes, request_id
 
@@ -55,6 +57,8 @@ class Access:
         started_s = time.perf_counter()
         try:
             await self.app(scope, receive, watched)
+        except ClientDisconnect:
+            logger.debug("request %s: its client has gone", request_id(scope))
         except Exception:
             logger.exception("request %s met a mistake of ours", request_id(scope))
             if not status:

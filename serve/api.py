@@ -9,12 +9,11 @@ from starlette.exceptions import HTTPException
 
 from serve import openapi, routes_inference, routes_info
 from serve.access import Access
-from serve.body_limit import BodyLimit
 from serve.doors import require_key, require_loopback
 from serve.problems import ServiceError, answer
+from serve.ray_settings import limits_of
 from serve.schema import FieldError
 from serve.service import Service
-from serve.settings import MIB
 
 _HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
@@ -31,12 +30,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(
-        BodyLimit,
-        max_bytes=round(settings.max_body_mib * MIB),
-        max_held_bytes=round(settings.max_held_mib * MIB),
-        timeout_s=settings.body_timeout_s,
-    )
+    limits = limits_of(settings)
+    app.add_middleware(limits.cls, *limits.args, **limits.kwargs)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

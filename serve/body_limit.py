@@ -2,8 +2,11 @@
 
 A declared length beyond the limit is refused before a byte is read, a chunked body at the first byte too many, a body
 that does not come in time when its time is up; and when the bodies of all open requests together would hold more than
-the service can spare, new ones are refused with ``Retry-After``. Refusals close the connection, so that the rest of the
-body is not taken either.
+the service can spare, new ones are refused with ``Retry-After``. A refusal is answered at once and closes the
+connection, so that the rest of the body is not taken either; the application behind sees a client that has gone.
+
+It stands in the ingress, and in front of Ray Serve's proxy as well (``ray_settings``), which would otherwise hold what
+comes in faster than it can be passed on; there it also hands bodies on whole, for each piece would be a call more.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from serve.problems import ServiceError, answer, retry_later
 from serve.request_scope import header, note
+from serve.settings import MIB
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,10 +31,13 @@ class BodyLimit:
         max_bytes: of one request.
         max_held_bytes: of all requests that are being received or answered.
         timeout_s: from the start of a request until its body is complete.
+        whole: hand a body on in one piece.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float) -> None:
-        self.app = app
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float, whole: bool = False
+    ) -> None:
+        self.app, self.whole = app, whole
         self.max_bytes, self.max_held_bytes, self.timeout_s = max_bytes, max_held_bytes, timeout_s
         self._held_bytes = 0
 
@@ -39,61 +46,80 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(self, receive)
+        body = _Body(self, scope, receive, send)
         try:
-            body.check_declared(header(scope, b"content-length"))
-            await self.app(scope, body.receive, send)
-        except ServiceError as error:
-            await answer(error, scope)(scope, receive, send)
+            if not await body.refused_as_declared():
+                await self.app(scope, body.receive, body.send)
+        except Exception:
+            if not body.refused:
+                raise  # else: the application, surprised that its client has gone
         finally:
             self._held_bytes -= body.taken_bytes
             note(scope, bytes=body.taken_bytes)
 
-    def take(self, count: int) -> None:
-        """Account for bytes that have come.
-
-        Raises:
-            ServiceError: they are more than the service can spare.
-        """
+    def take(self, count: int) -> bool:
+        """Account for bytes that have come; False when they are more than the service can spare."""
         if self._held_bytes + count > self.max_held_bytes:
-            error = retry_later("overloaded", "the service holds as many uploads as it can; send it again in a moment")
-            error.headers |= _CLOSE
-            raise error
+            return False
         self._held_bytes += count
+        return True
 
 
 class _Body:
-    """The body of one request."""
+    """The body of one request, and the way to its client."""
 
-    def __init__(self, limit: BodyLimit, receive: Receive) -> None:
-        self.taken_bytes = 0
-        self._limit, self._receive, self._complete = limit, receive, False
+    def __init__(self, limit: BodyLimit, scope: Scope, receive: Receive, send: Send) -> None:
+        self.taken_bytes, self.refused = 0, False
+        self._limit, self._scope, self._receive, self._send = limit, scope, receive, send
+        self._complete = False
         self._until_s = asyncio.get_running_loop().time() + limit.timeout_s
 
-    def check_declared(self, length: str | None) -> None:
+    async def refused_as_declared(self) -> bool:
+        """Whether the declared length is too much, which has been answered then."""
+        length = header(self._scope, b"content-length")
         if length is not None and length.isdecimal() and int(length) > self._limit.max_bytes:
-            raise self._too_large()
+            await self._refuse(self._too_large())
+        return self.refused
 
     async def receive(self) -> Message:
-        if self._complete:
+        """What comes next, as the application sees it."""
+        message = await self._next()
+        parts = [message.get("body", b"")]
+        while self._limit.whole and message.get("more_body", False):
+            message = await self._next()
+            parts.append(message.get("body", b""))
+        return {**message, "body": b"".join(parts)} if len(parts) > 1 else message
+
+    async def _next(self) -> Message:
+        if self._complete or self.refused:
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._until_s):
                 message = await self._receive()
         except TimeoutError:
             detail = f"the body did not come within {self._limit.timeout_s:g} s; use a faster line, or a smaller file"
-            raise ServiceError("body_timeout", detail, headers=_CLOSE) from None
-        if message["type"] == "http.request":
-            self._count(len(message.get("body", b"")))
+            return await self._refuse(ServiceError("body_timeout", detail))
         self._complete = not message.get("more_body", False)
+        count = len(message.get("body", b""))
+        if self.taken_bytes + count > self._limit.max_bytes:
+            return await self._refuse(self._too_large())
+        if not self._limit.take(count):
+            detail = "the service holds as many uploads as it can; send it again in a moment"
+            return await self._refuse(retry_later("overloaded", detail))
+        self.taken_bytes += count
         return message
 
-    def _count(self, count: int) -> None:
-        if self.taken_bytes + count > self._limit.max_bytes:
-            raise self._too_large()
-        self._limit.take(count)
-        self.taken_bytes += count
+    async def send(self, message: Message) -> None:
+        """What the application answers, unless the request has been refused."""
+        if not self.refused:
+            await self._send(message)
+
+    async def _refuse(self, error: ServiceError) -> Message:
+        self.refused = True
+        error.headers |= _CLOSE
+        await answer(error, self._scope)(self._scope, self._receive, self._send)
+        return {"type": "http.disconnect"}
 
     def _too_large(self) -> ServiceError:
-        detail = f"a request may hold {self._limit.max_bytes / 2**20:g} MiB; send fewer or shorter recordings"
-        return ServiceError("body_too_large", detail, headers=_CLOSE)
+        detail = f"a request may hold {self._limit.max_bytes / MIB:g} MiB; send fewer or shorter recordings"
+        return ServiceError("body_too_large", detail)

@@ -105,8 +105,7 @@ class Ingress:
     def __init__(
         self, settings: Settings, digest: str | None, window_s: float, handles: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
-        room = settings.max_replicas * settings.max_ongoing + settings.max_queued
-        self._service = Service(RemoteModels(handles, room), settings, RequestMeter(), window_s, digest)
+        self._service = Service(RemoteModels(handles, settings.room), settings, RequestMeter(), window_s, digest)
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application."""

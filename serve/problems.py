@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi.responses import JSONResponse
 
-from pipeline.audio import ERRORS
+from pipeline.audio_errors import ERRORS
 from serve.request_scope import note, request_id
 from serve.schema import FieldError, Problem
 
@@ -108,6 +108,11 @@ def recording_error(code: str, detail: str) -> ServiceError:
 def retry_later(code: str, detail: str, after_s: float = 1.0) -> ServiceError:
     """An error that goes away by itself, with ``Retry-After`` in whole seconds."""
     return ServiceError(code, detail, headers={"Retry-After": str(max(1, math.ceil(after_s)))})
+
+
+def overloaded() -> ServiceError:
+    """The error of a full queue."""
+    return retry_later("overloaded", "as many recordings wait as may; send it again in a moment")
 
 
 def answer(error: ServiceError, scope: Scope) -> JSONResponse:

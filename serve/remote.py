@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.asks import Ask, Card, Explained, Heard
-from serve.problems import ServiceError, retry_later
+from serve.problems import ServiceError, overloaded, retry_later
 
 logger = logging.getLogger("ray.serve.ser")
 _READY_WITHIN_S = 2.0
@@ -38,7 +38,7 @@ class RemoteModels:
     def check_room(self, model: str) -> None:
         """Raise 429 when the workers are known to be full."""
         if self._open[model] >= self._room:
-            raise _overloaded()
+            raise overloaded()
 
     async def predict(self, model: str, data: bytes, ask: Ask) -> Heard:
         """What one recording sounds like."""
@@ -80,7 +80,7 @@ class RemoteModels:
         try:
             return await getattr(self._handles[model], method).remote(*arguments)
         except BackPressureError:
-            raise _overloaded() from None
+            raise overloaded() from None
         except DeploymentUnavailableError:
             raise _unavailable(model) from None
         except RayActorError as error:
@@ -93,10 +93,6 @@ class _WorkerDied(ServiceError):
     def __init__(self) -> None:
         super().__init__("unavailable", "the model's worker has just gone; send it again in a moment")
         self.headers["Retry-After"] = "2"
-
-
-def _overloaded() -> ServiceError:
-    return retry_later("overloaded", "as many recordings wait as may; send it again in a moment", after_s=1)
 
 
 def _unavailable(model: str) -> ServiceError:

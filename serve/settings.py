@@ -11,7 +11,7 @@ import os
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.audio import Limits
+from pipeline.audio_errors import Limits
 
 MIB = 2**20
 API_KEY_VARIABLE = "SER_API_KEY"
@@ -33,7 +33,7 @@ class Settings(BaseModel):
     max_ongoing: int = Field(default=32, ge=1, description="recordings in work in one model worker")
     max_queued: int = Field(default=16, ge=1, description="recordings waiting for a model worker; more are refused")
     max_body_mib: float = Field(default=32, gt=0, description="bytes of one request: 6 minutes of 48 kHz mono WAV")
-    max_held_mib: float = Field(default=512, gt=0, description="bytes of all requests that are being received or used")
+    max_held_mib: float = Field(default=256, gt=0, description="bytes of all requests that are being received or used")
     max_files: int = Field(default=32, ge=1, description="recordings in one request")
     max_duration_s: float = Field(default=1800, gt=0, description="length of a recording")
     max_decoded_mib: float = Field(default=700, gt=0, description="a recording as float32: 30 min of 48 kHz stereo")
@@ -47,6 +47,11 @@ class Settings(BaseModel):
     def _split(cls, value: object) -> object:
         """``"a,b"`` as the command line gives it."""
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @property
+    def room(self) -> int:
+        """Recordings of one model, in work and waiting, when all its workers run."""
+        return self.max_replicas * self.max_ongoing + self.max_queued
 
     @property
     def audio_limits(self) -> Limits:

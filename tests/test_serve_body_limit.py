@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from serve import ray_settings
 from serve.body_limit import BodyLimit
+from serve.settings import Settings
 
 MANY = 10**9
 
@@ -134,7 +138,8 @@ def test_all_requests_together_hold_no_more_than_they_may() -> None:
         entered, leave = asyncio.Event(), asyncio.Event()
 
         async def hold(scope: Any, receive: Any, send: Any) -> None:
-            await receive()
+            if (await receive())["type"] == "http.disconnect":
+                raise ConnectionError  # as frameworks do; nobody shall hear of it
             entered.set()
             await leave.wait()
             await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -192,3 +197,40 @@ def test_other_protocols_pass_untouched() -> None:
         BodyLimit(application, max_bytes=1, max_held_bytes=1, timeout_s=1)({"type": "lifespan"}, nothing, nothing)
     )
     assert seen == [("lifespan", nothing, nothing)]
+
+
+@pytest.mark.parametrize("sizes", [[40], [10, 20, 30], [0, 5, 0], [100]])
+def test_a_body_can_be_handed_on_in_one_piece(sizes: list[int]) -> None:
+    pieces: list[Any] = []
+
+    async def keep(scope: Any, receive: Any, send: Any) -> None:
+        pieces.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    chunks = [bytes([number]) * size for number, size in enumerate(sizes)]
+    middleware = BodyLimit(keep, max_bytes=100, max_held_bytes=MANY, timeout_s=5.0, whole=True)
+    assert ask(middleware, Stream(chunks)).status == 200
+    assert pieces == [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
+
+
+def test_in_one_piece_the_limits_hold_as_well() -> None:
+    large = ask(limited(whole=True), Stream([b"x" * 60] * 1000))
+    assert (large.status, large.taken) == (413, 120)
+    slow = ask(limited(whole=True, timeout_s=0.05), Stream([b"x"], complete=False))
+    assert slow.status == 408
+
+
+def test_the_proxy_gets_the_service_s_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ray_settings.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
+    ray_settings.prepare(Settings(max_body_mib=0.001, body_timeout_s=2))
+    assert os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] == "1"  # what was set stays
+    module, _, name = os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].rpartition(".")
+    application: Any = echo_length
+    for middleware in getattr(importlib.import_module(module), name)():
+        application = middleware.cls(application, *middleware.args, **middleware.kwargs)
+    stream = ask(application, Stream([b"x" * 2000]))
+    assert (stream.status, stream.problem["code"]) == (413, "body_too_large")
+    for variable in (*ray_settings.VARIABLES, "SER_PROXY_SETTINGS"):
+        monkeypatch.delenv(variable, raising=False)

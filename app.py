@@ -1,0 +1,20 @@
+"""The web page: ``streamlit run app.py``, or ``make app`` for page and service together.
+
+It asks the service at ``SER_API_URL`` (http://127.0.0.1:8000 when unset) with the key ``SER_API_KEY``.
+"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app_pages import frame
+
+
+def main() -> None:
+    """Draw the page that the address names."""
+    st.set_page_config(page_title="Speech emotion", page_icon=frame.ICON, layout="wide")
+    frame.run()
+
+
+if __name__ == "__main__":
+    main()

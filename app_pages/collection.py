@@ -1,0 +1,139 @@
+"""The collection of the page Many: its recordings, what was answered for each, and the tables made of them.
+
+Entries stay in the session until people clear the list; an entry that has its answer is never sent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from app_pages.recordings import Recorded
+from app_pages.words import NOT_SURE_BELOW, SILENCE, reason, spoken
+from serve.schema import Failure, Recording
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass
+class Entry:
+    """A recording and its answer, once there is one."""
+
+    recorded: Recorded
+    answer: Recording | Failure | None = None
+
+
+@dataclass
+class Collection:
+    """Entries in the order given, and the labels that came with them (file name -> class)."""
+
+    entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
+    truth: dict[str, str] = field(default_factory=dict)
+
+    def add(self, recordings: Iterable[Recorded]) -> int:
+        """Add those that are new; returns how many were there already (same name, same bytes)."""
+        known = 0
+        for recorded in recordings:
+            key = (recorded.name, recorded.digest)
+            known += key in self.entries
+            self.entries.setdefault(key, Entry(recorded))
+        return known
+
+    def waiting(self) -> list[Entry]:
+        """Those without an answer."""
+        return [entry for entry in self.entries.values() if entry.answer is None]
+
+    def read(self) -> list[tuple[Entry, Recording]]:
+        """Those that were understood."""
+        return [(entry, entry.answer) for entry in self.entries.values() if isinstance(entry.answer, Recording)]
+
+    def failed(self) -> list[tuple[Entry, Failure]]:
+        """Those that could not be used."""
+        return [(entry, entry.answer) for entry in self.entries.values() if isinstance(entry.answer, Failure)]
+
+    def label_of(self, entry: Entry) -> str | None:
+        """The label given for it."""
+        return self.truth.get(entry.recorded.name.casefold())
+
+
+def sounds(answer: Recording) -> str:
+    """What the table says: the answer, or that the model is not sure."""
+    if answer.label != SILENCE and answer.confidence < NOT_SURE_BELOW:
+        return "not sure"
+    return spoken(answer.label)
+
+
+def result_table(collection: Collection) -> pd.DataFrame:
+    """Columns ``row file sounds confidence guess duration_s``, with labels also ``label``; rows: what was read."""
+    rows = [
+        {
+            "row": number,
+            "file": entry.recorded.name,
+            "sounds": sounds(answer),
+            "confidence": answer.confidence,
+            "guess": spoken(answer.scores[0].label),
+            "label": spoken(collection.label_of(entry) or ""),
+            "duration_s": answer.duration_s,
+        }
+        for number, (entry, answer) in enumerate(collection.read())
+    ]
+    table = pd.DataFrame(rows, columns=["row", "file", "sounds", "confidence", "guess", "label", "duration_s"])
+    return table if collection.truth else table.drop(columns="label")
+
+
+def failure_table(collection: Collection) -> pd.DataFrame:
+    """Columns ``file reason``."""
+    rows = [{"file": entry.recorded.name, "reason": reason(answer.problem)} for entry, answer in collection.failed()]
+    return pd.DataFrame(rows, columns=["file", "reason"])
+
+
+def chosen_rows(table: pd.DataFrame, text: str, sounds_like: Sequence[str], order: str) -> pd.DataFrame:
+    """The rows whose file name holds ``text`` and whose answer is one of ``sounds_like`` (all when empty), sorted."""
+    found = table[table["file"].str.contains(text, case=False, regex=False)]
+    if sounds_like:
+        found = found[found["sounds"].isin(list(sounds_like))]
+    by, ascending = {
+        "As added": ("row", True),
+        "File name": ("file", True),
+        "Most sure first": ("confidence", False),
+        "Least sure first": ("confidence", True),
+    }[order]
+    return found.sort_values(by, ascending=ascending, kind="stable")
+
+
+def csv_bytes(collection: Collection, labels: Sequence[str]) -> bytes:
+    """All entries that have an answer, with the columns that ``jobs.score`` writes; UTF-8.
+
+    Text that a spreadsheet would take for a formula begins with ``'``.
+    """
+    rows = list(_csv_rows(collection, labels))
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode("utf-8")
+
+
+def _csv_rows(collection: Collection, labels: Sequence[str]) -> Iterator[dict[str, object]]:
+    for entry in collection.entries.values():
+        answer = entry.answer
+        if answer is None:
+            continue
+        row: dict[str, object] = {"speech": _safe(entry.recorded.name)}
+        if collection.truth:
+            row["label_name"] = collection.label_of(entry)
+        if isinstance(answer, Failure):
+            yield row | {"status": answer.problem.code, "error": _safe(answer.problem.detail)}
+            continue
+        shares = {score.label: score.score for score in answer.scores}
+        yield row | {
+            "status": "ok",
+            "error": None,
+            "predicted": answer.label,
+            "confidence": answer.confidence,
+            **{f"p_{label}": shares.get(label) for label in labels},
+            "duration_s": answer.duration_s,
+            "scored_s": answer.scored_s,
+        }
+
+
+def _safe(text: str) -> str:
+    return "'" + text if text.startswith(_FORMULA) else text

@@ -1,0 +1,165 @@
+"""Pictures of sound as Altair charts: waveform, log-mel picture, what mattered, and the time line.
+
+Times are seconds of the recording. The log-mel picture is one image stretched over its axes (a chart of 12,032
+rectangles would take seconds); its rows are mel bands, and the axis says which frequencies they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import cast
+
+import altair as alt
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from app_pages.palette import ACCENT, AGAINST, FOR, NEUTRAL, grey, heat
+from serve.schema import Explanation, Picture
+
+WAVEFORM_PX, PICTURE_PX = 118, 246
+_AXIS_PX = 46  # both charts leave as much at the left, so that they stand one below the other
+_TICKS_HZ = (100, 500, 1000, 2000, 5000, 10000, 20000)
+_SILENT_DB = -80.0
+
+
+def waveform(picture: Picture) -> alt.LayerChart:
+    """The outline of a recording, with the part that the model hears marked."""
+    outline = picture.waveform
+    times = np.linspace(outline.start_s, outline.end_s, len(outline.low))
+    sound = pd.DataFrame({"time_s": times, "low": outline.low, "high": outline.high})
+    peak = max(0.02, float(np.abs([outline.low, outline.high]).max()))
+    window = pd.DataFrame({"start": [picture.window_start_s], "end": [picture.window_start_s + picture.window_s]})
+    span = [min(outline.start_s, window["start"][0]), max(outline.end_s, window["end"][0])]
+    height = alt.Scale(domain=[-peak, peak])
+    marked = (
+        alt.Chart(window)
+        .mark_rect(color=ACCENT, opacity=0.22, stroke=ACCENT, strokeWidth=2, cornerRadius=3)
+        .encode(x=alt.X("start:Q", scale=alt.Scale(domain=span, nice=False)), x2="end:Q")
+    )
+    drawn = (
+        alt.Chart(sound)
+        .mark_area(color=NEUTRAL, line=False)
+        .encode(
+            x=_time_axis("time_s:Q", span, title=None),
+            y=alt.Y(
+                "low:Q",
+                scale=height,
+                axis=alt.Axis(labels=False, ticks=False, grid=False, minExtent=_AXIS_PX),
+                title=None,
+            ),
+            y2="high:Q",
+            tooltip=[alt.Tooltip("time_s:Q", title="second", format=".2f")],
+        )
+    )
+    return framed(WAVEFORM_PX, marked, drawn)
+
+
+def spectrogram(picture: Picture) -> alt.LayerChart:
+    """What the model sees: time to the right, pitch upwards, the brighter the louder."""
+    return framed(PICTURE_PX, _ground(picture, heat(_shares(picture))))
+
+
+def mattered(explanation: Explanation) -> alt.LayerChart:
+    """The same picture in grey, and over it how much each patch speaks for or against the answer."""
+    picture = explanation.picture
+    values = np.asarray(explanation.importance, dtype=float)
+    most = max(float(np.abs(values).max()), 1e-9)
+    bands = _band_of(explanation.frequency_hz, picture)
+    bands[0], bands[-1] = 0.0, float(len(picture.frequency_hz))
+    times = explanation.time_s
+    rows, columns = values.shape
+    cells = pd.DataFrame(
+        {
+            "start": times[column],
+            "end": times[column + 1],
+            "low": bands[row],
+            "high": bands[row + 1],
+            "strength": abs(values[row, column]) / most,
+            "speaks": "for the answer" if values[row, column] > 0 else "against it",
+            "pitch": f"{explanation.frequency_hz[row]:,.0f} to {explanation.frequency_hz[row + 1]:,.0f} Hz",
+        }
+        for row in range(rows)
+        for column in range(columns)
+    )
+    patches = (
+        alt.Chart(cells)
+        .mark_rect()
+        .encode(
+            x="start:Q",
+            x2="end:Q",
+            y="low:Q",
+            y2="high:Q",
+            color=alt.Color(
+                "speaks:N",
+                scale=alt.Scale(domain=["for the answer", "against it"], range=[FOR, AGAINST]),
+                legend=alt.Legend(title="This patch speaks", orient="bottom"),
+            ),
+            opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0, 0.9]), legend=None),
+            tooltip=[
+                alt.Tooltip("speaks:N", title="speaks"),
+                alt.Tooltip("strength:Q", title="how much (most = 1)", format=".2f"),
+                alt.Tooltip("start:Q", title="second", format=".2f"),
+                alt.Tooltip("pitch:N", title="pitch"),
+            ],
+        )
+    )
+    return framed(PICTURE_PX + 120, _ground(picture, grey(_shares(picture))), patches)
+
+
+def _ground(picture: Picture, colours: NDArray[np.uint8]) -> alt.Chart:
+    span = [picture.window_start_s, picture.window_start_s + picture.window_s]
+    bands = len(picture.frequency_hz)
+    ticks = [hz for hz in _TICKS_HZ if picture.frequency_hz[0] <= hz <= picture.frequency_hz[-1]]
+    at = [round(float(band), 3) for band in _band_of(ticks, picture)]
+    names = {
+        f"{band:g}": f"{hz:,} Hz" if hz < 1000 else f"{hz // 1000} kHz" for band, hz in zip(at, ticks, strict=True)
+    }
+    axis = alt.Axis(values=at, labelExpr=f"({names})[datum.value]", grid=False, minExtent=_AXIS_PX, maxExtent=_AXIS_PX)
+    place = pd.DataFrame([{"start": span[0], "end": span[1], "low": 0, "high": bands, "picture": _data_url(colours)}])
+    image: alt.Chart = (
+        alt.Chart(place)
+        .mark_image(aspect=False)
+        .encode(
+            x=_time_axis("start:Q", span),
+            x2="end:Q",
+            y=alt.Y("low:Q", scale=alt.Scale(domain=[0, bands], nice=False), axis=axis, title=None),
+            y2="high:Q",
+            url="picture:N",
+            tooltip=alt.value(None),
+        )
+    )
+    return image
+
+
+def _time_axis(field: str, span: Sequence[float], title: str | None = "seconds") -> alt.X:
+    axis = alt.Axis(grid=False, format="~g", tickCount=8)
+    return alt.X(field, scale=alt.Scale(domain=list(span), nice=False), title=title, axis=axis)
+
+
+def _shares(picture: Picture) -> NDArray[np.float64]:
+    """Levels as 0 (silent) to 1 (loudest), bands x frames, lowest band first."""
+    shares: NDArray[np.float64] = np.clip(1.0 - np.asarray(picture.level_db, dtype=float) / _SILENT_DB, 0.0, 1.0)
+    return shares
+
+
+def _band_of(frequencies_hz: Sequence[float], picture: Picture) -> NDArray[np.float64]:
+    """Where a frequency lies on the axis of bands; the middle of the first band is at 0.5."""
+    centres = np.arange(len(picture.frequency_hz)) + 0.5
+    bands: NDArray[np.float64] = np.interp(frequencies_hz, picture.frequency_hz, centres)
+    return bands
+
+
+def _data_url(colours: NDArray[np.uint8]) -> str:
+    """A PNG of ``(bands, frames, 3)``, lowest band at the bottom."""
+    buffer = io.BytesIO()
+    Image.fromarray(colours[::-1]).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def framed(height_px: int, *layers: alt.Chart) -> alt.LayerChart:
+    """The layers as one chart, without a frame around it."""
+    return cast(alt.LayerChart, alt.layer(*layers).properties(height=height_px).configure_view(strokeWidth=0))

@@ -1,0 +1,57 @@
+"""A CSV of labels dropped beside the recordings: file name and what the speaker expressed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+import pandas as pd
+
+FILE_COLUMNS = ("speech", "path", "file", "filename", "file_name", "audio")
+LABEL_COLUMNS = ("label", "emotion", "label_name")
+_STEM = 3  # letters by which another form of a class's word is known: fear, fearful; happiness, happy
+
+
+class LabelsError(Exception):
+    """``str()`` is one sentence for people."""
+
+
+def read_labels(data: bytes, name: str, classes: Sequence[str]) -> dict[str, str]:
+    """File name, case-folded and without folders -> class.
+
+    A label is a class's name, another form of its word ("fear", "happiness"), or its number from 0.
+
+    Raises:
+        LabelsError: no table, columns that are missing, or a label that is none.
+    """
+    try:
+        table = pd.read_csv(io.BytesIO(data), dtype=str, sep=None, engine="python", encoding="utf-8-sig").dropna(
+            how="all"
+        )
+    except (csv.Error, ValueError) as error:  # pandas' errors, and UnicodeDecodeError, are ValueErrors
+        raise LabelsError(f"{name} is not a CSV table in UTF-8.") from error
+    columns = {str(column).strip().casefold(): column for column in table.columns}
+    file_column = next((columns[c] for c in FILE_COLUMNS if c in columns), None)
+    label_column = next((columns[c] for c in LABEL_COLUMNS if c in columns), None)
+    if file_column is None or label_column is None:
+        raise LabelsError(
+            f"{name} needs a column “file” and a column “label”; it has {', '.join(map(str, table.columns))}."
+        )
+    rows = table[[file_column, label_column]].dropna()
+    return {_bare(file): _class(label, classes, name) for file, label in rows.itertuples(index=False)}
+
+
+def _bare(path: str) -> str:
+    return PurePosixPath(path.strip().replace("\\", "/")).name.casefold()
+
+
+def _class(text: str, classes: Sequence[str], name: str) -> str:
+    word = text.strip().casefold()
+    if word.isdecimal() and int(word) < len(classes):
+        return classes[int(word)]
+    for names in ([c for c in classes if c == word], [c for c in classes if c[:_STEM] == word[:_STEM]]):
+        if len(names) == 1 and len(word) >= _STEM:
+            return names[0]
+    raise LabelsError(f"{name} holds the label “{text}”; known are {', '.join(classes)}.")

@@ -1,0 +1,66 @@
+"""Recordings that people gave: name and bytes, kept for the session, and the examples that come with the project."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+SAMPLES = Path(__file__).resolve().parents[1] / "samples"
+_TYPES = {
+    "wav": "audio/wav",
+    "flac": "audio/flac",
+    "ogg": "audio/ogg",
+    "oga": "audio/ogg",
+    "opus": "audio/ogg",
+    "mp3": "audio/mpeg",
+    "m4a": "audio/mp4",
+    "mp4": "audio/mp4",
+    "webm": "audio/webm",
+    "aac": "audio/aac",
+}
+EXTENSIONS = (*_TYPES, "aiff", "aif", "au", "caf", "w64")
+"""What the file chooser offers; the service decides by content."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A recording as it was given; ``origin`` is upload, microphone or example."""
+
+    name: str
+    data: bytes
+    origin: str = "upload"
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of its bytes."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def media_type(self) -> str | None:
+        """What browsers call its kind; None when they cannot play it."""
+        return _TYPES.get(PurePosixPath(self.name.lower()).suffix.removeprefix("."))
+
+    @property
+    def source(self) -> tuple[str, bytes]:
+        """As the client takes it."""
+        return self.name, self.data
+
+
+def examples() -> dict[str, Path]:
+    """What the example clips are called, and where they are; empty where the project came without them."""
+    listed = SAMPLES / "metadata.csv"
+    if not listed.is_file():
+        return {}
+    table = pd.read_csv(listed, dtype=str)
+    names = table["speaker"].str.capitalize() + ", " + table["label"]
+    return {name: SAMPLES / speech for name, speech in zip(names, table["speech"], strict=True)}
+
+
+def example(name: str) -> Recorded:
+    """An example clip."""
+    path = examples()[name]
+    return Recorded(path.name, path.read_bytes(), "example")

@@ -1,0 +1,81 @@
+"""The service as the page sees it: where it is, asking it, and waiting for it when it does not answer.
+
+``SER_API_URL`` and ``SER_API_KEY`` say where it is and with which key. A page that cannot go on without an answer shows
+one sentence and looks again every two seconds; what people have chosen stays as it is meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import streamlit as st
+
+from app_pages.words import plain, trouble
+from serve.client import DEFAULT_URL, Client
+from serve.client_errors import BadRecording, Busy, ClientError, Unreachable, WrongKey
+
+Answer = TypeVar("Answer")
+_LOOK_AGAIN_S = 2.0
+_PATIENCE_S = 15.0  # a person waits: rather tell that the service is busy, and try again
+
+
+def address() -> str:
+    """Where the service is."""
+    return (os.environ.get("SER_API_URL") or DEFAULT_URL).rstrip("/")
+
+
+def client() -> Client:
+    """The client that all sessions of this page share."""
+    return _client(address(), os.environ.get("SER_API_KEY") or None)
+
+
+@st.cache_resource(show_spinner=False)
+def _client(url: str, key: str | None) -> Client:
+    return Client(url, key, patience_s=_PATIENCE_S)
+
+
+def asked(question: Callable[[Client], Answer]) -> Answer | None:
+    """The answer; None after the page has told why there is none, and what to do."""
+    try:
+        return question(client())
+    except ClientError as error:
+        tell(error)
+        return None
+
+
+def tell(error: ClientError) -> None:
+    """One sentence; where waiting helps, the page also looks again by itself."""
+    if isinstance(error, Unreachable):
+        _wait(f"The listening service does not answer at {address()}.", start=True)
+    elif isinstance(error, Busy):
+        _wait("The listening service is busy at the moment; this page asks again by itself.", start=False)
+    elif isinstance(error, WrongKey):
+        st.error("The service wants its key: start this page with SER_API_KEY set to it.", icon=":material/key:")
+    elif isinstance(error, BadRecording):
+        st.error(plain(trouble(error)), icon=":material/error:")
+    else:
+        st.error(plain(trouble(error)), icon=":material/error:")
+        st.button("Try again", key="try_again", icon=":material/refresh:")
+
+
+def _wait(sentence: str, *, start: bool) -> None:
+    st.warning(sentence, icon=":material/hourglass_top:")
+    if start:
+        st.markdown("Start it in a terminal, in the project's folder:")
+        st.code("python -m jobs.serve", language="shell")
+        st.caption(
+            "Or start service and page together with `make app`. This page goes on by itself as soon as the service "
+            "answers; what you have chosen is kept."
+        )
+    st.session_state["waiting_since_s"] = time.monotonic()
+    _look_again()
+
+
+@st.fragment(run_every=_LOOK_AGAIN_S)
+def _look_again() -> None:
+    """Draw the page again once the service can take recordings."""
+    if time.monotonic() - st.session_state["waiting_since_s"] > _LOOK_AGAIN_S / 2 and client().ready():
+        st.rerun(scope="app")

@@ -1,0 +1,111 @@
+"""The web page and the service together, until Ctrl-C; a service that answers already is used as it is.
+
+The page opens at once and says that it waits until the service is ready. Both listen on this machine only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from jobs._common import EXIT_DONE, EXIT_OURS, Parser, run, say
+from pipeline.errors import SerError
+from serve.client import Client
+
+PAGE = Path(__file__).resolve().parents[1] / "app.py"
+HOST = "127.0.0.1"
+_LOOK_S = 0.5
+_STOP_S = 60.0
+
+
+def build_parser() -> Parser:
+    """The options of this job."""
+    parser = Parser(prog="python -m jobs.app", description=__doc__, epilog="example: python -m jobs.app --port 8600")
+    parser.add_argument("--port", type=int, default=8501, help="of the page (default 8501)")
+    parser.add_argument("--service_port", type=int, default=8000, help="of the service (default 8000)")
+    parser.add_argument("--metrics_port", type=int, default=8080, help="of the service's metrics (default 8080)")
+    parser.add_argument("--bundles", default="", metavar="A,B", help="models of the service (default: the shipped one)")
+    return parser
+
+
+def job(arguments: argparse.Namespace) -> int:
+    """Start both, wait for a signal or for one of them to end, stop both."""
+    if not PAGE.is_file():
+        raise SerError(f"the page is missing: {PAGE}; start this from the project's folder")
+    url = f"http://{HOST}:{arguments.service_port}"
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    with ExitStack() as started, Client(url, os.environ.get("SER_API_KEY")) as client:
+        processes = []
+        if client.live():
+            say(f"the service at {url} answers already; the page uses it")
+        else:
+            processes.append(
+                started.enter_context(_running(service_command(arguments), service_environment(os.environ)))
+            )
+        page = started.enter_context(_running(page_command(arguments.port), {**os.environ, "SER_API_URL": url}))
+        processes.append(page)
+        say(f"page: http://localhost:{arguments.port} (Ctrl-C stops)")
+        while not ended.wait(_LOOK_S):
+            if any(process.poll() is not None for process in processes):
+                say("error: the page or the service has ended; what it said is above")
+                return EXIT_OURS
+        say("stopping")
+    return EXIT_DONE
+
+
+def service_command(arguments: argparse.Namespace) -> list[str]:
+    """Words that start the service."""
+    ports = ["--port", str(arguments.service_port), "--metrics_port", str(arguments.metrics_port)]
+    bundles = ["--bundles", arguments.bundles] if arguments.bundles else []
+    return [sys.executable, "-m", "jobs.serve", *ports, *bundles]
+
+
+def page_command(port: int) -> list[str]:
+    """Words that start the page."""
+    return [sys.executable, "-m", "streamlit", "run", str(PAGE), "--server.port", str(port)]
+
+
+def service_environment(environment: Mapping[str, str], platform: str = sys.platform) -> dict[str, str]:
+    """The environment of the service.
+
+    On Windows, PyTorch and scikit-learn may each bring their own copy of the OpenMP library, and the second one ends
+    the process with "OMP: Error #15". ``KMP_DUPLICATE_LIB_OK`` lets both live; it is set there only, and only where
+    nobody decided otherwise. The page needs none of this: it loads no PyTorch.
+    """
+    extra = {"KMP_DUPLICATE_LIB_OK": "TRUE"} if platform == "win32" else {}
+    return {**extra, **environment}
+
+
+@contextmanager
+def _running(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with a session of its own, so that Ctrl-C reaches it once: from here, at the end."""
+    process = subprocess.Popen(
+        command, cwd=PAGE.parent, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job."""
+    return run(job, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""``make app``: service and page start together and stop together. Stand-ins for both, so that it takes a second."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import app
+
+SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
+ENDS = [sys.executable, "-c", "raise SystemExit(3)"]
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Every process that the job starts."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(app.subprocess, "Popen", Noted)
+    monkeypatch.setattr(app, "service_command", lambda arguments: SLEEPER)
+    monkeypatch.setattr(app, "page_command", lambda port: SLEEPER)
+    return started
+
+
+@pytest.fixture(autouse=True)
+def signals() -> object:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_both(processes: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    def interrupt() -> None:
+        while len(processes) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert app.main(["--service_port", free_port()]) == 0
+    assert [process.poll() for process in processes] == [-signal.SIGTERM] * 2
+
+
+def test_when_one_ends_the_other_is_stopped(
+    processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(app, "page_command", lambda port: ENDS)
+    assert app.main(["--service_port", free_port()]) == 70
+    assert [process.poll() for process in processes] == [-signal.SIGTERM, 3]
+    assert "has ended" in capsys.readouterr().err
+
+
+def test_a_service_that_runs_already_is_used_and_left_alone(
+    processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.Client, "live", lambda client: True)
+    monkeypatch.setattr(app, "page_command", lambda port: ENDS)
+    app.main([])
+    assert len(processes) == 1
+
+
+def test_a_missing_page_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(app, "PAGE", Path("/nowhere/app.py"))
+    assert app.main([]) == 2
+    assert "project's folder" in capsys.readouterr().err
+
+
+def test_the_openmp_switch_is_for_windows_only_and_never_overrides() -> None:
+    name = "KMP_DUPLICATE_LIB_OK"
+    assert name not in app.service_environment({}, "linux")
+    assert app.service_environment({}, "win32")[name] == "TRUE"
+    assert app.service_environment({name: "FALSE"}, "win32")[name] == "FALSE"
+
+
+def test_ports_and_bundles_reach_the_commands() -> None:
+    arguments = app.build_parser().parse_args(["--service_port", "9", "--metrics_port", "7", "--bundles", "runs/a"])
+    words = app.service_command(arguments)
+    assert words[words.index("--port") + 1] == "9"
+    assert words[words.index("--bundles") + 1] == "runs/a"
+    assert app.page_command(8600)[-1] == "8600"
