@@ -126,6 +126,7 @@ def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The few figures of an evaluation that a bundle carries."""
     found = {key: evaluation["overall"][key]["value"] for key in ("accuracy", "uar", "weighted_f1", "macro_f1")}
     found["class_recall"] = {row["label"]: row["recall"]["value"] for row in evaluation["per_class"]}
+    found["confusion"] = {"counts": evaluation["confusion"]["counts"]}
     found["verdict"] = evaluation["verdict"]["outcome"]
     return found
 
