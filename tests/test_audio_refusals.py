@@ -330,7 +330,10 @@ def test_codes_are_stable_and_unlike() -> None:
     def below(error: type[audio.AudioError]) -> set[type[audio.AudioError]]:
         return {error}.union(*(below(child) for child in error.__subclasses__()))
 
-    assert set(audio.ERRORS.values()) == below(audio.AudioError)
+    ours = {
+        error for error in below(audio.AudioError) if error.__module__.startswith("pipeline.")
+    }  # the service adds some
+    assert set(audio.ERRORS.values()) == ours
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", code) for code in audio.ERRORS)
     documented = set(re.findall(r"[├└]── \w+ +(\w+)", audio_errors.__doc__ or ""))
     assert documented | {"audio_error"} == set(audio.ERRORS) | {"code"}
