@@ -133,7 +133,8 @@ class Run:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.trained = self.workers.share_gradients(self.model, self.device)
         self.ema = _averaged(self.model, config.ema) if config.ema else None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        decay = config.weight_decay
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             learning_rates(config.scheduler, len(self.batches), config.epochs, config.warmup_epochs),
