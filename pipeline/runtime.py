@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import SerError
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2 s; shorter ones cost the workers CPU time
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",  # as the command itself; Ray's default, 15, starves on a busy machine
 }
 _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
+_STARTS = 3
 
 
 def start_ray(
@@ -33,6 +38,9 @@ def start_ray(
         num_cpus: logical CPUs of a local Ray, by default those of the machine. Ignored when joining a cluster.
         object_store_bytes: cap of a local Ray's shared memory.
         metrics_port: where a local Ray exports metrics in Prometheus' format; any free port when None.
+
+    Raises:
+        SerError: the machine is too busy to bring Ray up.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -54,15 +62,45 @@ def start_ray(
     else:
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
         options |= {"_metrics_export_port": metrics_port} if metrics_port else {}
+        _start_here(options)
+        _protect_token()
+    logging.getLogger("ray").setLevel(level)
+
+
+def _start_here(options: dict[str, Any]) -> None:
+    """Start a local Ray; one that a busy machine has not brought up in time is ended and started anew.
+
+    Raises:
+        SerError: none came up in time.
+    """
+    import ray
+
+    before = _ray_children()
+    for _ in range(_STARTS):
         try:
             ray.init(address="local", **options)
+            return
         except Exception as error:  # Ray raises a bare Exception when its processes are not up within 30 s
             if "timed out" not in str(error):
                 raise
             ray.shutdown()
-            ray.init(address="local", **options)
-        _protect_token()
-    logging.getLogger("ray").setLevel(level)
+            for left in _ray_children() - before:  # Ray forgets those of a start that failed
+                with suppress(ProcessLookupError):
+                    os.kill(left, signal.SIGKILL)
+    raise SerError(
+        f"Ray was not up within 30 s, {_STARTS} times; the machine is too busy: give the command again later"
+    )
+
+
+def _ray_children() -> set[int]:
+    """Ray's processes that this one has started; none where there is no /proc."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
+            if parent == os.getpid() and b"/ray/" in (process / "cmdline").read_bytes():
+                found.add(int(process.name))
+    return found
 
 
 def _worker_environment() -> dict[str, str]:
