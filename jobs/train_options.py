@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,11 +205,12 @@ def fit_config(
     Raises:
         SerError: a value out of range, an unknown class or name.
     """
+    from pipeline.cluster import cpus_a_worker
     from pipeline.fit_config import FitConfig
     from pipeline.sampling import parse_class_values
 
     if threads is None:
-        threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // max(arguments.num_workers, 1))
+        threads = arguments.threads or cpus_a_worker(arguments.num_workers)
     return FitConfig(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SerError
+from pipeline.ray_token import make_token, use_token
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -27,6 +28,17 @@ _QUIET = {
 _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
 _STARTS = 3
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the command of a submitted job
+
+
+def joins_cluster() -> bool:
+    """Whether ``start_ray`` joins a Ray that runs already."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the command of a Ray job."""
+    return _JOB in os.environ
 
 
 def start_ray(
@@ -40,12 +52,15 @@ def start_ray(
         metrics_port: where a local Ray exports metrics in Prometheus' format; any free port when None.
 
     Raises:
-        SerError: the machine is too busy to bring Ray up.
+        SerError: the machine is too busy to bring Ray up, or the cluster of ``RAY_ADDRESS`` cannot be joined.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    joining = bool(os.environ.get("RAY_ADDRESS"))
-    if not joining:
+    joining = joins_cluster()
+    if joining:
+        use_token()
+    else:
+        make_token()
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # bind everything to 127.0.0.1
     import ray
 
@@ -58,12 +73,11 @@ def start_ray(
         "runtime_env": {"env_vars": _worker_environment()},
     }
     if joining:
-        ray.init(**options)
+        _join(options)
     else:
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
         options |= {"_metrics_export_port": metrics_port} if metrics_port else {}
         _start_here(options)
-        _protect_token()
     logging.getLogger("ray").setLevel(level)
 
 
@@ -103,20 +117,37 @@ def _ray_children() -> set[int]:
     return found
 
 
+def _join(options: dict[str, Any]) -> None:
+    """Join the cluster of ``RAY_ADDRESS``, or say in one line why that cannot be."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    address = os.environ["RAY_ADDRESS"]
+    if address.startswith(("http://", "https://")):
+        raise SerError(
+            f"RAY_ADDRESS {address} is where jobs are submitted: put 'ser submit' before the command, or set "
+            "RAY_ADDRESS to host:6379 of the head"
+        )
+    try:
+        ray.init(**options)
+    except AuthenticationError as error:
+        raise SerError(
+            f"the Ray cluster at {address} wants its token; copy the head's ~/.ray/auth_token here, mode 600"
+        ) from error
+    except ConnectionError as error:
+        raise SerError(f"no Ray cluster answers at RAY_ADDRESS {address}; start it, or unset RAY_ADDRESS") from error
+
+
 def _worker_environment() -> dict[str, str]:
-    """Variables that workers need to import this project and to stay quiet."""
+    """Variables that workers need to import this project and to stay quiet.
+
+    In a submitted job Ray itself puts the uploaded folder on the workers' path, each node its own copy.
+    """
+    if in_submitted_job():
+        return dict(_QUIET)
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**_QUIET, "PYTHONPATH": path}
-
-
-def _protect_token() -> None:
-    """Ray writes its token readable by everybody; only its owner should read it."""
-    token = Path.home() / ".ray" / "auth_token"
-    try:
-        token.chmod(0o600)
-    except OSError:
-        return  # no token file: the cluster was started with its own authentication
 
 
 def data_context() -> object:
@@ -147,5 +178,5 @@ def task_pool(blocks: int) -> Any:
     import ray
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    wanted = max(2 * cpus, _CLUSTER_TASKS if os.environ.get("RAY_ADDRESS") else 2)
+    wanted = max(2 * cpus, _CLUSTER_TASKS if joins_cluster() else 2)
     return ray.data.TaskPoolStrategy(size=max(1, min(wanted, blocks)))
