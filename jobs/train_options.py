@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from jobs._common import Parser, true_or_false
+from pipeline.backends import usable_cpus
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.labels import LabelSet, parse_label_map
@@ -210,7 +210,7 @@ def fit_config(
     from pipeline.sampling import parse_class_values
 
     if threads is None:
-        threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // max(arguments.num_workers, 1))
+        threads = arguments.threads or max(1, usable_cpus() // max(arguments.num_workers, 1))
     return FitConfig(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
