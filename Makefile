@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
+.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -20,6 +20,9 @@ $(READY): requirements.txt pyproject.toml
 
 demo: $(READY)    ## score samples/ with the shipped model; your own: make demo DATA=/path/to/folder
 	@$(BIN)/python samples/demo.py --out demo_report $(if $(DATA),--data "$(DATA)")
+
+ravdess: $(READY) ## download the RAVDESS speech recordings (CC BY-NC-SA 4.0), resumable, checked: make ravdess OUT=RAVDESS
+	@$(BIN)/python -m jobs.ravdess --out "$(or $(OUT),RAVDESS)" $(ARGS)
 
 serve: $(READY)   ## the HTTP service on http://127.0.0.1:8000; options: make serve ARGS="--bundles runs/first"
 	@$(BIN)/python -m jobs.serve $(ARGS)

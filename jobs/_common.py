@@ -105,23 +105,25 @@ class Progress:
         self._last_line_s = 0.0
         self._bar: tqdm[NoReturn] | None = None
 
-    def __call__(self, done: int, total: int, failed: int = 0) -> None:
-        """Show that ``done`` of ``total`` are finished, ``failed`` of them badly."""
+    def __call__(self, done: int, total: int, failed: int | None = None) -> None:
+        """Show that ``done`` of ``total`` (0: not known) are finished, ``failed`` of them badly (None: none can)."""
         if sys.stderr.isatty():
             if self._bar is None:
-                self._bar = tqdm(total=total, desc=self.what, unit=self.unit, initial=0)
-            self._bar.set_postfix(failed=failed, refresh=False)
+                self._bar = tqdm(total=total or None, desc=self.what, unit=self.unit, initial=0)
+            if failed is not None:
+                self._bar.set_postfix(failed=failed, refresh=False)
             self._bar.update(done - self._bar.n)
-            if done >= total:
+            if done >= total > 0:
                 self._bar.close()
             return
         now = time.monotonic()
         self._start = self._start or (now, done)
-        if done < total and now - self._last_line_s < self.every_s:
+        if (done < total or not total) and now - self._last_line_s < self.every_s:
             return
         self._last_line_s = now
         since_s, first = self._start
         rate = (done - first) / (now - since_s) if done > first else 0.0
         speed = f", {rate:.0f}/s" if rate else ""
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        say(f"{self.what}: {done}/{total} {self.unit}{speed}, {failed} failed{left}")
+        bad = "" if failed is None else f", {failed} failed"
+        say(f"{self.what}: {done}/{total or '?'} {self.unit}{speed}{bad}{left}")

@@ -9,6 +9,7 @@ from importlib import import_module
 from jobs._common import EXIT_DONE, EXIT_USAGE, say
 
 COMMANDS = {
+    "ravdess": "download the RAVDESS speech recordings, checked",
     "manifest": "a folder of labelled recordings -> a manifest CSV",
     "extract": "recordings -> log-mel Parquet shards (Ray Data)",
     "train": "a manifest or shards -> a trained model bundle (Ray Train)",

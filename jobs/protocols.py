@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import pandas as pd
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, say, true_or_false
 from jobs._provenance import provenance
 from jobs.train_options import add_loop_options, add_model_options, add_recipe_option, fit_config
+from pipeline.backends import usable_cpus
 from pipeline.errors import SerError
 from pipeline.verdict import Targets, reached
 
@@ -176,4 +176,4 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> SideBySide:
     gpus = torch.cuda.device_count() if arguments.use_gpu is not False else 0
     if arguments.use_gpu and not gpus:
         raise SerError("--use_gpu True, but PyTorch sees no GPU here; leave it out to train on CPUs")
-    return SideBySide.of(folds, arguments.folds_at_once, len(os.sched_getaffinity(0)), gpus)
+    return SideBySide.of(folds, arguments.folds_at_once, usable_cpus(), gpus)

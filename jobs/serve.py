@@ -50,13 +50,14 @@ def job(arguments: argparse.Namespace) -> int:
     from serve import deployment  # imports Ray, whose environment start_ray has set
 
     signals: SimpleQueue[int] = SimpleQueue()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    renew = getattr(signal, "SIGHUP", None)  # Windows has none
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, renew)):
         signal.signal(number, lambda number, _: signals.put(number))
     try:
         deployment.run(settings, arguments.host, arguments.port)
         say(f"ready: http://{arguments.host}:{arguments.port} (/docs; Ctrl-C stops, SIGHUP opens the bundles again)")
         say(f"metrics: http://127.0.0.1:{arguments.metrics_port}/metrics")
-        while signals.get() == signal.SIGHUP:
+        while signals.get() == renew:
             _roll_out(settings)
     finally:
         say("stopping")

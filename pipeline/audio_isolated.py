@@ -12,7 +12,6 @@ import base64
 import importlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -72,7 +71,10 @@ def decode_in_subprocess(
 
 def answer() -> None:
     """The child's side: read the question on stdin, write the answer on stdout."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump of a decoder that crashes
     reply = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what decoders print must not get into the answer
     question = json.loads(sys.stdin.buffer.readline())

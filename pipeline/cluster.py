@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.backends import usable_cpus
 from pipeline.errors import SerError
 from pipeline.folders import local_path
 from pipeline.remote import is_remote
@@ -64,7 +65,7 @@ def cpus_here() -> int:
 def cpus_a_worker(workers: int) -> int:
     """The largest number of CPUs that each of so many workers can have, no worker on two nodes; at least 1."""
     if not joins_cluster():
-        return max(1, len(os.sched_getaffinity(0)) // max(workers, 1))
+        return max(1, usable_cpus() // max(workers, 1))
     start_ray()
     nodes = [int(node.cpus) for node in alive_nodes()]
     fitting = [n for n in range(1, max(nodes, default=1) + 1) if sum(cpus // n for cpus in nodes) >= workers]

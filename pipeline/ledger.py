@@ -17,7 +17,6 @@ with both (NFSv4 has them).
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ import pyarrow.parquet as pq
 
 from pipeline.checkpoint import write_json
 from pipeline.errors import SerError
+from pipeline.locks import try_lock
 
 LEDGER_VERSION = 1
 RUN = "run.json"
@@ -163,10 +163,8 @@ def open_ledger(out: Path) -> Iterator[Ledger]:
     except OSError as error:
         raise LedgerError(f"cannot write into {out}: {error.strerror}; choose another --out") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LedgerError(f"another run is writing into {out}; wait for it, or choose another --out") from error
+        if not try_lock(lock):
+            raise LedgerError(f"another run is writing into {out}; wait for it, or choose another --out")
         yield Ledger(out)
 
 

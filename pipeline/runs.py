@@ -8,7 +8,6 @@ machines the folder must be on storage that all of them share.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 import uuid
@@ -29,6 +28,7 @@ from pipeline.errors import SerError
 from pipeline.fit import BatchCallback, EpochCallback, FitResult, Record, Run, batches_of, fit
 from pipeline.fit_config import FitConfig
 from pipeline.history import EventLog, write_history
+from pipeline.locks import try_lock
 from pipeline.models import build_model
 from pipeline.splits import SPLITS
 from pipeline.workers import Workers
@@ -219,14 +219,10 @@ def _only_writer(out: Path, wait_s: float) -> Iterator[None]:
     """Hold the run's lock. A killed driver's workers may live on for some seconds: wait for them that long."""
     with (out / ".lock").open("w") as lock:
         deadline_s = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline_s:
-                    raise SerError(f"another process trains the run in {out}; wait for it, or end it") from error
-                time.sleep(0.1)
+        while not try_lock(lock):
+            if time.monotonic() > deadline_s:
+                raise SerError(f"another process trains the run in {out}; wait for it, or end it")
+            time.sleep(0.1)
         for abandoned in out.glob(".*.tmp"):  # of a process that was killed while it wrote
             abandoned.unlink(missing_ok=True)
         yield

@@ -141,6 +141,12 @@ def test_ray_stays_in_its_modules() -> None:
     assert users, "no module uses Ray: is the scanner blind?"
 
 
+def test_no_module_needs_posix_to_be_imported() -> None:
+    """Windows has none of these; a function that uses one asks for the platform first."""
+    for module in SOURCES:
+        assert not distributions(module, lazy=False) & {"fcntl", "resource", "pwd", "grp", "termios", "pty"}, module
+
+
 def test_layers_import_downwards() -> None:
     for level, layer in enumerate(LAYERS):
         above = {f"pipeline.{name}" for higher in LAYERS[level + 1 :] for name in higher}
@@ -210,7 +216,7 @@ def test_importing_every_module_writes_nothing_and_starts_nothing(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["jobs.cli", "jobs.infer", "jobs.manifest", "pipeline.predictor"])
+@pytest.mark.parametrize("module", ["jobs.cli", "jobs.infer", "jobs.manifest", "jobs.ravdess", "pipeline.predictor"])
 def test_light_commands_load_neither_ray_nor_torch(module: str, tmp_path: Path) -> None:
     loaded = set(_import_all([module], tmp_path))
     assert not loaded & {"ray", "torch", "matplotlib", "sklearn"}

@@ -1,0 +1,107 @@
+"""RAVDESS speech (1,440 recordings of 24 actors) from its public record: fetched, checked, unpacked.
+
+A download that was cut off goes on with the same command. RAVDESS is licensed CC BY-NC-SA 4.0, not by this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jobs._common import EXIT_DONE, Parser, Progress, run, say
+from pipeline.corpora import scan_folder
+from pipeline.download import download, md5_of
+from pipeline.errors import SerError
+from pipeline.locks import only_one
+from pipeline.unpack import unpack
+
+BASE_URL = "https://zenodo.org/records/1188976/files"
+ARCHIVE = "Audio_Speech_Actors_01-24.zip"
+MD5 = "bc696df654c87fed845eb13823edef8a"
+NOTICE_FILE = "LICENSE_RAVDESS.txt"  # written last: its presence means complete
+NOTICE = """\
+The Ryerson Audio-Visual Database of Emotional Speech and Song (RAVDESS), speech, audio only.
+Livingstone SR, Russo FA (2018). PLoS ONE 13(5): e0196391. https://doi.org/10.1371/journal.pone.0196391
+Record: https://doi.org/10.5281/zenodo.1188976
+Licence: CC BY-NC-SA 4.0, https://creativecommons.org/licenses/by-nc-sa/4.0/
+Name the source; no commercial use; what you build on it and pass on stands under the same licence.
+"""
+
+
+def build_parser() -> Parser:
+    """The options of this job."""
+    parser = Parser(prog="python -m jobs.ravdess", description=__doc__, epilog="example: ser ravdess --out RAVDESS")
+    parser.add_argument("--out", type=Path, default=Path("RAVDESS"), help="folder to make (default RAVDESS)")
+    parser.add_argument(
+        "--base_url", default=BASE_URL, help=f"where {ARCHIVE} lies, of a mirror for instance (default: the record)"
+    )
+    parser.add_argument("--md5", default=MD5, help="checksum of the archive (default: the record's)")
+    parser.add_argument("--archive", type=Path, help="an archive fetched by other means: nothing is downloaded")
+    parser.add_argument("--keep_archive", action="store_true", help="leave the archive in OUT.download")
+    return parser
+
+
+def job(arguments: argparse.Namespace) -> int:
+    """Fetch what is missing, unpack it, say what is there."""
+    out: Path = arguments.out
+    say(NOTICE)
+    if (out / NOTICE_FILE).is_file():
+        say(f"{out} is complete; nothing to do")
+        return EXIT_DONE
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SerError(f"{out} holds something else; choose another --out")
+    waiting_room = out.with_name(f"{out.name}.download")
+    with only_one(waiting_room / ".lock", f"fetching {out}"):
+        archive = _archive(arguments, waiting_room)
+        say(f"the checksum is right; unpacking {archive}")
+        tree = waiting_room / "tree"
+        shutil.rmtree(tree, ignore_errors=True)  # of a run that was killed
+        unpack(archive, tree, on_progress=_megabytes("unpack"))
+        found = scan_folder(tree)
+        (tree / NOTICE_FILE).write_text(NOTICE, encoding="utf-8")
+        if out.is_dir():
+            out.rmdir()
+        tree.rename(out)
+        if not arguments.keep_archive:
+            shutil.rmtree(waiting_room, ignore_errors=True)
+    speakers = found["speaker"].nunique() if "speaker" in found else 0
+    print(f"{len(found):,} recordings of {speakers} actors -> {out}")
+    say(f"next: ser manifest {out} --out metadata.csv")
+    return EXIT_DONE
+
+
+def _archive(arguments: argparse.Namespace, folder: Path) -> Path:
+    """The checked archive: the user's own, or the downloaded one."""
+    given: Path | None = arguments.archive
+    if given is None:
+        return download(
+            f"{arguments.base_url.rstrip('/')}/{ARCHIVE}",
+            folder / ARCHIVE,
+            md5=arguments.md5,
+            on_progress=_megabytes("download"),
+            tell=say,
+        )
+    if not given.is_file():
+        raise SerError(f"no file {given}; leave --archive out to download it")
+    if md5_of(given) != arguments.md5:
+        raise SerError(
+            f"{given} has another MD5 checksum than {arguments.md5}: damaged or another file; fetch it again"
+        )
+    return given
+
+
+def _megabytes(what: str) -> Callable[[int, int], None]:
+    """Progress in whole megabytes."""
+    progress = Progress(what, unit="MB")
+    return lambda done, total: progress(done // 1_000_000, total // 1_000_000)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job."""
+    return run(job, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
