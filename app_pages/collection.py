@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from app_pages.recordings import Recorded
-from app_pages.words import NOT_SURE_BELOW, SILENCE, reason, spoken
+from app_pages.words import NOT_SURE_BELOW, SILENCE, UNCERTAIN, reason, spoken, unsure
 from serve.schema import Failure, Recording
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -58,28 +58,33 @@ class Collection:
         return self.truth.get(entry.recorded.name.casefold())
 
 
-def sounds(answer: Recording) -> str:
-    """What the table says: the answer, or that the model is not sure."""
-    if answer.label != SILENCE and answer.confidence < NOT_SURE_BELOW:
-        return "not sure"
-    return spoken(answer.label)
+def word(answer: Recording) -> str:
+    """The answer in a word, or that the model is not sure."""
+    return spoken(UNCERTAIN if _unsure(answer) else answer.label)
+
+
+def _unsure(answer: Recording) -> bool:
+    return answer.label != SILENCE and answer.confidence < NOT_SURE_BELOW
 
 
 def result_table(collection: Collection) -> pd.DataFrame:
-    """Columns ``row file sounds confidence guess duration_s``, with labels also ``label``; rows: what was read."""
+    """Columns ``row file sounds word confidence duration_s``, with labels also ``label``; rows: what was read.
+
+    ``sounds`` is what people read, ``word`` (its answer, or "not sure") what they choose by.
+    """
     rows = [
         {
             "row": number,
             "file": entry.recorded.name,
-            "sounds": sounds(answer),
+            "sounds": unsure(answer.scores[0].label) if _unsure(answer) else word(answer),
+            "word": word(answer),
             "confidence": answer.confidence,
-            "guess": spoken(answer.scores[0].label),
             "label": spoken(collection.label_of(entry) or ""),
             "duration_s": answer.duration_s,
         }
         for number, (entry, answer) in enumerate(collection.read())
     ]
-    table = pd.DataFrame(rows, columns=["row", "file", "sounds", "confidence", "guess", "label", "duration_s"])
+    table = pd.DataFrame(rows, columns=["row", "file", "sounds", "word", "confidence", "label", "duration_s"])
     return table if collection.truth else table.drop(columns="label")
 
 
@@ -89,11 +94,11 @@ def failure_table(collection: Collection) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["file", "reason"])
 
 
-def chosen_rows(table: pd.DataFrame, text: str, sounds_like: Sequence[str], order: str) -> pd.DataFrame:
-    """The rows whose file name holds ``text`` and whose answer is one of ``sounds_like`` (all when empty), sorted."""
+def chosen_rows(table: pd.DataFrame, text: str, words: Sequence[str], order: str) -> pd.DataFrame:
+    """The rows whose file name holds ``text`` and whose word is one of ``words`` (any when empty), sorted."""
     found = table[table["file"].str.contains(text, case=False, regex=False)]
-    if sounds_like:
-        found = found[found["sounds"].isin(list(sounds_like))]
+    if words:
+        found = found[found["word"].isin(list(words))]
     by, ascending = {
         "As added": ("row", True),
         "File name": ("file", True),

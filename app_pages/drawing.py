@@ -136,7 +136,7 @@ def _ground(picture: Picture, colours: NDArray[np.uint8]) -> alt.Chart:
 
 
 def _time_axis(field: str, span: Sequence[float], title: str | None = "seconds") -> alt.X:
-    axis = alt.Axis(grid=False, format="~g", tickCount=8)
+    axis = alt.Axis(grid=False, format="~f", tickCount=8)
     return alt.X(field, scale=alt.Scale(domain=list(span), nice=False), title=title, axis=axis)
 
 
@@ -161,5 +161,6 @@ def _data_url(colours: NDArray[np.uint8]) -> str:
 
 
 def framed(height_px: int, *layers: alt.Chart) -> alt.LayerChart:
-    """The layers as one chart, without a frame around it."""
-    return cast(alt.LayerChart, alt.layer(*layers).properties(height=height_px).configure_view(strokeWidth=0))
+    """The layers as one chart of ``height_px`` with its axes, without a frame or empty space around it."""
+    bare = alt.layer(*layers).properties(height=height_px, padding={"left": 0, "top": 2, "right": 2, "bottom": 2})
+    return cast(alt.LayerChart, bare.configure_view(strokeWidth=0))

@@ -22,12 +22,15 @@ FOOT = (
 
 def run() -> None:
     """Draw the chosen page."""
+    table = st.Page(many.page, title="Many recordings", icon=":material/queue_music:", url_path="many")
     pages = [
         st.Page(listen.page, title="Listen", icon=":material/hearing:", url_path="listen", default=True),
-        st.Page(many.page, title="Many recordings", icon=":material/queue_music:", url_path="many"),
+        table,
         st.Page(model.page, title="The model", icon=":material/info:", url_path="model"),
     ]
     chosen = st.navigation(pages, position="top")
+    if st.session_state.pop("go_to_many", False):
+        st.switch_page(table)
     st.html(STYLE)
     try:
         chosen.run()

@@ -1,4 +1,4 @@
-"""Listen: one recording, uploaded, spoken or an example; what the model hears in it, and why.
+"""Listen: one recording, uploaded, spoken or an example; what the model hears in it, and why. Several go to Many.
 
 The recording is kept in the session, not in the widget it came from: it survives a look at another page, and a service
 that is away for a while.
@@ -10,10 +10,10 @@ import html
 
 import streamlit as st
 
-from app_pages import mattered, over_time
+from app_pages import many, mattered, over_time
 from app_pages.bars import answer_html, bars_html
 from app_pages.drawing import spectrogram, waveform
-from app_pages.recordings import EXTENSIONS, Recorded, example, examples
+from app_pages.recordings import Recorded, example, examples
 from app_pages.service import asked
 from app_pages.words import NOT_SURE_BELOW, SILENCE, clock, percent, spoken
 from serve.schema import Recording
@@ -52,13 +52,15 @@ def _choose() -> None:
         st.session_state["recorded"] = example(FIRST_EXAMPLE)
     upload, speak, try_one = st.tabs(["Upload", "Speak", "Examples"])
     with upload:
+        key = f"upload_{st.session_state.setdefault('uploads', 0)}"  # another key: empty again
         st.file_uploader(
-            "Recording of one voice",
-            type=list(EXTENSIONS),
-            key="upload",
-            on_change=_take,
-            args=("upload",),
-            help="WAV, FLAC, OGG, MP3 and more, up to 32 MB. It is sent to the service and not stored.",
+            "One recording, or several",
+            accept_multiple_files=True,
+            key=key,
+            on_change=_take_files,
+            args=(key,),
+            help="WAV, FLAC, OGG, MP3 and more, up to 32 MB each; several become a table on the page Many recordings. "
+            "They are sent to the service and not stored.",
         )
     with speak:
         st.audio_input(
@@ -75,8 +77,19 @@ def _choose() -> None:
         st.caption("Synthetic voices: nobody felt anything. The word is what the synthesiser was told to imitate.")
 
 
+def _take_files(key: str) -> None:
+    """Files were given: one is the recording now, several go to the page for many."""
+    files = [(file.name, file.getvalue()) for file in st.session_state[key]]
+    if len(files) == 1:
+        st.session_state["recorded"] = Recorded(*files[0])
+    elif files:
+        many.add(files)
+        st.session_state["go_to_many"] = True
+    st.session_state["uploads"] += 1
+
+
 def _take(origin: str) -> None:
-    """A widget has changed: what it holds is the recording now. An emptied uploader leaves none."""
+    """A widget has changed: what it holds is the recording now. A voice taken back leaves none."""
     given = st.session_state[origin]
     if origin == "example":
         if given:
@@ -84,8 +97,7 @@ def _take(origin: str) -> None:
     elif given is None:
         st.session_state["recorded"] = None
     else:
-        name = given.name if origin == "upload" else "Your voice.wav"
-        st.session_state["recorded"] = Recorded(name, given.getvalue(), origin)
+        st.session_state["recorded"] = Recorded("Your voice.wav", given.getvalue(), origin)
 
 
 def _playback(recorded: Recorded) -> None:

@@ -11,7 +11,7 @@ import streamlit as st
 from app_pages import many_results
 from app_pages.collection import Collection, Entry
 from app_pages.labels import LabelsError, read_labels
-from app_pages.recordings import EXTENSIONS, Recorded, examples
+from app_pages.recordings import Recorded, examples
 from app_pages.service import client, tell
 from app_pages.words import plain
 from serve.client_errors import ClientError
@@ -21,7 +21,8 @@ from serve.schema import ModelInfo
 def page() -> None:
     """The page."""
     st.title("Many recordings", anchor=False)
-    collection: Collection = st.session_state.setdefault("collection", Collection())
+    st.markdown("A table of all answers, to filter, sort, hear and download.")
+    collection = _collection()
     _choose(collection)
     for kind, sentence in st.session_state.pop("many_notes", []):
         st.error(sentence) if kind == "error" else st.info(sentence)
@@ -37,18 +38,28 @@ def page() -> None:
         many_results.show(collection, model)
 
 
+def add(files: list[tuple[str, bytes]]) -> None:
+    """Put recordings, and tables of labels, into the list: ``(name, bytes)``."""
+    _add(_collection(), files)
+
+
+def _collection() -> Collection:
+    found: Collection = st.session_state.setdefault("collection", Collection())
+    return found
+
+
 def _choose(collection: Collection) -> None:
     """The drop zone, empty again as soon as the files are in the list."""
     turn = st.session_state.setdefault("many_turn", 0)
     key = f"many_upload_{turn}"
     st.file_uploader(
         "Recordings, and a CSV with their labels if you have one",
-        type=[*EXTENSIONS, "csv"],
         accept_multiple_files=True,
         key=key,
         on_change=_take,
         args=(collection, key),
-        help="The CSV needs a column “file” and a column “label”; then the page also shows how many answers are right.",
+        help="WAV, FLAC, OGG, MP3 and more. The CSV needs a column “file” and a column “label”; then the page also "
+        "shows how many answers are right.",
     )
     if not collection.entries:
         st.caption("Nothing at hand? Try the synthetic examples.")

@@ -54,47 +54,51 @@ def _browse(collection: Collection, table: pd.DataFrame) -> None:
     find, order = st.columns([3, 2], vertical_alignment="bottom")
     text = find.text_input("Find a file", placeholder="Part of its name", key="many_find")
     by = order.selectbox("Order", ORDERS, key="many_order")
-    answers = sorted(table["sounds"].unique())
-    picked = st.pills("Only those that sound", answers, selection_mode="multi", key="many_sounds")
+    picked = st.pills("Only those that sound", sorted(table["word"].unique()), selection_mode="multi", key="many_words")
     found = chosen_rows(table, text, picked, by)
-    st.caption(
-        f"{len(found)} of {len(table)} shown; of long ones the middle was heard. Tick a row to hear it and see more."
-    )
+    rows, details = st.columns([7, 4], gap="medium")
+    with rows:
+        row = _choose(found)
+        st.caption(f"{len(found)} of {len(table)} shown; of long ones the middle was heard.")
+    with details, st.container(border=True):
+        if row is None:
+            st.markdown("Tick a row to hear it, and to see everything that it could be.")
+        else:
+            entry, answer = collection.read()[row]
+            _one(entry.recorded, answer)
+
+
+def _choose(found: pd.DataFrame) -> int | None:
+    """The table; returns the number of the recording whose row is ticked."""
     chosen = st.dataframe(
-        found.drop(columns="row").assign(confidence=100 * found["confidence"]),
+        found.drop(columns=["row", "word"]).assign(confidence=100 * found["confidence"]),
         hide_index=True,
         height=round(_ROW_PX * (min(len(found), _SHOWN_ROWS) + 1)) + 2,
         on_select="rerun",
         selection_mode="single-row",
         key="many_table",
-        alt="Table of the answers: file, what it sounds like, best guess, how sure the model is, length.",
+        alt="Table of the answers: file, what it sounds like, how sure the model is, length.",
         column_config={
             "file": st.column_config.TextColumn("File", width="medium"),
             "sounds": st.column_config.TextColumn("Sounds"),
-            "guess": st.column_config.TextColumn("Best guess"),
-            "label": st.column_config.TextColumn("Label"),
             "confidence": st.column_config.ProgressColumn("How sure", format="%.0f %%", min_value=0, max_value=100),
+            "label": st.column_config.TextColumn("Label"),
             "duration_s": st.column_config.NumberColumn("Length", format="%.1f s", width="small"),
         },
     )
     rows = chosen.selection.rows
-    if rows and rows[0] < len(found):
-        entry, answer = collection.read()[int(found.iloc[rows[0]]["row"])]
-        _one(entry.recorded, answer)
+    return int(found.iloc[rows[0]]["row"]) if rows and rows[0] < len(found) else None
 
 
 def _one(recorded: Recorded, answer: Recording) -> None:
-    with st.container(border=True):
-        words, bars = st.columns(2, gap="large")
-        with words:
-            st.html(answer_html(answer))
-            st.caption(plain(recorded.name))
-            if recorded.media_type:
-                st.audio(recorded.data, format=recorded.media_type, alt=f"The recording {recorded.name}")
-            else:
-                st.caption("Browsers cannot play this kind of file.")
-        with bars:
-            st.html(bars_html(answer.scores))
+    """A recording in full: answer, sound, all classes."""
+    st.html(answer_html(answer))
+    st.caption(plain(recorded.name))
+    if recorded.media_type:
+        st.audio(recorded.data, format=recorded.media_type, alt=f"The recording {recorded.name}")
+    else:
+        st.caption("Browsers cannot play this kind of file.")
+    st.html(bars_html(answer.scores))
 
 
 def _judge(collection: Collection, model: ModelInfo) -> None:

@@ -30,11 +30,10 @@ Neither stores them.
 """
 _OPEN_SECTIONS = ("Data", "Limits")
 _LIMITS = {
-    "max_body_mib": ("Largest upload", "{:g} MB"),
-    "max_duration_s": ("Longest recording", "{:g} seconds"),
-    "max_files": ("Recordings a request", "{:g}"),
-    "max_windows": ("Parts of a recording over time", "{:g}"),
-}
+    "max_body_mib": ("Largest upload", 1, "{:g} MB"),
+    "max_duration_s": ("Longest recording", 60, "{:g} minutes"),
+    "max_windows": ("Most parts over time", 1, "{:g}"),
+}  # what the service calls it -> what people call it, its unit, how it is written
 
 
 def page() -> None:
@@ -107,7 +106,9 @@ def _service(model: ModelInfo | None) -> None:
     if model is not None:
         rows += [("Model", f"{model.name}, version {model.version}")]
         rows += [
-            (name, shown.format(model.limits[key])) for key, (name, shown) in _LIMITS.items() if key in model.limits
+            (name, shown.format(model.limits[key] / unit))
+            for key, (name, unit, shown) in _LIMITS.items()
+            if key in model.limits
         ]
     st.table(pd.DataFrame(rows, columns=["What", "Value"]), hide_index=True, hide_header=True, border="horizontal")
 

@@ -52,7 +52,7 @@ def _segments(recorded: Recorded, heard: Recording) -> list[Segment] | None:
 
 @st.fragment
 def _listen_to_a_part(recorded: Recorded, table: pd.DataFrame) -> None:
-    shown = table[["from", "to", "sounds", "confidence", "lane"]].assign(confidence=100 * table["confidence"])
+    shown = table[["lane", "from", "to", "sounds", "confidence"]].assign(confidence=100 * table["confidence"])
     chosen = st.dataframe(
         shown if table["lane"].nunique() > 1 else shown.drop(columns="lane"),
         hide_index=True,
@@ -62,9 +62,9 @@ def _listen_to_a_part(recorded: Recorded, table: pd.DataFrame) -> None:
         key="part",
         alt="Table of the parts: from, to, what it sounds like, how sure the model is.",
         column_config={
+            "lane": st.column_config.TextColumn("Channel"),
             "from": st.column_config.TextColumn("From"),
             "to": st.column_config.TextColumn("To"),
-            "lane": st.column_config.TextColumn("Channel"),
             "sounds": st.column_config.TextColumn("Sounds"),
             "confidence": st.column_config.ProgressColumn("How sure", format="%.0f %%", min_value=0, max_value=100),
         },

@@ -22,8 +22,6 @@ _TYPES = {
     "webm": "audio/webm",
     "aac": "audio/aac",
 }
-EXTENSIONS = (*_TYPES, "aiff", "aif", "au", "caf", "w64")
-"""What the file chooser offers; the service decides by content."""
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import pandas as pd
 
 from app_pages.drawing import framed
 from app_pages.palette import colour, ink
-from app_pages.words import SILENCE, UNCERTAIN, channel_name, clock, percent, spoken
+from app_pages.words import SILENCE, UNCERTAIN, channel_name, clock, percent, spoken, unsure
 from serve.schema import Segment
 
 _LANE_PX, _REST_PX = 46, 116  # a lane; axis and legend
 _WORD_PX = 66  # a part that is narrower has no room for its word
+_COLUMNS = alt.ExprRef("width < 500 ? 4 : 10")  # of the legend: a phone's width has room for four words
 
 
 def as_table(segments: Sequence[Segment], channels: int) -> pd.DataFrame:
@@ -47,7 +48,7 @@ def as_table(segments: Sequence[Segment], channels: int) -> pd.DataFrame:
 
 def _sounds(part: Segment) -> str:
     if part.label == UNCERTAIN:
-        return f"not sure ({spoken(part.scores[0].label)}?)"
+        return unsure(part.scores[0].label)
     return spoken(part.label)
 
 
@@ -87,7 +88,7 @@ def timeline(table: pd.DataFrame, duration_s: float) -> alt.LayerChart:
         color=alt.Color(
             "word:N",
             scale=colours,
-            legend=alt.Legend(title=None, orient="bottom", columns=4, symbolType="square", symbolStrokeWidth=0),
+            legend=alt.Legend(title=None, orient="bottom", columns=_COLUMNS, symbolType="square", symbolStrokeWidth=0),
         ),
     )
     room = alt.expr(f"width / {len(table) / len(lanes):g} < {_WORD_PX} ? 0 : 1")

@@ -16,6 +16,9 @@ from app_pages.words import percent, spoken
 
 ACCURACY, WEIGHTED_F1, CLASS_RECALL = 0.80, 0.80, 0.75
 _CELL_PX = 42
+CELL = "#1d8f89"
+EMPTY, FULL = 0.06, 0.75
+"""Opacity of a cell without recordings and of one with all of its row: on light and on dark, text can be read on it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def targets_html(accuracy: float, weighted_f1: float, lowest: tuple[float, str])
 
 
 def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> alt.LayerChart:
-    """Rows the labels, columns the answers; colour and text the share of the row."""
+    """Rows the labels, columns the answers; strength of colour and text: the share of the row."""
     table = pd.DataFrame(_cells(classes, counts))
     words = [spoken(name) for name in classes]
     base = alt.Chart(table).encode(
@@ -108,14 +111,10 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> alt.La
         y=alt.Y("label:N", sort=words, title="Label", axis=alt.Axis(domain=False, ticks=False)),
         tooltip=["label", "answer", "recordings", alt.Tooltip("share:Q", format=".0%", title="share of the label")],
     )
-    squares = base.mark_rect(cornerRadius=2).encode(
-        color=alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], range=["#a5d8d3", "#0b5f5b"]), legend=None),
-        opacity=alt.condition("datum.recordings > 0", alt.value(1), alt.value(0.12)),
+    squares = base.mark_rect(cornerRadius=2, color=CELL).encode(
+        opacity=alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[EMPTY, FULL]), legend=None)
     )
-    text = base.mark_text(fontSize=12).encode(
-        text="text:N",
-        color=alt.condition("datum.share > 0.5", alt.value("#ffffff"), alt.value("#062725")),
-    )
+    text = base.mark_text(fontSize=12, color="currentColor").encode(text="text:N")
     return framed(_CELL_PX * len(classes) + 90, squares, text)
 
 

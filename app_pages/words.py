@@ -39,6 +39,15 @@ def spoken(label: str) -> str:
     return {UNCERTAIN: "not sure", SILENCE: "silent"}.get(label, _ADJECTIVES.get(label, label))
 
 
+def unsure(best: str) -> str:
+    """What a table says where the model is not sure: its best guess, as a question.
+
+    >>> unsure("disgust")
+    'not sure (disgusted?)'
+    """
+    return f"{spoken(UNCERTAIN)} ({spoken(best)}?)"
+
+
 def how_sure(confidence: float) -> str:
     """How sure the model is, without the number.
 

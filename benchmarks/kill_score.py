@@ -29,7 +29,6 @@ from pipeline.checkpoint import load_bundle
 from pipeline.onnx_export import ensure_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
-DEADLINE_S = 600.0
 BROKEN = {"empty.wav": b"", "words.wav": b"no audio, only words\n" * 30, "cut.flac": b"fLaC" + bytes(40)}
 Rows = Counter[tuple[object, ...]]
 
@@ -44,8 +43,14 @@ def begin(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    _, error = process.communicate(timeout=DEADLINE_S)
+def finish(process: subprocess.Popen[str], deadline_s: float) -> None:
+    try:
+        _, error = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired as late:
+        process.kill()
+        raise SystemExit(
+            f"a run was not done within {deadline_s:.0f} s; is the machine busy? See --deadline_s"
+        ) from late
     if process.returncode:
         raise SystemExit(f"the command ended with {process.returncode}:\n{error}")
 
@@ -91,7 +96,7 @@ def kill_driver(arguments: argparse.Namespace, out: Path, share: float) -> tuple
         time.sleep(0.1)
     gone_s = time.monotonic() - start_s
     left = sum(bool(command_of(pid)) for pid in family)
-    finish(begin(arguments, out))
+    finish(begin(arguments, out), arguments.deadline_s)
     text = f"driver killed at {found / arguments.files:6.1%} of the rows (wanted {share:.1%})"
     return f"{text}; its {len(family)} processes gone after {gone_s:.1f} s, {left} left", int(hit)
 
@@ -109,7 +114,7 @@ def kill_workers(
         if busy:
             os.kill(int(rng.choice(busy)), signal.SIGKILL)
             kills.append(committed_rows(out) / arguments.files)
-    finish(process)
+    finish(process, arguments.deadline_s)
     return f"workers killed at {', '.join(f'{kill:.1%}' for kill in kills)} of the rows", len(kills)
 
 
@@ -132,6 +137,10 @@ def main() -> None:
     parser.add_argument("--worker_kills", type=int, default=20)
     parser.add_argument("--kills_a_run", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--deadline_s", type=float, default=600, help="a run that takes longer is given up")
+    parser.add_argument(
+        "--scratch", type=Path, help="where the runs are kept meanwhile; default: beside DATA_DIR, for hard links"
+    )
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.model_weights)
     ensure_onnx(bundle)
@@ -141,12 +150,13 @@ def main() -> None:
         f"machine: {machine()}\nmodel: {bundle.name}; "
         f"{arguments.files:,} files, {len(BROKEN)} of them broken; seed {arguments.seed}"
     )
-    with tempfile.TemporaryDirectory(dir=arguments.data_dir.absolute().parent, prefix=".kill-") as scratch:
+    beside = arguments.scratch or arguments.data_dir.absolute().parent
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".kill-") as scratch:
         arguments.folder = linked_folder(arguments.data_dir, Path(scratch) / "audio", arguments.files - len(BROKEN))
         for name, content in BROKEN.items():
             (arguments.folder / name).write_bytes(content)
         start_s = time.monotonic()
-        finish(begin(arguments, Path(scratch) / "undisturbed"))
+        finish(begin(arguments, Path(scratch) / "undisturbed"), arguments.deadline_s)
         print(f"undisturbed run: {time.monotonic() - start_s:.1f} s", flush=True)
         expected = rows_of(Path(scratch) / "undisturbed")
         totals = np.zeros(4, dtype=int)

@@ -30,7 +30,6 @@ from pipeline.corpora import scan_folder
 from pipeline.history import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
-DEADLINE_S = 900.0
 WORKER = "ray::RayTrainWorker"
 
 
@@ -54,8 +53,14 @@ def begin(arguments: argparse.Namespace, out: Path, *more: str) -> subprocess.Po
     return run_job("jobs.train", *words)
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    _, error = process.communicate(timeout=DEADLINE_S)
+def finish(process: subprocess.Popen[str], deadline_s: float) -> None:
+    try:
+        _, error = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired as late:
+        process.kill()
+        raise SystemExit(
+            f"a run was not done within {deadline_s:.0f} s; is the machine busy? See --deadline_s"
+        ) from late
     if process.returncode:
         raise SystemExit(f"the command ended with {process.returncode}:\n{error}")
 
@@ -90,7 +95,7 @@ def kill_worker(arguments: argparse.Namespace, out: Path, moment: float, rng: np
     found = progress(out)
     os.kill(victim, signal.SIGKILL)
     start_s = time.monotonic()
-    finish(process)
+    finish(process, arguments.deadline_s)
     return (
         f"worker killed at epoch {found:.2f} (wanted {moment:.2f}), finished {time.monotonic() - start_s:.0f} s later"
     )
@@ -108,7 +113,7 @@ def kill_driver(arguments: argparse.Namespace, out: Path, moment: float) -> str:
         time.sleep(0.1)
     gone_s, left = time.monotonic() - start_s, sum(bool(command_of(pid)) for pid in family)
     kept = len(read_history(out))
-    finish(begin(arguments, out, "--resume"))
+    finish(begin(arguments, out, "--resume"), arguments.deadline_s)
     text = f"driver killed at epoch {found:.2f} (wanted {moment:.2f}); its {len(family)} processes gone"
     return f"{text} after {gone_s:.1f} s, {left} left; resumed after epoch {kept}"
 
@@ -136,6 +141,7 @@ def main() -> int:
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--kills", type=int, default=5, help="of a worker, and as many of the driver")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--deadline_s", type=float, default=900, help="a run that takes longer is given up")
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
     print(f"machine: {machine()}")
@@ -145,9 +151,9 @@ def main() -> int:
         folder = Path(scratch)
         arguments.features = folder / "features"
         manifest = sample(arguments.data_dir, arguments.clips, folder / "clips.csv")
-        finish(run_job("jobs.extract", "--data_csv", manifest, "--out", arguments.features))
+        finish(run_job("jobs.extract", "--data_csv", manifest, "--out", arguments.features), arguments.deadline_s)
         start_s = time.monotonic()
-        finish(begin(arguments, folder / "undisturbed"))
+        finish(begin(arguments, folder / "undisturbed"), arguments.deadline_s)
         expected = pd.DataFrame(read_history(folder / "undisturbed"))
         print(f"undisturbed run: {len(expected)} epochs, {time.monotonic() - start_s:.0f} s", flush=True)
         for kind in ("worker", "driver"):

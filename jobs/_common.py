@@ -28,14 +28,15 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As argparse, after writing every option's hyphens as underscores."""
         given = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args([_underscored(a) for a in given], namespace)
+        return super().parse_known_args([underscored(a) for a in given], namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2."""
         self.exit(EXIT_USAGE, f"error: {message}; see {self.prog} --help\n")
 
 
-def _underscored(argument: str) -> str:
+def underscored(argument: str) -> str:
+    """An option's name with underscores for hyphens; anything else as it is."""
     if not argument.startswith("--") or argument == "--":
         return argument
     name, equals, value = argument.partition("=")
@@ -61,16 +62,17 @@ def run(
     argv: Sequence[str] | None,
     *,
     prepare: Callable[[Parser, Sequence[str]], Parser] | None = None,
+    parse: Callable[[Parser, Sequence[str]], argparse.Namespace] = Parser.parse_args,
 ) -> int:
     """Parse, run, and turn what happened into an exit code; no traceback ever reaches the user.
 
-    ``prepare`` may change the parser by what it finds on the command line.
+    ``prepare`` may change the parser by what it finds on the command line; ``parse`` reads that line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if prepare is not None:
             parser = prepare(parser, words)
-        arguments = parser.parse_args(words)
+        arguments = parse(parser, words)
     except SystemExit as stop:
         return int(stop.code or 0)
     except SerError as error:

@@ -17,6 +17,7 @@ COMMANDS = {
     "calibrate": "out-of-fold answers -> the temperature of a model",
     "score": "a folder or CSV -> a table of emotions (Ray Data)",
     "infer": "one or a few files -> emotions, without Ray",
+    "submit": "extract, train, evaluate or score on a Ray cluster (Ray jobs)",
     "serve": "the HTTP service on this machine (Ray Serve)",
     "predict": "files -> emotions, by a running service",
     "app": "the web page and the service together",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from jobs.train_options import (
 )
 from pipeline.corpora import label_set
 from pipeline.errors import SerError
+from pipeline.runtime import joins_cluster
 
 if TYPE_CHECKING:
     from pipeline.runs import Plan
@@ -157,7 +157,7 @@ def _device(arguments: argparse.Namespace) -> str:
     import torch
 
     here = torch.cuda.is_available()
-    if arguments.use_gpu and not here and (arguments.num_workers == 0 or not os.environ.get("RAY_ADDRESS")):
+    if arguments.use_gpu and not here and (arguments.num_workers == 0 or not joins_cluster()):
         raise SerError("--use_gpu True, but PyTorch sees no GPU here; leave it out to train on CPUs")
     return "cuda" if (here if arguments.use_gpu is None else arguments.use_gpu) else "cpu"
 

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from jobs._common import Parser, true_or_false
-from pipeline.backends import usable_cpus
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.labels import LabelSet, parse_label_map
@@ -206,11 +205,12 @@ def fit_config(
     Raises:
         SerError: a value out of range, an unknown class or name.
     """
+    from pipeline.cluster import cpus_a_worker
     from pipeline.fit_config import FitConfig
     from pipeline.sampling import parse_class_values
 
     if threads is None:
-        threads = arguments.threads or max(1, usable_cpus() // max(arguments.num_workers, 1))
+        threads = arguments.threads or cpus_a_worker(arguments.num_workers)
     return FitConfig(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,8 @@ def _build_cache(folder: Path, manifest: dict[str, Any], config: FeatureConfig, 
     total = int(manifest["rows"]) - int(manifest["failed"])
     if total == 0:
         raise ShardError(f"{folder} holds no readable recording; see the column error of its parts")
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{cache.name}."))
+    temporary.chmod(0o755)
     try:
         columns = [config.kind, "mel_power"] if manifest["mel_power_frames"] else [config.kind]
         targets: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.arrays import MANIFEST
 from pipeline.errors import SerError
 from pipeline.fit import Record
 from pipeline.folds import Fold
@@ -97,9 +98,12 @@ def _lay_down(plan: Plan, fold: Fold) -> None:
 def _run(todo: dict[str, Plan], side: SideBySide, max_failures: int, on_epoch: FoldCallback) -> None:
     import ray
 
+    from pipeline.cluster import check_nodes
     from pipeline.runtime import start_ray
 
     start_ray()
+    first = next(iter(todo.values()))
+    check_nodes(first.out, [first.features / MANIFEST])
     task = ray.remote(_train_fold).options(num_cpus=side.cpus, num_gpus=side.gpus, max_retries=max_failures)
     device = "cuda" if side.gpus else "cpu"
     seen = {name: len(read_history(plan.out)) for name, plan in todo.items()}

@@ -9,8 +9,8 @@ machines the folder must be on storage that all of them share.
 from __future__ import annotations
 
 import json
-import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ from pipeline.splits import SPLITS
 from pipeline.workers import Workers
 
 PLAN_VERSION = 1
-_LOCK_WAIT_S = 15.0
+LOCK_WAIT_S = 15.0
+LOCK_WAIT_NODES_S = 120.0  # a file server frees the locks of a machine that died only after its lease: NFSv4's is 90 s
 SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
 
 
@@ -182,6 +183,7 @@ def train_here(
     device: str = "cpu",
     on_epoch: EpochCallback | None = None,
     on_batch: BatchCallback | None = None,
+    lock_wait_s: float = LOCK_WAIT_S,
 ) -> FitResult:
     """Train in this process (one worker, or one of several), going on from the run's checkpoint when it has one.
 
@@ -191,7 +193,7 @@ def train_here(
         SerError: as `fit.fit`; another process trains the same run.
     """
     first = Workers.current().rank == 0
-    with _only_writer(plan.out) if first else nullcontext():
+    with _only_writer(plan.out, lock_wait_s) if first else nullcontext():
         data = training_data(plan)
         torch.manual_seed(plan.fit.seed)
         model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
@@ -213,10 +215,10 @@ def train_here(
 
 
 @contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
+def _only_writer(out: Path, wait_s: float) -> Iterator[None]:
     """Hold the run's lock. A killed driver's workers may live on for some seconds: wait for them that long."""
     with (out / ".lock").open("w") as lock:
-        deadline_s = time.monotonic() + _LOCK_WAIT_S
+        deadline_s = time.monotonic() + wait_s
         while not try_lock(lock):
             if time.monotonic() > deadline_s:
                 raise SerError(f"another process trains the run in {out}; wait for it, or end it")
@@ -228,7 +230,7 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write the state whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes
     torch.save(state, temporary)
     temporary.replace(path)
 

@@ -8,20 +8,37 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import SerError
+from pipeline.ray_token import make_token, use_token
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2 s; shorter ones cost the workers CPU time
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",  # as the command itself; Ray's default, 15, starves on a busy machine
 }
 _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
+_STARTS = 3
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the command of a submitted job
+
+
+def joins_cluster() -> bool:
+    """Whether ``start_ray`` joins a Ray that runs already."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the command of a Ray job."""
+    return _JOB in os.environ
 
 
 def start_ray(
@@ -33,11 +50,17 @@ def start_ray(
         num_cpus: logical CPUs of a local Ray, by default those of the machine. Ignored when joining a cluster.
         object_store_bytes: cap of a local Ray's shared memory.
         metrics_port: where a local Ray exports metrics in Prometheus' format; any free port when None.
+
+    Raises:
+        SerError: the machine is too busy to bring Ray up, or the cluster of ``RAY_ADDRESS`` cannot be joined.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    joining = bool(os.environ.get("RAY_ADDRESS"))
-    if not joining:
+    joining = joins_cluster()
+    if joining:
+        use_token()
+    else:
+        make_token()
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # bind everything to 127.0.0.1
     import ray
 
@@ -50,35 +73,81 @@ def start_ray(
         "runtime_env": {"env_vars": _worker_environment()},
     }
     if joining:
-        ray.init(**options)
+        _join(options)
     else:
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
         options |= {"_metrics_export_port": metrics_port} if metrics_port else {}
+        _start_here(options)
+    logging.getLogger("ray").setLevel(level)
+
+
+def _start_here(options: dict[str, Any]) -> None:
+    """Start a local Ray; one that a busy machine has not brought up in time is ended and started anew.
+
+    Raises:
+        SerError: none came up in time.
+    """
+    import ray
+
+    before = _ray_children()
+    for _ in range(_STARTS):
         try:
             ray.init(address="local", **options)
+            return
         except Exception as error:  # Ray raises a bare Exception when its processes are not up within 30 s
             if "timed out" not in str(error):
                 raise
             ray.shutdown()
-            ray.init(address="local", **options)
-        _protect_token()
-    logging.getLogger("ray").setLevel(level)
+            for left in _ray_children() - before:  # Ray forgets those of a start that failed
+                with suppress(ProcessLookupError):
+                    os.kill(left, signal.SIGKILL)
+    raise SerError(
+        f"Ray was not up within 30 s, {_STARTS} times; the machine is too busy: give the command again later"
+    )
+
+
+def _ray_children() -> set[int]:
+    """Ray's processes that this one has started; none where there is no /proc."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
+            if parent == os.getpid() and b"/ray/" in (process / "cmdline").read_bytes():
+                found.add(int(process.name))
+    return found
+
+
+def _join(options: dict[str, Any]) -> None:
+    """Join the cluster of ``RAY_ADDRESS``, or say in one line why that cannot be."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    address = os.environ["RAY_ADDRESS"]
+    if address.startswith(("http://", "https://")):
+        raise SerError(
+            f"RAY_ADDRESS {address} is where jobs are submitted: put 'ser submit' before the command, or set "
+            "RAY_ADDRESS to host:6379 of the head"
+        )
+    try:
+        ray.init(**options)
+    except AuthenticationError as error:
+        raise SerError(
+            f"the Ray cluster at {address} wants its token; copy the head's ~/.ray/auth_token here, mode 600"
+        ) from error
+    except ConnectionError as error:
+        raise SerError(f"no Ray cluster answers at RAY_ADDRESS {address}; start it, or unset RAY_ADDRESS") from error
 
 
 def _worker_environment() -> dict[str, str]:
-    """Variables that workers need to import this project and to stay quiet."""
+    """Variables that workers need to import this project and to stay quiet.
+
+    In a submitted job Ray itself puts the uploaded folder on the workers' path, each node its own copy.
+    """
+    if in_submitted_job():
+        return dict(_QUIET)
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**_QUIET, "PYTHONPATH": path}
-
-
-def _protect_token() -> None:
-    """Ray writes its token readable by everybody; only its owner should read it."""
-    token = Path.home() / ".ray" / "auth_token"
-    try:
-        token.chmod(0o600)
-    except OSError:
-        return  # no token file: the cluster was started with its own authentication
 
 
 def data_context() -> object:
@@ -109,5 +178,5 @@ def task_pool(blocks: int) -> Any:
     import ray
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    wanted = max(2 * cpus, _CLUSTER_TASKS if os.environ.get("RAY_ADDRESS") else 2)
+    wanted = max(2 * cpus, _CLUSTER_TASKS if joins_cluster() else 2)
     return ray.data.TaskPoolStrategy(size=max(1, min(wanted, blocks)))

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from pipeline.blocks import Classifier, Task, in_child, listen_block, make_block, score_block
 from pipeline.checkpoint import Bundle, load_bundle
+from pipeline.cluster import check_nodes, cpus_here
 from pipeline.errors import SerError
 from pipeline.exports import write_exports
 from pipeline.ledger import Ledger, LedgerError, open_ledger
@@ -35,6 +36,7 @@ from pipeline.onnx_export import ensure_onnx
 from pipeline.options import ScoreOptions
 from pipeline.predictions import PARQUET, plain_manifest, write_tables
 from pipeline.run_record import Tally, plan_of, record_of
+from pipeline.runtime import joins_cluster
 
 __all__ = ["Execution", "ScoreOptions", "ScoreRun", "score_manifest"]
 
@@ -210,8 +212,7 @@ def _score(
 def _block_rows(rows: int, *, walked: bool) -> int:
     if walked:
         return _BLOCK_ROWS_WALKED
-    cpus = os.cpu_count() or 1
-    return int(np.clip(-(-rows // (cpus * _BLOCKS_A_CPU)), 16, _BLOCK_ROWS))
+    return int(np.clip(-(-rows // (cpus_here() * _BLOCKS_A_CPU)), 16, _BLOCK_ROWS))
 
 
 def _score_blocks(
@@ -220,7 +221,7 @@ def _score_blocks(
     """Run the blocks; yields each as it is done, in any order."""
     blocks = [make_block(number, paths) for number, paths in todo.items()]
     few = sum(map(len, blocks)) <= FEW and execution.num_cpus is None and not execution.num_gpus
-    if execution.num_cpus == 0 or (few and "RAY_ADDRESS" not in os.environ):
+    if execution.num_cpus == 0 or (few and not joins_cluster()):
         results = in_child(blocks, task)
     else:
         results = _on_ray(blocks, task, execution)
@@ -240,8 +241,10 @@ def _on_ray(blocks: Sequence[pa.Table], task: Task, execution: Execution) -> Ite
     from pipeline.runtime import data_context, start_ray, task_pool
 
     start_ray(execution.num_cpus)
+    recordings = [path for block in blocks for path in block["speech"].to_pylist()]
+    check_nodes(Path(task.notes), [load_bundle(task.weights).weights_path], some_of=recordings)
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if execution.num_gpus > gpus and "RAY_ADDRESS" not in os.environ:
+    if execution.num_gpus > gpus and not joins_cluster():
         raise SerError(f"num_gpus {execution.num_gpus}, but there are {gpus} here; leave --num_gpus out")
     context: Any = data_context()
     context.execution_options.preserve_order = False  # blocks carry their numbers

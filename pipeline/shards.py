@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,6 +102,8 @@ def extract_shards(
             if on_progress:
                 on_progress(finished, len(table), failed)
     shutil.rmtree(out / NOTES, ignore_errors=True)
+    for abandoned in out.glob(".part-*.tmp"):  # of a node that died while it wrote
+        abandoned.unlink(missing_ok=True)
     rows, failed = _count(out, names)
     values = {
         **plan,
@@ -152,9 +154,11 @@ def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter)
     """Run the blocks ``todo`` on Ray Data; yields (rows, failed) for each as it is done."""
     import ray
 
+    from pipeline.cluster import check_nodes
     from pipeline.runtime import data_context, start_ray, task_pool
 
     start_ray()
+    check_nodes(write.out / NOTES, some_of=[path for i in todo for path in blocks[i]["speech"]])
     data_context()
     frames = [blocks[i].assign(_block=i, _row=blocks[i].index) for i in todo]
 
@@ -191,7 +195,7 @@ class BlockWriter:
             rows.extend(self._rows(record, decode_in_subprocess if apart else load_middle))
         notes.close()
         target = self.out / part_name(block)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes
         try:
             pq.write_table(self._to_arrow(batch, rows), temporary, compression="zstd", compression_level=1)
             temporary.replace(target)

@@ -8,7 +8,6 @@ new driver with `--resume` both go on from it. Limits: the run folder must be vi
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -17,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.arrays import MANIFEST
+from pipeline.cluster import alive_nodes, check_nodes
 from pipeline.errors import SerError
 from pipeline.fit import DivergedError, Record, Run
 from pipeline.history import read_history
-from pipeline.runs import Plan, train_here
-from pipeline.runtime import start_ray
+from pipeline.runs import LOCK_WAIT_NODES_S, LOCK_WAIT_S, Plan, train_here
+from pipeline.runtime import joins_cluster, start_ray
 
 _BEAT_S = 0.5
 
@@ -49,6 +50,7 @@ def train_on_ray(
         KeyboardInterrupt: Ctrl-C; the workers are gone, the checkpoint is that of the last finished epoch.
     """
     start_ray()
+    check_nodes(plan.out, [plan.features / MANIFEST])
     _check_gpus(num_workers if use_gpu else 0)
     shutil.rmtree(_storage(plan), ignore_errors=True)  # of a driver that was killed
     trainer = _trainer(plan, num_workers, use_gpu, max_failures)
@@ -74,7 +76,7 @@ def _check_gpus(wanted: int) -> None:
     import ray
 
     found = int(ray.cluster_resources().get("GPU", 0))
-    if wanted > found and not os.environ.get("RAY_ADDRESS"):
+    if wanted > found and not joins_cluster():
         raise SerError(f"{wanted} workers need a GPU each, this machine has {found}; train with fewer, or on CPUs")
 
 
@@ -91,16 +93,29 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    several = joins_cluster() and len(alive_nodes()) > 1
     free = float(ray.cluster_resources().get("CPU", 1))
     wanted = float(plan.fit.threads or 1)
-    resources = {"CPU": max(0.1, min(wanted, free / (2 * num_workers)))}  # room for other tasks, even on few CPUs
-    if use_gpu:
-        resources["GPU"] = 1
+    if not several:
+        wanted = max(0.1, min(wanted, free / (2 * num_workers)))  # room for other tasks, even on few CPUs
+    resources = {"CPU": wanted} | ({"GPU": 1} if use_gpu else {})
     return TorchTrainer(
         _worker,
-        train_loop_config={"plan": plan.to_dict(), "out": str(plan.out.absolute()), "use_gpu": use_gpu},
+        train_loop_config={
+            "plan": plan.to_dict(),
+            "out": str(plan.out.absolute()),
+            "use_gpu": use_gpu,
+            "several": several,
+        },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            placement_strategy="SPREAD"
+            if several and not use_gpu
+            else "PACK",  # CPUs are the bottleneck, GPUs the link
+        ),
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",  # never used twice: Ray would silently go on with the old one
             storage_path=str(_storage(plan)),
@@ -121,7 +136,13 @@ def _worker(config: dict[str, Any]) -> Any:
         ray.train.report({name: value for name, value in record.items() if value is not None})
 
     try:
-        train_here(plan, device=str(get_device()) if config["use_gpu"] else "cpu", on_epoch=report, on_batch=beat)
+        train_here(
+            plan,
+            device=str(get_device()) if config["use_gpu"] else "cpu",
+            on_epoch=report,
+            on_batch=beat,
+            lock_wait_s=LOCK_WAIT_NODES_S if config["several"] else LOCK_WAIT_S,
+        )
     except DivergedError as error:
         return str(error)
     return None

@@ -50,12 +50,6 @@ def model() -> AppTest:
 
 
 def upload(page: AppTest, *recordings: tuple[str, bytes]) -> AppTest:
-    files = [(name, data, "audio/wav") for name, data in recordings]
-    return page.file_uploader[0].set_value(files if len(files) > 1 else files[0]).run()
-
-
-def drop(page: AppTest, *recordings: tuple[str, bytes]) -> AppTest:
-    """Onto the page for many, whose drop zone takes a list."""
     return page.file_uploader[0].set_value([(name, data, "audio/wav") for name, data in recordings]).run()
 
 
@@ -129,11 +123,28 @@ def test_the_same_recording_is_asked_for_once(fake: FakeService) -> None:
     assert fake.heard == ["anna_happy_train.ogg", "a.wav"]
 
 
-def test_a_recording_that_is_taken_away_is_gone(fake: FakeService) -> None:
-    page = upload(listen(), ("a.wav", spoken("sad")))
-    page.file_uploader[0].set_value(None).run()
-    assert "sad" not in html(page)
+def test_a_voice_that_is_taken_back_is_gone(fake: FakeService) -> None:
+    page = listen()
+    page.audio_input[0].set_value(("audio.wav", spoken("happy"), "audio/wav")).run()
+    assert "sounds happy" in html(page)
+    page.audio_input[0].set_value(None).run()
+    assert "sounds happy" not in html(page)
     assert "Upload a recording" in page.info[0].value
+
+
+def test_several_recordings_become_a_table(fake: FakeService) -> None:
+    page = upload(listen(), ("a.wav", spoken("sad")), ("b.wav", spoken("angry")), ("l.csv", b"file,label\na.wav,sad\n"))
+    assert not page.exception
+    assert page.title[0].value == "Many recordings"
+    assert list(page.dataframe[0].value["sounds"]) == ["sad", "angry"]
+    assert "How many are right?" in [header.value for header in page.header]
+
+
+def test_after_an_upload_there_is_room_for_the_next(fake: FakeService) -> None:
+    page = upload(listen(), ("a.wav", spoken("sad")))
+    assert not page.file_uploader[0].value
+    page.run()
+    assert "sounds sad" in html(page)
 
 
 def test_examples_are_there_to_be_clicked(fake: FakeService) -> None:
@@ -236,7 +247,7 @@ def test_address_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPat
 
 
 def test_many_become_a_table_with_failures_and_reasons(fake: FakeService) -> None:
-    page = drop(
+    page = upload(
         many(),
         ("a.wav", spoken("sad")),
         ("b.wav", spoken("happy", confidence=0.3)),
@@ -246,19 +257,19 @@ def test_many_become_a_table_with_failures_and_reasons(fake: FakeService) -> Non
     assert page.header[0].value == "2 answered, 1 could not be used"
     table = page.dataframe[0].value
     assert list(table["file"]) == ["a.wav", "b.wav"]
-    assert list(table["sounds"]) == ["sad", "not sure"]
+    assert list(table["sounds"]) == ["sad", "not sure (happy?)"]
     assert list(table["confidence"]) == pytest.approx([80, 30])
     assert page.table[0].value.to_numpy().tolist() == [["c.wav", "This file is empty."]]
 
 
 def test_file_names_are_no_markdown(fake: FakeService) -> None:
-    page = drop(many(), ("![x](http://evil/x.png).wav", refused("empty_file")))
+    page = upload(many(), ("![x](http://evil/x.png).wav", refused("empty_file")))
     assert page.table[0].value["File"][0] == r"\!\[x\](http\://evil/x.png).wav"
 
 
 def test_many_can_be_found_filtered_and_sorted(fake: FakeService) -> None:
     files = [("cat.wav", "sad", 0.6), ("dog.wav", "happy", 0.9), ("cow.wav", "sad", 0.7)]
-    page = drop(many(), *[(name, spoken(label, confidence=p)) for name, label, p in files])
+    page = upload(many(), *[(name, spoken(label, confidence=p)) for name, label, p in files])
 
     def shown() -> list[str]:
         return list(page.dataframe[0].value["file"])
@@ -272,9 +283,9 @@ def test_many_can_be_found_filtered_and_sorted(fake: FakeService) -> None:
 
 
 def test_the_same_file_twice_is_in_the_list_once(fake: FakeService) -> None:
-    page = drop(many(), ("a.wav", spoken("sad")), ("a.wav", spoken("sad")))
+    page = upload(many(), ("a.wav", spoken("sad")), ("a.wav", spoken("sad")))
     assert "1 of these recordings was in the list already" in page.info[0].value
-    page = drop(page, ("a.wav", spoken("sad")), ("a.wav", spoken("sad", take=2)))
+    page = upload(page, ("a.wav", spoken("sad")), ("a.wav", spoken("sad", take=2)))
     assert list(page.dataframe[0].value["file"]) == ["a.wav", "a.wav"]
     assert len(fake.heard) == 2
 
@@ -282,7 +293,7 @@ def test_the_same_file_twice_is_in_the_list_once(fake: FakeService) -> None:
 def test_what_was_answered_survives_a_service_that_goes_away(fake: FakeService) -> None:
     fake.after = 16  # the client sends 16 recordings a request
     files = [(f"{i:02d}.wav", spoken("sad", take=i)) for i in range(20)]
-    page = drop(many(), *files)
+    page = upload(many(), *files)
     assert "does not answer" in page.warning[0].value
     fake.after = 10**9
     page.run()
@@ -293,7 +304,7 @@ def test_what_was_answered_survives_a_service_that_goes_away(fake: FakeService) 
 
 def test_labels_beside_the_recordings_give_a_verdict(fake: FakeService) -> None:
     labels = b"speech,label\nsome/folder/a.wav,sad\nb.wav,happiness\nc.wav,0\nd.wav,calm\n"
-    page = drop(
+    page = upload(
         many(),
         ("a.wav", spoken("sad")),
         ("b.wav", spoken("sad", take=2)),
@@ -310,13 +321,13 @@ def test_labels_beside_the_recordings_give_a_verdict(fake: FakeService) -> None:
 
 
 def test_wrong_labels_are_told_and_cost_nothing(fake: FakeService) -> None:
-    page = drop(many(), ("a.wav", spoken("sad")), ("labels.csv", b"file,label\na.wav,bored\n"))
+    page = upload(many(), ("a.wav", spoken("sad")), ("labels.csv", b"file,label\na.wav,bored\n"))
     assert "“bored”" in page.error[0].value
     assert list(page.dataframe[0].value["file"]) == ["a.wav"]
 
 
 def test_the_list_can_be_cleared(fake: FakeService) -> None:
-    page = drop(many(), ("a.wav", spoken("sad")))
+    page = upload(many(), ("a.wav", spoken("sad")))
     page = press(page, "Clear the list")
     assert not page.dataframe
     page = press(page, "Use the examples")

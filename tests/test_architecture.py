@@ -24,6 +24,8 @@ PACKAGES = ("pipeline", "jobs", "serve", "app_pages")
 # Who may import Ray at all. Everybody else reaches it through these.
 RAY_MODULES = {
     "pipeline.runtime",
+    "pipeline.cluster",
+    "pipeline.ray_jobs",
     "pipeline.shards",
     "pipeline.train",
     "pipeline.scoring",
@@ -38,7 +40,7 @@ LAYERS = (
     {"errors", "labels", "audio", "features", "augment", "sampling", "models", "losses", "metrics"},
     {"corpora", "splits", "arrays", "checkpoint", "report"},
     {"fit", "onnx_export", "predictor"},
-    {"runtime", "shards", "train", "scoring", "protocols"},
+    {"runtime", "cluster", "ray_jobs", "shards", "train", "scoring", "protocols"},
 )
 
 

@@ -198,12 +198,11 @@ def test_the_card_says_data_licence_recipe_limits_and_forbidden_uses(plan: Plan)
     assert "## Figures" not in text
 
 
-def test_two_processes_cannot_train_one_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_LOCK_WAIT_S", 0.2)
+def test_two_processes_cannot_train_one_run(plan: Plan) -> None:
     with (plan.out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SerError, match="another process trains the run"):
-            train_here(plan)
+            train_here(plan, lock_wait_s=0.2)
     train_here(plan)
 
 
