@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+APP    := $(VENV)/.ready-app
+DEV    := $(VENV)/.ready-dev
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
 
@@ -14,9 +17,17 @@ setup: $(READY)   ## virtual environment with exactly the packages of requiremen
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) --no-compile -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+$(APP): requirements-app.txt $(READY)
+	$(PIP) --no-compile -r requirements-app.txt
+	@touch $@
+
+$(DEV): requirements-dev.txt requirements-app.txt $(READY)
+	$(PIP) --no-compile -r requirements-dev.txt
+	@touch $@ $(APP)
 
 demo: $(READY)    ## score samples/ with the shipped model; your own: make demo DATA=/path/to/folder
 	@$(BIN)/python samples/demo.py --out demo_report $(if $(DATA),--data "$(DATA)")
@@ -27,30 +38,30 @@ ravdess: $(READY) ## download the RAVDESS speech recordings (CC BY-NC-SA 4.0), r
 serve: $(READY)   ## the HTTP service on http://127.0.0.1:8000; options: make serve ARGS="--bundles runs/first"
 	@$(BIN)/python -m jobs.serve $(ARGS)
 
-app: $(READY)     ## the web page and its service, on http://localhost:8501; options: make app ARGS="--port 8600"
+app: $(APP)       ## the web page and its service, on http://localhost:8501; options: make app ARGS="--port 8600"
 	@$(BIN)/python -m jobs.app $(ARGS)
 
-test: $(READY)    ## the tests, in a few minutes
+test: $(DEV)    ## the tests, in a few minutes
 	$(BIN)/python -m pytest
 
-test-slow: $(READY)   ## the tests that take longer
+test-slow: $(DEV)   ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-test-browser: $(READY)  ## the tests in a real browser; needs chromium (CHROMIUM=/usr/bin/chromium)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2 greenlet==3.5.6 axe-playwright-python==0.1.8
+test-browser: $(DEV)  ## the tests in a real browser; needs chromium (CHROMIUM=/usr/bin/chromium)
+	$(PIP) playwright==1.65.2 greenlet==3.5.6 axe-playwright-python==0.1.8
 	$(BIN)/python -m pytest -m browser
 
-bench-features: $(READY)  ## speed of decoding, features and extraction: make bench-features DATA=/path/to/recordings
+bench-features: $(DEV)  ## speed of decoding, features and extraction: make bench-features DATA=/path/to/recordings
 	$(BIN)/python -m benchmarks.bench_features --data_dir "$(DATA)"
 	$(BIN)/python -m benchmarks.bench_extract --data_dir "$(DATA)"
 
-bench-score: $(READY)  ## speed of batch scoring, end to end: make bench-score DATA=/path/to/recordings
+bench-score: $(DEV)  ## speed of batch scoring, end to end: make bench-score DATA=/path/to/recordings
 	$(BIN)/python -m benchmarks.bench_score --data_dir "$(DATA)"
 
-bench-train: $(READY)  ## speed of training: make bench-train FEATURES=/folder/of/jobs.extract
+bench-train: $(DEV)  ## speed of training: make bench-train FEATURES=/folder/of/jobs.extract
 	$(BIN)/python -m benchmarks.bench_train --features "$(FEATURES)"
 
-kill-tests: $(READY)  ## processes killed in the middle of training and scoring: make kill-tests DATA=/path/to/recordings
+kill-tests: $(DEV)  ## processes killed in the middle of training and scoring: make kill-tests DATA=/path/to/recordings
 	$(BIN)/python -m benchmarks.kill_train --data_dir "$(DATA)"
 	$(BIN)/python -m benchmarks.kill_score --data_dir "$(DATA)"
 
@@ -58,22 +69,22 @@ reproduce: $(READY)  ## train the shipped model again, on its committed split: m
 	$(BIN)/python -m jobs.train --data_dir "$(DATA)" --split_csv models/splits/ravdess_split.csv \
 	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out runs/reproduced
 
-bench-serve: $(READY)  ## the service beside the model in process, killed workers, hostile uploads; about 15 minutes
+bench-serve: $(DEV)  ## the service beside the model in process, killed workers, hostile uploads; about 15 minutes
 	$(BIN)/python -m benchmarks.bench_serve
 	$(BIN)/python -m benchmarks.kill_replica
 	$(BIN)/python -m benchmarks.upload_attacks
 
-bench-page: $(READY)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
+bench-page: $(DEV)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
 	$(BIN)/python -m benchmarks.bench_page
 
-fuzz: $(READY)    ## 10,000 mutated recordings through the decoder
+fuzz: $(DEV)    ## 10,000 mutated recordings through the decoder
 	$(BIN)/python -m benchmarks.fuzz_audio --count 10000
 
-fuzz-api: $(READY)  ## every check of schemathesis against the running service
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check schemathesis==4.32.5
+fuzz-api: $(DEV)  ## every check of schemathesis against the running service
+	$(PIP) schemathesis==4.32.5
 	$(BIN)/python -m benchmarks.fuzz_api
 
-lint: $(READY)    ## ruff and mypy --strict
+lint: $(DEV)    ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

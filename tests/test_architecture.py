@@ -222,22 +222,35 @@ def test_light_commands_load_neither_ray_nor_torch(module: str, tmp_path: Path) 
     assert not loaded & {"ray", "torch", "matplotlib", "sklearn"}
 
 
-def _pinned() -> set[str]:
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
+REQUIREMENTS = ("requirements.txt", "requirements-app.txt", "requirements-dev.txt")
+
+
+def _pins(name: str) -> list[str]:
+    """Names that a requirements file pins."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith(("#", "-r "))]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .+)?", pin) for pin in pins), "every line pins one exact version"
-    return {_normalised(pin.split("==")[0]) for pin in pins}
+    return [_normalised(pin.split("==")[0]) for pin in pins]
+
+
+def _pinned() -> set[str]:
+    return {name for file in REQUIREMENTS for name in _pins(file)}
 
 
 def _normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_every_dependency_is_pinned() -> None:
+def test_every_dependency_is_pinned_once_in_the_file_that_needs_it() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
-    names = {_normalised(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
-    assert names <= _pinned()
+    extras = project["optional-dependencies"]
+    needed = ([*project["dependencies"], *extras["serve"]], extras["app"], [d for e in extras.values() for d in e])
+    available: set[str] = set()
+    for file, wanted in zip(REQUIREMENTS, needed, strict=True):
+        available |= set(_pins(file))
+        assert {_normalised(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted} <= available, file
+    every = [name for file in REQUIREMENTS for name in _pins(file)]
+    assert len(every) == len(set(every)), "pinned twice"
 
 
 def test_every_third_party_import_is_declared() -> None:
