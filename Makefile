@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
+.PHONY: help setup demo serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page page-pictures fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -62,6 +62,9 @@ bench-serve: $(READY)  ## the service beside the model in process, killed worker
 
 bench-page: $(READY)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
 	$(BIN)/python -m benchmarks.bench_page
+
+page-pictures: $(READY)  ## docs/page-*.png anew, with the shipped model; after make test-browser
+	$(BIN)/python -m docs.take_page_pictures
 
 fuzz: $(READY)    ## 10,000 mutated recordings through the decoder
 	$(BIN)/python -m benchmarks.fuzz_audio --count 10000
