@@ -7,7 +7,8 @@ APP    := $(VENV)/.ready-app
 DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
+.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train kill-tests
+.PHONY: reproduce bench-serve bench-page page-pictures video fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -77,7 +78,13 @@ bench-serve: $(DEV)  ## the service beside the model in process, killed workers,
 bench-page: $(DEV)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
 	$(BIN)/python -m benchmarks.bench_page
 
-fuzz: $(DEV)    ## 10,000 mutated recordings through the decoder
+page-pictures: $(DEV)  ## docs/page-*.png anew, with the shipped model; after make test-browser
+	$(BIN)/python -m docs.take_page_pictures
+
+video: $(DEV)     ## docs/demo.mp4 anew, filmed: make video DATA=/path/to/RAVDESS; after make test-browser; needs chromium, ffmpeg
+	$(BIN)/python docs/film/demo.py --data_dir "$(DATA)"
+
+fuzz: $(DEV)      ## 10,000 mutated recordings through the decoder
 	$(BIN)/python -m benchmarks.fuzz_audio --count 10000
 
 fuzz-api: $(DEV)  ## every check of schemathesis against the running service
