@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
+.PHONY: help setup demo serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve load-test bench-page fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -59,6 +59,10 @@ bench-serve: $(READY)  ## the service beside the model in process, killed worker
 	$(BIN)/python -m benchmarks.bench_serve
 	$(BIN)/python -m benchmarks.kill_replica
 	$(BIN)/python -m benchmarks.upload_attacks
+
+load-test: $(READY)  ## locust against a running service: make load-test ARGS="--users 16 --run-time 60s"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check locust==2.47.0
+	$(BIN)/python -m locust --headless -f benchmarks/locustfile.py $(ARGS)
 
 bench-page: $(READY)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
 	$(BIN)/python -m benchmarks.bench_page
