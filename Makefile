@@ -8,7 +8,7 @@ DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train kill-tests
-.PHONY: reproduce bench-serve bench-page page-pictures video fuzz fuzz-api lint clean
+.PHONY: reproduce bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -74,6 +74,10 @@ bench-serve: $(DEV)  ## the service beside the model in process, killed workers,
 	$(BIN)/python -m benchmarks.bench_serve
 	$(BIN)/python -m benchmarks.kill_replica
 	$(BIN)/python -m benchmarks.upload_attacks
+
+load-test: $(DEV)  ## locust against a running service: make load-test ARGS="--users 16 --run-time 60s"
+	$(PIP) locust==2.47.0
+	$(BIN)/python -m locust --headless -f benchmarks/locustfile.py $(ARGS)
 
 bench-page: $(DEV)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
 	$(BIN)/python -m benchmarks.bench_page
