@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
+.PHONY: help setup demo serve app test test-slow test-cluster test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -46,6 +46,9 @@ bench-score: $(READY)  ## speed of batch scoring, end to end: make bench-score D
 
 bench-train: $(READY)  ## speed of training: make bench-train FEATURES=/folder/of/jobs.extract
 	$(BIN)/python -m benchmarks.bench_train --features "$(FEATURES)"
+
+test-cluster: $(READY)  ## three nodes on this machine: jobs across them, nodes killed, cables cut, the head restarted; about an hour
+	$(BIN)/python -m benchmarks.cluster_nodes $(ARGS)
 
 kill-tests: $(READY)  ## processes killed in the middle of training and scoring: make kill-tests DATA=/path/to/recordings
 	$(BIN)/python -m benchmarks.kill_train --data_dir "$(DATA)"
