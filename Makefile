@@ -7,8 +7,8 @@ APP    := $(VENV)/.ready-app
 DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train simulate-scale kill-tests
-.PHONY: reproduce bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
+.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train simulate-scale
+.PHONY: kill-tests test-cluster reproduce bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -61,6 +61,9 @@ bench-score: $(DEV)  ## speed of batch scoring, end to end: make bench-score DAT
 
 bench-train: $(DEV)  ## speed of training: make bench-train FEATURES=/folder/of/jobs.extract
 	$(BIN)/python -m benchmarks.bench_train --features "$(FEATURES)"
+
+test-cluster: $(DEV)  ## three nodes on this machine: jobs across them, nodes killed, cables cut, the head restarted; about an hour
+	$(BIN)/python -m benchmarks.cluster_nodes $(ARGS)
 
 simulate-scale: $(DEV)  ## what the driver costs at 100,000 files: scoring with the model replaced by a sleep
 	$(BIN)/python -m benchmarks.simulate_scale

@@ -1,10 +1,11 @@
 """Several nodes for real: extraction, training and scoring across them, nodes killed, cables cut, the head restarted.
 
-    python -m benchmarks.cluster_nodes [--nodes 3 --kills 5 --cuts 1 --head_restarts 1 --files 1200 --seed 0] [--scaling]
+    python -m benchmarks.cluster_nodes [--nodes 3 --kills 5 --cuts 1 --head_restarts 1 --files 1200 --seed 0]
+    python -m benchmarks.cluster_nodes --scaling [--turns 3]
 
 The nodes are network namespaces of this machine where that is permitted (root, iproute2), see ``benchmarks.hosts``.
-First each job is given once with ``ray job submit`` and left alone, and it is counted where its work was seen. Then, with
-``ser submit``, each job meets ``--kills`` nodes killed (all their processes at once; never the head), ``--cuts`` nodes
+First each job is given once with ``ray job submit`` and left alone, and it is counted where its work was seen. Then,
+with ``ser submit``, each job meets ``--kills`` nodes killed (all their processes; never the head), ``--cuts`` nodes
 whose cable is out for 20 s, and ``--head_restarts`` deaths of the head, at shares of the work drawn from ``--seed``. A
 job that stops is given again (training with ``--resume``). Rows lost, doubled and different are counted against the
 undisturbed run. ``--scaling`` instead measures extraction and scoring on 1 and on 2 nodes with one CPU each.

@@ -27,6 +27,24 @@ HIDDEN = ("pipeline", "jobs", "serve", "models", "benchmarks", "tests")
 START_S = 300.0
 TRIES = 4
 PORT, DASHBOARD = 6379, 8265
+# `ray`, but a raylet may take minutes instead of Ray's fixed 30 s to be known: several start at once on a busy machine
+PATIENT_RAY = f"""
+import sys, time, ray._private.services as services
+known = services.get_node
+def get_node(*words):
+    end_s = time.monotonic() + {START_S}
+    while True:
+        try:
+            return known(*words)
+        except RuntimeError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.5)
+services.get_node = get_node
+from ray.scripts.scripts import main
+sys.argv[0] = "ray"
+main()
+"""
 
 
 @dataclass
@@ -119,7 +137,7 @@ class Hosts:
             "HOME": str(host.home),
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_S),
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(round(START_S)),
             "RAY_COLOR_PREFIX": "0",
             "OMP_NUM_THREADS": "1",
         }
@@ -156,7 +174,7 @@ class Hosts:
         resources = ["--num-cpus", str(self.cpus), "--object-store-memory", str(200 * 2**20), "--block"]
         where = ["--node-ip-address", host.address, "--disable-usage-stats"]
         if host is self.head:
-            words = ["ray", "start", "--head", "--port", str(self.port), "--dashboard-port", str(self.dashboard)]
+            words = ["start", "--head", "--port", str(self.port), "--dashboard-port", str(self.dashboard)]
             words += [
                 "--dashboard-host",
                 "127.0.0.1",
@@ -164,11 +182,11 @@ class Hosts:
                 "/tmp/ray" if self.real else str(self.folder / "ray"),
             ]
         else:
-            words = ["ray", "start", "--address", f"{self.head.address}:{self.port}"]
+            words = ["start", "--address", f"{self.head.address}:{self.port}"]
         for _ in range(TRIES):
             with host.log.open("ab") as log:
                 host.main = subprocess.Popen(
-                    self.inside(host, [*words, *where, *resources]),
+                    self.inside(host, [sys.executable, "-c", PATIENT_RAY, *words, *where, *resources]),
                     env=self.environment(host), cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     start_new_session=True,
                 )  # fmt: skip

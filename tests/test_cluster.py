@@ -17,7 +17,7 @@ Ask = Callable[[Sequence[Node], str, str, Sequence[str]], dict[Node, str | None]
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``nodes(TWO, ask)``: a cluster that was joined; ``ask`` answers for the nodes, by default they see what we see."""
+    """``nodes(TWO, ask)``: a cluster that was joined; ``ask`` answers for the nodes, by default as we do."""
 
     def here(found: Sequence[Node], probe: str, content: str, paths: Sequence[str]) -> dict[Node, str | None]:
         return {node: cluster._look(probe, content, paths, node.id) for node in found}
