@@ -1,4 +1,6 @@
-"""Draws docs/architecture.svg, the data's way: python docs/draw_architecture.py
+"""Draws docs/architecture.svg, the data's way.
+
+    python docs/draw_architecture.py
 
 Light and dark by the reader's own setting; no dependency beyond the standard library.
 """
@@ -11,9 +13,11 @@ from pathlib import Path
 OUT = Path(__file__).with_name("architecture.svg")
 WIDTH, HEIGHT = 1000, 640
 STYLE = """
-  svg { --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #8b949e; --data: #eef6fc; --code: #f6f8fa; --use: #fff4ea; }
+  svg { --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #8b949e;
+        --data: #eef6fc; --code: #f6f8fa; --use: #fff4ea; }
   @media (prefers-color-scheme: dark) {
-    svg { --paper: #171b21; --ink: #e6e9ee; --soft: #a7b0bb; --line: #6b7684; --data: #16324a; --code: #222831; --use: #432f1d; }
+    svg { --paper: #171b21; --ink: #e6e9ee; --soft: #a7b0bb; --line: #6b7684;
+          --data: #16324a; --code: #222831; --use: #432f1d; }
   }
   .paper { fill: var(--paper) } .ink { fill: var(--ink) } .soft { fill: var(--soft) }
   rect.data { fill: var(--data); stroke: #0072b2 } rect.code { fill: var(--code); stroke: var(--line) }
