@@ -28,7 +28,10 @@ def usage() -> str:
     """The list of commands."""
     lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return (
-        "usage: ser COMMAND [options]\n\n" + "\n".join(lines) + "\n\nser COMMAND --help tells each command's options."
+        "usage: ser COMMAND [options]\n\n"
+        + "\n".join(lines)
+        + "\n\nser COMMAND --help tells each command's options."
+        + "\nexample: ser infer --file samples/ben_sad_window.wav"
     )
 
 

@@ -28,7 +28,7 @@ def build_parser() -> Parser:
         epilog="example: python -m jobs.serve --bundles runs/first --max_replicas 2",
     )
     parser.add_argument("--host", default="127.0.0.1", help=f"beyond loopback {API_KEY_VARIABLE} must be set")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
     parser.add_argument("--metrics_port", type=int, default=8080, help="Prometheus metrics (default 8080)")
     for name, field in Settings.model_fields.items():
         kind = {"type": str, "metavar": "A,B"} if name in _LISTS else {"type": field.annotation}

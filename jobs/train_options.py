@@ -85,7 +85,7 @@ def add_data_options(parser: Parser) -> None:
 def add_model_options(parser: Parser) -> None:
     """Model, sampling, loss and augmentation."""
     group = parser.add_argument_group("model and loss")
-    group.add_argument("--model", choices=MODELS, default="inception")
+    group.add_argument("--model", choices=MODELS, default="inception", help="the network (default inception)")
     group.add_argument("--dropout", type=float, help="default: the model's own (inception 0.4, cnn_bilstm 0.3)")
     group.add_argument(
         "--oversample_boost",
@@ -99,7 +99,9 @@ def add_model_options(parser: Parser) -> None:
         metavar="balanced|none|CLASS:WEIGHT,...",
         help="weights in the loss (default none)",
     )
-    group.add_argument("--label_smoothing", type=float, default=0.0)
+    group.add_argument(
+        "--label_smoothing", type=float, default=0.0, help="share of the target spread over all classes (default 0)"
+    )
     group.add_argument(
         "--use_focal",
         type=true_or_false,
@@ -107,14 +109,16 @@ def add_model_options(parser: Parser) -> None:
         metavar="True|False",
         help="focal loss instead of cross-entropy",
     )
-    group.add_argument("--focal_gamma", type=float, default=2.0)
+    group.add_argument("--focal_gamma", type=float, default=2.0, help="how far easy clips count less (default 2)")
     group.add_argument(
         "--augment",
         default="",
         metavar="NAME,...",
         help="crop,stretch,shift,masks,mixup,gain,noise,band,pitch (default none)",
     )
-    group.add_argument("--mixup_alpha", type=float, default=0.2)
+    group.add_argument(
+        "--mixup_alpha", type=float, default=0.2, help="of the Beta distribution that mixes (default 0.2)"
+    )
 
 
 def add_recipe_option(parser: Parser) -> None:
@@ -156,12 +160,14 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 def add_loop_options(parser: Parser) -> None:
     """Epochs, optimiser, seed."""
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=50)
+    group.add_argument("--epochs", type=int, default=50, help="at most so many (default 50)")
     group.add_argument("--batch_size", type=int, default=64, help="of all workers together (default 64)")
-    group.add_argument("--lr", type=float, default=1e-4)
-    group.add_argument("--weight_decay", type=float, default=1e-5)
-    group.add_argument("--scheduler", choices=("cosine", "onecycle"), default="cosine")
-    group.add_argument("--warmup_epochs", type=float, default=0.0)
+    group.add_argument("--lr", type=float, default=1e-4, help="highest learning rate (default 1e-4)")
+    group.add_argument("--weight_decay", type=float, default=1e-5, help="of AdamW (default 1e-5)")
+    group.add_argument(
+        "--scheduler", choices=("cosine", "onecycle"), default="cosine", help="course of the learning rate"
+    )
+    group.add_argument("--warmup_epochs", type=float, default=0.0, help="rise to the highest rate (default 0)")
     group.add_argument("--clip_norm", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
     group.add_argument("--ema", type=float, default=0.0, help="decay of the average of weights, as 0.995; 0: none")
     group.add_argument(
@@ -170,7 +176,7 @@ def add_loop_options(parser: Parser) -> None:
         default=7,
         help="epochs without a better validation F1 before stopping; 0: never stop early",
     )
-    group.add_argument("--seed", type=int, default=42)
+    group.add_argument("--seed", type=int, default=42, help="of weights, order and augmentation (default 42)")
 
 
 def add_worker_options(parser: Parser) -> None:

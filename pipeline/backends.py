@@ -74,6 +74,7 @@ class OnnxBackend:
         self._session = session
 
     def logits(self, features: Array) -> Array:
+        """Float32 ``(n, classes)`` of float32 ``(n, *input_shape)``."""
         result: Any = self._session.run(["logits"], {"features": features})[0]
         return np.asarray(result, dtype=np.float32)
 
@@ -98,6 +99,7 @@ class TorchBackend:
         self._model = model.to(memory_format=self._format)  # type: ignore[call-overload]
 
     def logits(self, features: Array) -> Array:
+        """Float32 ``(n, classes)`` of float32 ``(n, *input_shape)``."""
         import torch
 
         with torch.inference_mode():

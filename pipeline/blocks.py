@@ -111,7 +111,11 @@ class Classifier:
 
 
 def in_child(blocks: Sequence[pa.Table], task: Task) -> Iterator[pa.Table]:
-    """``score_block`` of each, in a child process, which is replaced when a decoder takes it down."""
+    """``score_block`` of each, in a child process, which is replaced when a decoder takes it down.
+
+    Raises:
+        SerError: a block that the child died at again and again, or an error of the child itself.
+    """
     pending = list(blocks)
     deaths = 0
     while pending:
@@ -162,7 +166,11 @@ def _answer_blocks(connection: Connection, task: Task) -> None:
 
 @lru_cache(maxsize=1)
 def open_predictor(task: Task) -> Predictor:
-    """The process's Predictor, one math thread: a task has one CPU."""
+    """The process's Predictor, one math thread: a task has one CPU.
+
+    Raises:
+        SerError: the bundle is another one than when scoring began.
+    """
     predictor = Predictor.from_bundle(
         task.weights, device=task.device, threads=1, batch_size=task.batch_size, crops=task.options.crops
     )

@@ -67,7 +67,11 @@ class Bundle:
         return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights, on the CPU."""
+        """The weights, each of any shape, on the CPU.
+
+        Raises:
+            BundleError: the file cannot be read, or holds no weights.
+        """
         import torch
 
         try:
@@ -80,7 +84,11 @@ class Bundle:
         return state
 
     def build_model(self) -> nn.Module:
-        """The network with its weights, in evaluation mode, on the CPU."""
+        """The network with its weights, in evaluation mode, on the CPU.
+
+        Raises:
+            BundleError: weights that cannot be read, or do not fit the model.
+        """
         from pipeline.models import build_model
 
         model = build_model(self.model_name, dict(self.model_options), len(self.labels), self.features.input_shape)

@@ -160,6 +160,9 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
 
     Columns: MFCC, delta, delta-delta (``n_mfcc`` each), log-mel in dB (``n_mels``), then spectral centroid, bandwidth,
     85 % rolloff, flatness, zero-crossing rate and RMS, as librosa defines them, on one hop.
+
+    Raises:
+        FeatureError: fewer mel bands than MFCCs are asked for.
     """
     import librosa
 

@@ -98,7 +98,7 @@ def _wilson(right: int, n: int) -> Interval:
 
 
 def interval(value: float, samples: Floats, n: int) -> Interval | None:
-    """Interval of a metric in 0..1 measured on ``n`` recordings, from its resampled values.
+    """Interval of a metric in 0..1 measured on ``n`` recordings, from its resampled values ``(resamples,)``.
 
     A value of exactly 0 or 1 that no resample moved gets the exact binomial bound instead.
     """

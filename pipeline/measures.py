@@ -82,14 +82,20 @@ def in_top(truth: Ints, probabilities: Floats, k: int) -> NDArray[np.bool_]:
 
 
 def log_loss(truth: Ints, probabilities: Floats) -> float:
-    """Mean ``-ln p(true class)``, in nats; probabilities clipped at float64's epsilon like scikit-learn."""
+    """Mean ``-ln p(true class)``, in nats; probabilities clipped at float64's epsilon like scikit-learn.
+
+    ``truth`` is ``(n,)`` class indices, ``probabilities`` ``(n, classes)``.
+    """
     own = np.take_along_axis(probabilities, truth[:, None], axis=1)
     epsilon = np.finfo(np.float64).eps
     return float(-np.log(np.clip(own, epsilon, 1 - epsilon)).mean())
 
 
 def brier(truth: Ints, probabilities: Floats) -> float:
-    """Mean over recordings of the squared distance to the one-hot truth, summed over classes (0 to 2)."""
+    """Mean over recordings of the squared distance to the one-hot truth, summed over classes (0 to 2).
+
+    ``truth`` is ``(n,)`` class indices, ``probabilities`` ``(n, classes)``.
+    """
     own = np.take_along_axis(probabilities, truth[:, None], axis=1)[:, 0]
     return float(((probabilities**2).sum(axis=1) - 2 * own + 1).mean())
 
@@ -111,7 +117,7 @@ class Reliability:
 
 
 def reliability(confidence: Floats, correct: NDArray[np.bool_], n_bins: int = CALIBRATION_BINS) -> Reliability:
-    """Accuracy against confidence in ``n_bins`` equal bins."""
+    """Accuracy against confidence in ``n_bins`` equal bins, of ``(n,)`` recordings."""
     edges = np.linspace(0, 1, n_bins + 1)
     index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)
     n = np.bincount(index, minlength=n_bins).astype(np.int64)
@@ -136,7 +142,7 @@ class RiskCoverage:
 
 
 def risk_coverage(confidence: Floats, correct: NDArray[np.bool_]) -> RiskCoverage:
-    """Risk at every coverage k/n; recordings of equal confidence share their errors, whatever their order."""
+    """Risk at every coverage k/n, ``(n,)``; recordings of equal confidence share their errors, whatever their order."""
     values, group, sizes = np.unique(-confidence, return_inverse=True, return_counts=True)
     wrong = np.bincount(group, weights=~correct, minlength=len(values))
     errors = np.cumsum(np.repeat(wrong / sizes, sizes))

@@ -121,7 +121,7 @@ def _top2_hits(found: Outcomes) -> Ints | None:
 
 
 def speaker_groups(table: pd.DataFrame) -> tuple[Ints | None, str | None]:
-    """Speaker index of each row, or the reason why there is no interval over speakers."""
+    """Speaker index of each row, ``(n,)``, or the reason why there is no interval over speakers."""
     if "speaker" not in table.columns:
         return None, "no speaker column"
     named = table["speaker"].notna() & (table["speaker"].astype(str).str.strip() != "")

@@ -136,7 +136,11 @@ class Predictor:
         return self.bundle.labels
 
     def log_probabilities(self, features: Array) -> Floats:
-        """Calibrated log-probabilities, float64 ``(n, classes)``, of float32 features ``(n, *input_shape)``."""
+        """Calibrated log-probabilities, float64 ``(n, classes)``, of float32 features ``(n, *input_shape)``.
+
+        Raises:
+            SerError: features of another shape.
+        """
         expected = self.bundle.features.input_shape
         if features.shape[1:] != expected:
             raise SerError(f"expected features (n, {', '.join(map(str, expected))}), got {features.shape}")

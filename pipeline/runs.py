@@ -156,7 +156,11 @@ def training_data(plan: Plan) -> TrainingData:
 
 
 def rows_of(table: pd.DataFrame, part: pd.DataFrame, folder: Path) -> np.ndarray:
-    """Positions in `table` of the recordings of a split, by `row_id`."""
+    """Positions in `table` of the recordings of a split, by `row_id`.
+
+    Raises:
+        SerError: the table lacks one of them.
+    """
     position = {str(row_id): i for i, row_id in enumerate(table["row_id"])}
     try:
         return np.array([position[str(row_id)] for row_id in part["row_id"]], dtype=np.int64)

@@ -80,7 +80,11 @@ def _given_split(table: pd.DataFrame, inner_val: float, by: str, seed: int) -> d
 
 
 def divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(the larger part, the held-out part) of ``table``."""
+    """(the larger part, the held-out part) of ``table``.
+
+    Raises:
+        ManifestError: a share outside 0..1, or too few recordings or speakers for it.
+    """
     if not 0 <= share < 1:
         raise ManifestError(f"the share of the {what} part must be at least 0 and below 1, got {share}")
     if share == 0:

@@ -37,7 +37,7 @@ class Workers:
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all workers, in place."""
+        """The sum over all workers of a tensor (of any shape, the same everywhere), in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value

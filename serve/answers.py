@@ -53,7 +53,7 @@ def usable(prediction: Prediction) -> Prediction:
 
 
 def scores(labels: Sequence[str], probabilities: NDArray[np.float64], top_k: int | None) -> list[schema.Score]:
-    """Classes and probabilities, most probable first."""
+    """Classes and their probabilities ``(classes,)``, most probable first."""
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [schema.Score(label=labels[i], score=float(probabilities[i])) for i in order]
 
