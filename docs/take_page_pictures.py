@@ -104,11 +104,11 @@ VIEWS: dict[str, tuple[str, Callable[[Any], None], bool]] = {
 """Name -> address, how to get there, and whether the whole page is taken or only the first screenful."""
 
 
-def take(browser: Any, address: str, view: str, size: str, scheme: str, out: Path) -> None:
+def take(page: Any, address: str, view: str, size: str, scheme: str, out: Path) -> None:
     """One picture, in 256 colours."""
     path, prepare, whole = VIEWS[view]
     width, height = SIZES[size]
-    page = tab(browser, width, height, scheme)
+    page.set_viewport_size({"width": width, "height": height})
     page.goto(f"{address}/{path}")
     page.wait_for_selector("h1")
     prepare(page)
@@ -122,7 +122,6 @@ def take(browser: Any, address: str, view: str, size: str, scheme: str, out: Pat
     taken = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     few = taken.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # keeps rare colours apart
     few.save(out / f"page-{view}-{size}-{scheme}.png", optimize=True)
-    page.close()
 
 
 def main() -> None:
@@ -137,10 +136,11 @@ def main() -> None:
         url = arguments.service or stack.enter_context(started(ours())).url
         _, address = stack.enter_context(page_process(url))
         browser = stack.enter_context(chromium())
-        for view in arguments.views.split(","):
-            for size in SIZES:
-                for scheme in SCHEMES:
-                    take(browser, address, view, size, scheme, arguments.out)
+        for scheme in SCHEMES:
+            page = tab(browser, scheme=scheme)
+            for view in arguments.views.split(","):
+                for size in SIZES:
+                    take(page, address, view, size, scheme, arguments.out)
 
 
 if __name__ == "__main__":
