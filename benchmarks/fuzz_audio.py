@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import multiprocessing
 import platform
 import tempfile
@@ -39,14 +40,14 @@ Random = np.random.Generator
 
 
 class Outcome(NamedTuple):
-    """`result`: "ok", an error code, or one of `_FAILURES`; `cpu_s`: seconds of CPU; `rss_mib`: memory held after."""
+    """`result`: "ok", an error code, or one of `_FAILURES`; `cpu_s`: seconds of CPU; `held_mib`: memory held after."""
 
     index: int
     name: str
     result: str
     detail: str
     cpu_s: float
-    rss_mib: float
+    held_mib: float
     peak_mib: float
 
 
@@ -56,19 +57,8 @@ def mutated(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]
     name = sorted(files)[index % len(files)]
     data = bytearray(files[name])
     for _ in range(rng.integers(1, 4)):
-        mutations = (
-            _flip_bits,
-            _overwrite,
-            _cut_tail,
-            _cut_head,
-            _remove,
-            _repeat,
-            _insert,
-            _forge_header,
-            _forge_header,
-        )
         if len(data):
-            data = mutations[rng.integers(len(mutations))](data, rng)
+            data = _MUTATIONS[rng.integers(len(_MUTATIONS))](data, rng)
     if rng.random() < 0.05:  # the head of this one on the body of another
         other = files[sorted(files)[rng.integers(len(files))]]
         cut = int(rng.integers(1, 200))
@@ -177,7 +167,15 @@ def child(answers: Connection, indices: range, seed: int) -> None:
             cpu_s = time.process_time() - started_s
             if cpu_s > HANG_CPU_S:
                 result, detail = "hang", f"{cpu_s:.1f} s"
-            answers.send(Outcome(index, name, result, detail, cpu_s, _memory_mib("VmRSS"), _memory_mib("VmHWM")))
+            answers.send(Outcome(index, name, result, detail, cpu_s, _held_mib(), _memory_mib("VmHWM")))
+
+
+def _held_mib() -> float:
+    """Memory in use: glibc keeps freed blocks for later, which would look like a leak, so they are given back first."""
+    c_library = ctypes.CDLL(None)
+    if hasattr(c_library, "malloc_trim"):
+        c_library.malloc_trim(0)
+    return _memory_mib("VmRSS")
 
 
 def _memory_mib(field: str) -> float:
@@ -226,10 +224,10 @@ def print_summary(outcomes: list[Outcome], children: int, seconds: float) -> boo
     for outcome in outcomes:
         if outcome.result in _FAILURES:
             print(f"  case {outcome.index} ({outcome.name}): {outcome.result}, {outcome.detail}")
-    measured = [outcome for outcome in outcomes if outcome.rss_mib]
+    measured = [outcome for outcome in outcomes if outcome.held_mib]
     tenth = max(len(measured) // 10, 1)
-    before = float(np.median([outcome.rss_mib for outcome in measured[tenth : 2 * tenth] or measured]))
-    after = float(np.median([outcome.rss_mib for outcome in measured[-tenth:]]))
+    before = float(np.median([outcome.held_mib for outcome in measured[tenth : 2 * tenth] or measured]))
+    after = float(np.median([outcome.held_mib for outcome in measured[-tenth:]]))
     peak = max(outcome.peak_mib for outcome in measured)
     slowest = max(measured, key=lambda outcome: outcome.cpu_s)
     print(f"memory held: {before:.0f} MiB after a tenth, {after:.0f} MiB at the end; peak {peak:.0f} MiB")

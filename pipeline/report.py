@@ -33,6 +33,16 @@ __all__ = ["Targets", "terminal_summary", "write_comparison", "write_report"]
 
 SHOWN_MISTAKES = 20
 SHOWN_FAILURES = 50
+_TABLES = (
+    "verdict per_class confusion_counts confusion_normalised breakdowns reliability risk_coverage mistakes failures"
+)
+_FIGURES = "confusion_matrix per_class reliability risk_coverage"
+_OUTPUTS = (
+    *(f"{name}.csv" for name in _TABLES.split()),
+    *(f"{name}.{form}" for name in _FIGURES.split() for form in ("png", "svg")),
+    "metrics.json",
+    "report.html",
+)
 _CLIP_RATE_HZ = 22_050
 _CLIP_LIMIT_S = 10.0
 _MISTAKE_COLUMNS = ("speech", "speaker", "label_name", "predicted", "confidence", "p_true", "duration_s")
@@ -50,12 +60,13 @@ def write_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate ``predictions`` and write everything into ``out`` (made when missing).
+    """Evaluate ``predictions`` and write everything into ``out`` (made when missing), in place of an earlier report.
 
     Args:
-        predictions: a scores table; without any ``label_name`` the page says so and has no metrics. labels:
-        class names in index order. out: folder of the report. meta: how the predictions were made (model,
-        sha256, versions, command ...), shown as it is; ``model`` and
+        predictions: a scores table; without any ``label_name`` the page says so and has no metrics.
+        labels: class names in index order.
+        out: folder of the report.
+        meta: how the predictions were made (model, sha256, versions, command ...), shown as it is; ``model`` and
             ``data`` also appear at the top of the page.
         targets: of the verdict.
         embed_audio: how many of the most confident mistakes can be played in the page.
@@ -71,6 +82,8 @@ def write_report(
     """
     out.mkdir(parents=True, exist_ok=True)
     evaluation = evaluate(predictions, labels, targets=targets, resamples=resamples, seed=seed)
+    for name in _OUTPUTS:  # of a report with labels, or of another model, nothing may stay beside this one
+        (out / name).unlink(missing_ok=True)
     evaluation |= {"meta": dict(meta), "leak_check": leak_check, "mistakes": []}
     failures = _failures(predictions)
     evaluation["failures"] = _failure_summary(failures)

@@ -13,6 +13,7 @@ from toy_data import CONFIG, FRAMES, mel_powers, middle
 from pipeline.augment import _N_COLUMNS, NAMES, POWER_NAMES, AugmentConfig, Augmenter, Draws, _Column, normalise_batch
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig, normalise_power
+from pipeline.shards import _pitch_shift
 
 N_OUT = CONFIG.n_frames
 ALWAYS = {f"{name}_p": 1.0 for name in (*POWER_NAMES, "pitch")}
@@ -165,6 +166,16 @@ def test_masks_set_whole_rows_and_columns_to_the_mean_and_no_more_than_allowed(s
     assert 24 < frames.sum(dim=1).max() <= 48
     assert bands.sum(dim=1).float().mean() == pytest.approx(8, abs=1)  # two masks of 0..8, which may overlap
     assert Augmenter(AugmentConfig(), config).mask(features, draws(200)) is features
+
+
+@pytest.mark.parametrize("semitones", [-1.0, 1.0])
+def test_a_pitch_shifted_copy_is_as_long_and_a_semitone_off(semitones: float) -> None:
+    tone = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000).astype(np.float32)
+    shifted = _pitch_shift(tone, FeatureConfig(), semitones)
+    assert shifted.shape == tone.shape
+    assert np.isfinite(shifted).all()
+    peak_hz = int(np.abs(np.fft.rfft(shifted * np.hanning(48_000))).argmax())  # 1 s: a bin is 1 Hz
+    assert peak_hz == pytest.approx(440 * 2 ** (semitones / 12), abs=2)
 
 
 def test_probabilities_are_kept() -> None:

@@ -199,6 +199,8 @@ def test_options_reach_the_settings() -> None:
     assert settings("--class_weights", "balanced").class_weights == pytest.approx((2 / 3, 2.0, 1.0))
     assert settings("--oversample-boost", "1:2.0,sad:3").oversample_boost == {1: 2.0, 2: 3.0}
     assert settings("--augment", "crop, mixup,").augment == ("crop", "mixup")
+    every = "crop,pitch,stretch,noise,gain,band,masks,mixup"
+    assert settings("--augment", every).augment == tuple(every.split(","))
     assert settings("--use_focal", "False").use_focal is False
     given = settings(
         "--scheduler", "onecycle", "--ema", "0.9", "--clip_norm", "1", "--warmup_epochs", "2", "--threads", "3"

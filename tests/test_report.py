@@ -175,6 +175,8 @@ def test_pictures_are_readable_files(folder: Path) -> None:
 @pytest.mark.usefixtures("no_drawing")
 def test_no_labels_no_metrics_and_it_says_so(tmp_path: Path) -> None:
     table = made_predictions(30, failed=2).drop(columns=["label", "label_name"])
+    for name in ("confusion_matrix.png", "mistakes.csv", "reliability.svg"):
+        (tmp_path / name).write_text("of an earlier report")
     found = write_report(table, LABELS, tmp_path, meta={})
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "No labels" in page.text

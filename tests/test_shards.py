@@ -149,6 +149,7 @@ def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path)
     table = load_features(tmp_path / "copies").table
     assert table["row_id"].tolist() == ["0", "0-1", "0+1", "1", "1-1", "1+1"]
     assert table["parent_id"].tolist() == ["", "0", "0", "", "1", "1"]
+    assert table["label"].tolist() == [label for label in good["label"] for _ in range(3)]
 
 
 def test_wrong_configuration_version_or_part_is_refused(manifest: pd.DataFrame, tmp_path: Path) -> None:
