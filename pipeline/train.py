@@ -19,7 +19,8 @@ from typing import Any
 
 from pipeline.errors import SerError
 from pipeline.fit import DivergedError, Record, Run
-from pipeline.history import read_history
+from pipeline.history import HISTORY, read_history
+from pipeline.memory import IN_WORKERS
 from pipeline.runs import Plan, train_here
 from pipeline.runtime import start_ray
 
@@ -105,6 +106,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
             name=f"attempt-{time.time_ns()}",  # never used twice: Ray would silently go on with the old one
             storage_path=str(_storage(plan)),
             failure_config=FailureConfig(max_failures=max_failures),
+            worker_runtime_env={"env_vars": IN_WORKERS},
         ),
     )
 
@@ -165,6 +167,7 @@ class _Watch:
     ) -> None:
         self.out, self.on_epoch, self.on_batch = out, on_epoch, on_batch
         self.seen = len(read_history(out))
+        self.read: tuple[int, ...] = ()  # what history.csv was when it was last read
         self.last: list[int] = []
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -183,7 +186,7 @@ class _Watch:
             self._look()
 
     def _look(self) -> None:
-        for record in read_history(self.out)[self.seen :]:
+        for record in self._new_records():
             self.seen += 1
             if self.on_epoch is not None:
                 self.on_epoch(record)
@@ -193,3 +196,15 @@ class _Watch:
             if progress != self.last:
                 self.last = progress
                 self.on_batch(*progress)
+
+    def _new_records(self) -> list[Record]:
+        """Epochs not told yet; the file is read only after it was replaced, so that watching costs no CPU time."""
+        try:
+            status = (self.out / HISTORY).stat()
+        except FileNotFoundError:
+            return []
+        found = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if found == self.read:
+            return []
+        self.read = found
+        return read_history(self.out)[self.seen :]
