@@ -97,6 +97,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
     resources = {"CPU": max(0.1, min(wanted, free / (2 * num_workers)))}  # room for other tasks, even on few CPUs
     if use_gpu:
         resources["GPU"] = 1
+    memory: dict[str, Any] = {"worker_runtime_env": {"env_vars": IN_WORKERS}}  # mypy sees an older RunConfig
     return TorchTrainer(
         _worker,
         train_loop_config={"plan": plan.to_dict(), "out": str(plan.out.absolute()), "use_gpu": use_gpu},
@@ -106,7 +107,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
             name=f"attempt-{time.time_ns()}",  # never used twice: Ray would silently go on with the old one
             storage_path=str(_storage(plan)),
             failure_config=FailureConfig(max_failures=max_failures),
-            worker_runtime_env={"env_vars": IN_WORKERS},
+            **memory,
         ),
     )
 
