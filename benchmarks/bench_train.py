@@ -3,8 +3,9 @@
     python -m benchmarks.bench_train --features FEATURES [--repeats 3 --epochs 4 --batch_size 64]
 
 - loop: an epoch of ``fit.py`` (batches made on the way, with augmentation) against a bare PyTorch loop over the same
-  batches, made beforehand and fed from RAM: same model, optimiser, threads and memory format; and the bare loop with
-  plain NCHW tensors. Sides take turns, an epoch each.
+  batches, made beforehand and fed from RAM: same model, optimiser, threads and memory format; the bare loop in a
+  process that keeps freed memory (``pipeline.memory``); and with plain NCHW tensors. Each side has a process of its
+  own; they take turns, an epoch each.
 - ray: ``jobs.train`` with ``--num_workers 0`` on all threads, with one Ray worker on all threads, and with as many
   workers of one thread; seconds from one line of ``history.csv`` to the next, so validation, checkpoint and Ray's own
   exchanges count, and starting does not. Sides take turns, a run each; the first epoch of a run is left out.
@@ -16,13 +17,17 @@ A figure is the median over all epochs of a side, a ratio the median over the tu
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +38,16 @@ from benchmarks.processes import machine
 from pipeline.arrays import load_features
 from pipeline.batches import TrainingData, from_arrays
 from pipeline.corpora import label_set
-from pipeline.fit import Run
+from pipeline.fit import Run, batches_of
 from pipeline.fit_config import FitConfig
 from pipeline.losses import ClassificationLoss
+from pipeline.memory import keep_freed_memory
 from pipeline.models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 AUGMENT = ("crop", "stretch", "shift", "masks", "mixup")
 Batch = tuple[Tensor, Tensor]
+FIT, BARE, KEPT, NCHW = SIDES = ("fit.py", "bare loop", "bare loop, memory kept", "bare loop, NCHW")
 
 
 def all_clips(features: Path) -> TrainingData:
@@ -59,7 +66,7 @@ def bare_loop(data: TrainingData, config: FitConfig, batches: Sequence[Batch]) -
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss_of = ClassificationLoss(data.n_classes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def epoch() -> None:
         model.train()
@@ -77,34 +84,76 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start_s
 
 
-def loop(arguments: argparse.Namespace) -> None:
-    """Print the loop's epoch time against the bare loop's."""
+def fit_loop(data: TrainingData, config: FitConfig) -> Run:
+    """The same epoch through ``fit.py``."""
+    torch.manual_seed(config.seed)
+    return Run(build_model("inception", {}, data.n_classes, data.config.input_shape), data, config)
+
+
+def run_side(name: str, arguments: argparse.Namespace, connection: Connection) -> None:
+    """One side, in a process of its own: for each ``epoch`` or ``batches`` asked for, the seconds it took."""
     data = all_clips(arguments.features)
     config = FitConfig(batch_size=arguments.batch_size, augment=AUGMENT, threads=arguments.threads)
-    plain = FitConfig(batch_size=arguments.batch_size, channels_last=False)
-    torch.manual_seed(config.seed)
-    run = Run(build_model("inception", {}, data.n_classes, data.config.input_shape), data, config)
-    batches = list(run.batches.epoch(1))
-    sides: dict[str, Callable[[], object]] = {
-        "fit.py": run.epoch,
-        "bare loop": bare_loop(data, config, batches),
-        "bare loop, NCHW": bare_loop(data, plain, batches),
-    }
-    for call in sides.values():
-        call()  # warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(arguments.repeats):
-        for name, call in sides.items():
-            seconds[name].append(timed(call))
-        print(f"  turn {repeat + 1}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
-    making_s = statistics.median(timed(lambda: list(run.batches.epoch(2))) for _ in range(3))
-    clips = len(data.train_rows)
-    print(f"an epoch of {clips} clips in batches of {arguments.batch_size}, {arguments.threads} threads, medians:")
+    torch.set_num_threads(arguments.threads)
+    making = batches_of(data, config)
+    if name == FIT:
+        epoch: Callable[[], object] = fit_loop(data, config).epoch
+    else:
+        if name == KEPT:
+            keep_freed_memory()
+        epoch = bare_loop(data, replace(config, channels_last=name != NCHW), list(making.epoch(1)))
+    epoch()  # warm-up
+    connection.send(len(data.train_rows))
+    calls: dict[str, Callable[[], object]] = {"epoch": epoch, "batches": lambda: list(making.epoch(2))}
+    while (asked := connection.recv()) is not None:
+        connection.send(timed(calls[asked]))
+
+
+@contextmanager
+def sides_of(arguments: argparse.Namespace) -> Iterator[dict[str, Connection]]:
+    """A process for each side, ready."""
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, Connection] = {}
+    processes = []
+    try:
+        for name in SIDES:
+            found[name], theirs = context.Pipe()
+            process = context.Process(target=run_side, args=(name, arguments, theirs), daemon=True)
+            process.start()
+            processes.append(process)
+            theirs.close()
+            arguments.clips = found[name].recv()
+        yield found
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def loop(arguments: argparse.Namespace) -> None:
+    """Print the loop's epoch time against the bare loop's."""
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+
+    def ask(side: Connection, what: str) -> float:
+        side.send(what)
+        return float(side.recv())
+
+    with sides_of(arguments) as sides:
+        for repeat in range(arguments.repeats):
+            for name, side in sides.items():
+                seconds[name].append(ask(side, "epoch"))
+            print(f"  turn {repeat + 1}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
+        making_s = statistics.median(ask(sides[FIT], "batches") for _ in range(3))
+    print(
+        f"an epoch of {arguments.clips} clips, batches of {arguments.batch_size}, {arguments.threads} threads, medians:"
+    )
     for name, values in seconds.items():
-        print(f"  {name:<16} {statistics.median(values):7.2f} s")
-    print(f"  {'making batches':<16} {making_s:7.2f} s of fit.py's, with {', '.join(AUGMENT)}")
-    result("fit.py against the bare loop", seconds["bare loop"], seconds["fit.py"], 0.95)
-    result("channels-last against NCHW", seconds["bare loop, NCHW"], seconds["bare loop"])
+        print(f"  {name:<24} {statistics.median(values):7.2f} s")
+    print(f"  {'making batches':<24} {making_s:7.2f} s of fit.py's, with {', '.join(AUGMENT)}")
+    result("fit.py against the bare loop", seconds[BARE], seconds[FIT], 0.95)
+    result("fit.py against the bare loop that keeps freed memory, as fit.py does", seconds[KEPT], seconds[FIT])
+    result("channels-last against NCHW", seconds[NCHW], seconds[BARE])
+    result("freed memory kept against given back", seconds[BARE], seconds[KEPT])
 
 
 def epoch_seconds(arguments: argparse.Namespace, workers: int, threads: int, out: Path) -> list[float]:

@@ -80,7 +80,7 @@ def wait_for(process: subprocess.Popen[str], out: Path, moment: float) -> None:
     while progress(out) < moment or not workers_of(process.pid):
         if process.poll() is not None:
             raise SystemExit(f"the run ended before epoch {moment:.2f}:\n{process.communicate()[1]}")
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def workers_of(driver: int) -> list[int]:

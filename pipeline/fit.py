@@ -26,6 +26,7 @@ from pipeline.errors import SerError
 from pipeline.fit_config import FitConfig
 from pipeline.losses import ClassificationLoss
 from pipeline.measures import scores, tally
+from pipeline.memory import keep_freed_memory
 from pipeline.sampling import WeightedSampler
 from pipeline.schedules import learning_rates
 from pipeline.workers import Workers
@@ -120,6 +121,8 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config, self.data, self.device = config, data, torch.device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.workers = Workers.current()
         self.batches = batches_of(data, config)
         self.loss = ClassificationLoss(

@@ -20,7 +20,8 @@ from pipeline.arrays import MANIFEST
 from pipeline.cluster import alive_nodes, check_nodes
 from pipeline.errors import SerError
 from pipeline.fit import DivergedError, Record, Run
-from pipeline.history import read_history
+from pipeline.history import HISTORY, read_history
+from pipeline.memory import IN_WORKERS
 from pipeline.runs import LOCK_WAIT_NODES_S, LOCK_WAIT_S, Plan, train_here
 from pipeline.runtime import joins_cluster, start_ray
 
@@ -99,6 +100,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
     if not several:
         wanted = max(0.1, min(wanted, free / (2 * num_workers)))  # room for other tasks, even on few CPUs
     resources = {"CPU": wanted} | ({"GPU": 1} if use_gpu else {})
+    memory: dict[str, Any] = {"worker_runtime_env": {"env_vars": IN_WORKERS}}  # mypy sees an older RunConfig
     return TorchTrainer(
         _worker,
         train_loop_config={
@@ -120,6 +122,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
             name=f"attempt-{time.time_ns()}",  # never used twice: Ray would silently go on with the old one
             storage_path=str(_storage(plan)),
             failure_config=FailureConfig(max_failures=max_failures),
+            **memory,
         ),
     )
 
@@ -186,6 +189,7 @@ class _Watch:
     ) -> None:
         self.out, self.on_epoch, self.on_batch = out, on_epoch, on_batch
         self.seen = len(read_history(out))
+        self.read: tuple[int, ...] = ()  # what history.csv was when it was last read
         self.last: list[int] = []
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -204,7 +208,7 @@ class _Watch:
             self._look()
 
     def _look(self) -> None:
-        for record in read_history(self.out)[self.seen :]:
+        for record in self._new_records():
             self.seen += 1
             if self.on_epoch is not None:
                 self.on_epoch(record)
@@ -214,3 +218,15 @@ class _Watch:
             if progress != self.last:
                 self.last = progress
                 self.on_batch(*progress)
+
+    def _new_records(self) -> list[Record]:
+        """Epochs not told yet; the file is read only after it was replaced, so that watching costs no CPU time."""
+        try:
+            status = (self.out / HISTORY).stat()
+        except FileNotFoundError:
+            return []
+        found = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if found == self.read:
+            return []
+        self.read = found
+        return read_history(self.out)[self.seen :]

@@ -198,6 +198,15 @@ def test_gradients_are_clipped() -> None:
     assert min(norms) > 0.009  # they were longer before
 
 
+def test_mixed_precision_is_left_to_gpus() -> None:
+    assert FitConfig().mixed_precision
+    assert_same(trained(epochs=1).weights, trained(epochs=1, mixed_precision=False).weights)
+    data = toy_data()
+    run = Run(toy_model(), data, FitConfig(**FAST))
+    with run._autocast():
+        assert run.model(torch.from_numpy(data.features[:1])).dtype == torch.float32
+
+
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     features = toy_data().features.copy()
     features[::3] = np.nan
