@@ -62,7 +62,7 @@ bench-serve: $(READY)  ## the service beside the model in process, killed worker
 
 load-test: $(READY)  ## locust against a running service: make load-test ARGS="--users 16 --run-time 60s"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check locust==2.47.0
-	$(BIN)/python -m locust --headless -f benchmarks/locustfile.py $(ARGS)
+	$(BIN)/python -m locust --headless --only-summary -f benchmarks/locustfile.py $(ARGS)
 
 bench-page: $(READY)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
 	$(BIN)/python -m benchmarks.bench_page
