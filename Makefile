@@ -83,7 +83,7 @@ bench-serve: $(DEV)  ## the service beside the model in process, killed workers,
 
 load-test: $(DEV)  ## locust against a running service: make load-test ARGS="--users 16 --run-time 60s"
 	$(PIP) locust==2.47.0
-	$(BIN)/python -m locust --headless -f benchmarks/locustfile.py $(ARGS)
+	$(BIN)/python -m locust --headless --only-summary -f benchmarks/locustfile.py $(ARGS)
 
 bench-page: $(DEV)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
 	$(BIN)/python -m benchmarks.bench_page

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +29,13 @@ _HEALTH_TIMEOUT = httpx.Timeout(5.0, connect=2.0)
 
 def _authorization(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _only(part: Sequence[tuple[str, bytes]], error: BadRecording) -> Failure:
+    """The answer for the only recording of a refused request; raises ``error`` where the recording is not to blame."""
+    if len(part) > 1 or error.code == "invalid_request":
+        raise error
+    return Failure(name=part[0][0], problem=error.problem)
 
 
 class Client:
@@ -97,9 +104,7 @@ class Client:
             try:
                 yield from self.predict_together(part, **options).files
             except BadRecording as error:
-                if len(part) > 1 or error.code == "invalid_request":
-                    raise
-                yield Failure(name=part[0][0], problem=error.problem)
+                yield _only(part, error)
 
     def explain(self, source: Source, **options: Any) -> Explanation:
         """Which parts of the picture speak for the predicted label; options ``channels, model``."""
@@ -175,6 +180,15 @@ class AsyncClient:
         """See ``Client.predict_together``."""
         return read(await self._send("POST", "/v1/predict", **form(sources, options)), Prediction)
 
+    async def predict_each(self, sources: Iterable[Source], **options: Any) -> AsyncIterator[Recording | Failure]:
+        """See ``Client.predict_each``."""
+        for part in parts(sources):
+            try:
+                for answer in (await self.predict_together(part, **options)).files:
+                    yield answer
+            except BadRecording as error:
+                yield _only(part, error)
+
     async def explain(self, source: Source, **options: Any) -> Explanation:
         """See ``Client.explain``."""
         return read(await self._send("POST", "/v1/explain", **form([source], options)), Explanation)
@@ -187,10 +201,17 @@ class AsyncClient:
         """See ``Client.model``."""
         return read(await self._send("GET", "/v1/model", params={"model": name} if name else {}), ModelInfo)
 
+    async def live(self) -> bool:
+        """See ``Client.live``."""
+        return await self._healthy("/v2/health/live")
+
     async def ready(self) -> bool:
         """See ``Client.ready``."""
+        return await self._healthy("/v2/health/ready")
+
+    async def _healthy(self, path: str) -> bool:
         try:
-            return (await self._http.get(self.base_url + "/v2/health/ready", timeout=_HEALTH_TIMEOUT)).is_success
+            return (await self._http.get(self.base_url + path, timeout=_HEALTH_TIMEOUT)).is_success
         except (httpx.HTTPError, httpx.InvalidURL):
             return False
 

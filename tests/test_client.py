@@ -261,6 +261,12 @@ def test_the_awaited_client_is_the_same(service: LocalService, waits: list[float
             found = await client.predict(wav(), top_k=2)
             assert len(found.scores) == 2
             assert await client.ready()
+            assert await client.live()
+            for sources in ([wav(), b"words"], [b"words"]):
+                statuses = [answer.status async for answer in client.predict_each(sources)]
+                assert statuses == ["ok", "failed"][-len(sources) :]
+            with pytest.raises(BadRecording):
+                [answer async for answer in client.predict_each([wav()], top_k=0)]
             assert (await client.model()).name == "tiny"
             assert (await client.classify(wav()))[:2] == found.scores
             assert (await client.explain(wav())).label == found.label
@@ -271,6 +277,8 @@ def test_the_awaited_client_is_the_same(service: LocalService, waits: list[float
         async with AsyncClient(URL, transport=busy) as client:
             assert (await client.predict(b"data")).name == "a"
         assert len(seen) == 2
+        async with AsyncClient("http://127.0.0.1:9") as nobody:
+            assert not await nobody.live()
 
     asyncio.run(scenario())
     assert waits == [1.0]

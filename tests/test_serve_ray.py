@@ -270,6 +270,7 @@ def _workers() -> list[int]:
 def test_every_metric_of_ours_is_exported_with_its_help(http: httpx.Client) -> None:
     import ray
 
+    problem_of(http.post("/v1/predict", **form(b"words")), 400, "not_audio")
     (node,) = ray.nodes()
     address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     wanted = ("requests_total", "request_seconds", "recordings_total", "stage_seconds", "batch_size")
@@ -277,13 +278,12 @@ def test_every_metric_of_ours_is_exported_with_its_help(http: httpx.Client) -> N
     while True:  # Ray exports every few seconds
         lines = httpx.get(address, timeout=30).text.splitlines()
         helped = {line.split()[2] for line in lines if line.startswith("# HELP ray_ser_") and len(line.split()) > 5}
-        if {f"ray_ser_{name}" for name in (*wanted, "waiting_recordings")} <= helped:
+        codes = [line for line in lines if line.startswith("ray_ser_requests_total{") and 'code="not_audio"' in line]
+        if {f"ray_ser_{name}" for name in (*wanted, "waiting_recordings")} <= helped and codes:
             break
         assert time.monotonic() < until_s, f"exported are only {sorted(helped)}"
         time.sleep(0.5)
-    overloaded = [line for line in lines if line.startswith("ray_ser_requests_total{") and 'code="overloaded"' in line]
-    assert overloaded
-    assert all('status="429"' in line for line in overloaded)
+    assert all('status="400"' in line and 'route="/v1/predict"' in line for line in codes)
 
 
 def test_a_killed_worker_costs_no_request(url: str) -> None:
