@@ -222,10 +222,15 @@ def test_many_files_become_a_table_and_a_csv(
     broken.write_bytes(b"RIFF and nothing more")
     labels.write_text("file,label\n" + "".join(f"{clip.name},sad\n" for clip in clips))
     page = tab(f"{address}/many")
+    page.evaluate(
+        "window.told = new Set(); new MutationObserver(() => document.querySelectorAll('[data-testid=stProgress]')"
+        ".forEach(bar => told.add(bar.innerText.trim()))).observe(document.body, {childList: true, subtree: true})"
+    )
     give(page, *clips, broken, labels)
     page.get_by_role("heading", name="4 answered, 1 could not be used").wait_for()
     page.get_by_role("heading", name="How many are right?").wait_for()
     rested(page)
+    assert "Listening to 5 recordings …" in page.evaluate("[...told]")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download CSV").click()
     table = pd.read_csv(download.value.path())
