@@ -58,13 +58,10 @@ class Collection:
         return self.truth.get(entry.recorded.name.casefold())
 
 
-def word(answer: Recording) -> str:
-    """The answer in a word, or that the model is not sure."""
-    return spoken(UNCERTAIN if _unsure(answer) else answer.label)
-
-
-def _unsure(answer: Recording) -> bool:
-    return answer.label != SILENCE and answer.confidence < NOT_SURE_BELOW
+def as_told(answer: Recording) -> Recording:
+    """The answer as people are told it: ``uncertain`` where it is more likely wrong than right."""
+    unsure_of_it = answer.label != SILENCE and answer.confidence < NOT_SURE_BELOW
+    return answer.model_copy(update={"label": UNCERTAIN}) if unsure_of_it else answer
 
 
 def result_table(collection: Collection) -> pd.DataFrame:
@@ -76,13 +73,13 @@ def result_table(collection: Collection) -> pd.DataFrame:
         {
             "row": number,
             "file": entry.recorded.name,
-            "sounds": unsure(answer.scores[0].label) if _unsure(answer) else word(answer),
-            "word": word(answer),
+            "sounds": unsure(answer.scores[0].label) if answer.label == UNCERTAIN else spoken(answer.label),
+            "word": spoken(answer.label),
             "confidence": answer.confidence,
             "label": spoken(collection.label_of(entry) or ""),
             "duration_s": answer.duration_s,
         }
-        for number, (entry, answer) in enumerate(collection.read())
+        for number, (entry, answer) in enumerate((entry, as_told(answer)) for entry, answer in collection.read())
     ]
     table = pd.DataFrame(rows, columns=["row", "file", "sounds", "word", "confidence", "label", "duration_s"])
     return table if collection.truth else table.drop(columns="label")

@@ -7,7 +7,7 @@ import streamlit as st
 
 from app_pages import verdict
 from app_pages.bars import answer_html, bars_html
-from app_pages.collection import Collection, chosen_rows, csv_bytes, failure_table, result_table
+from app_pages.collection import Collection, as_told, chosen_rows, csv_bytes, failure_table, result_table
 from app_pages.recordings import Recorded
 from app_pages.words import plain
 from serve.schema import ModelInfo, Recording
@@ -65,7 +65,7 @@ def _browse(collection: Collection, table: pd.DataFrame) -> None:
             st.markdown("Tick a row to hear it, and to see everything that it could be.")
         else:
             entry, answer = collection.read()[row]
-            _one(entry.recorded, answer)
+            _one(entry.recorded, as_told(answer))
 
 
 def _choose(found: pd.DataFrame) -> int | None:

@@ -189,8 +189,9 @@ def test_a_long_recording_has_a_time_line(
     page.get_by_role("heading", name="Over time").wait_for()
     page.wait_for_function(CHARTS, arg=3)
     assert page.locator('[data-testid="stDataFrame"]').count() == 1
-    seconds = page.locator('[data-testid="stVegaLiteChart"]').first.locator(".role-axis-label text").all_inner_texts()
-    assert seconds == ["0", "2", "4", "6", "8", "10", "12"]
+    labels = page.locator('[data-testid="stVegaLiteChart"]').first.locator(".role-axis-label text")
+    seconds = labels.all_text_contents()
+    assert seconds[:6] == ["0", "2", "4", "6", "8", "10"]
 
 
 def test_a_voice_from_the_microphone_is_answered(
@@ -222,10 +223,15 @@ def test_many_files_become_a_table_and_a_csv(
     broken.write_bytes(b"RIFF and nothing more")
     labels.write_text("file,label\n" + "".join(f"{clip.name},sad\n" for clip in clips))
     page = tab(f"{address}/many")
+    page.evaluate(
+        "window.told = new Set(); new MutationObserver(() => document.querySelectorAll('[data-testid=stProgress]')"
+        ".forEach(bar => told.add(bar.innerText.trim()))).observe(document.body, {childList: true, subtree: true})"
+    )
     give(page, *clips, broken, labels)
     page.get_by_role("heading", name="4 answered, 1 could not be used").wait_for()
     page.get_by_role("heading", name="How many are right?").wait_for()
     rested(page)
+    assert "Listening to 5 recordings …" in page.evaluate("[...told]")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download CSV").click()
     table = pd.read_csv(download.value.path())

@@ -18,7 +18,8 @@ from app_service import LABELS, picture_of, recording_of, refused, spoken
 from sklearn.metrics import classification_report
 
 from app_pages import drawing, palette, words
-from app_pages.collection import Collection, csv_bytes, result_table
+from app_pages.bars import answer_html
+from app_pages.collection import Collection, as_told, csv_bytes, result_table
 from app_pages.labels import LabelsError, read_labels
 from app_pages.recordings import Recorded, example, examples
 from app_pages.timeline import as_table, summary, timeline
@@ -158,6 +159,14 @@ def test_the_csv_has_a_row_for_each_and_no_formula() -> None:
     assert shares.sum() == pytest.approx(1)
     assert shares.idxmax() == f"p_{table['predicted'][0]}"
     assert table.loc[1, "predicted":].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("label", "confidence", "headline"),
+    [("sad", 0.8, "sounds sad"), ("sad", 0.4, ">Not sure<"), ("silence", 0.2, "nothing to hear")],
+)
+def test_a_recording_of_many_is_told_as_on_its_own(label: str, confidence: float, headline: str) -> None:
+    assert headline in answer_html(as_told(answer(spoken(label, confidence=confidence)))).replace("</span>", ">")
 
 
 def test_an_empty_collection_has_an_empty_table() -> None:
