@@ -146,6 +146,7 @@ class Hosts:
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(round(START_S)),
+            "RAY_agent_register_timeout_ms": str(round(START_S * 1000)),
             "RAY_COLOR_PREFIX": "0",
             "OMP_NUM_THREADS": "1",
         }
@@ -181,6 +182,9 @@ class Hosts:
         """Start Ray on a host and wait until it is in the cluster; tried again on a machine that is too busy."""
         resources = ["--num-cpus", str(self.cpus), "--object-store-memory", str(200 * 2**20), "--block"]
         where = ["--node-ip-address", host.address, "--disable-usage-stats"]
+        if self.real:  # ports that are known beforehand: a raylet does not wait, 30 s at most, for those that are found
+            where += ["--dashboard-agent-grpc-port", "52366", "--dashboard-agent-listen-port", "52365"]
+            where += ["--runtime-env-agent-port", "52367", "--metrics-export-port", "52368"]
         if host is self.head:
             words = ["start", "--head", "--port", str(self.port), "--dashboard-port", str(self.dashboard)]
             words += [

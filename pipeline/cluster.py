@@ -85,7 +85,7 @@ def check_nodes(folder: Path, inputs: Sequence[str | Path] = (), some_of: Sequen
     """
     if in_submitted_job() and "runtime_resources" in folder.absolute().parts:
         raise NodeError(
-            f"{folder} lies in Ray's temporary copy of the uploaded folder and would be lost; "
+            f"results in {folder} would be lost: it lies in Ray's temporary copy of the uploaded folder; "
             "give --out as an absolute path on storage that all nodes share"
         )
     nodes = alive_nodes() if joins_cluster() else []
