@@ -35,10 +35,13 @@ token = open(os.path.expanduser("~/.ray/auth_token")).read()
 request = urllib.request.Request(sys.argv[1], headers={"Authorization": "Bearer " + token})
 print(urllib.request.urlopen(request, timeout=30).read().decode())
 """
-# `ray`, but a raylet may take minutes instead of Ray's fixed 30 s to be known: several start at once on a busy machine
+AGENTS = {"metrics_agent": 52366, "dashboard_agent_listen": 52365, "runtime_env_agent": 52367, "metrics_export": 52368}
+# `ray`, but on a busy machine: a node gives up when its agents have not told their ports within 15 s, and the command
+# when the node is not known after 30 s. Here the ports are known beforehand and written down, and the command waits.
 PATIENT_RAY = f"""
-import sys, time, ray._private.services as services
-known = services.get_node
+import os, sys, time
+from ray._private import node, services
+known, start_raylet = services.get_node, node.Node.start_raylet
 def get_node(*words):
     end_s = time.monotonic() + {START_S}
     while True:
@@ -48,7 +51,12 @@ def get_node(*words):
             if time.monotonic() > end_s:
                 raise
             time.sleep(0.5)
-services.get_node = get_node
+def start(self, *words, **named):
+    for name, port in {AGENTS}.items():
+        with open(os.path.join(self._session_dir, name + "_port_" + self._node_id), "w") as file:
+            file.write(str(port))
+    return start_raylet(self, *words, **named)
+services.get_node, node.Node.start_raylet = get_node, start
 from ray.scripts.scripts import main
 sys.argv[0] = "ray"
 main()
@@ -182,9 +190,15 @@ class Hosts:
         """Start Ray on a host and wait until it is in the cluster; tried again on a machine that is too busy."""
         resources = ["--num-cpus", str(self.cpus), "--object-store-memory", str(200 * 2**20), "--block"]
         where = ["--node-ip-address", host.address, "--disable-usage-stats"]
-        if self.real:  # ports that are known beforehand: a raylet does not wait, 30 s at most, for those that are found
-            where += ["--dashboard-agent-grpc-port", "52366", "--dashboard-agent-listen-port", "52365"]
-            where += ["--runtime-env-agent-port", "52367", "--metrics-export-port", "52368"]
+        command = ["ray"]
+        if self.real:  # loopback addresses share their ports
+            command = [sys.executable, "-c", PATIENT_RAY]
+            names = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent", "metrics-export")
+            ports = (
+                AGENTS[name]
+                for name in ("metrics_agent", "dashboard_agent_listen", "runtime_env_agent", "metrics_export")
+            )
+            where += [f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)]
         if host is self.head:
             words = ["start", "--head", "--port", str(self.port), "--dashboard-port", str(self.dashboard)]
             words += [
@@ -198,7 +212,7 @@ class Hosts:
         for _ in range(TRIES):
             with host.log.open("ab") as log:
                 host.main = subprocess.Popen(
-                    self.inside(host, [sys.executable, "-c", PATIENT_RAY, *words, *where, *resources]),
+                    self.inside(host, [*command, *words, *where, *resources]),
                     env=self.environment(host), cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     start_new_session=True,
                 )  # fmt: skip
