@@ -9,6 +9,7 @@ are raylets on loopback addresses that see all that this machine has: reachabili
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shlex
@@ -24,13 +25,23 @@ from benchmarks.processes import command_of, descendants
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = ("pipeline", "jobs", "serve", "models", "benchmarks", "tests")
-START_S = 300.0
+START_S = 900.0
 TRIES = 4
 PORT, DASHBOARD = 6379, 8265
-# `ray`, but a raylet may take minutes instead of Ray's fixed 30 s to be known: several start at once on a busy machine
+# a page of the dashboard, with the token
+ASK = """
+import os, sys, urllib.request
+token = open(os.path.expanduser("~/.ray/auth_token")).read()
+request = urllib.request.Request(sys.argv[1], headers={"Authorization": "Bearer " + token})
+print(urllib.request.urlopen(request, timeout=30).read().decode())
+"""
+AGENTS = {"metrics_agent": 52366, "dashboard_agent_listen": 52365, "runtime_env_agent": 52367, "metrics_export": 52368}
+# `ray`, but on a busy machine: a node gives up when its agents have not told their ports within 15 s, and the command
+# when the node is not known after 30 s. Here the ports are known beforehand and written down, and the command waits.
 PATIENT_RAY = f"""
-import sys, time, ray._private.services as services
-known = services.get_node
+import os, sys, time
+from ray._private import node, services
+known, start_raylet = services.get_node, node.Node.start_raylet
 def get_node(*words):
     end_s = time.monotonic() + {START_S}
     while True:
@@ -40,7 +51,12 @@ def get_node(*words):
             if time.monotonic() > end_s:
                 raise
             time.sleep(0.5)
-services.get_node = get_node
+def start(self, *words, **named):
+    for name, port in {AGENTS}.items():
+        with open(os.path.join(self._session_dir, name + "_port_" + self._node_id), "w") as file:
+            file.write(str(port))
+    return start_raylet(self, *words, **named)
+services.get_node, node.Node.start_raylet = get_node, start
 from ray.scripts.scripts import main
 sys.argv[0] = "ray"
 main()
@@ -138,6 +154,7 @@ class Hosts:
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(round(START_S)),
+            "RAY_agent_register_timeout_ms": str(round(START_S * 1000)),
             "RAY_COLOR_PREFIX": "0",
             "OMP_NUM_THREADS": "1",
         }
@@ -173,6 +190,15 @@ class Hosts:
         """Start Ray on a host and wait until it is in the cluster; tried again on a machine that is too busy."""
         resources = ["--num-cpus", str(self.cpus), "--object-store-memory", str(200 * 2**20), "--block"]
         where = ["--node-ip-address", host.address, "--disable-usage-stats"]
+        command = ["ray"]
+        if self.real:  # loopback addresses share their ports
+            command = [sys.executable, "-c", PATIENT_RAY]
+            names = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent", "metrics-export")
+            ports = (
+                AGENTS[name]
+                for name in ("metrics_agent", "dashboard_agent_listen", "runtime_env_agent", "metrics_export")
+            )
+            where += [f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)]
         if host is self.head:
             words = ["start", "--head", "--port", str(self.port), "--dashboard-port", str(self.dashboard)]
             words += [
@@ -186,7 +212,7 @@ class Hosts:
         for _ in range(TRIES):
             with host.log.open("ab") as log:
                 host.main = subprocess.Popen(
-                    self.inside(host, [sys.executable, "-c", PATIENT_RAY, *words, *where, *resources]),
+                    self.inside(host, [*command, *words, *where, *resources]),
                     env=self.environment(host), cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     start_new_session=True,
                 )  # fmt: skip
@@ -205,27 +231,27 @@ class Hosts:
                 return False
             if host.address in self.members():
                 return True
-            time.sleep(1)
+            time.sleep(2)
         return False
 
     def members(self) -> dict[str, str]:
         """Address -> id of the nodes that the head's dashboard believes alive."""
-        code = (
-            "import sys; from ray.util.state import list_nodes\n"
-            f"for n in list_nodes(address='http://127.0.0.1:{self.dashboard}', timeout=20):\n"
-            "    n.state == 'ALIVE' and print(n.node_ip, n.node_id)"
-        )
+        url = f"http://127.0.0.1:{self.dashboard}/nodes?view=summary"
         run = subprocess.run(
-            self.inside(self.head, [sys.executable, "-c", code], as_client=True),
+            self.inside(self.head, [sys.executable, "-S", "-c", ASK, url], as_client=True),
             env=self.environment(self.head), cwd="/", capture_output=True, text=True, check=False,
         )  # fmt: skip
-        return dict(line.split() for line in run.stdout.splitlines() if line.startswith(("10.", "127.")))
+        try:
+            nodes = [node["raylet"] for node in json.loads(run.stdout)["data"]["summary"]]
+        except (ValueError, KeyError):
+            return {}
+        return {node["nodeManagerAddress"]: node["nodeId"] for node in nodes if node["state"] == "ALIVE"}
 
     def processes(self, host: Host) -> list[int]:
-        """All processes of a host."""
+        """All processes of a host; those that a client started (``as_client``) are somebody else's."""
         if self.real:
             found = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=False)
-            return [int(word) for word in found.stdout.split()]
+            return [pid for pid in map(int, found.stdout.split()) if _system(pid) not in (None, _system(os.getpid()))]
         return [host.main.pid, *descendants(host.main.pid)] if host.main is not None else []
 
     def working(self, host: Host, *titles: str) -> list[int]:
@@ -274,6 +300,14 @@ def permitted() -> bool:
     if made:
         _ip("netns", "del", name)
     return made
+
+
+def _system(pid: int) -> int | None:
+    """The UTS namespace of a process, one a host; None when it has ended."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/uts").st_ino
+    except OSError:
+        return None
 
 
 def _ip(*words: str, check: bool = True) -> None:

@@ -86,7 +86,7 @@ def check_nodes(folder: Path, inputs: Sequence[str | Path] = (), some_of: Sequen
     """
     if in_submitted_job() and "runtime_resources" in folder.absolute().parts:
         raise NodeError(
-            f"{folder} lies in Ray's temporary copy of the uploaded folder and would be lost; "
+            f"results in {folder} would be lost: it lies in Ray's temporary copy of the uploaded folder; "
             "give --out as an absolute path on storage that all nodes share"
         )
     nodes = alive_nodes() if joins_cluster() else []
@@ -127,13 +127,14 @@ def _ask(nodes: Sequence[Node], probe: str, content: str, paths: Sequence[str]) 
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(_look).options(num_cpus=0, max_retries=0)
-    asked = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+    look = ray.remote(_look)
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        reference = look.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(
             probe, content, paths, node.id
-        ): node
-        for node in nodes
-    }
+        )
+        asked[reference] = node
     done, late = ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT_S)
     if late:
         raise NodeError(f"node {asked[late[0]].name} does not answer within {_WAIT_S:.0f} s; see Ray's logs there")

@@ -23,6 +23,12 @@ _API, _ADDRESS = "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"
 # Stopping a job is Ctrl-C to its command, which then says how to go on, and has a minute for it.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+
 
 class ClusterError(SerError):
     """A cluster that does not answer, or refuses."""
@@ -114,7 +120,7 @@ def connect(address: str | None = None) -> JobClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobClient(JobSubmissionClient(where), where)

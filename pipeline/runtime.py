@@ -6,6 +6,7 @@ On its own, a command starts a local Ray bound to loopback with token authentica
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -141,10 +142,12 @@ def _join(options: dict[str, Any]) -> None:
 def _worker_environment() -> dict[str, str]:
     """Variables that workers need to import this project and to stay quiet.
 
-    In a submitted job Ray itself puts the uploaded folder on the workers' path, each node its own copy.
+    In a submitted job Ray itself puts the uploaded folder on the workers' path, each node its own copy, and refuses
+    a variable that the job was submitted with.
     """
     if in_submitted_job():
-        return dict(_QUIET)
+        given = json.loads(os.environ[_JOB]).get("runtime_env", {}).get("env_vars", {})
+        return {name: value for name, value in _QUIET.items() if name not in given}
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**_QUIET, "PYTHONPATH": path}

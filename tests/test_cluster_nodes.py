@@ -1,4 +1,4 @@
-"""Jobs on nodes that see only the shared folder, and one of each failure; ``make test-cluster`` does more of them."""
+"""Jobs on nodes that see only the shared folder: exit codes, refusals, failures; ``make test-cluster`` does more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,49 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cluster_jobs import Running, Work, extraction, make_recordings
+from benchmarks.hosts import Hosts
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def given(hosts: Hosts, work: Work, out: Path, *, plain: bool) -> tuple[int, str]:
+    """Exit code and output of a job."""
+    running = Running(hosts, work, out, plain=plain)
+    return running.finish(), running.text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_job_on_a_cluster_of_one(tmp_path: Path) -> None:
+    with Hosts(tmp_path / "cluster", 1) as hosts:
+        data = make_recordings(hosts.shared, 6)
+        (hosts.shared / "audio" / "00003.wav").write_bytes(b"no audio")
+        work = extraction(data, 6, 2)
+        code, text = given(hosts, work, hosts.shared / "out", plain=False)
+        assert code == 4, text
+        assert "6 rows, 1 failed" in text
+        assert "MiB (code" in text
+        code, text = given(hosts, work, hosts.shared / "plain", plain=True)
+        assert code == 1, "ray job submit tells success from failure only"
+        assert "6 rows, 1 failed" in text
+        code, text = given(hosts, work, Path("relative"), plain=True)
+        assert code == 1
+        assert "would be lost: it lies in Ray's temporary copy" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_node_that_does_not_see_the_data_is_named(tmp_path: Path) -> None:
+    with Hosts(tmp_path / "cluster", 2) as hosts:
+        if not hosts.real:
+            pytest.skip("needs network namespaces: nodes on loopback see everything")
+        work = extraction(make_recordings(hosts.shared, 4), 4, 2)
+        private = Path("/tmp/out")  # each host has a /tmp of its own
+        code, text = given(hosts, work, private, plain=False)
+        assert code == 2, text
+        assert f"error: node node-2 ({hosts.all[1].address}) does not see /tmp/out" in text
+        assert "Traceback" not in text
 
 
 @pytest.mark.slow

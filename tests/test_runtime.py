@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -113,3 +114,34 @@ def test_a_local_ray_is_bound_to_loopback(
     monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
     runtime.start_ray()
     assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+
+
+def test_a_submitted_job_keeps_what_it_was_submitted_with(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray refuses a variable that both the job and its driver set, and puts the upload on the path itself."""
+    calls = starts()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    given = {"runtime_env": {"env_vars": {"RAY_COLOR_PREFIX": "1", "MINE": "x"}, "working_dir": "gcs://a.zip"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(given))
+    runtime.start_ray()
+    sent = calls[0]["runtime_env"]["env_vars"]
+    assert not set(sent) & {"RAY_COLOR_PREFIX", "MINE", "PYTHONPATH"}
+    assert sent["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert ray.runtime_env.runtime_env._merge_runtime_env(given["runtime_env"], {"env_vars": sent}) is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Could not find any running Ray instance."), "no Ray cluster answers at RAY_ADDRESS 10.0.0.1"),
+        (ray.exceptions.AuthenticationError("no token"), "wants its token; copy the head's"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    starts(error)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(SerError, match=words):
+        runtime.start_ray()
