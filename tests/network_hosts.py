@@ -12,11 +12,11 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-START_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Host:
@@ -82,7 +82,10 @@ def _booted(name: str, address: str) -> Iterator[Host]:
     apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "bash", "-c", script]
     keeper = subprocess.Popen(["ip", "netns", "exec", name, *apart])
     try:
-        yield Host(name, address, folder, _first_process(keeper))
+        pid = _first_process(keeper)
+        yield Host(name, address, folder, pid)
+        keeper.kill()
+        _wait(lambda: not Path(f"/proc/{pid}").exists())  # the first process is gone when all others are
     finally:
         keeper.kill()
         keeper.wait()
@@ -92,13 +95,21 @@ def _booted(name: str, address: str) -> Iterator[Host]:
 def _first_process(keeper: subprocess.Popen[bytes]) -> int:
     """The id, out here, of the host's first process, once it is up."""
     children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children")
-    until = time.monotonic() + START_S
-    while time.monotonic() < until and keeper.poll() is None:
-        for pid in map(int, children.read_text().split()):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"):
-                return pid
+
+    def up() -> list[int]:
+        found = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        return [pid for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep")]
+
+    _wait(up)
+    return up()[0]
+
+
+def _wait(done: Callable[[], object]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not done():
+        if time.monotonic() > until:
+            raise TimeoutError(f"a host did not start, or end, within {PATIENCE_S:g} s")
         time.sleep(0.05)
-    raise RuntimeError("the host did not come up")
 
 
 def _ip(*words: str) -> None:

@@ -202,7 +202,10 @@ def test_the_start_commands_make_a_closed_cluster(hosts: tuple[Host, Host]) -> N
     ran = json.loads(probe.stdout.partition("PROBE")[2].splitlines()[0])
     assert ran == {host.address: host.address for host in hosts}, "each node ran its task"
 
-    stranger = {"HOME": str(worker.folder)}  # a home without a token
+    home = worker.folder / "stranger"  # where no token is
+    home.mkdir()
+    (home / "ser-venv").symlink_to(sys.prefix)
+    stranger = {"HOME": str(home)}
     gcs = python(JOIN.format(address=f"{head.address}:6379"))
     for refused in ({"RAY_AUTH_MODE": "disabled"} | stranger, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
         answer = worker.run(gcs, timeout_s=600, **refused)
