@@ -7,7 +7,8 @@ APP    := $(VENV)/.ready-app
 DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train kill-tests reproduce bench-serve bench-page fuzz fuzz-api lint clean
+.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train simulate-scale
+.PHONY: kill-tests test-cluster reproduce bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -61,6 +62,12 @@ bench-score: $(DEV)  ## speed of batch scoring, end to end: make bench-score DAT
 bench-train: $(DEV)  ## speed of training: make bench-train FEATURES=/folder/of/jobs.extract
 	$(BIN)/python -m benchmarks.bench_train --features "$(FEATURES)"
 
+test-cluster: $(DEV)  ## three nodes on this machine: jobs across them, nodes killed, cables cut, the head restarted; about an hour
+	$(BIN)/python -m benchmarks.cluster_nodes $(ARGS)
+
+simulate-scale: $(DEV)  ## what the driver costs at 100,000 files: scoring with the model replaced by a sleep
+	$(BIN)/python -m benchmarks.simulate_scale
+
 kill-tests: $(DEV)  ## processes killed in the middle of training and scoring: make kill-tests DATA=/path/to/recordings
 	$(BIN)/python -m benchmarks.kill_train --data_dir "$(DATA)"
 	$(BIN)/python -m benchmarks.kill_score --data_dir "$(DATA)"
@@ -74,10 +81,20 @@ bench-serve: $(DEV)  ## the service beside the model in process, killed workers,
 	$(BIN)/python -m benchmarks.kill_replica
 	$(BIN)/python -m benchmarks.upload_attacks
 
+load-test: $(DEV)  ## locust against a running service: make load-test ARGS="--users 16 --run-time 60s"
+	$(PIP) locust==2.47.0
+	$(BIN)/python -m locust --headless -f benchmarks/locustfile.py $(ARGS)
+
 bench-page: $(DEV)  ## the page: time from upload to picture, memory over 200 uploads; after make test-browser
 	$(BIN)/python -m benchmarks.bench_page
 
-fuzz: $(DEV)    ## 10,000 mutated recordings through the decoder
+page-pictures: $(DEV)  ## docs/page-*.png anew, with the shipped model; after make test-browser
+	$(BIN)/python -m docs.take_page_pictures
+
+video: $(DEV)     ## docs/demo.mp4 anew, filmed: make video DATA=/path/to/RAVDESS; after make test-browser; needs chromium, ffmpeg
+	$(BIN)/python docs/film/demo.py --data_dir "$(DATA)"
+
+fuzz: $(DEV)      ## 10,000 mutated recordings through the decoder
 	$(BIN)/python -m benchmarks.fuzz_audio --count 10000
 
 fuzz-api: $(DEV)  ## every check of schemathesis against the running service

@@ -5,8 +5,9 @@
 Made-up predictions of eight classes (2 % unreadable, 5,000 speakers, five further columns) are written as Parquet;
 each measurement is a process of its own that reads them and writes the whole report: 1,000 resamples over recordings
 and 1,000 over speakers, tables, figures, page. A figure is the median over the repeats, memory the largest peak of the
-process. "By rows" is what the bootstrap over recordings alone would take with scikit-learn on resampled rows, from 5
-resamples. Wanted on a million rows: under 60 s and 2 GiB.
+process; CPU seconds tell on a busy machine what an idle one would take. "By rows" is what the bootstrap over recordings
+alone would take with scikit-learn on resampled rows, from 5 resamples. Wanted on a million rows: under 60 s and
+2 GiB.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def made_up(rows: int, path: Path) -> None:
     table.to_parquet(path)
 
 
-def report(path: Path, out: Path) -> tuple[float, float]:
-    """Seconds and peak GiB of this process; run it in a fresh one."""
-    start = time.perf_counter()
+def report(path: Path, out: Path) -> tuple[float, float, float]:
+    """Seconds, seconds of CPU and peak GiB of this process; run it in a fresh one."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     write_report(pd.read_parquet(path), LABELS, out, meta={"model": "made up"})
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return time.perf_counter() - start, peak_gib
+    return time.perf_counter() - start, time.process_time() - start_cpu, peak_gib
 
 
 def by_rows_s(path: Path, resamples: int = 5) -> float:
@@ -85,7 +86,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     print(f"{platform.machine()}, Python {platform.python_version()}, {arguments.repeats} repeats")
-    print(f"{'rows':>10} {'report, s':>10} {'peak, GiB':>10} {'by rows, s':>11}")
+    print(f"{'rows':>10} {'report, s':>10} {'CPU, s':>10} {'peak, GiB':>10} {'by rows, s':>11}")
     missed = False
     with tempfile.TemporaryDirectory() as folder:
         for rows in arguments.rows:
@@ -95,9 +96,11 @@ def main() -> int:
             for _ in range(arguments.repeats):
                 with get_context("spawn").Pool(1) as pool:
                     found.append(pool.apply(report, (path, Path(folder, "report"))))
-            seconds, peak_gib = statistics.median(s for s, _ in found), max(m for _, m in found)
-            missed |= seconds > WANTED_S or peak_gib > WANTED_GIB
-            print(f"{rows:>10,} {seconds:>10.1f} {peak_gib:>10.2f} {by_rows_s(path):>11.0f}", flush=True)
+            seconds, cpu_s, peaks = zip(*found, strict=True)
+            median_s, peak_gib = statistics.median(seconds), max(peaks)
+            missed |= median_s > WANTED_S or peak_gib > WANTED_GIB
+            figures = f"{median_s:>10.1f} {statistics.median(cpu_s):>10.1f} {peak_gib:>10.2f}"
+            print(f"{rows:>10,} {figures} {by_rows_s(path):>11.0f}", flush=True)
     print(f"wanted: under {WANTED_S:g} s and {WANTED_GIB:g} GiB: {'MISSED' if missed else 'met'}")
     return int(missed)
 

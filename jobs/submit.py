@@ -105,6 +105,7 @@ def _environment(given: Sequence[str]) -> dict[str, str]:
 
 def split_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     """Our options wherever they stand; all others, in order, as ``words``, and ``of_job`` as the job reads them."""
+    arguments: argparse.Namespace
     arguments, others = parser.parse_known_args(list(words))  # type: ignore[no-untyped-call]
     arguments.words = others
     arguments.of_job = read_words(import_module(f"jobs.{arguments.job}").build_parser(), others)

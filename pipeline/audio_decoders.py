@@ -2,7 +2,8 @@
 
 Method: `SndfileDecoder` reads through libsndfile from a plain descriptor and seeks; `audio_av.AvDecoder` (extra `av`)
 decodes from the start and drops what comes before. A block holds at most 2^16 samples over all channels.
-Limits: libsndfile 1.2.2 serves MPEG audio from version 1.1 on; what it cannot open becomes `Corrupt`.
+Limits: libsndfile 1.2.2 serves MPEG audio from version 1.1 on; what it cannot open becomes `Corrupt`. What its MP3
+decoder prints on damaged files is swallowed (`audio_quiet`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ import soundfile
 from pipeline.audio_errors import Corrupt, ExtraNeeded, Limits, NoSamples, Truncated
 from pipeline.audio_guard import FileView, Opened
 from pipeline.audio_headers import ACCEPTED, Container
+from pipeline.audio_quiet import quiet_c_stderr
 
 Block = npt.NDArray[np.float32]
 BLOCK_SAMPLES = 2**16
@@ -47,7 +49,10 @@ class Decoder(Protocol):
 def open_decoder(file: Opened, container: Container, limits: Limits) -> Iterator[Decoder]:
     """The decoder for `file`, its limits checked, at least one frame long."""
     if container.demuxer is None:
-        with _open_sndfile(file, container, limits) as decoder:
+        with (
+            quiet_c_stderr() if container.name == "MP3" else nullcontext(),
+            _open_sndfile(file, container, limits) as decoder,
+        ):
             yield decoder
         return
     if importlib.util.find_spec("av") is None:

@@ -5,7 +5,9 @@ into the last page of a Vorbis stream (off by the samples trimmed at its end).
 Method, MP3: without a Xing, Info or VBRI frame the length is estimated from the first frame, wrong by half for variable
 bit rates, and reading stops there; so the frame headers are counted and a Xing frame with that count is put in front.
 Sources: RFC 3533 (Ogg), ISO/IEC 11172-3 and 13818-3 (MPEG audio), the Xing header as LAME writes it.
-Limits: a recording cut between two Ogg pages, or between two frames of an MP3 without Xing frame, says nothing of it.
+Limits: a recording cut between two frames of an MP3 without Xing frame, or between two Ogg pages, is taken for a whole
+one. Ogg's end-of-stream flag would tell, but Android's own writer (AOSP `OggWriter`) and Telegram's voice messages
+never set it.
 """
 
 from __future__ import annotations

@@ -19,8 +19,11 @@ from typing import Any
 
 from click import ClickException
 from ray import serve as ray_serve
+from ray._common.tls_utils import add_port_to_grpc_server
+from ray.serve._private import replica
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
+from ray.util import get_node_ip_address
 
 from pipeline.checkpoint import Bundle
 from pipeline.errors import SerError
@@ -45,6 +48,7 @@ class ModelWorker:
     """One process of a model."""
 
     def __init__(self, settings: Settings) -> None:
+        _listen_at_own_address()
         self._settings = settings
         self._meter = WorkMeter()
         self._worker: Worker | None = None
@@ -105,11 +109,27 @@ class Ingress:
     def __init__(
         self, settings: Settings, digest: str | None, window_s: float, handles: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
+        _listen_at_own_address()
         self._service = Service(RemoteModels(handles, settings.room), settings, RequestMeter(), window_s, digest)
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application."""
         return create_app(self._service)
+
+
+def _listen_at_own_address() -> None:
+    """Open this process's port for calls where Ray looks for it, on loopback for a local Ray.
+
+    Ray Serve opens it after the deployment's constructor, on all interfaces; every call must carry Ray's token, but
+    what need not be reached from elsewhere should not be.
+    """
+    address = get_node_ip_address()
+    host = f"[{address}]" if ":" in address else address
+
+    def add_port(server: Any, _: str) -> Any:
+        return add_port_to_grpc_server(server, f"{host}:0")
+
+    replica.add_port_to_grpc_server = add_port  # type: ignore[attr-defined]
 
 
 class StartError(SerError, ClickException):

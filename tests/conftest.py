@@ -24,8 +24,20 @@ from numpy.typing import NDArray
 from pipeline.checkpoint import Bundle, save_bundle
 from pipeline.features import FeatureConfig, extract
 from pipeline.labels import RAVDESS_EMOTIONS, RAVDESS_LABELS
+from serve.ray_settings import prepare
+from serve.settings import Settings
 
 Samples = NDArray[np.float32]
+
+SERVICE_LIMITS: dict[str, Any] = {  # low, so that tests of the service on Ray reach them quickly
+    "max_ongoing": 4,
+    "max_queued": 2,
+    "max_body_mib": 6,  # more than gRPC takes by default
+    "max_files": 8,
+    "body_timeout_s": 1.5,
+    "max_windows": 400,
+}
+prepare(Settings(**SERVICE_LIMITS))  # before the first import of ray.serve: Ray runs as jobs.serve runs it
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has Ctrl-C ignored, children too
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from app_service import FakeService, refused, spoken
+from streamlit import deprecation_util
 from streamlit.testing.v1 import AppTest
 
 from app_pages import service
 from app_pages.recordings import examples
 from serve.client import Client
 
+pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning", "error::FutureWarning")
 APP = Path(__file__).resolve().parents[1] / "app.py"
 MODEL_FIGURES = {
     "test": {
@@ -25,6 +27,15 @@ MODEL_FIGURES = {
         "confusion": {"counts": [[3 if i == j else 0 for j in range(8)] for i in range(8)]},
     }
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test draws: Streamlit warns of no call that it will drop."""
+    warned: list[object] = []
+    monkeypatch.setattr(deprecation_util._LOGGER, "warning", lambda *message: warned.append(message))
+    yield
+    assert warned == []
 
 
 @pytest.fixture

@@ -6,81 +6,24 @@ of our own. The rules of axe-core decide on accessibility.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import soundfile
+from browser_page import CHARTS, Service, accessible, answered, answering, give, rested, tick
 
-from app_pages.words import NOT_SURE_BELOW, headline, percent
-from serve.client import Client
+from app_pages.words import percent
+from benchmarks.browser import CHROMIUM, FLAGS, PATIENCE_MS, page_process
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-HOST = "127.0.0.1"
-SERVICE_WORDS = [sys.executable, "-m", "jobs.serve"]
-PATIENCE_MS = 60_000  # of everything in the browser: the machine may be busy
-START_S = 240.0
-CHARTS = "n => document.querySelectorAll('[data-testid=stVegaLiteChart] svg').length === n"
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
+FITS = """() => [...document.querySelectorAll('html, [data-testid=stMain]')]
+  .every(element => element.scrollWidth <= innerWidth)"""
 PAGES = {"listen": "", "many": "many", "model": "model"}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        return int(free.getsockname()[1])
-
-
-@contextmanager
-def process(words: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> Iterator[None]:
-    """A process that is ready, and is stopped at the end."""
-    log = Path(tempfile.mkstemp(prefix="page-test-", suffix=".log")[1])
-    with log.open("w") as output:
-        started = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **environment}, stdout=output, stderr=output)
-    try:
-        until_s = time.monotonic() + START_S
-        while not ready():
-            assert started.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() < until_s, log.read_text()[-2000:]
-            time.sleep(0.2)
-        yield
-    finally:
-        started.send_signal(signal.SIGTERM)
-        started.wait(90)
-
-
-class Service:
-    """The real service on a port of its own, to be started and stopped."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.client = Client(f"http://{HOST}:{self.port}")
-        self._running: Any = None
-
-    def start(self) -> None:
-        words = [*SERVICE_WORDS, "--port", str(self.port), "--metrics_port", str(free_port())]
-        self._running = process(words, {}, self.client.ready)
-        self._running.__enter__()
-
-    def stop(self) -> None:
-        if self._running is not None:
-            self._running.__exit__(None, None, None)
-            self._running = None
-
-    def headline(self, path: Path) -> str:
-        """What the page must say of a short recording."""
-        return headline(self.client.predict(path, min_confidence=NOT_SURE_BELOW).label, whole=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +36,14 @@ def service() -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    import httpx
+def running(service: Service) -> Iterator[tuple[int, str]]:
+    with page_process(service.client.base_url) as page:
+        yield page
 
-    port = free_port()
-    words = [sys.executable, "-m", "streamlit", "run", "app.py"]
-    words += ["--server.port", str(port), "--server.headless", "true"]
 
-    def ready() -> bool:
-        try:
-            return httpx.get(f"http://{HOST}:{port}/_stcore/health").is_success
-        except httpx.HTTPError:
-            return False
-
-    with process(words, {"SER_API_URL": service.client.base_url}, ready):
-        yield f"http://{HOST}:{port}"
+@pytest.fixture
+def address(running: tuple[int, str]) -> str:
+    return running[1]
 
 
 @pytest.fixture(scope="module")
@@ -118,52 +54,38 @@ def playwright() -> Iterator[Any]:
         yield started
 
 
-def launch(playwright: Any, *arguments: str) -> Any:
-    basic = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    return playwright.chromium.launch(executable_path=CHROMIUM, args=[*basic, *arguments])
-
-
 @pytest.fixture(scope="module")
 def browser(playwright: Any) -> Iterator[Any]:
-    launched = launch(playwright)
+    launched = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
     yield launched
     launched.close()
 
 
-@pytest.fixture
-def tab(browser: Any) -> Iterator[Callable[..., Any]]:
-    """``tab(url, width=..., scheme=...)`` -> a page in a context of its own."""
-    contexts = []
-
-    def opened(url: str, width: int = 1280, height: int = 720, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+@pytest.fixture(scope="module")
+def contexts(browser: Any) -> dict[str, Any]:
+    """Light and dark; each keeps its cache, so that only its first tab loads the page's scripts."""
+    made = {scheme: browser.new_context(color_scheme=scheme) for scheme in ("light", "dark")}
+    for context in made.values():
         context.set_default_timeout(PATIENCE_MS)
-        contexts.append(context)
-        page = context.new_page()
+    return made
+
+
+@pytest.fixture
+def tab(contexts: dict[str, Any]) -> Iterator[Callable[..., Any]]:
+    """``tab(url, scheme=...)`` -> a page, which is closed at the end."""
+    pages = []
+
+    def opened(url: str, scheme: str = "light") -> Any:
+        page = contexts[scheme].new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": 1280, "height": 720})
         page.goto(url)
         page.wait_for_selector("h1")
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
-
-
-def rested(page: Any) -> None:
-    """The page's script has run to its end."""
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
-
-
-def answered(page: Any, name: str) -> str:
-    """The headline, once the page has answered for the recording ``name``."""
-    page.wait_for_function("name => document.querySelector('.ser-from strong')?.innerText === name", arg=name)
-    rested(page)
-    page.wait_for_selector(".ser-answer")
-    return str(page.inner_text(".ser-answer"))
-
-
-def give(page: Any, *paths: Path) -> None:
-    page.locator("input[type=file]").first.set_input_files([str(path) for path in paths])
+    for page in pages:
+        page.close()
 
 
 def test_an_upload_is_answered_as_the_service_answers(
@@ -212,17 +134,37 @@ def test_nothing_jumps_when_an_answer_comes(
     assert page.evaluate("window.shifts") < 0.05
 
 
-def test_what_is_no_recording_is_one_sentence(tab: Callable[..., Any], address: str, tmp_path: Path) -> None:
+def test_what_is_no_recording_is_one_sentence(
+    tab: Callable[..., Any], address: str, service: Service, tmp_path: Path
+) -> None:
     page = tab(address)
     answered(page, "anna_happy_train.ogg")
-    for name, data in (("text.wav", b"no sound at all"), ("empty.wav", b"")):
-        (tmp_path / name).write_bytes(data)
+    (tmp_path / "text.wav").write_bytes(b"no sound at all")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "long.flac", np.zeros(1801 * 8000, np.int16), 8000)
+    told = set()
+    for name in ("text.wav", "empty.wav", "long.flac"):
         give(page, tmp_path / name)
-        alert = page.locator('[data-testid="stAlert"]')
-        alert.wait_for()
+        sentence = service.refusal(tmp_path / name)
+        alert = page.get_by_test_id("stAlert")
+        alert.get_by_text(sentence).wait_for()
         rested(page)
+        assert alert.count() == 1
         assert alert.inner_text().strip().count(".") == 1
+        told.add(sentence)
+    assert len(told) == 3
     assert "Traceback" not in page.content()
+
+
+def test_a_file_that_is_too_large_is_told_before_it_is_sent(
+    tab: Callable[..., Any], address: str, tmp_path: Path
+) -> None:
+    page = tab(address)
+    answered(page, "anna_happy_train.ogg")
+    (tmp_path / "large.wav").write_bytes(bytes(33 * 2**20))
+    give(page, tmp_path / "large.wav")
+    page.get_by_test_id("stFileUploader").first.get_by_text(re.compile("32.*or smaller")).wait_for()
+    assert page.inner_text(".ser-from strong") == "anna_happy_train.ogg"  # what was there stays
 
 
 def test_keyboard_alone_reaches_what_mattered(tab: Callable[..., Any], address: str) -> None:
@@ -242,23 +184,22 @@ def test_a_long_recording_has_a_time_line(
 ) -> None:
     page = tab(address)
     answered(page, "anna_happy_train.ogg")
-    give(page, write_audio("long.wav", duration_s=9.0, channels=2))
+    give(page, write_audio("long.wav", duration_s=12.0, channels=2))
     assert answered(page, "long.wav")
     page.get_by_role("heading", name="Over time").wait_for()
     page.wait_for_function(CHARTS, arg=3)
     assert page.locator('[data-testid="stDataFrame"]').count() == 1
+    seconds = page.locator('[data-testid="stVegaLiteChart"]').first.locator(".role-axis-label text").all_inner_texts()
+    assert seconds == ["0", "2", "4", "6", "8", "10", "12"]
 
 
 def test_a_voice_from_the_microphone_is_answered(
     playwright: Any, address: str, write_audio: Callable[..., Path]
 ) -> None:
     voice = write_audio("voice.wav", duration_s=10.0, sample_rate_hz=48_000, peak=0.8)
-    chromium = launch(
-        playwright,
-        "--use-fake-device-for-media-stream",
-        "--use-fake-ui-for-media-stream",
-        f"--use-file-for-fake-audio-capture={voice}",
-    )
+    device = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    flags = [*FLAGS, *device, f"--use-file-for-fake-audio-capture={voice}"]
+    chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
     context = chromium.new_context(permissions=["microphone"])
     context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
@@ -267,7 +208,7 @@ def test_a_voice_from_the_microphone_is_answered(
     page.get_by_role("tab", name="Speak").click()
     button = page.get_by_test_id("stAudioInputActionButton")
     button.click()
-    page.wait_for_timeout(2500)
+    page.get_by_test_id("stAudioInputWaveformTimeCode").get_by_text("00:02").wait_for()
     button.click()
     assert re.search("sounds|Not sure", answered(page, "Your voice.wav"))
     chromium.close()
@@ -297,6 +238,54 @@ def test_many_files_become_a_table_and_a_csv(
     assert percent(right) in page.inner_text(".ser-targets tbody tr:first-child")
 
 
+def test_a_row_that_is_ticked_can_be_heard_beside_the_table(
+    tab: Callable[..., Any], address: str, service: Service, write_audio: Callable[..., Path]
+) -> None:
+    clips = [write_audio(f"clip{i}.wav", f0_hz=100.0 + 60 * i, seed=i, duration_s=2.0) for i in range(3)]
+    page = tab(f"{address}/many")
+    give(page, *clips)
+    page.get_by_role("heading", name="3 answered").wait_for()
+    rested(page)
+    tick(page)
+    assert page.inner_text(".ser-answer") == service.headline(clips[0])
+    sound, table = page.locator("audio").bounding_box(), page.get_by_test_id("stDataFrame").bounding_box()
+    assert sound["x"] >= table["x"] + table["width"]  # where it is seen without scrolling
+    page.wait_for_function("document.querySelector('audio').duration === 2")
+
+
+def test_leaving_in_the_middle_loses_nothing(
+    tab: Callable[..., Any], address: str, write_audio: Callable[..., Path]
+) -> None:
+    clips = [write_audio(f"clip{i:02d}.wav", f0_hz=80.0 + 10 * i, seed=i) for i in range(40)]
+    page = tab(address)
+    answered(page, "anna_happy_train.ogg")
+    give(page, *clips)  # several, given on the first page
+    page.get_by_role("heading", name="Many recordings").wait_for()
+    page.get_by_role("link", name="Listen").click()
+    assert answered(page, "anna_happy_train.ogg")
+    page.get_by_role("link", name="Many recordings").click()
+    page.get_by_role("heading", name="40 answered").wait_for()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_the_page_process_holds_nothing_that_hears(
+    tab: Callable[..., Any], running: tuple[int, str], write_audio: Callable[..., Path], tmp_path: Path
+) -> None:
+    pid, address = running
+    (tmp_path / "labels.csv").write_text("file,label\nclip.wav,sad\n")
+    for name, heading in (("", "How does this voice sound?"), ("model", "Model card"), ("many", "How many are right?")):
+        page = tab(f"{address}/{name}")
+        if name == "many":
+            give(page, write_audio("clip.wav"), tmp_path / "labels.csv")
+        page.get_by_role("heading", name=heading).wait_for()
+        rested(page)
+    loaded = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+    assert "/numpy/" in loaded
+    for library in ("torch", "ray", "onnxruntime", "soxr", "numba", "llvmlite"):
+        assert f"/{library}/" not in loaded, library
+    assert "libsndfile" not in loaded
+
+
 def test_two_tabs_do_not_mix(
     tab: Callable[..., Any], address: str, service: Service, write_audio: Callable[..., Path]
 ) -> None:
@@ -308,7 +297,6 @@ def test_two_tabs_do_not_mix(
         assert answered(page, clip.name) == service.headline(clip)
 
 
-@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_every_page_fits_is_accessible_and_follows_the_scheme(
@@ -318,17 +306,16 @@ def test_every_page_fits_is_accessible_and_follows_the_scheme(
     tmp_path: Path,
     name: str,
     scheme: str,
-    width: int,
 ) -> None:
-    import axe_playwright_python
-
-    page = tab(f"{address}/{PAGES[name]}", width=width, height=844, scheme=scheme)
+    page = tab(f"{address}/{PAGES[name]}", scheme)
     if name == "many":
         clip, labels = write_audio("clip.wav"), tmp_path / "labels.csv"
         (tmp_path / "broken.wav").write_bytes(b"no sound")
         labels.write_text("file,label\nclip.wav,sad\n")
         give(page, clip, labels, tmp_path / "broken.wav")
         page.get_by_role("heading", name="How many are right?").wait_for()
+        rested(page)
+        tick(page)
     elif name == "listen":
         answered(page, "anna_happy_train.ogg")
         give(page, write_audio("long.wav", duration_s=9.0, channels=2))
@@ -336,15 +323,31 @@ def test_every_page_fits_is_accessible_and_follows_the_scheme(
         page.get_by_role("button", name="Show what mattered").click()
         page.get_by_role("heading", name="What mattered").wait_for()
     rested(page)
-    wide = "Math.max(...[...document.querySelectorAll('html, [data-testid=stMain]')].map(e => e.scrollWidth))"
-    assert page.evaluate(wide) <= width
     colour = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
     brightness = sum(int(part) for part in re.findall(r"\d+", colour)[:3]) / (3 * 255)
     assert brightness < 0.2 if scheme == "dark" else brightness > 0.9
-    page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-    bad = [(v["id"], v["nodes"][0]["html"]) for v in found["violations"] if v["impact"] in ("serious", "critical")]
-    assert bad == []
+    for other in ("Speak", "Examples") if name == "listen" else ():
+        accessible(page)
+        page.get_by_role("tab", name=other).click()
+        page.get_by_role("tab", name=other, selected=True).wait_for()
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.wait_for_function("width => innerWidth === width", arg=width)
+        page.wait_for_function(FITS)
+        accessible(page)
+
+
+def test_overload_and_a_wrong_key_are_a_sentence_each(tab: Callable[..., Any]) -> None:
+    status = [429]
+    with answering(status) as url, page_process(url) as (_, address):
+        page = tab(address)
+        for status[0], told in ((429, "busy"), (503, "busy"), (401, "SER_API_KEY"), (500, "Told so.")):
+            page.reload()
+            page.get_by_test_id("stAlert").get_by_text(told).wait_for()
+            rested(page)
+            assert page.get_by_test_id("stAlert").count() == 1
+            assert "Traceback" not in page.content()
+            accessible(page)
 
 
 def test_a_service_that_stops_is_told_and_one_that_starts_is_used(
@@ -359,6 +362,7 @@ def test_a_service_that_stops_is_told_and_one_that_starts_is_used(
     assert "python -m jobs.serve" in page.inner_text('[data-testid="stCode"]')
     fresh = tab(f"{address}/model")
     fresh.get_by_text("does not answer at").wait_for()
+    accessible(page)
     service.start()
     assert answered(page, "later.wav") == service.headline(clip)  # by itself: nobody touched the page
     fresh.get_by_role("heading", name="How well it does").wait_for()

@@ -83,6 +83,21 @@ def test_words_on_a_band_can_be_read(label: str) -> None:
     assert palette.colour(label) == colour
 
 
+@pytest.mark.parametrize("section", ["light", "dark"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_numbers_in_the_matrix_can_be_read(section: str, share: float) -> None:
+    theme = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text(encoding="utf-8"))["theme"][section]
+    squares = confusion(("angry", "sad"), ((5, 0), (0, 5))).to_dict()["layer"][0]
+    low, high = squares["encoding"]["opacity"]["scale"]["range"]
+    opacity = low + share * (high - low)
+    cell = [
+        round(opacity * int(squares["mark"]["color"][i : i + 2], 16) + (1 - opacity) * int(ground, 16))
+        for i in (1, 3, 5)
+        for ground in [theme["backgroundColor"][i : i + 2]]
+    ]
+    assert contrast(theme["textColor"], "#{:02x}{:02x}{:02x}".format(*cell)) >= 4.5
+
+
 def contrast(one: str, other: str) -> float:
     """WCAG 2.2, relative luminance, spelled out."""
 

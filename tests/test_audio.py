@@ -65,6 +65,68 @@ def test_every_format_gives_what_was_written(
     assert np.array_equal(load(data, sample_rate_hz=rate_hz).samples, clip.samples), "bytes and path are one recording"
 
 
+@pytest.mark.parametrize(("container", "codec", "rate_hz", "channels", "error"), FORMATS)
+def test_fifty_milliseconds_of_every_format_are_centred_in_silence(
+    container: str, codec: str, rate_hz: int, channels: int, error: float | None
+) -> None:
+    samples = voice(0.05, rate_hz, channels)
+    clip = load_middle(encoded(samples, rate_hz, container, codec), sample_rate_hz=rate_hz)
+    start = (2 * rate_hz - len(samples)) // 2
+    assert clip.info.frames == len(samples)
+    assert clip.scored_s == pytest.approx(0.05, abs=1 / rate_hz)
+    assert not clip.samples[:start].any()
+    assert not clip.samples[start + len(samples) :].any()
+    assert np.corrcoef(clip.samples[start : start + len(samples)], samples.mean(axis=1))[0, 1] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("container", "rate_hz", "channels"), [("WAV", 8_000, 1), ("RF64", 48_000, 2), ("W64", 48_000, 8)]
+)
+def test_ten_hours_are_taken_and_a_second_more_is_not(
+    container: str, rate_hz: int, channels: int, tmp_path: Path
+) -> None:
+    """Mostly holes: RF64 and W64 of 7 and 28 GB take no room on the disk."""
+    short = encoded(np.zeros((1, channels), np.float32), rate_hz, container)
+    path, frame_bytes = tmp_path / "long.wav", 2 * channels
+    for duration_s in (36_000, 36_001):
+        size = duration_s * rate_hz * frame_bytes
+        head = bytearray(short[: len(short) - frame_bytes])  # the data comes last
+        if container == "WAV":
+            head[-4:] = size.to_bytes(4, "little")
+        elif container == "RF64":
+            ds64 = head.index(b"ds64") + 8
+            head[ds64 + 8 : ds64 + 24] = size.to_bytes(8, "little") + (size // frame_bytes).to_bytes(8, "little")
+            head[-4:] = b"\xff" * 4
+        else:
+            head[-8:] = (size + 24).to_bytes(8, "little")
+        with path.open("wb") as file:
+            file.write(head)
+            file.truncate(len(head) + size)
+            file.seek(len(head) + size // 2)
+            file.write(b"\0\x40" * channels)  # 0.5 in the middle
+        if duration_s > 36_000:
+            assert code_of(path) == "too_long"
+        else:
+            clip = load_middle(path, sample_rate_hz=rate_hz)
+            assert clip.info.duration_s == 36_000
+            assert np.flatnonzero(clip.samples).tolist() == [rate_hz]
+            assert clip.samples[rate_hz] == 0.5
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_an_ogg_without_end_of_stream_flag_is_taken_as_it_is(codec: str) -> None:
+    """Android's recorders never set it, so that it cannot tell a whole recording from a cut one."""
+    data = encoded(voice(4.0, 48_000), 48_000, "OGG", codec)
+    whole = load(data).samples
+    pages = [match.start() for match in re.finditer(b"OggS\0", data)]
+    assert data[pages[-1] + 5] & 4, "the last page has the flag"
+    for end in pages[4:]:
+        assert not data[data.rindex(b"OggS\0", 0, end) + 5] & 4
+        part = load(data[:end]).samples
+        assert 0.2 * 48_000 < len(part) < len(whole)
+        np.testing.assert_allclose(part, whole[: len(part)], atol=1e-6)
+
+
 @pytest.mark.parametrize(("container", "codec", "rate_hz", "name"), AV_FORMATS)
 def test_containers_of_the_extra_are_decoded(container: str, codec: str, rate_hz: int, name: str) -> None:
     samples = voice(3.0, rate_hz)

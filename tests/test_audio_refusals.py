@@ -5,15 +5,20 @@ Headers are built here with struct, apart from the code that reads them.
 
 from __future__ import annotations
 
+import ctypes
+import io
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from audio_recordings import AV_FORMATS, FORMATS, ONE_SECOND, code_of, encoded, encoded_av, voice
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -199,6 +204,23 @@ def test_a_start_past_the_end() -> None:
         load(ONE_SECOND, start_s=-1.0)
     with pytest.raises(ValueError, match="window_s"):
         load_middle(ONE_SECOND, window_s=0.0)
+
+
+def test_what_the_mp3_decoder_prints_on_damaged_files_is_not_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(encoded(voice(2.0, 44_100), 44_100, "MP3", "MPEG_LAYER_III"))
+    data[len(data) // 2 : len(data) // 2 + 900] = bytes(900)
+    with soundfile.SoundFile(io.BytesIO(bytes(data))) as file:
+        file.read()
+    assert "Note:" in capfd.readouterr().err, "libmpg123 remarks on this file"
+    c_library = ctypes.CDLL(None)
+    c_library.perror(b"before")
+    for call in (load_middle, probe, audio.content_hash):
+        with suppress(audio.AudioError):
+            call(bytes(data))
+    print("python", file=sys.stderr)
+    c_library.perror(b"after")
+    found = [line.split(":")[0] for line in capfd.readouterr().err.splitlines()]
+    assert found == ["before", "python", "after"]
 
 
 # Paths -----------------------------------------------------------------------------------------------------------

@@ -107,6 +107,22 @@ def test_aws_closes_all_but_ssh_and_pays_for_nothing_idle() -> None:
     assert all(kind["node_config"]["MetadataOptions"] == {"HttpTokens": "required"} for kind in kinds.values())
 
 
+def test_ec2_knows_every_field_of_the_node_kinds() -> None:
+    session = pytest.importorskip("botocore.session")
+    from botocore.validate import ParamValidator
+
+    request = session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+
+    def against(config: dict[str, Any]) -> str:
+        report: str = ParamValidator().validate(config | {"MinCount": 1, "MaxCount": 1}, request).generate_report()
+        return report
+
+    assert "Unknown parameter" in against({"InstanceTyp": "m7i.2xlarge"})
+    for name, kind in read("cluster.yaml")["available_node_types"].items():
+        assert against(kind["node_config"]) == "", name
+        assert kind["node_config"]["InstanceType"] in request.members["InstanceType"].enum
+
+
 # --- the commands, on two hosts ---
 
 PROBE = """

@@ -221,16 +221,18 @@ def test_in_one_piece_the_limits_hold_as_well() -> None:
 
 
 def test_the_proxy_gets_the_service_s_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ray_settings.VARIABLES:
+    names = (*ray_settings.VARIABLES, ray_settings.MESSAGE_BYTES, "SER_PROXY_SETTINGS")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
     ray_settings.prepare(Settings(max_body_mib=0.001, body_timeout_s=2))
     assert os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] == "1"  # what was set stays
-    module, _, name = os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].rpartition(".")
+    assert int(os.environ[ray_settings.MESSAGE_BYTES]) > 2**20 * Settings().max_held_mib  # calls carry whole bodies
+    module, _, function = os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].rpartition(".")
     application: Any = echo_length
-    for middleware in getattr(importlib.import_module(module), name)():
+    for middleware in getattr(importlib.import_module(module), function)():
         application = middleware.cls(application, *middleware.args, **middleware.kwargs)
     stream = ask(application, Stream([b"x" * 2000]))
     assert (stream.status, stream.problem["code"]) == (413, "body_too_large")
-    for variable in (*ray_settings.VARIABLES, "SER_PROXY_SETTINGS"):
-        monkeypatch.delenv(variable, raising=False)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)

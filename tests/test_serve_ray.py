@@ -1,6 +1,6 @@
 """The service as it runs: Ray Serve's proxy, ingress and a model worker, over real sockets, started once.
 
-Limits are set low here, so that they can be reached quickly.
+Limits are low here, so that they can be reached quickly.
 """
 
 from __future__ import annotations
@@ -8,19 +8,24 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SERVICE_LIMITS
+from ray.serve.generated import serve_pb2, serve_pb2_grpc
 from serving import form, wav
 
 from benchmarks.processes import command_of, descendants
@@ -30,18 +35,12 @@ from pipeline.checkpoint import Bundle, save_bundle
 from pipeline.predictor import Predictor
 from serve.client import Client
 from serve.client_errors import Busy
+from serve.client_wire import single
 from serve.schema import Problem, Recording
 from serve.settings import Settings
 
 MIB = 2**20
-SETTINGS: dict[str, Any] = {
-    "max_ongoing": 4,
-    "max_queued": 2,
-    "max_body_mib": 2,
-    "max_files": 8,
-    "body_timeout_s": 1.5,
-    "max_windows": 400,
-}
+LOOPBACK = IPv4Address("127.0.0.1")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def url(ray_session: None, tiny_bundle: Bundle) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    deployment.run(Settings(bundles=(str(tiny_bundle.folder),), **SETTINGS), "127.0.0.1", port)
+    deployment.run(Settings(bundles=(str(tiny_bundle.folder),), **SERVICE_LIMITS), "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}"
     deployment.stop()
 
@@ -186,6 +185,46 @@ def _upload(url: str, parts: list[bytes], *, chunked: bool, declared: int = 0) -
     return bytes(answer), sent
 
 
+def test_up_to_the_limit_bodies_pass(http: httpx.Client) -> None:
+    large = wav(60.0, 48_000)
+    assert 5 * MIB < len(large) < SERVICE_LIMITS["max_body_mib"] * MIB
+    assert http.post("/v1/predict", **form(large)).json()["files"][0]["duration_s"] == 60.0
+    task = http.post("/v1/audio-classification", content=large, headers={"content-type": "audio/wav"})
+    assert task.status_code == 200
+
+
+def test_ports_of_workers_are_this_machine_s_and_need_ray_s_token(url: str) -> None:
+    request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps({}))
+    replicas = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::ServeReplica:ser:")]
+    assert len(replicas) >= 2
+    for replica in replicas:
+        listening = _listening(replica)
+        assert {address.ipv4_mapped or address for address, _ in listening} <= {IPv6Address("::1"), LOOPBACK}
+        answers = set()
+        for _, port in listening:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+                serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=20)
+            answers.add(refused.value.code())
+        assert grpc.StatusCode.UNAUTHENTICATED in answers
+
+
+def _listening(pid: int) -> list[tuple[IPv6Address, int]]:
+    """Addresses (IPv4 ones mapped) and ports at which a process listens, as Linux tells."""
+    held, found = set(), []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            held.add(os.readlink(entry))
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                text, port = fields[1].split(":")
+                words = [int(text[at : at + 8], 16).to_bytes(4, "little") for at in range(0, len(text), 8)]
+                raw = b"".join(words) if table == "tcp6" else bytes(10) + b"\xff\xff" + words[0]
+                found.append((IPv6Address(raw), int(port, 16)))
+    return found
+
+
 def test_many_files_at_once(http: httpx.Client) -> None:
     problem_of(http.post("/v1/predict", **form(*[wav(0.2)] * 9)), 422, "too_many_files")
     answer = http.post("/v1/predict", **form(*[wav(0.2)] * 5, b"words"))
@@ -261,21 +300,26 @@ def test_a_killed_worker_costs_no_request(url: str) -> None:
     assert victim not in _workers()
 
 
-def test_new_weights_take_over_between_requests(url: str, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_new_weights_take_over_between_requests_and_several_models_answer_by_name(
+    url: str, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     from serve import deployment
 
     state = tiny_bundle.state_dict()
     last = [name for name in state if name.endswith("bias")][-1]
     state[last] = state[last].flip(0)
-    other = save_bundle(
-        tmp_path / "other",
-        name="tiny",
-        state_dict=state,
-        model_name=tiny_bundle.model_name,
-        model_options=tiny_bundle.model_options,
-        labels=tiny_bundle.labels,
-        features=tiny_bundle.features,
-        metrics={},
+    better, second = (
+        save_bundle(
+            tmp_path / name,
+            name=name,
+            state_dict=weights,
+            model_name=tiny_bundle.model_name,
+            model_options=tiny_bundle.model_options,
+            labels=tiny_bundle.labels,
+            features=tiny_bundle.features,
+            metrics={},
+        )
+        for name, weights in (("tiny", state), ("second", tiny_bundle.state_dict()))
     )
     data, stop, seen, failed = wav(1.0), threading.Event(), [], []
 
@@ -291,15 +335,26 @@ def test_new_weights_take_over_between_requests(url: str, tiny_bundle: Bundle, t
     for thread in threads:
         thread.start()
     try:
-        deployment.roll_out(Settings(bundles=(str(other.folder),), **SETTINGS))
+        deployment.roll_out(Settings(bundles=(str(better.folder), str(second.folder)), **SERVICE_LIMITS))
     finally:
         stop.set()
         for thread in threads:
             thread.join()
     assert not failed
-    versions = [bundle.weights_sha256[:12] for bundle in (tiny_bundle, other)]
+    versions = [bundle.weights_sha256[:12] for bundle in (tiny_bundle, better)]
     assert seen[0] == versions[0]
-    with Client(url) as client:
-        assert client.predict_together([data]).version == versions[1]
-        assert client.model().version == versions[1]
     assert set(seen) <= set(versions)
+    with Client(url) as client:
+        assert client.model().models == ["tiny", "second"]
+        assert client.model().version == versions[1]
+        answers = {name: client.predict_together([data], model=name) for name in (None, "tiny", "second")}
+        assert {name: (found.model, found.version) for name, found in answers.items()} == {
+            None: ("tiny", versions[1]),
+            "tiny": ("tiny", versions[1]),
+            "second": ("second", versions[0]),
+        }
+        by_name = {name: {item.label: item.score for item in single(found).scores} for name, found in answers.items()}
+        assert by_name[None] == by_name["tiny"] != by_name["second"]
+        (expected,) = Predictor.from_bundle(tiny_bundle.folder, threads=1).predict([data])
+        found = [by_name["second"][label] for label in tiny_bundle.labels]
+        np.testing.assert_allclose(found, expected.probabilities, atol=1e-5)

@@ -1,0 +1,181 @@
+"""Several nodes for real: extraction, training and scoring across them, nodes killed, cables cut, the head restarted.
+
+    python -m benchmarks.cluster_nodes [--nodes 3 --kills 5 --cuts 1 --head_restarts 1 --files 1200 --seed 0]
+    python -m benchmarks.cluster_nodes --scaling [--turns 3]
+
+The nodes are network namespaces of this machine where that is permitted (root, iproute2), see ``benchmarks.hosts``.
+First each job is given once with ``ray job submit`` and left alone, and it is counted where its work was seen. Then,
+with ``ser submit``, each job meets ``--kills`` nodes killed (all their processes; never the head), ``--cuts`` nodes
+whose cable is out for 20 s, and ``--head_restarts`` deaths of the head, at shares of the work drawn from ``--seed``. A
+job that stops is given again (training with ``--resume``). Rows lost, doubled and different are counted against the
+undisturbed run. ``--scaling`` instead measures extraction and scoring on 1 and on 2 nodes with one CPU each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.cluster_jobs import Running, Work, extraction, make_recordings, scoring, training
+from benchmarks.hosts import Host, Hosts
+from benchmarks.processes import machine
+
+CUT_S = 20.0
+MOST = 4  # times that one job is given
+
+
+def report(*cells: object) -> None:
+    """A row of a Markdown table, at once."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def undisturbed(hosts: Hosts, work: Work) -> bool:
+    """Give a job with ``ray job submit``, leave it alone, print where its work was done; whether all was right."""
+    out = hosts.shared / f"{work.kind}-undisturbed"
+    running = Running(hosts, work, out, plain=True)
+    code = running.finish()
+    if code:
+        raise SystemExit(f"{' '.join(running.command)}\nended with {code}:\n{running.text()[-4000:]}")
+    wanted, lost, doubled, different = work.check(out)
+    places = ", ".join(f"{name} {count}" for name, count in running.seen.items())
+    report(work.kind, wanted, lost, doubled, different, f"{running.seconds:.0f} s", places)
+    return sum(count > 0 for count in running.seen.values()) > 1 and not (lost or doubled or different)
+
+
+def disturb(hosts: Hosts, event: str, victim: Host) -> str:
+    """Let it happen; what was done."""
+    if event == "cut":
+        hosts.cut(victim, CUT_S)
+        return f"cable of {victim.name} out for {CUT_S:.0f} s"
+    if event == "head":
+        return f"head killed, {hosts.kill(hosts.head)} processes"
+    return f"{victim.name} killed, {hosts.kill(victim)} processes"
+
+
+def disturbed(hosts: Hosts, work: Work, event: str, number: int, rng: np.random.Generator) -> bool:
+    """One run with one event in its middle, given again until it is done; prints a row; whether all was right."""
+    out = hosts.shared / f"{work.kind}-{event}-{number}"
+    share = float(rng.uniform(0.05, 0.85))
+    running = Running(hosts, work, out, plain=False)
+    if not running.watch(share):
+        report(work.kind, "nothing", f"{share:.0%} wanted", f"ended before: {running.complaint()}", *"-----")
+        return False
+    busy = [host for host in hosts.all[1:] if hosts.working(host, *work.titles)] or hosts.all[1:]
+    found, what = work.progress(out), disturb(hosts, event, busy[int(rng.integers(len(busy)))])
+    code, told, given = running.finish(), "", 1
+    while code and given < MOST:
+        told = told or f"stopped with {code}: {running.complaint()[:200]}"
+        hosts.repair()
+        begun = work.kind != "train" or (out / "checkpoint.pt").is_file()
+        running = Running(hosts, work, out, plain=False, again=begun)
+        code, given = running.finish(), given + 1
+    wanted, lost, doubled, different = work.check(out) if code == 0 else (0, -1, -1, -1)
+    report(work.kind, what, f"{found:.0%}", told or "went on", given, wanted, lost, doubled, different)
+    hosts.repair()
+    return not (code or lost or doubled or different)
+
+
+def failures(hosts: Hosts, works: list[Work], arguments: argparse.Namespace) -> int:
+    """The table of what happened when nodes failed; how many runs were not right."""
+    rng = np.random.default_rng(arguments.seed)
+    if arguments.cuts and not hosts.real:
+        print("no cable is cut: there are no namespaces here", flush=True)
+    counts = {"kill": arguments.kills, "cut": arguments.cuts if hosts.real else 0, "head": arguments.head_restarts}
+    report("job", "what happened", "at", "the job", "given", "rows", "lost", "doubled", "different")
+    report(*["---"] * 9)
+    todo = [(work, event, n) for work in works for event, count in counts.items() for n in range(count)]
+    return sum(not disturbed(hosts, work, event, number, rng) for work, event, number in todo)
+
+
+def first_rows(data: Path, count: int) -> Path:
+    """The manifest of the first recordings, beside the whole one."""
+    path = data.with_name(f"first-{count}.csv")
+    pd.read_csv(data).head(count).to_csv(path, index=False)
+    return path
+
+
+def scaling(arguments: argparse.Namespace, folder: Path) -> None:
+    """Seconds of extraction and scoring on 1 and on 2 nodes, in turns: a large run's less a small one's."""
+    report("job", "turn", "1 node", "2 nodes", "efficiency")
+    report(*["---"] * 5)
+    took: dict[tuple[str, int], list[float]] = {}
+    small = max(arguments.block_rows * 2, arguments.files // 10)
+    for turn in range(1, arguments.turns + 1):
+        for nodes in (1, 2):
+            with Hosts(folder / f"{turn}-{nodes}", nodes, namespaces=not arguments.loopback) as hosts:
+                data = make_recordings(hosts.shared, arguments.files)
+                for kind, make in (("extract", extraction), ("score", scoring)):
+                    seconds = []
+                    for count in (small, small, arguments.files):  # the first warms up: uploads, exports, file cache
+                        work = make(first_rows(data, count), count, arguments.block_rows)
+                        running = Running(hosts, work, hosts.shared / f"{kind}-{len(seconds)}", plain=False)
+                        if running.finish():
+                            raise SystemExit(running.text()[-3000:])
+                        seconds.append(running.seconds)
+                    took.setdefault((kind, nodes), []).append(seconds[2] - seconds[1])
+        for kind in ("extract", "score"):
+            _efficiency(kind, turn, took[kind, 1][-1], took[kind, 2][-1])
+    for kind in ("extract", "score"):
+        _efficiency(kind, "median", statistics.median(took[kind, 1]), statistics.median(took[kind, 2]))
+
+
+def _efficiency(kind: str, turn: object, one_s: float, two_s: float) -> None:
+    report(kind, turn, f"{one_s:.1f} s", f"{two_s:.1f} s", f"{one_s / (2 * two_s):.2f}")
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> int:
+    """Undisturbed runs, then the failures; how many were not right."""
+    with Hosts(folder, arguments.nodes, namespaces=not arguments.loopback) as hosts:
+        print(f"{arguments.nodes} nodes with 1 CPU each: {hosts.kind}", flush=True)
+        data = make_recordings(hosts.shared, arguments.files)
+        clips = first_rows(data, arguments.clips)
+        short = extraction(clips, arguments.clips, arguments.block_rows)
+        extract = extraction(data, arguments.files, arguments.block_rows)
+        train = training(hosts.shared / "features", arguments.epochs)
+        score = scoring(data, arguments.files, arguments.block_rows)
+        if Running(hosts, short, hosts.shared / "features", plain=True).finish():
+            raise SystemExit("the recordings for training could not be extracted")
+        report("job", "rows", "lost", "doubled", "different", "took", "busy workers seen on (samples)")
+        report(*["---"] * 7)
+        wrong = sum(not undisturbed(hosts, work) for work in (extract, train, score))
+        score = scoring(data, arguments.files, arguments.block_rows, hosts.shared / "score-undisturbed")
+        return wrong + failures(hosts, [extract, train, score], arguments)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--files", type=int, default=1200, help="recordings to extract and to score, made here")
+    parser.add_argument("--clips", type=int, default=64, help="recordings to train on")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--block_rows", type=int, default=16)
+    parser.add_argument("--kills", type=int, default=5, help="of a node, in each job")
+    parser.add_argument("--cuts", type=int, default=1, help=f"of a cable for {CUT_S:.0f} s, in each job")
+    parser.add_argument("--head_restarts", type=int, default=1, help="in each job")
+    parser.add_argument("--scaling", action="store_true", help="measure 1 and 2 nodes instead")
+    parser.add_argument("--turns", type=int, default=3, help="of --scaling")
+    parser.add_argument("--loopback", action="store_true", help="without namespaces, even where they are permitted")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", type=Path, help="folder for everything (default: the system's)")
+    arguments = parser.parse_args()
+    print(f"machine: {machine()}; load {os.getloadavg()[0]:.1f}; seed {arguments.seed}", flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="ser-nodes-", ignore_cleanup_errors=True) as scratch:
+        start_s = time.monotonic()
+        if arguments.scaling:
+            scaling(arguments, Path(scratch))
+            return 0
+        wrong = run(arguments, Path(scratch) / "cluster")
+        print(f"{wrong} runs were not right; {time.monotonic() - start_s:.0f} s in all")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Ray nodes that take this machine for several: network namespaces with own addresses, folders, tokens, host names.
+
+Each host has a veth on one bridge, its own /tmp, /dev/shm and home (with a copy of the token), a host name that the
+others know, and an empty folder where this project's code lies: what a job needs there must have travelled. One folder,
+``shared``, is the same on all. Needs root and iproute2. Without them, or where namespaces are not permitted, the nodes
+are raylets on loopback addresses that see all that this machine has: reachability is then not tested; ``kind`` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.processes import command_of, descendants
+
+ROOT = Path(__file__).resolve().parents[1]
+HIDDEN = ("pipeline", "jobs", "serve", "models", "benchmarks", "tests")
+START_S = 300.0
+TRIES = 4
+PORT, DASHBOARD = 6379, 8265
+# `ray`, but a raylet may take minutes instead of Ray's fixed 30 s to be known: several start at once on a busy machine
+PATIENT_RAY = f"""
+import sys, time, ray._private.services as services
+known = services.get_node
+def get_node(*words):
+    end_s = time.monotonic() + {START_S}
+    while True:
+        try:
+            return known(*words)
+        except RuntimeError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.5)
+services.get_node = get_node
+from ray.scripts.scripts import main
+sys.argv[0] = "ray"
+main()
+"""
+
+
+@dataclass
+class Host:
+    """One node. ``main`` is the process of ``ray start --block`` while it runs."""
+
+    number: int
+    address: str
+    namespace: str
+    home: Path
+    main: subprocess.Popen[bytes] | None = None
+    log: Path = field(default=Path("/dev/null"))
+
+    @property
+    def name(self) -> str:
+        return f"node-{self.number}"
+
+
+class Hosts:
+    """``count`` hosts, the first of them the head, below ``folder``; use it in a ``with`` block."""
+
+    def __init__(self, folder: Path, count: int, *, cpus: int = 1, namespaces: bool = True) -> None:
+        self.folder, self.cpus = folder, cpus
+        self.shared = folder / "shared"
+        self.tag = f"s{os.getpid() % 100_000}"
+        self.real = namespaces and permitted()
+        self.kind = "network namespaces" if self.real else "loopback addresses (namespaces are not permitted here)"
+        net = 1 + os.getpid() % 250
+        base = f"10.77.{net}." if self.real else f"127.77.{net}."
+        self.all = [Host(i, f"{base}{i}", f"{self.tag}-{i}", folder / f"home-{i}") for i in range(1, count + 1)]
+        self.head = self.all[0]
+        self.port = PORT if self.real else 20_000 + 2 * net
+        self.dashboard = DASHBOARD if self.real else 20_001 + 2 * net
+
+    def __enter__(self) -> Hosts:
+        self.shared.mkdir(parents=True)
+        token = secrets.token_hex(32)
+        (self.folder / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{host.address} {host.name}\n" for host in self.all), encoding="ascii"
+        )
+        for host in self.all:
+            ray = host.home / ".ray"
+            ray.mkdir(parents=True, mode=0o700)
+            with os.fdopen(os.open(ray / "auth_token", os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
+                file.write(token)
+            (host.home / "tmp").mkdir()
+            host.log = host.home / "ray-start.log"
+        try:
+            if self.real:
+                self._wire()
+            for host in self.all:
+                self.start(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in reversed(self.all):
+            self.kill(host)
+            if self.real:
+                _ip("netns", "del", host.namespace, check=False)
+        if self.real:
+            _ip("link", "del", f"{self.tag}b", check=False)
+
+    def _wire(self) -> None:
+        """A bridge, and a cable from each host to it."""
+        bridge = f"{self.tag}b"
+        _ip("link", "add", bridge, "type", "bridge")
+        _ip("link", "set", bridge, "up")
+        for host in self.all:
+            inside, outside = f"{self.tag}i{host.number}", self.cable(host)
+            _ip("netns", "add", host.namespace)
+            _ip("link", "add", outside, "type", "veth", "peer", "name", inside)
+            _ip("link", "set", inside, "netns", host.namespace)
+            _ip("link", "set", outside, "master", bridge, "up")
+            _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", inside)
+            _ip("-n", host.namespace, "link", "set", inside, "up")
+            _ip("-n", host.namespace, "link", "set", "lo", "up")
+
+    def cable(self, host: Host) -> str:
+        """The bridge's end of the host's cable."""
+        return f"{self.tag}o{host.number}"
+
+    def environment(self, host: Host) -> dict[str, str]:
+        """What a person on that host has in the environment."""
+        kept = {name: os.environ[name] for name in ("LANG", "LC_ALL", "TZ") if name in os.environ}
+        return kept | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(host.home),
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(round(START_S)),
+            "RAY_COLOR_PREFIX": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def inside(self, host: Host, words: list[str], *, as_client: bool = False) -> list[str]:
+        """A command that runs ``words`` on that host; ``as_client``: with this machine's files, as through a tunnel."""
+        if not self.real:
+            return words
+        prefix = ["ip", "netns", "exec", host.namespace]
+        if as_client:
+            return [*prefix, *words]
+        mounts = [
+            "mount --make-rprivate /",
+            f"mount --bind {host.home / 'tmp'} /tmp",
+            f"mount --bind {self.folder / 'hosts'} /etc/hosts",
+            "mount -t tmpfs -o size=2g tmpfs /dev/shm",
+            *(f"mount -t tmpfs -o ro,size=4k tmpfs {path}" for path in self.hidden()),
+            f"hostname {host.name}",
+            f"cd / && exec {shlex.join(words)}",
+        ]
+        return [*prefix, "unshare", "--mount", "--uts", "sh", "-c", " && ".join(mounts)]
+
+    def hidden(self) -> list[str]:
+        """Folders with code of this project that no host may see."""
+        installed = subprocess.run(
+            [sys.executable, "-c", "import pipeline; print(pipeline.__file__)"],
+            cwd="/", capture_output=True, text=True, check=False,
+        ).stdout.strip()  # fmt: skip
+        roots = {ROOT, Path(installed).parents[1]} if installed else {ROOT}
+        return [str(root / name) for root in roots for name in HIDDEN if (root / name).is_dir()]
+
+    def start(self, host: Host) -> None:
+        """Start Ray on a host and wait until it is in the cluster; tried again on a machine that is too busy."""
+        resources = ["--num-cpus", str(self.cpus), "--object-store-memory", str(200 * 2**20), "--block"]
+        where = ["--node-ip-address", host.address, "--disable-usage-stats"]
+        if host is self.head:
+            words = ["start", "--head", "--port", str(self.port), "--dashboard-port", str(self.dashboard)]
+            words += [
+                "--dashboard-host",
+                "127.0.0.1",
+                "--temp-dir",
+                "/tmp/ray" if self.real else str(self.folder / "ray"),
+            ]
+        else:
+            words = ["start", "--address", f"{self.head.address}:{self.port}"]
+        for _ in range(TRIES):
+            with host.log.open("ab") as log:
+                host.main = subprocess.Popen(
+                    self.inside(host, [sys.executable, "-c", PATIENT_RAY, *words, *where, *resources]),
+                    env=self.environment(host), cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
+            if self._wait(host):
+                return
+            self.kill(host)
+        raise SystemExit(
+            f"{host.name} did not start:\n{host.log.read_text(encoding='utf-8', errors='replace')[-2000:]}"
+        )
+
+    def _wait(self, host: Host) -> bool:
+        """Until the cluster lists the host and, on the head, the dashboard takes jobs."""
+        end_s = time.monotonic() + START_S
+        while time.monotonic() < end_s:
+            if host.main is None or host.main.poll() is not None:
+                return False
+            if host.address in self.members():
+                return True
+            time.sleep(1)
+        return False
+
+    def members(self) -> dict[str, str]:
+        """Address -> id of the nodes that the head's dashboard believes alive."""
+        code = (
+            "import sys; from ray.util.state import list_nodes\n"
+            f"for n in list_nodes(address='http://127.0.0.1:{self.dashboard}', timeout=20):\n"
+            "    n.state == 'ALIVE' and print(n.node_ip, n.node_id)"
+        )
+        run = subprocess.run(
+            self.inside(self.head, [sys.executable, "-c", code], as_client=True),
+            env=self.environment(self.head), cwd="/", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return dict(line.split() for line in run.stdout.splitlines() if line.startswith(("10.", "127.")))
+
+    def processes(self, host: Host) -> list[int]:
+        """All processes of a host."""
+        if self.real:
+            found = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=False)
+            return [int(word) for word in found.stdout.split()]
+        return [host.main.pid, *descendants(host.main.pid)] if host.main is not None else []
+
+    def working(self, host: Host, *titles: str) -> list[int]:
+        """Workers of a host whose title, as Ray writes it, holds one of the words: what they do right now."""
+        found = [(pid, command_of(pid)) for pid in self.processes(host)]
+        return [pid for pid, title in found if title.startswith("ray::") and any(word in title for word in titles)]
+
+    def kill(self, host: Host) -> int:
+        """Kill every process of the host at once, as a power cut would; returns how many there were."""
+        pids = self.processes(host)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if host.main is not None:
+            host.main.wait()
+            host.main = None
+        while self.processes(host):
+            time.sleep(0.1)
+        shutil.rmtree(host.home / "tmp" / "ray", ignore_errors=True)
+        return len(pids)
+
+    def repair(self) -> None:
+        """All hosts up again. A new head knows nothing of the old cluster: then everybody starts anew."""
+        if self.head.main is None or self.head.main.poll() is not None:
+            for host in self.all:
+                self.kill(host)
+        members = self.members() if self.head.main is not None else {}
+        for host in self.all:
+            if host.main is None or host.main.poll() is not None or host.address not in members:
+                self.kill(host)
+                self.start(host)
+
+    def cut(self, host: Host, seconds: float) -> None:
+        """Take the host's cable out for so long; its processes live on."""
+        _ip("link", "set", self.cable(host), "down")
+        time.sleep(seconds)
+        _ip("link", "set", self.cable(host), "up")
+
+
+def permitted() -> bool:
+    """Whether this process may make network namespaces."""
+    name = f"probe{os.getpid()}"
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    if made:
+        _ip("netns", "del", name)
+    return made
+
+
+def _ip(*words: str, check: bool = True) -> None:
+    run = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if check and run.returncode:
+        raise SystemExit(f"ip {' '.join(words)}: {run.stderr.strip()}")

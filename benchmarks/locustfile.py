@@ -1,0 +1,92 @@
+"""A scenario for locust: people who send a recording, look at it window by window, ask why, or read the model's card.
+
+    make serve                                            # in another terminal
+    make load-test ARGS="--users 16 --run-time 60s"       # or: locust -f benchmarks/locustfile.py, for its page
+
+An answer 429 or 503 with ``Retry-After`` counts as a refusal, not as a failure: the user waits as long as it says. With
+``SER_API_KEY`` set, requests carry it. ``bench_serve`` measures the service with a tool that costs less CPU itself.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import time
+from typing import Any
+
+import soundfile
+from locust import HttpUser, between, events, task
+
+from benchmarks.recordings import synthetic_speech
+
+CLIP_S, RATE_HZ = 3.7, 48_000
+KEY = os.environ.get("SER_API_KEY", "")
+
+
+def _wav(seed: int, duration_s: float = CLIP_S) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, synthetic_speech(duration_s, RATE_HZ, seed=seed), RATE_HZ, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+CLIPS = itertools.cycle([_wav(seed) for seed in range(8)])
+LONG = _wav(8, duration_s=20.0)
+
+
+class Caller(HttpUser):
+    """Most send single recordings."""
+
+    host = "http://127.0.0.1:8000"
+    wait_time = between(0.0, 0.2)
+
+    @task(20)
+    def predict(self) -> None:
+        self._post("/v1/predict", 1, files=[("file", ("clip.wav", next(CLIPS)))], data={"top_k": "3"})
+
+    @task(4)
+    def predict_several(self) -> None:
+        files = [("file", (f"{n}.wav", next(CLIPS))) for n in range(4)]
+        self._post("/v1/predict", 4, name="/v1/predict, 4 files", files=files)
+
+    @task(6)
+    def task_of_hugging_face(self) -> None:
+        self._post("/v1/audio-classification", 0, data=next(CLIPS), headers={"Content-Type": "audio/wav"})
+
+    @task(1)
+    def follow(self) -> None:
+        files, fields = [("file", ("long.wav", LONG))], {"window_s": "2", "hop_s": "1"}
+        self._post("/v1/predict", 1, name="/v1/predict, windows of 20 s", files=files, data=fields)
+
+    @task(1)
+    def explain(self) -> None:
+        self._post("/v1/explain", 0, files=[("file", ("clip.wav", next(CLIPS)))])
+
+    @task(1)
+    def card(self) -> None:
+        self.client.get("/v1/model", headers=self._key())
+
+    def _post(self, path: str, recordings: int, *, headers: dict[str, str] | None = None, **content: Any) -> None:
+        """Send, and check that the answer holds ``recordings`` usable ones (0: another kind of answer)."""
+        asking = self.client.post(path, headers=(headers or {}) | self._key(), catch_response=True, **content)
+        with asking as answer:
+            after = answer.headers.get("Retry-After", "")
+            if answer.status_code in (429, 503) and after.isdecimal():
+                refused[answer.status_code] = refused.get(answer.status_code, 0) + 1
+                answer.success()
+                time.sleep(int(after))
+            elif answer.status_code == 200 and recordings:
+                told = [file["status"] for file in answer.json()["files"]]
+                if told != ["ok"] * recordings:
+                    answer.failure(f"statuses {told}")
+
+    def _key(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {KEY}"} if KEY else {}
+
+
+refused: dict[int, int] = {}
+
+
+@events.quitting.add_listener
+def _tell(environment: Any, **_: Any) -> None:
+    print(f"refused with Retry-After, by status: {refused or 'none'}")

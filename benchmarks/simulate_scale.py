@@ -1,0 +1,168 @@
+"""What the driver itself costs: a scoring run of many files on many logical CPUs, the model replaced by a sleep.
+
+Everything is as in ``jobs.score`` (listing, plan, Ray Data, ledger, tables, ``run.json``), except that a block is not
+decoded and not classified: a worker sleeps for as long as it would have worked, and answers with one and the same
+prediction. So hundreds of logical CPUs fit on a few real ones, and what is left is the cost that does not shrink with
+more nodes. Given are CPU seconds of the driver and of Ray's own processes, which other work on the machine does not
+change much, for each phase; a file's cost is the slope between two sizes. docs/scaling.md draws the conclusions.
+
+    python -m benchmarks.simulate_scale --sizes 20000 100000 --num_cpus 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from benchmarks.processes import command_of, descendants, machine
+from pipeline.audio import EXTENSIONS
+from pipeline.blocks import Task, make_block
+from pipeline.checkpoint import load_bundle
+from pipeline.folders import scan
+from pipeline.options import ScoreOptions
+from pipeline.predictions import to_table
+from pipeline.predictor import Prediction
+from pipeline.runtime import start_ray
+from pipeline.scoring import Execution, score_manifest
+
+CLIP_S = 0.0076  # docs/benchmarks.md: slope between 5,000 and 20,000 files
+PHASES = ("list", "plan", "blocks", "tables")
+SYSTEM = ("raylet", "gcs_server")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def stand_in(rows: int, labels: Sequence[str]) -> pa.Table:
+    """What a worker answers for ``rows`` recordings, without having heard any."""
+    p = np.full(len(labels), 0.5 / (len(labels) - 1))
+    p[0] = 0.5
+    heard = Prediction("ok", None, labels[0], 0.5, p, 3.5, 2.0, 48_000, 1, -30.0)
+    return to_table([heard] * rows, labels)
+
+
+def sleeping_block(rows: pa.Table, task: Task) -> pa.Table:
+    """In the place of ``blocks.score_block``."""
+    time.sleep(CLIP_S * len(rows))
+    table = stand_in(len(rows), load_bundle(task.weights).labels)
+    return table.append_column("block", rows["block"]).append_column("position", rows["position"])
+
+
+def make_files(folder: Path, n: int) -> None:
+    """``n`` empty recordings, 1,000 a sub-folder."""
+    for i in range(n):
+        path = folder / f"{i // 1000:05d}" / f"{i:08d}.wav"
+        if i % 1000 == 0:
+            path.parent.mkdir(parents=True)
+        path.touch()
+
+
+def system_cpu_s() -> float:
+    """CPU seconds so far of Ray's own processes below this one."""
+    total = 0.0
+    for pid in descendants(os.getpid()):
+        if Path(command_of(pid).split(" ")[0]).name in SYSTEM:
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / _TICKS
+    return total
+
+
+class Meter:
+    """CPU seconds of each phase: of this process, and of Ray's own."""
+
+    def __init__(self) -> None:
+        self.own: dict[str, float] = {}
+        self.system: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        own_s, system_s = time.process_time(), system_cpu_s()
+        yield
+        self.own[name] = time.process_time() - own_s
+        self.system[name] = system_cpu_s() - system_s
+
+
+def simulate(folder: Path, out: Path, num_cpus: int) -> tuple[int, Meter, float]:
+    """Score everything in ``folder``; rows, what each phase cost, and seconds in all."""
+    meter, begin_s = Meter(), time.monotonic()
+    with meter.phase("list"):
+        table = pd.DataFrame({"speech": scan(folder, EXTENSIONS).files})
+    marks: list[tuple[float, float]] = [(time.process_time(), system_cpu_s())]
+
+    def progress(done: int, total: int, failed: int) -> None:
+        if done in (0, total):  # before the first block, and after the last
+            marks.append((time.process_time(), system_cpu_s()))
+
+    with patch("pipeline.scoring.score_block", sleeping_block):
+        run = score_manifest(
+            table,
+            out,
+            options=ScoreOptions(crops=1),
+            execution=Execution(num_cpus=num_cpus, block_rows=256),
+            report=False,
+            on_progress=progress,
+        )
+    marks.append((time.process_time(), system_cpu_s()))
+    for name, (before, after) in zip(PHASES[1:], pairwise(marks), strict=True):
+        meter.own[name], meter.system[name] = after[0] - before[0], after[1] - before[1]
+    if run.rows != len(table) or run.statuses != {"ok": len(table)}:
+        raise SystemExit(f"{run.rows} rows, {run.statuses}: expected {len(table)} that are ok")
+    return run.rows, meter, time.monotonic() - begin_s
+
+
+def bytes_a_file(labels: Sequence[str], path: str) -> tuple[float, float]:
+    """Bytes a recording through the object store: to the worker, and back."""
+    rows = 256
+    asked = make_block(0, [path] * rows)
+    answer = stand_in(rows, labels)
+    for column in ("block", "position"):
+        answer = answer.append_column(column, asked[column])
+    return asked.nbytes / rows, answer.nbytes / rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs=2, default=[20_000, 100_000], help="files, two sizes")
+    parser.add_argument("--num_cpus", type=int, default=32, help="logical CPUs; each is a sleeping process")
+    parser.add_argument("--scratch", type=Path, help="folder for the files (default: the system's)")
+    arguments = parser.parse_args()
+    print(
+        f"machine: {machine()}\nlogical CPUs: {arguments.num_cpus}, {CLIP_S * 1e3:g} ms of sleep a file\n", flush=True
+    )
+    start_ray(arguments.num_cpus)
+    found: list[tuple[int, Meter]] = []
+    print("| files | | " + " | ".join(PHASES) + " | seconds in all |\n" + "|---" * (len(PHASES) + 3) + "|", flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="simulate-") as scratch:
+        for n in (2_000, *arguments.sizes):  # the first run warms up
+            make_files(Path(scratch) / f"in-{n}", n)
+            rows, meter, seconds = simulate(Path(scratch) / f"in-{n}", Path(scratch) / f"out-{n}", arguments.num_cpus)
+            found.append((rows, meter))
+            for who, costs in (("driver", meter.own), ("Ray's processes", meter.system)):
+                cells = " | ".join(f"{costs[name]:.2f} s" for name in PHASES)
+                print(f"| {rows:,} | {who} | {cells} | {seconds:.0f} |", flush=True)
+        kept = sum(path.stat().st_size for path in (Path(scratch) / f"out-{arguments.sizes[-1]}").iterdir())
+    (_, _), (small, first), (large, second) = found
+    for who, costs in (("driver", (first.own, second.own)), ("Ray's processes", (first.system, second.system))):
+        slope = {name: (costs[1][name] - costs[0][name]) / (large - small) * 1e6 for name in PHASES}
+        cells = " | ".join(f"{slope[name]:.1f} ms" for name in PHASES)
+        print(f"| 1,000 more | {who} | {cells} | {sum(slope.values()):.1f} ms of CPU together |", flush=True)
+    there, back = bytes_a_file(load_bundle().labels, f"{tempfile.gettempdir()}/folder/00042/00042042.wav")
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"\nobject store: {there:.0f} bytes a file to the worker, {back:.0f} back; tables: {kept / large:.0f} bytes a "
+        f"file on the disk; driver's largest memory {peak_mib:.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
