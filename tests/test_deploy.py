@@ -190,7 +190,7 @@ def test_the_image_holds_pinned_versions_only() -> None:
     ]
     assert len(installs) == 4
     for command in installs:
-        held = ("--constraint requirements.txt", "requirements.txt)", "--no-deps", "uv==")
+        held = ("--constraint requirements-dev.txt", "requirements.txt)", "--no-deps", "uv==")
         assert any(word in command for word in held), command
     assert any('--torch-backend "$TORCH_BACKEND"' in command for command in installs)
     assert ("ARG", "TORCH_BACKEND=cpu") in instructions()
