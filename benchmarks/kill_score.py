@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from benchmarks.processes import command_of, descendants, linked_folder, machine
+from benchmarks.processes import command_of, descendants, finish, linked_folder, machine
 from pipeline.checkpoint import load_bundle
 from pipeline.onnx_export import ensure_onnx
 
@@ -43,18 +43,6 @@ def begin(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-
-
-def finish(process: subprocess.Popen[str], deadline_s: float) -> None:
-    try:
-        _, error = process.communicate(timeout=deadline_s)
-    except subprocess.TimeoutExpired as late:
-        process.kill()
-        raise SystemExit(
-            f"a run was not done within {deadline_s:.0f} s; is the machine busy? See --deadline_s"
-        ) from late
-    if process.returncode:
-        raise SystemExit(f"the command ended with {process.returncode}:\n{error}")
 
 
 def rows_of(out: Path) -> Rows:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.processes import command_of, descendants, machine
+from benchmarks.processes import command_of, descendants, finish, machine
 from pipeline.checkpoint import load_bundle
 from pipeline.corpora import scan_folder
 from pipeline.history import read_history
@@ -51,18 +51,6 @@ def begin(arguments: argparse.Namespace, out: Path, *more: str) -> subprocess.Po
     words = ["--features", arguments.features, "--out", out, "--epochs", arguments.epochs, "--patience", 0]
     words += ["--num_workers", arguments.num_workers, "--batch_size", arguments.batch_size, "--lr", 1e-3, *more]
     return run_job("jobs.train", *words)
-
-
-def finish(process: subprocess.Popen[str], deadline_s: float) -> None:
-    try:
-        _, error = process.communicate(timeout=deadline_s)
-    except subprocess.TimeoutExpired as late:
-        process.kill()
-        raise SystemExit(
-            f"a run was not done within {deadline_s:.0f} s; is the machine busy? See --deadline_s"
-        ) from late
-    if process.returncode:
-        raise SystemExit(f"the command ended with {process.returncode}:\n{error}")
 
 
 def progress(out: Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,19 @@ def descendants(pid: int) -> list[int]:
 def command_of(pid: int) -> str:
     """Its command line, spaces between the words; empty when it has ended."""
     return _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()
+
+
+def finish(process: subprocess.Popen[str], deadline_s: float) -> None:
+    """Wait for a command; end this one when it failed, or took too long and was killed."""
+    try:
+        _, error = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired as late:
+        process.kill()
+        raise SystemExit(
+            f"a run was not done within {deadline_s:.0f} s; is the machine busy? See --deadline_s"
+        ) from late
+    if process.returncode:
+        raise SystemExit(f"the command ended with {process.returncode}:\n{error}")
 
 
 def resident_bytes(pid: int) -> int:
