@@ -168,7 +168,7 @@ def _model(number: int, bundle: Bundle, args: Settings) -> ray_serve.Application
         name=f"Model{number}",
         user_config={"bundle": str(bundle.folder.resolve()), "weights_sha256": bundle.weights_sha256},
         max_ongoing_requests=args.max_ongoing,
-        max_queued_requests=args.max_queued,
+        max_queued_requests=args.room,  # by gRPC, a call counts as queued until it is answered
         max_surge_percent=_ALL,
         health_check_period_s=5,
         health_check_timeout_s=30,
