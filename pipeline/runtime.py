@@ -67,6 +67,7 @@ def start_ray(
 
     if ray.is_initialized():
         return
+    _reread_authentication()
     level = logging.ERROR
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -80,6 +81,13 @@ def start_ray(
         options |= {"_metrics_export_port": metrics_port} if metrics_port else {}
         _start_here(options)
     logging.getLogger("ray").setLevel(level)
+
+
+def _reread_authentication() -> None:
+    """Ray reads ``RAY_AUTH_MODE`` when it is first imported, and only then; somebody may have imported it before."""
+    from ray._raylet import Config
+
+    Config.initialize("")
 
 
 def _start_here(options: dict[str, Any]) -> None:

@@ -33,8 +33,13 @@ def prepare(settings: Settings) -> None:
     """Set the variables, for the Ray that this process is about to start; what is set already stays."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault(MESSAGE_BYTES, str(round((settings.max_held_mib + _LONGEST_ANSWER_MIB) * MIB)))
+    os.environ.setdefault(MESSAGE_BYTES, longest_message(settings))
     os.environ[_SETTINGS] = settings.model_dump_json()
+
+
+def longest_message(settings: Settings) -> str:
+    """Value of `MESSAGE_BYTES`: all that requests may hold, and the longest answer."""
+    return str(round((settings.max_held_mib + _LONGEST_ANSWER_MIB) * MIB))
 
 
 def in_proxy() -> list[Middleware]:

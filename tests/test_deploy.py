@@ -145,7 +145,7 @@ def test_the_job_understands_its_entrypoint(name: str) -> None:
 def test_the_service_is_the_one_of_serve() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from serve.ray_settings import VARIABLES
+    from serve.ray_settings import MESSAGE_BYTES, VARIABLES, longest_message
     from serve.settings import API_KEY_VARIABLE, Settings
 
     manifest = read("rayservice.yaml")
@@ -153,12 +153,12 @@ def test_the_service_is_the_one_of_serve() -> None:
     ours = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "serve/config.yaml").read_text(encoding="utf-8")))
     (application,) = config.applications
     assert application.import_path == ours.applications[0].import_path
-    Settings(**application.args)
+    wanted = VARIABLES | {MESSAGE_BYTES: longest_message(Settings(**application.args))}
     assert config.http_options.request_timeout_s == ours.http_options.request_timeout_s
     for pod in list(pods(manifest)):
         environment = {entry["name"]: entry for entry in pod["containers"][0]["env"]}
         assert "valueFrom" in environment.pop(API_KEY_VARIABLE), "beyond loopback the service answers with a key only"
-        assert {name: entry["value"] for name, entry in environment.items()} == VARIABLES
+        assert {name: entry["value"] for name, entry in environment.items()} == wanted
         assert {"containerPort": config.http_options.port, "name": "serve"} in pod["containers"][0]["ports"]
 
 
