@@ -34,7 +34,7 @@ SERVICE_LIMITS: dict[str, Any] = {  # low, so that tests of the service on Ray r
     "max_queued": 2,
     "max_body_mib": 6,  # more than gRPC takes by default
     "max_files": 8,
-    "body_timeout_s": 1.5,
+    "body_timeout_s": 4,
     "max_windows": 400,
 }
 prepare(Settings(**SERVICE_LIMITS))  # before the first import of ray.serve: Ray runs as jobs.serve runs it

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv6Address
 from pathlib import Path
 
 import grpc
@@ -40,7 +40,6 @@ from serve.schema import Problem, Recording
 from serve.settings import Settings
 
 MIB = 2**20
-LOOPBACK = IPv4Address("127.0.0.1")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ def test_slow_uploads_are_given_up(url: str) -> None:
     answer, _ = _upload(url, [b"x"], declared=1000, chunked=False)
     assert b" 408 " in answer.split(b"\r\n", 1)[0]
     assert b'"code":"body_timeout"' in answer
-    assert 1.0 < time.monotonic() - started_s < 20.0
+    assert 3.0 < time.monotonic() - started_s < 30.0
 
 
 def _upload(url: str, parts: list[bytes], *, chunked: bool, declared: int = 0) -> tuple[bytes, int]:
@@ -193,19 +192,19 @@ def test_up_to_the_limit_bodies_pass(http: httpx.Client) -> None:
     assert task.status_code == 200
 
 
-def test_ports_of_workers_are_this_machine_s_and_need_ray_s_token(url: str) -> None:
+def test_ports_of_workers_are_not_open_everywhere_and_need_ray_s_token(url: str) -> None:
     request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps({}))
     replicas = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::ServeReplica:ser:")]
     assert len(replicas) >= 2
     for replica in replicas:
-        listening = _listening(replica)
-        assert {address.ipv4_mapped or address for address, _ in listening} <= {IPv6Address("::1"), LOOPBACK}
-        answers = set()
-        for _, port in listening:
-            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
-                serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=20)
-            answers.add(refused.value.code())
-        assert grpc.StatusCode.UNAUTHENTICATED in answers
+        answers = {}
+        for address, port in _listening(replica):
+            host = "127.0.0.1" if address == IPv6Address("::") else str(address.ipv4_mapped or f"[{address}]")
+            with grpc.insecure_channel(f"{host}:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+                serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=60)
+            answers[address, port] = refused.value.code()
+        (serve_s,) = (address for (address, _), code in answers.items() if code is grpc.StatusCode.UNAUTHENTICATED)
+        assert serve_s != IPv6Address("::")  # Ray Serve's own choice
 
 
 def _listening(pid: int) -> list[tuple[IPv6Address, int]]:
