@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve.ser")  # below Ray Serve's logger, whose file and format it shares
 _NO_ROUTE = "unmatched"
+_UPLOADS = {"/v1/predict", "/v1/explain", "/v1/audio-classification"}  # known also where no router has seen them
 
 
 class Meter(Protocol):
@@ -36,10 +37,14 @@ class Meter(Protocol):
 
 
 class Access:
-    """The middleware, to be the outermost one."""
+    """The middleware, to be the outermost one.
 
-    def __init__(self, app: ASGIApp, *, meter: Meter) -> None:
-        self.app, self.meter = app, meter
+    Args:
+        refusals: tell only of requests refused here, before Ray Serve's proxy; the ingress tells of the others.
+    """
+
+    def __init__(self, app: ASGIApp, *, meter: Meter, refusals: bool = False) -> None:
+        self.app, self.meter, self._refusals = app, meter, refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, measure it, write its line."""
@@ -69,7 +74,10 @@ class Access:
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         known = notes(scope)
-        route = getattr(scope.get("route"), "path", _NO_ROUTE)
+        if self._refusals and "code" not in known:
+            return
+        unrouted = scope["path"] if scope["path"] in _UPLOADS else _NO_ROUTE
+        route = str(getattr(scope.get("route"), "path", unrouted))
         code = known.pop("code", "ok" if status and status < 400 else "disconnected" if not status else "other")
         self.meter.request(route, status, code, seconds)
         line = {"event": "request", "id": request_id(scope), "method": scope["method"], "route": route}

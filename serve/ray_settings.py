@@ -10,6 +10,7 @@ import os
 
 from starlette.middleware import Middleware
 
+from serve.access import Access
 from serve.body_limit import BodyLimit
 from serve.proxy import Admission, Identify
 from serve.settings import MIB, Settings
@@ -44,8 +45,11 @@ def longest_message(settings: Settings) -> str:
 
 def in_proxy() -> list[Middleware]:
     """What Ray Serve's proxy puts around itself, the outermost last."""
+    from serve.metrics import RequestMeter  # imports Ray, which runs already where this is called
+
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
-    return [limits_of(settings, whole=True), Middleware(Admission, room=settings.room), Middleware(Identify)]
+    doors = [limits_of(settings, whole=True), Middleware(Admission, room=settings.room)]
+    return [*doors, Middleware(Access, meter=RequestMeter(), refusals=True), Middleware(Identify)]
 
 
 def limits_of(settings: Settings, *, whole: bool = False) -> Middleware:

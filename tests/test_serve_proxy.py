@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from typing import Any
 
 import httpx
+import pytest
+from serving import KeptFigures
 
+from serve.access import Access
 from serve.proxy import Admission, Identify
 
 
@@ -91,3 +96,19 @@ def test_an_id_that_the_application_gave_is_left_alone() -> None:
             assert (await http.get("/")).headers.get_list("x-request-id") == ["its"]
 
     asyncio.run(scenario())
+
+
+def test_what_is_refused_here_is_counted_and_told_here_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        busy = Busy()
+        async with client(Identify(Access(Admission(busy, room=0), meter=figures, refusals=True))) as http:
+            assert (await http.post("/v1/predict")).status_code == 429
+            assert (await http.post("/elsewhere")).status_code == 429
+            assert (await http.get("/v2/health/live")).status_code == 200
+
+    figures = KeptFigures()
+    with caplog.at_level(logging.INFO, logger="ray.serve.ser"):
+        asyncio.run(scenario())
+    assert figures.requests == [("/v1/predict", 429, "overloaded"), ("unmatched", 429, "overloaded")]
+    told = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.ser"]
+    assert [(line["route"], line["status"]) for line in told] == [("/v1/predict", 429), ("unmatched", 429)]
