@@ -85,7 +85,7 @@ def start_ray(
 
 def _reread_authentication() -> None:
     """Ray reads ``RAY_AUTH_MODE`` when it is first imported, and only then; somebody may have imported it before."""
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without a stub
 
     Config.initialize("")
 
