@@ -65,7 +65,7 @@ def _wait(sentence: str, *, start: bool) -> None:
     st.warning(sentence, icon=":material/hourglass_top:")
     if start:
         st.markdown("Start it in a terminal, in the project's folder:")
-        st.code("python -m jobs.serve", language="shell")
+        st.code("python -m jobs.serve", language=None)  # the colours of "shell" are too pale to read
         st.caption(
             "Or start service and page together with `make app`. This page goes on by itself as soon as the service "
             "answers; what you have chosen is kept."
