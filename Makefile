@@ -92,7 +92,7 @@ page-pictures: $(DEV)  ## docs/page-*.png anew, with the shipped model; after ma
 	$(BIN)/python -m docs.take_page_pictures
 
 video: $(DEV)     ## docs/demo.mp4 anew, filmed: make video DATA=/path/to/RAVDESS; after make test-browser; needs chromium, ffmpeg
-	$(BIN)/python docs/film/demo.py --data_dir "$(DATA)"
+	$(BIN)/python -m docs.film.demo --data_dir "$(DATA)"
 
 fuzz: $(DEV)      ## 10,000 mutated recordings through the decoder
 	$(BIN)/python -m benchmarks.fuzz_audio --count 10000

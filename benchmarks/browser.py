@@ -39,7 +39,7 @@ def page_process(service_url: str) -> Iterator[tuple[int, str]]:
     url = f"http://{HOST}:{port}"
     until_s = time.monotonic() + _START_S
     try:
-        while not _healthy(f"{url}/_stcore/health"):
+        while not healthy(f"{url}/_stcore/health"):
             if process.poll() is not None or time.monotonic() > until_s:
                 raise SystemExit("the page did not start; what it said is above")
             time.sleep(0.1)
@@ -49,7 +49,8 @@ def page_process(service_url: str) -> Iterator[tuple[int, str]]:
         process.wait(60)
 
 
-def _healthy(url: str) -> bool:
+def healthy(url: str) -> bool:
+    """Whether something answers there, and well."""
     try:
         return httpx.get(url).is_success
     except httpx.HTTPError:

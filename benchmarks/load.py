@@ -70,6 +70,8 @@ class _Connection:
     async def ask(self, message: bytes) -> tuple[int, bool]:
         """Status, and whether the answer says Retry-After."""
         try:
+            if self.streams is not None and self.streams[0].at_eof():
+                self.close()  # idle for so long that the service has hung up
             if self.streams is None:
                 self.streams = await asyncio.open_connection(self.host, self.port)
             reader, writer = self.streams

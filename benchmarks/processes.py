@@ -92,16 +92,28 @@ def cpu_seconds(pid: int) -> float:
 @contextmanager
 def sampled(measure: Callable[[], float], every_s: float = 0.25) -> Iterator[list[float]]:
     """A list whose only item becomes the largest value that ``measure`` had inside the block."""
-    peak, stop = [measure()], threading.Event()
+    peak = [measure()]
+
+    def look() -> None:
+        peak[0] = max(peak[0], measure())
+
+    with watched(look, every_s):
+        yield peak
+
+
+@contextmanager
+def watched(look: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call ``look`` again and again inside the block, in a thread."""
+    stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(every_s):
-            peak[0] = max(peak[0], measure())
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield peak
+        yield
     finally:
         stop.set()
         thread.join()

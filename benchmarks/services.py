@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import subprocess
@@ -108,10 +109,11 @@ def main() -> None:
     parser.add_argument("--two_stages", action="store_true")
     arguments = parser.parse_args()
     from pipeline.runtime import start_ray
-    from serve.ray_settings import prepare
+    from serve.ray_settings import IN_PROXY, prepare
     from serve.settings import Settings
 
-    prepare(Settings(max_queued=1000))  # Ray as our service has it
+    prepare(Settings())  # Ray as our service has it
+    del os.environ[IN_PROXY]  # but for what stands in front of its proxy
     start_ray(metrics_port=arguments.metrics_port)
     from benchmarks import no_op_app
 

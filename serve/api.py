@@ -11,6 +11,7 @@ from serve import openapi, routes_inference, routes_info
 from serve.access import Access
 from serve.doors import require_key, require_loopback
 from serve.problems import ServiceError, answer
+from serve.proxy import Unpack
 from serve.ray_settings import limits_of
 from serve.schema import FieldError
 from serve.service import Service
@@ -41,6 +42,7 @@ def create_app(service: Service) -> FastAPI:
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     app.add_middleware(Access, meter=service.meter)
+    app.add_middleware(Unpack)
     app.openapi = openapi.described(app, service.models.names, service.window_s, settings)  # type: ignore[method-assign]
     return app
 

@@ -6,7 +6,7 @@ the service can spare, new ones are refused with ``Retry-After``. A refusal is a
 connection, so that the rest of the body is not taken either; the application behind sees a client that has gone.
 
 It stands in the ingress, and in front of Ray Serve's proxy as well (``ray_settings``), which would otherwise hold what
-comes in faster than it can be passed on; there it also hands bodies on whole, for each piece would be a call more.
+comes in faster than it can be passed on.
 """
 
 from __future__ import annotations
@@ -31,13 +31,10 @@ class BodyLimit:
         max_bytes: of one request.
         max_held_bytes: of all requests that are being received or answered.
         timeout_s: from the start of a request until its body is complete.
-        whole: hand a body on in one piece.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float, whole: bool = False
-    ) -> None:
-        self.app, self.whole = app, whole
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float) -> None:
+        self.app = app
         self.max_bytes, self.max_held_bytes, self.timeout_s = max_bytes, max_held_bytes, timeout_s
         self._held_bytes = 0
 
@@ -83,14 +80,6 @@ class _Body:
 
     async def receive(self) -> Message:
         """What comes next, as the application sees it."""
-        message = await self._next()
-        parts = [message.get("body", b"")]
-        while self._limit.whole and message.get("more_body", False):
-            message = await self._next()
-            parts.append(message.get("body", b""))
-        return {**message, "body": b"".join(parts)} if len(parts) > 1 else message
-
-    async def _next(self) -> Message:
         if self._complete or self.refused:
             return await self._receive()
         try:

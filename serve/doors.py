@@ -7,29 +7,49 @@ refused, so that a service bound to all interfaces by mistake is closed, not ope
 from __future__ import annotations
 
 import hmac
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
 
-from serve.problems import ServiceError
+from serve.problems import ServiceError, answer
+from serve.request_scope import header
 from serve.settings import API_KEY_VARIABLE, is_loopback, key_digest
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 _BEARER = HTTPBearer(auto_error=False, scheme_name="api_key", description="the value of SER_API_KEY")
 
 
+class Doorkeeper:
+    """Sends uploads without the right key away before their bodies are read: an ASGI middleware before the proxy.
+
+    The ingress asks for the key again, of every request that needs it.
+    """
+
+    def __init__(self, app: ASGIApp, *, digest: str) -> None:
+        self.app, self._digest = app, digest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] == "http" and scope["method"] == "POST" and not _has_key(scope, self._digest):
+            await answer(_unauthorized(), scope)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
 async def require_key(
-    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]
+    request: Request, _given: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]
 ) -> None:
-    """Let requests with the right key in.
+    """Let requests with the right key in; ``_given`` puts the key into the interface's description.
 
     Raises:
         ServiceError: no key, or another one.
     """
-    expected: str = request.app.state.service.key_digest
-    digest = key_digest(given.credentials if given else "")
-    if given is None or not hmac.compare_digest(digest, expected):
-        raise ServiceError("unauthorized", "send the service's key as the header Authorization: Bearer KEY")
+    if not _has_key(request.scope, request.app.state.service.key_digest):
+        raise _unauthorized()
 
 
 async def require_loopback(request: Request) -> None:
@@ -43,3 +63,12 @@ async def require_loopback(request: Request) -> None:
         raise ServiceError(
             "key_required", f"beyond this machine the service answers only with a key; start it with {API_KEY_VARIABLE}"
         )
+
+
+def _has_key(scope: Scope, digest: str) -> bool:
+    scheme, given = get_authorization_scheme_param(header(scope, b"authorization"))
+    return scheme.lower() == "bearer" and hmac.compare_digest(key_digest(given), digest)
+
+
+def _unauthorized() -> ServiceError:
+    return ServiceError("unauthorized", "send the service's key as the header Authorization: Bearer KEY")

@@ -11,7 +11,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from serve.problems import answer, overloaded
-from serve.request_scope import header
+from serve.request_scope import hand_over, handed_over, header
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +21,10 @@ _ID = b"x-request-id"
 
 class Admission:
     """Lets so many requests for the models in at a time, and answers 429 to the others.
+
+    A request takes its place once its body is complete, so that slow senders keep none from others; the body then
+    travels with the scope (``Unpack``), for fetching it would be calls more. While all places are taken, no body is
+    read.
 
     Args:
         room: requests in work.
@@ -33,14 +37,54 @@ class Admission:
         """Serve one request, or refuse it."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
-        elif self._inside >= self._room:
+            return
+        here = self._full or await _received(scope, receive)
+        if self._full:  # others may have come in meanwhile
             await answer(overloaded(), scope)(scope, receive, send)
-        else:
+        elif here:
             self._inside += 1
             try:
                 await self.app(scope, receive, send)
             finally:
                 self._inside -= 1
+
+    @property
+    def _full(self) -> bool:
+        return self._inside >= self._room
+
+
+async def _received(scope: Scope, receive: Receive) -> bool:
+    """Put the whole body into the scope; False when the client has gone before it was complete."""
+    parts = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return False
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    hand_over(scope, b"".join(parts))
+    return True
+
+
+class Unpack:
+    """Receives the body that `Admission` put into the scope; to be the outermost middleware of the ingress."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        body = handed_over(scope)
+        waiting: list[Message] = []
+        if body is not None:
+            waiting.append({"type": "http.request", "body": body, "more_body": False})
+        del body  # a request may take long
+
+        async def next_message() -> Message:
+            return waiting.pop() if waiting else await receive()
+
+        await self.app(scope, next_message, send)
 
 
 class Identify:

@@ -12,10 +12,12 @@ from starlette.middleware import Middleware
 
 from serve.access import Access
 from serve.body_limit import BodyLimit
+from serve.doors import Doorkeeper
 from serve.proxy import Admission, Identify
-from serve.settings import MIB, Settings
+from serve.settings import MIB, Settings, key_digest_from_environment
 
-_SETTINGS = "SER_PROXY_SETTINGS"
+_SETTINGS, _KEY_DIGEST = "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST"
+IN_PROXY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MESSAGE_BYTES = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"  # of a call by gRPC; Ray's own is 4 MiB
 _LONGEST_ANSWER_MIB = 64  # 32 recordings of 1,800 windows each, as JSON, are 30
 VARIABLES = {
@@ -26,7 +28,7 @@ VARIABLES = {
     # one event loop a process instead of three: fewer hand-overs between threads
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.ray_settings.in_proxy",
+    IN_PROXY: "serve.ray_settings.in_proxy",
 }
 
 
@@ -36,6 +38,7 @@ def prepare(settings: Settings) -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault(MESSAGE_BYTES, longest_message(settings))
     os.environ[_SETTINGS] = settings.model_dump_json()
+    os.environ[_KEY_DIGEST] = key_digest_from_environment() or ""
 
 
 def longest_message(settings: Settings) -> str:
@@ -48,16 +51,17 @@ def in_proxy() -> list[Middleware]:
     from serve.metrics import RequestMeter  # imports Ray, which runs already where this is called
 
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
-    doors = [limits_of(settings, whole=True), Middleware(Admission, room=settings.room)]
+    doors = [Middleware(Admission, room=settings.room), limits_of(settings)]
+    if digest := os.environ.get(_KEY_DIGEST):
+        doors.append(Middleware(Doorkeeper, digest=digest))
     return [*doors, Middleware(Access, meter=RequestMeter(), refusals=True), Middleware(Identify)]
 
 
-def limits_of(settings: Settings, *, whole: bool = False) -> Middleware:
+def limits_of(settings: Settings) -> Middleware:
     """The body limit of ``settings`` as a middleware."""
     return Middleware(
         BodyLimit,
         max_bytes=round(settings.max_body_mib * MIB),
         max_held_bytes=round(settings.max_held_mib * MIB),
         timeout_s=settings.body_timeout_s,
-        whole=whole,
     )

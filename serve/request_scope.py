@@ -1,4 +1,4 @@
-"""What travels with a request through all layers: its id, its headers, and notes for its line in the log.
+"""What travels with a request through all layers: its id, its headers, its body, and notes for its line in the log.
 
 Ray Serve's proxy makes an id (``X-Request-ID``) where a client sends none, and puts it on every answer, also on those
 it writes itself.
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
 _LONGEST = 128
-_NOTES = "ser.notes"
+_NOTES, _BODY = "ser.notes", "ser.body"
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -35,3 +35,14 @@ def notes(scope: Scope) -> dict[str, Any]:
 def note(scope: Scope, **values: Any) -> None:
     """Add to ``notes``."""
     notes(scope).update(values)
+
+
+def hand_over(scope: Scope, body: bytes) -> None:
+    """Send the whole body along with the scope, which spares the ingress to ask the proxy for it."""
+    scope[_BODY] = body
+
+
+def handed_over(scope: Scope) -> bytes | None:
+    """Take the body out of the scope; None where it is not there, and must be received."""
+    body: bytes | None = scope.pop(_BODY, None)
+    return body

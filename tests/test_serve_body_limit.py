@@ -199,31 +199,11 @@ def test_other_protocols_pass_untouched() -> None:
     assert seen == [("lifespan", nothing, nothing)]
 
 
-@pytest.mark.parametrize("sizes", [[40], [10, 20, 30], [0, 5, 0], [100]])
-def test_a_body_can_be_handed_on_in_one_piece(sizes: list[int]) -> None:
-    pieces: list[Any] = []
-
-    async def keep(scope: Any, receive: Any, send: Any) -> None:
-        pieces.append(await receive())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    chunks = [bytes([number]) * size for number, size in enumerate(sizes)]
-    middleware = BodyLimit(keep, max_bytes=100, max_held_bytes=MANY, timeout_s=5.0, whole=True)
-    assert ask(middleware, Stream(chunks)).status == 200
-    assert pieces == [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
-
-
-def test_in_one_piece_the_limits_hold_as_well() -> None:
-    large = ask(limited(whole=True), Stream([b"x" * 60] * 1000))
-    assert (large.status, large.taken) == (413, 120)
-    slow = ask(limited(whole=True, timeout_s=0.05), Stream([b"x"], complete=False))
-    assert slow.status == 408
-
-
 def test_the_proxy_gets_the_service_s_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = (*ray_settings.VARIABLES, ray_settings.MESSAGE_BYTES, "SER_PROXY_SETTINGS")
+    names = (*ray_settings.VARIABLES, ray_settings.MESSAGE_BYTES, "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST")
     for name in names:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SER_API_KEY", "secret")
     monkeypatch.setenv("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
     ray_settings.prepare(Settings(max_body_mib=0.001, body_timeout_s=2))
     assert os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] == "1"  # what was set stays
@@ -232,7 +212,14 @@ def test_the_proxy_gets_the_service_s_limits(monkeypatch: pytest.MonkeyPatch) ->
     application: Any = echo_length
     for middleware in getattr(importlib.import_module(module), function)():
         application = middleware.cls(application, *middleware.args, **middleware.kwargs)
-    stream = ask(application, Stream([b"x" * 2000]))
-    assert (stream.status, stream.problem["code"]) == (413, "body_too_large")
+    assert "secret" not in {os.environ[name] for name in names}
+    stranger = ask(application, Stream([b"x" * 2000]))
+    assert (stranger.status, stranger.problem["code"], stranger.taken) == (401, "unauthorized", 0)
+    large = Stream([b"x" * 2000])
+    large.scope["headers"].append((b"authorization", b"Bearer secret"))
+    assert (ask(application, large).status, large.problem["code"]) == (413, "body_too_large")
+    monkeypatch.delenv("SER_API_KEY")
+    ray_settings.prepare(Settings())
+    assert not os.environ["SER_PROXY_KEY_DIGEST"]
     for name in names:
         monkeypatch.delenv(name, raising=False)

@@ -1,10 +1,12 @@
-"""What stands before the proxy: so many at a time, in the service's words; an id for every request and answer."""
+"""What stands before the proxy: so many at a time, once they are complete; an id for every request and answer."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import pickle
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,7 +14,10 @@ import pytest
 from serving import KeptFigures
 
 from serve.access import Access
-from serve.proxy import Admission, Identify
+from serve.body_limit import BodyLimit
+from serve.doors import Doorkeeper
+from serve.proxy import Admission, Identify, Unpack
+from serve.settings import key_digest
 
 
 class Busy:
@@ -53,6 +58,138 @@ def test_so_many_at_a_time() -> None:
             busy.leave.set()
             assert [answer.status_code for answer in await asyncio.gather(*held)] == [200] * 3
             assert (await http.post("/v1/predict")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+async def until(moment: asyncio.Event, *chunks: bytes) -> AsyncIterator[bytes]:
+    """A body whose last chunk comes at ``moment``."""
+    for chunk in chunks[:-1]:
+        yield chunk
+    await moment.wait()
+    yield chunks[-1]
+
+
+@pytest.mark.parametrize("sizes", [[40], [10, 20, 30], [0, 5, 0], [0]])
+def test_a_body_travels_with_the_scope_in_one_piece(sizes: list[int]) -> None:
+    messages: list[Any] = []
+
+    async def keep(scope: Any, receive: Any, send: Any) -> None:
+        messages.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ray(scope: Any, receive: Any, send: Any) -> None:
+        async def silence() -> Any:
+            raise AssertionError("the body was fetched, too")
+
+        await Unpack(keep)(pickle.loads(pickle.dumps(scope)), silence, send)  # as Ray Serve's proxy hands it on
+
+    async def scenario() -> None:
+        now = asyncio.Event()
+        now.set()
+        async with client(Identify(Admission(ray, room=1))) as http:
+            assert (await http.post("/", content=until(now, *chunks))).status_code == 200
+
+    chunks = [bytes([number]) * size for number, size in enumerate(sizes)]
+    asyncio.run(scenario())
+    assert messages == [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
+
+
+def test_without_a_body_in_the_scope_it_is_received() -> None:
+    async def length(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        assert not scope.get("ser.body")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(len(message["body"])).encode()})
+
+    async def scenario() -> None:
+        async with client(Unpack(length)) as http:
+            assert (await http.post("/", content=b"x" * 7)).text == "7"
+
+    asyncio.run(scenario())
+
+
+def test_bodies_on_their_way_keep_no_place_from_others() -> None:
+    async def scenario() -> None:
+        busy, moment, begun = Busy(), asyncio.Event(), []
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield b"a"
+            begun.append(None)
+            await moment.wait()
+
+        async with client(Admission(busy, room=1)) as http:
+            slow = [asyncio.create_task(http.post("/", content=slowly())) for _ in range(20)]
+            while len(begun) < len(slow):
+                await asyncio.sleep(0)
+            busy.leave.set()
+            assert (await http.post("/v1/predict")).status_code == 200
+            busy.leave.clear()
+            held = asyncio.create_task(http.post("/v1/predict"))
+            while not busy.inside:
+                await asyncio.sleep(0)
+            moment.set()  # all complete, and the one place is taken
+            assert {answer.status_code for answer in await asyncio.gather(*slow)} == {429}
+            busy.leave.set()
+            assert (await held).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_full_house_reads_no_body() -> None:
+    async def unread() -> Any:
+        raise AssertionError("a body was read for nothing")
+
+    async def scenario() -> None:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        await Admission(Busy(), room=0)(scope, unread, send)
+        assert sent[0]["status"] == 429
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "given", [None, "Bearer", "Bearer ", "Bearer wrong", "Basic secret", "secret", "Bearer secretx"]
+)
+def test_strangers_are_sent_away_before_their_bodies_are_read(given: str | None) -> None:
+    taken = []
+
+    async def body() -> AsyncIterator[bytes]:
+        taken.append(None)
+        yield b"x"
+
+    async def scenario() -> None:
+        busy = Busy()
+        busy.leave.set()
+        headers = {} if given is None else {"authorization": given}
+        async with client(Doorkeeper(busy, digest=key_digest("secret"))) as http:
+            refused = await http.post("/v1/predict", content=body(), headers=headers)
+            assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
+            assert refused.headers["www-authenticate"] == "Bearer"
+            assert (busy.seen, taken) == ([], [])
+            for right in ("Bearer secret", "bearer secret"):
+                assert (await http.post("/v1/predict", headers={"authorization": right})).status_code == 200
+            assert (await http.get("/v2/health/live")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_bodies_beyond_the_limits_never_get_in() -> None:
+    async def scenario() -> None:
+        busy, never = Busy(), asyncio.Event()
+        doors = BodyLimit(Admission(busy, room=1), max_bytes=100, max_held_bytes=1000, timeout_s=0.05)
+        async with client(doors) as http:
+            assert (await http.post("/", content=until(never, b"a", b"b"))).status_code == 408
+            assert (await http.post("/", content=until(never, b"a" * 101, b"b"))).status_code == 413
+            assert busy.seen == []
+            busy.leave.set()
+            assert (await http.post("/", content=b"a" * 100)).status_code == 200
 
     asyncio.run(scenario())
 

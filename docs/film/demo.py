@@ -1,6 +1,6 @@
 """The demo video: set-up, a small training, the report, the web page, filmed from the real thing.
 
-    python docs/film/demo.py --data_dir RAVDESS --out docs/demo.mp4
+    python -m docs.film.demo --data_dir RAVDESS --out docs/demo.mp4
 
 Needs chromium, ffmpeg, git, and Playwright (`make test-browser` installs it). Everything on the film is run while
 filming, in a fresh clone of this repository in --work: `make demo` makes that clone's own environment, the training is
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,15 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pandas as pd
-from camera import Camera
-from playwright.sync_api import sync_playwright
-from terminal import Terminal, run
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.browser import chromium, healthy, tab
+from benchmarks.services import ROOT, free_port
+from docs.film.camera import Camera
+from docs.film.terminal import Terminal, run
+
 SPLIT = "models/splits/ravdess_split.csv"
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TITLE = """<!doctype html><meta charset=utf-8><style>
 body {{ margin: 0; height: 720px; display: grid; place-content: center; text-align: center;
   background: #f4f4f2; color: #1d2a35; font-family: "DejaVu Sans", sans-serif }}
@@ -88,7 +86,6 @@ def report(camera: Camera, path: Path) -> None:
 def web_page(camera: Camera, address: str, clone: Path) -> None:
     """The page: an upload, what mattered, many recordings, the model."""
     page, main = camera.page, '[data-testid="stMain"]'
-    page.set_default_timeout(180_000)
     camera.caption = "The web page: upload a recording, speak, or try an example"
     page.goto(address)
     _answered(page)
@@ -135,13 +132,13 @@ def _answered(page: Any) -> None:
 @contextmanager
 def page_and_service(clone: Path) -> Iterator[str]:
     """The address of a page whose service answers."""
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     words = [str(clone / ".venv/bin/python"), "-m", "jobs.app", "--port", str(ports[0])]
     words += ["--service_port", str(ports[1]), "--metrics_port", str(ports[2])]
     process = subprocess.Popen(words, cwd=clone, env={**os.environ, "STREAMLIT_SERVER_HEADLESS": "true"})
     try:
         until_s = time.monotonic() + 300
-        while not _is_up(f"http://127.0.0.1:{ports[1]}/v2/health/ready"):
+        while not healthy(f"http://127.0.0.1:{ports[1]}/v2/health/ready"):
             if process.poll() is not None or time.monotonic() > until_s:
                 raise SystemExit("the service did not start; what it said is above")
             time.sleep(0.5)
@@ -149,19 +146,6 @@ def page_and_service(clone: Path) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(90)
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx.get(url).is_success
-    except httpx.HTTPError:
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def main() -> None:
@@ -176,11 +160,8 @@ def main() -> None:
     frames.mkdir(parents=True)
     data.symlink_to(arguments.data_dir.resolve())
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=ARGUMENTS
-        )
-        camera = Camera(browser.new_page(viewport={"width": 1280, "height": 720}), frames)
+    with chromium() as browser:
+        camera = Camera(tab(browser), frames)
         about = ["Trained from scratch on RAVDESS. Batch scoring, reports, HTTP, a web page: all on Ray."]
         card(camera, "Speech emotion recognition on Ray", about, 4.0)
         in_terminal(camera, clone, Path("..") / data.name)
@@ -193,7 +174,6 @@ def main() -> None:
             "Do not judge people by it.",
         ]
         card(camera, "What it is not", limits, 4.0)
-        browser.close()
     camera.develop(arguments.out)
     print(f"{arguments.out}: {camera.seconds:.0f} s, {arguments.out.stat().st_size / 1e6:.1f} MB")
 

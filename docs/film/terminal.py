@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from camera import Camera
+from docs.film.camera import Camera
 
 PAGE = """<!doctype html><meta charset=utf-8><style>
 body { margin: 0; background: #10181f; color: #e4e7e9; font: 16px/22px "DejaVu Sans Mono", monospace }
