@@ -164,7 +164,12 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=3, help="of --scaling")
     parser.add_argument("--loopback", action="store_true", help="without namespaces, even where they are permitted")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scratch", type=Path, help="folder for everything (default: the system's)")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path("/var/tmp"),
+        help="folder for everything, not below /tmp: each node has its own",
+    )
     arguments = parser.parse_args()
     print(f"machine: {machine()}; load {os.getloadavg()[0]:.1f}; seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="ser-nodes-", ignore_cleanup_errors=True) as scratch:

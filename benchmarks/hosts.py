@@ -87,6 +87,8 @@ class Hosts:
         self.shared = folder / "shared"
         self.tag = f"s{os.getpid() % 100_000}"
         self.real = namespaces and permitted()
+        if self.real and Path("/tmp") in folder.absolute().parents:
+            raise SystemExit(f"{folder} lies below /tmp, and each host has a /tmp of its own; take another folder")
         self.kind = "network namespaces" if self.real else "loopback addresses (namespaces are not permitted here)"
         net = 1 + os.getpid() % 250
         base = f"10.77.{net}." if self.real else f"127.77.{net}."

@@ -6,7 +6,6 @@ set explicitly: ONNX Runtime a session, PyTorch for the whole process.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.checkpoint import Bundle
 from pipeline.errors import SerError
 from pipeline.onnx_export import ensure_onnx, open_session
+from pipeline.runtime import usable_cpus
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -106,8 +106,3 @@ class TorchBackend:
             batch = torch.from_numpy(features).to(self._device).contiguous(memory_format=self._format)
             result: Array = self._model(batch).float().cpu().numpy()
         return result
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

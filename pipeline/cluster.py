@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.backends import usable_cpus
 from pipeline.errors import SerError
 from pipeline.folders import local_path
 from pipeline.remote import is_remote
-from pipeline.runtime import in_submitted_job, joins_cluster, start_ray
+from pipeline.runtime import in_submitted_job, joins_cluster, start_ray, usable_cpus
 
 _WAIT_S = 120.0
 _SAMPLE = 32
@@ -55,9 +54,9 @@ def _name_of(node: dict[str, Any]) -> str:
 
 
 def cpus_here() -> int:
-    """CPUs that work can be spread over: those of the cluster that is joined, else of this machine."""
+    """CPUs that work can be spread over: those of the cluster that is joined, else those that this process may use."""
     if not joins_cluster():
-        return os.cpu_count() or 1
+        return usable_cpus()
     start_ray()
     return max(1, int(sum(node.cpus for node in alive_nodes())))
 

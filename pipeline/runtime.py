@@ -42,13 +42,18 @@ def in_submitted_job() -> bool:
     return _JOB in os.environ
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_ray(
     num_cpus: int | None = None, *, object_store_bytes: int = _OBJECT_STORE_BYTES, metrics_port: int | None = None
 ) -> None:
     """Start or join Ray; does nothing when this process is already connected. A start that times out is tried again.
 
     Args:
-        num_cpus: logical CPUs of a local Ray, by default those of the machine. Ignored when joining a cluster.
+        num_cpus: logical CPUs of a local Ray, by default as many as this process may use. Ignored when joining.
         object_store_bytes: cap of a local Ray's shared memory.
         metrics_port: where a local Ray exports metrics in Prometheus' format; any free port when None.
 
@@ -77,6 +82,8 @@ def start_ray(
     if joining:
         _join(options)
     else:
+        if num_cpus is None and usable_cpus() < (os.cpu_count() or 1):
+            num_cpus = usable_cpus()  # else Ray counts, which knows the quotas of containers
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
         options |= {"_metrics_export_port": metrics_port} if metrics_port else {}
         _start_here(options)

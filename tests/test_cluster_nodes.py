@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,13 @@ from benchmarks.hosts import Hosts
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder that is not below /tmp, of which each host has its own."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="ser-nodes-", ignore_cleanup_errors=True) as found:
+        yield Path(found)
+
+
 def given(hosts: Hosts, work: Work, out: Path, *, plain: bool) -> tuple[int, str]:
     """Exit code and output of a job."""
     running = Running(hosts, work, out, plain=plain)
@@ -22,8 +31,8 @@ def given(hosts: Hosts, work: Work, out: Path, *, plain: bool) -> tuple[int, str
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_job_on_a_cluster_of_one(tmp_path: Path) -> None:
-    with Hosts(tmp_path / "cluster", 1) as hosts:
+def test_a_job_on_a_cluster_of_one(scratch: Path) -> None:
+    with Hosts(scratch / "cluster", 1) as hosts:
         data = make_recordings(hosts.shared, 6)
         (hosts.shared / "audio" / "00003.wav").write_bytes(b"no audio")
         work = extraction(data, 6, 2)
@@ -41,8 +50,8 @@ def test_a_job_on_a_cluster_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_node_that_does_not_see_the_data_is_named(tmp_path: Path) -> None:
-    with Hosts(tmp_path / "cluster", 2) as hosts:
+def test_a_node_that_does_not_see_the_data_is_named(scratch: Path) -> None:
+    with Hosts(scratch / "cluster", 2) as hosts:
         if not hosts.real:
             pytest.skip("needs network namespaces: nodes on loopback see everything")
         work = extraction(make_recordings(hosts.shared, 4), 4, 2)
@@ -55,10 +64,10 @@ def test_a_node_that_does_not_see_the_data_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-def test_nodes_die_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_nodes_die_and_nothing_is_lost(scratch: Path) -> None:
     words = ["--kills", "1", "--cuts", "1", "--head_restarts", "1", "--files", "600", "--epochs", "3"]
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cluster_nodes", *words, "--scratch", str(tmp_path)],
+        [sys.executable, "-m", "benchmarks.cluster_nodes", *words, "--scratch", str(scratch)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -50,6 +50,19 @@ def test_a_slow_start_is_tried_once_more(starts: Callable[..., list[dict[str, An
     assert calls[0]["num_cpus"] == 2
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux confines processes to CPUs")
+def test_ray_counts_no_cpus_that_this_process_may_not_use(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = starts()
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    runtime.start_ray()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    runtime.start_ray()
+    assert [call["num_cpus"] for call in calls] == [2, None]  # None: as Ray counts
+
+
 def test_always_too_slow_is_told_in_a_line(starts: Callable[..., list[dict[str, Any]]]) -> None:
     calls = starts(*[Exception(SLOW)] * 3)
     with pytest.raises(SerError, match="Ray was not up within 30 s, 3 times; the machine is too busy"):
