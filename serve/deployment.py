@@ -21,6 +21,7 @@ from click import ClickException
 from ray import serve as ray_serve
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray.serve._private import replica
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from ray.util import get_node_ip_address
@@ -41,6 +42,9 @@ APP_NAME = "ser"
 logger = logging.getLogger("ray.serve.ser")
 _INGRESS_ONGOING = 1000  # slow uploads hold a place each
 _DRAIN_S = 30.0
+# how long what waits for a full worker sleeps before it tries again; with Ray's 0.5 s all of it may sleep while the
+# worker has nothing to do, which cost requests up to 2 s at twice the capacity
+_ROUTING = RequestRouterConfig.model_validate({"initial_backoff_s": 0.01, "max_backoff_s": 0.02})
 _ALL = 100  # percent: in an update, old processes answer until the new ones are ready
 
 
@@ -169,6 +173,7 @@ def _model(number: int, bundle: Bundle, args: Settings) -> ray_serve.Application
         user_config={"bundle": str(bundle.folder.resolve()), "weights_sha256": bundle.weights_sha256},
         max_ongoing_requests=args.max_ongoing,
         max_queued_requests=args.room,  # by gRPC, a call counts as queued until it is answered
+        request_router_config=_ROUTING,
         max_surge_percent=_ALL,
         health_check_period_s=5,
         health_check_timeout_s=30,
