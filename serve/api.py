@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from serve import openapi, routes_inference, routes_info
@@ -22,7 +23,7 @@ _HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed",
 def create_app(service: Service) -> FastAPI:
     """The application."""
     settings = service.settings
-    app = FastAPI(title="Speech emotion recognition", version="1", redoc_url=None)
+    app = FastAPIOffline(title="Speech emotion recognition", version="1", redoc_url=None)
     app.state.service = service
     doors = [Depends(require_key if service.key_digest else require_loopback)]
     app.include_router(routes_inference.router, dependencies=doors)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -408,6 +409,16 @@ def test_figures(tiny_bundle: Bundle) -> None:
     service.post("/v1/audio-classification", content=b"words")
     assert service.meter.recordings == [("tiny", "ok"), ("tiny", "not_audio"), ("tiny", "not_audio")]
     assert service.meter.requests == [("/v1/predict", 200, "ok"), ("/v1/audio-classification", 400, "not_audio")]
+
+
+def test_the_documentation_page_needs_nothing_from_elsewhere(service: LocalService) -> None:
+    page = service.get("/docs")
+    assert page.status_code == 200
+    assert "//" not in re.sub(r"<!--.*?-->", "", page.text).replace("window.location.protocol + '//'", "")
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(loaded) >= 2
+    for path in loaded:
+        assert service.get(path).status_code == 200, path
 
 
 def test_every_code_has_a_status_and_every_status_is_in_the_document(service: LocalService) -> None:
