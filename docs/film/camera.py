@@ -45,12 +45,6 @@ class Camera:
         frame.save(path, compress_level=1)
         self.shots.append((path, seconds))
 
-    def until(self, ready: str, patience_s: float = 120.0, shown_s: float = 0.25) -> None:
-        """Film until the JavaScript condition `ready` holds: one short look at the waiting, then what came of it."""
-        self.hold(shown_s)
-        self.page.wait_for_function(ready, timeout=patience_s * 1000)
-        self.hold(shown_s)
-
     def scroll(self, selector: str, distance: int, seconds: float) -> None:
         """Scroll the element by `distance` pixels in `seconds`, a picture every twelfth of a second, eased."""
         steps, done = max(2, round(12 * seconds)), 0
