@@ -1,6 +1,6 @@
 """Pictures of a report for the README, taken in a headless Chromium.
 
-    python docs/take_pictures.py REPORT.html docs/pictures   (needs `make test-browser` once, which installs Playwright)
+    python -m docs.take_pictures REPORT.html docs/pictures   (needs `make test-browser` once, which installs Playwright)
 
 The first screen at desktop width in light and dark, and the top of the page at phone width.
 """
@@ -8,12 +8,10 @@ The first screen at desktop width in light and dark, and the top of the page at 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from benchmarks.browser import chromium, tab
 
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 VIEWS = {
     "report-desktop-light": (1280, 900, "light"),
     "report-desktop-dark": (1280, 900, "dark"),
@@ -31,16 +29,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=ARGUMENTS
-        )
+    with chromium() as browser:
         for name, (width, height, scheme) in VIEWS.items():
-            tall = arguments.height if width > 500 else 2 * height
-            page = browser.new_page(viewport={"width": width, "height": tall}, color_scheme=scheme)  # type: ignore[arg-type]
+            page = tab(browser, width, arguments.height if width > 500 else 2 * height, scheme)
             page.goto(arguments.report.absolute().as_uri())
             page.screenshot(path=arguments.out / f"{name}.png")
-        browser.close()
 
 
 if __name__ == "__main__":
