@@ -19,7 +19,7 @@ _RAVDESS = (
 _OTHER = "The recordings are the user's own; the bundle holds no audio. Their licence may bind these weights."
 _RAVDESS_LIMITS = (
     "Acted emotion: North American actors speak two English sentences of about 1.5 s in a studio. Spontaneous "
-    "speech, other languages, children, noise and telephone lines were not heard in training.",
+    "speech, other languages, children, real noise and telephone lines were not heard in training.",
 )
 _LIMITS = (
     "The model hears 2 s of sound, not words, and always answers with one of its classes; a confidence is no proof.",
