@@ -34,7 +34,7 @@ body {{ margin: 0; height: 720px; display: grid; place-content: center; text-ali
   background: #f4f4f2; color: #1d2a35; font-family: "DejaVu Sans", sans-serif }}
 h1 {{ font-size: 46px; margin: 0 0 18px }} p {{ font-size: 24px; margin: 6px 60px }}
 </style><h1>{title}</h1>{lines}"""
-QUIET = {"PYTHONWARNINGS": "ignore", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "COLUMNS": "110"}
+QUIET = {"PYTHONWARNINGS": "ignore", "PIP_QUIET": "1", "COLUMNS": "110"}  # pip tells errors only
 
 
 def card(camera: Camera, title: str, lines: list[str], seconds: float) -> None:

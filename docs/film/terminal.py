@@ -13,8 +13,8 @@ from pathlib import Path
 from docs.film.camera import Camera
 
 PAGE = """<!doctype html><meta charset=utf-8><style>
-body { margin: 0; background: #10181f; color: #e4e7e9; font: 16px/22px "DejaVu Sans Mono", monospace }
-pre { margin: 0; padding: 18px 22px; height: 684px; overflow: hidden; display: flex; flex-direction: column-reverse }
+body { margin: 0; background: #10181f; color: #e4e7e9; font: 18px/25px "DejaVu Sans Mono", monospace }
+pre { margin: 0; padding: 18px 22px; height: 684px; overflow: hidden }
 b { color: #7fd1b9; font-weight: normal }
 </style><pre><div id=screen></div></pre>"""
 TYPED_S = 0.045
@@ -78,6 +78,7 @@ class Terminal:
                 const part = document.createElement(bold ? 'b' : 'span');
                 part.textContent = text; part.style.whiteSpace = 'pre-wrap';
                 document.getElementById('screen').append(part);
+                document.querySelector('pre').scrollTop = 1e9;
             }""",
             [text, bold],
         )
