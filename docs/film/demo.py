@@ -132,6 +132,9 @@ def _answered(page: Any) -> None:
 @contextmanager
 def page_and_service(clone: Path) -> Iterator[str]:
     """The address of a page whose service answers."""
+    subprocess.run(
+        ["make", "-s", ".venv/.ready-app"], cwd=clone, env={**os.environ, **QUIET}, check=True
+    )  # as `make app`
     ports = [free_port() for _ in range(3)]
     words = [str(clone / ".venv/bin/python"), "-m", "jobs.app", "--port", str(ports[0])]
     words += ["--service_port", str(ports[1]), "--metrics_port", str(ports[2])]
