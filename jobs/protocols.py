@@ -12,8 +12,8 @@ import pandas as pd
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, say, true_or_false
 from jobs._provenance import provenance
 from jobs.train_options import add_loop_options, add_model_options, add_recipe_option, fit_config
+from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
-from pipeline.runtime import usable_cpus
 from pipeline.verdict import Targets, reached
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.checkpoint import Bundle
+from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.onnx_export import ensure_onnx, open_session
-from pipeline.runtime import usable_cpus
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.folders import local_path
 from pipeline.remote import is_remote
-from pipeline.runtime import in_submitted_job, joins_cluster, start_ray, usable_cpus
+from pipeline.runtime import in_submitted_job, joins_cluster, start_ray
 
 _WAIT_S = 120.0
 _SAMPLE = 32

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.ray_token import make_token, use_token
 
@@ -40,11 +41,6 @@ def joins_cluster() -> bool:
 def in_submitted_job() -> bool:
     """Whether this process is the command of a Ray job."""
     return _JOB in os.environ
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_ray(
