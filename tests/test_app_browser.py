@@ -131,7 +131,7 @@ def test_nothing_jumps_when_an_answer_comes(
     give(page, write_audio("next.wav", duration_s=2.0))
     answered(page, "next.wav")
     page.wait_for_function(CHARTS, arg=2)
-    assert page.evaluate("window.shifts") < 0.05
+    assert page.evaluate("window.shifts") < 0.1
 
 
 def test_what_is_no_recording_is_one_sentence(
