@@ -38,10 +38,11 @@ class Admission:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        here = self._full or await _received(scope, receive)
+        if not self._full and not await _received(scope, receive):
+            return  # the client has gone, or the body was refused
         if self._full:  # others may have come in meanwhile
             await answer(overloaded(), scope)(scope, receive, send)
-        elif here:
+        else:
             self._inside += 1
             try:
                 await self.app(scope, receive, send)
