@@ -40,7 +40,7 @@ class Work:
     """A job as the tests give it.
 
     Attributes:
-        kind: ``extract``, ``train`` or ``score``.
+        kind: ``extract``, ``train``, ``score`` or ``evaluate``.
         words: its command, with absolute paths on the shared folder, without ``--out``.
         titles: words in the titles of Ray's workers while they do its work.
         progress: share of the work that is done, from what is in the folder.
@@ -111,6 +111,21 @@ def scoring(data: Path, count: int, block_rows: int, like: Path | None = None) -
         return len(list((out / ".score").glob("part-*.parquet"))) / blocks
 
     return Work("score", words, ("MapBatches", "score_block"), progress, check)
+
+
+def evaluation(data: Path, count: int) -> Work:
+    """Evaluation of the shipped model; its progress is not told before the end."""
+
+    def check(out: Path) -> tuple[int, int, int, int]:
+        table = pd.read_parquet(out / "predictions.parquet", columns=["speech", "status"])
+        found = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        wrong = int((table["status"] != "ok").sum()) + abs(found["n"]["read"] - count)
+        return count, count - table["speech"].nunique(), len(table) - table["speech"].nunique(), wrong
+
+    def progress(out: Path) -> float:
+        return float((out / "run.json").is_file())
+
+    return Work("evaluate", ["evaluate", "--data_csv", str(data)], ("MapBatches", "score_block"), progress, check)
 
 
 class Running:

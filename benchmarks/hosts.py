@@ -80,10 +80,16 @@ class Host:
 
 
 class Hosts:
-    """``count`` hosts, the first of them the head, below ``folder``; use it in a ``with`` block."""
+    """``count`` hosts, the first of them the head, below ``folder``; use it in a ``with`` block.
 
-    def __init__(self, folder: Path, count: int, *, cpus: int = 1, namespaces: bool = True) -> None:
+    ``pinned``: each host has a CPU of this machine to itself for all that runs on it, as long as there are enough.
+    """
+
+    def __init__(
+        self, folder: Path, count: int, *, cpus: int = 1, namespaces: bool = True, pinned: bool = False
+    ) -> None:
         self.folder, self.cpus = folder, cpus
+        self.cores = sorted(os.sched_getaffinity(0)) if pinned else []
         self.shared = folder / "shared"
         self.tag = f"s{os.getpid() % 100_000}"
         self.real = namespaces and permitted()
@@ -163,9 +169,11 @@ class Hosts:
 
     def inside(self, host: Host, words: list[str], *, as_client: bool = False) -> list[str]:
         """A command that runs ``words`` on that host; ``as_client``: with this machine's files, as through a tunnel."""
+        core = self.cores[(host.number - 1) % len(self.cores)] if self.cores else None
+        prefix = [] if core is None else ["taskset", "--cpu-list", str(core)]
         if not self.real:
-            return words
-        prefix = ["ip", "netns", "exec", host.namespace]
+            return [*prefix, *words]
+        prefix += ["ip", "netns", "exec", host.namespace]
         if as_client:
             return [*prefix, *words]
         mounts = [

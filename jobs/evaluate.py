@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -25,6 +24,7 @@ from pipeline import leaks
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.compare import comparison_summary
 from pipeline.corpora import label_counts, read_manifest
+from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.labels import parse_label_map
 from pipeline.predictions import read_predictions
@@ -157,7 +157,7 @@ def _leaks(arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle
     """
     if arguments.leak_check == "off":
         return None
-    found = leaks.find(manifest, bundle.training, threads=os.cpu_count() or 1)
+    found = leaks.find(manifest, bundle.training, threads=usable_cpus())
     if found.mask.any() and arguments.leak_check == "error":
         example = manifest.loc[found.mask, "speech"].iloc[0]
         raise SerError(

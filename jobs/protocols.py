@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.folds import Fold
     from pipeline.protocols import SideBySide
 
-_NAMES = ("holdout", "kfold", "speaker_kfold", "loso")
+_NAMES = ("holdout", "kfold", "speaker_kfold", "loso")  # pipeline.folds.PROTOCOLS, which takes a second to import
 
 
 def add_options(parser: Parser) -> None:

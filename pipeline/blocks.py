@@ -23,14 +23,11 @@ import pyarrow as pa
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.errors import SerError
 from pipeline.excerpts import Excerpt, listen
-from pipeline.ledger import Notes
+from pipeline.ledger import RETRIES, Notes
 from pipeline.options import ScoreOptions
 from pipeline.predictions import to_table
 from pipeline.predictor import Prediction, Predictor
 from pipeline.timeline import Timeline
-
-_RETRIES = 20
-_SUSPECT_ALL = 4  # attempts at a block that died before each of its recordings is decoded apart
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def in_child(blocks: Sequence[pa.Table], task: Task) -> Iterator[pa.Table]:
                     yield answer
             except (EOFError, ConnectionError) as error:
                 deaths += 1
-                if deaths > _RETRIES:
+                if deaths > RETRIES:
                     raise SerError(f"the scoring process died {deaths} times at one block; is memory short?") from error
 
 
@@ -186,13 +183,11 @@ def _bundle(weights: str) -> Bundle:
 
 def _watched(rows: pa.Table, task: Task) -> Iterator[tuple[str, bool]]:
     """The paths of a block, each noted down before it is given, and whether to decode it apart."""
-    block = rows["block"][0].as_py()
-    notes = Notes(Path(task.notes), block, task.run)
-    if notes.attempts > _RETRIES:
-        raise SerError(f"block {block} took its process down {notes.attempts} times; is memory short? See Ray's logs")
+    notes = Notes(Path(task.notes), rows["block"][0].as_py(), task.run)
+    notes.check()
     for position, path in enumerate(rows["speech"].to_pylist()):
         notes.begin(position)
-        yield path, position in notes.suspects or notes.attempts >= _SUSPECT_ALL
+        yield path, notes.apart(position)
     notes.close()
 
 

@@ -44,6 +44,8 @@ _OUTPUTS = (
     *(f"{t}.{form}" for t in _TABLES for form in ("parquet", "csv", "jsonl")),
 )
 _POSITION_BYTES = 8
+RETRIES = 20  # attempts at a block before the job gives up
+_SUSPECT_ALL = 4  # attempts at a block that died before each of its recordings is decoded apart
 
 
 class LedgerError(SerError):
@@ -189,6 +191,18 @@ class Notes:
             self.attempts = sum(path.name.split(".")[1] == run for path in earlier)
             self.suspects = frozenset(int.from_bytes(p, "little") for p in positions if len(p) == _POSITION_BYTES)
             self._file = os.open(self._own, os.O_CREAT | os.O_WRONLY, 0o644)
+
+    def check(self) -> None:
+        """Raise SerError when attempt after attempt has died."""
+        if self.attempts > RETRIES:
+            block = int(self._own.name.split(".")[0])
+            raise SerError(
+                f"block {block} took its process down {self.attempts} times; is memory short? See Ray's logs"
+            )
+
+    def apart(self, position: int) -> bool:
+        """Whether to decode that recording in a process of its own."""
+        return position in self.suspects or self.attempts >= _SUSPECT_ALL
 
     def begin(self, position: int) -> None:
         """The recording at ``position`` of the block is being decoded from now on."""

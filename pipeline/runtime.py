@@ -27,6 +27,13 @@ _QUIET = {
     "RAY_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",  # as the command itself; Ray's default, 15, starves on a busy machine
 }
+_LEAN = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is the only node, and does not announce its end
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_num_workers_soft_limit": "0",  # an idle Python process wakes up 100 times a second
+}
 _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
 _STARTS = 3
@@ -44,7 +51,11 @@ def in_submitted_job() -> bool:
 
 
 def start_ray(
-    num_cpus: int | None = None, *, object_store_bytes: int = _OBJECT_STORE_BYTES, metrics_port: int | None = None
+    num_cpus: int | None = None,
+    *,
+    object_store_bytes: int = _OBJECT_STORE_BYTES,
+    metrics_port: int | None = None,
+    lean: bool = False,
 ) -> None:
     """Start or join Ray; does nothing when this process is already connected. A start that times out is tried again.
 
@@ -52,13 +63,15 @@ def start_ray(
         num_cpus: logical CPUs of a local Ray, by default as many as this process may use. Ignored when joining.
         object_store_bytes: cap of a local Ray's shared memory.
         metrics_port: where a local Ray exports metrics in Prometheus' format; any free port when None.
+        lean: a local Ray without metrics, list of tasks and idle workers, for a long computation on all CPUs: what
+            Ray does beside it costs about twice its CPU time, as the threads of an operator wait for the slowest.
 
     Raises:
         SerError: the machine is too busy to bring Ray up, or the cluster of ``RAY_ADDRESS`` cannot be joined.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     joining = joins_cluster()
+    for name, value in (_QUIET | (_LEAN if lean and not joining else {})).items():
+        os.environ.setdefault(name, value)
     if joining:
         use_token()
     else:
@@ -105,6 +118,7 @@ def _start_here(options: dict[str, Any]) -> None:
     for _ in range(_STARTS):
         try:
             ray.init(address="local", **options)
+            _stop_log_monitor()
             return
         except Exception as error:  # Ray raises a bare Exception when its processes are not up within 30 s
             if "timed out" not in str(error):
@@ -116,6 +130,17 @@ def _start_here(options: dict[str, Any]) -> None:
     raise SerError(
         f"Ray was not up within 30 s, {_STARTS} times; the machine is too busy: give the command again later"
     )
+
+
+def _stop_log_monitor() -> None:
+    """End the process that reads all log files ten times a second to print them in the driver, where we print none.
+
+    ``ray start`` has an option for that, ``ray.init`` has none; where Ray changes its insides the process stays.
+    """
+    from ray._private import worker
+
+    with suppress(AttributeError):
+        worker._global_node.kill_log_monitor(check_alive=False)  # type: ignore[attr-defined]
 
 
 def _ray_children() -> set[int]:

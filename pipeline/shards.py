@@ -32,8 +32,6 @@ from pipeline.folders import local_path
 from pipeline.ledger import Notes
 
 PLAN, NOTES = "plan.json", ".notes"
-_RETRIES = 20
-_SUSPECT_ALL = 4  # attempts at a block that died before each of its recordings is decoded apart
 _OUR_COLUMNS = {
     "row_id": pa.string(),
     "parent_id": pa.string(),
@@ -186,13 +184,11 @@ class BlockWriter:
         """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``); (rows, failed)."""
         block = int(batch["_block"].iloc[0])
         notes = Notes(self.out / NOTES, block)
-        if notes.attempts > _RETRIES:
-            raise ShardError(f"block {block} took its process down {notes.attempts} times; is memory short?")
+        notes.check()
         rows: list[dict[str, Any]] = []
         for position, (_, record) in enumerate(batch.iterrows()):
             notes.begin(position)
-            apart = position in notes.suspects or notes.attempts >= _SUSPECT_ALL
-            rows.extend(self._rows(record, decode_in_subprocess if apart else load_middle))
+            rows.extend(self._rows(record, decode_in_subprocess if notes.apart(position) else load_middle))
         notes.close()
         target = self.out / part_name(block)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes

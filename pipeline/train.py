@@ -50,7 +50,7 @@ def train_on_ray(
         SerError: what a worker found wrong with the settings or the data.
         KeyboardInterrupt: Ctrl-C; the workers are gone, the checkpoint is that of the last finished epoch.
     """
-    start_ray()
+    start_ray(lean=True)
     check_nodes(plan.out, [plan.features / MANIFEST])
     _check_gpus(num_workers if use_gpu else 0)
     shutil.rmtree(_storage(plan), ignore_errors=True)  # of a driver that was killed
@@ -94,6 +94,14 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Lean(TorchTrainer):  # here, because importing Ray takes seconds
+        """Without the helpers of a Ray that outlives its driver and of Ray data sets: they cost CPU time throughout."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees an older TorchTrainer
+            idle = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+            return [callback for callback in callbacks if type(callback).__name__ not in idle]
+
     several = joins_cluster() and len(alive_nodes()) > 1
     free = float(ray.cluster_resources().get("CPU", 1))
     wanted = float(plan.fit.threads or 1)
@@ -101,7 +109,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
         wanted = max(0.1, min(wanted, free / (2 * num_workers)))  # room for other tasks, even on few CPUs
     resources = {"CPU": wanted} | ({"GPU": 1} if use_gpu else {})
     memory: dict[str, Any] = {"worker_runtime_env": {"env_vars": IN_WORKERS}}  # mypy sees an older RunConfig
-    return TorchTrainer(
+    return (TorchTrainer if joins_cluster() else Lean)(
         _worker,
         train_loop_config={
             "plan": plan.to_dict(),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve.ser")  # below Ray Serve's logger, whose file and format it shares
 _NO_ROUTE = "unmatched"
-_UPLOADS = {"/v1/predict", "/v1/explain", "/v1/audio-classification"}  # known also where no router has seen them
+UPLOADS = {"/v1/predict", "/v1/explain", "/v1/audio-classification"}  # known also where no router has seen them
 
 
 class Meter(Protocol):
@@ -76,7 +76,7 @@ class Access:
         known = notes(scope)
         if self._refusals and "code" not in known:
             return
-        unrouted = scope["path"] if scope["path"] in _UPLOADS else _NO_ROUTE
+        unrouted = scope["path"] if scope["path"] in UPLOADS else _NO_ROUTE
         route = str(getattr(scope.get("route"), "path", unrouted))
         code = known.pop("code", "ok" if status and status < 400 else "disconnected" if not status else "other")
         self.meter.request(route, status, code, seconds)

@@ -14,6 +14,7 @@ are loaded beside the old ones and take over between two requests.
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,16 +30,13 @@ from ray.util import get_node_ip_address
 from pipeline.checkpoint import Bundle
 from pipeline.errors import SerError
 from pipeline.predictor import Predictor
-from serve.api import create_app
 from serve.asks import Ask, Card, Explained, Heard
 from serve.bundles import open_bundles
 from serve.metrics import RequestMeter, WorkMeter
-from serve.remote import RemoteModels
-from serve.service import Service
-from serve.settings import Settings, key_digest_from_environment
+from serve.offer import Offer
+from serve.settings import APP_NAME, Settings, key_digest_from_environment
 from serve.worker import Worker
 
-APP_NAME = "ser"
 logger = logging.getLogger("ray.serve.ser")
 _INGRESS_ONGOING = 1000  # slow uploads hold a place each
 _DRAIN_S = 30.0
@@ -114,11 +112,15 @@ class Ingress:
         self, settings: Settings, digest: str | None, window_s: float, handles: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
         _listen_at_own_address()
-        self._service = Service(RemoteModels(handles, settings.room), settings, RequestMeter(), window_s, digest)
+        self._offer = Offer(uuid.uuid4().hex, settings, digest, window_s, handles)
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application."""
-        return create_app(self._service)
+        return self._offer.application(RequestMeter())
+
+    async def offer(self) -> Offer:
+        """What this process serves, for proxies that take the short way."""
+        return self._offer
 
 
 def _listen_at_own_address() -> None:

@@ -14,7 +14,8 @@ from serve.access import Access
 from serve.body_limit import BodyLimit
 from serve.doors import Doorkeeper
 from serve.proxy import Admission, Identify
-from serve.settings import MIB, Settings, key_digest_from_environment
+from serve.settings import APP_NAME, MIB, Settings, key_digest_from_environment
+from serve.short_way import ShortWay
 
 _SETTINGS, _KEY_DIGEST = "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST"
 IN_PROXY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -48,13 +49,16 @@ def longest_message(settings: Settings) -> str:
 
 def in_proxy() -> list[Middleware]:
     """What Ray Serve's proxy puts around itself, the outermost last."""
-    from serve.metrics import RequestMeter  # imports Ray, which runs already where this is called
+    from serve import offer  # imports Ray, which runs already where this is called
+    from serve.metrics import RequestMeter
 
+    meter = RequestMeter()
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
-    doors = [Middleware(Admission, room=settings.room), limits_of(settings)]
+    short_way = Middleware(ShortWay, ask=offer.asking(APP_NAME), make=lambda found: found.application(meter))
+    doors = [short_way, Middleware(Admission, room=settings.room), limits_of(settings)]
     if digest := os.environ.get(_KEY_DIGEST):
         doors.append(Middleware(Doorkeeper, digest=digest))
-    return [*doors, Middleware(Access, meter=RequestMeter(), refusals=True), Middleware(Identify)]
+    return [*doors, Middleware(Access, meter=meter, refusals=True), Middleware(Identify)]
 
 
 def limits_of(settings: Settings) -> Middleware:

@@ -42,6 +42,11 @@ def hand_over(scope: Scope, body: bytes) -> None:
     scope[_BODY] = body
 
 
+def holds_body(scope: Scope) -> bool:
+    """Whether the whole body has been handed over, and not been taken yet."""
+    return _BODY in scope
+
+
 def handed_over(scope: Scope) -> bytes | None:
     """Take the body out of the scope; None where it is not there, and must be received."""
     body: bytes | None = scope.pop(_BODY, None)

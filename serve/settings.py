@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pipeline.audio_errors import Limits
 
 MIB = 2**20
+APP_NAME = "ser"  # of the application in Ray Serve
 API_KEY_VARIABLE = "SER_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.errors import SerError
 from pipeline.ledger import Ledger, LedgerError, Notes, open_ledger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +137,22 @@ def test_notes_name_the_recording_at_hand_of_attempts_that_died(tmp_path: Path) 
     again = Notes(tmp_path, 7, "run")
     assert (again.suspects, again.attempts) == (frozenset({300}), 1), "an attempt that ended well is no suspect"
     assert Notes(tmp_path, 8, "run").suspects == frozenset()
+
+
+def test_attempts_that_die_again_and_again_suspect_all_and_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.ledger.RETRIES", 5)
+    suspected = []
+    for _ in range(6):
+        notes = Notes(tmp_path, 7, "run")
+        notes.check()
+        suspected.append((notes.apart(3), notes.apart(4)))
+        notes.begin(3)
+    assert suspected == [(False, False), *[(True, False)] * 3, *[(True, True)] * 2]
+    with pytest.raises(SerError, match="block 7 took its process down 6 times"):
+        Notes(tmp_path, 7, "run").check()
+    Notes(tmp_path, 7, "another start").check()
 
 
 def test_attempts_of_an_earlier_start_are_suspects_but_do_not_count(tmp_path: Path) -> None:

@@ -351,7 +351,7 @@ def test_a_model_replaced_meanwhile_is_refused(bundle: Bundle, manifest: pd.Data
 def test_a_process_that_dies_at_every_block_is_given_up(
     bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.blocks._RETRIES", 1)
+    monkeypatch.setattr("pipeline.blocks.RETRIES", 1)
     monkeypatch.setattr("pipeline.blocks._answer_blocks", die)
     with pytest.raises(SerError, match="the scoring process died 2 times at one block"):
         score_manifest(manifest.head(2), tmp_path / "out", weights=bundle.folder, execution=CHILD)
