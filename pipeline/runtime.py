@@ -33,6 +33,7 @@ _LEAN = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_num_workers_soft_limit": "0",  # an idle Python process wakes up 100 times a second
+    "RAY_memory_monitor_refresh_ms": "1000",  # of 250
 }
 _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
@@ -95,7 +96,7 @@ def start_ray(
             num_cpus = usable_cpus()  # else Ray counts, which knows the quotas of containers
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
         options |= {"_metrics_export_port": metrics_port} if metrics_port else {}
-        _start_here(options)
+        _start_here(options, lean)
     logging.getLogger("ray").setLevel(level)
 
 
@@ -106,7 +107,7 @@ def _reread_authentication() -> None:
     Config.initialize("")
 
 
-def _start_here(options: dict[str, Any]) -> None:
+def _start_here(options: dict[str, Any], lean: bool) -> None:
     """Start a local Ray; one that a busy machine has not brought up in time is ended and started anew.
 
     Raises:
@@ -118,7 +119,7 @@ def _start_here(options: dict[str, Any]) -> None:
     for _ in range(_STARTS):
         try:
             ray.init(address="local", **options)
-            _stop_log_monitor()
+            _stop_helpers(lean)
             return
         except Exception as error:  # Ray raises a bare Exception when its processes are not up within 30 s
             if "timed out" not in str(error):
@@ -132,15 +133,18 @@ def _start_here(options: dict[str, Any]) -> None:
     )
 
 
-def _stop_log_monitor() -> None:
-    """End the process that reads all log files ten times a second to print them in the driver, where we print none.
+def _stop_helpers(lean: bool) -> None:
+    """End processes of a local Ray that do nothing for us but use CPU time.
 
-    ``ray start`` has an option for that, ``ray.init`` has none; where Ray changes its insides the process stays.
+    One reads all log files ten times a second to print them in the driver, where we print none. ``lean``: also those
+    that serve a dashboard and ask an autoscaler for nodes. ``ray.init`` has no options for that; where Ray changes its
+    insides they stay.
     """
     from ray._private import worker
 
-    with suppress(AttributeError):
-        worker._global_node.kill_log_monitor(check_alive=False)  # type: ignore[attr-defined]
+    for name in ("log_monitor", *(("dashboard", "monitor") if lean else ())):
+        with suppress(AttributeError):
+            getattr(worker._global_node, f"kill_{name}")(check_alive=False)
 
 
 def _ray_children() -> set[int]:
