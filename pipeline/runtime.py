@@ -22,7 +22,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2 s; shorter ones cost the workers CPU time
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # of 2 s; shorter ones cost the workers CPU time
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",  # as the command itself; Ray's default, 15, starves on a busy machine
