@@ -32,6 +32,8 @@ async def predict(request: Request) -> schema.Prediction:
     service.models.check_room(service.models.names[0])
     files, options = await uploads.read_form(request, Options, service.settings.max_files)
     model = service.model(options.model)
+    if options.window_s is not None and options.window_s > service.window_s:
+        raise uploads.invalid("window_s", f"{options.window_s:g} is above {service.window_s:g}, all that models hear")
     note(request.scope, model=model, files=len(files))
     async with _deadline(service):
         found = await _all_of_them(service, model, files, options)

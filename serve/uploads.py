@@ -62,18 +62,18 @@ async def read_form(request: Request, model: type[Fields], max_files: int) -> tu
         for key, value in form.multi_items():
             if isinstance(value, str):
                 if key in fields:
-                    raise _invalid(key, "given twice")
+                    raise invalid(key, "given twice")
                 fields[key] = value
             elif key == "file":
                 parts.append(value)
             else:
-                raise _invalid(key, "a file in a field that takes none; recordings go into file")
+                raise invalid(key, "a file in a field that takes none; recordings go into file")
         if len(parts) > max_files:
             raise _too_many(max_files)
         if "file" in fields:
-            raise _invalid("file", "text instead of a recording; send it as a file (curl -F file=@speech.wav)")
+            raise invalid("file", "text instead of a recording; send it as a file (curl -F file=@speech.wav)")
         if not parts:
-            raise _invalid("file", "missing; send one recording or more")
+            raise invalid("file", "missing; send one recording or more")
         options = validated(model, fields)
         return [Upload(part.filename or None, await part.read()) for part in parts], options
     finally:
@@ -96,7 +96,7 @@ async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
         try:
             return Upload(None, base64.b64decode(task.inputs, validate=True)), task.parameters or TaskParameters()
         except (binascii.Error, ValueError):
-            raise _invalid("inputs", "not base64") from None
+            raise invalid("inputs", "not base64") from None
     if kind and not kind.startswith(_RAW_TYPES):
         raise ServiceError(
             "unsupported_media_type",
@@ -126,7 +126,8 @@ def _invalid_fields(error: ValidationError) -> ServiceError:
     return ServiceError("invalid_request", told, errors=errors)
 
 
-def _invalid(field: str, message: str) -> ServiceError:
+def invalid(field: str, message: str) -> ServiceError:
+    """The error of one field."""
     return ServiceError("invalid_request", f"{field}: {message}", errors=[FieldError(field=field, message=message)])
 
 

@@ -224,6 +224,8 @@ def test_windows_are_limited(tiny_bundle: Bundle) -> None:
         ({"window_s": "0.01"}, "window_s"),
         ({"window_s": "nan"}, "window_s"),
         ({"window_s": "inf"}, "window_s"),
+        ({"window_s": "2.5"}, "window_s"),
+        ({"window_s": "1.5e308"}, "window_s"),
         ({"hop_s": "0"}, "hop_s"),
         ({"top_k": "0"}, "top_k"),
         ({"top_k": "many"}, "top_k"),
@@ -239,6 +241,8 @@ def test_wrong_fields_are_named(service: LocalService, fields: dict[str, str], f
     problem = problem_of(service.post("/v1/predict", **form(wav(), **fields)), 422, "invalid_request")
     assert [error.field for error in problem.errors or []] == [field]
     assert field in problem.detail
+    several = problem_of(service.post("/v1/predict", **form(wav(), wav(), **fields)), 422, "invalid_request")
+    assert several.errors == problem.errors, "a wrong field is the request's fault, not each recording's"
 
 
 def test_forms_that_are_none(service: LocalService) -> None:
