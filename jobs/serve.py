@@ -6,6 +6,8 @@ import argparse
 import signal
 import socket
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from queue import SimpleQueue
 
 from pydantic import ValidationError
@@ -47,7 +49,9 @@ def job(arguments: argparse.Namespace) -> int:
     prepare(settings)
     say("starting")
     start_ray(metrics_port=arguments.metrics_port)
-    from serve import deployment  # imports Ray, whose environment start_ray has set
+    import ray  # only now: start_ray has set its environment
+
+    from serve import deployment
 
     signals: SimpleQueue[int] = SimpleQueue()
     renew = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -61,7 +65,9 @@ def job(arguments: argparse.Namespace) -> int:
             _roll_out(settings)
     finally:
         say("stopping")
-        deployment.stop()
+        with redirect_stdout(StringIO()):  # where Ray tells of its controller's end as if it were a failure
+            deployment.stop()
+            ray.shutdown()
     return EXIT_DONE
 
 
