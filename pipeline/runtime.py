@@ -143,7 +143,7 @@ def _stop_helpers(lean: bool) -> None:
     from ray._private import worker
 
     for name in ("log_monitor", *(("dashboard", "monitor") if lean else ())):
-        with suppress(AttributeError):
+        with suppress(AttributeError, KeyError):
             getattr(worker._global_node, f"kill_{name}")(check_alive=False)
 
 

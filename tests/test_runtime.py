@@ -158,3 +158,33 @@ def test_a_cluster_that_cannot_be_joined(
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(SerError, match=words):
         runtime.start_ray()
+
+
+LOOK = """
+from benchmarks.processes import command_of, descendants
+import os, ray
+from pipeline.runtime import start_ray
+if __name__ == "__main__":
+    start_ray(1, lean=True)
+    assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
+    print([command_of(pid) for pid in descendants(os.getpid())])
+"""
+
+
+def test_a_lean_ray_works_without_the_processes_that_do_nothing_for_us() -> None:
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+    run = subprocess.run(
+        [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "raylet" in run.stdout
+    assert not [name for name in ("log_monitor.py", "dashboard.py", "monitor.py") if name in run.stdout]
+
+
+def test_only_a_local_ray_is_lean(starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    starts()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    for name in runtime._LEAN:
+        monkeypatch.delenv(name, raising=False)
+    runtime.start_ray(lean=True)
+    assert not set(runtime._LEAN) & set(os.environ)
