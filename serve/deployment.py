@@ -4,7 +4,8 @@
     serve deploy serve/config.yaml
     python -m jobs.serve                        # the same, with checks before anything starts
 
-The ingress reads requests and writes answers; recordings travel on as bytes, so that a decoder that crashes takes a
+The ingress reads requests and writes answers (Serve's proxy does so itself for uploads where it can, see
+``serve.short_way``); recordings travel on as bytes, so that a decoder that crashes takes a
 worker down, not the ingress: what was in work there is asked again elsewhere, each recording then decoded in a process
 of its own. Queues are bounded at the workers; a full one becomes 429 with Retry-After. New weights in ``user_config``
 are loaded beside the old ones and take over between two requests.
