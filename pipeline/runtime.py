@@ -6,10 +6,13 @@ On its own, a command starts a local Ray bound to loopback with token authentica
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ _LEAN = {
 _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
 _STARTS = 3
+_finished: dict[int, bytes] = {}
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the command of a submitted job
 
 
@@ -78,6 +82,8 @@ def start_ray(
     else:
         make_token()
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # bind everything to 127.0.0.1
+    if "ray" not in sys.modules:
+        atexit.register(_end_finished)  # before Ray registers its own, to come after it
     import ray
 
     if ray.is_initialized():
@@ -147,15 +153,37 @@ def _stop_helpers(lean: bool) -> None:
             getattr(worker._global_node, f"kill_{name}")(check_alive=False)
 
 
+def end_at_exit(title: str) -> None:
+    """Have the workers of a local Ray that bear this title, and have done their work, gone when this process has ended.
+
+    In Ray 2.60 a worker that owns objects others still look at can block for ever in its own destructor (it publishes
+    to an event loop that is gone), and then outlives Ray. Nothing happens where there is no /proc.
+    """
+    ours = _ray_children()
+    _finished.update(
+        {pid: command for pid, parent, command in _processes() if parent in ours and command.startswith(title.encode())}
+    )
+
+
+def _end_finished() -> None:
+    """At exit, after Ray's own end: kill what is left of the workers that ``end_at_exit`` was told of."""
+    for pid, _, command in _processes():
+        if _finished.get(pid) == command:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def _ray_children() -> set[int]:
     """Ray's processes that this one has started; none where there is no /proc."""
-    found = set()
+    return {pid for pid, parent, command in _processes() if parent == os.getpid() and b"/ray/" in command}
+
+
+def _processes() -> Iterator[tuple[int, int, bytes]]:
+    """Number, parent's number and command line of every process."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
             parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
-            if parent == os.getpid() and b"/ray/" in (process / "cmdline").read_bytes():
-                found.add(int(process.name))
-    return found
+            yield int(process.name), parent, (process / "cmdline").read_bytes()
 
 
 def _join(options: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from pipeline.fit import DivergedError, Record, Run
 from pipeline.history import HISTORY, read_history
 from pipeline.memory import IN_WORKERS
 from pipeline.runs import LOCK_WAIT_NODES_S, LOCK_WAIT_S, Plan, train_here
-from pipeline.runtime import joins_cluster, start_ray
+from pipeline.runtime import end_at_exit, joins_cluster, start_ray
 
 _BEAT_S = 0.5
 
@@ -67,6 +67,8 @@ def train_on_ray(
             raise
     finally:
         signal.signal(signal.SIGINT, handler)
+        if not joins_cluster():
+            end_at_exit("ray::TrainController")
         shutil.rmtree(_storage(plan), ignore_errors=True)
     if complaint is not None:
         raise SerError(complaint)

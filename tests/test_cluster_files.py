@@ -8,6 +8,7 @@ import re
 import shlex
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_ec2_knows_every_field_of_the_node_kinds() -> None:
 
 # --- the commands, on two hosts ---
 
+ALIVE = "awk '/^Name:/ {name = $2} /^State:/ && $2 != \"Z\" {print name}' /proc/[0-9]*/status"
 PROBE = """
 import json, ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
@@ -218,7 +220,10 @@ def test_the_start_commands_make_a_closed_cluster(hosts: tuple[Host, Host]) -> N
 
     for host in reversed(hosts):
         assert host.run("~/ser-venv/bin/ray stop").returncode == 0
-        assert "raylet" not in host.run("cat /proc/[0-9]*/comm").stdout
+        end_s = time.monotonic() + 30
+        while "raylet" in (left := host.run(ALIVE).stdout):
+            assert time.monotonic() < end_s, left
+            time.sleep(0.2)
 
 
 @pytest.mark.slow

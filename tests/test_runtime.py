@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,3 +189,23 @@ def test_only_a_local_ray_is_lean(starts: Callable[..., list[dict[str, Any]]], m
         monkeypatch.delenv(name, raising=False)
     runtime.start_ray(lean=True)
     assert not set(runtime._LEAN) & set(os.environ)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux tells of all processes")
+def test_finished_workers_that_hang_are_ended_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_ray_children", lambda: {os.getpid()})
+    monkeypatch.setattr(runtime, "_finished", {})
+    names = ("ray::Finished", "ray::AtWork")
+    children = [subprocess.Popen([name, "60"], executable=shutil.which("sleep")) for name in names]
+    try:
+        runtime.end_at_exit("ray::Finished")
+        assert list(runtime._finished) == [children[0].pid]
+        runtime._end_finished()
+        assert children[0].wait(10) == -signal.SIGKILL
+        assert children[1].poll() is None
+        runtime._end_finished()  # its number may be another's by now
+        assert children[1].poll() is None
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
