@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from jobs._common import EXIT_DONE, Parser, run, say
 from pipeline.errors import SerError
-from pipeline.runtime import start_ray
+from pipeline.runtime import start_ray, stop_ray
 from serve.bundles import open_bundles
 from serve.ray_settings import prepare
 from serve.settings import API_KEY_VARIABLE, Settings, is_loopback, key_digest_from_environment
@@ -49,9 +49,7 @@ def job(arguments: argparse.Namespace) -> int:
     prepare(settings)
     say("starting")
     start_ray(metrics_port=arguments.metrics_port)
-    import ray  # only now: start_ray has set its environment
-
-    from serve import deployment
+    from serve import deployment  # imports Ray, whose environment start_ray has set
 
     signals: SimpleQueue[int] = SimpleQueue()
     renew = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -67,7 +65,7 @@ def job(arguments: argparse.Namespace) -> int:
         say("stopping")
         with redirect_stdout(StringIO()):  # where Ray tells of its controller's end as if it were a failure
             deployment.stop()
-            ray.shutdown()
+            stop_ray()
     return EXIT_DONE
 
 

@@ -106,6 +106,13 @@ def start_ray(
     logging.getLogger("ray").setLevel(level)
 
 
+def stop_ray() -> None:
+    """End a local Ray, or leave the cluster that was joined."""
+    import ray
+
+    ray.shutdown()
+
+
 def _reread_authentication() -> None:
     """Ray reads ``RAY_AUTH_MODE`` when it is first imported, and only then; somebody may have imported it before."""
     from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without a stub

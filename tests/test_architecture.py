@@ -31,6 +31,7 @@ RAY_MODULES = {
     "pipeline.scoring",
     "pipeline.protocols",
     "serve.deployment",
+    "serve.offer",
     "serve.metrics",
     "serve.remote",
 }
