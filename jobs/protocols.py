@@ -68,7 +68,7 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
     if (arguments.features is None) == (arguments.data_csv is None):
         raise SerError("--protocol needs --data_csv (a labelled CSV) or --features (what jobs.extract wrote)")
     features, failed = (arguments.features, 0) if arguments.features else _extracted(arguments)
-    table = _recordings(features)
+    table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}
     meta = provenance(arguments.command) | {"data": str(arguments.data_csv or features)}
     rows, verdicts = [], []
@@ -92,7 +92,7 @@ def _extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
     return extracted(arguments)
 
 
-def _recordings(features: Path) -> pd.DataFrame:
+def labelled_recordings(features: Path) -> pd.DataFrame:
     """The labelled originals of a feature folder, with content hashes."""
     from jobs.extract import describe_labels
     from pipeline.arrays import load_features

@@ -18,6 +18,7 @@ from jobs.train_options import (
     add_loop_options,
     add_model_options,
     add_recipe_option,
+    add_teacher_options,
     add_worker_options,
     augmentations,
     fit_config,
@@ -44,6 +45,7 @@ def build_parser() -> Parser:
     add_recipe_option(parser)
     add_model_options(parser)
     add_loop_options(parser)
+    add_teacher_options(parser)
     add_worker_options(parser)
     return parser
 
@@ -104,6 +106,7 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
     from pipeline.arrays import load_features
     from pipeline.runs import SPLIT_SEED, Plan, begin, check, read_plan, read_splits
     from pipeline.splits import add_hashes, check_disjoint, split_table
+    from pipeline.teachers import refuse_leaks
 
     table = load_features(features).table
     if "label" not in table.columns:
@@ -131,7 +134,10 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
         model_name=arguments.model,
         model_options={} if arguments.dropout is None else {"dropout": arguments.dropout},
         fit=fit_config(arguments, labels, splits["train"]),
+        teachers=tuple(arguments.teachers),
+        distill=arguments.distill,
     )
+    refuse_leaks(plan.teachers, splits)
     if arguments.resume:
         plan.check_continues(read_plan(arguments.out))
     else:

@@ -121,6 +121,22 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
+def add_teacher_options(parser: Parser) -> None:
+    """Trained models to learn from."""
+    group = parser.add_argument_group("teachers")
+    group.add_argument(
+        "--teachers",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="BUNDLE",
+        help="models whose mean answer to each augmented example is part of its target (knowledge distillation)",
+    )
+    group.add_argument(
+        "--distill", type=float, default=0.7, metavar="SHARE", help="the teachers' share of the loss (default 0.7)"
+    )
+
+
 def add_recipe_option(parser: Parser) -> None:
     """``--recipe``, which ``with_recipe`` reads before all others."""
     parser.add_argument(

@@ -57,7 +57,7 @@ class AugmentConfig:
             )
 
 
-class _Column(IntEnum):
+class Column(IntEnum):
     """Columns of the uniform draws: one row an example, so that no draw depends on which changes are on."""
 
     CROP = 0
@@ -79,7 +79,7 @@ class _Column(IntEnum):
     MASKS = auto()  # and the seven after it: (width, start) of two masks an axis
 
 
-_N_COLUMNS = _Column.MASKS + 8
+_N_COLUMNS = Column.MASKS + 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Augmenter:
         self.config = config
         self.features = features
 
-    def _happens(self, name: str, u: Tensor, column: _Column) -> Tensor:
+    def _happens(self, name: str, u: Tensor, column: Column) -> Tensor:
         if name not in self.config.names:
             return torch.zeros(len(u), dtype=torch.bool)
         probability: float = getattr(self.config, f"{name}_p")
@@ -120,12 +120,12 @@ class Augmenter:
 
     def copy_numbers(self, u: Tensor, n_copies: Tensor) -> Tensor:
         """Which pitch-shifted copy each example takes: (B,) int64, -1 for the recording itself."""
-        taken = self._happens("pitch", u, _Column.PITCH) & (n_copies > 0)
-        return torch.where(taken, (u[:, _Column.COPY] * n_copies).long(), -1)
+        taken = self._happens("pitch", u, Column.PITCH) & (n_copies > 0)
+        return torch.where(taken, (u[:, Column.COPY] * n_copies).long(), -1)
 
     def needs_power(self, u: Tensor) -> Tensor:
         """(B,) bool: the examples that are to be made from the whole recording's mel power."""
-        columns = (_Column.CROP, _Column.STRETCH, _Column.SHIFT, _Column.GAIN, _Column.NOISE, _Column.BAND)
+        columns = (Column.CROP, Column.STRETCH, Column.SHIFT, Column.GAIN, Column.NOISE, Column.BAND)
         happens = [self._happens(name, u, column) for name, column in zip(POWER_NAMES, columns, strict=True)]
         return torch.stack(happens).any(dim=0)
 
@@ -140,11 +140,11 @@ class Augmenter:
     def _window(self, power: Tensor, n_frames: Tensor, u: Tensor) -> Tensor:
         """Crop, stretch and shift in one interpolation: (B, n_mels, F) -> (B, n_mels, frames)."""
         n_mels, n_out = self.features.n_mels, self.features.n_frames
-        stretched = self._happens("stretch", u, _Column.STRETCH)
-        speed = torch.where(stretched, 1 + self.config.max_stretch * (2 * u[:, _Column.SPEED] - 1), 1.0)
+        stretched = self._happens("stretch", u, Column.STRETCH)
+        speed = torch.where(stretched, 1 + self.config.max_stretch * (2 * u[:, Column.SPEED] - 1), 1.0)
         room = (n_frames - 1) - speed * (n_out - 1)  # below 0: the recording is shorter than the window, and centred
-        random_start = u[:, _Column.START] * torch.where(stretched, room, room + 1)
-        cropped = self._happens("crop", u, _Column.CROP) & (room > 0)
+        random_start = u[:, Column.START] * torch.where(stretched, room, room + 1)
+        cropped = self._happens("crop", u, Column.CROP) & (room > 0)
         start = torch.where(cropped, random_start, room / 2)
         start = torch.where(stretched, start, start.floor())
         position = start[:, None] + speed[:, None] * torch.arange(n_out)
@@ -152,10 +152,10 @@ class Augmenter:
         fraction = (position - left)[:, None, :]
         window = self._frames(power, left, n_frames) * (1 - fraction)
         window += self._frames(power, left + 1, n_frames) * fraction
-        shifted = self._happens("shift", u, _Column.SHIFT)
+        shifted = self._happens("shift", u, Column.SHIFT)
         if not shifted.any():
             return window
-        steps = (u[:, _Column.BANDS] * (2 * self.config.max_shift_bands + 1)).floor() - self.config.max_shift_bands
+        steps = (u[:, Column.BANDS] * (2 * self.config.max_shift_bands + 1)).floor() - self.config.max_shift_bands
         bands = torch.arange(n_mels) + torch.where(shifted, steps, 0.0).long()[:, None]
         return window.gather(1, bands.clamp(0, n_mels - 1)[:, :, None].expand(-1, -1, n_out))
 
@@ -167,33 +167,33 @@ class Augmenter:
         return gathered * inside[:, None, :]
 
     def _tilt(self, power: Tensor, u: Tensor) -> Tensor:
-        happens = self._happens("gain", u, _Column.GAIN)
+        happens = self._happens("gain", u, Column.GAIN)
         if not happens.any():
             return power
-        tilt_db = torch.where(happens, (2 * u[:, _Column.TILT] - 1) * self.config.max_tilt_db, 0.0)
+        tilt_db = torch.where(happens, (2 * u[:, Column.TILT] - 1) * self.config.max_tilt_db, 0.0)
         gain_db = tilt_db[:, None] * torch.linspace(-1, 1, power.shape[1])
         return power * (10 ** (gain_db / 10))[:, :, None]
 
     def _add_noise(self, power: Tensor, u: Tensor) -> Tensor:
         """White noise of a drawn signal-to-noise ratio; the power of a noise bin is exponentially distributed."""
-        happens = self._happens("noise", u, _Column.NOISE)
+        happens = self._happens("noise", u, Column.NOISE)
         for row in happens.nonzero().flatten().tolist():
-            snr_db = self.config.min_snr_db + float(u[row, _Column.SNR]) * (
+            snr_db = self.config.min_snr_db + float(u[row, Column.SNR]) * (
                 self.config.max_snr_db - self.config.min_snr_db
             )
-            generator = torch.Generator().manual_seed(int(float(u[row, _Column.NOISE_SEED]) * 2**24))
+            generator = torch.Generator().manual_seed(int(float(u[row, Column.NOISE_SEED]) * 2**24))
             noise = torch.empty_like(power[row]).exponential_(generator=generator)
             power[row] += noise * power[row].mean() * 10 ** (-snr_db / 10)
         return power
 
     def _band_limit(self, power: Tensor, u: Tensor) -> Tensor:
         """Cut below a drawn band of the lowest eighth and above one of the upper half."""
-        happens = self._happens("band", u, _Column.BAND)
+        happens = self._happens("band", u, Column.BAND)
         if not happens.any():
             return power
         n_mels = power.shape[1]
-        low = u[:, _Column.LOW, None] * n_mels / 8
-        high = n_mels * (1 - u[:, _Column.HIGH, None] / 2)
+        low = u[:, Column.LOW, None] * n_mels / 8
+        high = n_mels * (1 - u[:, Column.HIGH, None] / 2)
         band = torch.arange(n_mels)
         outside = happens[:, None] & ((band < low.floor()) | (band >= high.ceil()))
         return torch.where(outside[:, :, None], power * 10 ** (-self.config.band_cut_db / 10), power)
@@ -215,8 +215,8 @@ class Augmenter:
     @staticmethod
     def _span(u: Tensor, number: int, size: int, widest: int) -> Tensor:
         """Mask `number` of an axis: up to `widest` neighbours of `size` places, (B, size) bool."""
-        width = (u[:, _Column.MASKS + 2 * number, None] * (widest + 1)).floor()
-        start = (u[:, _Column.MASKS + 2 * number + 1, None] * (size - width + 1)).floor()
+        width = (u[:, Column.MASKS + 2 * number, None] * (widest + 1)).floor()
+        start = (u[:, Column.MASKS + 2 * number + 1, None] * (size - width + 1)).floor()
         index = torch.arange(size)
         return (index >= start) & (index < start + width)
 

@@ -29,6 +29,7 @@ from pipeline.measures import scores, tally
 from pipeline.memory import keep_freed_memory
 from pipeline.sampling import WeightedSampler
 from pipeline.schedules import learning_rates
+from pipeline.teachers import Teachers
 from pipeline.workers import Workers
 
 CHECKPOINT_VERSION = 1
@@ -64,6 +65,7 @@ def fit(
     config: FitConfig,
     *,
     device: str = "cpu",
+    teachers: Teachers | None = None,
     state: dict[str, Any] | None = None,
     on_epoch: EpochCallback | None = None,
     on_batch: BatchCallback | None = None,
@@ -71,6 +73,7 @@ def fit(
     """Train `model` in place.
 
     Args:
+        teachers: trained models, on `device`, whose answers are part of the targets.
         state: a checkpoint made by `Run.state`, to go on from.
         on_epoch: called in every worker after each epoch with its record and the run.
         on_batch: called in every worker after each training step.
@@ -82,7 +85,7 @@ def fit(
         SerError: settings that do not fit the data or the number of workers.
         DivergedError: a loss that is not finite.
     """
-    run = Run(model, data, config, device)
+    run = Run(model, data, config, device, teachers)
     if state is not None:
         run.load_state(state)
     interrupted = False
@@ -117,10 +120,18 @@ def batches_of(data: TrainingData, config: FitConfig) -> Batches:
 class Run:
     """A training run between two epochs: all that a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, data: TrainingData, config: FitConfig, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        config: FitConfig,
+        device: str = "cpu",
+        teachers: Teachers | None = None,
+    ) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config, self.data, self.device = config, data, torch.device(device)
+        self.teachers = teachers
         if self.device.type == "cpu":
             keep_freed_memory()
         self.workers = Workers.current()
@@ -182,9 +193,12 @@ class Run:
         batches = self.batches.epoch(number, self.workers.rank, self.workers.world)
         for step, (features, targets) in enumerate(batches, start=1):
             self.optimizer.zero_grad(set_to_none=True)
+            inputs = features.to(self.device)
             with self._autocast():
-                logits = self.trained(features.to(self.device))
-            loss = self.loss(logits.float(), targets.to(self.device))
+                logits = self.trained(inputs).float()
+                loss = self.loss(logits, targets.to(self.device))
+                if self.teachers is not None:
+                    loss = self.teachers.loss(inputs, logits, loss)
             loss.backward()
             if self.config.clip_norm:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)

@@ -109,7 +109,26 @@ def _recipe(training: Mapping[str, Any]) -> list[str]:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in settings.items() if value not in (None, {}, ())),
         "",
+        *_teachers(training),
     ]
+
+
+def _teachers(training: Mapping[str, Any]) -> list[str]:
+    teachers = training.get("teachers", ())
+    if not teachers:
+        return []
+    lines = [
+        f"It learnt from {len(teachers)} trained models too (knowledge distillation): their mean answers made up "
+        f"{training['distill']:.0%} of the loss.",
+        "",
+    ]
+    for teacher in teachers:
+        settings = teacher.get("settings") or {}
+        told = "".join(f", {name} {settings[name]}" for name in ("epochs", "seed") if name in settings)
+        lines.append(
+            f"- weights {teacher['model_sha256'][:12]}, trained on {teacher['trained_on'] or 'unknown data'}{told}"
+        )
+    return [*lines, ""]
 
 
 def _list(heading: str, items: Sequence[str]) -> list[str]:

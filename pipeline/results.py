@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from pipeline.arrays import load_features
-from pipeline.checkpoint import Bundle, save_bundle
+from pipeline.checkpoint import Bundle, load_bundle, save_bundle
 from pipeline.fit import StateDict, weights_of
 from pipeline.history import plot_curves
 from pipeline.model_card import model_card
@@ -97,9 +97,21 @@ def _training(plan: Plan, state: Mapping[str, Any], clips: int) -> dict[str, Any
         "trained_on": f"{clips} clips (splits/train.csv)",
         "split_seed": SPLIT_SEED,
         "settings": state["config"],
+        **_teachers(plan),
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
+
+
+def _teachers(plan: Plan) -> dict[str, Any]:
+    """Whom the model learnt from: how much, and each one's weights, epochs and settings."""
+    bundles = [load_bundle(path) for path in plan.teachers]
+    about = [
+        {"model_sha256": bundle.weights_sha256}
+        | {name: bundle.metrics.get("training", {}).get(name) for name in ("epochs", "trained_on", "settings")}
+        for bundle in bundles
+    ]
+    return {"teachers": about, "distill": plan.distill} if about else {}
 
 
 def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:

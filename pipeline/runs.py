@@ -31,6 +31,7 @@ from pipeline.history import EventLog, write_history
 from pipeline.locks import try_lock
 from pipeline.models import build_model
 from pipeline.splits import SPLITS
+from pipeline.teachers import DISTILL, load_teachers
 from pipeline.workers import Workers
 
 PLAN_VERSION = 1
@@ -49,6 +50,8 @@ class Plan:
     model_name: str
     model_options: Mapping[str, Any]
     fit: FitConfig
+    teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.teachers`)
+    distill: float = DISTILL  # their share of the loss
 
     @property
     def checkpoint(self) -> Path:
@@ -63,6 +66,8 @@ class Plan:
             "labels": list(self.labels),
             "model": {"name": self.model_name, "options": dict(self.model_options)},
             "fit": self.fit.to_dict(),
+            "teachers": [str(path.absolute()) for path in self.teachers],
+            "distill": self.distill,
         }
 
     @classmethod
@@ -81,6 +86,8 @@ class Plan:
             model_name=values["model"]["name"],
             model_options=values["model"]["options"],
             fit=FitConfig.from_dict(values["fit"]),
+            teachers=tuple(Path(path) for path in values.get("teachers", ())),
+            distill=values.get("distill", DISTILL),
         )
 
     def check_continues(self, started: Plan) -> None:
@@ -90,7 +97,7 @@ class Plan:
             SerError: names what differs.
         """
         ours, theirs = self.to_dict(), started.to_dict()
-        for name in ("labels", "model"):
+        for name in ("labels", "model", "teachers", "distill"):
             if ours[name] != theirs[name]:
                 raise SerError(
                     f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same"
@@ -177,6 +184,7 @@ def check(plan: Plan, num_workers: int = 1) -> None:
     data = training_data(plan)
     batches_of(data, plan.fit).sampler.part(num_workers)
     build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+    load_teachers(plan.teachers, plan.distill, plan.labels, data.config)
     if plan.checkpoint.is_file():
         load_checkpoint(plan.checkpoint)
 
@@ -201,6 +209,7 @@ def train_here(
         data = training_data(plan)
         torch.manual_seed(plan.fit.seed)
         model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+        teachers = load_teachers(plan.teachers, plan.distill, plan.labels, data.config, device)
         state = load_checkpoint(plan.checkpoint) if plan.checkpoint.is_file() else None
         done = state["history"] if state else []
         with EventLog(plan.out / "tensorboard", len(done)) if first else nullcontext() as events:
@@ -215,7 +224,16 @@ def train_here(
                 if on_epoch is not None:
                     on_epoch(record, run)
 
-            return fit(model, data, plan.fit, device=device, state=state, on_epoch=save_then_report, on_batch=on_batch)
+            return fit(
+                model,
+                data,
+                plan.fit,
+                device=device,
+                teachers=teachers,
+                state=state,
+                on_epoch=save_then_report,
+                on_batch=on_batch,
+            )
 
 
 @contextmanager

@@ -133,6 +133,8 @@ def _start_here(options: dict[str, Any], lean: bool) -> None:
         try:
             ray.init(address="local", **options)
             _stop_helpers(lean)
+            if lean:
+                _yield_to_computation()
             return
         except Exception as error:  # Ray raises a bare Exception when its processes are not up within 30 s
             if "timed out" not in str(error):
@@ -158,6 +160,26 @@ def _stop_helpers(lean: bool) -> None:
     for name in ("log_monitor", *(("dashboard", "monitor") if lean else ())):
         with suppress(AttributeError, KeyError):
             getattr(worker._global_node, f"kill_{name}")(check_alive=False)
+
+
+def _yield_to_computation() -> None:
+    """Have the processes of a local Ray, and what they start, wait for their turn instead of interrupting a thread.
+
+    A thread of the policy SCHED_BATCH (Linux) that wakes up does not take a CPU from one that computes: it gets a free
+    CPU, or comes next when the time slice is over. Its share of the time is the usual one, so that nothing starves.
+    """
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    for child in _ray_children():
+        for thread in Path(f"/proc/{child}/task").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended
+                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def compute_first() -> None:
+    """In a worker of a local Ray: take this thread, and those it starts, out of what `_yield_to_computation` set."""
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def end_at_exit(title: str) -> None:

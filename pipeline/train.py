@@ -23,7 +23,7 @@ from pipeline.fit import DivergedError, Record, Run
 from pipeline.history import HISTORY, read_history
 from pipeline.memory import IN_WORKERS
 from pipeline.runs import LOCK_WAIT_NODES_S, LOCK_WAIT_S, Plan, train_here
-from pipeline.runtime import end_at_exit, joins_cluster, start_ray
+from pipeline.runtime import compute_first, end_at_exit, joins_cluster, start_ray
 
 _BEAT_S = 0.5
 
@@ -51,7 +51,7 @@ def train_on_ray(
         KeyboardInterrupt: Ctrl-C; the workers are gone, the checkpoint is that of the last finished epoch.
     """
     start_ray(lean=True)
-    check_nodes(plan.out, [plan.features / MANIFEST])
+    check_nodes(plan.out, [plan.features / MANIFEST, *plan.teachers])
     _check_gpus(num_workers if use_gpu else 0)
     shutil.rmtree(_storage(plan), ignore_errors=True)  # of a driver that was killed
     trainer = _trainer(plan, num_workers, use_gpu, max_failures)
@@ -142,6 +142,7 @@ def _worker(config: dict[str, Any]) -> Any:
     import ray.train
     from ray.train.torch import get_device
 
+    compute_first()
     plan = Plan.from_dict(config["plan"], Path(config["out"]))
     beat = _Beat(_progress(plan.out)) if ray.train.get_context().get_world_rank() == 0 else None
 

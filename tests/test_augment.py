@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toy_data import CONFIG, FRAMES, mel_powers, middle
 
-from pipeline.augment import _N_COLUMNS, NAMES, POWER_NAMES, AugmentConfig, Augmenter, Draws, _Column, normalise_batch
+from pipeline.augment import _N_COLUMNS, NAMES, POWER_NAMES, AugmentConfig, Augmenter, Column, Draws, normalise_batch
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig, normalise_power
 from pipeline.shards import _pitch_shift
@@ -29,7 +29,7 @@ def draws(n: int, seed: int = 0, **columns: float) -> Tensor:
     """Uniform draws (n, columns), some columns fixed by name."""
     u = torch.from_numpy(Draws.of_epoch(n, n, 0.2, seed, 1).uniform)
     for name, value in columns.items():
-        u[:, _Column[name]] = value
+        u[:, Column[name]] = value
     return u
 
 

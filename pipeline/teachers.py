@@ -1,0 +1,90 @@
+"""Learning from trained models: their mean answer to each augmented example is part of the target.
+
+Knowledge distillation (Hinton, Vinyals & Dean 2015) with teacher and student seeing the same view of an example,
+mixtures and masks included (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent").
+With share d and the teachers' mean probabilities q of an example, its loss is (1 - d) times that against the labels
+plus d times the cross-entropy -sum_c q_c log p_c.
+Limits: the teachers hear the features that the student is trained on, and know its classes in its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint import load_bundle
+from pipeline.errors import SerError
+from pipeline.features import FeatureConfig
+from pipeline.splits import HASH_COLUMN, leaked
+
+DISTILL = 0.7
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Trained models in evaluation mode, and the share of the loss that is theirs."""
+
+    models: Sequence[nn.Module]
+    share: float = DISTILL
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise SerError(f"distill share {self.share}; expected a number above 0, at most 1")
+
+    @torch.no_grad()
+    def answers(self, features: Tensor) -> Tensor:
+        """Mean probabilities (B, C) for a batch of features (B, *input_shape)."""
+        return torch.stack([model(features).float().softmax(dim=1) for model in self.models]).mean(dim=0)
+
+    def loss(self, features: Tensor, logits: Tensor, by_labels: Tensor) -> Tensor:
+        """The student's loss, a scalar: `logits` (B, C) are its answers, `by_labels` its loss against the labels."""
+        apart = -(self.answers(features) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        return (1 - self.share) * by_labels + self.share * apart
+
+
+def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame]) -> None:
+    """Refuse teachers that were trained on what the student is chosen or tested by.
+
+    Raises:
+        SerError: names the teacher, the part and how many recordings of it the teacher knows.
+    """
+    for path in paths:
+        training = load_bundle(path).training
+        for part in ("inner_val", "test"):
+            known = int(leaked(splits[part], training).sum()) if HASH_COLUMN in splits[part] else 0
+            if known:
+                raise SerError(
+                    f"the teacher {path} was trained on {known} recordings of the {part} part, which would flatter the "
+                    "student; train teachers on the same split"
+                )
+
+
+def load_teachers(
+    paths: Sequence[Path], share: float, labels: Sequence[str], features: FeatureConfig, device: str = "cpu"
+) -> Teachers | None:
+    """The models of bundles, or None when there are no paths.
+
+    Raises:
+        SerError: no bundle, or one of other classes or features than `labels` and `features`; a share out of range.
+    """
+    models = []
+    for path in paths:
+        bundle = load_bundle(path)
+        if tuple(bundle.labels) != tuple(labels):
+            raise SerError(
+                f"the teacher {path} knows the classes {', '.join(bundle.labels)}; expected {', '.join(labels)}"
+            )
+        if bundle.features.fingerprint() != features.fingerprint():
+            raise SerError(
+                f"the teacher {path} hears {bundle.features.kind} features of other settings; train one on these"
+            )
+        model = bundle.build_model().requires_grad_(False).to(device)
+        if len(features.input_shape) == 3:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        models.append(model)
+    return Teachers(models, share) if models else None
