@@ -72,9 +72,17 @@ kill-tests: $(DEV)  ## processes killed in the middle of training and scoring: m
 	$(BIN)/python -m benchmarks.kill_train --data_dir "$(DATA)"
 	$(BIN)/python -m benchmarks.kill_score --data_dir "$(DATA)"
 
-reproduce: $(READY)  ## train the shipped model again, on its committed split: make reproduce DATA=/path/to/RAVDESS
-	$(BIN)/python -m jobs.train --data_dir "$(DATA)" --split_csv models/splits/ravdess_split.csv \
-	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out runs/reproduced
+AGAIN := runs/reproduced
+again = $(BIN)/python -m jobs.train --features $(AGAIN)/features --split_csv models/splits/ravdess_split.csv \
+	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out $(AGAIN)/$(1) $(2) \
+	  $$(test -f $(AGAIN)/$(1)/plan.json && echo --resume)
+
+reproduce: $(READY)  ## train the shipped model and its two teachers again; goes on where it was stopped: make reproduce DATA=/path/to/RAVDESS
+	$(BIN)/python -m jobs.manifest "$(DATA)" --out $(AGAIN)/metadata.csv
+	$(BIN)/python -m jobs.extract --data_csv $(AGAIN)/metadata.csv --out $(AGAIN)/features
+	$(call again,teacher-1,--seed 42 --report_split none)
+	$(call again,teacher-2,--seed 42 --epochs 320 --report_split none)
+	$(call again,student,--teachers $(AGAIN)/teacher-1 $(AGAIN)/teacher-2)
 
 bench-serve: $(DEV)  ## the service beside the model in process, killed workers, hostile uploads; about 15 minutes
 	$(BIN)/python -m benchmarks.bench_serve

@@ -168,18 +168,29 @@ def _yield_to_computation() -> None:
     A thread of the policy SCHED_BATCH (Linux) that wakes up does not take a CPU from one that computes: it gets a free
     CPU, or comes next when the time slice is over. Its share of the time is the usual one, so that nothing starves.
     """
+    if hasattr(os, "SCHED_BATCH"):
+        for child in _ray_children():
+            _schedule(child, os.SCHED_BATCH)
+
+
+def compute_first(*, together: bool) -> None:
+    """In a worker of a local Ray: take this thread, and those it starts, out of what `_yield_to_computation` set.
+
+    ``together``: all threads of the process, as those that exchange gradients have been started before.
+    """
     if not hasattr(os, "SCHED_BATCH"):
         return
-    for child in _ray_children():
-        for thread in Path(f"/proc/{child}/task").glob("[0-9]*"):
-            with suppress(OSError):  # it has just ended
-                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
-
-
-def compute_first() -> None:
-    """In a worker of a local Ray: take this thread, and those it starts, out of what `_yield_to_computation` set."""
-    if hasattr(os, "SCHED_BATCH"):
+    if together:
+        _schedule(os.getpid(), os.SCHED_OTHER)
+    else:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def _schedule(process: int, policy: int) -> None:
+    """Give all threads of a process this scheduling policy."""
+    for thread in Path(f"/proc/{process}/task").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
 
 
 def end_at_exit(title: str) -> None:

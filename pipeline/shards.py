@@ -90,19 +90,18 @@ def extract_shards(
         done = read_shard_manifest(out)
         return ShardSummary(out, int(done["rows"]), int(done["failed"]), len(names))
     todo = [i for i, name in enumerate(names) if not (out / name).is_file()]
-    finished = sum(len(b) for i, b in enumerate(blocks) if i not in set(todo))
-    failed = 0
+    finished = len(table) - sum(len(blocks[i]) for i in todo)
+    rows, failed = _count(out, sorted(set(names) - {names[i] for i in todo}))
     if todo:
         (out / NOTES).mkdir(exist_ok=True)
         block = BlockWriter(out.absolute(), pa.Schema.from_pandas(table, preserve_index=False), config, options)
-        for rows, bad in _run_blocks(blocks, todo, block):
-            finished, failed = finished + rows, failed + bad
+        for recordings, written, bad in _run_blocks(blocks, todo, block):
+            finished, rows, failed = finished + recordings, rows + written, failed + bad
             if on_progress:
                 on_progress(finished, len(table), failed)
     shutil.rmtree(out / NOTES, ignore_errors=True)
     for abandoned in out.glob(".part-*.tmp"):  # of a node that died while it wrote
         abandoned.unlink(missing_ok=True)
-    rows, failed = _count(out, names)
     values = {
         **plan,
         "features": config.to_dict(),
@@ -148,8 +147,8 @@ def _claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
     write_json(known, plan)
 
 
-def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter) -> Iterator[tuple[int, int]]:
-    """Run the blocks ``todo`` on Ray Data; yields (rows, failed) for each as it is done."""
+def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter) -> Iterator[tuple[int, int, int]]:
+    """Run the blocks ``todo`` on Ray Data; yields (recordings, rows, failed rows) for each as it is done."""
     import ray
 
     from pipeline.cluster import check_nodes
@@ -162,13 +161,13 @@ def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter)
 
     def work(batch: Any) -> Any:
         rows, bad = write(batch)
-        return pd.DataFrame({"rows": [rows], "failed": [bad]})
+        return pd.DataFrame({"recordings": [len(batch)], "rows": [rows], "failed": [bad]})
 
     dataset = ray.data.from_pandas(frames).map_batches(
         work, batch_format="pandas", batch_size=None, zero_copy_batch=True, num_cpus=1, compute=task_pool(len(frames))
     )
     for row in dataset.iter_rows():
-        yield int(row["rows"]), int(row["failed"])
+        yield int(row["recordings"]), int(row["rows"]), int(row["failed"])
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class BlockWriter:
     options: ShardOptions
 
     def __call__(self, batch: pd.DataFrame) -> tuple[int, int]:
-        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``); (rows, failed)."""
+        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``): (rows with copies, failed rows)."""
         block = int(batch["_block"].iloc[0])
         notes = Notes(self.out / NOTES, block)
         notes.check()
@@ -197,7 +196,7 @@ class BlockWriter:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        return len(batch), sum(row["status"] != "ok" for row in rows)
+        return len(rows), sum(row["status"] != "ok" for row in rows)
 
     def _rows(self, record: pd.Series, read: Callable[..., Clip]) -> list[dict[str, Any]]:
         """What we add to the row of one recording, and to those of its pitch-shifted copies."""
@@ -273,7 +272,7 @@ def _tensor(values: list[np.ndarray | None], shape: tuple[int, ...]) -> pa.Array
 
 
 def _count(out: Path, names: list[str]) -> tuple[int, int]:
-    """Rows and failed rows of the finished parts."""
-    statuses = [pq.read_table(out / name, columns=["status"])["status"] for name in names]
+    """Rows and failed rows of parts that an earlier command finished."""
+    statuses = [pq.ParquetFile(out / name).read(["status"])["status"] for name in names]
     rows = sum(len(s) for s in statuses)
     return rows, rows - sum(int(pa.compute.sum(pa.compute.equal(s, "ok")).as_py() or 0) for s in statuses)

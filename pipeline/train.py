@@ -142,7 +142,7 @@ def _worker(config: dict[str, Any]) -> Any:
     import ray.train
     from ray.train.torch import get_device
 
-    compute_first()
+    compute_first(together=ray.train.get_context().get_world_size() > 1)
     plan = Plan.from_dict(config["plan"], Path(config["out"]))
     beat = _Beat(_progress(plan.out)) if ray.train.get_context().get_world_rank() == 0 else None
 

@@ -164,11 +164,24 @@ def test_a_cluster_that_cannot_be_joined(
 LOOK = """
 from benchmarks.processes import command_of, descendants
 import os, ray
-from pipeline.runtime import start_ray
+from pipeline.runtime import compute_first, start_ray
+def of(pid):
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
+def policies():
+    before = os.sched_getscheduler(0)
+    compute_first(together=False)
+    after = os.sched_getscheduler(0), os.SCHED_BATCH in of(os.getpid())
+    compute_first(together=True)
+    return before, *after, of(os.getpid())
 if __name__ == "__main__":
     start_ray(1, lean=True)
-    assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
-    print([command_of(pid) for pid in descendants(os.getpid())])
+    other, batch = os.SCHED_OTHER, os.SCHED_BATCH
+    found = ray.get(ray.remote(policies).remote())
+    assert found == (batch, other, True, {other}), found
+    ours = {command_of(pid): of(pid) for pid in descendants(os.getpid())}
+    assert [ours[name] for name in ours if "raylet/raylet" in name or "gcs_server" in name] == [{batch}] * 2, ours
+    assert os.sched_getscheduler(0) == other
+    print(list(ours))
 """
 
 

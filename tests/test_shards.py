@@ -145,8 +145,15 @@ def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path)
     loaded = load_features(tmp_path / "frames")
     assert loaded.features.shape == (2, 188, 190)
     assert loaded.mel_power is None
-    extract_shards(good, tmp_path / "copies", CONFIG, options=ShardOptions(pitch_semitones=(-1.0, 1.0)))
-    table = load_features(tmp_path / "copies").table
+    copies, options = tmp_path / "copies", ShardOptions(pitch_semitones=(-1.0, 1.0), block_rows=1)
+    assert extract_shards(good, copies, CONFIG, options=options).rows == 6
+    for name in ("manifest.json", "part-00001.parquet"):
+        (copies / name).unlink()
+    told: list[tuple[int, int, int]] = []
+    again = extract_shards(good, copies, CONFIG, options=options, on_progress=lambda *numbers: told.append(numbers))
+    assert (again.rows, again.failed, again.reused, told) == (6, 0, 1, [(2, 2, 0)])
+    assert arrays.read_shard_manifest(copies)["rows"] == 6
+    table = load_features(copies).table
     assert table["row_id"].tolist() == ["0", "0-1", "0+1", "1", "1-1", "1+1"]
     assert table["parent_id"].tolist() == ["", "0", "0", "", "1", "1"]
     assert table["label"].tolist() == [label for label in good["label"] for _ in range(3)]
@@ -196,7 +203,7 @@ def test_a_decoder_that_kills_its_process_costs_one_row(manifest: pd.DataFrame, 
     (out / NOTES).mkdir(parents=True)
     write = Crashing(out, pa.Schema.from_pandas(good, preserve_index=False), CONFIG, ShardOptions(mel_power_s=0))
     blocks = [good.iloc[i : i + 3] for i in (0, 3, 6)]
-    assert sorted(shards._run_blocks(blocks, [0, 1, 2], write)) == [(3, 0), (3, 0), (3, 1)]
+    assert sorted(shards._run_blocks(blocks, [0, 1, 2], write)) == [(3, 3, 0), (3, 3, 0), (3, 3, 1)]
     rows = read_parts(out)
     assert rows["speech"].tolist() == good["speech"].tolist()
     assert rows["status"].tolist() == ["ok"] * 4 + ["decoder_crashed"] + ["ok"] * 4
