@@ -148,7 +148,10 @@ def _claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
 
 
 def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter) -> Iterator[tuple[int, int, int]]:
-    """Run the blocks ``todo`` on Ray Data; yields (recordings, rows, failed rows) for each as it is done."""
+    """Run the blocks ``todo`` on Ray Data; yields (recordings, rows, failed rows) for each as it is done.
+
+    A block travels as one item: for a list of tables Ray Data would first run a task for each, to describe it.
+    """
     import ray
 
     from pipeline.cluster import check_nodes
@@ -157,17 +160,28 @@ def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter)
     start_ray()
     check_nodes(write.out / NOTES, some_of=[path for i in todo for path in blocks[i]["speech"]])
     data_context()
-    frames = [blocks[i].assign(_block=i, _row=blocks[i].index) for i in todo]
+    items = [{"block": i, "first": int(blocks[i].index[0]), "rows": _packed(blocks[i], write.schema)} for i in todo]
 
-    def work(batch: Any) -> Any:
-        rows, bad = write(batch)
-        return pd.DataFrame({"recordings": [len(batch)], "rows": [rows], "failed": [bad]})
+    def work(batch: pa.Table) -> pa.Table:
+        (item,) = batch.to_pylist()
+        rows = pa.ipc.open_stream(item["rows"]).read_all().to_pandas()
+        numbers = range(item["first"], item["first"] + len(rows))
+        written, bad = write(rows.assign(_block=item["block"], _row=numbers))
+        return pa.table({"recordings": [len(rows)], "rows": [written], "failed": [bad]})
 
-    dataset = ray.data.from_pandas(frames).map_batches(
-        work, batch_format="pandas", batch_size=None, zero_copy_batch=True, num_cpus=1, compute=task_pool(len(frames))
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        work, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=1, compute=task_pool(len(items))
     )
     for row in dataset.iter_rows():
         yield int(row["recordings"]), int(row["rows"]), int(row["failed"])
+
+
+def _packed(rows: pd.DataFrame, schema: pa.Schema) -> bytes:
+    """Manifest rows as bytes, in Arrow's stream format."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_table(pa.Table.from_pandas(rows, schema=schema, preserve_index=False))
+    return bytes(sink.getvalue().to_pybytes())
 
 
 @dataclass(frozen=True)
