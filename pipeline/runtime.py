@@ -183,13 +183,14 @@ def compute_first(*, together: bool) -> None:
     if together:
         _schedule(os.getpid(), os.SCHED_OTHER)
     else:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        with suppress(OSError):  # a sandbox that forbids it forbade the other as well
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _schedule(process: int, policy: int) -> None:
     """Give all threads of a process this scheduling policy."""
     for thread in Path(f"/proc/{process}/task").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # it has just ended, or a sandbox forbids it
             os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
 
 
