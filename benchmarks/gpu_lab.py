@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_lab pack --features FEATURES --out lab.npz        # here: what travels, without audio
     python -m benchmarks.gpu_lab run --data lab.npz --plan PLAN.json --out OUT # on the GPU: PyTorch, pandas, sklearn
-    python -m benchmarks.gpu_lab report --features FEATURES --data lab.npz --answers OUT/answers.npz --recipe base --out R
+    python -m benchmarks.gpu_lab report --features FEATURES --data lab.npz --answers answers.npz --recipe base --out OUT
 
 A plan is a list of waves; a wave is a list of recipes, trained at once, every training on its own CUDA stream:
 {"name": "base", "jobs": ["five", "six"], "seeds": [42], "fit": {FitConfig}, "dropout": 0.4, "augment":
@@ -12,7 +12,7 @@ weights answer; nothing is chosen by them, but where a recipe says "like_best_of
 after the recipe of the best pooled accuracy on ``five``, or an earlier one of the list that is at most `margin` below.
 
 ``five`` are the folds of the 80 %, ``six`` the actor folds, ``inner`` trains on train and answers inner_val, ``final``
-trains on the 80 % (``--keep``: and keeps these weights; ``--open_test``: also answers the test part; write that in docs/LAB_LOG.md).
+trains on the 80 % (``--keep``: keeps these weights; ``--open_test``: answers the test part: write it in docs/LAB_LOG.md).
 Limits: one GPU; features are rounded to about 0.2 dB; a drawn noise differs from that of the same seed on the CPU.
 """
 
