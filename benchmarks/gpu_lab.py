@@ -12,7 +12,7 @@ weights answer; nothing is chosen by them, but where a recipe says "like_best_of
 after the recipe of the best pooled accuracy on ``five``, or an earlier one of the list that is at most `margin` below.
 
 ``five`` are the folds of the 80 %, ``six`` the actor folds, ``inner`` trains on train and answers inner_val, ``final``
-trains on the 80 % (``--keep``: keeps these weights; ``--open_test``: answers the test part: write it in docs/LAB_LOG.md).
+trains on the 80 % (``--keep``: and keeps them; ``--open_test``: answers the test part: write it in docs/LAB_LOG.md).
 Limits: one GPU; features are rounded to about 0.2 dB; a drawn noise differs from that of the same seed on the CPU.
 """
 
