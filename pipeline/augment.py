@@ -1,9 +1,10 @@
 """Training-time changes to features, vectorised over a batch and decided by (seed, epoch, position) alone.
 
 What needs more than the stored window works on the mel power of the whole recording: `crop` (another 2-s window),
-`stretch` (time-stretch by interpolating frames), `shift` (whole mel bands), `gain` (spectral tilt; a plain gain is
-normalised away), `noise` (white noise added in power), `band` (band-limiting). On finished features: `masks`
-(SpecAugment, Park et al. 2019, two per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made
+`stretch` (time-stretch by interpolating frames), `shift` (whole mel bands), `warp` (all frequencies times a factor:
+vocal tract length perturbation, Jaitly & Hinton 2013), `gain` (spectral tilt; a plain gain is normalised away), `noise`
+(white noise added in power), `band` (band-limiting). On finished features: `masks` (SpecAugment, Park et al. 2019, two
+per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made
 at extraction. An example that draws no change is the stored feature, bit for bit. Limits: a cropped window has its
 frames on the recording's grid and hears across its edges, which the stored middle window does not.
 """
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import SerError
-from pipeline.features import FeatureConfig
+from pipeline.features import FeatureConfig, mel_edges_hz
 
-POWER_NAMES = ("crop", "stretch", "shift", "gain", "noise", "band")
+POWER_NAMES = ("crop", "stretch", "shift", "warp", "gain", "noise", "band")
 NAMES = (*POWER_NAMES, "masks", "mixup", "pitch")
 
 
@@ -35,6 +36,8 @@ class AugmentConfig:
     max_stretch: float = 0.15
     shift_p: float = 0.5
     max_shift_bands: int = 2
+    warp_p: float = 0.5
+    max_warp: float = 0.12  # factors from 1 / (1 + max_warp) to 1 + max_warp
     gain_p: float = 0.3
     max_tilt_db: float = 6.0
     noise_p: float = 0.3
@@ -77,9 +80,11 @@ class Column(IntEnum):
     PITCH = auto()
     COPY = auto()
     MASKS = auto()  # and the seven after it: (width, start) of two masks an axis
+    WARP = 24  # drawn after all others, which are so what they were before there was a warp
+    FACTOR = auto()
 
 
-_N_COLUMNS = Column.MASKS + 8
+_N_COLUMNS = Column.FACTOR + 1
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,12 @@ class Draws:
     def of_epoch(cls, n: int, batch_size: int, alpha: float, seed: int, epoch: int) -> Draws:
         """Draws for `n` positions in batches of `batch_size`; a function of the arguments alone."""
         rng = np.random.default_rng([seed, epoch, 1])
-        uniform = rng.random((n, _N_COLUMNS), dtype=np.float32)
+        uniform = rng.random((n, Column.WARP), dtype=np.float32)
         order = rng.random(n).reshape(-1, batch_size).argsort(axis=1)
         partner = (order + np.arange(0, n, batch_size)[:, None]).ravel()
         weight = rng.beta(alpha, alpha, n).astype(np.float32)
-        return cls(uniform, partner, np.maximum(weight, 1 - weight))
+        late = rng.random((_N_COLUMNS - Column.WARP, n), dtype=np.float32)  # one more row leaves the others as they are
+        return cls(np.hstack([uniform, late.T]), partner, np.maximum(weight, 1 - weight))
 
 
 class Augmenter:
@@ -125,13 +131,22 @@ class Augmenter:
 
     def needs_power(self, u: Tensor) -> Tensor:
         """(B,) bool: the examples that are to be made from the whole recording's mel power."""
-        columns = (Column.CROP, Column.STRETCH, Column.SHIFT, Column.GAIN, Column.NOISE, Column.BAND)
+        columns = (
+            Column.CROP,
+            Column.STRETCH,
+            Column.SHIFT,
+            Column.WARP,
+            Column.GAIN,
+            Column.NOISE,
+            Column.BAND,
+        )
         happens = [self._happens(name, u, column) for name, column in zip(POWER_NAMES, columns, strict=True)]
         return torch.stack(happens).any(dim=0)
 
     def from_power(self, power: Tensor, n_frames: Tensor, u: Tensor) -> Tensor:
         """Augmented windows of mel power (B, n_mels, F), `n_frames` (B,) of them valid: (B, 1, n_mels, frames)."""
         window = self._window(power, n_frames, u)
+        window = self._warp(window, u)
         window = self._tilt(window, u)
         window = self._add_noise(window, u)
         window = self._band_limit(window, u)
@@ -165,6 +180,21 @@ class Augmenter:
         inside = (index >= 0) & (index < n_frames[:, None])
         gathered = power.gather(2, index.long().clamp(0, power.shape[2] - 1)[:, None, :].expand(-1, power.shape[1], -1))
         return gathered * inside[:, None, :]
+
+    def _warp(self, power: Tensor, u: Tensor) -> Tensor:
+        """Move what was at f Hz to f times a drawn factor, by interpolating mel bands; the topmost band is repeated."""
+        happens = self._happens("warp", u, Column.WARP)
+        if not happens.any():
+            return power
+        exponent = torch.where(happens, 2 * u[:, Column.FACTOR] - 1, 0.0)
+        centres = torch.tensor(mel_edges_hz(self.features)[1:-1], dtype=torch.float32)
+        source = centres / ((1 + self.config.max_warp) ** exponent)[:, None]
+        right = torch.searchsorted(centres, source).clamp(1, len(centres) - 1)
+        low, high = centres[right - 1], centres[right]
+        fraction = ((source - low) / (high - low)).clamp(0, 1)[:, :, None]
+        index = right[:, :, None].expand(-1, -1, power.shape[2])
+        warped = torch.lerp(power.gather(1, index - 1), power.gather(1, index), fraction)
+        return torch.where(happens[:, None, None], warped, power)
 
     def _tilt(self, power: Tensor, u: Tensor) -> Tensor:
         happens = self._happens("gain", u, Column.GAIN)

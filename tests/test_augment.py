@@ -12,7 +12,7 @@ from toy_data import CONFIG, FRAMES, mel_powers, middle
 
 from pipeline.augment import _N_COLUMNS, NAMES, POWER_NAMES, AugmentConfig, Augmenter, Column, Draws, normalise_batch
 from pipeline.errors import SerError
-from pipeline.features import FeatureConfig, normalise_power
+from pipeline.features import FeatureConfig, mel_power, normalise_power
 from pipeline.shards import _pitch_shift
 
 N_OUT = CONFIG.n_frames
@@ -121,6 +121,41 @@ def test_a_shift_moves_whole_bands(power: Tensor) -> None:
         expected = window(plain, power, draws(len(power)))
         inner = slice(2, CONFIG.n_mels - 2)
         assert torch.equal(found[:, inner], expected[:, 2 + bands : CONFIG.n_mels - 2 + bands])
+
+
+@pytest.mark.parametrize("factor", [0.85, 1.0, 1.2])
+@pytest.mark.parametrize("tone_hz", [300.0, 1500.0, 9000.0])
+def test_a_warp_moves_a_tone_to_the_band_of_another(tone_hz: float, factor: float) -> None:
+    config = FeatureConfig()
+    t = np.arange(config.window_samples) / config.sample_rate_hz
+    before, after = (
+        torch.from_numpy(mel_power(np.sin(2 * np.pi * hz * t).astype(np.float32), config))[None]
+        for hz in (tone_hz, tone_hz * factor)
+    )
+    draw = (np.log(factor) / np.log(1.25) + 1) / 2
+    chosen = Augmenter(AugmentConfig(("warp",), warp_p=1.0, max_warp=0.25), config)
+    found = chosen._warp(before, draws(1, WARP=0.0, FACTOR=draw))
+    middle_of = [
+        float((p.mean(dim=2)[0] * torch.arange(config.n_mels)).sum() / p.mean(dim=2).sum()) for p in (found, after)
+    ]
+    assert middle_of[0] == pytest.approx(middle_of[1], abs=0.3)  # in bands
+    if factor == 1.0:
+        torch.testing.assert_close(found, before, rtol=1e-5, atol=0)
+
+
+def test_a_warp_leaves_the_examples_alone_that_draw_none(power: Tensor) -> None:
+    u = draws(len(power))
+    u[:, Column.WARP] = torch.arange(len(power)) % 2
+    found = augmenter("warp", warp_p=0.5)._warp(power, u)
+    same = (found == power).flatten(1).all(dim=1)
+    assert same.tolist() == [bool(row % 2) for row in range(len(power))]
+
+
+def test_draws_of_earlier_releases_are_unchanged() -> None:
+    """Recipes that were trained before `warp` was added must be reproduced with the same draws."""
+    rng = np.random.default_rng([3, 5, 1])
+    found = Draws.of_epoch(320, 16, 0.2, 3, 5)
+    np.testing.assert_array_equal(found.uniform[:, : Column.MASKS + 8], rng.random((320, 24), dtype=np.float32))
 
 
 def test_a_tilt_is_linear_in_db_over_the_bands(power: Tensor) -> None:

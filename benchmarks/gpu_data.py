@@ -1,0 +1,111 @@
+"""What the trainings of ``benchmarks.gpu_lab`` share: features of all recordings in one small file, without audio.
+
+``pack`` rounds mel power and log-mel features to about 0.2 dB, frame features to a hundredth of their largest value.
+Limits: folds and parts are those of ``models/splits``; recordings that these do not name belong to no fold.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.augment import AugmentConfig, Augmenter, Column, Draws
+from pipeline.features import FeatureConfig
+
+STEP_DB = 0.2
+STEP_FRAME = 0.06  # of standardised values; those beyond 127 steps are cut
+KINDS = {"inception": FeatureConfig(), "cnn_bilstm": FeatureConfig(kind="frame_features")}
+SPLITS = Path("models/splits")
+
+
+def pack(features: Path, out: Path) -> None:
+    """Mel power and log-mel features, or frame features, of all recordings, with their class and folds."""
+    from pipeline.arrays import load_features
+    from pipeline.corpora import label_set
+
+    arrays = load_features(features)
+    stems = arrays.table["speech"].map(lambda path: Path(str(path)).stem)
+    labels = label_set(arrays.table)
+    shared: dict[str, Any] = {
+        "classes": np.array([labels.index(label) for label in arrays.table["label"]], dtype=np.int64),
+        "part": _column(stems, "ravdess_split", "split"),
+        "five": _column(stems, "ravdess_five_folds_of_80", "fold").astype(int),
+        "six": _column(stems, "ravdess_six_actor_folds", "fold").astype(int),
+        "stems": stems.to_numpy(str),
+    }
+    if arrays.config.kind == "frame_features":
+        steps = np.round(np.array(arrays.features) / STEP_FRAME).clip(-127, 127).astype(np.int8)
+        np.savez_compressed(out, frames=steps, **shared)
+        return
+    assert arrays.mel_power is not None, f"{features} has no mel power; extract without --mel_power_s 0"
+    n_frames = arrays.n_frames
+    power = np.array(arrays.mel_power[:, :, : n_frames.max()])
+    frame_is_there = np.arange(power.shape[2]) < n_frames[:, None]
+    decibel = np.where(frame_is_there[:, None, :], 10 * np.log10(np.maximum(power, 1e-10)), 0)
+    np.savez_compressed(
+        out,
+        decibel=np.round(decibel / STEP_DB).astype(np.int16),
+        n_frames=n_frames,
+        features=np.round(np.array(arrays.features) * 100).astype(np.int16),
+        **shared,
+    )
+
+
+def _column(stems: pd.Series, name: str, which: str) -> NDArray[np.str_]:
+    table = pd.read_csv(SPLITS / f"{name}.csv", dtype=str).set_index("id")[which]
+    return stems.map(table).fillna("0").to_numpy(str)
+
+
+class Data:
+    """Packed files on a device: ``stored`` holds the features of each model's kind that a file has."""
+
+    def __init__(self, paths: list[Path], device: torch.device) -> None:
+        self.device = device
+        self.stored: dict[str, Tensor] = {}
+        stems: list[NDArray[np.str_]] = []
+        for path in paths:
+            file = np.load(path)
+            stems.append(file["stems"])
+            self.classes = file["classes"]
+            self.part, self.five, self.six = file["part"], file["five"], file["six"]
+            if "frames" in file:
+                self.stored["cnn_bilstm"] = torch.from_numpy(file["frames"]).to(device).float() * STEP_FRAME
+                continue
+            decibel = torch.from_numpy(file["decibel"]).to(device).float() * STEP_DB
+            self.n_frames = torch.from_numpy(file["n_frames"]).to(device)
+            there = torch.arange(decibel.shape[2], device=device) < self.n_frames[:, None]
+            self.power = torch.where(there[:, None, :], 10 ** (decibel / 10), 0.0)
+            self.stored["inception"] = torch.from_numpy(file["features"]).to(device).float() / 100
+        if any((other != stems[0]).any() for other in stems):
+            raise SystemExit("the packed files hold different recordings; pack them from the same manifest")
+
+    def rows(self, job: str, fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Training and answering rows of a job."""
+        seen = self.part != "test"
+        train, test = {
+            "five": (seen & (self.five != fold), seen & (self.five == fold)),
+            "six": (self.six != fold, self.six == fold),
+            "inner": (self.part == "train", self.part == "inner_val"),
+            "final": (seen, ~seen),
+        }[job]
+        return np.flatnonzero(train), np.flatnonzero(test)
+
+    @torch.no_grad()
+    def crops(self, rows: NDArray[np.int64], crops: int) -> list[Tensor]:
+        """Log-mel of windows all over the recordings, as ``Predictor`` takes them but on the grid of their frames."""
+        augmenter = Augmenter(AugmentConfig(("crop",)), KINDS["inception"])
+        chosen = torch.from_numpy(rows).to(self.device)
+        u = torch.from_numpy(Draws.of_epoch(len(rows), len(rows), 1.0, 0, 0).uniform).to(self.device)
+        u[:, Column.CROP] = 0.0
+        windows = []
+        for index in range(crops):
+            u[:, Column.START] = (index + 0.5) / crops
+            with self.device:
+                windows.append(augmenter.from_power(self.power[chosen], self.n_frames[chosen], u))
+        return windows
