@@ -62,7 +62,7 @@ bench-score: $(DEV)  ## speed of batch scoring, end to end: make bench-score DAT
 bench-train: $(DEV)  ## speed of training: make bench-train FEATURES=/folder/of/jobs.extract
 	$(BIN)/python -m benchmarks.bench_train --features "$(FEATURES)"
 
-test-cluster: $(DEV)  ## three nodes on this machine: jobs across them, nodes killed, cables cut, the head restarted; about an hour
+test-cluster: $(DEV)  ## three nodes on this machine: jobs across them, nodes killed, cables cut, the head restarted; half an hour or more
 	$(BIN)/python -m benchmarks.cluster_nodes $(ARGS)
 
 simulate-scale: $(DEV)  ## what the driver costs at 100,000 files: scoring with the model replaced by a sleep

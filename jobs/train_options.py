@@ -114,7 +114,7 @@ def add_model_options(parser: Parser) -> None:
         "--augment",
         default="",
         metavar="NAME,...",
-        help="crop,stretch,shift,warp,masks,mixup,gain,noise,band,pitch (default none)",
+        help="of crop, stretch, shift, warp, masks, mixup, gain, noise, band, pitch; with commas (default none)",
     )
     group.add_argument(
         "--mixup_alpha", type=float, default=0.2, help="of the Beta distribution that mixes (default 0.2)"
