@@ -74,7 +74,7 @@ kill-tests: $(DEV)  ## processes killed in the middle of training and scoring: m
 
 AGAIN := runs/reproduced
 again = $(BIN)/python -m jobs.train --features $(AGAIN)/features --split_csv models/splits/ravdess_split.csv \
-	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out $(AGAIN)/$(1) $(2) \
+	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out $(AGAIN)/$(1) $(2) $(ARGS) \
 	  $$(test -f $(AGAIN)/$(1)/plan.json && echo --resume)
 
 reproduce: $(READY)  ## train the shipped model and its two teachers again; goes on where it was stopped: make reproduce DATA=/path/to/RAVDESS

@@ -217,8 +217,9 @@ class Run:
         return mean
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.config.mixed_precision and self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16, enabled=enabled)
+        on_cpu = self.device.type == "cpu"
+        enabled = self.config.cpu_bfloat16 if on_cpu else self.config.mixed_precision
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _validate(self, number: int) -> Record:
         """Validation figures of the better of raw and averaged weights, which are kept when they are the best yet."""

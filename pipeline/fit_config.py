@@ -10,7 +10,8 @@ from pipeline.augment import AugmentConfig
 from pipeline.errors import SerError
 from pipeline.schedules import SCHEDULERS
 
-_FREE = frozenset({"threads", "channels_last", "mixed_precision", "patience"})  # may change when a run is resumed
+# may change when a run is resumed
+_FREE = frozenset({"threads", "channels_last", "mixed_precision", "cpu_bfloat16", "patience"})
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class FitConfig:
     patience: int = 7  # epochs without a better validation weighted F1; 0 = never stop early
     seed: int = 42
     threads: int = 0  # math threads of a worker; 0 = as PyTorch chooses
-    mixed_precision: bool = True  # bfloat16, on GPU only
+    mixed_precision: bool = True  # bfloat16 on a GPU
+    cpu_bfloat16: bool = False  # bfloat16 on CPUs too: faster where they have instructions for it (AMX), else slower
     channels_last: bool = True  # memory format of the 2-D models
 
     def __post_init__(self) -> None:

@@ -47,17 +47,21 @@ def accuracy(model: nn.Module, data: TrainingData, rows: np.ndarray) -> float:
     return float(accuracy_score(data.classes[rows], answers))
 
 
-@pytest.mark.parametrize("name", ["inception", "cnn_bilstm"])
-def test_both_models_learn_a_small_set_by_heart(name: str) -> None:
+def small_set(name: str) -> tuple[nn.Module, TrainingData]:
+    """A model of that name, at full size, and 32 clips that it can hear."""
     data = toy_data(32, 0, n_classes=4)
+    shape: tuple[int, ...] = CONFIG.input_shape
     if name == "cnn_bilstm":
         frames = FeatureConfig(kind="frame_features", sample_rate_hz=8000, window_s=0.5, hop_length=128, n_mfcc=2)
         shape = (32, CONFIG.n_mels)
         data = toy_data(32, 0, n_classes=4, config=frames, features=data.features[:, 0].transpose(0, 2, 1).copy())
-    else:
-        shape = CONFIG.input_shape
     torch.manual_seed(0)
-    model = build_model(name, {}, 4, shape)
+    return build_model(name, {}, 4, shape), data
+
+
+@pytest.mark.parametrize("name", ["inception", "cnn_bilstm"])
+def test_both_models_learn_a_small_set_by_heart(name: str) -> None:
+    model, data = small_set(name)
 
     def enough(record: Record, run: Run) -> None:
         if accuracy(run.model, data, data.train_rows) == 1.0:
@@ -205,6 +209,25 @@ def test_mixed_precision_is_left_to_gpus() -> None:
     run = Run(toy_model(), data, FitConfig(**FAST))
     with run._autocast():
         assert run.model(torch.from_numpy(data.features[:1])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["inception", "cnn_bilstm"])
+def test_bfloat16_on_a_cpu_learns_the_same_to_its_precision(name: str) -> None:
+    def losses(cpu_bfloat16: bool) -> tuple[Run, list[float]]:
+        model, data = small_set(name)
+        config = FitConfig(batch_size=16, lr=1e-4, threads=1, ema=0.9, cpu_bfloat16=cpu_bfloat16)
+        run = Run(model, data, config)
+        return run, [run.epoch()["train_loss"] for _ in range(3)]
+
+    (exact, wanted), (rounded, found) = losses(False), losses(True)
+    assert found == pytest.approx(wanted, rel=0.05)
+    assert found != wanted  # it did round
+    with rounded._autocast():
+        assert rounded.model.eval()(torch.from_numpy(rounded.data.features[:1])).dtype == torch.bfloat16
+    assert rounded.ema is not None
+    for kept in (*rounded.model.state_dict().values(), *rounded.ema.state_dict().values()):
+        assert kept.dtype in (torch.float32, torch.int64)  # weights and their average are never rounded
+    exact.config.check_continues(rounded.config)  # a run may go on with the other arithmetic
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
