@@ -8,7 +8,8 @@ DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train simulate-scale
-.PHONY: kill-tests test-cluster reproduce bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
+.PHONY: reproduce reproduced-features reproduced-teacher-1 reproduced-teacher-2
+.PHONY: kill-tests test-cluster bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
 help:             ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -77,11 +78,17 @@ again = $(BIN)/python -m jobs.train --features $(AGAIN)/features --split_csv mod
 	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out $(AGAIN)/$(1) $(2) $(ARGS) \
 	  $$(test -f $(AGAIN)/$(1)/plan.json && echo --resume)
 
-reproduce: $(READY)  ## train the shipped model and its two teachers again; goes on where it was stopped: make reproduce DATA=/path/to/RAVDESS
+reproduced-features: $(READY)
 	$(BIN)/python -m jobs.manifest "$(DATA)" --out $(AGAIN)/metadata.csv
 	$(BIN)/python -m jobs.extract --data_csv $(AGAIN)/metadata.csv --out $(AGAIN)/features
+
+reproduced-teacher-1: reproduced-features
 	$(call again,teacher-1,--seed 42 --report_split none)
+
+reproduced-teacher-2: reproduced-features
 	$(call again,teacher-2,--seed 42 --epochs 320 --report_split none)
+
+reproduce: reproduced-teacher-1 reproduced-teacher-2  ## train the shipped model and its two teachers again; goes on where it was stopped: make reproduce DATA=/path/to/RAVDESS
 	$(call again,student,--teachers $(AGAIN)/teacher-1 $(AGAIN)/teacher-2)
 
 bench-serve: $(DEV)  ## the service beside the model in process, killed workers, hostile uploads; about 15 minutes
