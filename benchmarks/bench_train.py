@@ -4,8 +4,8 @@
 
 - loop: an epoch of ``fit.py`` (batches made on the way, with augmentation) against a bare PyTorch loop over the same
   batches, made beforehand and fed from RAM: same model, optimiser, threads and memory format; the bare loop in a
-  process that keeps freed memory (``pipeline.memory``); and with plain NCHW tensors. Each side has a process of its
-  own; they take turns, an epoch each.
+  process that keeps freed memory (``pipeline.memory``); and with plain NCHW tensors. And ``fit.py`` in bfloat16. Each
+  side has a process of its own; they take turns, an epoch each.
 - ray: ``jobs.train`` with ``--num_workers 0`` on all threads, with one Ray worker on all threads, and with as many
   workers of one thread; seconds from one line of ``history.csv`` to the next, so validation, checkpoint and Ray's own
   exchanges count, and starting does not. Sides take turns, a run each; the first epoch of a run is left out.
@@ -47,7 +47,9 @@ from pipeline.models import build_model
 ROOT = Path(__file__).resolve().parents[1]
 AUGMENT = ("crop", "stretch", "shift", "masks", "mixup")
 Batch = tuple[Tensor, Tensor]
-FIT, BARE, KEPT, NCHW = SIDES = ("fit.py", "bare loop", "bare loop, memory kept", "bare loop, NCHW")
+FIT, BF16, BARE, KEPT, NCHW = SIDES = (
+    "fit.py", "fit.py, bfloat16", "bare loop", "bare loop, memory kept", "bare loop, NCHW",
+)  # fmt: skip
 
 
 def all_clips(features: Path) -> TrainingData:
@@ -96,8 +98,8 @@ def run_side(name: str, arguments: argparse.Namespace, connection: Connection) -
     config = FitConfig(batch_size=arguments.batch_size, augment=AUGMENT, threads=arguments.threads)
     torch.set_num_threads(arguments.threads)
     making = batches_of(data, config)
-    if name == FIT:
-        epoch: Callable[[], object] = fit_loop(data, config).epoch
+    if name in (FIT, BF16):
+        epoch: Callable[[], object] = fit_loop(data, replace(config, cpu_bfloat16=name == BF16)).epoch
     else:
         if name == KEPT:
             keep_freed_memory()
@@ -152,6 +154,7 @@ def loop(arguments: argparse.Namespace) -> None:
     print(f"  {'making batches':<24} {making_s:7.2f} s of fit.py's, with {', '.join(AUGMENT)}")
     result("fit.py against the bare loop", seconds[BARE], seconds[FIT], 0.95)
     result("fit.py against the bare loop that keeps freed memory, as fit.py does", seconds[KEPT], seconds[FIT])
+    result("fit.py in bfloat16 against float32", seconds[FIT], seconds[BF16])
     result("channels-last against NCHW", seconds[NCHW], seconds[BARE])
     result("freed memory kept against given back", seconds[BARE], seconds[KEPT])
 

@@ -78,19 +78,30 @@ def _described(recordings: pd.DataFrame) -> str:
 def _figures(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines: list[str] = []
     for part, found in figures.items():
+        intervals, confidence = found["intervals_95"], found["confidence"]
+        rows = {"accuracy": (found["accuracy"], intervals["accuracy"])}
+        rows["weighted F1"] = (found["weighted_f1"], intervals["weighted_f1"])
+        for label, recall in found["class_recall"].items():
+            rows[f"recall of {label}"] = (recall, intervals["class_recall"][label])
         lines += [
             "## Figures",
             "",
-            f"On the {found['n']} recordings of the {PARTS[part]}; trained on {found['trained_on']}.",
+            f"On the {found['n']} recordings of the {PARTS[part]}; trained on {found['trained_on']}. Intervals: 95%, "
+            f"{intervals['method']}.",
             "",
-            "| figure | value |",
-            "|---|---|",
-            f"| accuracy | {found['accuracy']:.1%} |",
-            f"| weighted F1 | {found['weighted_f1']:.1%} |",
-            *(f"| recall of {label} | {_percent(recall)} |" for label, recall in found["class_recall"].items()),
+            "| figure | value | interval |",
+            "|---|---|---|",
+            *(f"| {name} | {_percent(value)} | {_span(interval)} |" for name, (value, interval) in rows.items()),
+            "",
+            f"Confidences: expected calibration error {_percent(confidence['ece'])}, Brier score "
+            f"{confidence['brier']:.3f}, log-loss {confidence['log_loss']:.3f}.",
             "",
         ]
     return lines
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "n/a" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"
 
 
 def _percent(value: float | None) -> str:

@@ -17,6 +17,7 @@ from pipeline.arrays import load_features
 from pipeline.checkpoint import Bundle, load_bundle, save_bundle
 from pipeline.fit import StateDict, weights_of
 from pipeline.history import plot_curves
+from pipeline.metrics import OVERALL
 from pipeline.model_card import model_card
 from pipeline.models import build_model
 from pipeline.report import terminal_summary, write_report
@@ -135,12 +136,23 @@ def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The few figures of an evaluation that a bundle carries."""
-    found = {key: evaluation["overall"][key]["value"] for key in ("accuracy", "uar", "weighted_f1", "macro_f1")}
-    found["class_recall"] = {row["label"]: row["recall"]["value"] for row in evaluation["per_class"]}
-    found["confusion"] = {"counts": evaluation["confusion"]["counts"]}
-    found["verdict"] = evaluation["verdict"]["outcome"]
-    return found
+    """The figures of an evaluation that a bundle carries, with 95 % intervals (over speakers, where it knows them)."""
+    overall, per_class = evaluation["overall"], evaluation["per_class"]
+    totals = {name: overall[name] for name in OVERALL}
+    recalls = {row["label"]: row["recall"] for row in per_class}
+    over = "over_speakers" if evaluation["bootstrap"]["speakers"] else "over_recordings"
+    return {
+        **{name: figure["value"] for name, figure in totals.items()},
+        "class_recall": {label: figure["value"] for label, figure in recalls.items()},
+        "intervals_95": {
+            "method": f"bootstrap {over.replace('_', ' ')}",
+            **{name: figure[over] for name, figure in totals.items()},
+            "class_recall": {label: figure[over] for label, figure in recalls.items()},
+        },
+        "confidence": {name: overall[name] for name in ("log_loss", "brier", "ece")},
+        "confusion": {"counts": evaluation["confusion"]["counts"]},
+        "verdict": evaluation["verdict"]["outcome"],
+    }
 
 
 def training_table(splits: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional
 
 from benchmarks.gpu_data import STEP_FRAME, Data
-from benchmarks.gpu_lab import main
+from benchmarks.gpu_lab import FOLDS, main
 from benchmarks.gpu_training import Recipe, Training
-from pipeline.augment import Draws
+from pipeline.augment import AugmentConfig, Draws
 
+PLANS = Path(__file__).resolve().parents[1] / "benchmarks" / "plans"
 FIT = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "label_smoothing": 0.1, "ema": 0.9, "augment": ["mixup"]}
 
 
@@ -98,3 +99,17 @@ def test_a_plan_is_trained_wave_by_wave(
     printed = capsys.readouterr().out
     assert printed.count("student, six fold") == 2
     assert "student              six   seed 42, 2 folds" in printed
+
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_plans_that_lie_ready_can_be_run(path: Path) -> None:
+    taught: dict[str, set[str]] = {}  # recipe -> jobs, of earlier waves
+    for wave in json.loads(path.read_text()):
+        recipes = [Recipe.of(given) for given in wave]
+        for recipe in recipes:
+            assert set(recipe.jobs) <= set(FOLDS) - {"final"}  # no plan opens the test part
+            AugmentConfig(recipe.fit.augment, mixup_alpha=recipe.fit.mixup_alpha, **recipe.augment)
+            for teacher in recipe.teachers:
+                assert set(recipe.jobs) <= taught[teacher]
+        taught |= {recipe.name: set(recipe.jobs) for recipe in recipes}
+    assert len(taught) > 1

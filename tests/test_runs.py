@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 from toy_data import LABELS, toy_model, write_features
 
@@ -115,9 +115,19 @@ def test_the_reported_figures_are_those_of_the_weights(plan: Plan) -> None:
     model.load_state_dict(result.weights)
     rows = [arrays.table["row_id"].tolist().index(row) for row in part["row_id"]]
     with torch.inference_mode():
-        answers = model.eval()(torch.from_numpy(arrays.features[rows])).argmax(dim=1).numpy()
-    expected = accuracy_score(part["label"], np.array(LABELS)[answers])
-    assert load_bundle(plan.out).metrics["test"]["accuracy"] == pytest.approx(expected)
+        p = model.eval()(torch.from_numpy(arrays.features[rows])).double().softmax(dim=1).numpy()
+    expected = accuracy_score(part["label"], np.array(LABELS)[p.argmax(axis=1)])
+    found = load_bundle(plan.out).metrics["test"]
+    assert found["accuracy"] == pytest.approx(expected)
+    truth = part["label"].map(LABELS.index)
+    assert found["confidence"]["log_loss"] == pytest.approx(log_loss(truth, p, labels=range(len(LABELS))))
+    assert found["intervals_95"]["method"] == "bootstrap over recordings"  # 4 speakers are too few
+    for name in ("accuracy", "uar", "weighted_f1", "macro_f1"):
+        low, high = found["intervals_95"][name]
+        assert low <= found[name] <= high
+        assert high - low > 0.1  # few recordings: nothing is certain
+    for label, interval in found["intervals_95"]["class_recall"].items():
+        assert interval is None or interval[0] <= found["class_recall"][label] <= interval[1]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(plan: Plan, tmp_path: Path) -> None:
@@ -182,6 +192,8 @@ def test_the_card_says_data_licence_recipe_limits_and_forbidden_uses(plan: Plan)
         "38 clips (splits/train.csv), of 60 recordings of 4 speakers",
         "held-out test part; trained on 38 clips",
         "| recall of calm |",
+        "Intervals: 95%, bootstrap over recordings.",
+        "expected calibration error",
         "| lr | 0.01 |",
         "split seed 42, seed 42",
         "Acted emotion",
