@@ -6,9 +6,9 @@
 
 A plan is a list of waves; a wave is a list of recipes, trained at once, every training on its own CUDA stream:
 {"name": "base", "jobs": ["five", "six"], "seeds": [42], "fit": {FitConfig}, "model": "inception", "dropout": 0.4,
-"augment": {AugmentConfig}, "teachers": [names]}. The last epoch's EMA weights answer the middle of each
-recording, and 3, 5 and 9 crops of it ("base@5"); nothing is chosen by the answers, but where a recipe says
-"like_best_of": [names]: it takes after the recipe of the best accuracy on the other folds of the same job.
+"teachers": [names]}. The last epoch's EMA weights answer the middle of each recording, and 3, 5 and 9 crops of it
+("base@5"); nothing is chosen by the answers, but where a recipe says "like_best_of": [names]: it takes after the
+recipe of the best accuracy on the other folds of the same job.
 "teachers" names recipes of earlier waves: those of the same job and fold, all seeds, teach together. Ready to run, on
 an H100 in 8 and 5 minutes by the rates measured: benchmarks/plans/unseen_voices.json (six actor folds) and
 shipped_recipe.json (five folds of the 80 %, whose answers give the shipped recipe's temperature).

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.gpu_data import KINDS, Data
-from pipeline.augment import AugmentConfig, Augmenter, Column, Draws
+from pipeline.augment import Augmenter, Column, Draws
 from pipeline.fit_config import FitConfig
 from pipeline.losses import ClassificationLoss
 from pipeline.models import build_model
@@ -42,7 +42,6 @@ class Recipe:
     seeds: list[int] = field(default_factory=lambda: [42])
     model: str = "inception"
     dropout: float | None = None
-    augment: dict[str, Any] = field(default_factory=dict)  # of AugmentConfig
     teachers: list[str] = field(default_factory=list)  # recipes of an earlier wave
     share: float = 0.7  # of the loss that is the teachers', as in pipeline.teachers
     like_best_of: list[str] = field(default_factory=list)
@@ -96,8 +95,7 @@ class Training:
         self.stored = data.stored[recipe.model]
         self.fit = replace(recipe.fit, seed=seed)
         self.train_rows, self.test_rows = data.rows(job, fold)
-        augment = AugmentConfig(self.fit.augment, mixup_alpha=self.fit.mixup_alpha, **recipe.augment)
-        self.augmenter = FastAugmenter(augment, self.features)
+        self.augmenter = FastAugmenter(self.fit.augmentation(), self.features)
         self.sampler = WeightedSampler.balanced(
             data.classes[self.train_rows],
             N_CLASSES,
@@ -219,7 +217,7 @@ class Training:
                 powered = self.augmenter.from_power(self.data.power[rows], self.data.n_frames[rows], u)
                 features = torch.where(self.augmenter.needs_power(u)[:, None, None, None], powered, features)
             features = self.augmenter.mask(features, u)
-        if "mixup" in self.fit.augment:
+        if "mixup" in self.augmenter.config.names:
             partner = torch.from_numpy(draws.partner).to(device)
             weight = torch.from_numpy(draws.weight).to(device)
             features = torch.lerp(features[partner], features, weight.view(-1, *[1] * (features.ndim - 1)))

@@ -11,8 +11,11 @@ frames on the recording's grid and hears across its edges, which the stored midd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum, auto
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +27,13 @@ from pipeline.features import FeatureConfig, mel_edges_hz
 
 POWER_NAMES = ("crop", "stretch", "shift", "warp", "gain", "noise", "band")
 NAMES = (*POWER_NAMES, "masks", "mixup", "pitch")
+# how strong a change may be said to be (`warp:0.2`): its setting and the largest value
+_STRENGTHS = {
+    "stretch": ("max_stretch", 0.5),
+    "warp": ("max_warp", 0.5),
+    "gain": ("max_tilt_db", 30.0),
+    "noise": ("min_snr_db", 40.0),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,25 @@ class AugmentConfig:
     time_mask_frames: int = 24
     mixup_alpha: float = 0.2
 
+    @classmethod
+    def of(cls, entries: Sequence[str], *, mixup_alpha: float = 0.2) -> AugmentConfig:
+        """From names, of which stretch, warp, gain and noise may have a strength: ``warp:0.2``, ``gain:9`` (dB).
+
+        Raises:
+            SerError: an unknown name, a strength that is no number or out of range.
+        """
+        names: list[str] = []
+        settings: dict[str, Any] = {}
+        for entry in entries:
+            name, colon, text = entry.partition(":")
+            names.append(name)
+            if colon:
+                setting, largest = _STRENGTHS.get(name, ("", 0.0))
+                if not setting:
+                    raise SerError(f"augmentation {entry!r}: only {', '.join(_STRENGTHS)} take a strength")
+                settings[setting] = _strength(entry, text, largest)
+        return cls(tuple(names), mixup_alpha=mixup_alpha, **settings)
+
     def __post_init__(self) -> None:
         unknown = sorted(set(self.names) - set(NAMES))
         if unknown:
@@ -58,6 +87,13 @@ class AugmentConfig:
             raise SerError(
                 f"mixup alpha {self.mixup_alpha}; expected a number above 0 (leave mixup out to turn it off)"
             )
+
+
+def _strength(entry: str, text: str, largest: float) -> float:
+    with suppress(ValueError):
+        if 0 < (value := float(text)) <= largest:
+            return value
+    raise SerError(f"augmentation {entry!r}: expected a number above 0, at most {largest:g}, after the colon")
 
 
 class Column(IntEnum):

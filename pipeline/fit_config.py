@@ -35,7 +35,7 @@ class FitConfig:
     class_weights: tuple[float, ...] | None = None
     oversample_boost: dict[int, float] = field(default_factory=dict)
     ema: float = 0.0  # decay an update; 0 = no average
-    augment: tuple[str, ...] = ()
+    augment: tuple[str, ...] = ()  # names, with or without a strength, as warp:0.2
     mixup_alpha: float = 0.2
     patience: int = 7  # epochs without a better validation weighted F1; 0 = never stop early
     seed: int = 42
@@ -57,7 +57,7 @@ class FitConfig:
 
     def augmentation(self) -> AugmentConfig:
         """The augmentation that these settings name."""
-        return AugmentConfig(self.augment, mixup_alpha=self.mixup_alpha)
+        return AugmentConfig.of(self.augment, mixup_alpha=self.mixup_alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and checkpoints."""

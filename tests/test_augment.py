@@ -239,7 +239,25 @@ def test_draws_are_uniform_and_partners_stay_in_the_batch() -> None:
     assert not np.array_equal(found.uniform, other.uniform)
 
 
+def test_strengths_are_settings() -> None:
+    found = AugmentConfig.of(["crop", "stretch:0.2", "warp:0.25", "gain:9", "noise:5"], mixup_alpha=0.4)
+    wanted = AugmentConfig(
+        ("crop", "stretch", "warp", "gain", "noise"),
+        max_stretch=0.2, max_warp=0.25, max_tilt_db=9.0, min_snr_db=5.0, mixup_alpha=0.4,
+    )  # fmt: skip
+    assert found == wanted
+    assert AugmentConfig.of(["warp", "masks"]) == AugmentConfig(("warp", "masks"))
+
+
+@pytest.mark.parametrize("entry", ["warp:", "warp:much", "warp:0", "warp:-0.1", "warp:0.6", "gain:nan", "gain:inf"])
+def test_a_strength_is_a_number_in_range(entry: str) -> None:
+    with pytest.raises(SerError, match=f"'{entry}': expected a number above 0, at most"):
+        AugmentConfig.of([entry])
+
+
 def test_what_cannot_be_done_is_refused() -> None:
+    with pytest.raises(SerError, match="'crop:1': only stretch, warp, gain, noise take a strength"):
+        AugmentConfig.of(["crop:1"])
     with pytest.raises(SerError, match="unknown augmentation 'echo'"):
         AugmentConfig(("crop", "echo"))
     with pytest.raises(SerError, match="mixup alpha 0"):
