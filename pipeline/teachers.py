@@ -16,10 +16,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
+from pipeline.models import ConvBlock
 from pipeline.splits import HASH_COLUMN, leaked
 
 DISTILL = 0.7
@@ -64,6 +66,15 @@ def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame]) -> N
                 )
 
 
+def without_batch_norms(model: nn.Module) -> nn.Module:
+    """A trained 2-D model, changed in place: batch norms become part of the convolutions before them."""
+    for block in model.modules():
+        if isinstance(block, ConvBlock):
+            block[0] = fuse_conv_bn_eval(block[0].eval(), block[1].eval())
+            block[1] = nn.Identity()
+    return model
+
+
 def load_teachers(
     paths: Sequence[Path], share: float, labels: Sequence[str], features: FeatureConfig, device: str = "cpu"
 ) -> Teachers | None:
@@ -83,7 +94,7 @@ def load_teachers(
             raise SerError(
                 f"the teacher {path} hears {bundle.features.kind} features of other settings; train one on these"
             )
-        model = bundle.build_model().requires_grad_(False).to(device)
+        model = without_batch_norms(bundle.build_model()).requires_grad_(False).to(device)
         if len(features.input_shape) == 3:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         models.append(model)
