@@ -20,7 +20,7 @@ from pipeline.fit import Run, fit
 from pipeline.fit_config import FitConfig
 from pipeline.models import build_model
 from pipeline.runs import Plan
-from pipeline.teachers import Teachers, load_teachers, refuse_leaks
+from pipeline.teachers import Teachers, load_teachers, refuse_leaks, without_batch_norms
 
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]
 
@@ -108,6 +108,24 @@ def test_who_may_teach(tmp_path: Path) -> None:
         load_teachers([teacher], 0.5, ("calm", "sad", "happy"), CONFIG)
     with pytest.raises(SerError, match="features of other settings"):
         load_teachers([teacher], 0.5, LABELS, FeatureConfig())
+
+
+def test_batch_norms_folded_into_convolutions_answer_the_same(tmp_path: Path) -> None:
+    path = a_bundle(tmp_path / "teacher")
+    bundle = load_bundle(path)
+    model = bundle.build_model()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    features = torch.randn(4, *CONFIG.input_shape)
+    with torch.inference_mode():
+        expected = model(features)
+        found = without_batch_norms(model)(features)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    taught = load_teachers([path], 0.7, LABELS, CONFIG)
+    assert taught is not None
+    torch.testing.assert_close(taught.answers(features), bundle.build_model()(features).softmax(dim=1))
 
 
 @pytest.mark.parametrize("part", ["inner_val", "test"])
