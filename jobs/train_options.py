@@ -197,7 +197,7 @@ def add_loop_options(parser: Parser) -> None:
     group.add_argument(
         "--cpu_bfloat16",
         action="store_true",
-        help="bfloat16 arithmetic on CPUs, as on GPUs: faster where `lscpu` shows amx_bf16, else slower",
+        help="bfloat16 arithmetic on CPUs, as on GPUs: faster where `lscpu` shows amx_bf16, not measured elsewhere",
     )
 
 

@@ -41,7 +41,7 @@ class FitConfig:
     seed: int = 42
     threads: int = 0  # math threads of a worker; 0 = as PyTorch chooses
     mixed_precision: bool = True  # bfloat16 on a GPU
-    cpu_bfloat16: bool = False  # bfloat16 on CPUs too: faster where they have instructions for it (AMX), else slower
+    cpu_bfloat16: bool = False  # bfloat16 on CPUs too: faster where they have AMX
     channels_last: bool = True  # memory format of the 2-D models
 
     def __post_init__(self) -> None:
