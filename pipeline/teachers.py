@@ -70,8 +70,10 @@ def without_batch_norms(model: nn.Module) -> nn.Module:
     """A trained 2-D model, changed in place: batch norms become part of the convolutions before them."""
     for block in model.modules():
         if isinstance(block, ConvBlock):
-            block[0] = fuse_conv_bn_eval(block[0].eval(), block[1].eval())
-            block[1] = nn.Identity()
+            convolution, norm = block[0].eval(), block[1].eval()
+            assert isinstance(convolution, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            block[0], block[1] = fuse_conv_bn_eval(convolution, norm), nn.Identity()
     return model
 
 
