@@ -30,6 +30,7 @@ def build_parser() -> Parser:
         default="log_mel",
         help="log_mel (inception) or frame_features (cnn_bilstm)",
     )
+    add_contract_options(parser)
     parser.add_argument(
         "--mel_power_s",
         type=float,
@@ -47,6 +48,19 @@ def build_parser() -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace other shards in --out")
     parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
     return parser
+
+
+def add_contract_options(parser: Parser) -> None:
+    """What a model hears, where it is not the default; it travels in the bundle."""
+    default, group = FeatureConfig(), parser.add_argument_group("what the model hears (other than shipped weights do)")
+    group.add_argument("--window_s", type=float, default=default.window_s, help="seconds of the window (default 2)")
+    group.add_argument("--n_mels", type=int, default=default.n_mels, help="mel bands (default 64)")
+    group.add_argument(
+        "--f_max_hz", type=float, help="top of the highest mel band (default: half the sampling rate, 24000)"
+    )
+    group.add_argument(
+        "--hop_length", type=int, default=default.hop_length, help="samples from frame to frame at 48 kHz (default 512)"
+    )
 
 
 def semitones(text: str) -> tuple[float, ...]:
@@ -99,7 +113,13 @@ def job(arguments: argparse.Namespace) -> int:
     summary = extract_shards(
         table,
         arguments.out,
-        FeatureConfig(kind=arguments.features_kind),
+        FeatureConfig(
+            kind=arguments.features_kind,
+            window_s=arguments.window_s,
+            n_mels=arguments.n_mels,
+            hop_length=arguments.hop_length,
+            f_max_hz=arguments.f_max_hz,
+        ),
         options=ShardOptions(
             mel_power_s=arguments.mel_power_s,
             block_rows=arguments.block_rows,

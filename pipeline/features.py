@@ -43,6 +43,7 @@ class FeatureConfig:
     hop_length: int = 512
     top_db: float = 80.0
     n_mfcc: int = 40
+    f_max_hz: float | None = None  # top of the highest mel band; None: half the sampling rate
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -60,6 +61,10 @@ class FeatureConfig:
             raise FeatureError(f"every number of a FeatureConfig must be positive, got {self}")
         if self.window_samples < self.hop_length:
             raise FeatureError(f"window_s={self.window_s} is shorter than one hop; use a longer window")
+        if self.f_max_hz is not None and not 0 < self.f_max_hz <= self.sample_rate_hz / 2:
+            raise FeatureError(
+                f"f_max_hz={self.f_max_hz}; expected at most half the sampling rate, {self.sample_rate_hz / 2:g} Hz"
+            )
 
     @property
     def window_samples(self) -> int:
@@ -82,8 +87,11 @@ class FeatureConfig:
         return (1, self.n_mels, self.n_frames) if self.kind == "log_mel" else (self.n_frames, self.n_dims)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; without ``f_max_hz`` where it is None, as before it existed."""
+        values = asdict(self)
+        if self.f_max_hz is None:
+            del values["f_max_hz"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FeatureConfig:
@@ -132,7 +140,7 @@ def log_mel(samples: Array, config: FeatureConfig) -> Array:
 
 def mel_power(samples: Array, config: FeatureConfig) -> Array:
     """Mel-band power, float32 ``(n_mels, 1 + n // hop_length)``, of mono ``samples (n,)`` of any length."""
-    bands = _mel_bands(config.sample_rate_hz, config.n_fft, config.n_mels)
+    bands = _mel_bands(config)
     power = np.empty((config.n_mels, _count_frames(samples, config)), np.float32)
     for first, block in _power_blocks(samples, config):
         for mels, bins, filters in bands:
@@ -152,7 +160,8 @@ def normalise_power(power: Array, config: FeatureConfig) -> Array:
 
 def mel_edges_hz(config: FeatureConfig) -> NDArray[np.float64]:
     """Corners of the mel filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from k to k + 1, falls to k + 2."""
-    return _mel_edges_hz(config.sample_rate_hz, config.n_mels)
+    top_hz = config.sample_rate_hz / 2.0 if config.f_max_hz is None else config.f_max_hz
+    return _mel_to_hz(np.linspace(0.0, _hz_to_mel(top_hz), config.n_mels + 2))
 
 
 def frame_features(samples: Array, config: FeatureConfig) -> Array:
@@ -167,7 +176,7 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
     import librosa
 
     magnitude = np.sqrt(_stft_power(samples, config))
-    mel = _mel_filters(config.sample_rate_hz, config.n_fft, config.n_mels) @ (magnitude * magnitude)
+    mel = _mel_filters(config) @ (magnitude * magnitude)
     decibel = librosa.power_to_db(mel, ref=np.max, top_db=config.top_db)
     mfcc = scipy.fft.dct(decibel, axis=0, type=2, norm="ortho")[: config.n_mfcc]
     if len(mfcc) < config.n_mfcc:
@@ -243,9 +252,9 @@ def _hann(n_fft: int) -> Array:
 
 
 @lru_cache(maxsize=8)
-def _mel_bands(sample_rate_hz: int, n_fft: int, n_mels: int) -> tuple[tuple[slice, slice, Array], ...]:
+def _mel_bands(config: FeatureConfig) -> tuple[tuple[slice, slice, Array], ...]:
     """``_mel_filters`` cut into three groups of neighbours, each with the bins it touches: a quarter of the work."""
-    every = _mel_filters(sample_rate_hz, n_fft, n_mels)
+    every, n_mels = _mel_filters(config), config.n_mels
     edges = (0, n_mels // 2, 3 * n_mels // 4, n_mels)
     bands = []
     for first, last in itertools.pairwise(edges):
@@ -256,23 +265,19 @@ def _mel_bands(sample_rate_hz: int, n_fft: int, n_mels: int) -> tuple[tuple[slic
 
 
 @lru_cache(maxsize=8)
-def _mel_filters(sample_rate_hz: int, n_fft: int, n_mels: int) -> Array:
+def _mel_filters(config: FeatureConfig) -> Array:
     """Triangular filters ``(n_mels, 1 + n_fft // 2)`` on Slaney's mel scale, each of unit area (Slaney norm).
 
     Malcolm Slaney, "Auditory Toolbox", 1998: linear below 1 kHz (200/3 Hz a mel), logarithmic above.
     """
-    edges_hz = _mel_edges_hz(sample_rate_hz, n_mels)
-    bins_hz = np.fft.rfftfreq(n_fft, 1.0 / sample_rate_hz)
+    edges_hz = mel_edges_hz(config)
+    bins_hz = np.fft.rfftfreq(config.n_fft, 1.0 / config.sample_rate_hz)
     ramps = edges_hz[:, np.newaxis] - bins_hz[np.newaxis]
     widths = np.diff(edges_hz)[:, np.newaxis]
     rising, falling = -ramps[:-2] / widths[:-1], ramps[2:] / widths[1:]
     triangles = np.maximum(0.0, np.minimum(rising, falling))
     area = 2.0 / (edges_hz[2:] - edges_hz[:-2])
     return (triangles * area[:, np.newaxis]).astype(np.float32)
-
-
-def _mel_edges_hz(sample_rate_hz: int, n_mels: int) -> NDArray[np.float64]:
-    return _mel_to_hz(np.linspace(0.0, _hz_to_mel(sample_rate_hz / 2.0), n_mels + 2))
 
 
 _LINEAR_HZ_PER_MEL = 200.0 / 3.0

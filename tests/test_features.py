@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import librosa
 import numpy as np
 import pytest
@@ -134,10 +136,42 @@ def test_fingerprint_changes_with_every_setting_and_survives_json() -> None:
             "n_fft": 1024,
             "top_db": 60.0,
             "kind": "frame_features",
+            "f_max_hz": 8_000.0,
         }.items()
     ]
-    assert len({CONFIG.fingerprint(), *(c.fingerprint() for c in others)}) == 6
-    assert FeatureConfig.from_dict(CONFIG.to_dict()).fingerprint() == CONFIG.fingerprint()
+    assert len({CONFIG.fingerprint(), *(c.fingerprint() for c in others)}) == 7
+    for config in (CONFIG, *others):
+        assert FeatureConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_default_contract_is_that_of_the_weights_in_circulation() -> None:
+    """Bundles and shards made before `f_max_hz` existed carry this fingerprint."""
+    assert FeatureConfig().fingerprint() == "37816ab17e87f83d"
+
+
+@pytest.mark.parametrize("f_max_hz", [4_000.0, 8_000.0, 24_000.0])
+def test_a_lower_top_of_the_bands_equals_librosa(f_max_hz: float) -> None:
+    samples = speech_like(4)
+    expected = librosa.feature.melspectrogram(
+        y=samples, sr=48_000, n_fft=2048, hop_length=512, n_mels=64, fmax=f_max_hz
+    )
+    ours = mel_power(samples, FeatureConfig(f_max_hz=f_max_hz))
+    np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_bands_up_to_8_khz_are_deaf_to_what_lies_above() -> None:
+    """Physics: a tone of 9 kHz beside the speech changes nothing but by its window's side lobes."""
+    low, t = FeatureConfig(f_max_hz=8_000.0), np.arange(96_000) / 48_000
+    speech = speech_like(5)
+    hissing = (speech + 0.1 * np.sin(2 * np.pi * 9_000 * t)).astype(np.float32)
+    assert np.abs(log_mel(hissing, low) - log_mel(speech, low)).mean() < 0.02
+    assert np.abs(log_mel(hissing, CONFIG) - log_mel(speech, CONFIG)).mean() > 0.1
+
+
+@pytest.mark.parametrize("f_max_hz", [0.0, -1.0, 24_000.5, float("nan")])
+def test_bands_beyond_half_the_rate_are_refused(f_max_hz: float) -> None:
+    with pytest.raises(FeatureError, match="at most half the sampling rate, 24000 Hz"):
+        FeatureConfig(f_max_hz=f_max_hz)
 
 
 def test_unknown_or_impossible_settings_are_refused() -> None:
