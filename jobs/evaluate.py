@@ -45,7 +45,11 @@ def build_parser() -> Parser:
     parser.add_argument("--label_map", type=parse_label_map, help="other label names in the CSV: given=wanted,...")
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions, metrics, figures, report.html")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
-    parser.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
+    parser.add_argument(
+        "--crops",
+        type=int,
+        help="windows a recording, evenly spaced (default: the bundle's number; with --protocol 1)",
+    )
     parser.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here; 0: no Ray (default: all)")
     parser.add_argument(
         "--leak_check",

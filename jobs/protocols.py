@@ -67,6 +67,9 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
 
     if (arguments.features is None) == (arguments.data_csv is None):
         raise SerError("--protocol needs --data_csv (a labelled CSV) or --features (what jobs.extract wrote)")
+    for name in ("model_weights", "embed_audio"):
+        if getattr(arguments, name):
+            raise SerError(f"--protocol trains and tests models of its own; leave --{name} out")
     features, failed = (arguments.features, 0) if arguments.features else _extracted(arguments)
     table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}
@@ -152,6 +155,7 @@ def _run(
         model_name=arguments.model,
         model_options={} if arguments.dropout is None else {"dropout": arguments.dropout},
         fit=fit_config(arguments, labels, table, threads=side.cpus),
+        crops=1 if arguments.crops is None else arguments.crops,
     )
     say(f"{protocol}: {side.folds} folds at once, {side.cpus} threads each -> {out}")
 
@@ -162,7 +166,7 @@ def _run(
 
     answers = train_folds(folds, plan, side, max_failures=arguments.max_failures, on_epoch=show)
     answers.to_parquet(out / "predictions.parquet", index=False)
-    about = {"model": f"{arguments.model}, one a fold", "protocol": protocol, "folds": len(folds)}
+    about = {"model": f"{arguments.model}, one a fold", "protocol": protocol, "folds": len(folds), "crops": plan.crops}
     settings = {"settings": plan.fit.to_dict()}
     evaluation = write_report(answers, labels.names, out, meta=about | meta | settings, targets=targets)
     return protocol_row(protocol, folds, answers, labels.names, evaluation), evaluation["verdict"]
@@ -176,4 +180,7 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> SideBySide:
     gpus = torch.cuda.device_count() if arguments.use_gpu is not False else 0
     if arguments.use_gpu and not gpus:
         raise SerError("--use_gpu True, but PyTorch sees no GPU here; leave it out to train on CPUs")
-    return SideBySide.of(folds, arguments.folds_at_once, usable_cpus(), gpus)
+    cpus = usable_cpus() if arguments.num_cpus is None else arguments.num_cpus
+    if cpus < 1:
+        raise SerError(f"--num_cpus {cpus}: folds are trained on Ray; give 1 or more, or leave it out for all CPUs")
+    return SideBySide.of(folds, arguments.folds_at_once, cpus, gpus)

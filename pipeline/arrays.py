@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import SerError
-from pipeline.features import FeatureConfig
+from pipeline.features import FeatureConfig, normalise_power
 
 SHARD_VERSION = 1
 MANIFEST = "manifest.json"
+NO_CROPS = "several crops need log_mel features with mel power; extract again with --mel_power_s 6, or give --crops 1"
 
 
 class ShardError(SerError):
@@ -45,15 +46,24 @@ class FeatureArrays:
     mel_power: NDArray[np.float32] | None
     n_frames: NDArray[np.int64]
 
-    def select(self, rows: NDArray[np.int64]) -> FeatureArrays:
-        """The recordings at positions ``rows``; copies them into memory."""
-        return FeatureArrays(
-            self.config,
-            self.table.iloc[rows].reset_index(drop=True),
-            np.ascontiguousarray(self.features[rows]),
-            None if self.mel_power is None else np.ascontiguousarray(self.mel_power[rows]),
-            self.n_frames[rows],
-        )
+    def crops(self, row: int, crops: int) -> NDArray[np.float32]:
+        """Model input of evenly spaced windows of a recording, ``(crops, *config.input_shape)``; its middle for one.
+
+        As ``windows.crop_starts`` places them, but on the grid of ``mel_power``'s frames and within what it holds (6 s
+        around the middle by default). One window only when that is not longer.
+
+        Raises:
+            ShardError: several crops of features without mel power.
+        """
+        frames = self.config.n_frames
+        room = int(self.n_frames[row]) - frames
+        if crops == 1 or (self.mel_power is not None and room <= 0):
+            return np.array(self.features[row : row + 1])
+        if self.mel_power is None:
+            raise ShardError(NO_CROPS)
+        starts = [int((room + 1) * (index + 0.5) / crops) for index in range(crops)]
+        power = self.mel_power[row]
+        return np.stack([normalise_power(power[:, start : start + frames], self.config) for start in starts])
 
 
 def read_shard_manifest(folder: Path) -> dict[str, Any]:

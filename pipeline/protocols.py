@@ -101,7 +101,7 @@ def _run(todo: dict[str, Plan], side: SideBySide, max_failures: int, on_epoch: F
     from pipeline.cluster import check_nodes
     from pipeline.runtime import start_ray
 
-    start_ray()
+    start_ray(side.folds * side.cpus)
     first = next(iter(todo.values()))
     check_nodes(first.out, [first.features / MANIFEST])
     task = ray.remote(_train_fold).options(num_cpus=side.cpus, num_gpus=side.gpus, max_retries=max_failures)

@@ -81,6 +81,7 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
         model_name=plan.model_name,
         model_options=plan.model_options,
         labels=plan.labels,
+        crops=plan.crops,
         features=load_features(plan.features).config,
         metrics={"training": training, **figures},
         training=training_table(splits),
@@ -116,15 +117,23 @@ def _teachers(plan: Plan) -> dict[str, Any]:
 
 
 def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
-    """Predictions of one split from stored features, in the columns of a score table."""
+    """Predictions of one split from stored features, in the columns of a score table.
+
+    Raises:
+        SerError: a recording that the features do not hold, or several crops of features without mel power.
+    """
     arrays = load_features(plan.features)
     rows = rows_of(arrays.table, part, plan.features)
     model = build_model(plan.model_name, plan.model_options, len(plan.labels), arrays.config.input_shape)
     model.load_state_dict(weights)
     model.eval()
     with torch.inference_mode():
-        batches = [torch.from_numpy(arrays.features[rows[i : i + _BATCH]]) for i in range(0, len(rows), _BATCH)]
-        probabilities = torch.cat([model(batch).softmax(dim=1) for batch in batches]).double().numpy()
+        answers = []
+        for start in range(0, len(rows), _BATCH):
+            heard = [arrays.crops(int(row), plan.crops) for row in rows[start : start + _BATCH]]
+            told = model(torch.from_numpy(np.concatenate(heard))).double().log_softmax(dim=1)
+            answers += [each.mean(dim=0).softmax(dim=0) for each in told.split([len(windows) for windows in heard])]
+        probabilities = torch.stack(answers).numpy()
     table = part.drop(columns=["status", "error", "parent_id", "n_frames"], errors="ignore").assign(
         status="ok",
         error="",

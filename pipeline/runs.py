@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.arrays import load_features
+from pipeline.arrays import NO_CROPS, load_features
 from pipeline.batches import TrainingData, from_arrays
 from pipeline.checkpoint import write_json
 from pipeline.errors import SerError
@@ -52,6 +52,7 @@ class Plan:
     fit: FitConfig
     teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.teachers`)
     distill: float = DISTILL  # their share of the loss
+    crops: int = 1  # windows a recording that are heard of those reported on
 
     @property
     def checkpoint(self) -> Path:
@@ -68,6 +69,7 @@ class Plan:
             "fit": self.fit.to_dict(),
             "teachers": [str(path.absolute()) for path in self.teachers],
             "distill": self.distill,
+            "crops": self.crops,
         }
 
     @classmethod
@@ -88,6 +90,7 @@ class Plan:
             fit=FitConfig.from_dict(values["fit"]),
             teachers=tuple(Path(path) for path in values.get("teachers", ())),
             distill=values.get("distill", DISTILL),
+            crops=values.get("crops", 1),
         )
 
     def check_continues(self, started: Plan) -> None:
@@ -97,7 +100,7 @@ class Plan:
             SerError: names what differs.
         """
         ours, theirs = self.to_dict(), started.to_dict()
-        for name in ("labels", "model", "teachers", "distill"):
+        for name in ("labels", "model", "teachers", "distill", "crops"):
             if ours[name] != theirs[name]:
                 raise SerError(
                     f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same"
@@ -181,7 +184,11 @@ def check(plan: Plan, num_workers: int = 1) -> None:
     Raises:
         SerError: what is wrong.
     """
+    if plan.crops < 1:
+        raise SerError(f"crops must be 1 or more, got {plan.crops}")
     data = training_data(plan)
+    if plan.crops > 1 and data.mel_power is None:
+        raise SerError(NO_CROPS)
     batches_of(data, plan.fit).sampler.part(num_workers)
     build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
     load_teachers(plan.teachers, plan.distill, plan.labels, data.config)

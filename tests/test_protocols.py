@@ -69,6 +69,8 @@ def test_two_protocols_in_one_command_and_resumed(
 
     assert main([*words, "--lr", "2e-3"]) == 2
     assert "the run was started with lr=0.001, got 0.002" in capsys.readouterr().err
+    assert main([*words, "--crops", "3"]) == 2
+    assert "the run was started with crops 1, got 3" in capsys.readouterr().err
     assert main([*words, "--enforce"]) == 3
 
 
@@ -82,6 +84,10 @@ def test_two_protocols_in_one_command_and_resumed(
         (["--protocol", "kfold", "--folds", "2", "--folds_at_once", "999"], "--folds_at_once 999 on"),
         (["--protocol", "kfold", "--recipe", "nowhere"], "no model bundle at nowhere"),
         (["--protocol", "kfold", "--folds_csv", "nowhere.csv"], "cannot read nowhere.csv"),
+        (["--protocol", "kfold", "--folds", "2", "--crops", "0"], "crops must be 1 or more, got 0"),
+        (["--protocol", "kfold", "--model_weights", "runs/first"], "leave --model_weights out"),
+        (["--protocol", "kfold", "--embed_audio", "3"], "leave --embed_audio out"),
+        (["--protocol", "kfold", "--num_cpus", "0"], "--num_cpus 0: folds are trained on Ray; give 1 or more"),
     ],
 )
 def test_usage_errors(

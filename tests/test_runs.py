@@ -15,12 +15,13 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
-from toy_data import LABELS, toy_model, write_features
+from toy_data import CONFIG, LABELS, mel_powers, toy_model, write_features
 
 from pipeline import checkpoint, results, runs
 from pipeline.arrays import load_features
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
+from pipeline.features import normalise_power
 from pipeline.fit import Run
 from pipeline.fit_config import FitConfig
 from pipeline.history import read_history
@@ -273,3 +274,43 @@ def test_checkpoints_hold_no_code(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(SerError, match="cannot read the checkpoint"):
         train_here(plan)
     assert not (tmp_path / "touched").exists()
+
+
+def test_several_crops_are_the_mean_of_their_log_probabilities(plan: Plan) -> None:
+    """By hand: 96 frames and a window of 32 leave room for 65 starts, of which 10, 32 and 54 lie mid-way in thirds."""
+    torch.manual_seed(0)
+    model, power = toy_model(len(LABELS)).eval(), mel_powers(60)[0]
+    part = read_splits(plan.out)["test"]
+    found = results.predict(replace(plan, crops=3), model.state_dict(), part)
+    for row_id, *told in found[["row_id", *(f"p_{label}" for label in LABELS)]].itertuples(index=False):
+        windows = [normalise_power(power[int(row_id)][:, start : start + 32], CONFIG) for start in (10, 32, 54)]
+        with torch.inference_mode():
+            p = model(torch.from_numpy(np.stack(windows))).double().softmax(dim=1).numpy()
+        pooled = np.prod(p, axis=0) ** (1 / 3)
+        np.testing.assert_allclose(told, pooled / pooled.sum(), rtol=1e-5)
+    assert (found["confidence"] > 1 / 3).all()
+
+
+def test_a_recording_as_long_as_the_window_has_one_crop(features: Path) -> None:
+    loaded = load_features(features)
+    short = replace(loaded, n_frames=np.full(len(loaded.table), CONFIG.n_frames))
+    np.testing.assert_array_equal(short.crops(3, 5), loaded.features[3:4])
+    np.testing.assert_array_equal(loaded.crops(3, 1), loaded.features[3:4])
+    assert loaded.crops(3, 5).shape == (5, *CONFIG.input_shape)
+
+
+def test_crops_that_the_features_cannot_give_are_refused_before_training(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SerError, match="crops must be 1 or more, got 0"):
+        check(replace(plan, crops=0))
+    with pytest.raises(SerError, match="started with crops 1, got 3"):
+        replace(plan, crops=3).check_continues(plan)
+    without = replace(load_features(plan.features), mel_power=None)
+    monkeypatch.setattr(runs, "load_features", lambda _folder: without)
+    plain = replace(plan, fit=replace(plan.fit, augment=()))
+    check(plain)
+    with pytest.raises(SerError, match="extract again with --mel_power_s 6, or give --crops 1"):
+        check(replace(plain, crops=3))
+    with pytest.raises(SerError, match="extract again with --mel_power_s 6"):
+        without.crops(0, 3)
