@@ -13,7 +13,9 @@ def add_hearing(parser: argparse.ArgumentParser) -> None:
     """Add them, as a group."""
     group = parser.add_argument_group("what is heard, and how it is called")
     group.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
-    group.add_argument("--window_s", type=float, help="hear all of a recording in windows of this length, up to 2 s")
+    group.add_argument(
+        "--window_s", type=float, help="hear all of a recording in windows of this length, up to the model's (2 s)"
+    )
     group.add_argument("--hop_s", type=float, help="from one window to the next (default: the window's length)")
     group.add_argument(
         "--channels", type=_channels, default="mix", help="mix, each (with --window_s), or a channel's number"

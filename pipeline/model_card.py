@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.features import FeatureConfig
+
 PARTS = {"test": "held-out test part", "inner_val": "inner validation part, which also chose the epoch"}
 _RAVDESS = (
     "The recordings are speech of RAVDESS (Livingstone & Russo 2018, <https://doi.org/10.5281/zenodo.1188976>), "
@@ -22,7 +24,7 @@ _RAVDESS_LIMITS = (
     "speech, other languages, children, real noise and telephone lines were not heard in training.",
 )
 _LIMITS = (
-    "The model hears 2 s of sound, not words, and always answers with one of its classes; a confidence is no proof.",
+    "The model hears sound, not words, and always answers with one of its classes; a confidence is no proof.",
     "A voice that is in the training part is recognised better than one never heard: where the figures come from a "
     "random split, the same voices are on both sides of it.",
 )
@@ -36,6 +38,7 @@ _FORBIDDEN = (
 def model_card(
     name: str,
     labels: Sequence[str],
+    features: FeatureConfig,
     training: Mapping[str, Any],
     figures: Mapping[str, Mapping[str, Any]],
     recordings: pd.DataFrame,
@@ -45,6 +48,7 @@ def model_card(
     Args:
         name: of the bundle.
         labels: class names in index order.
+        features: what the model hears.
         training: the `training` block of metrics.json.
         figures: the block of metrics.json of each part that was measured.
         recordings: manifest rows of all parts, for their number, speakers and corpus.
@@ -56,7 +60,7 @@ def model_card(
             f"# {name}",
             "",
             f"Speech emotion classifier (`{training['model']}`), trained from scratch: no pretrained weights. "
-            f"Classes in index order: {', '.join(labels)}.",
+            f"Classes in index order: {', '.join(labels)}. {_hears(features)}",
             "",
             "## Data",
             "",
@@ -67,6 +71,15 @@ def model_card(
             *_list("Limits", (*_RAVDESS_LIMITS, *_LIMITS) if ravdess else _LIMITS),
             *_list("Must not be used", _FORBIDDEN),
         ]
+    )
+
+
+def _hears(features: FeatureConfig) -> str:
+    top_hz = features.sample_rate_hz / 2 if features.f_max_hz is None else features.f_max_hz
+    return (
+        f"It hears {features.window_s:g} s of a recording (by default the middle) at "
+        f"{features.sample_rate_hz / 1000:g} kHz: `{features.kind}` of {features.n_mels} mel bands up to "
+        f"{top_hz / 1000:g} kHz, {features.n_frames} frames."
     )
 
 

@@ -71,7 +71,7 @@ def bundle_name(model_name: str) -> str:
 
 
 def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[str, dict[str, Any]]) -> Bundle:
-    splits = read_splits(plan.out)
+    splits, features = read_splits(plan.out), load_features(plan.features).config
     name, training = bundle_name(plan.model_name), _training(plan, state, len(splits["train"]))
     figures = {part: found | {"trained_on": training["trained_on"]} for part, found in figures.items()}
     return save_bundle(
@@ -82,10 +82,10 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
         model_options=plan.model_options,
         labels=plan.labels,
         crops=plan.crops,
-        features=load_features(plan.features).config,
+        features=features,
         metrics={"training": training, **figures},
         training=training_table(splits),
-        card=model_card(name, plan.labels, training, figures, pd.concat(splits.values())),
+        card=model_card(name, plan.labels, features, training, figures, pd.concat(splits.values())),
     )
 
 

@@ -200,6 +200,7 @@ def test_the_card_says_data_licence_recipe_limits_and_forbidden_uses(plan: Plan)
         "Acted emotion",
         "Art. 5(1)(f)",
         "no pretrained weights",
+        "hears 0.5 s of a recording (by default the middle) at 8 kHz: `log_mel` of 16 mel bands up to 4 kHz",
     ):
         assert words in text
     splits = {name: part.assign(corpus="mine") for name, part in split_of(plan.features).items()}
