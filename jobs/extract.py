@@ -52,7 +52,7 @@ def build_parser() -> Parser:
 
 def add_contract_options(parser: Parser) -> None:
     """What a model hears, where it is not the default; it travels in the bundle."""
-    default, group = FeatureConfig(), parser.add_argument_group("what the model hears (other than shipped weights do)")
+    default, group = FeatureConfig(), parser.add_argument_group("what is heard (as the shipped weights do, by default)")
     group.add_argument("--window_s", type=float, default=default.window_s, help="seconds of the window (default 2)")
     group.add_argument("--n_mels", type=int, default=default.n_mels, help="mel bands (default 64)")
     group.add_argument(
@@ -106,6 +106,13 @@ def job(arguments: argparse.Namespace) -> int:
     """Extract, and say what came of it."""
     from pipeline.shards import ShardOptions, extract_shards
 
+    config = FeatureConfig(
+        kind=arguments.features_kind,
+        window_s=arguments.window_s,
+        n_mels=arguments.n_mels,
+        hop_length=arguments.hop_length,
+        f_max_hz=arguments.f_max_hz,
+    )
     table = read_data(arguments)
     describe_labels(table)
     say(f"extracting {len(table)} recordings -> {arguments.out}")
@@ -113,13 +120,7 @@ def job(arguments: argparse.Namespace) -> int:
     summary = extract_shards(
         table,
         arguments.out,
-        FeatureConfig(
-            kind=arguments.features_kind,
-            window_s=arguments.window_s,
-            n_mels=arguments.n_mels,
-            hop_length=arguments.hop_length,
-            f_max_hz=arguments.f_max_hz,
-        ),
+        config,
         options=ShardOptions(
             mel_power_s=arguments.mel_power_s,
             block_rows=arguments.block_rows,

@@ -25,6 +25,7 @@ Array = NDArray[np.float32]
 KINDS = ("log_mel", "frame_features")
 _AMIN = 1e-10  # librosa.power_to_db's floor
 _BLOCK_FRAMES = 32
+MAX_WINDOW_S = 60.0
 
 
 class FeatureError(SerError):
@@ -33,7 +34,11 @@ class FeatureError(SerError):
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """What the model hears: the window, the sampling rate and the analysis. Its fingerprint travels with the data."""
+    """What the model hears: the window, the sampling rate and the analysis. Its fingerprint travels with the data.
+
+    Raises:
+        FeatureError: a value out of range, fewer mel bands than MFCCs, or bands too narrow to hear anything.
+    """
 
     kind: str = "log_mel"
     sample_rate_hz: int = 48_000
@@ -61,9 +66,18 @@ class FeatureConfig:
             raise FeatureError(f"every number of a FeatureConfig must be positive, got {self}")
         if self.window_samples < self.hop_length:
             raise FeatureError(f"window_s={self.window_s} is shorter than one hop; use a longer window")
+        if self.window_s > MAX_WINDOW_S:
+            raise FeatureError(f"window_s={self.window_s}; expected at most {MAX_WINDOW_S:g} s")
+        if self.kind == "frame_features" and self.n_mfcc > self.n_mels:
+            raise FeatureError(f"n_mfcc={self.n_mfcc} needs as many mel bands, got n_mels={self.n_mels}")
         if self.f_max_hz is not None and not 0 < self.f_max_hz <= self.sample_rate_hz / 2:
             raise FeatureError(
                 f"f_max_hz={self.f_max_hz}; expected at most half the sampling rate, {self.sample_rate_hz / 2:g} Hz"
+            )
+        deaf = int((~_mel_filters(self).any(axis=1)).sum())
+        if deaf:
+            raise FeatureError(
+                f"{deaf} of n_mels={self.n_mels} bands lie between two frequencies of n_fft={self.n_fft}; use fewer"
             )
 
     @property
@@ -169,9 +183,6 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
 
     Columns: MFCC, delta, delta-delta (``n_mfcc`` each), log-mel in dB (``n_mels``), then spectral centroid, bandwidth,
     85 % rolloff, flatness, zero-crossing rate and RMS, as librosa defines them, on one hop.
-
-    Raises:
-        FeatureError: fewer mel bands than MFCCs are asked for.
     """
     import librosa
 
@@ -179,8 +190,6 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
     mel = _mel_filters(config) @ (magnitude * magnitude)
     decibel = librosa.power_to_db(mel, ref=np.max, top_db=config.top_db)
     mfcc = scipy.fft.dct(decibel, axis=0, type=2, norm="ortho")[: config.n_mfcc]
-    if len(mfcc) < config.n_mfcc:
-        raise FeatureError(f"n_mfcc={config.n_mfcc} needs as many mel bands, got n_mels={config.n_mels}")
     spectral: dict[str, Any] = {
         "S": magnitude,
         "sr": config.sample_rate_hz,

@@ -14,7 +14,9 @@ import pytest
 
 from jobs import _common, cli, extract, manifest
 from jobs._common import Parser, Progress, run, true_or_false
+from pipeline.arrays import load_features
 from pipeline.errors import SerError
+from pipeline.features import FeatureConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,10 +96,22 @@ def test_manifest_then_extract(ravdess_like: Path, tmp_path: Path, ray_session: 
     table.iloc[:5].to_csv(csv, index=False)
     assert extract.main(["--data-csv", str(csv), "--out", str(tmp_path / "f")]) == 0
     assert json.loads((tmp_path / "f" / "manifest.json").read_text())["rows"] == 5
+    other = ["--window_s", "3", "--n_mels", "40", "--f_max_hz", "8000", "--hop_length", "768"]
+    assert extract.main(["--data-csv", str(csv), *other, "--out", str(tmp_path / "h")]) == 0
+    heard = FeatureConfig(window_s=3.0, n_mels=40, f_max_hz=8_000.0, hop_length=768)
+    assert load_features(tmp_path / "h", heard).features.shape == (5, 1, 40, 188)
     table.iloc[:5].assign(speech="nowhere.wav").to_csv(csv, index=False)
     words = ["--data-csv", str(csv), "--out", str(tmp_path / "g")]
     assert extract.main(words) == 4
     assert extract.main([*words, "--tolerate_failures"]) == 0
+
+
+def test_what_cannot_be_heard_is_said_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data_csv", "nowhere.csv", "--out", str(tmp_path / "x"), "--f_max_hz", "99999"]
+    assert extract.main(words) == 2
+    assert "f_max_hz=99999.0; expected at most half the sampling rate, 24000 Hz" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

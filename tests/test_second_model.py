@@ -1,4 +1,7 @@
-"""The second model (``cnn_bilstm``, on frame features) through every command that hears recordings, and the service."""
+"""Models that are not the shipped one through every command that hears recordings, and the service.
+
+The second model, ``cnn_bilstm`` on frame features; and the Inception on another contract: 3 s, bands up to 8 kHz.
+"""
 
 from __future__ import annotations
 
@@ -25,41 +28,45 @@ from serve.asks import Ask
 from serve.worker import Worker
 
 WriteAudio = Callable[..., Path]
-CONFIG = FeatureConfig(kind="frame_features")
+OTHERS = {
+    "cnn_bilstm": FeatureConfig(kind="frame_features"),
+    "inception": FeatureConfig(window_s=3.0, hop_length=768, f_max_hz=8_000.0),
+}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+@pytest.fixture(scope="module", params=OTHERS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Untrained, from a seed, its batch norms such that answers differ between recordings."""
+    config = OTHERS[request.param]
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
-        model = build_model("cnn_bilstm", {}, 8, CONFIG.input_shape)
+        model = build_model(request.param, {}, 8, config.input_shape)
         for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm1d):
+            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
                 module.momentum = 1.0
-        model.train()(torch.randn(8, *CONFIG.input_shape) * 3)
+        model.train()(torch.randn(8, *config.input_shape) * 3)
     return save_bundle(
         tmp_path_factory.mktemp("bundles") / "second",
         name="second",
         state_dict=model.state_dict(),
-        model_name="cnn_bilstm",
+        model_name=request.param,
         model_options={},
         labels=RAVDESS_LABELS,
-        features=CONFIG,
+        features=config,
         metrics={},
     )
 
 
 @pytest.fixture
-def files(write_audio: WriteAudio) -> list[Path]:
+def files(bundle: Bundle, write_audio: WriteAudio) -> list[Path]:
     voices = [{"f0_hz": 100.0 + 90 * i, "syllables_hz": 2.0 + 2 * i, "seed": i} for i in range(4)]
-    wanted = {"duration_s": CONFIG.window_s, "sample_rate_hz": CONFIG.sample_rate_hz, "subtype": "FLOAT"}
+    wanted = {"duration_s": bundle.features.window_s, "sample_rate_hz": 48_000, "subtype": "FLOAT"}
     return [write_audio(f"in/{i}.wav", **wanted, **voice) for i, voice in enumerate(voices)]
 
 
 def by_hand(bundle: Bundle, files: list[Path]) -> np.ndarray:
     """The network's probabilities of the files' samples."""
-    features = np.stack([extract(soundfile.read(path, dtype="float32")[0], CONFIG) for path in files])
+    features = np.stack([extract(soundfile.read(path, dtype="float32")[0], bundle.features) for path in files])
     with torch.inference_mode():
         found: np.ndarray = bundle.build_model()(torch.from_numpy(features)).double().softmax(dim=1).numpy()
     return found
@@ -88,7 +95,7 @@ def test_every_command_and_the_service_give_the_network_s_answer(
     table = pd.read_parquet(tmp_path / "score" / "predictions.parquet")
     np.testing.assert_allclose(table[columns], expected, atol=1e-4)
 
-    windows = ["--window_s", "2", "--out", str(tmp_path / "windows"), "--no_report"]
+    windows = ["--window_s", f"{bundle.features.window_s:g}", "--out", str(tmp_path / "windows"), "--no_report"]
     assert score.main([*words, "--input", str(tmp_path / "in"), *windows]) == 0
     segments = pd.read_parquet(tmp_path / "windows" / "segments.parquet")
     np.testing.assert_allclose(segments[columns], expected, atol=1e-4)
