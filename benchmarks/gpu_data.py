@@ -6,6 +6,7 @@ Limits: folds and parts are those of ``models/splits``; recordings that these do
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from pipeline.features import FeatureConfig
 
 STEP_DB = 0.2
 STEP_FRAME = 0.06  # of standardised values; those beyond 127 steps are cut
-KINDS = {"inception": FeatureConfig(), "cnn_bilstm": FeatureConfig(kind="frame_features")}
 SPLITS = Path("models/splits")
 
 
@@ -38,6 +38,7 @@ def pack(features: Path, out: Path) -> None:
         "five": _column(stems, "ravdess_five_folds_of_80", "fold").astype(int),
         "six": _column(stems, "ravdess_six_actor_folds", "fold").astype(int),
         "stems": stems.to_numpy(str),
+        "config": json.dumps(arrays.config.to_dict()),
     }
     if arrays.config.kind == "frame_features":
         steps = np.round(np.array(arrays.features) / STEP_FRAME).clip(-127, 127).astype(np.int8)
@@ -63,17 +64,20 @@ def _column(stems: pd.Series, name: str, which: str) -> NDArray[np.str_]:
 
 
 class Data:
-    """Packed files on a device: ``stored`` holds the features of each model's kind that a file has."""
+    """Packed files on a device: ``stored`` has the features of each model a file has, ``configs`` what they are."""
 
     def __init__(self, paths: list[Path], device: torch.device) -> None:
         self.device = device
         self.stored: dict[str, Tensor] = {}
+        self.configs: dict[str, FeatureConfig] = {}
         stems: list[NDArray[np.str_]] = []
         for path in paths:
             file = np.load(path)
             stems.append(file["stems"])
             self.classes = file["classes"]
             self.part, self.five, self.six = file["part"], file["five"], file["six"]
+            model = "cnn_bilstm" if "frames" in file else "inception"
+            self.configs[model] = FeatureConfig.from_dict(json.loads(str(file["config"])))
             if "frames" in file:
                 self.stored["cnn_bilstm"] = torch.from_numpy(file["frames"]).to(device).float() * STEP_FRAME
                 continue
@@ -99,7 +103,7 @@ class Data:
     @torch.no_grad()
     def crops(self, rows: NDArray[np.int64], crops: int) -> list[Tensor]:
         """Log-mel of windows all over the recordings, as ``Predictor`` takes them but on the grid of their frames."""
-        augmenter = Augmenter(AugmentConfig(("crop",)), KINDS["inception"])
+        augmenter = Augmenter(AugmentConfig(("crop",)), self.configs["inception"])
         chosen = torch.from_numpy(rows).to(self.device)
         u = torch.from_numpy(Draws.of_epoch(len(rows), len(rows), 1.0, 0, 0).uniform).to(self.device)
         u[:, Column.CROP] = 0.0

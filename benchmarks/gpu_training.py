@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.gpu_data import KINDS, Data
+from benchmarks.gpu_data import Data
 from pipeline.augment import Augmenter, Column, Draws
 from pipeline.fit_config import FitConfig
 from pipeline.losses import ClassificationLoss
@@ -91,7 +91,7 @@ class Training:
         self, recipe: Recipe, job: str, fold: int, seed: int, data: Data, teachers: Sequence[nn.Module] = ()
     ) -> None:
         self.recipe, self.job, self.fold, self.data, self.teachers = recipe, job, fold, data, teachers
-        self.features = KINDS[recipe.model]
+        self.features = data.configs[recipe.model]
         self.stored = data.stored[recipe.model]
         self.fit = replace(recipe.fit, seed=seed)
         self.train_rows, self.test_rows = data.rows(job, fold)

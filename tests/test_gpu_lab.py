@@ -14,6 +14,7 @@ from benchmarks.gpu_data import STEP_FRAME, Data
 from benchmarks.gpu_lab import FOLDS, main
 from benchmarks.gpu_training import Recipe, Training
 from pipeline.augment import Draws
+from pipeline.features import FeatureConfig
 
 PLANS = Path(__file__).resolve().parents[1] / "benchmarks" / "plans"
 FIT = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "label_smoothing": 0.1, "ema": 0.9, "augment": ["mixup"]}
@@ -32,6 +33,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         five=np.array([*(1 + np.arange(40) % 5), *[0] * 8]),
         six=1 + np.arange(n) % 6,
         stems=np.array([f"{i:03}" for i in range(n)]),
+        config=json.dumps(FeatureConfig(kind="frame_features").to_dict()),
     )
     return file
 
