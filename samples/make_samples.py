@@ -4,7 +4,7 @@
 
 The styles set what is known to carry emotion in a voice: pitch, its range, rate and loudness (Scherer 2003,
 "Vocal communication of emotion"). They are caricatures: nobody felt anything, and no listener judged
-them. One espeak-ng version gives the same samples every time; another version may speak a little differently.
+them. One espeak-ng version gives the same samples nearly every time; another may speak a little differently.
 """
 
 from __future__ import annotations
