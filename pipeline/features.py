@@ -74,6 +74,8 @@ class FeatureConfig:
             raise FeatureError(
                 f"f_max_hz={self.f_max_hz}; expected at most half the sampling rate, {self.sample_rate_hz / 2:g} Hz"
             )
+        if self.n_mels > self.n_fft // 2:  # before filters of any size are made
+            raise FeatureError(f"n_mels={self.n_mels} is more than n_fft={self.n_fft} has frequencies for; use fewer")
         deaf = int((~_mel_filters(self).any(axis=1)).sum())
         if deaf:
             raise FeatureError(

@@ -187,3 +187,5 @@ def test_unknown_or_impossible_settings_are_refused() -> None:
         FeatureConfig(kind="frame_features", n_mels=32)
     with pytest.raises(FeatureError, match="of n_mels=256 bands lie between two frequencies of n_fft=2048; use fewer"):
         FeatureConfig(n_mels=256, f_max_hz=4_000.0)
+    with pytest.raises(FeatureError, match="is more than n_fft=2048 has frequencies for"):
+        FeatureConfig(n_mels=10**12)
