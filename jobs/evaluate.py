@@ -97,6 +97,7 @@ def job(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     if arguments.protocol is not None:
         return protocols.job(arguments, targets_of(arguments))
+    protocols.refuse_options(arguments)
     if arguments.data_csv is None:
         raise SerError("no --data_csv; give the CSV of labelled recordings to evaluate on")
     bundle = load_bundle(arguments.model_weights)

@@ -46,12 +46,31 @@ def add_options(parser: Parser) -> None:
         default=0.2,
         help="share of a fold's training part that chooses the epoch; 0: exactly --epochs on all (default 0.2)",
     )
+    group.add_argument("--keep_weights", action="store_true", help="keep each fold's model, as a bundle")
+    group.add_argument(
+        "--teachers",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="OUT",
+        help="earlier runs with --keep_weights: each fold learns from the models of the same fold too",
+    )
+    group.add_argument(
+        "--distill", type=float, default=0.7, metavar="SHARE", help="the teachers' share of the loss (default 0.7)"
+    )
     group.add_argument("--folds_at_once", type=int, help="default: as many as there are GPUs, or CPUs")
     group.add_argument("--use_gpu", type=true_or_false, nargs="?", const=True, help="default: when there is one")
     group.add_argument("--max_failures", type=int, default=3, help="how often a fold that died is started again")
     add_recipe_option(parser)
     add_model_options(parser)
     add_loop_options(parser)
+
+
+def refuse_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that only a protocol run heeds, where none is asked for."""
+    for name in ("features", "folds_csv", "teachers", "keep_weights", "recipe"):
+        if getattr(arguments, name):
+            raise SerError(f"--{name} is for --protocol, which trains models; give one, or leave --{name} out")
 
 
 def _protocols(text: str) -> tuple[str, ...]:
@@ -155,6 +174,8 @@ def _run(
         model_name=arguments.model,
         model_options={} if arguments.dropout is None else {"dropout": arguments.dropout},
         fit=fit_config(arguments, labels, table, threads=side.cpus),
+        teachers=tuple(folder / protocol for folder in arguments.teachers),
+        distill=arguments.distill,
         crops=1 if arguments.crops is None else arguments.crops,
     )
     say(f"{protocol}: {side.folds} folds at once, {side.cpus} threads each -> {out}")
@@ -164,9 +185,18 @@ def _run(
         epoch = f"epoch {record['epoch']:.0f}/{plan.fit.epochs}"
         say(f"{protocol} fold {fold}  {epoch}  loss {record['train_loss']:.4f}{chosen}  {record['seconds']:.1f} s")
 
-    answers = train_folds(folds, plan, side, max_failures=arguments.max_failures, on_epoch=show)
+    answers = train_folds(
+        folds,
+        plan,
+        side,
+        keep_weights=arguments.keep_weights,
+        max_failures=arguments.max_failures,
+        on_epoch=show,
+    )
     answers.to_parquet(out / "predictions.parquet", index=False)
     about = {"model": f"{arguments.model}, one a fold", "protocol": protocol, "folds": len(folds), "crops": plan.crops}
+    if plan.teachers:
+        about |= {"teachers": ", ".join(map(str, plan.teachers)), "distill": plan.distill}
     settings = {"settings": plan.fit.to_dict()}
     evaluation = write_report(answers, labels.names, out, meta=about | meta | settings, targets=targets)
     return protocol_row(protocol, folds, answers, labels.names, evaluation), evaluation["verdict"]

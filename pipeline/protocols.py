@@ -2,7 +2,9 @@
 
 Each fold is a run folder (``pipeline.runs``) below ``OUT/PROTOCOL``: a worker that dies goes on from its last epoch,
 and the same command again trains only what is missing. A finished fold keeps its plan, splits, history and answers
-(``predictions.parquet``), not its weights. Limits: one worker (a share of the CPUs, or a GPU) a fold.
+(``predictions.parquet``), and its weights as a bundle where they are asked for: a later run's folds can then learn from
+it, each from the models that never heard what it is tested on. Limits: one worker (a share of the CPUs, or a GPU) a
+fold.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from pipeline.fit import Record
 from pipeline.folds import Fold
 from pipeline.history import read_history
 from pipeline.runs import Plan, begin, check, load_checkpoint, read_plan, read_splits, train_here
+from pipeline.teachers import refuse_leaks
 
 PREDICTIONS = "predictions.parquet"
+_BUNDLE = "config.json"  # what a folder with a finished bundle holds
 _LOOK_S = 0.5
 
 FoldCallback = Callable[[str, Record], None]  # the fold's name, and the epoch's record
@@ -54,13 +58,16 @@ def train_folds(
     base: Plan,
     side: SideBySide,
     *,
+    keep_weights: bool = False,
     max_failures: int = 3,
     on_epoch: FoldCallback = lambda _fold, _record: None,
 ) -> pd.DataFrame:
     """Train and test every fold that is not done yet.
 
     Args:
-        base: what each fold trains; its ``out`` is the protocol's folder.
+        base: what each fold trains; its ``out`` is the protocol's folder, its ``teachers`` are folders of earlier runs
+            of the same protocol with ``keep_weights``.
+        keep_weights: make a bundle of each fold's folder.
         max_failures: how often a fold whose process died is started again.
         on_epoch: called in this process with each new epoch.
 
@@ -68,16 +75,39 @@ def train_folds(
         A scores table of all test parts with a column ``fold``, in the order of the folds.
 
     Raises:
-        SerError: settings that do not fit the data, or a folder that holds another protocol run.
+        SerError: settings that do not fit the data, a folder that holds another protocol run, or teachers that were
+            trained on what a fold is tested on.
     """
-    plans = {fold.name: replace(base, out=base.out / f"fold-{fold.name}") for fold in folds}
+    plans = {fold.name: _plan_of(base, fold.name) for fold in folds}
+    for fold in folds:
+        _check_teachers(plans[fold.name].teachers, fold)
     for fold in folds:
         _lay_down(plans[fold.name], fold)
     todo = {name: plan for name, plan in plans.items() if not (plan.out / PREDICTIONS).is_file()}
+    if keep_weights:
+        _refuse_without_weights([plan.out for name, plan in plans.items() if name not in todo])
     if todo:
-        _run(todo, side, max_failures, on_epoch)
+        _run(todo, side, keep_weights, max_failures, on_epoch)
     tables = [pd.read_parquet(plan.out / PREDICTIONS).assign(fold=name) for name, plan in plans.items()]
     return pd.concat(tables, ignore_index=True)
+
+
+def _plan_of(base: Plan, fold: str) -> Plan:
+    name = f"fold-{fold}"
+    return replace(base, out=base.out / name, teachers=tuple(folder / name for folder in base.teachers))
+
+
+def _check_teachers(teachers: Sequence[Path], fold: Fold) -> None:
+    for teacher in teachers:
+        if not (teacher / _BUNDLE).is_file():
+            raise SerError(f"no teacher at {teacher}; train the same folds with --keep_weights first")
+    refuse_leaks(teachers, fold.splits)
+
+
+def _refuse_without_weights(finished: Sequence[Path]) -> None:
+    for out in finished:
+        if not (out / _BUNDLE).is_file():
+            raise SerError(f"{out} was trained without --keep_weights; give another --out, or --overwrite")
 
 
 def _lay_down(plan: Plan, fold: Fold) -> None:
@@ -95,7 +125,9 @@ def _lay_down(plan: Plan, fold: Fold) -> None:
             raise SerError(f"{plan.out} was begun with other recordings; give another --out, or --overwrite")
 
 
-def _run(todo: dict[str, Plan], side: SideBySide, max_failures: int, on_epoch: FoldCallback) -> None:
+def _run(
+    todo: dict[str, Plan], side: SideBySide, keep_weights: bool, max_failures: int, on_epoch: FoldCallback
+) -> None:
     import ray
 
     from pipeline.cluster import check_nodes
@@ -103,11 +135,13 @@ def _run(todo: dict[str, Plan], side: SideBySide, max_failures: int, on_epoch: F
 
     start_ray(side.folds * side.cpus)
     first = next(iter(todo.values()))
-    check_nodes(first.out, [first.features / MANIFEST])
+    check_nodes(first.out, [first.features / MANIFEST, *first.teachers])
     task = ray.remote(_train_fold).options(num_cpus=side.cpus, num_gpus=side.gpus, max_retries=max_failures)
     device = "cuda" if side.gpus else "cpu"
     seen = {name: len(read_history(plan.out)) for name, plan in todo.items()}
-    running = {task.remote(plan.to_dict(), str(plan.out.absolute()), device): name for name, plan in todo.items()}
+    running = {
+        task.remote(plan.to_dict(), str(plan.out.absolute()), device, keep_weights): name for name, plan in todo.items()
+    }
     try:
         while running:
             done, _ = ray.wait(list(running), timeout=_LOOK_S)
@@ -126,14 +160,16 @@ def _run(todo: dict[str, Plan], side: SideBySide, max_failures: int, on_epoch: F
             ray.cancel(reference, force=True)
 
 
-def _train_fold(values: dict[str, Any], out: str, device: str) -> None:
+def _train_fold(values: dict[str, Any], out: str, device: str, keep_weights: bool) -> None:
     """What runs in a worker: train (on), answer the test part, keep the answers, drop the checkpoint."""
     from pipeline.fit import weights_of
-    from pipeline.results import predict
+    from pipeline.results import predict, write_results
 
     plan = Plan.from_dict(values, Path(out))
     train_here(plan, device=device)
     answers = predict(plan, weights_of(load_checkpoint(plan.checkpoint)), read_splits(plan.out)["test"])
+    if keep_weights:
+        write_results(plan, "none")
     temporary = plan.out / f".{PREDICTIONS}.{time.time_ns()}.tmp"
     answers.to_parquet(temporary, index=False)
     temporary.replace(plan.out / PREDICTIONS)

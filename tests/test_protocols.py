@@ -7,18 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from toy_data import write_features
 
 from jobs.evaluate import main
 from jobs.train_options import with_recipe
+from pipeline.arrays import load_features
+from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.folds import Fold
 from pipeline.metrics import evaluate
 from pipeline.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.protocols import SideBySide
+from pipeline.runs import read_plan
 
 FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]
 
@@ -155,3 +160,48 @@ def test_the_gap_and_the_spread_by_hand(tmp_path: Path) -> None:
     assert "−25.0" in page
     assert "−25.0" in protocols_summary(found)
     assert gaps([row_of("kfold", 8), row_of("holdout", 8)]) == []
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_session")
+def test_folds_learn_from_the_kept_models_of_the_same_folds(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.splits._hash_or_empty", lambda path: f"content of {path}")  # toys have no audio
+    words = ["--protocol", "kfold", "--features", str(features), *FAST]
+    taught = [*words, "--seed", "43", "--teachers", str(tmp_path / "first"), "--out", str(tmp_path / "taught")]
+    assert main(taught) == 2
+    missing = tmp_path / "first" / "kfold" / "fold-1"
+    assert f"no teacher at {missing}; train the same folds with --keep_weights first" in capsys.readouterr().err
+    assert not (tmp_path / "taught" / "kfold" / "fold-1").exists()  # nothing that would not fit the right ones
+
+    assert main([*words, "--out", str(tmp_path / "first")]) == 0
+    keeping = [*words, "--keep_weights", "--out", str(tmp_path / "first")]
+    assert main(keeping) == 2
+    assert "fold-1 was trained without --keep_weights; give another --out, or --overwrite" in capsys.readouterr().err
+    assert main([*keeping, "--overwrite"]) == 0
+    first = tmp_path / "first" / "kfold"
+    arrays, answers = load_features(features), pd.read_parquet(first / "predictions.parquet")
+    for fold, part in answers.groupby("fold"):
+        bundle = load_bundle(first / f"fold-{fold}")
+        heard = torch.from_numpy(np.concatenate([arrays.crops(int(row), 1) for row in part["row_id"]]))
+        with torch.inference_mode():
+            told = bundle.build_model()(heard).softmax(dim=1)
+        np.testing.assert_allclose(told.numpy(), part[[f"p_{name}" for name in bundle.labels]], atol=1e-5)
+
+    assert main(taught) == 0
+    for fold in ("1", "2"):
+        found = read_plan(tmp_path / "taught" / "kfold" / f"fold-{fold}")
+        assert (found.teachers, found.distill) == ((first / f"fold-{fold}",), 0.7)
+
+    (first / "fold-1").rename(first / "aside")
+    (first / "fold-2").rename(first / "fold-1")
+    (first / "aside").rename(first / "fold-2")  # each teacher has now heard what its student is tested on
+    assert main([*taught[:-1], str(tmp_path / "flattered")]) == 2
+    assert "was trained on 12 recordings of the test part, which would flatter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--keep_weights"], ["--teachers", "first"], ["--features", "features"]])
+def test_options_of_protocols_are_refused_without_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--data_csv", "test.csv", "--out", "out"]) == 2
+    assert f"{words[0]} is for --protocol, which trains models" in capsys.readouterr().err
