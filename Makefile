@@ -75,7 +75,7 @@ kill-tests: $(DEV)  ## processes killed in the middle of training and scoring: m
 
 AGAIN := runs/reproduced
 LONG  := runs/three-seconds
-VOICES := --augment crop,stretch:0.2,warp:0.2,masks,mixup,gain:9,noise,band --mixup_alpha 0.4 --epochs 125
+VOICES := --augment crop,stretch:0.2,warp:0.2,masks,mixup,gain:9,noise,band --mixup_alpha 0.4
 extracted = $(BIN)/python -m jobs.manifest "$(DATA)" --out $(1)/metadata.csv && \
 	  $(BIN)/python -m jobs.extract --data_csv $(1)/metadata.csv --out $(1)/features $(2)
 trained = $(BIN)/python -m jobs.train --features $(1)/features --split_csv models/splits/ravdess_split.csv \
@@ -96,8 +96,7 @@ reproduce: reproduced-teacher-1 reproduced-teacher-2  ## train the shipped model
 
 three-seconds: $(READY)  ## train a model that hears 3 s instead of 2, which knows new voices better; goes on where it was stopped: make three-seconds DATA=/path/to/RAVDESS
 	$(call extracted,$(LONG),--window_s 3 --hop_length 768)
-	$(call trained,$(LONG),teacher,$(VOICES) --seed 43 --report_split none)
-	$(call trained,$(LONG),student,$(VOICES) --seed 44 --teachers $(LONG)/teacher)
+	$(call trained,$(LONG),model,$(VOICES) --epochs 125 --seed 42)
 
 bench-serve: $(DEV)  ## the service beside the model in process, killed workers, hostile uploads; about 15 minutes
 	$(BIN)/python -m benchmarks.bench_serve

@@ -8,7 +8,6 @@ Everything here works in float32 on mono samples at ``FeatureConfig.sample_rate_
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +18,7 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
+from pipeline import mel
 from pipeline.errors import SerError
 
 Array = NDArray[np.float32]
@@ -76,7 +76,7 @@ class FeatureConfig:
             )
         if self.n_mels > self.n_fft // 2:  # before filters of any size are made
             raise FeatureError(f"n_mels={self.n_mels} is more than n_fft={self.n_fft} has frequencies for; use fewer")
-        deaf = int((~_mel_filters(self).any(axis=1)).sum())
+        deaf = int((~mel.filters(*_bands(self)).any(axis=1)).sum())
         if deaf:
             raise FeatureError(
                 f"{deaf} of n_mels={self.n_mels} bands lie between two frequencies of n_fft={self.n_fft}; use fewer"
@@ -86,6 +86,11 @@ class FeatureConfig:
     def window_samples(self) -> int:
         """Samples in a window (96,000 by default)."""
         return round(self.window_s * self.sample_rate_hz)
+
+    @property
+    def top_hz(self) -> float:
+        """Top of the highest mel band (24,000 Hz by default)."""
+        return self.sample_rate_hz / 2.0 if self.f_max_hz is None else self.f_max_hz
 
     @property
     def n_frames(self) -> int:
@@ -156,10 +161,10 @@ def log_mel(samples: Array, config: FeatureConfig) -> Array:
 
 def mel_power(samples: Array, config: FeatureConfig) -> Array:
     """Mel-band power, float32 ``(n_mels, 1 + n // hop_length)``, of mono ``samples (n,)`` of any length."""
-    bands = _mel_bands(config)
+    groups = mel.groups(*_bands(config))
     power = np.empty((config.n_mels, _count_frames(samples, config)), np.float32)
     for first, block in _power_blocks(samples, config):
-        for mels, bins, filters in bands:
+        for mels, bins, filters in groups:
             np.matmul(filters, block[:, bins].T, out=power[mels, first : first + len(block)])
     return power
 
@@ -176,8 +181,12 @@ def normalise_power(power: Array, config: FeatureConfig) -> Array:
 
 def mel_edges_hz(config: FeatureConfig) -> NDArray[np.float64]:
     """Corners of the mel filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from k to k + 1, falls to k + 2."""
-    top_hz = config.sample_rate_hz / 2.0 if config.f_max_hz is None else config.f_max_hz
-    return _mel_to_hz(np.linspace(0.0, _hz_to_mel(top_hz), config.n_mels + 2))
+    return mel.edges_hz(config.n_mels, config.top_hz)
+
+
+def _bands(config: FeatureConfig) -> tuple[int, float, int, int]:
+    """What the filters of ``pipeline.mel`` depend on."""
+    return config.n_mels, config.top_hz, config.n_fft, config.sample_rate_hz
 
 
 def frame_features(samples: Array, config: FeatureConfig) -> Array:
@@ -189,8 +198,8 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
     import librosa
 
     magnitude = np.sqrt(_stft_power(samples, config))
-    mel = _mel_filters(config) @ (magnitude * magnitude)
-    decibel = librosa.power_to_db(mel, ref=np.max, top_db=config.top_db)
+    power = mel.filters(*_bands(config)) @ (magnitude * magnitude)
+    decibel = librosa.power_to_db(power, ref=np.max, top_db=config.top_db)
     mfcc = scipy.fft.dct(decibel, axis=0, type=2, norm="ortho")[: config.n_mfcc]
     spectral: dict[str, Any] = {
         "S": magnitude,
@@ -260,50 +269,3 @@ def _hann(n_fft: int) -> Array:
     """Periodic Hann window, as STFTs use it."""
     phase = 2.0 * np.pi * np.arange(n_fft) / n_fft
     return (0.5 - 0.5 * np.cos(phase)).astype(np.float32)
-
-
-@lru_cache(maxsize=8)
-def _mel_bands(config: FeatureConfig) -> tuple[tuple[slice, slice, Array], ...]:
-    """``_mel_filters`` cut into three groups of neighbours, each with the bins it touches: a quarter of the work."""
-    every, n_mels = _mel_filters(config), config.n_mels
-    edges = (0, n_mels // 2, 3 * n_mels // 4, n_mels)
-    bands = []
-    for first, last in itertools.pairwise(edges):
-        touched = np.flatnonzero(every[first:last].any(axis=0))
-        bins = slice(touched[0], touched[-1] + 1) if touched.size else slice(0, 0)
-        bands.append((slice(first, last), bins, np.ascontiguousarray(every[first:last, bins])))
-    return tuple(bands)
-
-
-@lru_cache(maxsize=8)
-def _mel_filters(config: FeatureConfig) -> Array:
-    """Triangular filters ``(n_mels, 1 + n_fft // 2)`` on Slaney's mel scale, each of unit area (Slaney norm).
-
-    Malcolm Slaney, "Auditory Toolbox", 1998: linear below 1 kHz (200/3 Hz a mel), logarithmic above.
-    """
-    edges_hz = mel_edges_hz(config)
-    bins_hz = np.fft.rfftfreq(config.n_fft, 1.0 / config.sample_rate_hz)
-    ramps = edges_hz[:, np.newaxis] - bins_hz[np.newaxis]
-    widths = np.diff(edges_hz)[:, np.newaxis]
-    rising, falling = -ramps[:-2] / widths[:-1], ramps[2:] / widths[1:]
-    triangles = np.maximum(0.0, np.minimum(rising, falling))
-    area = 2.0 / (edges_hz[2:] - edges_hz[:-2])
-    return (triangles * area[:, np.newaxis]).astype(np.float32)
-
-
-_LINEAR_HZ_PER_MEL = 200.0 / 3.0
-_BREAK_HZ = 1000.0
-_LOG_STEP = np.log(6.4) / 27.0
-
-
-def _hz_to_mel(frequency_hz: float) -> float:
-    if frequency_hz < _BREAK_HZ:
-        return frequency_hz / _LINEAR_HZ_PER_MEL
-    return float(_BREAK_HZ / _LINEAR_HZ_PER_MEL + np.log(frequency_hz / _BREAK_HZ) / _LOG_STEP)
-
-
-def _mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
-    break_mel = _BREAK_HZ / _LINEAR_HZ_PER_MEL
-    linear = mel * _LINEAR_HZ_PER_MEL
-    logarithmic = _BREAK_HZ * np.exp(_LOG_STEP * (mel - break_mel))
-    return np.asarray(np.where(mel < break_mel, linear, logarithmic))

@@ -1,7 +1,8 @@
 """What several protocols say of one recipe, side by side: table, files, and one page. The gap to unseen speakers shows.
 
-The figures of a protocol are those of all its folds' answers together (``metrics.evaluate``, with its intervals); mean
-and standard deviation over folds are beside them. ``protocols.json`` holds everything that the page shows.
+The figures of a protocol are those of all its folds' answers together (``metrics.evaluate``, with its intervals: over
+speakers where they are known and enough); mean and standard deviation over folds are beside them. ``protocols.json``
+holds everything that the page shows.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def protocol_row(
         "unseen_speakers": protocol in UNSEEN_SPEAKERS,
         "n": len(answers),
         "overall": {name: evaluation["overall"][name] for name in FIGURES},
+        "intervals_over": "speakers" if evaluation["bootstrap"]["speakers"] else "recordings",
         "lowest_class": {"label": lowest, "recall": known[lowest]},
         "class_recall": recalls,
         "verdict": evaluation["verdict"]["outcome"],
@@ -104,12 +106,14 @@ def protocols_summary(found: Mapping[str, Any]) -> str:
         cells = "".join(f"{percent(row['overall'][name]['value']):>14}" for name in FIGURES)
         lowest = percent(row["lowest_class"]["recall"])
         lines.append(f"{row['protocol']:<14}{len(row['folds']):>6}{row['n']:>7}{cells}{lowest:>9}")
-        intervals = "".join(f"{span(row['overall'][name]['over_recordings']):>14}" for name in FIGURES)
+        over = f"over_{row['intervals_over']}"
+        intervals = "".join(f"{span(row['overall'][name][over]):>14}" for name in FIGURES)
         lines.append(f"{'  95 % interval':<27}{intervals}  {row['lowest_class']['label']:.7}")
         if len(row["folds"]) > 1:
             spread = "".join(f"{_spread(row['over_folds'][name]):>14}" for name in FIGURES)
             lines.append(f"{'  folds, mean ± SD':<27}{spread}")
-    lines += ["", *(_heard(row) for row in found["protocols"])]
+    lines += ["", f"Intervals: bootstrap over {found['protocols'][0]['intervals_over']}."]
+    lines += [_heard(row) for row in found["protocols"]]
     for gap in found["gaps"]:
         change = ", ".join(f"{title} {points(gap[name])}" for name, title in FIGURES.items())
         lines.append(f"{gap['unseen']} minus {gap['same']}, points: {change}")

@@ -162,6 +162,28 @@ def test_the_gap_and_the_spread_by_hand(tmp_path: Path) -> None:
     assert gaps([row_of("kfold", 8), row_of("holdout", 8)]) == []
 
 
+def test_intervals_are_over_speakers_where_they_are_known(tmp_path: Path) -> None:
+    labels = ("calm", "sad")
+    table = answered(20, n=40).assign(speaker=[f"{i // 4:02d}" for i in range(40)])  # half of the voices all right
+    parts = {"train": table.iloc[:0], "inner_val": table.iloc[:0], "test": table}
+    folds = [Fold("1", parts), Fold("2", parts)]
+    row = protocol_row("speaker_kfold", folds, table, labels, evaluate(table, labels))
+    low, high = row["overall"]["accuracy"]["over_speakers"]
+    assert (high - low) > 1.5 * (
+        row["overall"]["accuracy"]["over_recordings"][1] - row["overall"]["accuracy"]["over_recordings"][0]
+    )
+    found = write_protocols([row], tmp_path, {})
+    printed = protocols_summary(found)
+    assert f"{low * 100:.1f}–{high * 100:.1f}" in printed
+    assert "Intervals: bootstrap over speakers." in printed
+    page = (tmp_path / "protocols.html").read_text()
+    assert "interval over speakers" in page
+    assert f"{low * 100:.1f}–{high * 100:.1f}" in page
+    assert "Intervals: bootstrap over recordings." in protocols_summary(
+        write_protocols([row_of("kfold", 6)], tmp_path, {})
+    )
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_session")
 def test_folds_learn_from_the_kept_models_of_the_same_folds(
