@@ -11,7 +11,7 @@ import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, say, true_or_false
 from jobs._provenance import provenance
-from jobs.train_options import add_loop_options, add_model_options, add_recipe_option, fit_config
+from jobs.train_options import add_distill_option, add_loop_options, add_model_options, add_recipe_option, fit_config
 from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.verdict import Targets, reached
@@ -55,9 +55,7 @@ def add_options(parser: Parser) -> None:
         metavar="OUT",
         help="earlier runs with --keep_weights: each fold learns from the models of the same fold too",
     )
-    group.add_argument(
-        "--distill", type=float, default=0.7, metavar="SHARE", help="the teachers' share of the loss (default 0.7)"
-    )
+    add_distill_option(group)
     group.add_argument("--folds_at_once", type=int, help="default: as many as there are GPUs, or CPUs")
     group.add_argument("--use_gpu", type=true_or_false, nargs="?", const=True, help="default: when there is one")
     group.add_argument("--max_failures", type=int, default=3, help="how often a fold that died is started again")
@@ -89,6 +87,8 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
     for name in ("model_weights", "embed_audio"):
         if getattr(arguments, name):
             raise SerError(f"--protocol trains and tests models of its own; leave --{name} out")
+    if arguments.out.resolve() in [folder.resolve() for folder in arguments.teachers]:  # --overwrite would remove them
+        raise SerError(f"--out {arguments.out} is where the teachers are; give another --out")
     features, failed = (arguments.features, 0) if arguments.features else _extracted(arguments)
     table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}

@@ -133,6 +133,11 @@ def add_teacher_options(parser: Parser) -> None:
         metavar="BUNDLE",
         help="models whose mean answer to each augmented example is part of its target (knowledge distillation)",
     )
+    add_distill_option(group)
+
+
+def add_distill_option(group: argparse._ArgumentGroup) -> None:
+    """``--distill``, beside whatever names the teachers."""
     group.add_argument(
         "--distill", type=float, default=0.7, metavar="SHARE", help="the teachers' share of the loss (default 0.7)"
     )
@@ -197,7 +202,7 @@ def add_loop_options(parser: Parser) -> None:
     group.add_argument(
         "--cpu_bfloat16",
         action="store_true",
-        help="bfloat16 arithmetic on CPUs, as on GPUs: faster where `lscpu` shows amx_bf16, not measured elsewhere",
+        help="bfloat16 arithmetic on CPUs, as on GPUs: faster where `lscpu` shows amx_bf16 or avx512_bf16",
     )
 
 

@@ -202,6 +202,8 @@ def test_folds_learn_from_the_kept_models_of_the_same_folds(
     assert main(keeping) == 2
     assert "fold-1 was trained without --keep_weights; give another --out, or --overwrite" in capsys.readouterr().err
     assert main([*keeping, "--overwrite"]) == 0
+    assert main([*taught[:-1], str(tmp_path / "first"), "--overwrite"]) == 2
+    assert "is where the teachers are; give another --out" in capsys.readouterr().err
     first = tmp_path / "first" / "kfold"
     arrays, answers = load_features(features), pd.read_parquet(first / "predictions.parquet")
     for fold, part in answers.groupby("fold"):
