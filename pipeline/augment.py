@@ -1,12 +1,12 @@
 """Training-time changes to features, vectorised over a batch and decided by (seed, epoch, position) alone.
 
-What needs more than the stored window works on the mel power of the whole recording: `crop` (another 2-s window),
+What needs more than the stored window works on the mel power of the whole recording: `crop` (another window),
 `stretch` (time-stretch by interpolating frames), `shift` (whole mel bands), `warp` (all frequencies times a factor:
 vocal tract length perturbation, Jaitly & Hinton 2013), `gain` (spectral tilt; a plain gain is normalised away), `noise`
 (white noise added in power), `band` (band-limiting). On finished features: `masks` (SpecAugment, Park et al. 2019, two
-per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made
-at extraction. An example that draws no change is the stored feature, bit for bit. Limits: a cropped window has its
-frames on the recording's grid and hears across its edges, which the stored middle window does not.
+per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made at extraction. An
+example that draws no change is the stored feature, bit for bit. Limits: a cropped window has its frames on the
+recording's grid and hears across its edges, which the stored middle window does not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _STRENGTHS = {
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Which changes are made, how often (`_p`: probability an example) and how strongly."""
+    """Which changes are made, how often (`_p`: probability an example) and how strongly.
+
+    Bands and frames are those of a picture of 64 x 188; a picture of another size takes the same share of it.
+    """
 
     names: tuple[str, ...] = ()
     crop_p: float = 0.7
@@ -153,6 +156,10 @@ class Augmenter:
             )
         self.config = config
         self.features = features
+        taller, longer = features.n_mels / 64, features.n_frames / 188  # than the picture that the settings are for
+        self.max_shift_bands = round(config.max_shift_bands * taller)
+        self.freq_mask_bands = round(config.freq_mask_bands * taller)
+        self.time_mask_frames = round(config.time_mask_frames * longer)
 
     def _happens(self, name: str, u: Tensor, column: Column) -> Tensor:
         if name not in self.config.names:
@@ -206,7 +213,7 @@ class Augmenter:
         shifted = self._happens("shift", u, Column.SHIFT)
         if not shifted.any():
             return window
-        steps = (u[:, Column.BANDS] * (2 * self.config.max_shift_bands + 1)).floor() - self.config.max_shift_bands
+        steps = (u[:, Column.BANDS] * (2 * self.max_shift_bands + 1)).floor() - self.max_shift_bands
         bands = torch.arange(n_mels) + torch.where(shifted, steps, 0.0).long()[:, None]
         return window.gather(1, bands.clamp(0, n_mels - 1)[:, :, None].expand(-1, -1, n_out))
 
@@ -270,10 +277,10 @@ class Augmenter:
             return features
         picture = features.ndim == 4
         n_bands, n_frames = features.shape[2], features.shape[3 if picture else 1]
-        bands = self._span(u, 0, n_bands, self.config.freq_mask_bands)
-        bands |= self._span(u, 1, n_bands, self.config.freq_mask_bands)
-        frames = self._span(u, 2, n_frames, self.config.time_mask_frames)
-        frames |= self._span(u, 3, n_frames, self.config.time_mask_frames)
+        size = n_bands, self.freq_mask_bands
+        bands = self._span(u, 0, *size) | self._span(u, 1, *size)
+        size = n_frames, self.time_mask_frames
+        frames = self._span(u, 2, *size) | self._span(u, 3, *size)
         if picture:
             return features.masked_fill(bands[:, None, :, None] | frames[:, None, None, :], 0.0)
         return features.masked_fill(bands[:, None, :] | frames[:, :, None], 0.0)
