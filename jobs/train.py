@@ -104,7 +104,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
 def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
     from pipeline.arrays import load_features
-    from pipeline.runs import SPLIT_SEED, Plan, begin, check, read_plan, read_splits
+    from pipeline.runs import SPLIT_SEED, Plan, begin, check, check_resumes, read_splits
     from pipeline.splits import add_hashes, check_disjoint, split_table
     from pipeline.teachers import refuse_leaks
 
@@ -139,7 +139,7 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
     )
     refuse_leaks(plan.teachers, splits)
     if arguments.resume:
-        plan.check_continues(read_plan(arguments.out))
+        check_resumes(plan)
     else:
         begin(plan, splits)
     check(plan, max(arguments.num_workers, 1))

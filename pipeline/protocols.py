@@ -22,7 +22,8 @@ from pipeline.errors import SerError
 from pipeline.fit import Record
 from pipeline.folds import Fold
 from pipeline.history import read_history
-from pipeline.runs import Plan, begin, check, load_checkpoint, read_plan, read_splits, train_here
+from pipeline.runs import Plan, begin, check, check_resumes, load_checkpoint, read_splits, train_here
+from pipeline.splits import HASH_COLUMN
 from pipeline.teachers import refuse_leaks
 
 PREDICTIONS = "predictions.parquet"
@@ -117,12 +118,16 @@ def _lay_down(plan: Plan, fold: Fold) -> None:
         check(plan)
         return
     try:
-        plan.check_continues(read_plan(plan.out))
+        check_resumes(plan)
     except SerError as error:
         raise SerError(f"{plan.out}: {error}, or give another --out, or --overwrite") from error
     for name, part in read_splits(plan.out).items():
-        if sorted(part["row_id"]) != sorted(fold.splits[name]["row_id"].astype(str)):
+        if _recordings(part) != _recordings(fold.splits[name]):
             raise SerError(f"{plan.out} was begun with other recordings; give another --out, or --overwrite")
+
+
+def _recordings(part: pd.DataFrame) -> list[tuple[str, str]]:
+    return sorted(zip(part["row_id"].astype(str), part[HASH_COLUMN], strict=True))
 
 
 def _run(

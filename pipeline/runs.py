@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.arrays import NO_CROPS, load_features
+from pipeline.arrays import NO_CROPS, load_features, read_shard_manifest
 from pipeline.batches import TrainingData, from_arrays
 from pipeline.checkpoint import write_json
 from pipeline.errors import SerError
@@ -37,6 +37,7 @@ from pipeline.workers import Workers
 PLAN_VERSION = 1
 LOCK_WAIT_S = 15.0
 LOCK_WAIT_NODES_S = 120.0  # a file server frees the locks of a machine that died only after its lease: NFSv4's is 90 s
+_FINGERPRINT = "feature_fingerprint"
 SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
 
 
@@ -118,7 +119,26 @@ def begin(plan: Plan, splits: Mapping[str, pd.DataFrame]) -> None:
     (plan.out / "splits").mkdir(parents=True, exist_ok=True)
     for name in SPLITS:
         splits[name].to_csv(plan.out / "splits" / f"{name}.csv", index=False)
-    write_json(plan.out / "plan.json", plan.to_dict())
+    write_json(plan.out / "plan.json", plan.to_dict() | {_FINGERPRINT: _fingerprint(plan.features)})
+
+
+def check_resumes(plan: Plan) -> None:
+    """Refuse to go on with the run in `plan.out` with settings or features that it was not begun with.
+
+    Raises:
+        SerError: names what differs, or the folder holds no run.
+    """
+    plan.check_continues(read_plan(plan.out))
+    begun = json.loads((plan.out / "plan.json").read_text(encoding="utf-8")).get(_FINGERPRINT)
+    if begun not in (None, _fingerprint(plan.features)):  # None: begun before this was kept
+        raise SerError(
+            f"the run was started with features of other settings than those in {plan.features}; "
+            "give the features the run began with"
+        )
+
+
+def _fingerprint(features: Path) -> str:
+    return str(read_shard_manifest(features)["fingerprint"])
 
 
 def refuse_begun(out: Path) -> None:
@@ -169,13 +189,23 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folder: Path) -> np.ndarray
     """Positions in `table` of the recordings of a split, by `row_id`.
 
     Raises:
-        SerError: the table lacks one of them.
+        SerError: the table lacks one of them, or has another file there.
     """
     position = {str(row_id): i for i, row_id in enumerate(table["row_id"])}
     try:
-        return np.array([position[str(row_id)] for row_id in part["row_id"]], dtype=np.int64)
+        rows = np.array([position[str(row_id)] for row_id in part["row_id"]], dtype=np.int64)
     except KeyError as error:
         raise SerError(f"row {error} of the splits is not in {folder}; give the features the run began with") from error
+    for begun, found in zip(part["speech"], table["speech"].iloc[rows], strict=True):
+        if _name(begun) != _name(found):  # folders may have moved
+            raise SerError(
+                f"the run began with {begun} where {folder} has {found}; give the features the run began with"
+            )
+    return rows
+
+
+def _name(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
 
 
 def check(plan: Plan, num_workers: int = 1) -> None:

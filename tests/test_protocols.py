@@ -76,6 +76,12 @@ def test_two_protocols_in_one_command_and_resumed(
     assert "the run was started with lr=0.001, got 0.002" in capsys.readouterr().err
     assert main([*words, "--crops", "3"]) == 2
     assert "the run was started with crops 1, got 3" in capsys.readouterr().err
+    other = tmp_path / "other"  # the same recordings, heard in another way
+    shutil.copytree(features, other)
+    manifest = (other / "manifest.json").read_text()
+    (other / "manifest.json").write_text(manifest.replace('"fingerprint": "', '"fingerprint": "0'))
+    assert main([str(other) if word == str(features) else word for word in words]) == 2
+    assert "the run was started with features of other settings than those in" in capsys.readouterr().err
     assert main([*words, "--enforce"]) == 3
 
 

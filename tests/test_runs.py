@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,18 @@ from pipeline.fit import Run
 from pipeline.fit_config import FitConfig
 from pipeline.history import read_history
 from pipeline.results import keep_weights, write_results
-from pipeline.runs import Plan, begin, check, read_plan, read_splits, save_checkpoint, train_here, training_data
+from pipeline.runs import (
+    Plan,
+    begin,
+    check,
+    check_resumes,
+    read_plan,
+    read_splits,
+    rows_of,
+    save_checkpoint,
+    train_here,
+    training_data,
+)
 from pipeline.splits import split_table
 
 
@@ -264,6 +276,34 @@ def test_splits_of_other_features_are_refused(plan: Plan, tmp_path: Path) -> Non
     fewer = write_features(tmp_path / "fewer", n=30)
     with pytest.raises(SerError, match="give the features the run began with"):
         train_here(replace(plan, features=fewer))
+
+
+def test_features_of_other_settings_are_refused_even_with_the_same_recordings(plan: Plan, tmp_path: Path) -> None:
+    """A fold of pictures of 2 s and one of 3 s would pass for one run."""
+    check_resumes(plan)
+    moved = tmp_path / "moved"
+    shutil.copytree(plan.features, moved)
+    check_resumes(replace(plan, features=moved))
+    manifest = json.loads((moved / "manifest.json").read_text())
+    longer = replace(CONFIG, window_s=2 * CONFIG.window_s)
+    manifest |= {"features": longer.to_dict(), "fingerprint": longer.fingerprint()}
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SerError, match=r"features of other settings than those in .*moved"):
+        check_resumes(replace(plan, features=moved))
+
+    path = plan.out / "plan.json"
+    older = {name: value for name, value in json.loads(path.read_text()).items() if name != "feature_fingerprint"}
+    path.write_text(json.dumps(older))
+    check_resumes(replace(plan, features=moved))  # begun before this was kept: nothing is known
+
+
+def test_other_recordings_under_the_same_numbers_are_refused(plan: Plan) -> None:
+    table, part = load_features(plan.features).table, read_splits(plan.out)["train"]
+    elsewhere = part.assign(speech=[speech.replace("/audio/", "D:\\copies\\") for speech in part["speech"]])
+    assert (rows_of(table, elsewhere, plan.features) == rows_of(table, part, plan.features)).all()
+    other = part.assign(speech=["/audio/other.wav", *part["speech"][1:]])
+    with pytest.raises(SerError, match=r"began with /audio/other.wav where .* has /audio/\d+.wav; give the features"):
+        rows_of(table, other, plan.features)
 
 
 def test_checkpoints_hold_no_code(plan: Plan, tmp_path: Path) -> None:
