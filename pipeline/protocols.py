@@ -122,12 +122,14 @@ def _lay_down(plan: Plan, fold: Fold) -> None:
     except SerError as error:
         raise SerError(f"{plan.out}: {error}, or give another --out, or --overwrite") from error
     for name, part in read_splits(plan.out).items():
-        if _recordings(part) != _recordings(fold.splits[name]):
+        if not _same_recordings(part, fold.splits[name]):
             raise SerError(f"{plan.out} was begun with other recordings; give another --out, or --overwrite")
 
 
-def _recordings(part: pd.DataFrame) -> list[tuple[str, str]]:
-    return sorted(zip(part["row_id"].astype(str), part[HASH_COLUMN], strict=True))
+def _same_recordings(begun: pd.DataFrame, found: pd.DataFrame) -> bool:
+    """By row number, and by content where both know it: recordings may have been moved away since."""
+    before, now = (dict(zip(part["row_id"].astype(str), part[HASH_COLUMN], strict=True)) for part in (begun, found))
+    return before.keys() == now.keys() and all(now[row] in (known, "") for row, known in before.items() if known)
 
 
 def _run(

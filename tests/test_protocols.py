@@ -224,6 +224,14 @@ def test_folds_learn_from_the_kept_models_of_the_same_folds(
         found = read_plan(tmp_path / "taught" / "kfold" / f"fold-{fold}")
         assert (found.teachers, found.distill) == ((first / f"fold-{fold}",), 0.7)
 
+    monkeypatch.setattr("pipeline.splits._hash_or_empty", lambda path: "")  # the recordings were moved away
+    assert main(keeping) == 0
+    monkeypatch.setattr("pipeline.splits._hash_or_empty", lambda path: f"other of {path}")
+    capsys.readouterr()
+    assert main(keeping) == 2
+    assert "fold-1 was begun with other recordings; give another --out, or --overwrite" in capsys.readouterr().err
+    monkeypatch.setattr("pipeline.splits._hash_or_empty", lambda path: f"content of {path}")
+
     (first / "fold-1").rename(first / "aside")
     (first / "fold-2").rename(first / "fold-1")
     (first / "aside").rename(first / "fold-2")  # each teacher has now heard what its student is tested on
