@@ -4,9 +4,9 @@ What needs more than the stored window works on the mel power of the whole recor
 `stretch` (time-stretch by interpolating frames), `shift` (whole mel bands), `warp` (all frequencies times a factor:
 vocal tract length perturbation, Jaitly & Hinton 2013), `gain` (spectral tilt; a plain gain is normalised away), `noise`
 (white noise added in power), `band` (band-limiting). On finished features: `masks` (SpecAugment, Park et al. 2019, two
-per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made at extraction. An
-example that draws no change is the stored feature, bit for bit. Limits: a cropped window has its frames on the
-recording's grid and hears across its edges, which the stored middle window does not.
+per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made at extraction. An example that draws
+no change is the stored feature, bit for bit. Limits: a cropped window has its frames on the recording's grid and hears
+across its edges, which the stored middle window does not.
 """
 
 from __future__ import annotations
