@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jobs._common import EXIT_DONE, Parser, run, say
-from pipeline.calibration import fit_temperature
+from pipeline.calibration import fit_temperature, scaled
 from pipeline.checkpoint import load_bundle, set_temperature
 from pipeline.errors import SerError
 from pipeline.labels import LabelSet
@@ -44,12 +45,19 @@ def job(arguments: argparse.Namespace) -> int:
     table = table[(table["status"] == "ok") & table["label_name"].isin(bundle.labels)]
     labels = LabelSet(bundle.labels)
     truth = np.array([labels.index(name) for name in table["label_name"]], np.int64)
-    found = fit_temperature(truth, table[columns].to_numpy(np.float64))
+    applied = _applied_temperature(arguments.predictions)
+    found = fit_temperature(truth, scaled(table[columns].to_numpy(np.float64), 1 / applied))
     set_temperature(bundle, found.temperature, {"n": found.n, "before": found.before, "after": found.after})
     say(f"temperature {found.temperature:.3f}, from {found.n} recordings (was {bundle.temperature:.3f})")
     for name, before in found.before.items():
         say(f"  {name:<9} {before:.4f} -> {found.after[name]:.4f}")
     return EXIT_DONE
+
+
+def _applied_temperature(predictions: Path) -> float:
+    """The temperature that the answers have: 1 of a protocol, the bundle's of score and evaluate."""
+    record = (predictions if predictions.is_dir() else predictions.parent) / "run.json"
+    return float(json.loads(record.read_text(encoding="utf-8"))["plan"]["temperature"]) if record.is_file() else 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ import argparse
 import json
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def build_parser() -> Parser:
     targets.add_argument("--min_accuracy", type=_share, default=0.80, help="default 0.80")
     targets.add_argument("--min_weighted_f1", type=_share, default=0.80, help="default 0.80")
     targets.add_argument("--min_class_accuracy", type=_share, default=0.75, help="recall of every class, default 0.75")
-    targets.add_argument("--enforce", action="store_true", help="exit 3 unless every target is shown to be met")
+    targets.add_argument("--enforce", action="store_true", help="exit 3 unless every figure reaches its target")
     protocols.add_options(parser)
     return parser
 
@@ -94,24 +93,25 @@ def _count(text: str) -> int:
 def job(arguments: argparse.Namespace) -> int:
     """Evaluate or compare, and say what came of it."""
     if arguments.compare is not None:
+        _refuse_beside_compare(arguments)
         return _compare(arguments)
     if arguments.protocol is not None:
         return protocols.job(arguments, targets_of(arguments))
-    protocols.refuse_options(arguments)
+    protocols.refuse_options(arguments, "for --protocol, which trains models")
     if arguments.data_csv is None:
         raise SerError("no --data_csv; give the CSV of labelled recordings to evaluate on")
     bundle = load_bundle(arguments.model_weights)
     manifest = _manifest(arguments, bundle)
-    found = _leaks(arguments, manifest, bundle)
-    start_s = time.monotonic()
+    found = _leaks(arguments, manifest, bundle) if arguments.leak_check == "error" else None
     predictions, failed = _score(arguments, manifest, bundle, arguments.out)
+    found = found or _leaks(arguments, manifest, bundle)  # after what may be refused: it reads every recording
     meta = provenance(arguments.command, bundle)
     meta |= {"data": str(arguments.data_csv), "crops": arguments.crops or bundle.crops}
     evaluation = write_report(
         predictions,
         bundle.labels,
         arguments.out,
-        meta=meta | {"seconds": round(time.monotonic() - start_s, 1)},
+        meta=meta | {"seconds": round(_seconds(arguments.out), 1)},
         targets=targets_of(arguments),
         embed_audio=arguments.embed_audio,
         leak_check=None if found is None else leaks.describe(found, predictions, bundle.labels),
@@ -120,6 +120,11 @@ def job(arguments: argparse.Namespace) -> int:
     _say_leaks(evaluation["leak_check"])
     print(f"report: {arguments.out / 'report.html'}")
     return _exit_code(arguments, evaluation, failed)
+
+
+def _seconds(out: Path) -> float:
+    """How long the scoring took, whichever command did it."""
+    return float(json.loads((out / "run.json").read_text(encoding="utf-8"))["seconds"])
 
 
 def targets_of(arguments: argparse.Namespace) -> Targets:
@@ -177,6 +182,8 @@ def _say_leaks(found: dict[str, Any] | None) -> None:
         return
     if found["note"]:
         say(f"leak check: {found['note']}")
+    if found["by_name"]:
+        say(f"leak check: {found['by_name']} training recordings of unknown content were compared by file name")
     if found["leaked"]:
         say(f"leak check: {found['leaked']} of {found['checked']} recordings were used in training")
         if found["all"] and found["unseen"]:
@@ -211,15 +218,27 @@ def _score(
     return read_predictions(out), result.failed
 
 
+def _refuse_beside_compare(arguments: argparse.Namespace) -> None:
+    for name in ("model_weights", "protocol", "enforce", "embed_audio"):
+        if getattr(arguments, name):
+            raise SerError(f"--compare tells what two models differ in, without a verdict; leave --{name} out")
+    protocols.refuse_options(arguments, "not for --compare")
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     """Compare two bundles on the CSV, or two finished score tables."""
     tables, names, labels, failed = [], [], [], 0
+    checks: list[dict[str, Any]] = []
     for place, given in zip("AB", map(Path, arguments.compare), strict=True):
         if given.suffix == ".pt" or (given / "config.json").is_file():
             if arguments.data_csv is None:
                 raise SerError(f"{given} is a model; give the CSV to compare on with --data_csv")
             bundle = load_bundle(given)
-            table, lost = _score(arguments, _manifest(arguments, bundle), bundle, arguments.out / place)
+            manifest = _manifest(arguments, bundle)
+            shared = _leaks(arguments, manifest, bundle)
+            table, lost = _score(arguments, manifest, bundle, arguments.out / place)
+            if shared is not None:
+                checks.append({"name": str(given)} | leaks.describe(shared, table, bundle.labels))
             found, failed = list(bundle.labels), failed + lost
         else:
             table = read_predictions(given)
@@ -230,8 +249,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     if labels[0] != labels[1]:
         raise SerError(f"{names[0]} answers {labels[0]}, {names[1]} {labels[1]}; compare models of the same classes")
     meta = provenance(arguments.command) | {"data": arguments.data_csv}
-    result = write_comparison(tables[0], tables[1], labels[0], arguments.out, names=(names[0], names[1]), meta=meta)
+    result = write_comparison(
+        tables[0], tables[1], labels[0], arguments.out, names=(names[0], names[1]), meta=meta, leak_checks=checks
+    )
     print(comparison_summary(result))
+    for check in checks:
+        say(f"{check['name']}:")
+        _say_leaks(check)
     print(f"comparison: {arguments.out / 'comparison.html'}")
     return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
 

@@ -64,11 +64,15 @@ def add_options(parser: Parser) -> None:
     add_loop_options(parser)
 
 
-def refuse_options(arguments: argparse.Namespace) -> None:
-    """Refuse options that only a protocol run heeds, where none is asked for."""
-    for name in ("features", "folds_csv", "teachers", "keep_weights", "recipe"):
-        if getattr(arguments, name):
-            raise SerError(f"--{name} is for --protocol, which trains models; give one, or leave --{name} out")
+def refuse_options(arguments: argparse.Namespace, why: str) -> None:
+    """Refuse options that only a protocol run heeds, where none is asked for; ``why`` follows "--NAME is"."""
+    parser = Parser(add_help=False)
+    add_options(parser)
+    if arguments.recipe:  # before the settings that it brings along
+        raise SerError(f"--recipe is {why}; leave it out")
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(arguments, name) != default:
+            raise SerError(f"--{name} is {why}; leave it out")
 
 
 def _protocols(text: str) -> tuple[str, ...]:
@@ -118,14 +122,17 @@ def labelled_recordings(features: Path) -> pd.DataFrame:
     """The labelled originals of a feature folder, with content hashes."""
     from jobs.extract import describe_labels
     from pipeline.arrays import load_features
-    from pipeline.splits import add_hashes
+    from pipeline.splits import add_hashes, unknown_content
 
     table = load_features(features).table
     if "label" not in table.columns:
         raise SerError(f"{features} has no labels; extract it from a CSV with a label column")
     originals = table[table["parent_id"] == ""].reset_index(drop=True)
     describe_labels(originals)
-    return add_hashes(originals)
+    found = add_hashes(originals)
+    if unknown := unknown_content(found):
+        say(unknown)
+    return found
 
 
 def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) -> list[Fold]:

@@ -105,7 +105,7 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
     from pipeline.arrays import load_features
     from pipeline.runs import SPLIT_SEED, Plan, begin, check, check_resumes, read_splits
-    from pipeline.splits import add_hashes, check_disjoint, split_table
+    from pipeline.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.teachers import refuse_leaks
 
     table = load_features(features).table
@@ -118,8 +118,11 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
     if arguments.resume:
         splits = read_splits(arguments.out)
     else:
+        found = _in_given_parts(add_hashes(originals), arguments.split_csv)
+        if unknown := unknown_content(found):
+            say(unknown)
         splits = split_table(
-            _in_given_parts(add_hashes(originals), arguments.split_csv),
+            found,
             test_size=arguments.test_size,
             inner_val=arguments.inner_val,
             by=arguments.split,

@@ -164,18 +164,23 @@ def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
         settings = bundle.metrics.get("training", {}).get("settings")
         if settings is None:
             raise SerError(f"{bundle_path} does not tell how it was trained; give the settings as options")
-        parser.set_defaults(**_defaults(settings), model=bundle.model_name, dropout=bundle.model_options.get("dropout"))
+        found = _defaults(settings, bundle.labels)
+        parser.set_defaults(**found, model=bundle.model_name, dropout=bundle.model_options.get("dropout"))
     return parser
 
 
-def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A bundle's training settings as option values."""
+def _defaults(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """A bundle's training settings as option values; classes by name, for their numbers are those of its labels."""
     found = {name: settings[name] for name in _AS_THEY_ARE}
     weights = settings["class_weights"]
     return found | {
         "augment": ",".join(settings["augment"]),
-        "oversample_boost": ",".join(f"{name}:{factor:g}" for name, factor in settings["oversample_boost"].items()),
-        "class_weights": "none" if weights is None else ",".join(f"{i}:{w!r}" for i, w in enumerate(weights)),
+        "oversample_boost": ",".join(
+            f"{labels[int(number)]}:{factor:g}" for number, factor in settings["oversample_boost"].items()
+        ),
+        "class_weights": "none"
+        if weights is None
+        else ",".join(f"{name}:{weight!r}" for name, weight in zip(labels, weights, strict=True)),
     }
 
 

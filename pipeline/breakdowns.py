@@ -20,13 +20,15 @@ from pipeline.measures import Ints, scores
 from pipeline.outcomes import Outcomes
 
 MAX_GROUPS = 60
+MAX_NUMBERS = 12  # different values of a column of numbers: more are a measurement, not groups
 SMALL_GROUP = 10
 MISSING = "(not given)"
+GROUP_FIGURES = ("group", "n", "failed", "small", "accuracy", "uar", "difference", "difference_interval")
 _BANDS_S = (0, 1, 2, 3, 4, 6, 10, 30, 60, 600, np.inf)
 _FIRST = ("speaker", "sex", "intensity", "statement", "corpus", "duration band")
 _NOT_GROUPS = {
     *("speech", "label", "label_name", "status", "error", "predicted", "confidence", "entropy", "margin"),
-    *("row_id", "parent_id", "n_frames", "content_hash", "scored_s", "start_s", "end_s"),
+    *("level_dbfs", "row_id", "parent_id", "n_frames", "content_hash", "scored_s", "start_s", "end_s"),
 }
 
 
@@ -40,7 +42,7 @@ def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str,
             continue
         if name == "duration_s":
             columns["duration band"] = _bands(table[name])
-        elif table[name].nunique(dropna=False) > MAX_GROUPS:
+        elif table[name].nunique(dropna=False) > (MAX_NUMBERS if _has_fractions(table[name]) else MAX_GROUPS):
             left_out.append(name)
         else:
             columns[name] = _as_categories(table[name])
@@ -80,6 +82,12 @@ def _group(name: str, own: Ints, everything: Ints) -> dict[str, Any]:
         row["difference"] = right / n - right_rest / n_rest
         row["difference_interval"] = list(newcombe(right, n, right_rest, n_rest))
     return row
+
+
+def _has_fractions(cells: pd.Series) -> bool:
+    """Whether the cells are numbers, some of them with a fraction."""
+    numbers = pd.to_numeric(cells.dropna(), errors="coerce").to_numpy(np.float64)
+    return bool(len(numbers) and np.isfinite(numbers).all() and (numbers % 1 != 0).any())
 
 
 def _as_categories(cells: pd.Series) -> pd.Series:

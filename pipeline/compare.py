@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from pipeline.errors import SerError
-from pipeline.intervals import LEVEL, percentile_interval, resample_groups, resample_recordings
+from pipeline.intervals import LEVEL, MIN_SPEAKERS, percentile_interval, resample_groups, resample_recordings
 from pipeline.measures import Floats, Ints, scores
 from pipeline.metrics import speaker_groups
 from pipeline.outcomes import Outcomes, has_labels, outcomes
@@ -68,9 +68,16 @@ def compare(
             "speakers": None if speakers is None else int(speakers.max()) + 1,
             "speakers_note": note,
         },
-        "figures": _figures(counts, drawn, labels),
+        "figures": _figures(counts, drawn, labels, _voices(one, speakers)),
         "mcnemar": mcnemar(one, two),
     }
+
+
+def _voices(one: Outcomes, speakers: Ints | None) -> list[int]:
+    """How many speakers each class has."""
+    if speakers is None:
+        return [0] * len(one.labels)
+    return [len(set(speakers[one.truth == i])) for i in range(len(one.labels))]
 
 
 def mcnemar(one: Outcomes, two: Outcomes) -> dict[str, Any]:
@@ -118,7 +125,7 @@ def comparison_summary(found: Mapping[str, Any]) -> str:
         if row["difference"] is None:
             lines.append(f"{name:<22} {'n/a':>8} {'n/a':>8} {'n/a':>8}")
             continue
-        low, high = row[over]
+        low, high = row[over] or row["over_recordings"]
         lines.append(
             f"{name:<22} {row['first'] * 100:8.1f} {row['second'] * 100:8.1f} {row['difference'] * 100:+8.1f}"
             f"  [{low * 100:+.1f}, {high * 100:+.1f}]"
@@ -159,8 +166,10 @@ def _paired(
     return one, two
 
 
-def _figures(counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a metric; then the recall of every class."""
+def _figures(
+    counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str], voices: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One row a metric; then the recall of every class, over speakers where it has enough of them."""
     point = (scores(counts.sum(axis=2)), scores(counts.sum(axis=1)))
     samples = {over: (scores(array.sum(axis=3)), scores(array.sum(axis=2))) for over, array in drawn.items()}
 
@@ -184,6 +193,10 @@ def _figures(counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str]) -> 
         pair = (getattr(point[0], field), getattr(point[1], field))
         rows.append(row(name, None, pair, {o: getattr(b, field) - getattr(a, field) for o, (a, b) in samples.items()}))
     for i, label in enumerate(labels):
-        recalls = {over: b.recall[:, i] - a.recall[:, i] for over, (a, b) in samples.items()}
+        recalls = {
+            over: b.recall[:, i] - a.recall[:, i]
+            for over, (a, b) in samples.items()
+            if over == "over_recordings" or voices[i] >= MIN_SPEAKERS
+        }
         rows.append(row("recall", label, (point[0].recall[i], point[1].recall[i]), recalls))
     return rows

@@ -16,7 +16,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from pipeline.corpora import ManifestError
-from pipeline.splits import HASH_COLUMN, by_stem, divide, has_speakers, split_table, units_of
+from pipeline.splits import HASH_COLUMN, by_stem, check_disjoint, divide, has_speakers, split_table, units_of
 
 UNSEEN_SPEAKERS = ("speaker_kfold", "loso")
 PROTOCOLS = ("holdout", "kfold", *UNSEEN_SPEAKERS)
@@ -51,7 +51,8 @@ def folds_of(
             left out.
 
     Raises:
-        ManifestError: an unknown protocol, too few recordings or speakers, or a speaker in two folds that must not be.
+        ManifestError: an unknown protocol, too few recordings or speakers, or a speaker or recording in two folds that
+            must not be.
     """
     if protocol not in PROTOCOLS:
         raise ManifestError(f"unknown protocol {protocol!r}; choose of {', '.join(PROTOCOLS)}")
@@ -60,15 +61,17 @@ def folds_of(
         raise ManifestError(f"--protocol {protocol} needs a speaker for every recording; add the column speaker")
     by = "speaker" if unseen else "random"
     if protocol == "holdout":
-        return [Fold("1", split_table(table, test_size=test_size, inner_val=inner_val, by=by, seed=seed))]
+        splits = split_table(table, test_size=test_size, inner_val=inner_val, by=by, seed=seed)
+        check_disjoint(splits)
+        return [Fold("1", splits)]
     if assigned is not None and protocol != "loso":
         table = by_stem(table.assign(_fold=assigned).dropna(subset=["_fold"]))
         fold_of = table.pop("_fold").astype(str).to_numpy()
-        if unseen:
-            _refuse_split_speakers(table, fold_of)
     else:
         table = by_stem(table)
         fold_of = _drawn(table, protocol, folds, seed)
+    if unseen:
+        _refuse_split_speakers(table, fold_of)
     names = sorted(set(fold_of), key=lambda name: (len(name), name))
     if len(names) < 2:
         raise ManifestError(f"--protocol {protocol} needs at least 2 folds, the recordings make {len(names)}")
@@ -77,7 +80,9 @@ def folds_of(
 
 def _fold(table: pd.DataFrame, tested: np.ndarray, name: str, inner_val: float, by: str, seed: int) -> Fold:
     train, inner = divide(table[~tested].reset_index(drop=True), inner_val, by, seed, "inner validation")
-    return Fold(name, {"train": train, "inner_val": inner, "test": table[tested].reset_index(drop=True)})
+    splits = {"train": train, "inner_val": inner, "test": table[tested].reset_index(drop=True)}
+    check_disjoint(splits)
+    return Fold(name, splits)
 
 
 def _drawn(table: pd.DataFrame, protocol: str, folds: int, seed: int) -> np.ndarray:
@@ -109,8 +114,8 @@ def _refuse_split_speakers(table: pd.DataFrame, fold_of: np.ndarray) -> None:
 def assignment(table: pd.DataFrame, csv: Path, column: str) -> pd.Series:
     """The cell of ``column`` that a committed CSV gives to each row of ``table``, NaN for rows it does not name.
 
-    The CSV has ``column`` and one of ``content_hash``, ``id`` (file stem) or ``speaker``; the first of them that both
-    sides have decides.
+    The CSV has ``column`` and one of ``content_hash``, ``id`` (file stem) or ``speaker``; the first of them that names
+    any of the rows decides (contents are unknown where the audio is gone).
 
     Raises:
         ManifestError: no such file or column, a key given twice with different cells, or no row that it names.
@@ -121,16 +126,19 @@ def assignment(table: pd.DataFrame, csv: Path, column: str) -> pd.Series:
         raise ManifestError(f"cannot read {csv}: {error}") from error
     keys = {HASH_COLUMN: table.get(HASH_COLUMN), "id": table["speech"].map(lambda p: Path(str(p)).stem)}
     keys["speaker"] = table.get("speaker")
-    key = next((name for name in keys if name in given.columns and keys[name] is not None), None)
-    if column not in given.columns or key is None:
+    shared = [name for name in keys if name in given.columns and keys[name] is not None]
+    if column not in given.columns or not shared:
         raise ManifestError(f"{csv} has the columns {list(given.columns)}; expected {column} and content_hash or id")
-    pairs = given[[key, column]].drop_duplicates()
-    if pairs[key].duplicated().any():
-        raise ManifestError(f"{csv} gives {pairs.loc[pairs[key].duplicated(), key].iloc[0]} two different {column}s")
-    found = pd.Series(keys[key], index=table.index).map(dict(zip(pairs[key], pairs[column], strict=True)))
-    if found.isna().all():
-        raise ManifestError(f"none of the {len(table)} recordings is named in {csv} (by {key})")
-    return found
+    for key in shared:
+        pairs = given.loc[given[key] != "", [key, column]].drop_duplicates()
+        if pairs[key].duplicated().any():
+            raise ManifestError(
+                f"{csv} gives {pairs.loc[pairs[key].duplicated(), key].iloc[0]} two different {column}s"
+            )
+        found = pd.Series(keys[key], index=table.index).map(dict(zip(pairs[key], pairs[column], strict=True)))
+        if found.notna().any():
+            return found
+    raise ManifestError(f"none of the {len(table)} recordings is named in {csv} (by {', '.join(shared)})")
 
 
 def sharing(fold: Fold) -> dict[str, int | None]:
@@ -141,7 +149,7 @@ def sharing(fold: Fold) -> dict[str, int | None]:
 
 
 def _shared(test: pd.DataFrame, heard: pd.DataFrame, columns: tuple[str, ...]) -> int | None:
-    if not set(columns) <= set(test.columns):
+    if not set(columns) <= set(test.columns) or not (has_speakers(test) and has_speakers(heard)):
         return None
     known = set(heard[list(columns)].astype(str).itertuples(index=False, name=None))
     return sum(row in known for row in test[list(columns)].astype(str).itertuples(index=False, name=None))

@@ -3,11 +3,13 @@
 Resampling n recordings with replacement is drawing cell counts from a multinomial: the cost is that of the
 cells, not of the recordings. Recordings of one speaker are not independent; resampling whole speakers (the
 cluster bootstrap, Field & Welsh 2007) says how far a figure may move with other voices. Intervals are
-percentile intervals (Efron 1979).
+percentile intervals (Efron 1979); those of plain shares over recordings are score intervals (Wilson 1927),
+which are right for few recordings too.
 
 Limits: a percentile interval knows only the recordings it has. Where every one is right (or wrong) all
 resamples are alike; the exact binomial bound (Clopper & Pearson 1934) on the number of recordings then
-stands in.
+stands in. Over few speakers percentile intervals are too narrow: those of 95 % held the truth in 83 to 85 of
+100 simulations with 5 or 6 speakers, in 91 with 12 and in 92 with 22.
 """
 
 from __future__ import annotations
@@ -82,14 +84,14 @@ def clopper_pearson(right: int, n: int) -> Interval:
 def newcombe(right: int, n: int, right_rest: int, n_rest: int) -> Interval:
     """Hybrid score ``LEVEL`` interval of ``right/n - right_rest/n_rest``, independent samples."""
     share, rest = right / n, right_rest / n_rest
-    (low, high), (low_rest, high_rest) = _wilson(right, n), _wilson(right_rest, n_rest)
+    (low, high), (low_rest, high_rest) = wilson(right, n), wilson(right_rest, n_rest)
     below = math.hypot(share - low, high_rest - rest)
     above = math.hypot(high - share, rest - low_rest)
     return share - rest - below, share - rest + above
 
 
-def _wilson(right: int, n: int) -> Interval:
-    """Score interval of a share (Wilson 1927)."""
+def wilson(right: int, n: int) -> Interval:
+    """Score ``LEVEL`` interval of the share ``right`` of ``n``."""
     z = float(norm.ppf((1 + LEVEL) / 2))
     share = right / n
     centre = share + z * z / (2 * n)

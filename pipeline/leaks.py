@@ -1,8 +1,9 @@
 """Whether recordings to be evaluated were used in training, and what the figures are without them.
 
 Recordings are compared by content (``splits.content_hash``), so that renaming or another lossless format hides nothing.
-A re-encoded, cut or resampled copy is another content and is not found. Recordings of the bundle's ``test`` part
-were not used; those of ``inner_val`` were, to choose the epoch.
+A re-encoded, cut or resampled copy is another content and is not found. Training recordings whose content the bundle
+does not know (it was trained on features, without the audio) are compared by file name. Recordings of the bundle's
+``test`` part were not used; those of ``inner_val`` were, to choose the epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.measures import scores
 from pipeline.outcomes import Outcomes, has_labels, outcomes
-from pipeline.splits import HASH_COLUMN, add_hashes, duplicates_in, leaked
+from pipeline.splits import HASH_COLUMN, add_hashes, duplicates_in, leaked, used_in_training
 
 SHOWN = 20
 
@@ -31,12 +32,16 @@ class Leaks:
         shared_speakers: speakers of the manifest who were heard in training, sorted.
         duplicates: groups of paths in the manifest that have the same content.
         note: why nothing could be compared; None when it could.
+        unread: rows without content, which cannot be read.
+        by_name: training recordings that could be compared by name only.
     """
 
     mask: NDArray[np.bool_]
     shared_speakers: tuple[str, ...]
     duplicates: tuple[tuple[str, ...], ...]
     note: str | None = None
+    unread: int = 0
+    by_name: int = 0
 
 
 def find(manifest: pd.DataFrame, training: pd.DataFrame, *, threads: int = 2) -> Leaks:
@@ -45,19 +50,27 @@ def find(manifest: pd.DataFrame, training: pd.DataFrame, *, threads: int = 2) ->
     Unreadable recordings have no content and are never reported.
     """
     hashed = manifest if HASH_COLUMN in manifest.columns else add_hashes(manifest, threads=threads)
-    duplicates = tuple(tuple(group) for group in duplicates_in(hashed))
+    groups = (tuple(dict.fromkeys(group)) for group in duplicates_in(hashed))  # a path that occurs twice is no copy
+    duplicates = tuple(group for group in groups if len(group) > 1)
     if HASH_COLUMN not in training.columns or training.empty:
         note = "The bundle does not list the recordings it was trained on: what it has heard cannot be told."
         return Leaks(np.zeros(len(manifest), dtype=bool), (), duplicates, note)
-    mask = leaked(hashed, training).to_numpy(dtype=bool)
-    return Leaks(mask, _shared_speakers(manifest, training), duplicates)
+    read = (hashed[HASH_COLUMN] != "").to_numpy(dtype=bool)
+    return Leaks(
+        mask=leaked(hashed, training).to_numpy(dtype=bool) & read,
+        shared_speakers=_shared_speakers(manifest, training),
+        duplicates=duplicates,
+        unread=int((~read).sum()),
+        by_name=int((used_in_training(training)[HASH_COLUMN] == "").sum()),
+    )
 
 
 def describe(leaks: Leaks, predictions: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
     """JSON-able account for the report; ``predictions`` has the manifest's rows in its order."""
     found: dict[str, Any] = {
         "note": leaks.note,
-        "checked": len(predictions) if leaks.note is None else 0,
+        "checked": len(predictions) - leaks.unread if leaks.note is None else 0,
+        "by_name": leaks.by_name,
         "leaked": int(leaks.mask.sum()),
         "recordings": predictions.loc[leaks.mask, "speech"].head(SHOWN).astype(str).tolist(),
         "duplicates": [list(group) for group in leaks.duplicates[:SHOWN]],
@@ -90,6 +103,5 @@ def _figures(found: Outcomes) -> dict[str, Any]:
 def _shared_speakers(manifest: pd.DataFrame, training: pd.DataFrame) -> tuple[str, ...]:
     if "speaker" not in manifest.columns or "speaker" not in training.columns:
         return ()
-    used = training[training["split"] != "test"] if "split" in training.columns else training
-    heard = set(used["speaker"].dropna().astype(str)) - {""}
+    heard = set(used_in_training(training)["speaker"].dropna().astype(str)) - {""}
     return tuple(sorted(heard & set(manifest["speaker"].dropna().astype(str))))

@@ -16,7 +16,7 @@ import pandas as pd
 
 from pipeline.breakdowns import breakdowns
 from pipeline.hints import hints
-from pipeline.intervals import LEVEL, MIN_SPEAKERS, interval, resample_groups, resample_recordings
+from pipeline.intervals import LEVEL, MIN_SPEAKERS, interval, resample_groups, resample_recordings, wilson
 from pipeline.measures import (
     Floats,
     Ints,
@@ -94,6 +94,7 @@ def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generato
     speakers, note = speaker_groups(found.table)
     if speakers is not None:
         drawn["speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
+    voices = None if speakers is None else [len(set(speakers[found.truth == i])) for i in range(n_classes)]
     overall = _overall(counts, drawn)
     overall["top2_accuracy"] = None if hits is None else _top2(counts, drawn)
     return {
@@ -106,7 +107,7 @@ def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generato
             "speakers_note": note,
         },
         "overall": overall | _probability_figures(found),
-        "per_class": _per_class(found.labels, counts, drawn),
+        "per_class": _per_class(found.labels, counts, drawn, voices),
         "confusion": _confusion(found.labels, counts.sum(axis=-1)),
     } | _curves(found)
 
@@ -141,23 +142,33 @@ def _views(array: Ints) -> dict[str, Scores]:
 
 def _overall(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
     point, samples = _views(counts), {over: _views(array) for over, array in drawn.items()}
-    n = {"read": int(counts[:, :-1].sum()), "with_failed": int(counts.sum())}
+    support = {"read": counts[:, :-1].sum(axis=(1, 2)), "with_failed": counts.sum(axis=(1, 2))}
+    rarest = {view: int(n[n > 0].min(initial=n.sum())) for view, n in support.items()}
 
     def figure(name: str, view: str) -> dict[str, Any]:
-        return _figure(
-            getattr(point[view], name), {over: getattr(s[view], name) for over, s in samples.items()}, n[view]
-        )
+        resampled = {over: getattr(s[view], name) for over, s in samples.items()}
+        n = rarest[view] if name in ("uar", "macro_f1") else int(support[view].sum())
+        return _figure(getattr(point[view], name), resampled, n, is_share=name == "accuracy")
 
     return {name: figure(name, "read") | {"with_failed": figure(name, "with_failed")} for name in OVERALL}
 
 
-def _per_class(labels: Sequence[str], counts: Ints, drawn: dict[str, Ints]) -> list[dict[str, Any]]:
+def _per_class(
+    labels: Sequence[str], counts: Ints, drawn: dict[str, Ints], voices: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    """``voices``: how many speakers each class has; too few give it no interval over speakers."""
     point, samples = _views(counts), {over: _views(array) for over, array in drawn.items()}
     support = {"read": counts[:, :-1].sum(axis=(1, 2)), "with_failed": counts.sum(axis=(1, 2))}
 
+    answered = {"read": counts[:, :-1].sum(axis=(0, 2)), "with_failed": counts[:, :-1].sum(axis=(0, 2))}
+
     def figure(name: str, view: str, i: int) -> dict[str, Any]:
-        resampled = {over: getattr(s[view], name)[:, i] for over, s in samples.items()}
-        return _figure(getattr(point[view], name)[i], resampled, int(support[view][i]))
+        few = voices is not None and voices[i] < MIN_SPEAKERS
+        resampled = {
+            over: getattr(s[view], name)[:, i] for over, s in samples.items() if not (few and over == "speakers")
+        }
+        n = answered[view][i] if name == "precision" else support[view][i]
+        return _figure(getattr(point[view], name)[i], resampled, int(n), is_share=name != "f1")
 
     rows = []
     for i, label in enumerate(labels):
@@ -170,12 +181,15 @@ def _per_class(labels: Sequence[str], counts: Ints, drawn: dict[str, Ints]) -> l
     return rows
 
 
-def _figure(value: Floats, samples: dict[str, Floats], n: int) -> dict[str, Any]:
-    """``{"value", "over_recordings", "over_speakers"}``; None where undefined."""
+def _figure(value: Floats, samples: dict[str, Floats], n: int, *, is_share: bool) -> dict[str, Any]:
+    """``{"value", "over_recordings", "over_speakers"}`` of ``n`` recordings; None where undefined."""
     number = _number(value)
     found: dict[str, Any] = {"value": number, "over_recordings": None, "over_speakers": None}
     for over, array in samples.items():
-        bounds = None if number is None else interval(number, array, n)
+        if number is not None and is_share and over == "recordings" and n:
+            bounds: tuple[float, float] | None = wilson(round(number * n), n)
+        else:
+            bounds = None if number is None else interval(number, array, n)
         found[f"over_{over}"] = None if bounds is None else list(bounds)
     return found
 
@@ -186,7 +200,8 @@ def _top2(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
         with np.errstate(invalid="ignore"):
             return np.asarray(read[..., 1].sum(axis=(-1, -2)) / read.sum(axis=(-1, -2, -3)))
 
-    return _figure(share(counts), {over: share(array) for over, array in drawn.items()}, int(counts[:, :-1].sum()))
+    resampled = {over: share(array) for over, array in drawn.items()}
+    return _figure(share(counts), resampled, int(counts[:, :-1].sum()), is_share=True)
 
 
 def _probability_figures(found: Outcomes) -> dict[str, float | None]:

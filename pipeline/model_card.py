@@ -106,7 +106,7 @@ def _figures(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
             "|---|---|---|",
             *(f"| {name} | {_percent(value)} | {_span(interval)} |" for name, (value, interval) in rows.items()),
             "",
-            f"Confidences: expected calibration error {_percent(confidence['ece'])}, Brier score "
+            f"Confidences, at temperature 1: expected calibration error {_percent(confidence['ece'])}, Brier score "
             f"{confidence['brier']:.3f}, log-loss {confidence['log_loss']:.3f}.",
             "",
         ]

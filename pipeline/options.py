@@ -8,7 +8,7 @@ from pipeline.audio import Channel
 from pipeline.errors import SerError
 from pipeline.predictor import Channels
 from pipeline.timeline import SILENCE_DBFS
-from pipeline.windows import Walk
+from pipeline.windows import Walk, check_crops
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ScoreOptions:
     silence_dbfs: float = SILENCE_DBFS
 
     def __post_init__(self) -> None:
-        if self.crops is not None and self.crops < 1:
-            raise SerError(f"crops must be 1 or more, got {self.crops}")
+        if self.crops is not None:
+            check_crops(self.crops)
         if not 0.0 <= self.min_confidence <= 1.0:
             raise SerError(f"min_confidence must lie in 0..1, got {self.min_confidence}")
         if self.hop_s is not None and self.window_s is None:

@@ -22,7 +22,7 @@ from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.errors import SerError
 from pipeline.excerpts import Excerpt, describe, failed, listen, walk
 from pipeline.timeline import SILENCE_DBFS, Floats, Timeline, joined, log_softmax, named, no_windows, pool
-from pipeline.windows import Walk, covered_s
+from pipeline.windows import Walk, check_crops, covered_s
 
 Array = NDArray[np.float32]
 Channels = int | Literal["mix", "each"]
@@ -92,8 +92,8 @@ class Predictor:
     ) -> None:
         if batch_size < 1:
             raise SerError(f"batch_size must be 1 or more, got {batch_size}")
-        if crops is not None and crops < 1:
-            raise SerError(f"crops must be 1 or more, got {crops}")
+        if crops is not None:
+            check_crops(crops)
         self.bundle = bundle
         self.backend = backend
         self.batch_size = batch_size

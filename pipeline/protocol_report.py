@@ -112,7 +112,8 @@ def protocols_summary(found: Mapping[str, Any]) -> str:
         if len(row["folds"]) > 1:
             spread = "".join(f"{_spread(row['over_folds'][name]):>14}" for name in FIGURES)
             lines.append(f"{'  folds, mean ± SD':<27}{spread}")
-    lines += ["", f"Intervals: bootstrap over {found['protocols'][0]['intervals_over']}."]
+    over = found["protocols"][0]["intervals_over"]
+    lines += ["", f"Intervals: {'bootstrap ' if over == 'speakers' else ''}over {over}."]
     lines += [_heard(row) for row in found["protocols"]]
     for gap in found["gaps"]:
         change = ", ".join(f"{title} {points(gap[name])}" for name, title in FIGURES.items())

@@ -48,10 +48,11 @@ class SideBySide:
         Raises:
             SerError: ``at_once`` below 1 or above the CPUs.
         """
-        wanted = at_once or min(folds, gpus or cpus)
+        wanted = min(folds, gpus or cpus) if at_once is None else at_once
         if not 1 <= wanted <= cpus:
             raise SerError(f"--folds_at_once {wanted} on {cpus} CPUs; expected 1 to {cpus}")
-        return cls(wanted, max(1, cpus // wanted), gpus / wanted)
+        share = gpus / wanted
+        return cls(wanted, max(1, cpus // wanted), share if share <= 1 else int(share))  # Ray gives no fraction above 1
 
 
 def train_folds(
@@ -127,8 +128,11 @@ def _lay_down(plan: Plan, fold: Fold) -> None:
 
 
 def _same_recordings(begun: pd.DataFrame, found: pd.DataFrame) -> bool:
-    """By row number, and by content where both know it: recordings may have been moved away since."""
-    before, now = (dict(zip(part["row_id"].astype(str), part[HASH_COLUMN], strict=True)) for part in (begun, found))
+    """By row number and label, and by content where both know it: recordings may have been moved away since."""
+    before, now = (
+        dict(zip(zip(part["row_id"].astype(str), part["label"], strict=True), part[HASH_COLUMN], strict=True))
+        for part in (begun, found)
+    )
     return before.keys() == now.keys() and all(now[row] in (known, "") for row, known in before.items() if known)
 
 

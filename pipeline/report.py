@@ -11,7 +11,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import soundfile
 
 from pipeline import figures
 from pipeline.audio import AudioError, load, probe
+from pipeline.breakdowns import GROUP_FIGURES
 from pipeline.compare import compare, disagreements
+from pipeline.errors import SerError
 from pipeline.folders import local_path
 from pipeline.metrics import Targets, evaluate
 from pipeline.outcomes import failed_rows, outcomes
@@ -48,6 +51,19 @@ _CLIP_LIMIT_S = 10.0
 _MISTAKE_COLUMNS = ("speech", "speaker", "label_name", "predicted", "confidence", "p_true", "duration_s")
 
 
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Make ``out``, and say in one line when it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise SerError(
+            f"cannot write the report in {out}: {error.strerror or error}; "
+            "free some space, then give the same command again"
+        ) from error
+
+
 def write_report(
     predictions: pd.DataFrame,
     labels: Sequence[str],
@@ -70,7 +86,7 @@ def write_report(
             ``data`` also appear at the top of the page.
         targets: of the verdict.
         embed_audio: how many of the most confident mistakes can be played in the page.
-        leak_check: what ``leaks.check`` found.
+        leak_check: what ``leaks.describe`` found.
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
@@ -79,12 +95,20 @@ def write_report(
 
     Raises:
         LabelError: a label that is none of ``labels``.
+        SerError: the disk is full or cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     evaluation = evaluate(predictions, labels, targets=targets, resamples=resamples, seed=seed)
+    evaluation |= {"meta": dict(meta), "leak_check": leak_check, "mistakes": []}
+    with _writing(out):
+        return _write(evaluation, predictions, labels, out, embed_audio)
+
+
+def _write(
+    evaluation: dict[str, Any], predictions: pd.DataFrame, labels: Sequence[str], out: Path, embed_audio: int
+) -> dict[str, Any]:
+    """The tables, figures and the page of an evaluation, which gets what the page shows beside the figures."""
     for name in _OUTPUTS:  # of a report with labels, or of another model, nothing may stay beside this one
         (out / name).unlink(missing_ok=True)
-    evaluation |= {"meta": dict(meta), "leak_check": leak_check, "mistakes": []}
     failures = _failures(predictions)
     evaluation["failures"] = _failure_summary(failures)
     write_csv(failures, out / "failures.csv")
@@ -104,7 +128,7 @@ def write_report(
         "report.html.j2",
         e=json.loads(text),
         pictures=pictures,
-        meta_rows=meta_rows(meta),
+        meta_rows=meta_rows(evaluation["meta"]),
         audio=_players(evaluation["mistakes"][:embed_audio]),
     )
     (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -155,7 +179,7 @@ def _write_tables(evaluation: Mapping[str, Any], out: Path) -> None:
     write_csv(pd.json_normalize(evaluation["per_class"]), out / "per_class.csv")
     write_csv(pd.DataFrame(evaluation["verdict"]["checks"]), out / "verdict.csv")
     groups = [{"column": part["column"], **row} for part in evaluation["breakdowns"] for row in part["groups"]]
-    write_csv(pd.DataFrame(groups), out / "breakdowns.csv")
+    write_csv(pd.DataFrame(groups, columns=["column", *GROUP_FIGURES]), out / "breakdowns.csv")
     for name in ("reliability", "risk_coverage"):
         if evaluation[name] is not None:
             write_csv(pd.DataFrame(evaluation[name]), out / f"{name}.csv")
@@ -195,18 +219,20 @@ def write_comparison(
     *,
     names: tuple[str, str],
     meta: Mapping[str, Any],
+    leak_checks: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Compare two scores tables of the same recordings into ``out``.
 
     Writes ``comparison.json``, ``comparison.csv``, ``disagreements.csv`` and ``comparison.html``; arguments and errors
-    as ``compare.compare``, ``meta`` as in ``write_report``.
+    as ``compare.compare``, ``meta`` as in ``write_report``; ``leak_checks``: what ``leaks.describe`` found for each
+    model, with its ``name``.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    found = compare(first, second, labels, names=names) | {"meta": dict(meta)}
-    write_csv(pd.DataFrame(found["figures"]), out / "comparison.csv")
-    write_csv(disagreements(first, second, labels), out / "disagreements.csv")
-    text = json.dumps(found, indent=1, allow_nan=False, default=str)
-    (out / "comparison.json").write_text(text + "\n", encoding="utf-8")
-    page = render("comparison.html.j2", c=json.loads(text), meta_rows=meta_rows(meta))
-    (out / "comparison.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    found = compare(first, second, labels, names=names) | {"meta": dict(meta), "leak_checks": list(leak_checks)}
+    with _writing(out):
+        write_csv(pd.DataFrame(found["figures"]), out / "comparison.csv")
+        write_csv(disagreements(first, second, labels), out / "disagreements.csv")
+        text = json.dumps(found, indent=1, allow_nan=False, default=str)
+        (out / "comparison.json").write_text(text + "\n", encoding="utf-8")
+        page = render("comparison.html.j2", c=json.loads(text), meta_rows=meta_rows(meta))
+        (out / "comparison.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     return found

@@ -154,9 +154,11 @@ def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         **{name: figure["value"] for name, figure in totals.items()},
         "class_recall": {label: figure["value"] for label, figure in recalls.items()},
         "intervals_95": {
-            "method": f"bootstrap {over.replace('_', ' ')}",
+            "method": "bootstrap over speakers; where every recording is right, the exact bound"
+            if over == "over_speakers"
+            else "over recordings: Wilson's score for shares, bootstrap for the rest",
             **{name: figure[over] for name, figure in totals.items()},
-            "class_recall": {label: figure[over] for label, figure in recalls.items()},
+            "class_recall": {label: figure[over] or figure["over_recordings"] for label, figure in recalls.items()},
         },
         "confidence": {name: overall[name] for name in ("log_loss", "brier", "ece")},
         "confusion": {"counts": evaluation["confusion"]["counts"]},

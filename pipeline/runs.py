@@ -32,6 +32,7 @@ from pipeline.locks import try_lock
 from pipeline.models import build_model
 from pipeline.splits import SPLITS
 from pipeline.teachers import DISTILL, load_teachers
+from pipeline.windows import check_crops
 from pipeline.workers import Workers
 
 PLAN_VERSION = 1
@@ -189,7 +190,7 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folder: Path) -> np.ndarray
     """Positions in `table` of the recordings of a split, by `row_id`.
 
     Raises:
-        SerError: the table lacks one of them, or has another file there.
+        SerError: the table lacks one of them, or has another file or another label there.
     """
     position = {str(row_id): i for i, row_id in enumerate(table["row_id"])}
     try:
@@ -201,6 +202,12 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folder: Path) -> np.ndarray
             raise SerError(
                 f"the run began with {begun} where {folder} has {found}; give the features the run began with"
             )
+    if "label" in part.columns and "label" in table.columns:
+        for path, begun, found in zip(part["speech"], part["label"], table["label"].iloc[rows], strict=True):
+            if str(begun) != str(found):
+                raise SerError(
+                    f"the run began with {path} as {begun}, {folder} has it as {found}; start a new run with this label"
+                )
     return rows
 
 
@@ -214,8 +221,7 @@ def check(plan: Plan, num_workers: int = 1) -> None:
     Raises:
         SerError: what is wrong.
     """
-    if plan.crops < 1:
-        raise SerError(f"crops must be 1 or more, got {plan.crops}")
+    check_crops(plan.crops)
     data = training_data(plan)
     if plan.crops > 1 and data.mel_power is None:
         raise SerError(NO_CROPS)
@@ -243,6 +249,7 @@ def train_here(
     """
     first = Workers.current().rank == 0
     with _only_writer(plan.out, lock_wait_s) if first else nullcontext():
+        Workers.current().wait_for_all()  # until the first has the lock, a killed group may still save an epoch
         data = training_data(plan)
         torch.manual_seed(plan.fit.seed)
         model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)

@@ -142,6 +142,17 @@ def _hash_or_empty(path: str) -> str:
         return ""
 
 
+def unknown_content(table: pd.DataFrame) -> str | None:
+    """What to say when recordings to be split have no ``content_hash``; None when all have one."""
+    unknown = table.loc[table[HASH_COLUMN] == "", "speech"]
+    if unknown.empty:
+        return None
+    return (
+        f"{len(unknown)} of {len(table)} recordings cannot be read any more, as {unknown.iloc[0]}: copies of one "
+        "recording may fall into different parts, and the parts may differ from those of other runs"
+    )
+
+
 def duplicates_in(table: pd.DataFrame) -> list[list[str]]:
     """Paths of recordings that share their content, a list a group; needs ``content_hash``."""
     known = table[table[HASH_COLUMN] != ""]
@@ -164,13 +175,26 @@ def check_disjoint(parts: Mapping[str, pd.DataFrame]) -> None:
             if other != name:
                 raise ManifestError(
                     f"the same recording is in the {other} and the {name} part ({other_path}, {path}); "
-                    "remove one, or leave the split column out"
+                    "remove one of the two, or put both into one part"
                 )
 
 
+def used_in_training(training: pd.DataFrame) -> pd.DataFrame:
+    """The ``training`` rows of a bundle that it has learnt from or was chosen by."""
+    return training[training["split"] != "test"] if "split" in training.columns else training
+
+
 def leaked(table: pd.DataFrame, training: pd.DataFrame) -> pd.Series:
-    """True for each row whose content (``content_hash``) is among the ``training`` rows of a bundle."""
+    """True for each row that a bundle's ``training`` rows hold as well.
+
+    Recordings are compared by content (``content_hash``); where that of either side is unknown, by file stem.
+    """
     if HASH_COLUMN not in training.columns or training.empty:
         return pd.Series(False, index=table.index)
-    used = training[training["split"] != "test"] if "split" in training.columns else training
-    return table[HASH_COLUMN].isin(set(used[HASH_COLUMN]) - {""})
+    used = used_in_training(training)
+    found = table[HASH_COLUMN].isin(set(used[HASH_COLUMN]) - {""})
+    if "speech" in table.columns and "id" in used.columns:
+        stems = table["speech"].map(lambda path: Path(str(path)).stem)
+        found |= stems.isin(used.loc[used[HASH_COLUMN] == "", "id"])
+        found |= (table[HASH_COLUMN] == "") & stems.isin(used["id"])
+    return found

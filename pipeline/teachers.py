@@ -57,6 +57,8 @@ def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame]) -> N
     """
     for path in paths:
         training = load_bundle(path).training
+        if training.empty:
+            raise SerError(f"the teacher {path} does not list the recordings it was trained on; train it again")
         for part in ("inner_val", "test"):
             known = int(leaked(splits[part], training).sum()) if HASH_COLUMN in splits[part] else 0
             if known:

@@ -96,9 +96,9 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
             f"  {name:<18} >= {check['target'] * 100:>4.1f} % {_percent(check['value']):>8}"
             f"  {_interval(check['interval']):<16} {outcome}"
         )
-    over = next((check["interval_over"] for check in found["checks"] if check["interval_over"]), "recordings")
-    speakers = evaluation["bootstrap"]["speakers_note"]
-    notes = f"Intervals: bootstrap over {over}" + (f" (over speakers: {speakers})." if speakers else ".")
+    notes = _intervals(evaluation)
+    if n["unlabelled"]:
+        notes += f" {n['unlabelled']} of {n['rows']} rows have no label: scored, but in no figure."
     if n["labelled_failed"]:
         read = found["checks"][0]["value_read_only"]
         notes += (
@@ -106,6 +106,19 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
             f" here; accuracy of the {n['read']} read: {_percent(read)}."
         )
     return "\n".join([*lines, _wrapped(notes, "  ")])
+
+
+def _intervals(evaluation: Mapping[str, Any]) -> str:
+    """How the intervals of the verdict came about."""
+    checks, note = evaluation["verdict"]["checks"], evaluation["bootstrap"]["speakers_note"]
+    if not evaluation["bootstrap"]["speakers"]:
+        return "Intervals: over recordings" + (f" (over speakers: {note})." if note else ".")
+    told = "Intervals: bootstrap over speakers"
+    if any(check["interval_over"] == "recordings" for check in checks):
+        told += "; over recordings for classes of few speakers"
+    if any(check["value"] == 1.0 for check in checks):
+        told += "; the exact bound where every recording is right"
+    return told + "."
 
 
 def _named(found: Mapping[str, Any]) -> str:

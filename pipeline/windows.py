@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pipeline.errors import SerError
 
 MIN_WINDOW_S = 0.1
+MAX_CROPS = 100
 _TAIL_S = 0.001  # what may stay unheard at the end of a recording
 
 
@@ -40,6 +41,18 @@ class Walk:
             return [0.0]
         starts = [index * self.hop_s for index in range(int(last_s / self.hop_s + 1e-9) + 1)]
         return starts if last_s - starts[-1] <= _TAIL_S else [*starts, last_s]
+
+
+def check_crops(crops: int) -> None:
+    """Refuse a number of crops that none would want.
+
+    Raises:
+        SerError: below 1 or above ``MAX_CROPS``.
+    """
+    if crops < 1:
+        raise SerError(f"crops must be 1 or more, got {crops}")
+    if crops > MAX_CROPS:
+        raise SerError(f"crops must be {MAX_CROPS} or fewer, got {crops}; to hear all of a recording use windows")
 
 
 def crop_starts(duration_s: float, window_s: float, crops: int) -> list[float]:

@@ -36,6 +36,11 @@ class Workers:
         devices = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
+    def wait_for_all(self) -> None:
+        """Return when every worker has come here."""
+        if self.world > 1:
+            dist.barrier()
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all workers of a tensor (of any shape, the same everywhere), in place."""
         if self.world > 1:

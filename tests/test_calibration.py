@@ -91,3 +91,18 @@ def test_the_job_refuses_answers_without_labels(
     pd.DataFrame({"speech": ["a.wav"], "status": ["ok"]}).to_parquet(tmp_path / "predictions.parquet")
     assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path)]) == 2
     assert "has no column label_name" in capsys.readouterr().err
+
+
+def test_answers_that_are_scaled_already_are_taken_back_first(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Scores of a calibrated bundle lead to its temperature again, not to 1."""
+    folder, names = tmp_path / "bundle", list(tiny_bundle.labels)
+    shutil.copytree(tiny_bundle.folder, folder)
+    logits, truth = calibrated()
+    table = pd.DataFrame({"speech": [f"{i}.wav" for i in range(N)], "status": "ok"})
+    table["label_name"] = [names[i] for i in truth]
+    table["predicted"], table["confidence"] = table["label_name"], 0.5
+    table[[f"p_{name}" for name in names]] = softmax(2 * logits / 1.6)
+    table.to_parquet(tmp_path / "predictions.parquet")
+    (tmp_path / "run.json").write_text('{"plan": {"temperature": 1.6}}')
+    assert main(["--model_weights", str(folder), "--predictions", str(tmp_path)]) == 0
+    assert load_bundle(folder).temperature == pytest.approx(2, rel=0.05)

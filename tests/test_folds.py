@@ -138,3 +138,27 @@ def test_what_was_heard_before_is_counted() -> None:
     assert sharing(fold) == {"speakers": 2, "takes": 1}
     bare = {name: part.drop(columns="speaker") for name, part in fold.splits.items()}
     assert sharing(Fold("1", bare)) == {"speakers": None, "takes": None}
+
+
+def test_folds_by_name_where_the_contents_are_unknown(tmp_path: Path) -> None:
+    table = manifest().assign(content_hash="")
+    given = pd.DataFrame({"content_hash": [f"h{i}" for i in range(60)], "id": [f"{i:03d}" for i in range(60)]})
+    given.assign(fold=[str(i % 2) for i in range(60)]).to_csv(tmp_path / "folds.csv", index=False)
+    assert assignment(table, tmp_path / "folds.csv", "fold").tolist() == [str(i % 2) for i in range(60)]
+
+
+def test_one_recording_under_two_names_or_voices_is_not_trained_on_and_tested() -> None:
+    table = manifest(copies=1)
+    with pytest.raises(ManifestError, match=r"the same recording is in the .* part"):
+        folds_of(table, "kfold", assigned=pd.Series(["a"] * 60 + ["b"]), inner_val=0)
+    table.loc[60, "speaker"] = "s5"
+    with pytest.raises(ManifestError, match="the same recording"):
+        folds_of(table, "loso", inner_val=0)
+    with pytest.raises(ManifestError, match="speaker s5 is in the folds"):
+        folds_of(table, "speaker_kfold", folds=6, inner_val=0)
+
+
+def test_blank_speakers_are_not_one_known_voice() -> None:
+    part = pd.DataFrame({"speaker": ["", ""], "label": ["sad", "calm"], "speech": ["a", "b"]})
+    fold = Fold("1", {"train": part, "inner_val": part.iloc[:0], "test": part})
+    assert sharing(fold) == {"speakers": None, "takes": None}

@@ -41,6 +41,7 @@ class Scorer:
         table = with_failed(table, range(len(table) - self.failed, len(table)))
         out.mkdir(parents=True, exist_ok=True)
         table.to_parquet(out / "predictions.parquet")
+        (out / "run.json").write_text(json.dumps({"labels": LABELS, "seconds": 97.8}))
         return SimpleNamespace(failed=self.failed)
 
 
@@ -290,3 +291,48 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.Capt
     for second, reason in ((part, "score the same CSV"), (others, "same classes"), ("none", "no scores at none")):
         assert job.main(["--compare", whole, second, "--out", str(tmp_path / "out")]) == USAGE
         assert reason in error_of(capsys)
+
+
+def test_models_that_know_the_recordings_are_not_compared_without_a_word(
+    scorer: Scorer, csv: Path, tiny_bundle: Bundle, trained_bundle: Path, tmp_path: Path, capsys: Any
+) -> None:
+    words = ["--compare", str(trained_bundle), str(tiny_bundle.folder), "--data_csv", str(csv)]
+    assert job.main([*words, "--out", str(tmp_path / "out")]) == DONE
+    said = capsys.readouterr().err
+    assert "leak check: 7 of 64 recordings were used in training" in said
+    assert "what it has heard cannot be told" in said  # the other lists nothing
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))["leak_checks"]
+    assert [(check["name"], check["leaked"]) for check in found] == [
+        (str(trained_bundle), 7),
+        (str(tiny_bundle.folder), 0),
+    ]
+    assert "7 of 64 recordings were used in its training" in (tmp_path / "out" / "comparison.html").read_text()
+    assert job.main([*words, "--out", str(tmp_path / "again"), "--leak_check", "error"]) == USAGE
+    assert "7 of 64 recordings were used to train trained" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--enforce"], ["--protocol", "loso"], ["--model_weights", "m"], ["--embed_audio", "2"], ["--epochs", "3"]],
+)
+def test_what_a_comparison_does_not_heed_is_refused(words: list[str], tmp_path: Path, capsys: Any) -> None:
+    assert job.main(["--compare", "a", "b", "--out", str(tmp_path), *words]) == USAGE
+    told = error_of(capsys)
+    assert "--compare" in told
+    assert words[0] in told
+
+
+def test_what_is_refused_is_refused_before_every_recording_is_read(
+    csv: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(job.leaks, "find", lambda *_, **__: pytest.fail("the recordings were read"))
+    (tmp_path / "out").write_text("a file")
+    words = ["--model_weights", str(tiny_bundle.folder), "--data_csv", str(csv), "--out", str(tmp_path / "out")]
+    for wrong in (["--num_cpus", "-1"], ["--crops", "0"], ["--num_cpus", "0"]):
+        assert job.main([*words, *wrong]) == USAGE
+        error_of(capsys)
+
+
+def test_the_page_tells_how_long_the_scoring_took(run: Callable[..., int], scorer: Scorer, tmp_path: Path) -> None:
+    assert run() == DONE
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["meta"]["seconds"] == 97.8

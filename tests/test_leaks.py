@@ -67,3 +67,24 @@ def test_figures_with_and_without() -> None:
     assert found["unseen"]["accuracy"] == pytest.approx(25 / 75)
     everything = leaks.describe(leaks.Leaks(np.ones(100, dtype=bool), (), ()), table, LABELS)
     assert everything["unseen"] == {"n": 0, "accuracy": None, "uar": None, "weighted_f1": None}
+
+
+def test_a_bundle_that_was_trained_without_the_audio_is_compared_by_name_and_says_so(manifest: pd.DataFrame) -> None:
+    training = trained_on(manifest, ["train", "train", "test"]).assign(content_hash="", id=["0", "1", "2"])
+    found = leaks.find(manifest, training)
+    assert found.mask.tolist() == [True, True, False, False, False, False]
+    assert (found.by_name, found.unread) == (2, 0)
+
+
+def test_what_cannot_be_read_is_not_counted_as_compared(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    gone = pd.DataFrame({"speech": [str(tmp_path / "gone.wav")], "label": "sad"})
+    asked = pd.concat([manifest.head(2), gone], ignore_index=True)
+    found = leaks.find(asked, trained_on(manifest, ["train"]).assign(id="gone"))
+    assert found.mask.tolist() == [True, False, False]
+    told = leaks.describe(found, asked.assign(status="ok"), LABELS)
+    assert told["checked"] == 2
+
+
+def test_a_path_that_is_listed_twice_is_no_copy(manifest: pd.DataFrame) -> None:
+    twice = pd.concat([manifest, manifest.head(1)], ignore_index=True)
+    assert leaks.find(twice, trained_on(manifest, ["train"])).duplicates == ()

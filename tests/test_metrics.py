@@ -20,6 +20,7 @@ from pipeline.labels import LabelError
 from pipeline.measures import brier, in_top, log_loss, reliability, risk_coverage, scores, tally
 from pipeline.metrics import evaluate
 from pipeline.outcomes import outcomes
+from pipeline.terminal import terminal_summary
 from pipeline.verdict import CROSSES, MET, NOT_DECIDABLE, NOT_MET, Targets, judge, reached
 
 quick = settings(max_examples=40, deadline=None)
@@ -223,7 +224,7 @@ def test_the_seed_decides_the_intervals() -> None:
     table = made_predictions(seed=4)
     first, again, other = (evaluate(table, LABELS, seed=s)["overall"] for s in (0, 0, 1))
     assert first == again
-    assert first["accuracy"]["over_recordings"] != other["accuracy"]["over_recordings"]
+    assert first["uar"]["over_recordings"] != other["uar"]["over_recordings"]
     assert first["accuracy"]["value"] == other["accuracy"]["value"]
 
 
@@ -455,3 +456,47 @@ def test_duration_bands(seconds: float, band: str) -> None:
     assert {"group": band, "n": 10, "small": False}.items() <= next(
         row for row in part["groups"] if row["group"] == band
     ).items()
+
+
+def test_a_class_of_few_speakers_has_no_interval_over_speakers() -> None:
+    """20 recordings of one speaker, 16 right: resampling speakers would say 80 % for certain."""
+    rest = made_predictions(60, ("calm", "sad"), accuracy=1.0, speakers=6)
+    rest = rest[rest["label_name"] == "calm"]
+    one = made_predictions(40, ("calm", "sad"), accuracy=1.0).query("label_name == 'sad'").assign(speaker="Actor_01")
+    one.loc[one.index[:4], "predicted"] = "calm"
+    found = evaluate(pd.concat([rest, one], ignore_index=True), ("calm", "sad"))
+    calm, sad = (row["recall"] for row in found["per_class"])
+    assert calm["over_speakers"] is not None
+    assert (sad["value"], sad["over_speakers"]) == (0.8, None)
+    check = next(check for check in found["verdict"]["checks"] if check["label"] == "sad")
+    assert (check["interval_over"], check["outcome"]) == ("recordings", CROSSES)
+    assert "over recordings for classes of few speakers" in " ".join(terminal_summary(found).split())
+
+
+@pytest.mark.parametrize(("right", "n"), [(15, 16), (16, 16), (28, 32), (0, 9)])
+def test_shares_over_recordings_have_the_score_interval(right: int, n: int) -> None:
+    table = made_predictions(n, ("calm", "sad")).assign(
+        label_name="calm", predicted=["calm"] * right + ["sad"] * (n - right)
+    )
+    want = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    found = evaluate(table, ("calm", "sad"))
+    assert found["overall"]["accuracy"]["over_recordings"] == pytest.approx([want.low, want.high])
+    assert found["per_class"][0]["recall"]["over_recordings"] == pytest.approx([want.low, want.high])
+
+
+def test_precision_counts_its_answers() -> None:
+    """Right in all of 4 answers of 40 recordings: 4 answers are what is known."""
+    table = made_predictions(80, ("calm", "sad")).sort_values("label_name", ignore_index=True)
+    table["predicted"] = ["calm"] * 4 + ["sad"] * 76
+    want = binomtest(4, 4).proportion_ci(0.95, method="wilson")
+    precision = evaluate(table, ("calm", "sad"))["per_class"][0]["precision"]
+    assert (precision["value"], precision["over_recordings"]) == (1.0, pytest.approx([want.low, want.high]))
+
+
+def test_our_own_measurements_are_no_groups() -> None:
+    table = made_predictions(40).assign(level_dbfs=np.linspace(-40, -10, 40), age=np.linspace(18, 77.5, 40))
+    table["take"] = np.arange(40) % 3
+    found = evaluate(table, LABELS)
+    names = [part["column"] for part in found["breakdowns"]]
+    assert "level_dbfs" not in [*names, *found["breakdowns_left_out"]]
+    assert ("take" in names, "age" in names, found["breakdowns_left_out"]) == (True, False, ["age"])

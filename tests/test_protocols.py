@@ -132,11 +132,27 @@ def test_a_bundle_without_settings_is_no_recipe(tiny_bundle: Any) -> None:
         with_recipe(build_parser(), ["--recipe", str(tiny_bundle.folder)])
 
 
+def test_a_recipe_means_its_own_classes() -> None:
+    """Class 1 of eight is calm; of four it may be another."""
+    from jobs.train_options import _defaults
+
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "inception_ser_final")
+    settings = bundle.metrics["training"]["settings"] | {"oversample_boost": {"1": 2.0, "3": 1.5}}
+    settings["class_weights"] = [1.0, 2.0, *[1.0] * 6]
+    found = _defaults(settings, bundle.labels)
+    assert found["oversample_boost"] == "calm:2,fearful:1.5"
+    assert found["class_weights"].startswith("angry:1.0,calm:2.0,disgust:1.0")
+
+
 def test_side_by_side_shares_out_what_there_is() -> None:
     assert SideBySide.of(5, None, cpus=2, gpus=0) == SideBySide(2, 1)
     assert SideBySide.of(2, None, cpus=8, gpus=0) == SideBySide(2, 4)
     assert SideBySide.of(6, 3, cpus=16, gpus=1) == SideBySide(3, 5, pytest.approx(1 / 3))
     assert SideBySide.of(6, None, cpus=16, gpus=1) == SideBySide(1, 16, 1.0)
+    assert SideBySide.of(5, None, cpus=16, gpus=8) == SideBySide(5, 3, 1)  # Ray gives no 1.6 GPUs
+    assert SideBySide.of(3, None, cpus=16, gpus=8) == SideBySide(3, 5, 2)
+    with pytest.raises(SerError, match="--folds_at_once 0 on 4 CPUs"):
+        SideBySide.of(5, 0, cpus=4, gpus=0)
 
 
 def answered(right: int, n: int = 8) -> pd.DataFrame:
@@ -185,9 +201,7 @@ def test_intervals_are_over_speakers_where_they_are_known(tmp_path: Path) -> Non
     page = (tmp_path / "protocols.html").read_text()
     assert "interval over speakers" in page
     assert f"{low * 100:.1f}–{high * 100:.1f}" in page
-    assert "Intervals: bootstrap over recordings." in protocols_summary(
-        write_protocols([row_of("kfold", 6)], tmp_path, {})
-    )
+    assert "Intervals: over recordings." in protocols_summary(write_protocols([row_of("kfold", 6)], tmp_path, {}))
 
 
 @pytest.mark.timeout(300)
@@ -239,7 +253,15 @@ def test_folds_learn_from_the_kept_models_of_the_same_folds(
     assert "was trained on 12 recordings of the test part, which would flatter" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--keep_weights"], ["--teachers", "first"], ["--features", "features"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--keep_weights"], ["--teachers", "first"], ["--features", "features"], ["--recipe", "SHIPPED"]),
+        *(["--epochs", "0"], ["--augment", "masks"], ["--folds", "3"], ["--inner_val", "0"], ["--use_gpu"]),
+    ],
+)
 def test_options_of_protocols_are_refused_without_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = str(Path(__file__).resolve().parents[1] / "models" / "inception_ser_final")
+    words = [shipped if word == "SHIPPED" else word for word in words]
     assert main([*words, "--data_csv", "test.csv", "--out", "out"]) == 2
     assert f"{words[0]} is for --protocol, which trains models" in capsys.readouterr().err

@@ -19,8 +19,9 @@ from matplotlib.image import imread
 from sklearn.metrics import classification_report
 
 from pipeline import figures
+from pipeline.errors import SerError
 from pipeline.metrics import Targets, evaluate
-from pipeline.report import terminal_summary, write_report
+from pipeline.report import terminal_summary, write_comparison, write_report
 from pipeline.report_html import meta_rows, visible
 from pipeline.tables import guard, read_csv, unguard, write_csv
 from pipeline.terminal import classification_report as our_report
@@ -329,3 +330,29 @@ def test_control_and_direction_characters_are_shown() -> None:
 def test_nested_facts_become_rows() -> None:
     rows = meta_rows({"model_sha256": "ab", "versions": {"torch": "2"}, "nothing": None, "words": ["a", 1]})
     assert rows == [("model sha256", "ab"), ("versions: torch", "2"), ("words", "a 1")]
+
+
+def test_a_full_disk_is_one_line(predictions: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.report.write_csv", full)
+    for write in (
+        lambda: write_report(predictions, LABELS, tmp_path / "a", meta={}),
+        lambda: write_comparison(predictions, predictions, LABELS, tmp_path / "b", names=("a", "b"), meta={}),
+    ):
+        with pytest.raises(SerError, match="No space left on device; free some space"):
+            write()
+
+
+def test_rows_without_a_label_are_told(no_drawing: None, tmp_path: Path) -> None:
+    table = made_predictions(40)
+    table.loc[:2, "label_name"] = None
+    told = " ".join(terminal_summary(write_report(table, LABELS, tmp_path, meta={})).split())
+    assert "3 of 40 rows have no label: scored, but in no figure." in told
+
+
+def test_a_table_without_groups_has_its_header(no_drawing: None, tmp_path: Path) -> None:
+    table = made_predictions(20)[["speech", "status", "error", "label_name", "predicted", "confidence"]]
+    write_report(table, LABELS, tmp_path, meta={})
+    assert list(pd.read_csv(tmp_path / "breakdowns.csv").columns)[:3] == ["column", "group", "n"]

@@ -134,7 +134,9 @@ def test_the_reported_figures_are_those_of_the_weights(plan: Plan) -> None:
     assert found["accuracy"] == pytest.approx(expected)
     truth = part["label"].map(LABELS.index)
     assert found["confidence"]["log_loss"] == pytest.approx(log_loss(truth, p, labels=range(len(LABELS))))
-    assert found["intervals_95"]["method"] == "bootstrap over recordings"  # 4 speakers are too few
+    assert (
+        found["intervals_95"]["method"] == "over recordings: Wilson's score for shares, bootstrap for the rest"
+    )  # 4 speakers are too few
     for name in ("accuracy", "uar", "weighted_f1", "macro_f1"):
         low, high = found["intervals_95"][name]
         assert low <= found[name] <= high
@@ -205,7 +207,7 @@ def test_the_card_says_data_licence_recipe_limits_and_forbidden_uses(plan: Plan)
         "38 clips (splits/train.csv), of 60 recordings of 4 speakers",
         "held-out test part; trained on 38 clips",
         "| recall of calm |",
-        "Intervals: 95%, bootstrap over recordings.",
+        "Intervals: 95%, over recordings: Wilson's score for shares, bootstrap for the rest.",
         "expected calibration error",
         "| lr | 0.01 |",
         "split seed 42, seed 42",
@@ -355,3 +357,32 @@ def test_crops_that_the_features_cannot_give_are_refused_before_training(
         check(replace(plain, crops=3))
     with pytest.raises(SerError, match="extract again with --mel_power_s 6"):
         without.crops(0, 3)
+
+
+def test_a_worker_goes_on_from_the_epoch_that_the_first_one_goes_on_from(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that was killed may save one more epoch until the first of its successors has the lock."""
+    train_here(plan, on_epoch=interrupt_after(1))
+    older = plan.checkpoint.read_bytes()
+    train_here(plan, on_epoch=interrupt_after(2))
+    newer = plan.checkpoint.read_bytes()
+    plan.checkpoint.write_bytes(older)
+
+    class Second(runs.Workers):
+        def wait_for_all(self) -> None:
+            plan.checkpoint.write_bytes(newer)
+
+    monkeypatch.setattr(runs.Workers, "current", classmethod(lambda _: Second(rank=1)))
+    epochs: list[int] = []
+    monkeypatch.setattr(runs, "fit", lambda *_, state, **__: epochs.append(len(state["history"])))
+    train_here(plan)
+    assert epochs == [2]
+
+
+def test_features_with_other_labels_are_not_gone_on_with(plan: Plan) -> None:
+    table, part = load_features(plan.features).table, read_splits(plan.out)["train"]
+    rows_of(table, part, plan.features)
+    other = table.assign(label=table["label"].map(dict(zip(LABELS, (*LABELS[1:], LABELS[0]), strict=True))))
+    with pytest.raises(SerError, match=r"the run began with .* as \w+, .* has it as \w+; start a new run"):
+        rows_of(other, part, plan.features)

@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 
 from pipeline.corpora import ManifestError
-from pipeline.splits import add_hashes, check_disjoint, duplicates_in, leaked, split_table
+from pipeline.splits import add_hashes, check_disjoint, duplicates_in, leaked, split_table, unknown_content
 
 
 def manifest(n: int = 200, speakers: int = 10) -> pd.DataFrame:
@@ -122,3 +122,17 @@ def test_a_given_split_is_trained_on_whole_when_no_inner_validation_is_wanted() 
     parts = split_table(table, inner_val=0)
     assert {name: len(part) for name, part in parts.items()} == {"train": 32, "inner_val": 0, "test": 8}
     assert list(parts["train"]["speech"].map(lambda p: Path(p).stem)) == [f"{i:04d}" for i in range(8, 40)]
+
+
+def test_where_contents_are_unknown_names_decide() -> None:
+    training = pd.DataFrame({"id": ["a", "b", "c", "t"], "content_hash": ["", "2", "3", ""]})
+    training["split"] = ["train", "train", "train", "test"]
+    asked = pd.DataFrame({"speech": [f"/x/{name}.wav" for name in "abcdt"], "content_hash": ["9", "", "9", "", ""]})
+    # a: the bundle's is unknown; b: the asked one's; c: both known and different; t: of the test part
+    assert leaked(asked, training).tolist() == [True, True, False, False, False]
+
+
+def test_unknown_contents_are_told() -> None:
+    table = pd.DataFrame({"speech": ["a.wav", "b.wav"], "content_hash": ["1", "2"]})
+    assert unknown_content(table) is None
+    assert str(unknown_content(table.assign(content_hash=["1", ""]))).startswith("1 of 2 recordings cannot be read")

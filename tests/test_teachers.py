@@ -25,10 +25,17 @@ from pipeline.teachers import Teachers, load_teachers, refuse_leaks, without_bat
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]
 
 
-def a_bundle(folder: Path, labels: tuple[str, ...] = LABELS, features: FeatureConfig = CONFIG) -> Path:
+TRAINING = pd.DataFrame({"id": ["a", "b"], "content_hash": ["1", "2"], "speaker": "", "split": ["train", "test"]})
+
+
+def a_bundle(
+    folder: Path,
+    labels: tuple[str, ...] = LABELS,
+    features: FeatureConfig = CONFIG,
+    training: pd.DataFrame | None = TRAINING,
+) -> Path:
     torch.manual_seed(3)
     model = build_model("inception", {}, len(labels), features.input_shape)
-    training = pd.DataFrame({"id": ["a", "b"], "content_hash": ["1", "2"], "speaker": "", "split": ["train", "test"]})
     save_bundle(
         folder,
         name="teacher",
@@ -160,3 +167,15 @@ def test_the_command_tells_whom_the_model_learnt_from(tmp_path: Path, capsys: py
     sha256 = load_bundle(teacher).weights_sha256
     assert (training["distill"], [about["model_sha256"] for about in training["teachers"]]) == (0.5, [sha256])
     assert sha256[:12] in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_teacher_is_known_by_name_where_the_contents_are_not(tmp_path: Path) -> None:
+    teacher = a_bundle(tmp_path / "teacher")
+    gone = pd.DataFrame({"content_hash": ["", ""], "speech": ["/gone/a.wav", "/gone/b.wav"]})
+    splits = {"train": gone, "inner_val": gone.iloc[:0], "test": gone.iloc[1:]}
+    refuse_leaks([teacher], splits)  # b is of its own test part
+    with pytest.raises(SerError, match="was trained on 1 recordings of the test part"):
+        refuse_leaks([teacher], splits | {"test": gone})
+    silent = a_bundle(tmp_path / "silent", training=None)
+    with pytest.raises(SerError, match="does not list the recordings it was trained on"):
+        refuse_leaks([silent], splits)

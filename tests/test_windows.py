@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SerError
-from pipeline.windows import Walk, covered_s, crop_starts
+from pipeline.windows import MAX_CROPS, Walk, check_crops, covered_s, crop_starts
 
 durations = st.floats(0.01, 400.0)
 
@@ -59,3 +59,9 @@ def test_covered_is_the_measure_of_the_union(duration_s: float, window_s: float,
 def test_impossible_walks_are_refused(window_s: float, hop_s: float) -> None:
     with pytest.raises(SerError, match=r"must be 0\.\d+ s or more"):
         Walk(window_s, hop_s)
+
+
+def test_more_crops_than_anybody_wants_are_refused() -> None:
+    check_crops(MAX_CROPS)
+    with pytest.raises(SerError, match="crops must be 100 or fewer, got 100000"):
+        check_crops(100_000)
