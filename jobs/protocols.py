@@ -196,6 +196,7 @@ def _run(
         folds,
         plan,
         side,
+        fits={fold.name: fit_config(arguments, labels, fold.splits["train"], threads=side.cpus) for fold in folds},
         keep_weights=arguments.keep_weights,
         max_failures=arguments.max_failures,
         on_epoch=show,

@@ -10,7 +10,7 @@ fold.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pandas as pd
 from pipeline.arrays import MANIFEST
 from pipeline.errors import SerError
 from pipeline.fit import Record
+from pipeline.fit_config import FitConfig
 from pipeline.folds import Fold
 from pipeline.history import read_history
 from pipeline.runs import Plan, begin, check, check_resumes, load_checkpoint, read_splits, train_here
@@ -60,6 +61,7 @@ def train_folds(
     base: Plan,
     side: SideBySide,
     *,
+    fits: Mapping[str, FitConfig] | None = None,
     keep_weights: bool = False,
     max_failures: int = 3,
     on_epoch: FoldCallback = lambda _fold, _record: None,
@@ -69,6 +71,7 @@ def train_folds(
     Args:
         base: what each fold trains; its ``out`` is the protocol's folder, its ``teachers`` are folders of earlier runs
             of the same protocol with ``keep_weights``.
+        fits: settings of single folds, by name, in place of those of ``base``.
         keep_weights: make a bundle of each fold's folder.
         max_failures: how often a fold whose process died is started again.
         on_epoch: called in this process with each new epoch.
@@ -80,7 +83,7 @@ def train_folds(
         SerError: settings that do not fit the data, a folder that holds another protocol run, or teachers that were
             trained on what a fold is tested on.
     """
-    plans = {fold.name: _plan_of(base, fold.name) for fold in folds}
+    plans = {fold.name: _plan_of(base, fold.name, (fits or {}).get(fold.name, base.fit)) for fold in folds}
     for fold in folds:
         _check_teachers(plans[fold.name].teachers, fold)
     for fold in folds:
@@ -94,9 +97,9 @@ def train_folds(
     return pd.concat(tables, ignore_index=True)
 
 
-def _plan_of(base: Plan, fold: str) -> Plan:
+def _plan_of(base: Plan, fold: str, fit: FitConfig) -> Plan:
     name = f"fold-{fold}"
-    return replace(base, out=base.out / name, teachers=tuple(folder / name for folder in base.teachers))
+    return replace(base, out=base.out / name, fit=fit, teachers=tuple(folder / name for folder in base.teachers))
 
 
 def _check_teachers(teachers: Sequence[Path], fold: Fold) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from sklearn.utils.class_weight import compute_class_weight
 from toy_data import write_features
 
 from jobs.evaluate import main
@@ -83,6 +84,34 @@ def test_two_protocols_in_one_command_and_resumed(
     assert main([str(other) if word == str(features) else word for word in words]) == 2
     assert "the run was started with features of other settings than those in" in capsys.readouterr().err
     assert main([*words, "--enforce"]) == 3
+
+
+def test_weights_are_balanced_by_what_a_fold_trains_on(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by what it is tested on; the oracle is scikit-learn's."""
+    seen: list[tuple[Any, dict[str, float]]] = []
+
+    def noted(folds: list[Fold], _base: object, _side: object, *, fits: dict[str, Any], **_: object) -> None:
+        for fold in folds:
+            names = fold.splits["train"]["label"].to_numpy()
+            present = np.unique(names)
+            expected = dict(zip(present, compute_class_weight("balanced", classes=present, y=names), strict=True))
+            seen.append((fits[fold.name].class_weights, expected))
+        raise SerError("enough")
+
+    monkeypatch.setattr("pipeline.protocols.train_folds", noted)
+    rows = load_features(features).table
+    uneven = ["1" if label == "sad" or i % 4 == 0 else "2" for i, label in enumerate(rows["label"])]
+    ids = [Path(path).stem for path in rows["speech"]]
+    pd.DataFrame({"id": ids, "fold": uneven}).to_csv(tmp_path / "folds.csv", index=False)
+    words = ["--protocol", "kfold", "--features", str(features), "--folds_csv", str(tmp_path / "folds.csv")]
+    words += ["--inner_val", "0", "--class_weights", "balanced", "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert len(seen) == 2
+    for found, expected in seen:
+        assert found == pytest.approx([expected.get(name, 1.0) for name in ("calm", "happy", "sad")])
+    assert seen[0][0] != seen[1][0]
 
 
 @pytest.mark.parametrize(
