@@ -91,7 +91,7 @@ def add_data_options(parser: Parser) -> None:
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
     """The manifest that the data options name."""
     if arguments.data_dir is not None:
-        return scan_folder(arguments.data_dir)
+        return scan_folder(arguments.data_dir, tell=say)
     return read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map)
 
 
