@@ -15,6 +15,7 @@ import pytest
 from jobs import _common, cli, extract, manifest
 from jobs._common import Parser, Progress, run, true_or_false
 from pipeline.arrays import load_features
+from pipeline.corpora import read_manifest, scan_folder
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
 
@@ -104,6 +105,31 @@ def test_manifest_then_extract(ravdess_like: Path, tmp_path: Path, ray_session: 
     words = ["--data-csv", str(csv), "--out", str(tmp_path / "g")]
     assert extract.main(words) == 4
     assert extract.main([*words, "--tolerate_failures"]) == 0
+
+
+def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("=1+1/a.wav", "sad/b\rc.wav", "sad/'=d.wav", "foo.wav"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    csv = tmp_path / "new" / "metadata.csv"
+    assert manifest.main([str(tmp_path / "in"), "--out", str(csv)]) == 0
+    assert "left out: foo.wav (whose emotion cannot be told)" in capsys.readouterr().err
+    assert "'=1+1" in csv.read_text()
+    expected = scan_folder(tmp_path / "in")
+    assert read_manifest(csv).equals(expected)
+    assert manifest.main([str(tmp_path / "in"), "--out", str(csv)]) == 0
+    assert f"{csv} (replaced)" in capsys.readouterr().err
+
+
+def test_a_manifest_takes_no_place_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = tmp_path / "sad" / "a.wav"
+    clip.parent.mkdir()
+    clip.write_bytes(b"x")
+    for out, complaint in ((tmp_path, "is a folder"), (clip, "is there already"), (clip / "x.csv", "cannot write")):
+        assert manifest.main([str(tmp_path), "--out", str(out)]) == 2
+        assert complaint in capsys.readouterr().err
+    assert clip.read_bytes() == b"x"
 
 
 def test_what_cannot_be_heard_is_said_before_anything_is_read(
