@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.arrays import MANIFEST, SHARD_VERSION, read_shard_manifest
+from pipeline.arrays import MANIFEST, SHARD_VERSION, ShardError, read_shard_manifest
 from pipeline.audio import AudioError, Clip, load_middle
 from pipeline.audio_isolated import decode_in_subprocess
 from pipeline.checkpoint import write_json
@@ -45,11 +46,30 @@ ProgressCallback = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How to extract. ``mel_power_s`` seconds around the middle are kept for training-time crops; 0 keeps none."""
+    """How to extract.
+
+    Attributes:
+        mel_power_s: seconds around the middle, the window at least, kept for training-time crops; 0 keeps none.
+        block_rows: recordings a part.
+        pitch_semitones: of the copies, which are made of what is kept.
+
+    Raises:
+        ShardError: a value out of range, or copies of nothing.
+    """
 
     mel_power_s: float = 6.0
     block_rows: int = 128
     pitch_semitones: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.block_rows < 1:
+            raise ShardError(f"block_rows must be 1 or more, got {self.block_rows}")
+        if not 0 <= self.mel_power_s < math.inf:
+            raise ShardError(f"mel_power_s must be a number of seconds, 0 or more, got {self.mel_power_s}")
+        if not all(map(math.isfinite, self.pitch_semitones)):
+            raise ShardError(f"pitch_semitones must be finite numbers, got {self.pitch_semitones}")
+        if self.pitch_semitones and not self.mel_power_s:
+            raise ShardError("pitch copies are made of mel power; give --mel_power_s 6, or no --pitch_semitones")
 
 
 @dataclass(frozen=True)
@@ -78,12 +98,17 @@ def extract_shards(
         on_progress: called with (rows done, rows in all, failed so far).
 
     Raises:
-        ShardError: ``out`` holds another extraction, or recordings have changed since (and not ``overwrite``), or it
-            is a folder that is none of ours.
+        ShardError: ``out`` holds another extraction, or recordings have changed since (and not ``overwrite``); it is
+            a folder that is none of ours; pitch copies of other features than log-mel.
         SerError: another process extracts into ``out``, or it cannot be written.
     """
     options = options or ShardOptions()
-    table = manifest.reset_index(drop=True).drop(columns=[*_OUR_COLUMNS, config.kind, "mel_power"], errors="ignore")
+    if options.pitch_semitones and config.kind != "log_mel":
+        raise ShardError(
+            f"pitch copies are made of log_mel features, not of {config.kind}; leave --pitch_semitones "
+            "(or --augment pitch) out"
+        )
+    table = _renamed(manifest.reset_index(drop=True), config)
     with hold(out):
         return _extract(table, out, config, options, overwrite, on_progress)
 
@@ -132,6 +157,18 @@ def _extract(
     }
     write_json(out / MANIFEST, values)
     return ShardSummary(out, rows, failed, len(names) - len(todo))
+
+
+def _renamed(manifest: pd.DataFrame, config: FeatureConfig) -> pd.DataFrame:
+    """The manifest, a column NAME that collides with ours as ``in_NAME``."""
+    taken = {*_OUR_COLUMNS, config.kind, "mel_power", "_block", "_row"}
+    names: list[str] = []
+    for name in map(str, manifest.columns):
+        while name in taken:
+            name = f"in_{name}"
+        taken.add(name)
+        names.append(name)
+    return manifest.set_axis(names, axis=1)
 
 
 def _fingerprint(table: pd.DataFrame, config: FeatureConfig, options: ShardOptions) -> str:
@@ -184,7 +221,8 @@ class BlockWriter:
 
     Attributes:
         schema: the manifest's columns, for every part.
-        run: the start of the job; once ``out`` is another's, nothing is written. Empty: not asked.
+        run: the start of the job. Attempts that died with another are not held against a block, and once ``out`` is
+            another's, nothing is written. Empty: not asked.
     """
 
     out: Path
@@ -196,7 +234,7 @@ class BlockWriter:
     def __call__(self, batch: pd.DataFrame) -> tuple[int, int]:
         """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``): (rows with copies, failed rows)."""
         block = int(batch["_block"].iloc[0])
-        notes = Notes(self.out / NOTES, block)
+        notes = Notes(self.out / NOTES, block, self.run)
         notes.check()
         rows: list[dict[str, Any]] = []
         for position, (_, record) in enumerate(batch.iterrows()):
@@ -250,8 +288,9 @@ class BlockWriter:
 
 
 def _excerpt(read: Callable[..., Clip], path: str, config: FeatureConfig, options: ShardOptions) -> np.ndarray:
-    """Up to ``mel_power_s`` seconds around the middle, mono."""
-    whole = read(path, window_s=options.mel_power_s, sample_rate_hz=config.sample_rate_hz)
+    """Up to ``mel_power_s`` seconds around the middle, the window at least, mono."""
+    longest_s = max(options.mel_power_s, config.window_s)
+    whole = read(path, window_s=longest_s, sample_rate_hz=config.sample_rate_hz)
     real = min(len(whole.samples), max(config.window_samples, round(whole.scored_s * config.sample_rate_hz)))
     start = (len(whole.samples) - real) // 2
     return whole.samples[start : start + real]

@@ -132,12 +132,22 @@ def test_a_manifest_takes_no_place_of_something_else(tmp_path: Path, capsys: pyt
     assert clip.read_bytes() == b"x"
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--f_max_hz 99999", "f_max_hz=99999.0; expected at most half the sampling rate, 24000 Hz"),
+        ("--window_s nan", "must be positive and finite"),
+        ("--block_rows -5", "block_rows must be 1 or more, got -5"),
+        ("--mel_power_s nan", "mel_power_s must be a number of seconds, 0 or more, got nan"),
+        ("--pitch_semitones=-1,1 --mel_power_s 0", "give --mel_power_s 6, or no --pitch_semitones"),
+    ],
+)
 def test_what_cannot_be_heard_is_said_before_anything_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--data_csv", "nowhere.csv", "--out", str(tmp_path / "x"), "--f_max_hz", "99999"]
-    assert extract.main(words) == 2
-    assert "f_max_hz=99999.0; expected at most half the sampling rate, 24000 Hz" in capsys.readouterr().err
+    given = ["--data_csv", "nowhere.csv", "--out", str(tmp_path / "x"), *words.split()]
+    assert extract.main(given) == 2
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -12,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import shards
-from pipeline.arrays import ShardError
+from pipeline.arrays import ShardError, load_features
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
 from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
 
 CONFIG = FeatureConfig()
 NO_POWER, ONE_EACH = ShardOptions(mel_power_s=0), ShardOptions(mel_power_s=0, block_rows=1)
+OURS = ("row_id", "status", "error", "log_mel", "_row", "_block")
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +105,68 @@ def test_changed_recordings_are_refused_and_those_that_are_gone_are_not(
         extract_shards(recordings, out, CONFIG, options=ONE_EACH)
     (out / "stamps.npy").unlink()  # as folders were made before
     assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
+def test_a_damaged_part_is_done_again(recordings: pd.DataFrame, tmp_path: Path, content: bytes) -> None:
+    out = tmp_path / "out"
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    (out / "manifest.json").unlink()
+    (out / "part-00002.parquet").write_bytes(content)
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 3
+    assert read_parts(out)["status"].eq("ok").all()
+
+
+def test_attempts_that_died_with_other_starts_do_not_count(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_shards(recordings, out, CONFIG, options=NO_POWER)
+    for path in (out / "manifest.json", out / "part-00000.parquet"):
+        path.unlink()
+    (out / NOTES).mkdir()
+    for attempt in range(21):
+        for run in ("", "killed"):
+            (out / NOTES / f"000000.{run}.{attempt}").write_bytes((1).to_bytes(8, "little"))
+    assert extract_shards(recordings, out, CONFIG, options=NO_POWER).failed == 0
+    assert not (out / NOTES).exists()
+
+
+def test_columns_of_our_names_are_kept(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    given = recordings.assign(status="kept", in_status="too", error="e", row_id="r", log_mel="l", _row="7", _block="8")
+    extract_shards(given, tmp_path / "out", CONFIG, options=NO_POWER)
+    table = load_features(tmp_path / "out").table
+    assert table["status"].eq("ok").all()
+    for name, values in given.items():
+        found = table["in_in_status" if name == "in_status" else f"in_{name}" if name in OURS else str(name)]
+        assert found.tolist() == values.tolist()
+
+
+def test_mel_power_holds_the_window_at_least(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    options = ShardOptions(mel_power_s=1.0, pitch_semitones=(1.0,))
+    assert extract_shards(recordings.iloc[:1], tmp_path / "out", CONFIG, options=options).rows == 2
+    assert load_features(tmp_path / "out").n_frames.tolist() == [CONFIG.n_frames] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"block_rows": 0}, "block_rows must be 1 or more, got 0"),
+        ({"block_rows": -5}, "block_rows must be 1 or more, got -5"),
+        ({"mel_power_s": float("nan")}, "mel_power_s must be .* got nan"),
+        ({"mel_power_s": float("inf")}, "mel_power_s must be .* got inf"),
+        ({"mel_power_s": -1.0}, "mel_power_s must be .* got -1"),
+        ({"pitch_semitones": (float("nan"),)}, "finite"),
+        ({"pitch_semitones": (1.0,), "mel_power_s": 0.0}, "give --mel_power_s 6, or no --pitch_semitones"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ShardError, match=complaint):
+        ShardOptions(**options)
+
+
+def test_what_cannot_be_extracted_there_is_refused(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    frames, options = FeatureConfig(kind="frame_features"), ShardOptions(pitch_semitones=(1.0,))
+    with pytest.raises(ShardError, match="not of frame_features"):
+        extract_shards(recordings, tmp_path / "out", frames, options=options)
+    (tmp_path / "file").touch()
+    with pytest.raises(SerError, match="choose another --out"):
+        extract_shards(recordings, tmp_path / "file" / "out", CONFIG)
