@@ -72,12 +72,12 @@ def claim(out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_r
             _write_stamps(out, np.where(extracted[:, np.newaxis], before, stamps))
             return
         others = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
-        reason = f"features of {recordings[changed[0]]}{others} as it was before it changed"
+        reason = f"{out} holds features of {recordings[changed[0]]}{others}, which changed since"
     else:
-        reason = "shards of other recordings or settings"
+        reason = f"{out} holds shards of other recordings or settings"
     if known is not None:
         if not overwrite:
-            raise ShardError(f"{out} holds {reason}; give --overwrite to extract again, or another --out")
+            raise ShardError(f"{reason}; give --overwrite to extract again, or another --out")
         _empty(out)
     _write_stamps(out, stamps)
     write_json(out / PLAN, plan)

@@ -88,7 +88,7 @@ def test_changed_recordings_are_refused_and_those_that_are_gone_are_not(
     second.unlink()
     assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
     first.write_bytes(whole)
-    with pytest.raises(ShardError, match=f"features of {first} as it was before .*--overwrite") as caught:
+    with pytest.raises(ShardError, match=f"features of {first}, which changed since; give --overwrite") as caught:
         extract_shards(recordings, out, CONFIG, options=ONE_EACH)
     assert "\n" not in str(caught.value)
     os.utime(third, ns=(0, 1))
