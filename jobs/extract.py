@@ -91,7 +91,7 @@ def add_data_options(parser: Parser) -> None:
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
     """The manifest that the data options name."""
     if arguments.data_dir is not None:
-        return scan_folder(arguments.data_dir)
+        return scan_folder(arguments.data_dir, tell=say)
     return read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map)
 
 
@@ -113,6 +113,11 @@ def job(arguments: argparse.Namespace) -> int:
         hop_length=arguments.hop_length,
         f_max_hz=arguments.f_max_hz,
     )
+    options = ShardOptions(
+        mel_power_s=arguments.mel_power_s,
+        block_rows=arguments.block_rows,
+        pitch_semitones=arguments.pitch_semitones,
+    )
     table = read_data(arguments)
     describe_labels(table)
     say(f"extracting {len(table)} recordings -> {arguments.out}")
@@ -121,11 +126,7 @@ def job(arguments: argparse.Namespace) -> int:
         table,
         arguments.out,
         config,
-        options=ShardOptions(
-            mel_power_s=arguments.mel_power_s,
-            block_rows=arguments.block_rows,
-            pitch_semitones=arguments.pitch_semitones,
-        ),
+        options=options,
         overwrite=arguments.overwrite,
         on_progress=Progress("extract"),
     )

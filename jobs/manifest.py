@@ -8,7 +8,8 @@ from pathlib import Path
 
 from jobs._common import EXIT_DONE, Parser, run, say
 from jobs.extract import describe_labels
-from pipeline.corpora import scan_folder
+from pipeline.corpora import ManifestError, scan_folder
+from pipeline.tables import write_csv
 
 
 def build_parser() -> Parser:
@@ -22,12 +23,34 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Write the manifest and say what is in it."""
-    table = scan_folder(arguments.folder, songs=arguments.songs)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(arguments.out, index=False)
-    say(f"{len(table)} recordings -> {arguments.out}")
+    out: Path = arguments.out
+    replaced = _is_manifest(out)
+    table = scan_folder(arguments.folder, songs=arguments.songs, tell=say)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(table, out)
+    except OSError as error:
+        raise ManifestError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    say(f"{len(table)} recordings -> {out}{' (replaced)' if replaced else ''}")
     describe_labels(table)
     return EXIT_DONE
+
+
+def _is_manifest(out: Path) -> bool:
+    """Whether there is a manifest at ``out``, to be replaced; False where nothing is.
+
+    Raises:
+        ManifestError: something else is there.
+    """
+    if out.is_dir():
+        raise ManifestError(f"{out} is a folder; give --out the CSV file to write")
+    if not out.is_file():
+        return False
+    with out.open("rb") as file:
+        header = file.readline(100).replace(b'"', b"")
+    if not header or header.startswith(b"speech,label"):
+        return True
+    raise ManifestError(f"{out} is there already and no manifest of this command; choose another --out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

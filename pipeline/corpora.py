@@ -7,30 +7,25 @@ parsed after Livingstone & Russo (2018). Reading tables is in this module, split
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
 from pipeline.audio import EXTENSIONS
-from pipeline.errors import SerError
-from pipeline.folders import local_path, path_text, scan
-from pipeline.labels import RAVDESS_EMOTIONS, LabelError, LabelSet, as_integer, canonical_name
+from pipeline.folders import FolderScan, local_path, path_text, scan
+from pipeline.labels import RAVDESS_EMOTIONS, LabelError, LabelSet, as_integer, canonical_name, normalise_name
+from pipeline.manifest_csv import ManifestError as ManifestError
+from pipeline.manifest_csv import read_cells
 from pipeline.remote import is_remote
 
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_NAMES = ("label", "emotion")
 _RAVDESS_NAME = re.compile(r"^(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)$")
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-
-
-class ManifestError(SerError):
-    """A folder, CSV or table that is no manifest."""
+_MISSING = ("nan", "na", "n/a", "null", "<na>")  # as tables are exported
 
 
 @dataclass(frozen=True)
@@ -69,31 +64,43 @@ def parse_ravdess(stem: str) -> RavdessName | None:
     )
 
 
-def scan_folder(folder: Path, *, songs: bool = False) -> pd.DataFrame:
+def scan_folder(folder: Path, *, songs: bool = False, tell: Callable[[str], None] | None = None) -> pd.DataFrame:
     """Manifest of a folder of labelled recordings, however nested, in order of file stem.
 
     Labels come from RAVDESS file names, else from the name of the folder a file lies in (``angry/x.wav``). Song files
     are left out unless ``songs``; a file found twice under one RAVDESS name (doubled nested folders) counts once.
+    ``tell`` is given one line on all that was left out.
 
     Raises:
-        ManifestError: no such folder, no recording in it, or recordings whose emotion cannot be told.
+        ManifestError: no such folder, no recording in it, recordings whose emotion cannot be told, or a folder whose
+            name would be read back as another label.
     """
     if not folder.is_dir():
         raise ManifestError(f"no folder {folder}; give the folder that holds the recordings")
     rows: list[dict[str, object]] = []
     seen: set[str] = set()
     unknown: list[Path] = []
-    recordings = [Path(local_path(text)) for text in scan(folder, EXTENSIONS).files]
+    doubled: list[Path] = []
+    unwanted: list[Path] = []
+    root, found = Path(os.path.abspath(folder)), scan(folder, EXTENSIONS)
+    recordings = [Path(local_path(text)) for text in found.files]
     for path in sorted(recordings, key=lambda p: (p.stem, str(p))):
         name = parse_ravdess(path.stem)
         if name is None:
-            if path.parent == folder.absolute():
+            if path.parent == root:
                 unknown.append(path)
             else:
-                rows.append({"speech": path_text(path), "label": canonical_name(path.parent.name)})
-        elif (songs or not name.song) and path.stem not in seen:
+                rows.append({"speech": path_text(path), "label": _folder_label(path.parent)})
+        elif name.song and not songs:
+            unwanted.append(path)
+        elif path.stem in seen:
+            doubled.append(path)
+        else:
             seen.add(path.stem)
             rows.append(_ravdess_row(path, name))
+    left_out = {"whose emotion cannot be told": unknown, "found twice": doubled, "songs": unwanted}
+    if tell and (text := _left_out(found, left_out)):
+        tell(f"left out: {text}")
     if unknown and not rows:
         raise ManifestError(
             f"cannot tell the emotion of {unknown[0].name} and {len(unknown) - 1} more in {folder}; "
@@ -102,6 +109,27 @@ def scan_folder(folder: Path, *, songs: bool = False) -> pd.DataFrame:
     if not rows:
         raise ManifestError(f"no recordings in {folder}; expected files ending in {', '.join(sorted(EXTENSIONS))}")
     return pd.DataFrame(rows)
+
+
+def _left_out(found: FolderScan, recordings: Mapping[str, Sequence[Path]]) -> str:
+    """What the scan left out, and which recordings, by reason; empty when none were."""
+    parts = [
+        f"{len(paths):,} {reason} (first: {paths[0].name})" if len(paths) > 1 else f"{paths[0].name} ({reason})"
+        for reason, paths in recordings.items()
+        if paths
+    ]
+    return ", ".join(filter(None, [*parts, found.skipped()]))
+
+
+def _folder_label(folder: Path) -> str:
+    """The label that a folder's name is; numbers index classes and ``NA`` is none: a CSV would not keep them."""
+    label = canonical_name(folder.name)
+    if path_text(label) != label or not label or label in _MISSING or as_integer(label) is not None:
+        raise ManifestError(
+            f"the name of the folder {path_text(folder)} is no emotion; rename it (angry, calm, ...), "
+            "or list the recordings in a CSV with the columns speech,label"
+        )
+    return label
 
 
 def _ravdess_row(path: Path, name: RavdessName) -> dict[str, object]:
@@ -138,7 +166,7 @@ def read_manifest(
         ManifestError: no such file, no path column, no label column though required, no rows, a path outside ``root``.
         LabelError: a label outside ``labels``.
     """
-    table = _read_csv(csv_path)
+    table, lines = read_cells(csv_path)
     if root is not None and not root.is_dir():
         raise ManifestError(f"no folder {root}; --root is the folder that relative paths in the CSV start from")
     return from_dataframe(
@@ -149,6 +177,7 @@ def read_manifest(
         labels=labels,
         require_labels=require_labels,
         source=str(csv_path),
+        lines=lines,
     )
 
 
@@ -161,11 +190,17 @@ def from_dataframe(
     labels: Sequence[str] | None = None,
     require_labels: bool = True,
     source: str = "the table",
+    lines: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """Manifest from a table that has a path column (``speech`` or one of its names) and perhaps labels.
 
-    Arguments and errors as ``read_manifest``; ``fenced`` refuses relative paths that leave ``root``.
+    Arguments and errors as ``read_manifest``; ``fenced`` refuses relative paths that leave ``root``. ``lines`` of the
+    file that the rows begin in are for messages, which count rows without.
     """
+
+    def where(row: int) -> str:
+        return f"{source}, row {row + 1}" if lines is None else f"{source}, line {lines[row]}"
+
     if table.empty:
         raise ManifestError(f"{source} has no rows; expected one row a recording")
     table = _renamed(table, source)
@@ -174,27 +209,31 @@ def from_dataframe(
             f"{source} has no label column; add one named label (or emotion); found {list(table.columns)}"
         )
     table["speech"] = [
-        resolve_path(cell, root or Path.cwd(), fenced, f"{source}, row {i + 1}")
-        for i, cell in enumerate(table["speech"])
+        resolve_path(cell, root or Path.cwd(), fenced, where(row)) for row, cell in enumerate(table["speech"])
     ]
     if "label" in table.columns:
-        table["label"] = _label_names(table["label"], label_map, labels, require_labels, source)
+        table["label"] = _label_names(table["label"], label_map, labels, require_labels, where)
     return table
 
 
 def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "the table") -> str:
-    """Absolute path of a manifest cell; back-slashes of Windows paths are understood.
+    """Absolute path of a manifest cell; back-slashes of Windows paths and blanks around a path are understood.
 
     Raises:
-        ManifestError: an empty cell, or (``fenced``) a relative path that leaves ``root``.
+        ManifestError: an empty cell, a ``file://`` URI of no absolute path, or (``fenced``) a relative path that
+            leaves ``root``.
     """
     text = "" if cell is None or cell is pd.NA or cell != cell else str(cell)
     if not text.strip():
         raise ManifestError(f"{where}: the path is empty; give every row the path of its recording")
+    if text != text.strip() and not _exists(root / text):
+        text = text.strip()
+    if text.startswith("file://") and not text.startswith(("file:///", "file://localhost/")):
+        raise ManifestError(f"{where}: {text!r} is not absolute; write file:///folder/name.wav, or the path alone")
     if text.startswith("file://") or is_remote(text):
         return text
     path = Path(text)
-    if "\\" in text and not (root / path).exists():
+    if "\\" in text and not _exists(root / path):
         path = Path(PureWindowsPath(text).as_posix())
     if path.is_absolute():
         return str(path)
@@ -204,6 +243,14 @@ def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "t
             f"{where}: {text!r} leaves --root {root}; move the recording below it, or give an absolute path"
         )
     return full
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file; a name that is too long for one is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def label_set(table: pd.DataFrame) -> LabelSet:
@@ -217,53 +264,17 @@ def label_counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, int]:
     return {name: int(counts.get(name, 0)) for name in labels}
 
 
-def _read_csv(csv_path: Path) -> pd.DataFrame:
-    if not csv_path.is_file():
-        raise ManifestError(f"no file {csv_path}; make one with: ser manifest FOLDER --out metadata.csv")
-    text = _decoded(csv_path.read_bytes(), csv_path)
-    header = text.lstrip().split("\n", 1)[0]
-    if not header.strip():
-        raise ManifestError(f"{csv_path} is empty; expected a CSV with the columns speech,label")
-    separator = max(",;\t", key=header.count)
-    try:
-        rows = list(csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=separator))
-    except csv.Error as error:
-        raise ManifestError(f"cannot read {csv_path} as CSV: {error}") from error
-    names, body = [n.strip() for n in rows[0]], [r for r in rows[1:] if any(cell.strip() for cell in r)]
-    for number, row in enumerate(body, start=2):
-        if len(row) != len(names):
-            raise ManifestError(
-                f"{csv_path}, row {number}: {len(row)} cells, the header has {len(names)}; "
-                f"put cells that hold {separator!r} in double quotes"
-            )
-    if len(set(names)) != len(names):
-        raise ManifestError(f"{csv_path} names a column twice: {names}; rename one of them")
-    return pd.DataFrame(body, columns=names)
-
-
-def _decoded(raw: bytes, csv_path: Path) -> str:
-    """UTF-16 when a byte-order mark says so, else UTF-8, else what Excel writes in western Europe."""
-    encodings = ("utf-16",) if raw.startswith(_UTF16_MARKS) else ("utf-8-sig", "cp1252")
-    for encoding in encodings:
-        try:
-            text = raw.decode(encoding)
-        except UnicodeError:
-            continue
-        if "\0" not in text:
-            return text
-    raise ManifestError(
-        f"{csv_path} is not a text file that can be read; expected a CSV with the columns speech,label, as UTF-8"
-    )
-
-
 def _renamed(table: pd.DataFrame, source: str) -> pd.DataFrame:
     """A copy whose path and label columns have their canonical names."""
     table = table.reset_index(drop=True).copy()
-    lower = {str(column).strip().lower(): column for column in reversed(list(table.columns))}
+    lower = [str(column).strip().lower() for column in table.columns]
     for canonical, names in (("speech", PATH_NAMES), ("label", LABEL_NAMES)):
-        found = next((lower[name] for name in names if name in lower), None)
-        if found is not None and found != canonical:
-            table = table.rename(columns={found: canonical})
+        name = next((name for name in names if name in lower), None)
+        if name is None:
+            continue
+        if lower.count(name) > 1:
+            raise ManifestError(f"{source} names a column twice: {list(table.columns)}; rename one {name}")
+        table = table.rename(columns={table.columns[lower.index(name)]: canonical})
     if "speech" not in table.columns:
         raise ManifestError(
             f"{source} has no path column; name it speech (or {', '.join(PATH_NAMES[1:])}); found {list(table.columns)}"
@@ -276,14 +287,17 @@ def _label_names(
     label_map: Mapping[str, str] | None,
     labels: Sequence[str] | None,
     required: bool,
-    source: str,
+    where: Callable[[int], str],
 ) -> list[str | None]:
     """Class names of label cells; integers index ``labels`` (RAVDESS order when none are given)."""
     known = LabelSet(tuple(labels)) if labels is not None else None
     by_number = known or LabelSet(tuple(sorted(RAVDESS_EMOTIONS.values())))
     names: list[str | None] = []
-    for row, cell in enumerate(cells, start=1):
+    named = {*(labels or ()), *(label_map or ())}
+    for row, cell in enumerate(cells):
         text = "" if cell is None or cell is pd.NA or cell != cell else str(cell).strip()
+        if text.lower() in _MISSING and not named & {text, normalise_name(text)}:
+            text = ""
         try:
             if not text and required:
                 raise LabelError("the label is empty; label every recording, or leave the row out")
@@ -294,5 +308,5 @@ def _label_names(
             else:
                 names.append(known.names[known.index(text, label_map)] if known else canonical_name(text, label_map))
         except LabelError as error:
-            raise LabelError(f"{source}, row {row}: {error}") from None
+            raise LabelError(f"{where(row)}: {error}") from None
     return names

@@ -62,8 +62,8 @@ class FeatureConfig:
             self.top_db,
             self.n_mfcc,
         )
-        if min(positive) <= 0:
-            raise FeatureError(f"every number of a FeatureConfig must be positive, got {self}")
+        if not all(0 < number < float("inf") for number in positive):  # NaN is not
+            raise FeatureError(f"every number of a FeatureConfig must be positive and finite, got {self}")
         if self.window_samples < self.hop_length:
             raise FeatureError(f"window_s={self.window_s} is shorter than one hop; use a longer window")
         if self.window_s > MAX_WINDOW_S:

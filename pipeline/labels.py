@@ -114,13 +114,13 @@ class LabelSet:
         return len(self.names)
 
     def index(self, value: str | int, label_map: Mapping[str, str] | None = None) -> int:
-        """Class index of a name, an alias, or a 0-based integer (``3``, ``"3"``, ``"3.0"``).
+        """Class index of a name, an alias, or a 0-based integer (``3``, ``"3"``, ``"3.0"``) that is no class's name.
 
         Raises:
             LabelError: the value is no class of this set.
         """
         number = as_integer(value)
-        if number is not None:
+        if number is not None and not (isinstance(value, str) and value.strip() in self.names):
             if 0 <= number < len(self.names):
                 return number
             raise LabelError(f"label {value} is outside 0..{len(self.names) - 1}; the classes are {self.describe()}")

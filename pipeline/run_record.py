@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.checkpoint import Bundle
-from pipeline.folders import local_path
 from pipeline.ledger import LEDGER_VERSION
 from pipeline.options import ScoreOptions
-from pipeline.remote import is_remote, stamp_of
+from pipeline.stamps import stamps_of
 
 LONG_S = 6.0  # of recordings longer than this, most is not heard unless in windows
 
@@ -54,7 +50,7 @@ def plan_of(table: pd.DataFrame, bundle: Bundle, options: ScoreOptions) -> dict[
         "crops": options.crops or bundle.crops,
         "rows": len(table),
         "input": _digest(table),
-        "recordings": _stamps(table["speech"]),
+        "recordings": hashlib.sha256(stamps_of(table["speech"].tolist()).tobytes()).hexdigest(),
     }
 
 
@@ -104,20 +100,3 @@ def _digest(table: pd.DataFrame) -> str:
     for begin in range(0, len(table), 4096):
         digest.update(table.iloc[begin : begin + 4096].to_csv(index=False, header=False).encode())
     return digest.hexdigest()
-
-
-def _stamps(speech: pd.Series[str]) -> str:
-    """Hash of the recordings' sizes and times of change: one that was replaced since is another input."""
-
-    def stamp(path: str) -> tuple[int, int]:
-        if is_remote(path):
-            return stamp_of(path)
-        try:
-            status = os.stat(local_path(path))
-        except (OSError, ValueError):
-            return -1, -1
-        return status.st_size, status.st_mtime_ns
-
-    with ThreadPoolExecutor(8) as pool:
-        stamps = np.array(list(pool.map(stamp, speech, chunksize=512)), dtype=np.int64)
-    return hashlib.sha256(stamps.tobytes()).hexdigest()

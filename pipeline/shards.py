@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,8 +31,8 @@ from pipeline.checkpoint import write_json
 from pipeline.features import FeatureConfig, extract, mel_power
 from pipeline.folders import local_path
 from pipeline.ledger import Notes
+from pipeline.shard_folder import NOTES, begin_notes, check_run, claim, hold, part_name, whole_parts
 
-PLAN, NOTES = "plan.json", ".notes"
 _OUR_COLUMNS = {
     "row_id": pa.string(),
     "parent_id": pa.string(),
@@ -45,11 +46,30 @@ ProgressCallback = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How to extract. ``mel_power_s`` seconds around the middle are kept for training-time crops; 0 keeps none."""
+    """How to extract.
+
+    Attributes:
+        mel_power_s: seconds around the middle, the window at least, kept for training-time crops; 0 keeps none.
+        block_rows: recordings a part.
+        pitch_semitones: of the copies, which are made of what is kept.
+
+    Raises:
+        ShardError: a value out of range, or copies of nothing.
+    """
 
     mel_power_s: float = 6.0
     block_rows: int = 128
     pitch_semitones: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.block_rows < 1:
+            raise ShardError(f"block_rows must be 1 or more, got {self.block_rows}")
+        if not 0 <= self.mel_power_s < math.inf:
+            raise ShardError(f"mel_power_s must be a number of seconds, 0 or more, got {self.mel_power_s}")
+        if not all(map(math.isfinite, self.pitch_semitones)):
+            raise ShardError(f"pitch_semitones must be finite numbers, got {self.pitch_semitones}")
+        if self.pitch_semitones and not self.mel_power_s:
+            raise ShardError("pitch copies are made of mel power; give --mel_power_s 6, or no --pitch_semitones")
 
 
 @dataclass(frozen=True)
@@ -78,23 +98,46 @@ def extract_shards(
         on_progress: called with (rows done, rows in all, failed so far).
 
     Raises:
-        ShardError: ``out`` holds another extraction (and not ``overwrite``), or a folder that is none of ours.
+        ShardError: ``out`` holds another extraction, or recordings have changed since (and not ``overwrite``); it is
+            a folder that is none of ours; pitch copies of other features than log-mel.
+        SerError: another process extracts into ``out``, or it cannot be written.
     """
     options = options or ShardOptions()
-    table = manifest.reset_index(drop=True).drop(columns=[*_OUR_COLUMNS, config.kind, "mel_power"], errors="ignore")
+    if options.pitch_semitones and config.kind != "log_mel":
+        raise ShardError(
+            f"pitch copies are made of log_mel features, not of {config.kind}; leave --pitch_semitones "
+            "(or --augment pitch) out"
+        )
+    table = _renamed(manifest.reset_index(drop=True), config)
+    with hold(out):
+        return _extract(table, out, config, options, overwrite, on_progress)
+
+
+def _extract(
+    table: pd.DataFrame,
+    out: Path,
+    config: FeatureConfig,
+    options: ShardOptions,
+    overwrite: bool,
+    on_progress: ProgressCallback | None,
+) -> ShardSummary:
+    """``extract_shards``, in a folder that is held."""
     blocks = [table.iloc[i : i + options.block_rows] for i in range(0, len(table), options.block_rows)]
     plan = {"plan": _fingerprint(table, config, options), "version": SHARD_VERSION, "blocks": len(blocks)}
-    _claim(out, plan, overwrite)
+    claim(out, plan, table["speech"].tolist(), options.block_rows, overwrite=overwrite)
     names = [part_name(i) for i in range(len(blocks))]
     if (out / MANIFEST).is_file():
         done = read_shard_manifest(out)
         return ShardSummary(out, int(done["rows"]), int(done["failed"]), len(names))
-    todo = [i for i, name in enumerate(names) if not (out / name).is_file()]
+    whole = whole_parts(out, len(blocks))
+    todo = [i for i in range(len(blocks)) if i not in whole]
     finished = len(table) - sum(len(blocks[i]) for i in todo)
-    rows, failed = _count(out, sorted(set(names) - {names[i] for i in todo}))
+    rows, failed = (sum(counts[k] for counts in whole.values()) for k in (0, 1))
     if todo:
-        (out / NOTES).mkdir(exist_ok=True)
-        block = BlockWriter(out.absolute(), pa.Schema.from_pandas(table, preserve_index=False), config, options)
+        run = uuid.uuid4().hex
+        begin_notes(out, run)
+        schema = pa.Schema.from_pandas(table, preserve_index=False)
+        block = BlockWriter(out.absolute(), schema, config, options, run)
         for recordings, written, bad in _run_blocks(blocks, todo, block):
             finished, rows, failed = finished + recordings, rows + written, failed + bad
             if on_progress:
@@ -116,9 +159,16 @@ def extract_shards(
     return ShardSummary(out, rows, failed, len(names) - len(todo))
 
 
-def part_name(block: int) -> str:
-    """File name of a block's part."""
-    return f"part-{block:05d}.parquet"
+def _renamed(manifest: pd.DataFrame, config: FeatureConfig) -> pd.DataFrame:
+    """The manifest, a column NAME that collides with ours as ``in_NAME``."""
+    taken = {*_OUR_COLUMNS, config.kind, "mel_power", "_block", "_row"}
+    names: list[str] = []
+    for name in map(str, manifest.columns):
+        while name in taken:
+            name = f"in_{name}"
+        taken.add(name)
+        names.append(name)
+    return manifest.set_axis(names, axis=1)
 
 
 def _fingerprint(table: pd.DataFrame, config: FeatureConfig, options: ShardOptions) -> str:
@@ -126,25 +176,6 @@ def _fingerprint(table: pd.DataFrame, config: FeatureConfig, options: ShardOptio
     digest.update(json.dumps(asdict(options), sort_keys=True).encode())
     digest.update(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
-
-
-def _claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
-    """Make ``out`` the folder of this plan, or refuse."""
-    if out.exists() and not out.is_dir():
-        raise ShardError(f"{out} is a file; give --out a folder")
-    known = out / PLAN
-    if out.is_dir() and any(out.iterdir()):
-        if not known.is_file():
-            raise ShardError(f"{out} is not empty and holds no feature shards; give --out a new folder")
-        if json.loads(known.read_text(encoding="utf-8")) == plan:
-            return
-        if not overwrite:
-            raise ShardError(
-                f"{out} holds shards of other recordings or settings; give another --out, or --overwrite to replace it"
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(known, plan)
 
 
 def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter) -> Iterator[tuple[int, int, int]]:
@@ -186,17 +217,24 @@ def _packed(rows: pd.DataFrame, schema: pa.Schema) -> bytes:
 
 @dataclass(frozen=True)
 class BlockWriter:
-    """Extracts one block of the manifest and writes its part. ``schema``: the manifest's columns, for every part."""
+    """Extracts one block of the manifest and writes its part.
+
+    Attributes:
+        schema: the manifest's columns, for every part.
+        run: the start of the job. Attempts that died with another are not held against a block, and once ``out`` is
+            another's, nothing is written. Empty: not asked.
+    """
 
     out: Path
     schema: pa.Schema
     config: FeatureConfig
     options: ShardOptions
+    run: str = ""
 
     def __call__(self, batch: pd.DataFrame) -> tuple[int, int]:
         """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``): (rows with copies, failed rows)."""
         block = int(batch["_block"].iloc[0])
-        notes = Notes(self.out / NOTES, block)
+        notes = Notes(self.out / NOTES, block, self.run)
         notes.check()
         rows: list[dict[str, Any]] = []
         for position, (_, record) in enumerate(batch.iterrows()):
@@ -207,6 +245,8 @@ class BlockWriter:
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes
         try:
             pq.write_table(self._to_arrow(batch, rows), temporary, compression="zstd", compression_level=1)
+            if self.run:
+                check_run(self.out, self.run)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -248,8 +288,9 @@ class BlockWriter:
 
 
 def _excerpt(read: Callable[..., Clip], path: str, config: FeatureConfig, options: ShardOptions) -> np.ndarray:
-    """Up to ``mel_power_s`` seconds around the middle, mono."""
-    whole = read(path, window_s=options.mel_power_s, sample_rate_hz=config.sample_rate_hz)
+    """Up to ``mel_power_s`` seconds around the middle, the window at least, mono."""
+    longest_s = max(options.mel_power_s, config.window_s)
+    whole = read(path, window_s=longest_s, sample_rate_hz=config.sample_rate_hz)
     real = min(len(whole.samples), max(config.window_samples, round(whole.scored_s * config.sample_rate_hz)))
     start = (len(whole.samples) - real) // 2
     return whole.samples[start : start + real]
@@ -283,10 +324,3 @@ def _tensor(values: list[np.ndarray | None], shape: tuple[int, ...]) -> pa.Array
     """A fixed-shape tensor column; recordings without features are zeros (their status says so)."""
     stacked = np.stack([np.zeros(shape, np.float32) if v is None else v for v in values])
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(stacked))
-
-
-def _count(out: Path, names: list[str]) -> tuple[int, int]:
-    """Rows and failed rows of parts that an earlier command finished."""
-    statuses = [pq.ParquetFile(out / name).read(["status"])["status"] for name in names]
-    rows = sum(len(s) for s in statuses)
-    return rows, rows - sum(int(pa.compute.sum(pa.compute.equal(s, "ok")).as_py() or 0) for s in statuses)

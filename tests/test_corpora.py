@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -91,7 +92,7 @@ def test_unlabelled_cells_are_allowed_only_when_scoring(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text("speech,label\na.wav,\n", encoding="utf-8")
     assert read_manifest(path, require_labels=False)["label"].tolist() == [None]
-    with pytest.raises(LabelError, match="row 1"):
+    with pytest.raises(LabelError, match="line 2"):
         read_manifest(path)
 
 
@@ -103,10 +104,20 @@ def test_unlabelled_cells_are_allowed_only_when_scoring(tmp_path: Path) -> None:
         ("name,label\na,sad\n", "no path column"),
         ("speech,note\na.wav,x\n", "no label column"),
         ("speech,label\n,sad\n", "path is empty"),
-        ("speech,label\na.wav,sad,extra\n", "row 2: 3 cells"),
+        ("speech,label\na.wav,sad,extra\n", "line 2: 3 cells"),
         ("speech,speech,label\na,b,sad\n", "twice"),
         ("speech,label\na.wav,9\n", "outside 0..7"),
         ("\0\1\2", "not a text file"),
+        ('speech,label,note\na.wav,sad,"oops\nb.wav,sad,x\nc.wav,sad,x\n', "line 2: .*close every double quote"),
+        ('speech,label\na.wav,sad\n"b".wav,sad\n', "line 3: .*close every double quote"),
+        ("speech,label\na.wav," + 140_000 * "x" + "\n", "line 2: .*keep cells below 131,072"),
+        ("speech,Label,label\na.wav,sad,calm\n", "twice"),
+        ("Speech,speech,label\na.wav,b.wav,sad\n", "twice"),
+        ("\n\nspeech,label\n\na.wav,sad\n\n,sad\n", "line 7: the path is empty"),
+        ('\n\nspeech,label\n\n"a\nb.wav",sad\n\nc.wav,sad,x\n', "line 8: 3 cells"),
+        ("speech,label\n\na.wav,sad\nb.wav,9\n", "line 4: .*outside 0..7"),
+        ("speech,label\na.wav,NaN\n", "line 2: the label is empty"),
+        ("speech,label\nfile://../../a.wav,sad\n", "line 2: 'file://../../a.wav' is not absolute"),
     ],
 )
 def test_bad_csv_is_one_line_that_names_the_trouble(tmp_path: Path, content: str, complaint: str) -> None:
@@ -115,6 +126,69 @@ def test_bad_csv_is_one_line_that_names_the_trouble(tmp_path: Path, content: str
     with pytest.raises((ManifestError, LabelError), match=complaint) as caught:
         read_manifest(path)
     assert "\n" not in str(caught.value)
+
+
+def test_missing_labels_as_tables_spell_them(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("speech,label\na.wav,nan\nb.wav,NA\nc.wav,NULL\nd.wav,sad\n", encoding="utf-8")
+    found = read_manifest(path, require_labels=False)["label"]
+    assert found.isna().tolist() == [True, True, True, False]
+    found = read_manifest(path, labels=["na", "sad"], require_labels=False)["label"]
+    assert found.dropna().tolist() == ["na", "sad"]
+
+
+def test_cells_as_other_programs_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("\tspeech\tlabel\n0\ta.wav\tsad\n", encoding="utf-8")  # pandas, with its index
+    assert read_manifest(path)["speech"].tolist() == [str(tmp_path / "a.wav")]
+    (tmp_path / " b.wav").touch()
+    long = 300 * "x" + "\\a.wav"
+    path.write_text(f"label, speech\nsad, a.wav\nsad, b.wav\nsad,{long}\n", encoding="utf-8")
+    expected = [tmp_path / "a.wav", tmp_path / " b.wav", tmp_path / (300 * "x") / "a.wav"]
+    assert read_manifest(path)["speech"].tolist() == [str(p) for p in expected]
+
+
+def test_classes_that_are_numbers_are_found_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("speech,label\na.wav,01\nb.wav,03\n", encoding="utf-8")
+    assert read_manifest(path, labels=["01", "02", "03"])["label"].tolist() == ["01", "03"]
+
+
+@pytest.mark.parametrize("name", ["01", "2", "1e1", "NA", "-"])
+def test_folders_whose_name_would_be_read_as_another_label_are_refused(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, f"{name}/x.wav", "sad/y.wav")
+    with pytest.raises(ManifestError, match=f"{name} is no emotion; rename it .*columns speech,label"):
+        scan_folder(tmp_path)
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    touch(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), "sad/x.wav")
+    assert scan_folder(tmp_path)["label"].tolist() == ["sad"]
+    touch(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), "y.wav")
+    with pytest.raises(ManifestError, match="caf%E9 is no emotion"):
+        scan_folder(tmp_path)
+
+
+def test_a_detour_to_a_folder_gives_no_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "flat/a.wav", "mix/b.wav")
+    for folder in (tmp_path / "flat", tmp_path / "mix" / ".." / "flat"):
+        with pytest.raises(ManifestError, match=r"cannot tell the emotion of a\.wav"):
+            scan_folder(folder)
+
+
+def test_what_a_scan_leaves_out_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "03-01-05-01-01-01-02.wav", "a/03-01-05-01-01-01-02.wav", "foo.wav", "goo.wav", "notes.txt")
+    touch(tmp_path, "03-02-05-01-01-01-02.wav", "sad/" + "d/" * 130 + "x.wav")
+    told: list[str] = []
+    assert len(scan_folder(tmp_path, tell=told.append)) == 1
+    (line,) = told
+    assert line.startswith("left out: 2 whose emotion cannot be told (first: foo.wav), ")
+    for part in ("03-01-05-01-01-01-02.wav (found twice)", "03-02-05-01-01-01-02.wav (song", "1 not audio"):
+        assert part in line
+    assert f"1 folders too deep (first: {tmp_path}/sad/d/" in line
+    told.clear()
+    scan_folder(tmp_path / "a", tell=told.append)
+    assert not told
 
 
 def test_labels_outside_the_models_classes_are_refused(tmp_path: Path) -> None:

@@ -179,6 +179,9 @@ def test_unknown_or_impossible_settings_are_refused() -> None:
         FeatureConfig.from_dict({"n_chroma": 12})
     with pytest.raises(FeatureError, match="positive"):
         FeatureConfig(hop_length=0)
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(FeatureError, match="finite"):
+            FeatureConfig(window_s=number)
     with pytest.raises(FeatureError, match="kind"):
         FeatureConfig(kind="wavelet")
     with pytest.raises(FeatureError, match="expected at most 60 s"):

@@ -15,6 +15,7 @@ import pytest
 from jobs import _common, cli, extract, manifest
 from jobs._common import Parser, Progress, run, true_or_false
 from pipeline.arrays import load_features
+from pipeline.corpora import read_manifest, scan_folder
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
 
@@ -106,12 +107,47 @@ def test_manifest_then_extract(ravdess_like: Path, tmp_path: Path, ray_session: 
     assert extract.main([*words, "--tolerate_failures"]) == 0
 
 
+def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("=1+1/a.wav", "sad/b\rc.wav", "sad/'=d.wav", "foo.wav"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    csv = tmp_path / "new" / "metadata.csv"
+    assert manifest.main([str(tmp_path / "in"), "--out", str(csv)]) == 0
+    assert "left out: foo.wav (whose emotion cannot be told)" in capsys.readouterr().err
+    assert "'=1+1" in csv.read_text()
+    expected = scan_folder(tmp_path / "in")
+    assert read_manifest(csv).equals(expected)
+    assert manifest.main([str(tmp_path / "in"), "--out", str(csv)]) == 0
+    assert f"{csv} (replaced)" in capsys.readouterr().err
+
+
+def test_a_manifest_takes_no_place_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = tmp_path / "sad" / "a.wav"
+    clip.parent.mkdir()
+    clip.write_bytes(b"x")
+    for out, complaint in ((tmp_path, "is a folder"), (clip, "is there already"), (clip / "x.csv", "cannot write")):
+        assert manifest.main([str(tmp_path), "--out", str(out)]) == 2
+        assert complaint in capsys.readouterr().err
+    assert clip.read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--f_max_hz 99999", "f_max_hz=99999.0; expected at most half the sampling rate, 24000 Hz"),
+        ("--window_s nan", "must be positive and finite"),
+        ("--block_rows -5", "block_rows must be 1 or more, got -5"),
+        ("--mel_power_s nan", "mel_power_s must be a number of seconds, 0 or more, got nan"),
+        ("--pitch_semitones=-1,1 --mel_power_s 0", "give --mel_power_s 6, or no --pitch_semitones"),
+    ],
+)
 def test_what_cannot_be_heard_is_said_before_anything_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--data_csv", "nowhere.csv", "--out", str(tmp_path / "x"), "--f_max_hz", "99999"]
-    assert extract.main(words) == 2
-    assert "f_max_hz=99999.0; expected at most half the sampling rate, 24000 Hz" in capsys.readouterr().err
+    given = ["--data_csv", "nowhere.csv", "--out", str(tmp_path / "x"), *words.split()]
+    assert extract.main(given) == 2
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,13 @@ def test_spellings_and_integers(given: str | int, index: int) -> None:
     assert RAVDESS.index(given) == index
 
 
+def test_a_class_of_that_name_goes_before_an_index() -> None:
+    numbers = LabelSet(("01", "02", "03"))
+    assert [numbers.index(name) for name in numbers.names] == [0, 1, 2]
+    assert (numbers.index("1"), numbers.index(1)) == (1, 1)
+    assert numbers.index("01", {"01": "03"}) == 2
+
+
 @pytest.mark.parametrize("given", ["bored", "", "-1", 8, "8", "1.5", True, "nan", "inf"])
 def test_what_no_class_has_is_refused_in_one_line(given: str | int) -> None:
     with pytest.raises(LabelError) as caught:

@@ -1,0 +1,82 @@
+"""The cells of a CSV file as people send it: comma, semicolon or tab separated; UTF-8, UTF-16 or cp1252.
+
+Quotes must be closed, or the rows after an open one would vanish into its cell. What ``pipeline.tables`` guarded for
+spreadsheets is read as it was. Source: RFC 4180.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline.errors import SerError
+from pipeline.tables import unguard
+
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+class ManifestError(SerError):
+    """A folder, CSV or table that is no manifest."""
+
+
+def read_cells(csv_path: Path) -> tuple[pd.DataFrame, list[int]]:
+    """The rows as text under the names of the first, and the line that each begins in; blank rows are left out.
+
+    Raises:
+        ManifestError: no such file, no text, a quote that is not closed, a row of another width, a name used twice.
+    """
+    if not csv_path.is_file():
+        raise ManifestError(f"no file {csv_path}; make one with: ser manifest FOLDER --out metadata.csv")
+    text = _decoded(csv_path.read_bytes(), csv_path)
+    header = text.lstrip("\r\n ").split("\n", 1)[0]
+    if not header.strip():
+        raise ManifestError(f"{csv_path} is empty; expected a CSV with the columns speech,label")
+    separator = max(",;\t", key=header.count)
+    found = list(_rows(text, separator, csv_path))
+    names = [unguard(name.strip()) for name in found[0][1]]
+    for line, row in found:
+        if len(row) != len(names):
+            raise ManifestError(
+                f"{csv_path}, line {line}: {len(row)} cells, the header has {len(names)}; "
+                f"put cells that hold {separator!r} in double quotes"
+            )
+    if len(set(names)) != len(names):
+        raise ManifestError(f"{csv_path} names a column twice: {names}; rename one of them")
+    body = [[unguard(cell) for cell in row] for _, row in found[1:]]
+    return pd.DataFrame(body, columns=names), [line for line, _ in found[1:]]
+
+
+def _rows(text: str, separator: str, csv_path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each row that is not blank, and the line of the file that it begins in."""
+    body = text.lstrip("\r\n ")
+    before = text[: len(text) - len(body)].count("\n")
+    reader, line = csv.reader(io.StringIO(body, newline=""), delimiter=separator, strict=True), 1
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield before + line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ManifestError(
+            f"{csv_path}, line {before + line}: {error}; close every double quote, write one inside a quoted cell "
+            f"twice, and keep cells below {csv.field_size_limit():,} characters"
+        ) from error
+
+
+def _decoded(raw: bytes, csv_path: Path) -> str:
+    """UTF-16 when a byte-order mark says so, else UTF-8, else what Excel writes in western Europe."""
+    encodings = ("utf-16",) if raw.startswith(_UTF16_MARKS) else ("utf-8-sig", "cp1252")
+    for encoding in encodings:
+        try:
+            text = raw.decode(encoding)
+        except UnicodeError:
+            continue
+        if "\0" not in text:
+            return text
+    raise ManifestError(
+        f"{csv_path} is not a text file that can be read; expected a CSV with the columns speech,label, as UTF-8"
+    )

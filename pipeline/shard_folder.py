@@ -1,0 +1,150 @@
+"""The folder of an extraction: held by one process at a time, of one plan, its recordings as they were when it began.
+
+``plan.json`` says what is extracted and how; ``stamps.npy`` holds the stamps of the recordings, int64 ``(n, 2)``,
+taken before they are read. Features may outlive their recordings: one that is gone is no change, one that is there with
+another stamp is. Folders without ``stamps.npy``, of earlier versions, are taken as they are. The lock (``flock``) dies
+with its process; what Ray still runs of a killed one finds that ``.notes/run`` names another and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.arrays import MANIFEST, ShardError
+from pipeline.checkpoint import write_json
+from pipeline.locks import only_one
+from pipeline.stamps import stamps_of
+
+PLAN, STAMPS, NOTES = "plan.json", "stamps.npy", ".notes"
+_LOCK, _RUN = ".extract.lock", "run"
+
+
+def part_name(block: int) -> str:
+    """File name of a block's part."""
+    return f"part-{block:05d}.parquet"
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Hold the folder, made where missing, until the end of the ``with`` block or of the process.
+
+    Raises:
+        ShardError: ``out`` is a file, or a folder that is none of ours.
+        SerError: another process extracts into it, or it cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise ShardError(f"{out} is a file; give --out a folder")
+    if out.is_dir() and not (out / PLAN).is_file() and any(p.name not in (_LOCK, STAMPS) for p in out.iterdir()):
+        raise ShardError(f"{out} is not empty and holds no feature shards; give --out a new folder")
+    with only_one(out / _LOCK, f"extracting into {out}"):
+        yield
+
+
+def claim(out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_rows: int, *, overwrite: bool) -> None:
+    """Make the folder that of ``plan``, or find that it already is.
+
+    Args:
+        recordings: the paths of all rows, of which every ``block_rows`` are one part.
+        overwrite: begin again where the folder holds something else.
+
+    Raises:
+        ShardError: other recordings or settings, or recordings that have changed since (and not ``overwrite``).
+    """
+    stamps, known = stamps_of(recordings), _read(out / PLAN)
+    if known == plan:
+        before = _stamps_before(out, len(recordings))
+        if before is None:
+            return
+        extracted = np.array([(out / part_name(i)).is_file() for i in range(int(plan["blocks"]))], dtype=bool)
+        extracted = extracted.repeat(block_rows)[: len(recordings)]
+        changed = np.flatnonzero(extracted & (stamps[:, 0] >= 0) & (stamps != before).any(axis=1))
+        if not len(changed):
+            _write_stamps(out, np.where(extracted[:, np.newaxis], before, stamps))
+            return
+        others = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
+        reason = f"{out} holds features of {recordings[changed[0]]}{others}, which changed since"
+    else:
+        reason = f"{out} holds shards of other recordings or settings"
+    if known is not None:
+        if not overwrite:
+            raise ShardError(f"{reason}; give --overwrite to extract again, or another --out")
+        _empty(out)
+    _write_stamps(out, stamps)
+    write_json(out / PLAN, plan)
+
+
+def begin_notes(out: Path, run: str) -> None:
+    """Make the folder of notes, and say there which start of the job writes from now on."""
+    (out / NOTES).mkdir(exist_ok=True)
+    (out / NOTES / _RUN).write_text(run, encoding="ascii")
+
+
+def check_run(out: Path, run: str) -> None:
+    """Raise ShardError unless ``run`` is the start of the job that writes into ``out``."""
+    try:
+        current = (out / NOTES / _RUN).read_text(encoding="ascii")
+    except OSError:
+        current = ""
+    if current != run:
+        raise ShardError(f"another extraction has taken over {out}; this one writes nothing more into it")
+
+
+def whole_parts(out: Path, blocks: int) -> dict[int, tuple[int, int]]:
+    """Block -> (rows, failed rows), of every part that can be read; one that is damaged is as good as missing."""
+    found: dict[int, tuple[int, int]] = {}
+    for block in range(blocks):
+        path = out / part_name(block)
+        if not path.is_file():
+            continue
+        try:
+            statuses = pq.ParquetFile(path).read(["status"])["status"]
+        except (OSError, pa.ArrowException):
+            continue
+        good = int(pa.compute.sum(pa.compute.equal(statuses, "ok")).as_py() or 0)
+        found[block] = len(statuses), len(statuses) - good
+    return found
+
+
+def _empty(out: Path) -> None:
+    """Remove all but the lock: first what makes the folder complete, last what makes it ours."""
+    for path in sorted(out.iterdir(), key=lambda path: (path.name == PLAN, path.name != MANIFEST)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:
+            path.unlink(missing_ok=True)
+
+
+def _write_stamps(out: Path, stamps: NDArray[np.int64]) -> None:
+    temporary = out / f".{STAMPS}.tmp"  # only the holder of the folder writes it
+    with temporary.open("wb") as file:
+        np.save(file, stamps)
+    temporary.replace(out / STAMPS)
+
+
+def _stamps_before(out: Path, rows: int) -> NDArray[np.int64] | None:
+    """The stamps that the folder holds, ``(rows, 2)``; None where it holds none that fit."""
+    try:
+        stamps: NDArray[np.int64] = np.load(out / STAMPS, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return stamps if stamps.shape == (rows, 2) else None
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing, an empty text where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return ""
