@@ -1,13 +1,15 @@
 """The cells of a CSV file as people send it: comma, semicolon or tab separated; UTF-8, UTF-16 or cp1252.
 
-Quotes must be closed, or the rows after an open one would vanish into its cell. What ``pipeline.tables`` guarded for
-spreadsheets is read as it was. Source: RFC 4180.
+Quotes must be closed, or the rows after an open one would vanish into its cell. Excel's first line ``sep=;`` is heeded,
+empty cells beyond the header are dropped. What ``pipeline.tables`` guarded for spreadsheets is read as it was. Source:
+RFC 4180.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +37,17 @@ def read_cells(csv_path: Path) -> tuple[pd.DataFrame, list[int]]:
     header = text.lstrip("\r\n ").split("\n", 1)[0]
     if not header.strip():
         raise ManifestError(f"{csv_path} is empty; expected a CSV with the columns speech,label")
-    separator = max(",;\t", key=header.count)
-    found = list(_rows(text, separator, csv_path))
+    told = re.fullmatch(r"sep=(.)\r?", header)
+    separator = told[1] if told else max(",;\t", key=header.count)
+    found = list(_rows(text, separator, csv_path))[1 if told else 0 :]
+    if not found:
+        raise ManifestError(f"{csv_path} is empty; expected a CSV with the columns speech,label")
     names = [unguard(name.strip()) for name in found[0][1]]
+    while names and not names[-1]:
+        names.pop()
     for line, row in found:
+        while len(row) > len(names) and not row[-1].strip():
+            row.pop()
         if len(row) != len(names):
             raise ManifestError(
                 f"{csv_path}, line {line}: {len(row)} cells, the header has {len(names)}; "

@@ -146,6 +146,16 @@ def test_cells_as_other_programs_write_them(tmp_path: Path) -> None:
     path.write_text(f"label, speech\nsad, a.wav\nsad, b.wav\nsad,{long}\n", encoding="utf-8")
     expected = [tmp_path / "a.wav", tmp_path / " b.wav", tmp_path / (300 * "x") / "a.wav"]
     assert read_manifest(path)["speech"].tolist() == [str(p) for p in expected]
+    path.write_bytes(b"sep=;\r\nspeech;label;\r\na.wav;sad;\r\nc,d.wav;calm;;\r\n")  # Excel, where commas are decimal
+    found = read_manifest(path)
+    assert (found["speech"].tolist(), list(found["label"])) == (
+        [str(tmp_path / "a.wav"), str(tmp_path / "c,d.wav")],
+        ["sad", "calm"],
+    )
+    assert "" not in found.columns
+    path.write_text("sep=;\n")
+    with pytest.raises(ManifestError, match="is empty"):
+        read_manifest(path)
 
 
 def test_classes_that_are_numbers_are_found_by_name(tmp_path: Path) -> None:
