@@ -20,7 +20,7 @@ import pandas as pd
 from pipeline.audio import EXTENSIONS
 from pipeline.errors import SerError
 from pipeline.folders import local_path, path_text, scan
-from pipeline.labels import RAVDESS_EMOTIONS, LabelError, LabelSet, as_integer, canonical_name
+from pipeline.labels import RAVDESS_EMOTIONS, LabelError, LabelSet, as_integer, canonical_name, mapped
 from pipeline.remote import is_remote
 
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")
@@ -69,11 +69,12 @@ def parse_ravdess(stem: str) -> RavdessName | None:
     )
 
 
-def scan_folder(folder: Path, *, songs: bool = False) -> pd.DataFrame:
+def scan_folder(folder: Path, *, songs: bool = False, label_map: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Manifest of a folder of labelled recordings, however nested, in order of file stem.
 
-    Labels come from RAVDESS file names, else from the name of the folder a file lies in (``angry/x.wav``). Song files
-    are left out unless ``songs``; a file found twice under one RAVDESS name (doubled nested folders) counts once.
+    Labels come from RAVDESS file names, else from the name of the folder a file lies in (``angry/x.wav``), through
+    ``label_map`` as in ``read_manifest``. Song files are left out unless ``songs``; a file found twice under one
+    RAVDESS name (doubled nested folders) counts once.
 
     Raises:
         ManifestError: no such folder, no recording in it, or recordings whose emotion cannot be told.
@@ -90,10 +91,10 @@ def scan_folder(folder: Path, *, songs: bool = False) -> pd.DataFrame:
             if path.parent == folder.absolute():
                 unknown.append(path)
             else:
-                rows.append({"speech": path_text(path), "label": canonical_name(path.parent.name)})
+                rows.append({"speech": path_text(path), "label": canonical_name(path.parent.name, label_map)})
         elif (songs or not name.song) and path.stem not in seen:
             seen.add(path.stem)
-            rows.append(_ravdess_row(path, name))
+            rows.append(_ravdess_row(path, name) | {"label": canonical_name(name.emotion, label_map)})
     if unknown and not rows:
         raise ManifestError(
             f"cannot tell the emotion of {unknown[0].name} and {len(unknown) - 1} more in {folder}; "
@@ -130,7 +131,7 @@ def read_manifest(
     Args:
         root: folder that relative paths start from; the CSV's own folder by default. Relative paths may leave the
             CSV's folder, but not an explicit ``root``.
-        label_map: given name -> wanted name, before the alias table.
+        label_map: given text, or the name that it stands for -> wanted name, see ``labels.mapped``.
         labels: class names that integer labels index and names must be among; by default the names found, and the
             RAVDESS order for integers.
 
@@ -284,15 +285,17 @@ def _label_names(
     names: list[str | None] = []
     for row, cell in enumerate(cells, start=1):
         text = "" if cell is None or cell is pd.NA or cell != cell else str(cell).strip()
+        wanted = mapped(text, label_map or {}, by_number.names) if text else text
         try:
             if not text and required:
                 raise LabelError("the label is empty; label every recording, or leave the row out")
             if not text:
                 names.append(None)
-            elif as_integer(text) is not None:
-                names.append(by_number.names[by_number.index(text)])
+            elif as_integer(wanted) is not None:
+                names.append(by_number.names[by_number.index(wanted)])
             else:
-                names.append(known.names[known.index(text, label_map)] if known else canonical_name(text, label_map))
+                names.append(known.names[known.index(wanted)] if known else canonical_name(wanted))
         except LabelError as error:
-            raise LabelError(f"{source}, row {row}: {error}") from None
+            by_map = "" if wanted == text else f", {text!r} by --label_map"
+            raise LabelError(f"{source}, row {row}{by_map}: {error}") from None
     return names

@@ -106,6 +106,16 @@ def test_manifest_then_extract(ravdess_like: Path, tmp_path: Path, ray_session: 
     assert extract.main([*words, "--tolerate_failures"]) == 0
 
 
+def test_a_folder_heeds_the_label_map_and_refuses_a_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("excited/a.wav", "sad/b.wav"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    words = ["--data_dir", str(tmp_path), "--out", "x", "--label_map", "excited=happy"]
+    assert set(extract.read_data(extract.build_parser().parse_args(words))["label"]) == {"happy", "sad"}
+    assert extract.main([*words, "--root", str(tmp_path)]) == 2
+    assert "leave it out beside --data_dir" in capsys.readouterr().err
+
+
 def test_what_cannot_be_heard_is_said_before_anything_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
