@@ -110,7 +110,6 @@ def write_tables(
         SerError: the disk is full or cannot be written.
     """
     labelled = "label" in manifest.columns
-    order = [*manifest.columns, *our_columns(labels, labelled=labelled)]
     schema = pa.Schema.from_pandas(manifest, preserve_index=False)
     begin = 0
     with table_files(out) as files:
@@ -119,9 +118,9 @@ def write_tables(
             table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False)
             if labelled:
                 part = part.append_column("label_name", table["label"].cast(pa.string()))
-            for name in part.column_names:
+            for name in our_columns(labels, labelled=labelled):
                 table = table.append_column(name, part[name])
-            files.write("predictions", table.select(order))
+            files.write("predictions", table)
             if "windows" in part.column_names:
                 found = unnested(part["windows"])
                 named = [t.names(labels, min_confidence, silence_dbfs) for t in found]

@@ -83,6 +83,13 @@ def test_columns_that_collide_with_ours_are_kept_under_another_name(tmp_path: Pa
     assert found.columns.is_unique
 
 
+def test_a_column_called_windows_stays_the_manifests(tmp_path: Path) -> None:
+    manifest = pd.DataFrame({"speech": ["/a.wav"], "windows": ["shut"]})
+    found = write(manifest, [to_table([good(0.1, 0.2, 0.7)], LABELS, timelines=[no_windows(3)])], tmp_path)
+    assert list(found.columns) == ["speech", "windows", *our_columns(LABELS, labelled=False)]
+    assert found.loc[0, ["windows", "predicted"]].tolist() == ["shut", "sad"]
+
+
 HOSTILE = [
     "=1+1",
     "+49 30",
