@@ -22,9 +22,9 @@ import soundfile
 from pipeline import figures
 from pipeline.audio import AudioError, load, probe
 from pipeline.compare import compare, disagreements
-from pipeline.folders import local_path
 from pipeline.metrics import Targets, evaluate
 from pipeline.outcomes import failed_rows, outcomes
+from pipeline.remote import source_of
 from pipeline.report_html import meta_rows, render
 from pipeline.tables import write_csv
 from pipeline.terminal import terminal_summary
@@ -174,10 +174,10 @@ def _players(mistakes: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 def _wav_uri(path: str) -> str:
     """At most 10 s from the middle of a recording, mono, 16 bit."""
-    path = local_path(path)
-    length_s = probe(path).duration_s
+    source = source_of(path)
+    length_s = probe(source).duration_s
     clip = load(
-        path,
+        source,
         sample_rate_hz=_CLIP_RATE_HZ,
         start_s=max(0.0, (length_s - _CLIP_LIMIT_S) / 2),
         duration_s=min(length_s, _CLIP_LIMIT_S),
