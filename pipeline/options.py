@@ -52,6 +52,12 @@ class ScoreOptions:
         return Walk(self.window_s, self.window_s if self.hop_s is None else self.hop_s)
 
     @property
+    def tables(self) -> list[str]:
+        """The tables that a run leaves."""
+        windowed = ["segments"] if self.window_s is not None else []
+        return ["predictions", *windowed, *(["channels"] if self.channels == "each" else [])]
+
+    @property
     def channel(self) -> Channel:
         """The one channel that is heard, where it is not each."""
         if self.channels == "each":

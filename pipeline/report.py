@@ -24,6 +24,7 @@ from pipeline.audio import AudioError, load, probe
 from pipeline.compare import compare, disagreements
 from pipeline.metrics import Targets, evaluate
 from pipeline.outcomes import failed_rows, outcomes
+from pipeline.outputs import REPORT
 from pipeline.remote import source_of
 from pipeline.report_html import meta_rows, render
 from pipeline.tables import write_csv
@@ -33,16 +34,6 @@ __all__ = ["Targets", "terminal_summary", "write_comparison", "write_report"]
 
 SHOWN_MISTAKES = 20
 SHOWN_FAILURES = 50
-_TABLES = (
-    "verdict per_class confusion_counts confusion_normalised breakdowns reliability risk_coverage mistakes failures"
-)
-_FIGURES = "confusion_matrix per_class reliability risk_coverage"
-_OUTPUTS = (
-    *(f"{name}.csv" for name in _TABLES.split()),
-    *(f"{name}.{form}" for name in _FIGURES.split() for form in ("png", "svg")),
-    "metrics.json",
-    "report.html",
-)
 _CLIP_RATE_HZ = 22_050
 _CLIP_LIMIT_S = 10.0
 _MISTAKE_COLUMNS = ("speech", "speaker", "label_name", "predicted", "confidence", "p_true", "duration_s")
@@ -82,7 +73,7 @@ def write_report(
     """
     out.mkdir(parents=True, exist_ok=True)
     evaluation = evaluate(predictions, labels, targets=targets, resamples=resamples, seed=seed)
-    for name in _OUTPUTS:  # of a report with labels, or of another model, nothing may stay beside this one
+    for name in REPORT:  # of a report with labels, or of another model, nothing may stay beside this one
         (out / name).unlink(missing_ok=True)
     evaluation |= {"meta": dict(meta), "leak_check": leak_check, "mistakes": []}
     failures = _failures(predictions)
