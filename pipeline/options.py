@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pipeline.audio import Channel
@@ -36,6 +37,8 @@ class ScoreOptions:
             raise SerError(f"crops must be 1 or more, got {self.crops}")
         if not 0.0 <= self.min_confidence <= 1.0:
             raise SerError(f"min_confidence must lie in 0..1, got {self.min_confidence}")
+        if not math.isfinite(self.silence_dbfs):
+            raise SerError(f"silence_dbfs must be a finite number, got {self.silence_dbfs}; -300 calls nothing silence")
         if self.hop_s is not None and self.window_s is None:
             raise SerError(f"hop_s {self.hop_s:g} needs window_s; give --window_s too")
         if self.window_s is None and self.channels == "each":
