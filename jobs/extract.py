@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
 from pipeline.corpora import label_counts, read_manifest, scan_folder
 from pipeline.errors import SerError
 from pipeline.features import KINDS, FeatureConfig
-from pipeline.labels import describe, parse_label_map
+from pipeline.labels import describe
 
 
 def build_parser() -> Parser:
@@ -86,9 +86,7 @@ def add_data_options(parser: Parser) -> None:
         type=Path,
         help="folder that relative paths in the CSV start from (default: the CSV's folder)",
     )
-    parser.add_argument(
-        "--label_map", type=parse_label_map, help="other label names: given=wanted,...; also 0=wanted,..."
-    )
+    parser.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...; also 0=wanted,...")
 
 
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:

@@ -50,6 +50,6 @@ def permutation_hint(found: Outcomes) -> str | None:
     )
     return (
         f"The labels look permuted: accuracy is {before:.0%}, and would be {after:.0%} "
-        f"with --label_map {shlex.quote(pairs)} --overwrite in the same command. "
+        f"with --label_map {shlex.quote(pairs)} --overwrite added to the command. "
         "Check the order behind integer labels, or the names in the CSV."
     )

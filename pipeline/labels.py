@@ -108,6 +108,15 @@ def parse_label_map(text: str) -> dict[str, str]:
     return mapping
 
 
+def chained(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    """The label map that does what ``first`` says and, with what comes of it, what ``second`` says.
+
+    >>> chained({"excited": "happy"}, {"happy": "sad", "calm": "neutral"})
+    {'happy': 'sad', 'calm': 'neutral', 'excited': 'sad'}
+    """
+    return {**second, **{given: second.get(wanted, wanted) for given, wanted in first.items()}}
+
+
 def _map_key(text: str) -> str:
     """One spelling of what stands on the left in a label map: ``3``, ``"03"`` and ``"3.0"`` are one integer."""
     number = as_integer(text)
