@@ -18,6 +18,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from pipeline.errors import SerError
+from pipeline.labels import chained, parse_label_map
 
 EXIT_DONE, EXIT_USAGE, EXIT_TARGET_MISSED, EXIT_SOME_FAILED, EXIT_OURS, EXIT_INTERRUPTED = 0, 2, 3, 4, 70, 130
 
@@ -41,6 +42,14 @@ def underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+class LabelMap(argparse.Action):
+    """``--label_map``; given again, it is about what the one before it gives, as the report's advice is."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        """Read a map, and chain it to the one before."""
+        setattr(namespace, self.dest, chained(getattr(namespace, self.dest) or {}, parse_label_map(values)))
 
 
 def say(text: str = "") -> None:

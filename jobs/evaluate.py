@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from jobs import protocols
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, LabelMap, Parser, Progress, run, say
 from jobs._provenance import provenance
 from jobs.train_options import with_recipe
 from pipeline import leaks
@@ -25,7 +25,6 @@ from pipeline.compare import comparison_summary
 from pipeline.corpora import label_counts, read_manifest
 from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
-from pipeline.labels import parse_label_map
 from pipeline.predictions import read_predictions
 from pipeline.report import terminal_summary, write_comparison, write_report
 from pipeline.verdict import Targets, reached
@@ -41,7 +40,7 @@ def build_parser() -> Parser:
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
     parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
-    parser.add_argument("--label_map", type=parse_label_map, help="other label names in the CSV: given=wanted,...")
+    parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions, metrics, figures, report.html")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
 from pipeline.corpora import label_counts, read_manifest, scan_folder
+from pipeline.errors import SerError
 from pipeline.features import KINDS, FeatureConfig
-from pipeline.labels import describe, parse_label_map
+from pipeline.labels import describe
 
 
 def build_parser() -> Parser:
@@ -85,13 +86,21 @@ def add_data_options(parser: Parser) -> None:
         type=Path,
         help="folder that relative paths in the CSV start from (default: the CSV's folder)",
     )
-    parser.add_argument("--label_map", type=parse_label_map, help="other label names: given=wanted,...")
+    parser.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...; also 0=wanted,...")
 
 
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest that the data options name."""
+    """The manifest that the data options name.
+
+    Raises:
+        SerError: ``--root`` beside ``--data_dir``, or nothing that can be read there.
+    """
     if arguments.data_dir is not None:
-        return scan_folder(arguments.data_dir, tell=say)
+        if arguments.root is not None:
+            raise SerError(
+                f"--root {arguments.root} is for the relative paths of a --data_csv; leave it out beside --data_dir"
+            )
+        return scan_folder(arguments.data_dir, label_map=arguments.label_map, tell=say)
     return read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map)
 
 

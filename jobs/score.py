@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
 from jobs._hearing import add_hearing, hearing
 from jobs._provenance import provenance
 from pipeline.audio import EXTENSIONS
@@ -19,7 +19,6 @@ from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.corpora import ManifestError, read_manifest
 from pipeline.exports import FORMATS
 from pipeline.folders import FolderScan, local_path, scan
-from pipeline.labels import parse_label_map
 from pipeline.remote import is_remote, scan_remote
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def build_parser() -> Parser:
         "--out", type=Path, required=True, help="folder for predictions.parquet, .csv, report, run.json"
     )
     parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
-    parser.add_argument("--label_map", type=parse_label_map, help="other label names in the CSV: given=wanted,...")
+    parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument("--no_report", action="store_true", help="write the tables only")
     parser.add_argument("--note", help="a sentence to show at the top of the report")

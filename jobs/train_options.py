@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from jobs._common import Parser, true_or_false
+from jobs._common import LabelMap, Parser, true_or_false
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
-from pipeline.labels import LabelSet, parse_label_map
+from pipeline.labels import LabelSet
 
 if TYPE_CHECKING:
     from pipeline.fit_config import FitConfig
@@ -50,7 +50,7 @@ def add_data_options(parser: Parser) -> None:
     group.add_argument(
         "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
     )
-    group.add_argument("--label_map", type=parse_label_map, help="other label names: given=wanted,...")
+    group.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...")
     group.add_argument(
         "--out", type=Path, required=True, help="folder of the run: checkpoints, history, bundle, report"
     )

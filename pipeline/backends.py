@@ -41,13 +41,15 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int | None) ->
         threads: math threads; all CPUs that this process may use when None.
 
     Raises:
-        SerError: an unknown name, a device that is not there, or ``onnx`` where it cannot be had.
+        SerError: an unknown name, a device that is not there, no threads, or ``onnx`` where it cannot be had.
     """
     if name not in BACKENDS:
         raise SerError(f"unknown back end {name!r}; choose one of {', '.join(BACKENDS)}")
     if name == "onnx" and device != "cpu":
         raise SerError(f"the onnx back end runs on the CPU, got device {device!r}; use --backend torch")
-    threads = threads or usable_cpus()
+    if threads is not None and threads < 1:
+        raise SerError(f"threads must be 1 or more, got {threads}; leave it out for all CPUs")
+    threads = usable_cpus() if threads is None else threads
     if name == "torch" or device != "cpu":
         return TorchBackend(bundle, device, threads)
     try:

@@ -106,13 +106,14 @@ def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
     """Open a bundle: its folder, the ``.pt`` in it, or (None) the shipped one.
 
     Raises:
-        BundleError: nothing there, a file missing or changed, or an unknown version, model or feature setting.
+        BundleError: nothing there, a file missing or changed, a ``.pt`` that is not the bundle's, or an unknown
+            version, model or feature setting.
     """
-    folder = Path(path) if path is not None else DEFAULT_BUNDLE
-    if folder.suffix == ".pt":
-        if not folder.is_file():
-            raise BundleError(f"no file {folder}; give the folder that jobs.train wrote, or the .pt in it")
-        folder = folder.parent
+    given = folder = Path(path) if path is not None else DEFAULT_BUNDLE
+    if given.suffix == ".pt":
+        if not given.is_file():
+            raise BundleError(f"no file {given}; give the folder that jobs.train wrote, or the .pt in it")
+        folder = given.parent
     if not folder.is_dir():
         raise BundleError(f"no model bundle at {folder}; give the folder that jobs.train wrote, or the .pt in it")
     if not (folder / _CONFIG).is_file():
@@ -123,6 +124,8 @@ def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
             raise BundleError(f"{folder} lacks {name}; keep the files of one bundle together")
         if file_sha256(folder / name) != expected:
             raise BundleError(f"{folder / name} is not the file its config.json describes; get the bundle again")
+    if given.suffix == ".pt" and not given.samefile(bundle.weights_path):
+        raise BundleError(f"{given} is not the weights of the bundle it lies in; give {bundle.weights_path}")
     return bundle
 
 

@@ -17,7 +17,15 @@ import pandas as pd
 
 from pipeline.audio import EXTENSIONS
 from pipeline.folders import FolderScan, local_path, path_text, scan
-from pipeline.labels import RAVDESS_EMOTIONS, LabelError, LabelSet, as_integer, canonical_name, normalise_name
+from pipeline.labels import (
+    RAVDESS_EMOTIONS,
+    LabelError,
+    LabelSet,
+    as_integer,
+    canonical_name,
+    mapped,
+    normalise_name,
+)
 from pipeline.manifest_csv import ManifestError as ManifestError
 from pipeline.manifest_csv import read_cells
 from pipeline.remote import is_remote
@@ -64,12 +72,18 @@ def parse_ravdess(stem: str) -> RavdessName | None:
     )
 
 
-def scan_folder(folder: Path, *, songs: bool = False, tell: Callable[[str], None] | None = None) -> pd.DataFrame:
+def scan_folder(
+    folder: Path,
+    *,
+    songs: bool = False,
+    label_map: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> pd.DataFrame:
     """Manifest of a folder of labelled recordings, however nested, in order of file stem.
 
-    Labels come from RAVDESS file names, else from the name of the folder a file lies in (``angry/x.wav``). Song files
-    are left out unless ``songs``; a file found twice under one RAVDESS name (doubled nested folders) counts once.
-    ``tell`` is given one line on all that was left out.
+    Labels come from RAVDESS file names, else from the name of the folder a file lies in (``angry/x.wav``), through
+    ``label_map`` as in ``read_manifest``. Song files are left out unless ``songs``; a file found twice under one
+    RAVDESS name (doubled nested folders) counts once. ``tell`` is given one line on all that was left out.
 
     Raises:
         ManifestError: no such folder, no recording in it, recordings whose emotion cannot be told, or a folder whose
@@ -90,14 +104,14 @@ def scan_folder(folder: Path, *, songs: bool = False, tell: Callable[[str], None
             if path.parent == root:
                 unknown.append(path)
             else:
-                rows.append({"speech": path_text(path), "label": _folder_label(path.parent)})
+                rows.append({"speech": path_text(path), "label": _folder_label(path.parent, label_map)})
         elif name.song and not songs:
             unwanted.append(path)
         elif path.stem in seen:
             doubled.append(path)
         else:
             seen.add(path.stem)
-            rows.append(_ravdess_row(path, name))
+            rows.append(_ravdess_row(path, name) | {"label": canonical_name(name.emotion, label_map)})
     left_out = {"whose emotion cannot be told": unknown, "found twice": doubled, "songs": unwanted}
     if tell and (text := _left_out(found, left_out)):
         tell(f"left out: {text}")
@@ -121,9 +135,9 @@ def _left_out(found: FolderScan, recordings: Mapping[str, Sequence[Path]]) -> st
     return ", ".join(filter(None, [*parts, found.skipped()]))
 
 
-def _folder_label(folder: Path) -> str:
+def _folder_label(folder: Path, label_map: Mapping[str, str] | None) -> str:
     """The label that a folder's name is; numbers index classes and ``NA`` is none: a CSV would not keep them."""
-    label = canonical_name(folder.name)
+    label = canonical_name(folder.name, label_map)
     if path_text(label) != label or not label or label in _MISSING or as_integer(label) is not None:
         raise ManifestError(
             f"the name of the folder {path_text(folder)} is no emotion; rename it (angry, calm, ...), "
@@ -158,7 +172,7 @@ def read_manifest(
     Args:
         root: folder that relative paths start from; the CSV's own folder by default. Relative paths may leave the
             CSV's folder, but not an explicit ``root``.
-        label_map: given name -> wanted name, before the alias table.
+        label_map: given text, or the name that it stands for -> wanted name, see ``labels.mapped``.
         labels: class names that integer labels index and names must be among; by default the names found, and the
             RAVDESS order for integers.
 
@@ -298,15 +312,17 @@ def _label_names(
         text = "" if cell is None or cell is pd.NA or cell != cell else str(cell).strip()
         if text.lower() in _MISSING and not named & {text, normalise_name(text)}:
             text = ""
+        wanted = mapped(text, label_map or {}, by_number.names) if text else text
         try:
             if not text and required:
                 raise LabelError("the label is empty; label every recording, or leave the row out")
             if not text:
                 names.append(None)
-            elif as_integer(text) is not None:
-                names.append(by_number.names[by_number.index(text)])
+            elif as_integer(wanted) is not None:
+                names.append(by_number.names[by_number.index(wanted)])
             else:
-                names.append(known.names[known.index(text, label_map)] if known else canonical_name(text, label_map))
+                names.append(known.names[known.index(wanted)] if known else canonical_name(wanted))
         except LabelError as error:
-            raise LabelError(f"{where(row)}: {error}") from None
+            by_map = "" if wanted == text else f", {text!r} by --label_map"
+            raise LabelError(f"{where(row)}{by_map}: {error}") from None
     return names

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import audio
 from pipeline.features import FeatureConfig, extract
-from pipeline.folders import local_path
-from pipeline.remote import fetch, is_remote
+from pipeline.remote import source_of
 from pipeline.windows import Walk, covered_s, crop_starts
 
 Array = NDArray[np.float32]
@@ -178,9 +177,7 @@ def _decode_apart(load: Callable[..., audio.Clip], source: audio.AudioSource, **
 
 def _local(source: audio.AudioSource) -> audio.AudioSource:
     """What ``audio`` can open: paths for ``file://`` URIs, bytes for objects of a store."""
-    if not isinstance(source, str):
-        return source
-    return fetch(source) if is_remote(source) else local_path(source)
+    return source_of(source) if isinstance(source, str) else source
 
 
 def _middle(recording: _Recording, crops: int = 1) -> Excerpt:

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SerError
 from pipeline.folders import local_path
+from pipeline.outputs import AUDACITY, TABLES
 from pipeline.predictions import read_segments, segments_table
 from pipeline.table_files import table_files
 from pipeline.timeline import Timeline, no_windows
 
 FORMATS = ("jsonl", "audacity")
-AUDACITY = "audacity"
 _AT_ONCE = 1000
 
 
@@ -65,16 +65,31 @@ def _write_timeline(out: Path, labels: Sequence[str]) -> list[Path]:
     return [out / "timeline.parquet", out / "timeline.csv"]
 
 
+def restore_csv(out: Path) -> None:
+    """Write the CSV tables of the run in ``out`` again that are gone, from the Parquet tables.
+
+    Raises:
+        SerError: the disk is full.
+    """
+    _rewrite(out, [name for name in _tables(out) if not (out / f"{name}.csv").is_file()], "csv")
+
+
 def _write_jsonl(out: Path) -> list[Path]:
-    names = [
-        name for name in ("predictions", "segments", "channels", "timeline") if (out / f"{name}.parquet").is_file()
-    ]
-    with table_files(out, ("jsonl",)) as files:
+    return _rewrite(out, _tables(out), "jsonl")
+
+
+def _tables(out: Path) -> list[str]:
+    return [name for name in TABLES if (out / f"{name}.parquet").is_file()]
+
+
+def _rewrite(out: Path, names: Sequence[str], form: str) -> list[Path]:
+    """Parquet tables in another format."""
+    with table_files(out, (form,)) as files:
         for name in names:
             with pq.ParquetFile(out / f"{name}.parquet") as file:
                 for batch in file.iter_batches(_AT_ONCE):
                     files.write(name, batch)
-    return [out / f"{name}.jsonl" for name in names]
+    return [out / f"{name}.{form}" for name in names]
 
 
 def _write_audacity(out: Path, labels: Sequence[str], *, merge: bool) -> Path:

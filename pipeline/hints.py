@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -48,5 +50,6 @@ def permutation_hint(found: Outcomes) -> str | None:
     )
     return (
         f"The labels look permuted: accuracy is {before:.0%}, and would be {after:.0%} "
-        f"with --label_map {pairs}. Check the order behind integer labels, or the names in the CSV."
+        f"with --label_map {shlex.quote(pairs)} --overwrite added to the command. "
+        "Check the order behind integer labels, or the names in the CSV."
     )

@@ -67,19 +67,34 @@ def normalise_name(text: str) -> str:
 
 
 def canonical_name(text: str, label_map: Mapping[str, str] | None = None) -> str:
-    """The name a spelling stands for: ``label_map`` first, then the alias table, else the normalised text.
+    """The name a spelling stands for: what ``label_map`` makes of it, by the alias table, else the normalised text.
 
     >>> canonical_name("Fear"), canonical_name("joy", {"joy": "calm"}), canonical_name("Bored")
     ('fearful', 'calm', 'bored')
     """
-    name = normalise_name(text)
-    if label_map and name in label_map:
-        return label_map[name]
+    name = normalise_name(mapped(text, label_map or {}))
     return ALIASES.get(name, name)
 
 
+def mapped(text: str, label_map: Mapping[str, str], names: Sequence[str] = ()) -> str:
+    """What ``label_map`` (as ``parse_label_map`` gives it) wants for a label; the text itself where it says nothing.
+
+    The text as given is looked up first, then the name that it stands for, by the alias table or, an integer, by its
+    position in ``names``.
+
+    >>> wanted = parse_label_map("fear=sad,happy=calm,1=angry")
+    >>> [mapped(text, wanted, ("angry", "calm", "happy")) for text in ("Fear", "joy", "2", "1.0", "afraid")]
+    ['sad', 'calm', 'calm', 'angry', 'afraid']
+    """
+    given, number = _map_key(text), as_integer(text)
+    name = ALIASES.get(given, given)
+    if text not in names and number is not None and 0 <= number < len(names):
+        name = names[number]
+    return label_map.get(given, label_map.get(name, text))
+
+
 def parse_label_map(text: str) -> dict[str, str]:
-    """``"excited=happy,calmness=neutral"`` as ``{"excited": "happy", "calmness": "neutral"}``.
+    """``"excited=happiness, 0=neutral"`` as ``{"excited": "happy", "0": "neutral"}``.
 
     Raises:
         LabelError: a part is not of the form ``given=wanted``.
@@ -89,8 +104,23 @@ def parse_label_map(text: str) -> dict[str, str]:
         given, separator, wanted = part.partition("=")
         if not separator or not given.strip() or not wanted.strip():
             raise LabelError(f"label map part {part!r} is not of the form given=wanted, as in excited=happy")
-        mapping[normalise_name(given)] = normalise_name(wanted)
+        mapping[_map_key(given)] = canonical_name(wanted)
     return mapping
+
+
+def chained(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    """The label map that does what ``first`` says and, with what comes of it, what ``second`` says.
+
+    >>> chained({"excited": "happy"}, {"happy": "sad", "calm": "neutral"})
+    {'happy': 'sad', 'calm': 'neutral', 'excited': 'sad'}
+    """
+    return {**second, **{given: second.get(wanted, wanted) for given, wanted in first.items()}}
+
+
+def _map_key(text: str) -> str:
+    """One spelling of what stands on the left in a label map: ``3``, ``"03"`` and ``"3.0"`` are one integer."""
+    number = as_integer(text)
+    return normalise_name(text) if number is None else str(number)
 
 
 @dataclass(frozen=True)

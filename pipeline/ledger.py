@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,10 @@ import pyarrow.parquet as pq
 from pipeline.checkpoint import write_json
 from pipeline.errors import SerError
 from pipeline.locks import try_lock
+from pipeline.outputs import OUTPUTS, RUN
 
 LEDGER_VERSION = 1
-RUN = "run.json"
 _LOCK, _WORK, _PLAN = ".score.lock", ".score", "plan.json"
-_TABLES = ("predictions", "segments", "channels", "timeline")
-_OUTPUTS = (
-    RUN,
-    "report.html",
-    "metrics.json",
-    *(f"{t}.{form}" for t in _TABLES for form in ("parquet", "csv", "jsonl")),
-)
 _POSITION_BYTES = 8
 RETRIES = 20  # attempts at a block before the job gives up
 _SUSPECT_ALL = 4  # attempts at a block that died before each of its recordings is decoded apart
@@ -64,19 +57,23 @@ class Ledger:
         """``run.json`` of a finished run, or None."""
         return _read(self.out / RUN)
 
-    def claim(self, plan: Mapping[str, Any], block_rows: int, *, overwrite: bool) -> int:
+    def claim(self, plan: Mapping[str, Any], block_rows: int, *, overwrite: bool, tables: Sequence[str] = ()) -> int:
         """Make the folder that of ``plan``, or find that it already is; returns the rows a block of this run has.
 
+        Args:
+            tables: what a finished run must have, as Parquet.
+
         Raises:
-            LedgerError: the folder holds another run, and ``overwrite`` is not given.
+            LedgerError: the folder holds another run, or a finished one without its tables, and ``overwrite`` is not
+                given.
         """
         finished, begun = self.finished(), _read(self.work / _PLAN)
         known = finished or begun
         if known is None and not overwrite and (table := next(filter(Path.exists, self._outputs()), None)):
             raise LedgerError(f"{table} is of no run known here; choose another --out, or --overwrite to replace it")
         if overwrite or known is None:
-            for path in self._outputs():
-                path.unlink(missing_ok=True)
+            for path in [*self._outputs(), *self._half_written()]:
+                _remove(path)
             shutil.rmtree(self.work, ignore_errors=True)
             self.notes.mkdir(parents=True)
             write_json(self.work / _PLAN, {"plan": dict(plan), "block_rows": block_rows})
@@ -89,8 +86,13 @@ class Ledger:
             )
         if finished is None:
             self.notes.mkdir(parents=True, exist_ok=True)
-            for leftover in self.work.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+        elif gone := [name for name in tables if not (self.out / f"{name}.parquet").is_file()]:
+            raise LedgerError(
+                f"the run in {self.out} is finished, but its {gone[0]}.parquet is gone; "
+                "put it back, or --overwrite to score again"
+            )
+        for path in [*self.work.glob(".*.tmp"), *self._half_written()]:
+            path.unlink(missing_ok=True)
         return int(known.get("block_rows", block_rows))
 
     def part_path(self, block: int) -> Path:
@@ -149,7 +151,11 @@ class Ledger:
 
     def _outputs(self) -> list[Path]:
         """What a run leaves; of two models or inputs side by side it would mislead."""
-        return [self.out / name for name in _OUTPUTS]
+        return [self.out / name for name in OUTPUTS]
+
+    def _half_written(self) -> list[Path]:
+        """Temporary files (``.NAME.PID.tmp``) of runs that were killed while they wrote what they leave."""
+        return [path for path in self.out.glob(".*.tmp") if path.name[1:].rsplit(".", 2)[0] in OUTPUTS]
 
 
 @contextmanager
@@ -216,6 +222,14 @@ class Notes:
             os.close(self._file)
             self._file = -1
             self._own.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

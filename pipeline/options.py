@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pipeline.audio import Channel
@@ -36,6 +37,8 @@ class ScoreOptions:
             check_crops(self.crops)
         if not 0.0 <= self.min_confidence <= 1.0:
             raise SerError(f"min_confidence must lie in 0..1, got {self.min_confidence}")
+        if not math.isfinite(self.silence_dbfs):
+            raise SerError(f"silence_dbfs must be a finite number, got {self.silence_dbfs}; -300 calls nothing silence")
         if self.hop_s is not None and self.window_s is None:
             raise SerError(f"hop_s {self.hop_s:g} needs window_s; give --window_s too")
         if self.window_s is None and self.channels == "each":
@@ -50,6 +53,12 @@ class ScoreOptions:
         if self.window_s is None:
             return None
         return Walk(self.window_s, self.window_s if self.hop_s is None else self.hop_s)
+
+    @property
+    def tables(self) -> list[str]:
+        """The tables that a run leaves."""
+        windowed = ["segments"] if self.window_s is not None else []
+        return ["predictions", *windowed, *(["channels"] if self.channels == "each" else [])]
 
     @property
     def channel(self) -> Channel:

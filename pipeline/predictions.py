@@ -110,7 +110,6 @@ def write_tables(
         SerError: the disk is full or cannot be written.
     """
     labelled = "label" in manifest.columns
-    order = [*manifest.columns, *our_columns(labels, labelled=labelled)]
     schema = pa.Schema.from_pandas(manifest, preserve_index=False)
     begin = 0
     with table_files(out) as files:
@@ -119,9 +118,9 @@ def write_tables(
             table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False)
             if labelled:
                 part = part.append_column("label_name", table["label"].cast(pa.string()))
-            for name in part.column_names:
+            for name in our_columns(labels, labelled=labelled):
                 table = table.append_column(name, part[name])
-            files.write("predictions", table.select(order))
+            files.write("predictions", table)
             if "windows" in part.column_names:
                 found = unnested(part["windows"])
                 named = [t.names(labels, min_confidence, silence_dbfs) for t in found]
@@ -187,14 +186,29 @@ def read_segments(out: Path, labels: Sequence[str]) -> Iterator[tuple[int, str, 
 def read_predictions(path: Path) -> pd.DataFrame:
     """A table of scores: the folder of a run, its ``.parquet``, or its ``.csv`` with the guards taken off.
 
+    A CSV does not say what is a number: our columns that are become numbers again, those of the manifest stay text.
+
     Raises:
-        SerError: nothing of that kind is there.
+        SerError: nothing of that kind is there, or one of our columns holds other text than numbers.
     """
     if path.is_dir():
         path = path / PARQUET
     if not path.is_file():
         raise SerError(f"no scores at {path}; give the --out folder of jobs.score, or a table in it")
-    return read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    return _with_numbers(read_csv(path), path) if path.suffix == ".csv" else pd.read_parquet(path)
+
+
+def _with_numbers(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The table with our columns as numbers: those of these names, and the ``p_`` columns after ``confidence``."""
+    names = list(table.columns)
+    ours = {"confidence", *_AFTER, *(["row", "start_s", "end_s"] if "start_s" in names else [])} & set(names)
+    begin = names.index("confidence") if "confidence" in names else 0
+    for name in [*ours, *(name for name in names[begin:] if name.startswith("p_"))]:
+        try:
+            table[name] = table[name].astype("int64" if name == "row" else "float64")
+        except ValueError as error:
+            raise SerError(f"{path}, column {name}: {error}; expected numbers, as jobs.score writes them") from error
+    return table
 
 
 def _text(cell: object) -> str:

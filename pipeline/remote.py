@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.audio_errors import NotAFile, NotFound, TooLarge, Unreadable
 from pipeline.errors import SerError
-from pipeline.folders import FolderScan
+from pipeline.folders import FolderScan, local_path
 
 SCHEMES = ("s3", "gs")
 _URI = re.compile(r"^(s3|gs)://([^/?]+)/?(.*?)(\?(?:(?:region|endpoint_override|scheme)=[^&]*&?)+)?$", re.DOTALL)
@@ -39,7 +39,10 @@ def fetch(uri: str) -> bytes:
     Raises:
         NotFound, NotAFile, TooLarge, Unreadable: see ``pipeline.audio_errors``.
     """
-    files, path, _, _ = _open(uri)
+    try:
+        files, path, _, _ = _open(uri)
+    except SerError as error:  # one bucket that cannot be opened must not end a job on others
+        raise Unreadable(f"{uri}: {error}") from error
     try:
         info = files.get_file_info(path)
         if info.type.name == "NotFound":
@@ -53,6 +56,15 @@ def fetch(uri: str) -> bytes:
     except OSError as error:
         raise Unreadable(f"{uri}: {error}. Check credentials, region and endpoint.") from error
     return content
+
+
+def source_of(speech: str) -> str | bytes:
+    """What ``pipeline.audio`` can open of a manifest's cell: a path, also of a ``file://`` URI, or an object's content.
+
+    Raises:
+        AudioError: an object that cannot be fetched.
+    """
+    return fetch(speech) if is_remote(speech) else local_path(speech)
 
 
 def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
@@ -88,7 +100,7 @@ def stamp_of(uri: str) -> tuple[int, int]:
     try:
         files, path, _, _ = _open(uri)
         info = files.get_file_info(path)
-    except OSError:
+    except (OSError, SerError):
         return -1, -1
     return (-1 if info.size is None else info.size), (info.mtime_ns or -1)
 

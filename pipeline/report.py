@@ -25,9 +25,10 @@ from pipeline.audio import AudioError, load, probe
 from pipeline.breakdowns import GROUP_FIGURES
 from pipeline.compare import compare, disagreements
 from pipeline.errors import SerError
-from pipeline.folders import local_path
 from pipeline.metrics import Targets, evaluate
 from pipeline.outcomes import failed_rows, outcomes
+from pipeline.outputs import REPORT
+from pipeline.remote import source_of
 from pipeline.report_html import meta_rows, render
 from pipeline.tables import write_csv
 from pipeline.terminal import terminal_summary
@@ -36,16 +37,6 @@ __all__ = ["Targets", "terminal_summary", "write_comparison", "write_report"]
 
 SHOWN_MISTAKES = 20
 SHOWN_FAILURES = 50
-_TABLES = (
-    "verdict per_class confusion_counts confusion_normalised breakdowns reliability risk_coverage mistakes failures"
-)
-_FIGURES = "confusion_matrix per_class reliability risk_coverage"
-_OUTPUTS = (
-    *(f"{name}.csv" for name in _TABLES.split()),
-    *(f"{name}.{form}" for name in _FIGURES.split() for form in ("png", "svg")),
-    "metrics.json",
-    "report.html",
-)
 _CLIP_RATE_HZ = 22_050
 _CLIP_LIMIT_S = 10.0
 _MISTAKE_COLUMNS = ("speech", "speaker", "label_name", "predicted", "confidence", "p_true", "duration_s")
@@ -107,7 +98,7 @@ def _write(
     evaluation: dict[str, Any], predictions: pd.DataFrame, labels: Sequence[str], out: Path, embed_audio: int
 ) -> dict[str, Any]:
     """The tables, figures and the page of an evaluation, which gets what the page shows beside the figures."""
-    for name in _OUTPUTS:  # of a report with labels, or of another model, nothing may stay beside this one
+    for name in REPORT:  # of a report with labels, or of another model, nothing may stay beside this one
         (out / name).unlink(missing_ok=True)
     failures = _failures(predictions)
     evaluation["failures"] = _failure_summary(failures)
@@ -198,10 +189,10 @@ def _players(mistakes: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 def _wav_uri(path: str) -> str:
     """At most 10 s from the middle of a recording, mono, 16 bit."""
-    path = local_path(path)
-    length_s = probe(path).duration_s
+    source = source_of(path)
+    length_s = probe(source).duration_s
     clip = load(
-        path,
+        source,
         sample_rate_hz=_CLIP_RATE_HZ,
         start_s=max(0.0, (length_s - _CLIP_LIMIT_S) / 2),
         duration_s=min(length_s, _CLIP_LIMIT_S),

@@ -30,7 +30,7 @@ from pipeline.blocks import Classifier, Task, in_child, listen_block, make_block
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.cluster import check_nodes, cpus_here
 from pipeline.errors import SerError
-from pipeline.exports import write_exports
+from pipeline.exports import restore_csv, write_exports
 from pipeline.ledger import Ledger, LedgerError, open_ledger
 from pipeline.onnx_export import ensure_onnx
 from pipeline.options import ScoreOptions
@@ -113,7 +113,8 @@ def score_manifest(
     """Score every recording of ``manifest`` into ``out``; a run that was cut off is continued.
 
     Writes the tables (``pipeline.predictions``), report and exports, and ``run.json`` last. A finished run of the same
-    model, options and input is not scored again; a report or exports asked for now are added.
+    model, options and input is not scored again; a report or exports asked for now are added, CSV tables that are gone
+    are written again.
 
     Args:
         manifest: as ``pipeline.corpora`` makes it: ``speech``, perhaps ``label``, and further columns.
@@ -125,7 +126,8 @@ def score_manifest(
         on_progress: called with (rows done, rows in all, failed so far), in the driver.
 
     Raises:
-        LedgerError: ``out`` holds a run of another model, options or input, is in use, or cannot be written.
+        LedgerError: ``out`` holds a run of another model, options or input, or one whose tables are gone; is in use,
+            or cannot be written.
         BundleError: no usable model.
         SerError: an option out of range.
     """
@@ -139,11 +141,13 @@ def score_manifest(
     plan = plan_of(table, bundle, options)
     with open_ledger(out.absolute()) as ledger:
         wanted = execution.block_rows or _block_rows(len(table), walked=options.steps is not None)
-        block_rows = ledger.claim(plan, wanted, overwrite=overwrite)
+        block_rows = ledger.claim(plan, wanted, overwrite=overwrite, tables=options.tables)
         run, scored, tally = ledger.finished(), 0, Tally()
         anew = run is None
         if anew:
             tally, scored = _score(table, ledger, block_rows, bundle, options, execution, on_progress)
+        else:
+            restore_csv(ledger.out)
         evaluation = _report(ledger.out, bundle, meta or {}, anew=anew) if report else None
         exported = write_exports(ledger.out, bundle.labels, formats, merge=merge)
         seconds = time.monotonic() - begin_s
@@ -285,10 +289,11 @@ def _parts(ledger: Ledger, blocks: int, tally: Tally) -> Iterator[pa.Table]:
 
 
 def _report(out: Path, bundle: Bundle, meta: Mapping[str, Any], *, anew: bool) -> Mapping[str, Any]:
-    """The content of ``metrics.json``; the report is made when it is not there yet, or ``anew``."""
+    """The content of ``metrics.json``; the report is made when it is not there yet, lacks a new note, or ``anew``."""
     if not anew and (out / "report.html").is_file() and (out / "metrics.json").is_file():
         evaluation: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        return evaluation
+        if meta.get("note") in (None, evaluation["meta"].get("note")):
+            return evaluation
     from pipeline.report import write_report
 
     model = {"model": bundle.name, "model_sha256": bundle.weights_sha256, "data": None}

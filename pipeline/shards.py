@@ -29,8 +29,8 @@ from pipeline.audio import AudioError, Clip, load_middle
 from pipeline.audio_isolated import decode_in_subprocess
 from pipeline.checkpoint import write_json
 from pipeline.features import FeatureConfig, extract, mel_power
-from pipeline.folders import local_path
 from pipeline.ledger import Notes
+from pipeline.remote import source_of
 from pipeline.shard_folder import NOTES, begin_notes, check_run, claim, hold, part_name, whole_parts
 
 _OUR_COLUMNS = {
@@ -254,16 +254,17 @@ class BlockWriter:
 
     def _rows(self, record: pd.Series, read: Callable[..., Clip]) -> list[dict[str, Any]]:
         """What we add to the row of one recording, and to those of its pitch-shifted copies."""
-        number, path = int(record["_row"]), local_path(record["speech"])
+        number = int(record["_row"])
         base = {"_row": number, "row_id": str(number), "parent_id": "", "pitch_semitones": 0.0}
         base |= {"status": "ok", "error": "", "n_frames": 0, "features": None, "mel_power": None}
         config, frames = self.config, _power_frames(self.config, self.options)
         try:
-            clip = read(path, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz)
+            source = source_of(record["speech"])
+            clip = read(source, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz)
             base["features"] = extract(clip.samples, config)
             if not frames:
                 return [base]
-            samples = _excerpt(read, path, config, self.options)
+            samples = _excerpt(read, source, config, self.options)
         except AudioError as error:
             return [base | {"status": error.code, "error": str(error), "features": None}]
         rows = [base | _power(samples, config, frames)]
@@ -287,10 +288,12 @@ class BlockWriter:
         return table
 
 
-def _excerpt(read: Callable[..., Clip], path: str, config: FeatureConfig, options: ShardOptions) -> np.ndarray:
+def _excerpt(
+    read: Callable[..., Clip], source: str | bytes, config: FeatureConfig, options: ShardOptions
+) -> np.ndarray:
     """Up to ``mel_power_s`` seconds around the middle, the window at least, mono."""
     longest_s = max(options.mel_power_s, config.window_s)
-    whole = read(path, window_s=longest_s, sample_rate_hz=config.sample_rate_hz)
+    whole = read(source, window_s=longest_s, sample_rate_hz=config.sample_rate_hz)
     real = min(len(whole.samples), max(config.window_samples, round(whole.scored_s * config.sample_rate_hz)))
     start = (len(whole.samples) - real) // 2
     return whole.samples[start : start + real]

@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 
 from pipeline.audio import AudioError, content_hash
 from pipeline.corpora import ManifestError
-from pipeline.folders import local_path
+from pipeline.remote import source_of
 
 SPLITS = ("train", "inner_val", "test")
 HASH_COLUMN = "content_hash"
@@ -137,7 +137,7 @@ def add_hashes(table: pd.DataFrame, *, threads: int = 2) -> pd.DataFrame:
 
 def _hash_or_empty(path: str) -> str:
     try:
-        return content_hash(local_path(path))
+        return content_hash(source_of(path))
     except AudioError:
         return ""
 

@@ -1,4 +1,4 @@
-"""CSV files that are safe to open in a spreadsheet, and read back as they were.
+"""CSV files that are safe to open in a spreadsheet, and whose text is read back as it was.
 
 A text cell that begins with ``= + - @`` or a control character can run as a formula (OWASP, "CSV
 Injection"); such cells get a leading ``'``, which ``read_csv`` takes off again. Numbers, also as text, are
@@ -63,12 +63,11 @@ def guarded(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Read what ``write_csv`` wrote; empty cells are missing values."""
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""], encoding="utf-8")
+    """Read what ``write_csv`` wrote: every cell as text (``01`` stays ``01``), empty cells as missing values."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8")
     table = table.rename(columns=unguard)
     for name in table.columns:
-        if not pd.api.types.is_numeric_dtype(table[name]):
-            table[name] = table[name].map(lambda cell: unguard(cell) if isinstance(cell, str) else cell)
+        table[name] = table[name].map(unguard, na_action="ignore")
     return table
 
 

@@ -1,4 +1,4 @@
-"""An evaluation as plain text of at most 80 columns: classification report, confusion matrix, verdict."""
+"""An evaluation as plain text of at most 80 columns (but for longer words): figures, confusion matrix, verdict."""
 
 from __future__ import annotations
 
@@ -164,4 +164,12 @@ def _count(value: int, width: int) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent or "  ")
+    """Lines of ``WIDTH``; a word is never broken, so that what is to be typed can be pasted."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent or "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -7,6 +7,7 @@ windows start every hop from the beginning; a last one ends where the recording 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,10 +26,9 @@ class Walk:
     hop_s: float
 
     def __post_init__(self) -> None:
-        if not self.window_s >= MIN_WINDOW_S:
-            raise SerError(f"window_s must be {MIN_WINDOW_S} s or more, got {self.window_s}")
-        if not self.hop_s >= MIN_WINDOW_S / 10:
-            raise SerError(f"hop_s must be {MIN_WINDOW_S / 10} s or more, got {self.hop_s}")
+        for name, least_s in (("window_s", MIN_WINDOW_S), ("hop_s", MIN_WINDOW_S / 10)):
+            if not least_s <= getattr(self, name) < math.inf:
+                raise SerError(f"{name} must be {least_s} s or more, and finite, got {getattr(self, name)}")
 
     def starts(self, duration_s: float) -> list[float]:
         """Where the windows of a recording start; one only when it is not longer than the window.

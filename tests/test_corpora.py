@@ -18,7 +18,7 @@ from pipeline.corpora import (
     resolve_path,
     scan_folder,
 )
-from pipeline.labels import LabelError
+from pipeline.labels import RAVDESS_LABELS, LabelError, parse_label_map
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -208,6 +208,28 @@ def test_labels_outside_the_models_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="--label_map"):
         read_manifest(path, labels=["angry", "sad"])
     assert read_manifest(path, labels=["angry", "sad"], label_map={"bored": "sad"})["label"].tolist() == ["sad"]
+
+
+@pytest.mark.parametrize("labels", [None, RAVDESS_LABELS])
+def test_a_label_map_works_for_integers_and_aliases(tmp_path: Path, labels: tuple[str, ...] | None) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("speech,label\na.wav,0\nb.wav,fear\nc.wav,Anger\nd.wav,bored\n", encoding="utf-8")
+    mapping = parse_label_map("0=neutral,fearful=happy,anger=Sadness,bored=joy")
+    assert read_manifest(path, labels=labels, label_map=mapping)["label"].tolist() == [
+        "neutral",
+        "happy",
+        "sad",
+        "happy",
+    ]
+    with pytest.raises(LabelError, match="row 4, 'bored' by --label_map: unknown label 'tired'"):
+        read_manifest(path, labels=RAVDESS_LABELS, label_map=parse_label_map("bored=tired"))
+
+
+def test_a_label_map_works_for_folders_and_file_names(tmp_path: Path) -> None:
+    touch(tmp_path, "excited/a.wav", "fear/b.wav", "scared/c.wav", "03-01-05-01-01-01-01.wav")
+    table = scan_folder(tmp_path, label_map=parse_label_map("excited=happy,fear=sad,angry=disgust"))
+    found = {Path(path).stem: label for path, label in zip(table["speech"], table["label"], strict=True)}
+    assert found == {"a": "happy", "b": "sad", "c": "fearful", "03-01-05-01-01-01-01": "disgust"}
 
 
 def test_only_an_explicit_root_fences_relative_paths(tmp_path: Path) -> None:

@@ -107,6 +107,16 @@ def test_manifest_then_extract(ravdess_like: Path, tmp_path: Path, ray_session: 
     assert extract.main([*words, "--tolerate_failures"]) == 0
 
 
+def test_a_folder_heeds_the_label_map_and_refuses_a_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("excited/a.wav", "sad/b.wav"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    words = ["--data_dir", str(tmp_path), "--out", "x", "--label_map", "excited=happy"]
+    assert set(extract.read_data(extract.build_parser().parse_args(words))["label"]) == {"happy", "sad"}
+    assert extract.main([*words, "--root", str(tmp_path)]) == 2
+    assert "leave it out beside --data_dir" in capsys.readouterr().err
+
+
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("=1+1/a.wav", "sad/b\rc.wav", "sad/'=d.wav", "foo.wav"):
         path = tmp_path / "in" / name

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ class Scorer:
 
     def __init__(self, right: float = 1.0, failed: int = 0) -> None:
         self.right, self.failed = right, failed
+        self.hears: dict[str, str] = {}  # what is answered for a path, whatever its label says
         self.calls: list[dict[str, Any]] = []
 
     def __call__(self, manifest: pd.DataFrame, out: Path, **options: Any) -> SimpleNamespace:
@@ -33,6 +35,7 @@ class Scorer:
         truth = list(manifest["label"]) if labelled else ["sad"] * len(manifest)
         wrong = round((1 - self.right) * len(truth))
         answers = [LABELS[(LABELS.index(t) + (i < wrong)) % 8] if t else "sad" for i, t in enumerate(truth)]
+        answers = [self.hears.get(path, answer) for path, answer in zip(manifest["speech"], answers, strict=True)]
         table = manifest.assign(status="ok", error=None, predicted=answers, confidence=0.9)
         if labelled:
             table["label_name"] = table["label"]
@@ -200,6 +203,40 @@ def test_bad_options_are_one_line(
 def test_without_a_csv_it_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job.main(["--out", str(tmp_path)]) == USAGE
     assert "--data_csv" in error_of(capsys)
+
+
+CODES = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # the order of RAVDESS
+GIVEN = {
+    "integers in another order": range(8),
+    "integers with zeros": [f"{i:02d}" for i in range(8)],
+    "names": [*LABELS[1:], LABELS[0]],
+    "names that need a map themselves": [f"n{i}" for i in range(8)],
+    "aliases": ["calmness", "Anger", "sadness", "HAP", "neu", "dis", "fear", "ps"],
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_the_label_map_that_is_printed_gives_what_it_promises(
+    run: Callable[..., int], scorer: Scorer, csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    table = pd.read_csv(csv)
+    scorer.hears = dict(zip(table["speech"], table["label"], strict=True))
+    for path in table["speech"][:6]:
+        scorer.hears[path] = "sad"
+    renamed = dict(zip(CODES, GIVEN[case], strict=True))
+    table.assign(label=table["label"].map(renamed)).to_csv(csv, index=False)
+    before = ["--label_map", ",".join(f"n{i}={label}" for i, label in enumerate(LABELS))] if "map" in case else []
+    assert run(*before) == DONE
+    printed = capsys.readouterr().out
+    words = printed[printed.index("labels look permuted") :].split()
+    promised = words[words.index("--label_map") - 2]
+    begin, end = words.index("--label_map"), words.index("added")
+    assert run(*before, *shlex.split(" ".join(words[begin:end]))) == DONE
+    assert scorer.calls[-1]["overwrite"], "the labels belong to the input: without it the folder would be refused"
+    printed = capsys.readouterr().out
+    assert "permuted" not in printed
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert f"{saved['overall']['accuracy']['value']:.0%}" == promised
 
 
 # --- leaks ---------------------------------------------------------------------------------------------------------

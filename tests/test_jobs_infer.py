@@ -125,6 +125,9 @@ def test_windows(call: Callable[..., tuple[int, str, str]], write_audio: WriteAu
         (["--file", "a.wav", "--channels", "left"], "expected mix, each or a channel number"),
         (["--file", "a.wav", "--channels", "each"], "give --window_s too"),
         (["--file", "a.wav", "--window_s", "3"], "give --window_s 2"),
+        (["--file", "a.wav", "--threads", "-5"], "threads must be 1 or more, got -5; leave it out for all CPUs"),
+        (["--file", "a.wav", "--threads", "0"], "threads must be 1 or more, got 0"),
+        (["--file", "a.wav", "--silence_dbfs=-inf"], "silence_dbfs must be a finite number, got -inf"),
         (["--file", "a.wav", "--backend", "torch", "--device", "warp"], "use --device cpu"),
     ],
 )

@@ -84,6 +84,34 @@ def test_a_labelled_csv_gives_figures(call: Callable[..., tuple[int, str, str]],
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["labelled"]
 
 
+def test_what_a_finished_run_lacks_is_added(
+    call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ("--input", folder, "--out", out, "--window_s", "2", "--channels", "each")
+    assert call(*words, "--note", "from the first day")[0] == 0
+    tables = [out / f"{name}.csv" for name in ("predictions", "segments", "channels")]
+    before = [path.read_bytes() for path in tables]
+    for path in tables:
+        path.unlink()
+    assert call(*words, "--no_report")[0] == 0
+    assert [path.read_bytes() for path in tables] == before
+    page = out / "report.html"
+    written = page.stat().st_mtime_ns
+    assert call(*words)[0] == call(*words, "--note", "from the first day")[0] == 0
+    assert page.stat().st_mtime_ns == written
+    assert call(*words, "--note", "from the second day")[0] == 0
+    assert "from the second day" in page.read_text(encoding="utf-8")
+    page.unlink()
+    (out / "predictions.parquet").unlink()
+    code, _, err = call(*words)
+    assert code == 2
+    assert "predictions.parquet is gone" in err
+    assert call(*words, "--overwrite", "--no_report")[0] == 0
+    assert (out / "predictions.parquet").is_file()
+    assert not (out / "failures.csv").exists()
+
+
 def test_failures_exit_4_unless_tolerated(
     call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.labels import ALIASES, RAVDESS_LABELS, LabelError, LabelSet, canonical_name, parse_label_map
+from pipeline.labels import ALIASES, RAVDESS_LABELS, LabelError, LabelSet, canonical_name, mapped, parse_label_map
 
 RAVDESS = LabelSet(RAVDESS_LABELS)
 
@@ -58,6 +58,35 @@ def test_label_map_goes_before_aliases() -> None:
     assert canonical_name("joy", mapping) == "calm"
     assert canonical_name("EXCITED", mapping) == "happy"
     assert canonical_name("fear", mapping) == "fearful"
+
+
+@pytest.mark.parametrize(
+    ("pair", "given", "wanted"),
+    [
+        ("0=neutral", "0", "neutral"),
+        ("0=neutral", "00", "neutral"),
+        ("03=sad", 3.0, "sad"),
+        ("angry=sad", "0", "sad"),
+        ("fear=happy", "Fear", "happy"),
+        ("fear=happy", "afraid", "fearful"),
+        ("fearful=happy", "fear", "happy"),
+        ("fearful=happy", "3", "happy"),
+        ("excited=Happiness", "excited", "happy"),
+        ("1=angry", "-1", "-1"),
+    ],
+)
+def test_a_label_map_takes_the_text_given_and_the_name_it_stands_for(
+    pair: str, given: str | float, wanted: str
+) -> None:
+    cell = mapped(str(given), parse_label_map(pair), RAVDESS_LABELS)
+    assert (canonical_name(cell) if cell != "-1" else cell) == wanted
+
+
+def test_the_text_given_goes_before_its_name() -> None:
+    mapping = parse_label_map("0=calm, angry=sad, anger=happy")
+    assert [mapped(text, mapping, RAVDESS_LABELS) for text in ("0", "angry", "anger", "mad")] == [
+        *("calm", "sad", "happy", "sad")
+    ]
 
 
 @pytest.mark.parametrize("text", ["joy", "joy=", "=calm"])

@@ -62,6 +62,39 @@ def test_another_run_is_refused_or_overwritten(
     assert not any(path.exists() for path in leftovers)
 
 
+def test_nothing_of_a_report_or_of_exports_outlives_the_run_that_is_overwritten(ledger: Ledger) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.finish({"plan": PLAN, "block_rows": 2})
+    (ledger.out / "mine.csv").touch()
+    (ledger.out / "audacity").mkdir()
+    names = ("audacity/000000-a.txt", "confusion_matrix.png", "verdict.csv", "mistakes.csv", "failures.csv")
+    for name in names:
+        (ledger.out / name).touch()
+    ledger.claim(PLAN, 2, overwrite=True)
+    assert sorted(path.name for path in ledger.out.iterdir()) == [".score", ".score.lock", "mine.csv"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_half_written_files_of_runs_that_were_killed_are_swept(finished: bool, ledger: Ledger) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    if finished:
+        ledger.finish({"plan": PLAN, "block_rows": 2})
+    for name in (".predictions.parquet.77.tmp", ".run.json.77.tmp", ".mine.tmp"):
+        (ledger.out / name).touch()
+    ledger.claim(PLAN, 2, overwrite=False)
+    assert [path.name for path in ledger.out.glob(".*.tmp")] == [".mine.tmp"]
+
+
+def test_a_finished_run_whose_tables_are_gone_is_not_taken_for_done(ledger: Ledger) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.finish({"plan": PLAN, "block_rows": 2})
+    (ledger.out / "predictions.parquet").touch()
+    assert ledger.claim(PLAN, 2, overwrite=False, tables=["predictions"]) == 2
+    with pytest.raises(LedgerError, match=r"segments\.parquet is gone; put it back, or --overwrite to score again"):
+        ledger.claim(PLAN, 2, overwrite=False, tables=["predictions", "segments"])
+    assert ledger.claim(PLAN, 3, overwrite=True, tables=["predictions", "segments"]) == 3
+
+
 def test_tables_of_nobody_are_not_overwritten_unasked(ledger: Ledger) -> None:
     (ledger.out / "predictions.csv").write_text("mine")
     with pytest.raises(LedgerError, match="is of no run known here"):

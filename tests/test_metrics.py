@@ -407,7 +407,7 @@ def test_permuted_labels_are_noticed_and_the_map_named_is_the_cure() -> None:
     renamed = dict(zip(LABELS, np.array(LABELS)[order], strict=True))
     found = evaluate(table.assign(label_name=table["label_name"].map(renamed)), LABELS)
     (hint,) = (h for h in found["hints"] if "permuted" in h)
-    pairs = hint.split("--label_map ")[1].split(". ")[0]
+    pairs = hint.split("--label_map ")[1].split(" ")[0]
     cure = dict(pair.split("=") for pair in pairs.split(","))
     cured = table["label_name"].map(renamed).map(lambda name: cure.get(name, name))
     assert cured.tolist() == table["label_name"].tolist()

@@ -59,7 +59,8 @@ def test_columns_rows_and_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.loc[[0, 2], ["p_angry", "p_calm", "p_sad"]], [[0.1, 0.2, 0.7], [0.3, 0.4, 0.3]])
     assert found.loc[0, "margin"] == pytest.approx(0.5)
     assert found.loc[0, "entropy"] == pytest.approx(-sum(p * np.log(p) for p in (0.1, 0.2, 0.7)) / np.log(3))
-    pd.testing.assert_frame_equal(read_predictions(tmp_path / "predictions.csv"), found, check_dtype=False)
+    as_text = found.astype({"speaker": str})
+    pd.testing.assert_frame_equal(read_predictions(tmp_path / "predictions.csv"), as_text, check_dtype=False)
     pd.testing.assert_frame_equal(read_predictions(tmp_path), found)
 
 
@@ -81,6 +82,13 @@ def test_columns_that_collide_with_ours_are_kept_under_another_name(tmp_path: Pa
     assert found.loc[0, ["in_status", "in_in_status", "in_p_sad", "in_start_s"]].tolist() == ["mine", "too", 9.0, 1]
     assert found.loc[0, ["status", "p_sad"]].tolist() == ["ok", 0.7]
     assert found.columns.is_unique
+
+
+def test_a_column_called_windows_stays_the_manifests(tmp_path: Path) -> None:
+    manifest = pd.DataFrame({"speech": ["/a.wav"], "windows": ["shut"]})
+    found = write(manifest, [to_table([good(0.1, 0.2, 0.7)], LABELS, timelines=[no_windows(3)])], tmp_path)
+    assert list(found.columns) == ["speech", "windows", *our_columns(LABELS, labelled=False)]
+    assert found.loc[0, ["windows", "predicted"]].tolist() == ["shut", "sad"]
 
 
 HOSTILE = [
@@ -110,6 +118,25 @@ def test_csv_is_guarded_and_read_back(tmp_path: Path) -> None:
     numbers = {"-3.5"}
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "-", "@", "\t", "\r") and cell not in numbers]
     assert list(read_predictions(tmp_path / "predictions.csv")["=note"]) == HOSTILE
+
+
+def test_what_looks_like_a_number_is_read_back_as_the_text_it_was(tmp_path: Path) -> None:
+    cells = {
+        "take": ["01", "2"],
+        "good": ["True", "False"],
+        "id": ["1e5", "7"],
+        "p_code": ["00", "0x1"],
+        "row": ["1", ""],
+    }
+    manifest = pd.DataFrame({"speech": ["/a.wav", "/b.wav"], **cells})
+    written = write(manifest, [to_table([good(0.1, 0.2, 0.7), bad()], LABELS)], tmp_path)
+    found = read_predictions(tmp_path / "predictions.csv")
+    assert {name: found[name].fillna("").tolist() for name in cells} == cells
+    pd.testing.assert_frame_equal(found[written.columns[6:]], written.iloc[:, 6:], check_dtype=False, check_exact=True)
+    text = (tmp_path / "predictions.csv").read_text(encoding="utf-8")
+    (tmp_path / "edited.csv").write_text(text.replace("0.7", '"0,7"'), encoding="utf-8")
+    with pytest.raises(SerError, match=r"edited\.csv, column .*: could not convert .*; expected numbers"):
+        read_predictions(tmp_path / "edited.csv")
 
 
 def test_cells_that_parquet_cannot_hold_become_text(tmp_path: Path) -> None:

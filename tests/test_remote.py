@@ -6,19 +6,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.fs
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import score
-from pipeline import remote, scoring
+from pipeline import leaks, remote, report, scoring
+from pipeline.audio import content_hash
 from pipeline.audio_errors import NotAFile, NotFound, TooLarge, Unreadable
 from pipeline.blocks import score_block
 from pipeline.checkpoint import Bundle
 from pipeline.corpora import read_manifest
 from pipeline.errors import SerError
+from pipeline.features import FeatureConfig
 from pipeline.predictions import read_predictions
 from pipeline.predictor import Predictor
 from pipeline.remote import fetch, is_remote, scan_remote, stamp_of
+from pipeline.shards import BlockWriter, ShardOptions
+from pipeline.splits import add_hashes
 
 WriteAudio = Callable[..., Path]
 
@@ -57,7 +64,7 @@ def test_options_follow_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SerError("not here")
 
     monkeypatch.setattr(remote, "_file_system", opened)
-    with pytest.raises(SerError, match="not here"):
+    with pytest.raises(Unreadable, match="not here"):
         fetch("s3://calls/a b?.wav?region=eu-west-1&scheme=http")
     assert asked == ["s3://calls?region=eu-west-1&scheme=http"]
 
@@ -130,3 +137,60 @@ def test_a_bucket_is_scored(
     assert score.main([*words, "--input", "s3://calls", "--out", str(tmp_path / "out")]) == 2, "another input"
     (tmp_path / "m.csv").write_text("speech\n" + "\n".join(uris) + "\n")
     assert list(read_manifest(tmp_path / "m.csv", require_labels=False)["speech"]) == uris
+
+
+@pytest.fixture
+def closed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``store``, but the bucket ``closed`` cannot be opened."""
+    there = remote._file_system
+
+    def opened(uri: str) -> object:
+        if uri == "s3://closed":
+            raise SerError(f"cannot open {uri}: no such region; check bucket, credentials, region and endpoint")
+        return there(uri)
+
+    monkeypatch.setattr(remote, "_file_system", opened)
+
+
+@pytest.mark.usefixtures("closed")
+def test_a_bucket_that_cannot_be_opened_is_a_row_and_ends_nothing(
+    tiny_bundle: Bundle, write_audio: WriteAudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stamp_of("s3://closed/a.wav") == (-1, -1)
+    monkeypatch.setattr(scoring, "in_child", lambda blocks, task: (score_block(block, task) for block in blocks))
+    (tmp_path / "m.csv").write_text(f"speech\n{write_audio()}\ns3://closed/a.wav\n")
+    words = ["--model_weights", str(tiny_bundle.folder), "--num_cpus", "0", "--no_report"]
+    assert score.main([*words, "--input", str(tmp_path / "m.csv"), "--out", str(tmp_path / "out")]) == 4
+    found = read_predictions(tmp_path / "out")
+    assert list(found["status"]) == ["ok", "unreadable"]
+    assert "s3://closed/a.wav: cannot open s3://closed" in found["error"][1]
+
+
+def test_objects_have_the_content_of_their_bytes(store: Path, write_audio: WriteAudio) -> None:
+    path = write_audio()
+    uri = put(store, "calls/a.wav", path.read_bytes())
+    manifest = pd.DataFrame({"speech": [str(path), uri, "s3://calls/gone.wav"]})
+    hashes = list(add_hashes(manifest)["content_hash"])
+    assert hashes == [content_hash(path), content_hash(path), ""]
+    training = pd.DataFrame({"content_hash": hashes[:1], "split": ["train"]})
+    assert leaks.find(manifest, training).mask.tolist() == [True, True, False]
+
+
+def test_objects_are_extracted(store: Path, write_audio: WriteAudio, tmp_path: Path) -> None:
+    path = write_audio()
+    rows = [str(path), put(store, "calls/a.wav", path.read_bytes()), "s3://calls/gone.wav"]
+    table = pd.DataFrame({"speech": rows, "_block": 0, "_row": range(3)})
+    schema = pa.schema([("speech", pa.string())])
+    assert BlockWriter(tmp_path, schema, FeatureConfig(), ShardOptions(mel_power_s=3.0))(table) == (3, 1)
+    found = pq.read_table(tmp_path / "part-00000.parquet")
+    assert found["status"].to_pylist() == ["ok", "ok", "not_found"]
+    assert "Check bucket and key" in found["error"][2].as_py()
+    features = found["log_mel"].combine_chunks().to_numpy_ndarray()
+    np.testing.assert_array_equal(features[0], features[1])
+
+
+def test_mistakes_among_objects_can_be_played(store: Path, write_audio: WriteAudio) -> None:
+    path = write_audio()
+    uri = put(store, "calls/a.wav", path.read_bytes())
+    here, there = report._players([{"speech": str(path)}, {"speech": uri}]).values()
+    assert here == there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -299,6 +300,9 @@ def test_a_second_run_into_one_folder_is_refused(bundle: Bundle, manifest: pd.Da
         (lambda: ScoreOptions(channels="each"), "give --window_s too"),
         (lambda: ScoreOptions(window_s=2.0, crops=3), "exclude each other"),
         (lambda: ScoreOptions(window_s=0.0), "window_s must be"),
+        (lambda: ScoreOptions(window_s=2.0, hop_s=math.inf), "hop_s must be 0.01 s or more, and finite, got inf"),
+        (lambda: ScoreOptions(silence_dbfs=-math.inf), "silence_dbfs must be a finite number, got -inf; -300 calls"),
+        (lambda: ScoreOptions(silence_dbfs=math.nan), "silence_dbfs must be a finite number, got nan"),
         (lambda: Execution(batch_size=0), "batch_size must be 1 or more"),
         (lambda: Execution(block_rows=0), "block_rows must be 1 or more"),
     ],
