@@ -184,6 +184,32 @@ def test_task_refuses_json_that_is_none_of_its_own(service: LocalService, body: 
 
 
 @pytest.mark.parametrize(
+    "task",
+    [
+        {str(number): 1 for number in range(20_000)},
+        {"inputs": "AAAA", "parameters": {str(number): 1 for number in range(20_000)}},
+        {"inputs": [1] * 20_000},
+        {"inputs": "AAAA", "x" * 1_000_000: 1},
+    ],
+)
+def test_a_wrong_task_gets_a_short_answer_however_much_is_wrong(service: LocalService, task: dict[str, Any]) -> None:
+    response = service.post("/v1/audio-classification", json=task)
+    problem = problem_of(response, 422, "invalid_request")
+    assert problem.errors
+    assert len(response.content) < 2000
+
+
+def test_names_of_form_fields_are_told_in_part(service: LocalService) -> None:
+    name = "x" * 3000
+    twice = [(name, (None, b"1")), (name, (None, b"2")), ("file", ("a.wav", wav()))]
+    for files in ([(name, (None, b"1")), ("file", ("a.wav", wav()))], twice, [(name, ("a.wav", wav()))]):
+        response = service.post("/v1/predict", files=files)
+        (error,) = problem_of(response, 422, "invalid_request").errors or []
+        assert error.field == "x" * 61 + "..."
+        assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize(
     ("data", "status", "code"),
     [
         (b"no audio, only words", 400, "not_audio"),
