@@ -129,7 +129,10 @@ class Worker:
             timing = Timing(decoded_s - started_s, max(begun_s - decoded_s, 0.0), ended_s - begun_s, batch)
         picture = None
         if ask.picture and prediction.ok:
-            picture = (await self._in(self._decoders, partial(self._look, predictor, data, ask, apart)))[0]
+            try:
+                picture = (await self._in(self._decoders, partial(self._look, predictor, data, ask, apart)))[0]
+            except audio.AudioError as error:
+                prediction = _refused(predictor, error)
         bundle = predictor.bundle
         return Heard(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
 
@@ -185,7 +188,7 @@ class Worker:
                     f"{windows:.0f} windows; the limit is {self._max_windows}. Take a longer hop_s, or a shorter part."
                 )
         except audio.AudioError as error:
-            return predictor.classify([failed(config, error)])[0], None
+            return _refused(predictor, error), None
         return predictor.follow(data, steps, channels=ask.channels, apart=apart)
 
     def _look(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> tuple[Picture, audio.Clip]:
@@ -202,7 +205,11 @@ class Worker:
         )
         start_s, length_s = outline_part(window.info.duration_s)
         part = {"start_s": start_s, "duration_s": length_s, "sample_rate_hz": 8000, "limits": predictor.limits}
-        return draw(window, _load(audio.load, data, apart, **part), config), window
+        try:
+            outline = _load(audio.load, data, apart, **part)
+        except audio.AudioError:  # damaged where the model does not listen
+            outline = window
+        return draw(window, outline, config), window
 
     def _explain(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> Explained:
         bundle = predictor.bundle
@@ -212,9 +219,12 @@ class Worker:
         if not prediction.ok:
             return answer(prediction=prediction)
         if bundle.features.kind != "log_mel":
-            error = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
-            return answer(prediction=predictor.classify([failed(bundle.features, error)])[0])
-        picture, window = self._look(predictor, data, ask, apart)
+            unseen = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
+            return answer(prediction=_refused(predictor, unseen))
+        try:
+            picture, window = self._look(predictor, data, ask, apart)
+        except audio.AudioError as error:
+            return answer(prediction=_refused(predictor, error))
         features = extract(window.samples, bundle.features)
         target = int(prediction.probabilities.argmax())
         occlusion = occlusion_map(features, predictor.log_probabilities, target=target)
@@ -224,6 +234,11 @@ class Worker:
 def version_of(bundle: Bundle) -> str:
     """What tells one training of a model from another: the first digits of its weights' sha256."""
     return bundle.weights_sha256[:_VERSION_DIGITS]
+
+
+def _refused(predictor: Predictor, error: audio.AudioError) -> Prediction:
+    """The prediction of a recording that cannot be used."""
+    return predictor.classify([failed(predictor.bundle.features, error)])[0]
 
 
 def _load(decode: Callable[..., audio.Clip], data: bytes, apart: bool, **options: Any) -> audio.Clip:

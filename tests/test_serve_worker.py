@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
+from conftest import speech_like
 from serving import run, wav
 
 from pipeline import audio_isolated
@@ -87,6 +90,33 @@ def test_explanations_are_of_the_label_that_was_predicted(predictor: Predictor) 
     assert explained.labels[explained.occlusion.target] == expected.predicted
     np.testing.assert_allclose(np.exp(explained.occlusion.log_p), expected.probabilities, atol=1e-5)
     assert run(Worker(predictor).explain(b"words", Ask())).prediction.status == "not_audio"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Predictor, apart: bool) -> None:
+    samples = speech_like(duration_s=10.0)
+    samples[16_000] = np.nan
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="WAV", subtype="FLOAT")
+    data = buffer.getvalue()
+    (expected,) = predictor.predict([data])
+    heard = run(Worker(predictor).predict(data, Ask(picture=True), apart=apart))
+    explained = run(Worker(predictor).explain(data, Ask(), apart=apart))
+    assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
+    for picture in (heard.picture, explained.picture):
+        assert picture is not None
+        assert (picture.outline_start_s, picture.outline_end_s) == (4.0, 6.0)
+        assert np.isfinite(picture.low).all()
+
+
+def test_what_cannot_be_drawn_is_a_status(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: object) -> None:
+        raise DecoderCrashed("recording: its decoder ended the process with SIGSEGV.")
+
+    monkeypatch.setattr(Worker, "_look", look)
+    worker = Worker(predictor)
+    assert run(worker.predict(wav(), Ask(picture=True))).prediction.status == "decoder_crashed"
+    assert run(worker.explain(wav(), Ask())).prediction.status == "decoder_crashed"
 
 
 def test_a_recording_under_suspicion_is_decoded_apart(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
