@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from queue import SimpleQueue
+from types import FrameType
+from typing import NoReturn
 
 from pydantic import ValidationError
 
@@ -20,6 +23,10 @@ from serve.ray_settings import prepare
 from serve.settings import API_KEY_VARIABLE, Settings, is_loopback, key_digest_from_environment
 
 _LISTS = {"bundles", "cors_origins"}
+
+
+class _Stop(BaseException):
+    """SIGINT or SIGTERM has come, or the terminal has gone."""
 
 
 def build_parser() -> Parser:
@@ -44,29 +51,56 @@ def job(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     if not is_loopback(arguments.host) and key_digest_from_environment() is None:
         raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
-    _check_free(arguments.host, arguments.port)
+    _check_free(arguments.host, arguments.port, "--port")
     open_bundles(settings.bundles)
+    _check_free("127.0.0.1", arguments.metrics_port, "--metrics_port")
     prepare(settings)
     say("starting")
     start_ray(metrics_port=arguments.metrics_port)
     from serve import deployment  # imports Ray, whose environment start_ray has set
 
-    signals: SimpleQueue[int] = SimpleQueue()
-    renew = getattr(signal, "SIGHUP", None)  # Windows has none
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, renew)):
-        signal.signal(number, lambda number, _: signals.put(number))
+    renewals: SimpleQueue[int] = SimpleQueue()
     try:
+        _take_signals(renewals)
         deployment.run(settings, arguments.host, arguments.port)
         say(f"ready: http://{arguments.host}:{arguments.port} (/docs; Ctrl-C stops, SIGHUP opens the bundles again)")
         say(f"metrics: http://127.0.0.1:{arguments.metrics_port}/metrics")
-        while signals.get() == renew:
+        while renewals.get():
             _roll_out(settings)
+    except _Stop:
+        pass
     finally:
         say("stopping")
         with redirect_stdout(StringIO()):  # where Ray tells of its controller's end as if it were a failure
             deployment.stop()
             stop_ray()
     return EXIT_DONE
+
+
+def _take_signals(renewals: SimpleQueue[int]) -> None:
+    """Have SIGINT and SIGTERM end what this thread does, whatever that is, by `_Stop`; SIGHUP goes into ``renewals``.
+
+    A SIGHUP because the terminal has gone, where there was one, ends it as well. After the first end all are ignored.
+    """
+    renew = getattr(signal, "SIGHUP", None)  # Windows has none
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, renew) if number]
+    terminal = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
+
+    def stop(*_: object) -> NoReturn:
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        raise _Stop
+
+    def hang_up(number: int, _: FrameType | None) -> None:
+        if terminal and not any(map(os.isatty, terminal)):
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for descriptor in terminal:  # writing to them would be an error now
+                os.dup2(nowhere, descriptor)
+            stop()
+        renewals.put(number)
+
+    for number in numbers:
+        signal.signal(number, hang_up if number == renew else stop)
 
 
 def _roll_out(settings: Settings) -> None:
@@ -87,7 +121,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise SerError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def _check_free(host: str, port: int) -> None:
+def _check_free(host: str, port: int, option: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -95,7 +129,7 @@ def _check_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise SerError(f"cannot listen on {host}:{port} ({reason}); choose another --port") from error
+            raise SerError(f"cannot listen on {host}:{port} ({reason}); choose another {option}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

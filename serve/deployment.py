@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from click import ClickException
 from ray import serve as ray_serve
 from ray._common.tls_utils import add_port_to_grpc_server
@@ -31,6 +32,7 @@ from ray.util import get_node_ip_address
 from pipeline.checkpoint import Bundle
 from pipeline.errors import SerError
 from pipeline.predictor import Predictor
+from pipeline.runtime import joins_cluster
 from serve.asks import Ask, Card, Explained, Heard
 from serve.bundles import open_bundles
 from serve.metrics import RequestMeter, WorkMeter
@@ -195,9 +197,20 @@ def http_options(host: str, port: int, settings: Settings) -> dict[str, Any]:
 
 
 def run(settings: Settings, host: str, port: int) -> None:
-    """Start Serve on the Ray that this process is connected to, and return once the service answers."""
+    """Start Serve on the Ray that this process is connected to, and return once the service answers.
+
+    Raises:
+        SerError: a bundle that cannot be used, or fewer CPUs than the service needs, on this machine.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; the replicas keep their own
     application = build(settings)
+    models = max(1, len(settings.bundles))
+    needed, there = models * settings.replicas * settings.threads, ray.cluster_resources().get("CPU", 0)
+    if needed > there and not joins_cluster():  # a cluster may grow
+        raise SerError(
+            f"{models} models x {settings.replicas} replicas x {settings.threads} threads need {needed} CPUs, "
+            f"and there are {there:g}; give fewer --bundles, --replicas or --threads"
+        )
     ray_serve.start(proxy_location="HeadOnly", http_options=http_options(host, port, settings))
     ray_serve.run(application, name=APP_NAME, route_prefix="/")
 
@@ -206,8 +219,15 @@ def roll_out(settings: Settings) -> None:
     """Replace what runs by ``settings`` (new weights, say), process by process, and return when that is done.
 
     Raises:
-        SerError: a bundle that cannot be used; what runs goes on.
+        SerError: a bundle that cannot be used, or no CPUs, on this machine, for new processes beside the old ones;
+            what runs goes on.
     """
+    free = ray.available_resources().get("CPU", 0)
+    if settings.threads > free and not joins_cluster():
+        raise SerError(
+            f"a new model worker needs {settings.threads} CPUs beside the old ones, and {free:g} are free; "
+            "start the service with fewer --threads, or stop and start it"
+        )
     ray_serve.run(build(settings), name=APP_NAME, route_prefix="/")
 
 

@@ -64,6 +64,14 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--port" in refused(capsys, "--port", "70000")
 
 
+def test_a_metrics_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "open_bundles", lambda _: [])
+    monkeypatch.setattr(job, "start_ray", lambda **_: pytest.fail("Ray is started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = refused(capsys, "--port", "0", "--metrics_port", str(taken.getsockname()[1]))
+    assert "choose another --metrics_port" in line
+
+
 @pytest.mark.parametrize("words", [["--threads", "0"], ["--max-body-mib", "-1"], ["--replicas", "0"]])
 def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert words[0].replace("-", "_").replace("__", "--") in refused(capsys, *words)
