@@ -18,6 +18,7 @@ from pathlib import Path
 from jobs._common import EXIT_DONE, EXIT_OURS, Parser, run, say
 from pipeline.errors import SerError
 from serve.client import Client
+from serve.settings import key_from_environment
 
 PAGE = Path(__file__).resolve().parents[1] / "app.py"
 HOST = "127.0.0.1"
@@ -43,7 +44,7 @@ def job(arguments: argparse.Namespace) -> int:
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    with ExitStack() as started, Client(url, os.environ.get("SER_API_KEY")) as client:
+    with ExitStack() as started, Client(url, key_from_environment()) as client:
         processes = []
         if client.live():
             say(f"the service at {url} answers already; the page uses it")

@@ -19,8 +19,9 @@ from jobs._common import EXIT_DONE, Parser, run, say
 from pipeline.errors import SerError
 from pipeline.runtime import start_ray, stop_ray
 from serve.bundles import open_bundles
+from serve.keys import API_KEY_VARIABLE
 from serve.ray_settings import prepare
-from serve.settings import API_KEY_VARIABLE, Settings, is_loopback, key_digest_from_environment
+from serve.settings import Settings, is_loopback, key_digest_from_environment
 
 _LISTS = {"bundles", "cors_origins"}
 
@@ -49,12 +50,14 @@ def build_parser() -> Parser:
 def job(arguments: argparse.Namespace) -> int:
     """Check, start, wait for a signal, drain."""
     settings = _settings(arguments)
-    if not is_loopback(arguments.host) and key_digest_from_environment() is None:
+    digest = key_digest_from_environment()
+    if not is_loopback(arguments.host) and digest is None:
         raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
     _check_free(arguments.host, arguments.port, "--port")
     open_bundles(settings.bundles)
     _check_free("127.0.0.1", arguments.metrics_port, "--metrics_port")
     prepare(settings)
+    os.environ.pop(API_KEY_VARIABLE, None)  # the processes of Ray need its hash only
     say("starting")
     start_ray(metrics_port=arguments.metrics_port)
     from serve import deployment  # imports Ray, whose environment start_ray has set
@@ -62,11 +65,11 @@ def job(arguments: argparse.Namespace) -> int:
     renewals: SimpleQueue[int] = SimpleQueue()
     try:
         _take_signals(renewals)
-        deployment.run(settings, arguments.host, arguments.port)
+        deployment.run(settings, arguments.host, arguments.port, digest)
         say(f"ready: http://{arguments.host}:{arguments.port} (/docs; Ctrl-C stops, SIGHUP opens the bundles again)")
         say(f"metrics: http://127.0.0.1:{arguments.metrics_port}/metrics")
         while renewals.get():
-            _roll_out(settings)
+            _roll_out(settings, digest)
     except _Stop:
         pass
     finally:
@@ -103,11 +106,11 @@ def _take_signals(renewals: SimpleQueue[int]) -> None:
         signal.signal(number, hang_up if number == renew else stop)
 
 
-def _roll_out(settings: Settings) -> None:
+def _roll_out(settings: Settings, digest: str | None) -> None:
     from serve import deployment
 
     try:
-        deployment.roll_out(settings)
+        deployment.roll_out(settings, digest)
         say("rolled out")
     except SerError as error:
         say(f"error: {error}; what runs goes on")

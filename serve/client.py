@@ -18,8 +18,9 @@ from typing import Any
 
 import httpx
 
-from serve.client_errors import BadRecording
+from serve.client_errors import BadRecording, ClientError
 from serve.client_wire import Retries, Source, form, named, parts, read, single, told
+from serve.keys import checked_key
 from serve.schema import Explanation, Failure, ModelInfo, Prediction, Recording, Score
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -28,7 +29,11 @@ _HEALTH_TIMEOUT = httpx.Timeout(5.0, connect=2.0)
 
 
 def _authorization(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        key = checked_key(api_key)
+    except ValueError as error:
+        raise ClientError(str(error)) from error
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _only(part: Sequence[tuple[str, bytes]], error: BadRecording) -> Failure:
@@ -43,7 +48,7 @@ class Client:
 
     Args:
         base_url: where the service is.
-        api_key: its key, if it has one.
+        api_key: its key, if it has one; ClientError where it can be none.
         timeout: seconds, or httpx.Timeout; by default 5 s to connect and 90 s for an answer.
         retries: how often a request is sent again.
         patience_s: how long it may take altogether before it is not sent again.

@@ -254,6 +254,14 @@ def test_the_key_is_sent_and_shown_nowhere(waits: list[float]) -> None:
     assert "s3cret" not in str(caught.value) + repr(caught.value) + repr(client)
 
 
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_is_what_a_header_carries(kind: type[Client | AsyncClient]) -> None:
+    assert kind(URL, "s3cret\n")._http.headers["authorization"] == "Bearer s3cret"
+    with pytest.raises(ClientError, match="no printable ASCII") as caught:
+        kind(URL, "schl\u00fcssel")
+    assert "schl" not in str(caught.value)
+
+
 def test_the_awaited_client_is_the_same(service: LocalService, waits: list[float]) -> None:
     async def scenario() -> None:
         transport = httpx.ASGITransport(service.app)

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from jobs import serve as job
 from pipeline.checkpoint import Bundle
-from serve.settings import Settings, is_loopback, key_digest, key_digest_from_environment
+from serve.keys import checked_key, key_digest
+from serve.settings import Settings, is_loopback, key_digest_from_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,6 +96,19 @@ def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key_digest_from_environment() is None
     monkeypatch.setenv("SER_API_KEY", "k")
     assert key_digest_from_environment() == key_digest("k") != key_digest("K")
+    monkeypatch.setenv("SER_API_KEY", " k\r\n")  # as a file holds it
+    assert key_digest_from_environment() == key_digest("k")
+    assert checked_key("correct horse battery staple") == "correct horse battery staple"
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "a\nb", "a\x7f"])
+def test_a_key_that_no_header_carries(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("SER_API_KEY", key)
+    line = refused(capsys, "--port", "0")
+    assert "no printable ASCII" in line
+    assert key not in line
 
 
 @pytest.mark.parametrize(

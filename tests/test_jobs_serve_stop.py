@@ -18,6 +18,8 @@ from jobs import serve as job
 from pipeline.checkpoint import Bundle
 from pipeline.errors import SerError
 from serve import deployment
+from serve.keys import key_digest
+from serve.ray_settings import MESSAGE_BYTES, VARIABLES, prepare
 from serve.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(job, "start_ray", lambda **_: asked.append("start"))
     monkeypatch.setattr(job, "stop_ray", lambda: asked.append("stop_ray"))
     monkeypatch.setattr(deployment, "run", lambda *_: asked.append("run"))
-    monkeypatch.setattr(deployment, "roll_out", lambda _: asked.append("roll_out"))
+    monkeypatch.setattr(deployment, "roll_out", lambda *_: asked.append("roll_out"))
     monkeypatch.setattr(deployment, "stop", lambda: asked.append("stop"))
     yield asked
     for number, handler in before.items():
@@ -100,7 +102,7 @@ job.prepare = lambda _: None
 job.start_ray = lambda **_: None
 job.stop_ray = lambda: os.write(told, b"stopped\\n")
 deployment.run = lambda *_: os.write(told, b"ready\\n")
-deployment.roll_out = lambda _: os.write(told, b"rolled out\\n")
+deployment.roll_out = lambda *_: os.write(told, b"rolled out\\n")
 deployment.stop = lambda: None
 raise SystemExit(job.main(["--port", "0", "--metrics_port", "0"]))
 """
@@ -130,6 +132,28 @@ def test_a_hang_up_rolls_out_while_the_terminal_is_there_and_ends_when_it_has_go
     finally:
         child.kill()
         child.wait()
+
+
+def test_what_ray_starts_gets_the_key_s_hash_and_not_the_key(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SER_API_KEY", "secret\n")
+    monkeypatch.setattr(job, "prepare", prepare)
+    for name in (*VARIABLES, MESSAGE_BYTES, "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST"):
+        monkeypatch.setenv(name, "")  # put back at the end
+    monkeypatch.setattr(job, "start_ray", lambda **_: calls.extend(value for value in os.environ.values()))
+
+    def run(_: Settings, host: str, port: int, digest: str | None) -> None:
+        assert digest == key_digest("secret")
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    def roll_out(_: Settings, digest: str | None) -> None:
+        assert digest == key_digest("secret")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(deployment, "run", run)
+    monkeypatch.setattr(deployment, "roll_out", roll_out)
+    assert main() == 0
+    assert key_digest("secret") in calls
+    assert not [value for value in calls if "secret" in value]
 
 
 @pytest.fixture
