@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from serve.client_errors import BadRecording, ClientError
-from serve.client_wire import Retries, Source, form, named, parts, read, single, told
+from serve.client_wire import Part, Retries, Source, form, named, parts, read, single, told
 from serve.keys import checked_key
 from serve.schema import Explanation, Failure, ModelInfo, Prediction, Recording, Score
 
@@ -36,11 +36,17 @@ def _authorization(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _only(part: Sequence[tuple[str, bytes]], error: BadRecording) -> Failure:
+def _only(part: Part, error: BadRecording) -> Failure:
     """The answer for the only recording of a refused request; raises ``error`` where the recording is not to blame."""
     if len(part) > 1 or error.code == "invalid_request":
         raise error
     return Failure(name=part[0][0], problem=error.problem)
+
+
+def _halves(part: Part, error: BadRecording) -> list[Part]:
+    """Two smaller requests instead of one that this service finds too large, the second first; none where it is not."""
+    middle = len(part) // 2
+    return [part[middle:], part[:middle]] if middle and error.code in ("too_many_files", "body_too_large") else []
 
 
 class Client:
@@ -105,11 +111,17 @@ class Client:
         Raises:
             ClientError: the service cannot be used. A recording that cannot be used is a ``Failure`` instead.
         """
-        for part in parts(sources):
-            try:
-                yield from self.predict_together(part, **options).files
-            except BadRecording as error:
-                yield _only(part, error)
+        for group in parts(sources):
+            waiting = [group]
+            while waiting:
+                part = waiting.pop()
+                try:
+                    yield from self.predict_together(part, **options).files
+                except BadRecording as error:
+                    if smaller := _halves(part, error):
+                        waiting += smaller
+                    else:
+                        yield _only(part, error)
 
     def explain(self, source: Source, **options: Any) -> Explanation:
         """Which parts of the picture speak for the predicted label; options ``channels, model``."""
@@ -187,12 +199,18 @@ class AsyncClient:
 
     async def predict_each(self, sources: Iterable[Source], **options: Any) -> AsyncIterator[Recording | Failure]:
         """See ``Client.predict_each``."""
-        for part in parts(sources):
-            try:
-                for answer in (await self.predict_together(part, **options)).files:
-                    yield answer
-            except BadRecording as error:
-                yield _only(part, error)
+        for group in parts(sources):
+            waiting = [group]
+            while waiting:
+                part = waiting.pop()
+                try:
+                    for answer in (await self.predict_together(part, **options)).files:
+                        yield answer
+                except BadRecording as error:
+                    if smaller := _halves(part, error):
+                        waiting += smaller
+                    else:
+                        yield _only(part, error)
 
     async def explain(self, source: Source, **options: Any) -> Explanation:
         """See ``Client.explain``."""

@@ -18,6 +18,9 @@ from serve.schema import Failure, Prediction, Problem, Recording
 Source = str | os.PathLike[str] | bytes | tuple[str, bytes]
 """A recording: a path, a file's bytes, or its name and bytes."""
 
+Part = list[tuple[str, bytes]]
+"""Recordings of one request."""
+
 FILES_A_REQUEST = 16
 BYTES_A_REQUEST = 16 * 2**20
 _LONGEST_WAIT_S = 30.0
@@ -69,9 +72,9 @@ def form(sources: Sequence[Source], options: Mapping[str, Any]) -> dict[str, Any
     return {"files": [("file", named(source)) for source in sources], "data": fields}
 
 
-def parts(sources: Iterable[Source]) -> Iterator[list[tuple[str, bytes]]]:
+def parts(sources: Iterable[Source]) -> Iterator[Part]:
     """Recordings in groups that fit into one request."""
-    part: list[tuple[str, bytes]] = []
+    part: Part = []
     held_bytes = 0
     for source in sources:
         name, data = named(source)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -148,21 +149,31 @@ class Worker:
             return failed(predictor.bundle.features, error)
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], Result], *, limited: bool = True) -> Result:
-        """Run ``work`` in a thread; ``limited``: give up on it (``DecodeTimeout``) when it takes too long."""
-        number = next(self._numbers)
+        """Run ``work`` in a thread; ``limited``: give up on it (``DecodeTimeout``) when it takes too long.
+
+        Its time begins when a thread is free for it.
+        """
+        number, loop, limit = next(self._numbers), asyncio.get_running_loop(), asyncio.timeout(None)
+
+        def begin() -> None:
+            with suppress(RuntimeError):  # nobody waits for it any more
+                limit.reschedule(loop.time() + self._decode_timeout_s)
 
         def watched() -> Result:
             self._running[number] = time.monotonic()
+            if limited:
+                loop.call_soon_threadsafe(begin)
             try:
                 return work()
             finally:
                 del self._running[number]
 
-        running = asyncio.get_running_loop().run_in_executor(pool, watched)
+        running = loop.run_in_executor(pool, watched)
         if not limited:
             return await running
         try:
-            return await asyncio.wait_for(running, self._decode_timeout_s)
+            async with limit:
+                return await running
         except TimeoutError as error:
             detail = f"not decoded within {self._decode_timeout_s:g} s. Leave it out, or export it again."
             raise audio.ERRORS["decode_timeout"](f"recording: {detail}") from error

@@ -157,6 +157,26 @@ def test_each_of_many_in_order(client: Client) -> None:
         list(client.predict_each([wav()], top_k=0))
 
 
+@pytest.mark.parametrize("limits", [{"max_files": 8}, {"max_files": 1}, {"max_body_mib": 0.1}])
+def test_a_service_with_smaller_limits_gets_smaller_requests(tiny_bundle: Bundle, limits: dict[str, Any]) -> None:
+    strict = LocalService(tiny_bundle, **limits)
+    sources = [(f"{number}.wav", wav(0.5)) for number in range(9)]
+    sources[4] = ("4.wav", wav(0.5) + bytes(200_000))  # in one of the cases too large alone
+    expected = [Failure if n == 4 and "max_body_mib" in limits else Recording for n in range(9)]
+    with Client(URL, transport=Bridge(strict)) as client:
+        found = list(client.predict_each(sources, top_k=1))
+        with pytest.raises(BadRecording, match="top_k"):
+            list(client.predict_each(sources, top_k=0))
+
+    async def awaited() -> list[Recording | Failure]:
+        async with AsyncClient(URL, transport=httpx.ASGITransport(strict.app)) as client:
+            return [answer async for answer in client.predict_each(sources, top_k=1)]
+
+    assert found == asyncio.run(awaited())
+    assert [answer.name for answer in found] == [name for name, _ in sources]
+    assert [type(answer) for answer in found] == expected
+
+
 def test_parts_keep_to_their_size() -> None:
     sizes = [1, 10 * 2**20, 7 * 2**20, 17 * 2**20, 1]
     sources = [(str(number), bytes(size)) for number, size in enumerate(sizes)]
@@ -177,7 +197,7 @@ def test_busy_answers_are_tried_again_when_told(waits: list[float]) -> None:
 @pytest.mark.parametrize(
     ("response", "kind"),
     [
-        (problem(503, "decode_timeout"), Busy),  # no Retry-After: it would be the same again
+        (problem(503, "decode_timeout"), BadRecording),  # no Retry-After: it would be the same again
         (problem(429, "overloaded", retry_after="soon"), Busy),
         (problem(500, "internal_error", retry_after="1"), ServiceFault),
         (problem(408, "body_timeout", retry_after="1"), BadRecording),

@@ -168,6 +168,24 @@ def test_a_decoder_that_hangs_is_given_up_and_told_by_the_health_check(
     run(scenario())
 
 
+def test_waiting_for_a_thread_is_not_hanging(predictor: Predictor) -> None:
+    release = threading.Event()
+
+    async def scenario() -> None:
+        worker = Worker(predictor, decode_timeout_s=1.0)
+        busy = [worker._decoders.submit(release.wait, 60) for _ in range(2)]
+        waiting = asyncio.create_task(worker._in(worker._decoders, lambda: "done"))
+        gone = asyncio.create_task(worker._in(worker._decoders, lambda: pytest.fail("nobody waits for it")))
+        await asyncio.wait([waiting], timeout=1.5)  # longer than the limit
+        gone.cancel()
+        await asyncio.wait([gone])
+        release.set()
+        assert await waiting == "done"
+        assert all(future.result() for future in busy)
+
+    run(scenario())
+
+
 def test_long_work_does_not_stand_in_the_way_of_short(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     release, entered = threading.Event(), threading.Event()
 
