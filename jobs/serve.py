@@ -16,6 +16,7 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from jobs._common import EXIT_DONE, Parser, run, say
+from jobs._terminal import Terminal
 from pipeline.errors import SerError
 from pipeline.runtime import start_ray, stop_ray
 from serve.bundles import open_bundles
@@ -87,7 +88,7 @@ def _take_signals(renewals: SimpleQueue[int]) -> None:
     """
     renew = getattr(signal, "SIGHUP", None)  # Windows has none
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, renew) if number]
-    terminal = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
+    terminal = Terminal()
 
     def stop(*_: object) -> NoReturn:
         for number in numbers:
@@ -95,10 +96,7 @@ def _take_signals(renewals: SimpleQueue[int]) -> None:
         raise _Stop
 
     def hang_up(number: int, _: FrameType | None) -> None:
-        if terminal and not any(map(os.isatty, terminal)):
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            for descriptor in terminal:  # writing to them would be an error now
-                os.dup2(nowhere, descriptor)
+        if terminal.left():
             stop()
         renewals.put(number)
 
