@@ -210,11 +210,10 @@ def run(settings: Settings, host: str, port: int, digest: str | None = None) -> 
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; the replicas keep their own
     application = _application(settings, digest)
-    models = max(1, len(settings.bundles))
-    needed, there = models * settings.replicas * settings.threads, ray.cluster_resources().get("CPU", 0)
+    needed, there = settings.models * settings.replicas * settings.threads, ray.cluster_resources().get("CPU", 0)
     if needed > there and not joins_cluster():  # a cluster may grow
         raise SerError(
-            f"{models} models x {settings.replicas} replicas x {settings.threads} threads need {needed} CPUs, "
+            f"{settings.models} models x {settings.replicas} replicas x {settings.threads} threads need {needed} CPUs, "
             f"and there are {there:g}; give fewer --bundles, --replicas or --threads"
         )
     ray_serve.start(proxy_location="HeadOnly", http_options=http_options(host, port, settings))

@@ -52,7 +52,12 @@ class Settings(BaseModel):
     @property
     def room(self) -> int:
         """Recordings of one model, in work and waiting, when all its workers run."""
-        return self.max_replicas * self.max_ongoing + self.max_queued
+        return max(self.replicas, self.max_replicas) * self.max_ongoing + self.max_queued
+
+    @property
+    def models(self) -> int:
+        """How many there are."""
+        return max(1, len(self.bundles))
 
     @property
     def audio_limits(self) -> Limits:

@@ -381,6 +381,33 @@ def test_cors_is_closed_unless_opened(service: LocalService, tiny_bundle: Bundle
     assert "access-control-allow-origin" not in other.headers
 
 
+def test_refusals_and_mistakes_of_ours_can_be_read_by_pages_of_the_origin(tiny_bundle: Bundle) -> None:
+    opened = LocalService(tiny_bundle, cors_origins="https://page.example")
+    opened.models.error = ZeroDivisionError()
+    origin = {"origin": "https://page.example"}
+    answers = [opened.post("/v1/predict", headers=origin, **form(wav())), opened.get("/nowhere", headers=origin)]
+    assert [answer.status_code for answer in answers] == [500, 404]
+    assert {answer.headers.get("access-control-allow-origin") for answer in answers} == {"https://page.example"}
+
+
+def test_a_full_model_keeps_no_request_from_another(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = LocalService(tiny_bundle)
+    full = {"tiny"}
+
+    def check_room(name: str) -> None:
+        if name in full:
+            raise retry_later("overloaded", "full")
+
+    monkeypatch.setattr(type(service.models), "names", ("tiny", "second"))
+    monkeypatch.setattr(service.models, "check_room", check_room)
+    for path in ("/v1/predict", "/v1/explain"):
+        assert service.post(path, **form(wav(), model="second")).status_code == 200
+        problem_of(service.post(path, **form(wav())), 429, "overloaded")
+        problem_of(service.post(path, **form(wav(), model="tiny")), 429, "overloaded")
+    full.add("second")
+    problem_of(service.post("/v1/predict", content=b"no form"), 429, "overloaded")
+
+
 def test_a_full_queue_is_told_before_the_body_is_read(failing: LocalService) -> None:
     failing.models.full = retry_later("overloaded", "full", after_s=0.4)
     for path in ("/v1/predict", "/v1/explain", "/v1/audio-classification"):
