@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from serve.client_errors import BadRecording, ClientError
-from serve.client_wire import Part, Retries, Source, form, named, parts, read, single, told
+from serve.client_wire import DIRECT, Part, Retries, Source, form, named, parts, read, single, told
 from serve.keys import checked_key
 from serve.schema import Explanation, Failure, ModelInfo, Prediction, Recording, Score
 
@@ -73,7 +73,8 @@ class Client:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.retries, self.patience_s = retries, patience_s
-        self._http = httpx.Client(headers=_authorization(api_key), timeout=timeout, transport=transport)
+        headers = _authorization(api_key)
+        self._http = httpx.Client(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
 
     def __enter__(self) -> Client:
         return self
@@ -175,7 +176,8 @@ class AsyncClient:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.retries, self.patience_s = retries, patience_s
-        self._http = httpx.AsyncClient(headers=_authorization(api_key), timeout=timeout, transport=transport)
+        headers = _authorization(api_key)
+        self._http = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
 
     async def __aenter__(self) -> AsyncClient:
         return self

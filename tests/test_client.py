@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -280,6 +282,36 @@ def test_a_key_is_what_a_header_carries(kind: type[Client | AsyncClient]) -> Non
     with pytest.raises(ClientError, match="no printable ASCII") as caught:
         kind(URL, "schl\u00fcssel")
     assert "schl" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows' file names are text")
+def test_file_names_that_are_no_text(client: Client, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.wav"))
+    path.write_bytes(wav())
+    assert client.predict(path).name == r"\udce9.wav"
+    assert client.predict((path.name, wav())).name == r"\udce9.wav"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_this_machine_is_asked_without_a_proxy(
+    kind: type[Client | AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer_once, args=[server], daemon=True).start()
+        client = kind(f"http://127.0.0.1:{server.getsockname()[1]}", "s3cret")
+        found = client.live()
+        assert found if isinstance(found, bool) else asyncio.run(found)
+
+
+def answer_once(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(10_000)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
 
 def test_the_awaited_client_is_the_same(service: LocalService, waits: list[float]) -> None:

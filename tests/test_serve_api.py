@@ -364,6 +364,11 @@ def test_health_needs_no_key(guarded: LocalService) -> None:
     assert guarded.get("/v2/health/ready", host="10.0.0.5").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready"])
+def test_health_answers_to_head(service: LocalService, path: str) -> None:
+    assert service.request("HEAD", path).status_code == 200
+
+
 @pytest.mark.parametrize(("method", "path"), PROTECTED)
 def test_without_a_key_only_this_machine_is_served(service: LocalService, method: str, path: str) -> None:
     problem_of(service.request(method, path, host="10.0.0.5"), 403, "key_required")
