@@ -27,10 +27,6 @@ from serve.settings import Settings, is_loopback, key_digest_from_environment
 _LISTS = {"bundles", "cors_origins"}
 
 
-class _Stop(BaseException):
-    """SIGINT or SIGTERM has come, or the terminal has gone."""
-
-
 def build_parser() -> Parser:
     """The options of this job: address, metrics, and all of ``serve.settings.Settings``."""
     parser = Parser(
@@ -71,7 +67,7 @@ def job(arguments: argparse.Namespace) -> int:
         say(f"metrics: http://127.0.0.1:{arguments.metrics_port}/metrics")
         while renewals.get():
             _roll_out(settings, digest)
-    except _Stop:
+    except KeyboardInterrupt:
         pass
     finally:
         say("stopping")
@@ -82,9 +78,10 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def _take_signals(renewals: SimpleQueue[int]) -> None:
-    """Have SIGINT and SIGTERM end what this thread does, whatever that is, by `_Stop`; SIGHUP goes into ``renewals``.
+    """Have SIGINT and SIGTERM end what this thread does, whatever that is; SIGHUP goes into ``renewals``.
 
-    A SIGHUP because the terminal has gone, where there was one, ends it as well. After the first end all are ignored.
+    They raise KeyboardInterrupt, the one exception that comes safely out of Ray's compiled parts. A SIGHUP because the
+    terminal has gone, where there was one, ends it as well. After the first end all are ignored.
     """
     renew = getattr(signal, "SIGHUP", None)  # Windows has none
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, renew) if number]
@@ -93,7 +90,7 @@ def _take_signals(renewals: SimpleQueue[int]) -> None:
     def stop(*_: object) -> NoReturn:
         for number in numbers:
             signal.signal(number, lambda *_: None)
-        raise _Stop
+        raise KeyboardInterrupt
 
     def hang_up(number: int, _: FrameType | None) -> None:
         if terminal.left():
