@@ -50,9 +50,9 @@ def job(arguments: argparse.Namespace) -> int:
     digest = key_digest_from_environment()
     if not is_loopback(arguments.host) and digest is None:
         raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
-    _check_free(arguments.host, arguments.port, "--port")
+    _check_free(arguments.host, arguments.port, "choose another --port")
     open_bundles(settings.bundles)
-    _check_free("127.0.0.1", arguments.metrics_port, "--metrics_port")
+    _check_free("127.0.0.1", arguments.metrics_port, "choose another --metrics_port")
     prepare(settings)
     os.environ.pop(API_KEY_VARIABLE, None)  # the processes of Ray need its hash only
     say("starting")
@@ -119,7 +119,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise SerError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def _check_free(host: str, port: int, option: str) -> None:
+def _check_free(host: str, port: int, remedy: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,7 +127,7 @@ def _check_free(host: str, port: int, option: str) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise SerError(f"cannot listen on {host}:{port} ({reason}); choose another {option}") from error
+            raise SerError(f"cannot listen on {host}:{port} ({reason}); {remedy}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
