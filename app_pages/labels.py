@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import pandas as pd
 
 FILE_COLUMNS = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_COLUMNS = ("label", "emotion", "label_name")
-_STEM = 3  # letters by which another form of a class's word is known: fear, fearful; happiness, happy
+# as in pipeline.labels, which the page does not load
+ALIASES: Mapping[str, str] = {
+    "anger": "angry",
+    "ang": "angry",
+    "mad": "angry",
+    "calmness": "calm",
+    "relaxed": "calm",
+    "disgusted": "disgust",
+    "dis": "disgust",
+    "fear": "fearful",
+    "fea": "fearful",
+    "afraid": "fearful",
+    "scared": "fearful",
+    "happiness": "happy",
+    "hap": "happy",
+    "joy": "happy",
+    "joyful": "happy",
+    "neu": "neutral",
+    "neutrality": "neutral",
+    "sadness": "sad",
+    "surprise": "surprised",
+    "sur": "surprised",
+    "ps": "surprised",
+    "pleasant_surprise": "surprised",
+    "pleasant_surprised": "surprised",
+}
 
 
 class LabelsError(Exception):
@@ -21,7 +46,7 @@ class LabelsError(Exception):
 def read_labels(data: bytes, name: str, classes: Sequence[str]) -> dict[str, str]:
     """File name, case-folded and without folders -> class.
 
-    A label is a class's name, another form of its word ("fear", "happiness"), or its number from 0.
+    A label is a class's name, another spelling of it ("fear", "happiness"), or its number from 0.
 
     Raises:
         LabelsError: no table, columns that are missing, or a label that is none.
@@ -51,7 +76,12 @@ def _class(text: str, classes: Sequence[str], name: str) -> str:
     word = text.strip().casefold()
     if word.isdecimal() and int(word) < len(classes):
         return classes[int(word)]
-    for names in ([c for c in classes if c == word], [c for c in classes if c[:_STEM] == word[:_STEM]]):
-        if len(names) == 1 and len(word) >= _STEM:
-            return names[0]
+    same = [name for name in classes if _canonical(name) == _canonical(word)]
+    if len(same) == 1:
+        return same[0]
     raise LabelsError(f"{name} holds the label “{text}”; known are {', '.join(classes)}.")
+
+
+def _canonical(text: str) -> str:
+    name = "_".join(text.casefold().replace("-", " ").replace("_", " ").split())
+    return ALIASES.get(name, name)

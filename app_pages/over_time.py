@@ -37,9 +37,10 @@ def _segments(recorded: Recorded, heard: Recording) -> list[Segment] | None:
     if known is None or known[0] != recorded.digest:
         channels = "each" if heard.channels > 1 else "mix"
         with st.spinner("Listening to all of it …"):
+            window_s = min(_WINDOW_S, heard.picture.window_s) if heard.picture else _WINDOW_S
             answer = asked(
                 lambda client: client.predict(
-                    recorded.source, window_s=_WINDOW_S, channels=channels, min_confidence=NOT_SURE_BELOW
+                    recorded.source, window_s=window_s, channels=channels, min_confidence=NOT_SURE_BELOW
                 )
             )
         if answer is None:

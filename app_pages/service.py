@@ -52,7 +52,7 @@ def tell(error: ClientError) -> None:
         _wait(f"The listening service does not answer at {address()}.", start=True)
     elif isinstance(error, Busy):
         _wait("The listening service is busy at the moment; this page asks again by itself.", start=False)
-    elif isinstance(error, WrongKey):
+    elif isinstance(error, WrongKey) and error.code != "key_required":  # else the service has none
         st.error("The service wants its key: start this page with SER_API_KEY set to it.", icon=":material/key:")
     elif isinstance(error, BadRecording):
         st.error(plain(trouble(error)), icon=":material/error:")

@@ -30,6 +30,7 @@ _REASONS = {
     "bad_sample_rate": "This file has a sampling rate that cannot be used.",
     "bad_channels": "This file has more channels than can be used.",
     "decoder_crashed": "This file is damaged in a way that stopped its reader.",
+    "decode_timeout": "This file could not be read in time; it may be damaged.",
     "not_explainable": "This model's answers cannot be explained as a picture.",
 }
 

@@ -16,8 +16,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from jobs._common import EXIT_DONE, EXIT_OURS, Parser, run, say
+from jobs._terminal import Terminal
 from pipeline.errors import SerError
 from serve.client import Client
+from serve.settings import key_from_environment
 
 PAGE = Path(__file__).resolve().parents[1] / "app.py"
 HOST = "127.0.0.1"
@@ -40,10 +42,10 @@ def job(arguments: argparse.Namespace) -> int:
     if not PAGE.is_file():
         raise SerError(f"the page is missing: {PAGE}; start this from the project's folder")
     url = f"http://{HOST}:{arguments.service_port}"
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ended, terminal = threading.Event(), Terminal()
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))):
         signal.signal(number, lambda *_: ended.set())
-    with ExitStack() as started, Client(url, os.environ.get("SER_API_KEY")) as client:
+    with ExitStack() as started, Client(url, key_from_environment()) as client:
         processes = []
         if client.live():
             say(f"the service at {url} answers already; the page uses it")
@@ -58,6 +60,7 @@ def job(arguments: argparse.Namespace) -> int:
             if any(process.poll() is not None for process in processes):
                 say("error: the page or the service has ended; what it said is above")
                 return EXIT_OURS
+        terminal.left()  # then nobody is told
         say("stopping")
     return EXIT_DONE
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from queue import SimpleQueue
+from types import FrameType
+from typing import NoReturn
 
 from pydantic import ValidationError
 
 from jobs._common import EXIT_DONE, Parser, run, say
+from jobs._terminal import Terminal
 from pipeline.errors import SerError
 from pipeline.runtime import start_ray, stop_ray
 from serve.bundles import open_bundles
+from serve.keys import API_KEY_VARIABLE
 from serve.ray_settings import prepare
-from serve.settings import API_KEY_VARIABLE, Settings, is_loopback, key_digest_from_environment
+from serve.settings import Settings, is_loopback, key_digest_from_environment
 
 _LISTS = {"bundles", "cors_origins"}
 
@@ -42,25 +47,28 @@ def build_parser() -> Parser:
 def job(arguments: argparse.Namespace) -> int:
     """Check, start, wait for a signal, drain."""
     settings = _settings(arguments)
-    if not is_loopback(arguments.host) and key_digest_from_environment() is None:
+    digest = key_digest_from_environment()
+    if not is_loopback(arguments.host) and digest is None:
         raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
-    _check_free(arguments.host, arguments.port)
+    _check_free(arguments.host, arguments.port, "choose another --port")
     open_bundles(settings.bundles)
+    _check_free("127.0.0.1", arguments.metrics_port, "choose another --metrics_port")
     prepare(settings)
+    os.environ.pop(API_KEY_VARIABLE, None)  # the processes of Ray need its hash only
     say("starting")
     start_ray(metrics_port=arguments.metrics_port)
     from serve import deployment  # imports Ray, whose environment start_ray has set
 
-    signals: SimpleQueue[int] = SimpleQueue()
-    renew = getattr(signal, "SIGHUP", None)  # Windows has none
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, renew)):
-        signal.signal(number, lambda number, _: signals.put(number))
+    renewals: SimpleQueue[int] = SimpleQueue()
     try:
-        deployment.run(settings, arguments.host, arguments.port)
+        _take_signals(renewals)
+        deployment.run(settings, arguments.host, arguments.port, digest)
         say(f"ready: http://{arguments.host}:{arguments.port} (/docs; Ctrl-C stops, SIGHUP opens the bundles again)")
         say(f"metrics: http://127.0.0.1:{arguments.metrics_port}/metrics")
-        while signals.get() == renew:
-            _roll_out(settings)
+        while renewals.get():
+            _roll_out(settings, digest)
+    except KeyboardInterrupt:
+        pass
     finally:
         say("stopping")
         with redirect_stdout(StringIO()):  # where Ray tells of its controller's end as if it were a failure
@@ -69,11 +77,35 @@ def job(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _roll_out(settings: Settings) -> None:
+def _take_signals(renewals: SimpleQueue[int]) -> None:
+    """Have SIGINT and SIGTERM end what this thread does, whatever that is; SIGHUP goes into ``renewals``.
+
+    They raise KeyboardInterrupt, the one exception that comes safely out of Ray's compiled parts. A SIGHUP because the
+    terminal has gone, where there was one, ends it as well. After the first end all are ignored.
+    """
+    renew = getattr(signal, "SIGHUP", None)  # Windows has none
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, renew) if number]
+    terminal = Terminal()
+
+    def stop(*_: object) -> NoReturn:
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        raise KeyboardInterrupt
+
+    def hang_up(number: int, _: FrameType | None) -> None:
+        if terminal.left():
+            stop()
+        renewals.put(number)
+
+    for number in numbers:
+        signal.signal(number, hang_up if number == renew else stop)
+
+
+def _roll_out(settings: Settings, digest: str | None) -> None:
     from serve import deployment
 
     try:
-        deployment.roll_out(settings)
+        deployment.roll_out(settings, digest)
         say("rolled out")
     except SerError as error:
         say(f"error: {error}; what runs goes on")
@@ -87,7 +119,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise SerError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def _check_free(host: str, port: int) -> None:
+def _check_free(host: str, port: int, remedy: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -95,7 +127,7 @@ def _check_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise SerError(f"cannot listen on {host}:{port} ({reason}); choose another --port") from error
+            raise SerError(f"cannot listen on {host}:{port} ({reason}); {remedy}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from jobs._follow import follow
 from jobs._package import describe, largest, pack
 from jobs._paths import Placed, place, read_words
 from pipeline.errors import SerError
-from pipeline.ray_jobs import connect
+from pipeline.ray_jobs import connect, new_name
 
 JOBS = ("extract", "train", "evaluate", "score")
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
@@ -43,7 +43,9 @@ def build_parser() -> Parser:
         "--storage_path", type=Path, help="folder at one path on all nodes; relative --out and inputs lie in it"
     )
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; no secrets")
-    parser.add_argument("--submission_id", help="the job's name on the cluster (default: made from job and time)")
+    parser.add_argument(
+        "--submission_id", help="the job's name on the cluster, which no other has (default: made from job and time)"
+    )
     parser.add_argument("--max_upload_mb", type=float, default=100.0, help="refuse a larger upload (default 100)")
     parser.add_argument("--no_wait", action="store_true", help="print the job's name and return at once")
     return parser
@@ -66,7 +68,7 @@ def job(arguments: argparse.Namespace) -> int:
         name = client.submit(
             shlex.join(["python", "-m", f"jobs.{arguments.job}", *placed.words]),
             folder,
-            name=arguments.submission_id or f"ser-{arguments.job}",
+            name=arguments.submission_id or new_name(arguments.job),
             environment=environment,
         )
     say(f"job {name}: python -m jobs.{arguments.job} {shlex.join(placed.words)}")

@@ -48,6 +48,11 @@ class JobState:
         return self.state in ("SUCCEEDED", "FAILED", "STOPPED")
 
 
+def new_name(job: str) -> str:
+    """A name for a run of ``job`` that no other one has."""
+    return f"ser-{job}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
 class JobClient:
     """A cluster's jobs. ``client`` is a ``ray.job_submission.JobSubmissionClient``."""
 
@@ -55,15 +60,14 @@ class JobClient:
         self._client, self.address = client, address
 
     def submit(self, command: str, folder: Path, *, name: str, environment: Mapping[str, str]) -> str:
-        """Upload ``folder`` and start ``command`` in it; returns the job's name, which begins with ``name``.
+        """Upload ``folder`` and start ``command`` in it, under a ``name`` that no other job has; returns that name.
 
         Raises:
             ClusterError: the cluster refused.
         """
-        unique = f"{name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         settings = {"working_dir": str(folder), "env_vars": {**_STOP, **environment}}
         try:
-            return str(self._client.submit_job(entrypoint=command, submission_id=unique, runtime_env=settings))
+            return str(self._client.submit_job(entrypoint=command, submission_id=name, runtime_env=settings))
         except Exception as error:  # Ray raises RuntimeError, ValueError and those of requests
             raise ClusterError(f"{self.address} did not take the job: {_first_line(error)}") from error
 

@@ -42,6 +42,7 @@ _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
 _STARTS = 3
 _finished: dict[int, bytes] = {}
+_BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the command of a submitted job
 
 
@@ -81,14 +82,14 @@ def start_ray(
         use_token()
     else:
         make_token()
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # bind everything to 127.0.0.1
+        os.environ.setdefault(_BEYOND_LOOPBACK, "0")  # bind everything to 127.0.0.1
     if "ray" not in sys.modules:
         atexit.register(_end_finished)  # before Ray registers its own, to come after it
     import ray
 
     if ray.is_initialized():
         return
-    _reread_authentication()
+    _reread_environment(joining)
     level = logging.ERROR
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -113,11 +114,18 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def _reread_authentication() -> None:
-    """Ray reads ``RAY_AUTH_MODE`` when it is first imported, and only then; somebody may have imported it before."""
+def _reread_environment(joining: bool) -> None:
+    """Ray reads some variables when it is first imported, and only then; somebody may have imported it before.
+
+    They are ``RAY_AUTH_MODE`` and, for a local Ray, the one that decides between loopback and all interfaces.
+    """
+    from ray._private import ray_constants
+    from ray._private.ray_constants import env_bool  # type: ignore[attr-defined]
     from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without a stub
 
     Config.initialize("")
+    if not joining:
+        ray_constants.ENABLE_RAY_CLUSTER = env_bool(_BEYOND_LOOPBACK, ray_constants.ENABLE_RAY_CLUSTER)
 
 
 def _start_here(options: dict[str, Any], lean: bool) -> None:

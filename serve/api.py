@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
 from serve import openapi, routes_inference, routes_info
 from serve.access import Access
 from serve.doors import require_key, require_loopback
 from serve.problems import ServiceError, answer
 from serve.proxy import Unpack
-from serve.ray_settings import limits_of
+from serve.ray_settings import cors_of, limits_of
 from serve.schema import FieldError
 from serve.service import Service
 
@@ -32,18 +32,9 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    limits = limits_of(settings)
-    app.add_middleware(limits.cls, *limits.args, **limits.kwargs)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
-            expose_headers=["X-Request-ID", "Retry-After"],
-        )
-    app.add_middleware(Access, meter=service.meter)
-    app.add_middleware(Unpack)
+    outwards = [limits_of(settings), Middleware(Access, meter=service.meter), *cors_of(settings), Middleware(Unpack)]
+    for middleware in outwards:
+        app.add_middleware(middleware.cls, *middleware.args, **middleware.kwargs)
     app.openapi = openapi.described(app, service.models.names, service.window_s, settings)  # type: ignore[method-assign]
     return app
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import httpx
 
-from serve.client_errors import BadRecording
-from serve.client_wire import Retries, Source, form, named, parts, read, single, told
+from serve.client_errors import BadRecording, ClientError
+from serve.client_wire import DIRECT, Part, Retries, Source, form, named, parts, read, single, told
+from serve.keys import checked_key
 from serve.schema import Explanation, Failure, ModelInfo, Prediction, Recording, Score
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -28,14 +29,24 @@ _HEALTH_TIMEOUT = httpx.Timeout(5.0, connect=2.0)
 
 
 def _authorization(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        key = checked_key(api_key)
+    except ValueError as error:
+        raise ClientError(str(error)) from error
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _only(part: Sequence[tuple[str, bytes]], error: BadRecording) -> Failure:
+def _only(part: Part, error: BadRecording) -> Failure:
     """The answer for the only recording of a refused request; raises ``error`` where the recording is not to blame."""
     if len(part) > 1 or error.code == "invalid_request":
         raise error
     return Failure(name=part[0][0], problem=error.problem)
+
+
+def _halves(part: Part, error: BadRecording) -> list[Part]:
+    """Two smaller requests instead of one that this service finds too large, the second first; none where it is not."""
+    middle = len(part) // 2
+    return [part[middle:], part[:middle]] if middle and error.code in ("too_many_files", "body_too_large") else []
 
 
 class Client:
@@ -43,7 +54,7 @@ class Client:
 
     Args:
         base_url: where the service is.
-        api_key: its key, if it has one.
+        api_key: its key, if it has one; ClientError where it can be none.
         timeout: seconds, or httpx.Timeout; by default 5 s to connect and 90 s for an answer.
         retries: how often a request is sent again.
         patience_s: how long it may take altogether before it is not sent again.
@@ -62,7 +73,8 @@ class Client:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.retries, self.patience_s = retries, patience_s
-        self._http = httpx.Client(headers=_authorization(api_key), timeout=timeout, transport=transport)
+        headers = _authorization(api_key)
+        self._http = httpx.Client(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
 
     def __enter__(self) -> Client:
         return self
@@ -100,11 +112,17 @@ class Client:
         Raises:
             ClientError: the service cannot be used. A recording that cannot be used is a ``Failure`` instead.
         """
-        for part in parts(sources):
-            try:
-                yield from self.predict_together(part, **options).files
-            except BadRecording as error:
-                yield _only(part, error)
+        for group in parts(sources):
+            waiting = [group]
+            while waiting:
+                part = waiting.pop()
+                try:
+                    yield from self.predict_together(part, **options).files
+                except BadRecording as error:
+                    if smaller := _halves(part, error):
+                        waiting += smaller
+                    else:
+                        yield _only(part, error)
 
     def explain(self, source: Source, **options: Any) -> Explanation:
         """Which parts of the picture speak for the predicted label; options ``channels, model``."""
@@ -158,7 +176,8 @@ class AsyncClient:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.retries, self.patience_s = retries, patience_s
-        self._http = httpx.AsyncClient(headers=_authorization(api_key), timeout=timeout, transport=transport)
+        headers = _authorization(api_key)
+        self._http = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -182,12 +201,18 @@ class AsyncClient:
 
     async def predict_each(self, sources: Iterable[Source], **options: Any) -> AsyncIterator[Recording | Failure]:
         """See ``Client.predict_each``."""
-        for part in parts(sources):
-            try:
-                for answer in (await self.predict_together(part, **options)).files:
-                    yield answer
-            except BadRecording as error:
-                yield _only(part, error)
+        for group in parts(sources):
+            waiting = [group]
+            while waiting:
+                part = waiting.pop()
+                try:
+                    for answer in (await self.predict_together(part, **options)).files:
+                        yield answer
+                except BadRecording as error:
+                    if smaller := _halves(part, error):
+                        waiting += smaller
+                    else:
+                        yield _only(part, error)
 
     async def explain(self, source: Source, **options: Any) -> Explanation:
         """See ``Client.explain``."""

@@ -2,7 +2,7 @@
 
 ClientError
 ├── Refused               the service answered with a problem; ``code`` is stable, ``status`` is HTTP's
-│   ├── BadRecording      this recording cannot be used (400, 413, 415, 422): another one may
+│   ├── BadRecording      this recording cannot be used (400, 413, 415, 422; 503 decode_timeout): another one may
 │   ├── WrongKey          401, 403: give the service's key
 │   ├── Busy              429, 503, after the retries: try again later
 │   └── ServiceFault      500, or an answer that is none of ours
@@ -65,6 +65,8 @@ def refused(problem: Problem) -> Refused:
     """The exception for a problem."""
     if problem.status in (401, 403):
         return WrongKey(problem)
+    if problem.code == "decode_timeout":  # a 503 that would be the same again
+        return BadRecording(problem)
     if problem.status in (429, 503):
         return Busy(problem)
     if problem.status >= 500:

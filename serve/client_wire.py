@@ -18,6 +18,12 @@ from serve.schema import Failure, Prediction, Problem, Recording
 Source = str | os.PathLike[str] | bytes | tuple[str, bytes]
 """A recording: a path, a file's bytes, or its name and bytes."""
 
+Part = list[tuple[str, bytes]]
+"""Recordings of one request."""
+
+DIRECT: Mapping[str, None] = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
+"""What never goes to a proxy that the environment names, for httpx' ``mounts``: it would get the key."""
+
 FILES_A_REQUEST = 16
 BYTES_A_REQUEST = 16 * 2**20
 _LONGEST_WAIT_S = 30.0
@@ -53,13 +59,18 @@ def named(source: Source) -> tuple[str, bytes]:
         ClientError: a path that cannot be read.
     """
     if isinstance(source, tuple):
-        return source
+        return _text(source[0]), source[1]
     if isinstance(source, bytes):
         return "recording", source
     try:
-        return Path(source).name, Path(source).read_bytes()
+        return _text(Path(source).name), Path(source).read_bytes()
     except OSError as error:
-        raise ClientError(f"cannot read {os.fspath(source)}: {error.strerror}") from error
+        raise ClientError(f"cannot read {_text(os.fspath(source))}: {error.strerror}") from error
+
+
+def _text(name: str) -> str:
+    """A file's name as text; bytes in it that are none are written as backslash sequences."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def form(sources: Sequence[Source], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,9 +80,9 @@ def form(sources: Sequence[Source], options: Mapping[str, Any]) -> dict[str, Any
     return {"files": [("file", named(source)) for source in sources], "data": fields}
 
 
-def parts(sources: Iterable[Source]) -> Iterator[list[tuple[str, bytes]]]:
+def parts(sources: Iterable[Source]) -> Iterator[Part]:
     """Recordings in groups that fit into one request."""
-    part: list[tuple[str, bytes]] = []
+    part: Part = []
     held_bytes = 0
     for source in sources:
         name, data = named(source)

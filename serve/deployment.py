@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from click import ClickException
 from ray import serve as ray_serve
 from ray._common.tls_utils import add_port_to_grpc_server
@@ -31,6 +32,7 @@ from ray.util import get_node_ip_address
 from pipeline.checkpoint import Bundle
 from pipeline.errors import SerError
 from pipeline.predictor import Predictor
+from pipeline.runtime import joins_cluster
 from serve.asks import Ask, Card, Explained, Heard
 from serve.bundles import open_bundles
 from serve.metrics import RequestMeter, WorkMeter
@@ -147,12 +149,16 @@ def build(args: Settings) -> ray_serve.Application:
     """The application of ``args``; reads ``SER_API_KEY``. All bundles are opened first.
 
     Raises:
-        StartError: a bundle that is missing or cannot be used, or two of one name.
+        StartError: a bundle that is missing or cannot be used, two of one name, or a key that can be none.
     """
     try:
-        bundles = open_bundles(args.bundles)
+        return _application(args, key_digest_from_environment())
     except SerError as error:
         raise StartError(str(error)) from error
+
+
+def _application(args: Settings, digest: str | None) -> ray_serve.Application:
+    bundles = open_bundles(args.bundles)
     models = {bundle.name: _model(number, bundle, args) for number, bundle in enumerate(bundles)}
     ingress = ray_serve.deployment(
         name="Ingress",
@@ -163,7 +169,7 @@ def build(args: Settings) -> ray_serve.Application:
         logging_config=LoggingConfig(enable_access_log=False),
     )(ray_serve.ingress()(Ingress))
     window_s = max(bundle.features.window_s for bundle in bundles)
-    return ingress.bind(args, key_digest_from_environment(), window_s, models)
+    return ingress.bind(args, digest, window_s, models)
 
 
 def _model(number: int, bundle: Bundle, args: Settings) -> ray_serve.Application:
@@ -194,21 +200,40 @@ def http_options(host: str, port: int, settings: Settings) -> dict[str, Any]:
     return {"host": host, "port": port, "request_timeout_s": patience_s, "keep_alive_timeout_s": 65}
 
 
-def run(settings: Settings, host: str, port: int) -> None:
-    """Start Serve on the Ray that this process is connected to, and return once the service answers."""
+def run(settings: Settings, host: str, port: int, digest: str | None = None) -> None:
+    """Start Serve on the Ray that this process is connected to, and return once the service answers.
+
+    ``digest`` is the hash of the API key; without one the service answers to loopback only.
+
+    Raises:
+        SerError: a bundle that cannot be used, or fewer CPUs than the service needs, on this machine.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; the replicas keep their own
-    application = build(settings)
+    application = _application(settings, digest)
+    needed, there = settings.models * settings.replicas * settings.threads, ray.cluster_resources().get("CPU", 0)
+    if needed > there and not joins_cluster():  # a cluster may grow
+        raise SerError(
+            f"{settings.models} models x {settings.replicas} replicas x {settings.threads} threads need {needed} CPUs, "
+            f"and there are {there:g}; give fewer --bundles, --replicas or --threads"
+        )
     ray_serve.start(proxy_location="HeadOnly", http_options=http_options(host, port, settings))
     ray_serve.run(application, name=APP_NAME, route_prefix="/")
 
 
-def roll_out(settings: Settings) -> None:
+def roll_out(settings: Settings, digest: str | None = None) -> None:
     """Replace what runs by ``settings`` (new weights, say), process by process, and return when that is done.
 
     Raises:
-        SerError: a bundle that cannot be used; what runs goes on.
+        SerError: a bundle that cannot be used, or no CPUs, on this machine, for new processes beside the old ones;
+            what runs goes on.
     """
-    ray_serve.run(build(settings), name=APP_NAME, route_prefix="/")
+    free = ray.available_resources().get("CPU", 0)
+    if settings.threads > free and not joins_cluster():
+        raise SerError(
+            f"a new model worker needs {settings.threads} CPUs beside the old ones, and {free:g} are free; "
+            "start the service with fewer --threads, or stop and start it"
+        )
+    ray_serve.run(_application(settings, digest), name=APP_NAME, route_prefix="/")
 
 
 def stop() -> None:

@@ -13,9 +13,10 @@ from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
 
+from serve.keys import API_KEY_VARIABLE, key_digest
 from serve.problems import ServiceError, answer
 from serve.request_scope import header
-from serve.settings import API_KEY_VARIABLE, is_loopback, key_digest
+from serve.settings import is_loopback
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send

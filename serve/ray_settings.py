@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from serve.access import Access
 from serve.body_limit import BodyLimit
@@ -55,10 +56,24 @@ def in_proxy() -> list[Middleware]:
     meter = RequestMeter()
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
     short_way = Middleware(ShortWay, ask=offer.asking(APP_NAME), make=lambda found: found.application(meter))
-    doors = [short_way, Middleware(Admission, room=settings.room), limits_of(settings)]
+    doors = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
     if digest := os.environ.get(_KEY_DIGEST):
         doors.append(Middleware(Doorkeeper, digest=digest))
-    return [*doors, Middleware(Access, meter=meter, refusals=True), Middleware(Identify)]
+    return [*doors, Middleware(Access, meter=meter, refusals=True), *cors_of(settings), Middleware(Identify)]
+
+
+def cors_of(settings: Settings) -> list[Middleware]:
+    """What lets pages of the origins in ``settings`` read answers, refusals too, as a middleware; none by default."""
+    if not settings.cors_origins:
+        return []
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+        expose_headers=["X-Request-ID", "Retry-After"],
+    )
+    return [cors]
 
 
 def limits_of(settings: Settings) -> Middleware:

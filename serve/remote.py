@@ -7,7 +7,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ray import serve as ray_serve
 from ray.exceptions import RayActorError
+from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -29,6 +31,7 @@ class RemoteModels:
     def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], room: int) -> None:
         self._handles, self._room = dict(handles), room
         self._open = dict.fromkeys(handles, 0)
+        self._cards: dict[str, Card] = {}  # as they were last told
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,16 +54,29 @@ class RemoteModels:
         return explained
 
     async def card(self, model: str) -> Card:
-        """What is known of a model."""
+        """What is known of a model; what it told last, where its workers are too busy to tell."""
+        if model not in self._cards:
+            return await self._fresh_card(model)
+        try:
+            return await asyncio.wait_for(self._fresh_card(model), _READY_WITHIN_S)
+        except TimeoutError:  # at work, perhaps on one recording
+            return self._cards[model]
+        except ServiceError as error:
+            if error.code != "overloaded":
+                raise
+            return self._cards[model]
+
+    async def _fresh_card(self, model: str) -> Card:
         card: Card = await self._once(model, "card")
+        self._cards[model] = card
         return card
 
     async def ready(self, model: str) -> bool:
         """Whether a worker answers; a full one counts as ready."""
         try:
-            await asyncio.wait_for(self._once(model, "card"), _READY_WITHIN_S)
-        except TimeoutError:
-            return False
+            await asyncio.wait_for(self._fresh_card(model), _READY_WITHIN_S)
+        except TimeoutError:  # at work, or hanging: Serve's health checks know
+            return await _running(self._handles[model])
         except ServiceError as error:
             return error.code == "overloaded"
         return True
@@ -85,6 +101,13 @@ class RemoteModels:
             raise _unavailable(model) from None
         except RayActorError as error:
             raise _WorkerDied from error
+
+
+async def _running(handle: DeploymentHandle[Any]) -> bool:
+    """Whether Serve knows a healthy worker of a model."""
+    application = (await asyncio.to_thread(ray_serve.status)).applications.get(handle.app_name)
+    deployment = application and application.deployments.get(handle.deployment_name)
+    return bool(deployment and deployment.replica_states.get(ReplicaState.RUNNING))
 
 
 class _WorkerDied(ServiceError):

@@ -29,9 +29,10 @@ _AT_ONCE = 8  # recordings of one request that are in work together; others shal
 async def predict(request: Request) -> schema.Prediction:
     """Emotions of one recording or several."""
     service = service_of(request)
-    service.models.check_room(service.models.names[0])
+    service.check_room()
     files, options = await uploads.read_form(request, Options, service.settings.max_files)
     model = service.model(options.model)
+    service.models.check_room(model)
     if options.window_s is not None and options.window_s > service.window_s:
         raise uploads.invalid("window_s", f"{options.window_s:g} is above {service.window_s:g}, all that models hear")
     note(request.scope, model=model, files=len(files))
@@ -76,9 +77,10 @@ async def audio_classification(request: Request) -> list[schema.Score]:
 async def explain(request: Request) -> schema.Explanation:
     """Which parts of what the model sees speak for the predicted label, over time and mel bands."""
     service = service_of(request)
-    service.models.check_room(service.models.names[0])
+    service.check_room()
     files, options = await uploads.read_form(request, ExplainOptions, max_files=1)
     model = service.model(options.model)
+    service.models.check_room(model)
     note(request.scope, model=model, files=1)
     async with _deadline(service):
         explained = await service.models.explain(model, files[0].data, Ask(channels=_channels(options.channels)))

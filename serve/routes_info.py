@@ -39,12 +39,14 @@ async def model_ready(request: Request, response: Response, name: str) -> schema
     return await _readiness(service, [service.model(name)], response)
 
 
+@health.head("/health/live", include_in_schema=False)
 @health.get("/health/live", response_model=schema.Live)
 async def live() -> schema.Live:
     """Whether the service runs (Open Inference Protocol)."""
     return schema.Live(live=True)
 
 
+@health.head("/health/ready", include_in_schema=False)
 @health.get("/health/ready", response_model=schema.Ready, responses={503: {"model": schema.Ready}})
 async def ready(request: Request, response: Response) -> schema.Ready:
     """Whether all models can answer now (Open Inference Protocol)."""

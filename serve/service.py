@@ -22,6 +22,17 @@ class Service:
     window_s: float
     key_digest: str | None = None
 
+    def check_room(self) -> None:
+        """Raise the ``ServiceError`` of a full queue when those of all models are: no body need be read for nothing."""
+        full = None
+        for name in self.models.names:
+            try:
+                return self.models.check_room(name)
+            except ServiceError as error:
+                full = error
+        assert full is not None, "a service has models"
+        raise full
+
     def model(self, name: str | None) -> str:
         """The model called ``name``, by default the first.
 

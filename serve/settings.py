@@ -6,16 +6,16 @@ environment (``SER_API_KEY``), and only its hash travels to the workers.
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.audio_errors import Limits
+from pipeline.errors import SerError
+from serve.keys import API_KEY_VARIABLE, checked_key, key_digest
 
 MIB = 2**20
 APP_NAME = "ser"  # of the application in Ray Serve
-API_KEY_VARIABLE = "SER_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -52,7 +52,12 @@ class Settings(BaseModel):
     @property
     def room(self) -> int:
         """Recordings of one model, in work and waiting, when all its workers run."""
-        return self.max_replicas * self.max_ongoing + self.max_queued
+        return max(self.replicas, self.max_replicas) * self.max_ongoing + self.max_queued
+
+    @property
+    def models(self) -> int:
+        """How many there are."""
+        return max(1, len(self.bundles))
 
     @property
     def audio_limits(self) -> Limits:
@@ -73,14 +78,25 @@ class Settings(BaseModel):
         }
 
 
-def key_digest(key: str) -> str:
-    """sha256 of an API key, hexadecimal."""
-    return hashlib.sha256(key.encode()).hexdigest()
+def key_from_environment() -> str | None:
+    """``SER_API_KEY``; None when it is unset or empty.
+
+    Raises:
+        SerError: it can be no key.
+    """
+    try:
+        return checked_key(os.environ.get(API_KEY_VARIABLE))
+    except ValueError as error:
+        raise SerError(str(error)) from error
 
 
 def key_digest_from_environment() -> str | None:
-    """Hash of ``SER_API_KEY``; None when it is unset or empty."""
-    key = os.environ.get(API_KEY_VARIABLE, "")
+    """Hash of ``SER_API_KEY``; None when it is unset or empty.
+
+    Raises:
+        SerError: it can be no key.
+    """
+    key = key_from_environment()
     return key_digest(key) if key else None
 
 

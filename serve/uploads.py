@@ -22,6 +22,7 @@ from serve.schema import FieldError, TaskInput, TaskParameters
 
 _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 64 * 1024
+_MAX_NAME = 64  # characters of a field's name that are told back
 _RAW_TYPES = ("application/octet-stream", "audio/", "video/")
 Fields = TypeVar("Fields", bound=BaseModel)
 
@@ -89,6 +90,10 @@ async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
     kind = content_type(request)
     if kind == "application/json":
         body = await request.body()
+        if body.count(b",") >= _MAX_FIELDS:  # base64 has none; told before it is parsed into as many objects, or errors
+            raise invalid(
+                "body", "more fields than the task has: inputs, and parameters of top_k and function_to_apply"
+            )
         try:
             task = TaskInput.model_validate_json(body)
         except ValidationError as error:
@@ -119,7 +124,7 @@ def validated(model: type[Fields], fields: dict[str, str]) -> Fields:
 
 def _invalid_fields(error: ValidationError) -> ServiceError:
     errors = [
-        FieldError(field=".".join(map(str, item["loc"])) or "body", message=item["msg"])
+        _field_error(".".join(map(str, item["loc"])) or "body", item["msg"])
         for item in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     told = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
@@ -128,7 +133,12 @@ def _invalid_fields(error: ValidationError) -> ServiceError:
 
 def invalid(field: str, message: str) -> ServiceError:
     """The error of one field."""
-    return ServiceError("invalid_request", f"{field}: {message}", errors=[FieldError(field=field, message=message)])
+    error = _field_error(field, message)
+    return ServiceError("invalid_request", f"{error.field}: {message}", errors=[error])
+
+
+def _field_error(field: str, message: str) -> FieldError:
+    return FieldError(field=field if len(field) <= _MAX_NAME else field[: _MAX_NAME - 3] + "...", message=message)
 
 
 def _too_many(max_files: int) -> ServiceError:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -129,7 +130,10 @@ class Worker:
             timing = Timing(decoded_s - started_s, max(begun_s - decoded_s, 0.0), ended_s - begun_s, batch)
         picture = None
         if ask.picture and prediction.ok:
-            picture = (await self._in(self._decoders, partial(self._look, predictor, data, ask, apart)))[0]
+            try:
+                picture = (await self._in(self._decoders, partial(self._look, predictor, data, ask, apart)))[0]
+            except audio.AudioError as error:
+                prediction = _refused(predictor, error)
         bundle = predictor.bundle
         return Heard(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
 
@@ -145,21 +149,31 @@ class Worker:
             return failed(predictor.bundle.features, error)
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], Result], *, limited: bool = True) -> Result:
-        """Run ``work`` in a thread; ``limited``: give up on it (``DecodeTimeout``) when it takes too long."""
-        number = next(self._numbers)
+        """Run ``work`` in a thread; ``limited``: give up on it (``DecodeTimeout``) when it takes too long.
+
+        Its time begins when a thread is free for it.
+        """
+        number, loop, limit = next(self._numbers), asyncio.get_running_loop(), asyncio.timeout(None)
+
+        def begin() -> None:
+            with suppress(RuntimeError):  # nobody waits for it any more
+                limit.reschedule(loop.time() + self._decode_timeout_s)
 
         def watched() -> Result:
             self._running[number] = time.monotonic()
+            if limited:
+                loop.call_soon_threadsafe(begin)
             try:
                 return work()
             finally:
                 del self._running[number]
 
-        running = asyncio.get_running_loop().run_in_executor(pool, watched)
+        running = loop.run_in_executor(pool, watched)
         if not limited:
             return await running
         try:
-            return await asyncio.wait_for(running, self._decode_timeout_s)
+            async with limit:
+                return await running
         except TimeoutError as error:
             detail = f"not decoded within {self._decode_timeout_s:g} s. Leave it out, or export it again."
             raise audio.ERRORS["decode_timeout"](f"recording: {detail}") from error
@@ -185,7 +199,7 @@ class Worker:
                     f"{windows:.0f} windows; the limit is {self._max_windows}. Take a longer hop_s, or a shorter part."
                 )
         except audio.AudioError as error:
-            return predictor.classify([failed(config, error)])[0], None
+            return _refused(predictor, error), None
         return predictor.follow(data, steps, channels=ask.channels, apart=apart)
 
     def _look(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> tuple[Picture, audio.Clip]:
@@ -202,7 +216,11 @@ class Worker:
         )
         start_s, length_s = outline_part(window.info.duration_s)
         part = {"start_s": start_s, "duration_s": length_s, "sample_rate_hz": 8000, "limits": predictor.limits}
-        return draw(window, _load(audio.load, data, apart, **part), config), window
+        try:
+            outline = _load(audio.load, data, apart, **part)
+        except audio.AudioError:  # damaged where the model does not listen
+            outline = window
+        return draw(window, outline, config), window
 
     def _explain(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> Explained:
         bundle = predictor.bundle
@@ -212,9 +230,12 @@ class Worker:
         if not prediction.ok:
             return answer(prediction=prediction)
         if bundle.features.kind != "log_mel":
-            error = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
-            return answer(prediction=predictor.classify([failed(bundle.features, error)])[0])
-        picture, window = self._look(predictor, data, ask, apart)
+            unseen = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
+            return answer(prediction=_refused(predictor, unseen))
+        try:
+            picture, window = self._look(predictor, data, ask, apart)
+        except audio.AudioError as error:
+            return answer(prediction=_refused(predictor, error))
         features = extract(window.samples, bundle.features)
         target = int(prediction.probabilities.argmax())
         occlusion = occlusion_map(features, predictor.log_probabilities, target=target)
@@ -224,6 +245,11 @@ class Worker:
 def version_of(bundle: Bundle) -> str:
     """What tells one training of a model from another: the first digits of its weights' sha256."""
     return bundle.weights_sha256[:_VERSION_DIGITS]
+
+
+def _refused(predictor: Predictor, error: audio.AudioError) -> Prediction:
+    """The prediction of a recording that cannot be used."""
+    return predictor.classify([failed(predictor.bundle.features, error)])[0]
 
 
 def _load(decode: Callable[..., audio.Clip], data: bytes, apart: bool, **options: Any) -> audio.Clip:

@@ -33,8 +33,9 @@ class FakeService:
 
     def __init__(self) -> None:
         self.up = True
-        self.status = 200
+        self.status, self.code = 200, "overloaded"
         self.after = 10**9  # so many recordings are answered before the connection breaks
+        self.windows_s: list[float] = []  # as they were asked for
         self.heard: list[str] = []
         self.asked: list[str] = []
         self.metrics: dict[str, Any] = {}
@@ -48,7 +49,7 @@ class FakeService:
             return httpx.Response(200, json={"ready": True})
         self.asked.append(path)
         if self.status != 200:
-            return httpx.Response(self.status, json=_problem("overloaded", self.status))
+            return httpx.Response(self.status, json=_problem(self.code, self.status))
         routes: dict[str, Callable[[httpx.Request], httpx.Response]] = {
             "/v1/predict": self._predict,
             "/v1/explain": self._explain,
@@ -58,6 +59,7 @@ class FakeService:
 
     def _predict(self, request: httpx.Request) -> httpx.Response:
         files, options = _parts(request)
+        self.windows_s += [float(options["window_s"])] if "window_s" in options else []
         if len(self.heard) + len(files) > self.after:
             raise httpx.ReadError("gone", request=request)
         self.heard += [name for name, _ in files]

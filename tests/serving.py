@@ -16,8 +16,9 @@ from pipeline.checkpoint import Bundle
 from pipeline.predictor import Predictor
 from serve.api import create_app
 from serve.asks import Ask, Card, Explained, Heard
+from serve.keys import key_digest
 from serve.service import Service
-from serve.settings import Settings, key_digest
+from serve.settings import Settings
 from serve.worker import Worker
 
 Result = TypeVar("Result")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import app_service
 import pytest
 from app_service import FakeService, refused, spoken
 from streamlit import deprecation_util
@@ -224,6 +225,19 @@ def test_looking_again_draws_the_page_anew_only_when_the_service_is_ready(
     service.st.session_state["waiting_since_s"] = service.time.monotonic()
     look()  # at once after the page was drawn: that would spin
     assert drawn == ["app"]
+
+
+def test_a_time_line_asks_for_no_more_than_the_model_hears(fake: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = app_service.picture_of
+    monkeypatch.setattr(app_service, "picture_of", lambda duration_s: picture(duration_s) | {"window_s": 1.5})
+    upload(listen(), ("long.wav", spoken("sad", duration_s=10.0)))
+    assert fake.windows_s == [1.5]
+
+
+def test_a_service_without_a_key_is_told_as_such(fake: FakeService) -> None:
+    fake.status, fake.code = 403, "key_required"
+    page = listen()
+    assert [error.value for error in page.error] == ["Told of key\\_required."]
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from sklearn.metrics import classification_report
 from app_pages import drawing, palette, words
 from app_pages.bars import answer_html
 from app_pages.collection import Collection, as_told, csv_bytes, result_table
-from app_pages.labels import LabelsError, read_labels
+from app_pages.labels import ALIASES, LabelsError, read_labels
 from app_pages.recordings import Recorded, example, examples
 from app_pages.timeline import as_table, summary, timeline
 from app_pages.verdict import agreement, confusion, confusion_alt
+from pipeline import labels
 from serve.schema import Explanation, Failure, Picture, Problem, Recording, Score, Segment
 from serve.settings import Settings
 
@@ -125,9 +126,17 @@ def test_every_reason_is_one_sentence() -> None:
         assert told.count(".") == 1
 
 
+def test_spellings_are_those_of_the_commands() -> None:
+    assert ALIASES == labels.ALIASES
+    for text in (*ALIASES, *LABELS, "Pleasant-Surprise"):
+        row = f"file,label\na.wav,{text}\n".encode()
+        assert read_labels(row, "labels.csv", LABELS) == {"a.wav": labels.canonical_name(text)}
+    assert read_labels(b"file,label\na.wav,sad\n", "labels.csv", ("joy", "sadness")) == {"a.wav": "sadness"}
+
+
 def test_labels_are_read_as_people_write_them() -> None:
-    table = "File;Emotion\nC:\\clips\\A.wav;Sad\nb.wav; happiness\nc.wav;3\nd.wav;\n"
-    expected = {"a.wav": "sad", "b.wav": "happy", "c.wav": "fearful"}
+    table = "File;Emotion\nC:\\clips\\A.wav;Sad\nb.wav; happiness\nc.wav;3\nd.wav;\ne.wav;ps\nf.wav;Pleasant Surprise\n"
+    expected = {"a.wav": "sad", "b.wav": "happy", "c.wav": "fearful", "e.wav": "surprised", "f.wav": "surprised"}
     for text in (table.encode(), b"\xef\xbb\xbf" + table.replace(";", ",").encode(), table.replace(";", "\t").encode()):
         assert read_labels(text, "labels.csv", LABELS) == expected
 
@@ -139,6 +148,7 @@ def test_labels_are_read_as_people_write_them() -> None:
         (b"\xff\xfe\x00\x01", "not a CSV"),
         (b"a,b\n1,2\n", "needs a column"),
         (b"file,label\na.wav,bored\n", "“bored”"),
+        (b"file,label\na.wav,disappointed\n", "“disappointed”"),
         (b"file,label\na.wav,8\n", "“8”"),
         (b"file,label\na.wav,s\n", "“s”"),
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,26 @@ def test_each_of_many_in_order(client: Client) -> None:
         list(client.predict_each([wav()], top_k=0))
 
 
+@pytest.mark.parametrize("limits", [{"max_files": 8}, {"max_files": 1}, {"max_body_mib": 0.1}])
+def test_a_service_with_smaller_limits_gets_smaller_requests(tiny_bundle: Bundle, limits: dict[str, Any]) -> None:
+    strict = LocalService(tiny_bundle, **limits)
+    sources = [(f"{number}.wav", wav(0.5)) for number in range(9)]
+    sources[4] = ("4.wav", wav(0.5) + bytes(200_000))  # in one of the cases too large alone
+    expected = [Failure if n == 4 and "max_body_mib" in limits else Recording for n in range(9)]
+    with Client(URL, transport=Bridge(strict)) as client:
+        found = list(client.predict_each(sources, top_k=1))
+        with pytest.raises(BadRecording, match="top_k"):
+            list(client.predict_each(sources, top_k=0))
+
+    async def awaited() -> list[Recording | Failure]:
+        async with AsyncClient(URL, transport=httpx.ASGITransport(strict.app)) as client:
+            return [answer async for answer in client.predict_each(sources, top_k=1)]
+
+    assert found == asyncio.run(awaited())
+    assert [answer.name for answer in found] == [name for name, _ in sources]
+    assert [type(answer) for answer in found] == expected
+
+
 def test_parts_keep_to_their_size() -> None:
     sizes = [1, 10 * 2**20, 7 * 2**20, 17 * 2**20, 1]
     sources = [(str(number), bytes(size)) for number, size in enumerate(sizes)]
@@ -177,7 +199,7 @@ def test_busy_answers_are_tried_again_when_told(waits: list[float]) -> None:
 @pytest.mark.parametrize(
     ("response", "kind"),
     [
-        (problem(503, "decode_timeout"), Busy),  # no Retry-After: it would be the same again
+        (problem(503, "decode_timeout"), BadRecording),  # no Retry-After: it would be the same again
         (problem(429, "overloaded", retry_after="soon"), Busy),
         (problem(500, "internal_error", retry_after="1"), ServiceFault),
         (problem(408, "body_timeout", retry_after="1"), BadRecording),
@@ -252,6 +274,44 @@ def test_the_key_is_sent_and_shown_nowhere(waits: list[float]) -> None:
         client.model()
     assert seen[0].headers["authorization"] == "Bearer s3cret"
     assert "s3cret" not in str(caught.value) + repr(caught.value) + repr(client)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_is_what_a_header_carries(kind: type[Client | AsyncClient]) -> None:
+    assert kind(URL, "s3cret\n")._http.headers["authorization"] == "Bearer s3cret"
+    with pytest.raises(ClientError, match="no printable ASCII") as caught:
+        kind(URL, "schl\u00fcssel")
+    assert "schl" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows' file names are text")
+def test_file_names_that_are_no_text(client: Client, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.wav"))
+    path.write_bytes(wav())
+    assert client.predict(path).name == r"\udce9.wav"
+    assert client.predict((path.name, wav())).name == r"\udce9.wav"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_this_machine_is_asked_without_a_proxy(
+    kind: type[Client | AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer_once, args=[server], daemon=True).start()
+        client = kind(f"http://127.0.0.1:{server.getsockname()[1]}", "s3cret")
+        found = client.live()
+        assert found if isinstance(found, bool) else asyncio.run(found)
+
+
+def answer_once(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(10_000)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
 
 def test_the_awaited_client_is_the_same(service: LocalService, waits: list[float]) -> None:

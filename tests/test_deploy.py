@@ -145,8 +145,9 @@ def test_the_job_understands_its_entrypoint(name: str) -> None:
 def test_the_service_is_the_one_of_serve() -> None:
     from ray.serve.schema import ServeDeploySchema
 
+    from serve.keys import API_KEY_VARIABLE
     from serve.ray_settings import MESSAGE_BYTES, VARIABLES, longest_message
-    from serve.settings import API_KEY_VARIABLE, Settings
+    from serve.settings import Settings
 
     manifest = read("rayservice.yaml")
     config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
@@ -158,6 +159,8 @@ def test_the_service_is_the_one_of_serve() -> None:
     for pod in list(pods(manifest)):
         environment = {entry["name"]: entry for entry in pod["containers"][0]["env"]}
         assert "valueFrom" in environment.pop(API_KEY_VARIABLE), "beyond loopback the service answers with a key only"
+        in_proxy = environment.pop("SER_PROXY_SETTINGS")["value"]
+        assert Settings.model_validate_json(in_proxy) == Settings(**application.args), "the proxy's room and limits"
         assert {name: entry["value"] for name, entry in environment.items()} == wanted
         assert {"containerPort": config.http_options.port, "name": "serve"} in pod["containers"][0]["ports"]
 

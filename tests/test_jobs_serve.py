@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from jobs import serve as job
 from pipeline.checkpoint import Bundle
-from serve.settings import Settings, is_loopback, key_digest, key_digest_from_environment
+from serve.keys import checked_key, key_digest
+from serve.settings import Settings, is_loopback, key_digest_from_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +65,14 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--port" in refused(capsys, "--port", "70000")
 
 
+def test_a_metrics_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "open_bundles", lambda _: [])
+    monkeypatch.setattr(job, "start_ray", lambda **_: pytest.fail("Ray is started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = refused(capsys, "--port", "0", "--metrics_port", str(taken.getsockname()[1]))
+    assert "choose another --metrics_port" in line
+
+
 @pytest.mark.parametrize("words", [["--threads", "0"], ["--max-body-mib", "-1"], ["--replicas", "0"]])
 def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert words[0].replace("-", "_").replace("__", "--") in refused(capsys, *words)
@@ -87,6 +96,19 @@ def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key_digest_from_environment() is None
     monkeypatch.setenv("SER_API_KEY", "k")
     assert key_digest_from_environment() == key_digest("k") != key_digest("K")
+    monkeypatch.setenv("SER_API_KEY", " k\r\n")  # as a file holds it
+    assert key_digest_from_environment() == key_digest("k")
+    assert checked_key("correct horse battery staple") == "correct horse battery staple"
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "a\nb", "a\x7f"])
+def test_a_key_that_no_header_carries(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("SER_API_KEY", key)
+    line = refused(capsys, "--port", "0")
+    assert "no printable ASCII" in line
+    assert key not in line
 
 
 @pytest.mark.parametrize(

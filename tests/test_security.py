@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,11 +222,30 @@ def test_a_local_ray_listens_on_loopback_only(ray_session: None) -> None:
     assert {address for address, _ in found} <= LOOPBACK
 
 
+LOOK = """
+import os, ray  # before start_ray, as scoring, extraction and the protocols do
+from test_security import family, listeners
+from pipeline.runtime import start_ray
+start_ray(1, lean=True)
+ray.get(ray.remote(lambda: 1).remote())
+print(*sorted(listeners(family(os.getpid()))), sep="\\n")
+"""
+
+
+def test_a_local_ray_listens_on_loopback_only_even_when_ray_was_imported_before() -> None:
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    run = subprocess.run(
+        [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found = [ast.literal_eval(line) for line in run.stdout.splitlines()]
+    assert len(found) >= 4, "GCS, raylet and workers listen: is the scanner blind?"
+    assert {address for address, _ in found} <= LOOPBACK
+
+
 def test_a_local_ray_wants_its_token(ray_session: None) -> None:
     """A process with another token is not let in."""
-    import subprocess
-    import sys
-
     import ray
 
     address = ray.get_runtime_context().gcs_address

@@ -184,6 +184,32 @@ def test_task_refuses_json_that_is_none_of_its_own(service: LocalService, body: 
 
 
 @pytest.mark.parametrize(
+    "task",
+    [
+        {str(number): 1 for number in range(20_000)},
+        {"inputs": "AAAA", "parameters": {str(number): 1 for number in range(20_000)}},
+        {"inputs": [1] * 20_000},
+        {"inputs": "AAAA", "x" * 1_000_000: 1},
+    ],
+)
+def test_a_wrong_task_gets_a_short_answer_however_much_is_wrong(service: LocalService, task: dict[str, Any]) -> None:
+    response = service.post("/v1/audio-classification", json=task)
+    problem = problem_of(response, 422, "invalid_request")
+    assert problem.errors
+    assert len(response.content) < 2000
+
+
+def test_names_of_form_fields_are_told_in_part(service: LocalService) -> None:
+    name = "x" * 3000
+    twice = [(name, (None, b"1")), (name, (None, b"2")), ("file", ("a.wav", wav()))]
+    for files in ([(name, (None, b"1")), ("file", ("a.wav", wav()))], twice, [(name, ("a.wav", wav()))]):
+        response = service.post("/v1/predict", files=files)
+        (error,) = problem_of(response, 422, "invalid_request").errors or []
+        assert error.field == "x" * 61 + "..."
+        assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize(
     ("data", "status", "code"),
     [
         (b"no audio, only words", 400, "not_audio"),
@@ -338,6 +364,11 @@ def test_health_needs_no_key(guarded: LocalService) -> None:
     assert guarded.get("/v2/health/ready", host="10.0.0.5").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready"])
+def test_health_answers_to_head(service: LocalService, path: str) -> None:
+    assert service.request("HEAD", path).status_code == 200
+
+
 @pytest.mark.parametrize(("method", "path"), PROTECTED)
 def test_without_a_key_only_this_machine_is_served(service: LocalService, method: str, path: str) -> None:
     problem_of(service.request(method, path, host="10.0.0.5"), 403, "key_required")
@@ -353,6 +384,33 @@ def test_cors_is_closed_unless_opened(service: LocalService, tiny_bundle: Bundle
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
     other = opened.request("OPTIONS", "/v1/predict", headers=asked | {"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_refusals_and_mistakes_of_ours_can_be_read_by_pages_of_the_origin(tiny_bundle: Bundle) -> None:
+    opened = LocalService(tiny_bundle, cors_origins="https://page.example")
+    opened.models.error = ZeroDivisionError()
+    origin = {"origin": "https://page.example"}
+    answers = [opened.post("/v1/predict", headers=origin, **form(wav())), opened.get("/nowhere", headers=origin)]
+    assert [answer.status_code for answer in answers] == [500, 404]
+    assert {answer.headers.get("access-control-allow-origin") for answer in answers} == {"https://page.example"}
+
+
+def test_a_full_model_keeps_no_request_from_another(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = LocalService(tiny_bundle)
+    full = {"tiny"}
+
+    def check_room(name: str) -> None:
+        if name in full:
+            raise retry_later("overloaded", "full")
+
+    monkeypatch.setattr(type(service.models), "names", ("tiny", "second"))
+    monkeypatch.setattr(service.models, "check_room", check_room)
+    for path in ("/v1/predict", "/v1/explain"):
+        assert service.post(path, **form(wav(), model="second")).status_code == 200
+        problem_of(service.post(path, **form(wav())), 429, "overloaded")
+        problem_of(service.post(path, **form(wav(), model="tiny")), 429, "overloaded")
+    full.add("second")
+    problem_of(service.post("/v1/predict", content=b"no form"), 429, "overloaded")
 
 
 def test_a_full_queue_is_told_before_the_body_is_read(failing: LocalService) -> None:

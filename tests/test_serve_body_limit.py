@@ -9,10 +9,12 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 
 from serve import ray_settings
 from serve.body_limit import BodyLimit
+from serve.proxy import Admission
 from serve.settings import Settings
 
 MANY = 10**9
@@ -197,6 +199,47 @@ def test_other_protocols_pass_untouched() -> None:
         BodyLimit(application, max_bytes=1, max_held_bytes=1, timeout_s=1)({"type": "lifespan"}, nothing, nothing)
     )
     assert seen == [("lifespan", nothing, nothing)]
+
+
+@pytest.mark.parametrize(
+    ("given", "room"),
+    [
+        ({}, 32 + 16),
+        ({"replicas": 4}, 4 * 32 + 16),
+        ({"replicas": 2, "max_replicas": 3}, 3 * 32 + 16),
+        ({"replicas": 4, "bundles": "a,b"}, 2 * (4 * 32 + 16)),
+    ],
+)
+def test_the_proxy_has_room_for_all_that_workers_hold(
+    given: dict[str, Any], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SER_PROXY_SETTINGS", Settings(**given).model_dump_json())
+    (admission,) = [middleware for middleware in ray_settings.in_proxy() if middleware.cls is Admission]
+    assert admission.kwargs["room"] == room
+
+
+def test_pages_of_the_origin_can_read_what_the_proxy_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(cors_origins="https://page.example", max_body_mib=0.001)  # type: ignore[arg-type]
+    monkeypatch.setenv("SER_PROXY_SETTINGS", settings.model_dump_json())
+    monkeypatch.setenv("SER_PROXY_KEY_DIGEST", "another")
+    application: Any = echo_length
+    for middleware in ray_settings.in_proxy():
+        application = middleware.cls(application, *middleware.args, **middleware.kwargs)
+
+    async def ask_from_page() -> list[httpx.Response]:
+        transport, origin = httpx.ASGITransport(application), {"origin": "https://page.example"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=origin) as client:
+            asking = origin | {"access-control-request-method": "POST"}
+            return [
+                await client.post("/v1/predict", content=b"x"),
+                await client.request("OPTIONS", "/v1/predict", headers=asking),
+            ]
+
+    answers = asyncio.run(ask_from_page())
+    assert [answer.status_code for answer in answers] == [401, 200]
+    for answer in answers:
+        assert answer.headers.get("access-control-allow-origin") == "https://page.example"
+        assert "x-request-id" in answer.headers
 
 
 def test_the_proxy_gets_the_service_s_limits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from serving import KeptFigures
 from serve.access import Access
 from serve.body_limit import BodyLimit
 from serve.doors import Doorkeeper
+from serve.keys import key_digest
 from serve.proxy import Admission, Identify, Unpack
-from serve.settings import key_digest
 
 
 class Busy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ class Handle:
 
     def __init__(self, *script: Any) -> None:
         self.script, self.calls = list(script), []
+
+    app_name, deployment_name = "ser", "Model0"
 
     def __getattr__(self, method: str) -> Any:
         return Method(self, method)
@@ -97,12 +100,35 @@ def test_a_mistake_of_ours_stays_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "ready"), [("card", True), (FULL, True), (ActorDiedError(), False), (lambda: asyncio.sleep(60), False)]
+    ("step", "running", "ready"),
+    [
+        ("card", False, True),
+        (FULL, False, True),
+        (ActorDiedError(), True, False),
+        (lambda: asyncio.sleep(60), False, False),
+        (lambda: asyncio.sleep(60), True, True),  # busy
+    ],
 )
-def test_readiness(step: Any, ready: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readiness(step: Any, running: bool, ready: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"RUNNING" if running else "STARTING": 1}
+    deployments = {"Model0": SimpleNamespace(replica_states=state)}
+    status = SimpleNamespace(applications={"ser": SimpleNamespace(deployments=deployments)})
+    monkeypatch.setattr("serve.remote.ray_serve.status", lambda: status)
     monkeypatch.setattr("serve.remote._READY_WITHIN_S", 0.05)
     remote, _ = models(step)
     assert run(remote.ready("m")) is ready
+
+
+def test_a_busy_worker_s_card_is_the_last_one_it_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.remote._READY_WITHIN_S", 0.05)
+    remote, handle = models("first", "second", lambda: asyncio.sleep(60), FULL, DeploymentUnavailableError(None))  # type: ignore[arg-type]
+
+    async def scenario() -> list[object]:
+        return [await remote.card("m") for _ in range(4)]
+
+    assert run(scenario()) == ["first", "second", "second", "second"]
+    assert raised(lambda: remote.card("m")).code == "unavailable"
+    assert len(handle.calls) == 5
 
 
 def test_room_is_known_before_asking() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
+from conftest import speech_like
 from serving import run, wav
 
 from pipeline import audio_isolated
@@ -89,6 +92,33 @@ def test_explanations_are_of_the_label_that_was_predicted(predictor: Predictor) 
     assert run(Worker(predictor).explain(b"words", Ask())).prediction.status == "not_audio"
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Predictor, apart: bool) -> None:
+    samples = speech_like(duration_s=10.0)
+    samples[16_000] = np.nan
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="WAV", subtype="FLOAT")
+    data = buffer.getvalue()
+    (expected,) = predictor.predict([data])
+    heard = run(Worker(predictor).predict(data, Ask(picture=True), apart=apart))
+    explained = run(Worker(predictor).explain(data, Ask(), apart=apart))
+    assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
+    for picture in (heard.picture, explained.picture):
+        assert picture is not None
+        assert (picture.outline_start_s, picture.outline_end_s) == (4.0, 6.0)
+        assert np.isfinite(picture.low).all()
+
+
+def test_what_cannot_be_drawn_is_a_status(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: object) -> None:
+        raise DecoderCrashed("recording: its decoder ended the process with SIGSEGV.")
+
+    monkeypatch.setattr(Worker, "_look", look)
+    worker = Worker(predictor)
+    assert run(worker.predict(wav(), Ask(picture=True))).prediction.status == "decoder_crashed"
+    assert run(worker.explain(wav(), Ask())).prediction.status == "decoder_crashed"
+
+
 def test_a_recording_under_suspicion_is_decoded_apart(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     apart = []
 
@@ -134,6 +164,24 @@ def test_a_decoder_that_hangs_is_given_up_and_told_by_the_health_check(
         while worker._running:
             await asyncio.sleep(0)
         worker.check()
+
+    run(scenario())
+
+
+def test_waiting_for_a_thread_is_not_hanging(predictor: Predictor) -> None:
+    release = threading.Event()
+
+    async def scenario() -> None:
+        worker = Worker(predictor, decode_timeout_s=1.0)
+        busy = [worker._decoders.submit(release.wait, 60) for _ in range(2)]
+        waiting = asyncio.create_task(worker._in(worker._decoders, lambda: "done"))
+        gone = asyncio.create_task(worker._in(worker._decoders, lambda: pytest.fail("nobody waits for it")))
+        await asyncio.wait([waiting], timeout=1.5)  # longer than the limit
+        gone.cancel()
+        await asyncio.wait([gone])
+        release.set()
+        assert await waiting == "done"
+        assert all(future.result() for future in busy)
 
     run(scenario())
 
