@@ -11,7 +11,14 @@ import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, say, true_or_false
 from jobs._provenance import provenance
-from jobs.train_options import add_distill_option, add_loop_options, add_model_options, add_recipe_option, fit_config
+from jobs.train_options import (
+    add_distill_option,
+    add_loop_options,
+    add_model_options,
+    add_recipe_option,
+    fit_config,
+    refuse_beside_features,
+)
 from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.verdict import Targets, reached
@@ -93,6 +100,7 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
             raise SerError(f"--protocol trains and tests models of its own; leave --{name} out")
     if arguments.out.resolve() in [folder.resolve() for folder in arguments.teachers]:  # --overwrite would remove them
         raise SerError(f"--out {arguments.out} is where the teachers are; give another --out")
+    refuse_beside_features(arguments)
     features, failed = (arguments.features, 0) if arguments.features else _extracted(arguments)
     table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}

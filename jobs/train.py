@@ -22,6 +22,7 @@ from jobs.train_options import (
     add_worker_options,
     augmentations,
     fit_config,
+    refuse_beside_features,
     with_recipe,
 )
 from pipeline.corpora import label_set
@@ -58,6 +59,7 @@ def job(arguments: argparse.Namespace) -> int:
         say(f"the run in {arguments.out} is finished; nothing is left to do")
         return EXIT_DONE
     device = _device(arguments)
+    refuse_beside_features(arguments)
     features, failed = (arguments.features, 0) if arguments.features else extracted(arguments)
     plan = _plan(arguments, features)
     interrupted = _train(plan, arguments, device)

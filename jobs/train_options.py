@@ -82,6 +82,13 @@ def add_data_options(parser: Parser) -> None:
     group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
 
 
+def refuse_beside_features(arguments: argparse.Namespace) -> None:
+    """Refuse options of recordings where ``--features`` has their labels and paths already."""
+    for name in ("label_map", "root"):
+        if arguments.features and getattr(arguments, name):
+            raise SerError(f"--{name} is for a --data_csv or --data_dir, --features has what it was extracted with")
+
+
 def add_model_options(parser: Parser) -> None:
     """Model, sampling, loss and augmentation."""
     group = parser.add_argument_group("model and loss")

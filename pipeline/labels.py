@@ -143,7 +143,7 @@ class LabelSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def index(self, value: str | int, label_map: Mapping[str, str] | None = None) -> int:
+    def index(self, value: str | int) -> int:
         """Class index of a name, an alias, or a 0-based integer (``3``, ``"3"``, ``"3.0"``) that is no class's name.
 
         Raises:
@@ -154,7 +154,7 @@ class LabelSet:
             if 0 <= number < len(self.names):
                 return number
             raise LabelError(f"label {value} is outside 0..{len(self.names) - 1}; the classes are {self.describe()}")
-        name = canonical_name(str(value), label_map)
+        name = canonical_name(str(value))
         if name not in self.names:
             raise LabelError(
                 f"unknown label {str(value)!r}; the classes are {self.describe()}; "
