@@ -221,7 +221,7 @@ def test_a_label_map_works_for_integers_and_aliases(tmp_path: Path, labels: tupl
         "sad",
         "happy",
     ]
-    with pytest.raises(LabelError, match="row 4, 'bored' by --label_map: unknown label 'tired'"):
+    with pytest.raises(LabelError, match="line 5, 'bored' by --label_map: unknown label 'tired'"):
         read_manifest(path, labels=RAVDESS_LABELS, label_map=parse_label_map("bored=tired"))
 
 

@@ -42,7 +42,6 @@ def test_a_class_of_that_name_goes_before_an_index() -> None:
     numbers = LabelSet(("01", "02", "03"))
     assert [numbers.index(name) for name in numbers.names] == [0, 1, 2]
     assert (numbers.index("1"), numbers.index(1)) == (1, 1)
-    assert numbers.index("01", {"01": "03"}) == 2
 
 
 @pytest.mark.parametrize("given", ["bored", "", "-1", 8, "8", "1.5", True, "nan", "inf"])
