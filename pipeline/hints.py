@@ -25,7 +25,8 @@ def hints(found: Outcomes) -> list[str]:
     elif absent:
         sentences.append(f"No recordings of {', '.join(absent)}: not in the averages over classes (n/a).")
     if "speech" in found.table.columns and (repeated := int(found.table["speech"].duplicated().sum())):
-        sentences.append(f"{repeated} rows name a recording that an earlier row names already; each row counts.")
+        rows = "1 row names" if repeated == 1 else f"{repeated} rows name"
+        sentences.append(f"{rows} a recording that an earlier row names already; each row counts.")
     permuted = permutation_hint(found)
     return [*sentences, *([permuted] if permuted else [])]
 
