@@ -22,7 +22,7 @@ from jobs.train_options import with_recipe
 from pipeline import leaks
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.compare import comparison_summary
-from pipeline.corpora import label_counts, read_manifest
+from pipeline.corpora import label_counts, read_manifest, with_speakers
 from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.predictions import read_predictions
@@ -107,7 +107,7 @@ def job(arguments: argparse.Namespace) -> int:
     meta = provenance(arguments.command, bundle)
     meta |= {"data": str(arguments.data_csv), "crops": arguments.crops or bundle.crops}
     evaluation = write_report(
-        predictions,
+        with_speakers(predictions),
         bundle.labels,
         arguments.out,
         meta=meta | {"seconds": round(_seconds(arguments.out), 1)},
@@ -166,7 +166,7 @@ def _leaks(arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle
     """
     if arguments.leak_check == "off":
         return None
-    found = leaks.find(manifest, bundle.training, threads=usable_cpus())
+    found = leaks.find(with_speakers(manifest), bundle.training, threads=usable_cpus())
     if found.mask.any() and arguments.leak_check == "error":
         example = manifest.loc[found.mask, "speech"].iloc[0]
         raise SerError(

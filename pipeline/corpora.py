@@ -146,6 +146,15 @@ def _folder_label(folder: Path, label_map: Mapping[str, str] | None) -> str:
     return label
 
 
+def with_speakers(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a column ``speaker``, where it has none and every file's name is one of RAVDESS."""
+    if "speaker" in table.columns:
+        return table
+    names = [parse_ravdess(path.replace("\\", "/").rpartition("/")[2].partition(".")[0]) for path in table["speech"]]
+    known = [name.speaker for name in names if name is not None]
+    return table.assign(speaker=known) if len(known) == len(table) else table
+
+
 def _ravdess_row(path: Path, name: RavdessName) -> dict[str, object]:
     return {
         "speech": path_text(path),

@@ -373,3 +373,24 @@ def test_what_is_refused_is_refused_before_every_recording_is_read(
 def test_the_page_tells_how_long_the_scoring_took(run: Callable[..., int], scorer: Scorer, tmp_path: Path) -> None:
     assert run() == DONE
     assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["meta"]["seconds"] == 97.8
+
+
+def test_speakers_of_ravdess_are_known_by_the_files_names(
+    run: Callable[..., int], scorer: Scorer, csv: Path, trained_bundle: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A CSV of judges has two columns; voices decide the intervals and what the model has heard."""
+    table = pd.read_csv(csv, dtype=str)[["speech", "label"]]
+    table.to_csv(tmp_path / "judges.csv", index=False)
+    assert run("--leak_check", "warn", data=tmp_path / "judges.csv", weights=trained_bundle) == DONE
+    assert "speakers also heard in training: Actor_01" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert "no speaker column" not in str(found["bootstrap"]["speakers_note"])
+    assert "speaker" in [part["column"] for part in found["breakdowns"]]
+    assert "speaker" not in pd.read_parquet(tmp_path / "out" / "predictions.parquet").columns
+    (tmp_path / "other.wav").touch()
+    pd.concat([table, pd.DataFrame({"speech": ["other.wav"], "label": ["sad"]})]).to_csv(
+        tmp_path / "mixed.csv", index=False
+    )
+    assert run("--overwrite", data=tmp_path / "mixed.csv") == DONE
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert found["bootstrap"]["speakers_note"] == "no speaker column"
