@@ -22,10 +22,11 @@ from jobs.train_options import with_recipe
 from pipeline import leaks
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.compare import comparison_summary
-from pipeline.corpora import label_counts, read_manifest, with_speakers
+from pipeline.corpora import label_counts, read_manifest
 from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.predictions import read_predictions
+from pipeline.ravdess_names import with_speakers
 from pipeline.report import terminal_summary, write_comparison, write_report
 from pipeline.verdict import Targets, reached
 

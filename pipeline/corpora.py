@@ -2,15 +2,13 @@
 
 A manifest has one row a recording: ``speech`` (path), ``label`` (a class name; absent when only scoring), and, when
 known, ``speaker sex intensity statement corpus split``; every further column is kept untouched. RAVDESS file names are
-parsed after Livingstone & Russo (2018). Reading tables is in this module, splitting them in ``pipeline.splits``.
+parsed by ``pipeline.ravdess_names``. Reading tables is in this module, splitting them in ``pipeline.splits``.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
@@ -28,48 +26,12 @@ from pipeline.labels import (
 )
 from pipeline.manifest_csv import ManifestError as ManifestError
 from pipeline.manifest_csv import read_cells
+from pipeline.ravdess_names import parse_ravdess, ravdess_row
 from pipeline.remote import is_remote
 
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_NAMES = ("label", "emotion")
-_RAVDESS_NAME = re.compile(r"^(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)$")
 _MISSING = ("nan", "na", "n/a", "null", "<na>")  # as tables are exported
-
-
-@dataclass(frozen=True)
-class RavdessName:
-    """What a RAVDESS file name says."""
-
-    song: bool
-    emotion: str
-    intensity: str
-    statement: str
-    repetition: int
-    speaker: str
-    sex: str
-
-
-def parse_ravdess(stem: str) -> RavdessName | None:
-    """The seven codes of a RAVDESS file stem, or None when the name is of another form.
-
-    >>> parse_ravdess("03-01-05-02-01-02-24").emotion
-    'angry'
-    """
-    match = _RAVDESS_NAME.match(stem)
-    if not match:
-        return None
-    _modality, channel, emotion, intensity, statement, repetition, actor = match.groups()
-    if emotion not in RAVDESS_EMOTIONS or channel not in ("01", "02"):
-        return None
-    return RavdessName(
-        song=channel == "02",
-        emotion=RAVDESS_EMOTIONS[emotion],
-        intensity={"01": "normal", "02": "strong"}.get(intensity, intensity),
-        statement={"01": "kids", "02": "dogs"}.get(statement, statement),
-        repetition=int(repetition),
-        speaker=f"Actor_{actor}",
-        sex="female" if int(actor) % 2 == 0 else "male",
-    )
 
 
 def scan_folder(
@@ -111,7 +73,7 @@ def scan_folder(
             doubled.append(path)
         else:
             seen.add(path.stem)
-            rows.append(_ravdess_row(path, name) | {"label": canonical_name(name.emotion, label_map)})
+            rows.append(ravdess_row(path, name) | {"label": canonical_name(name.emotion, label_map)})
     left_out = {"whose emotion cannot be told": unknown, "found twice": doubled, "songs": unwanted}
     if tell and (text := _left_out(found, left_out)):
         tell(f"left out: {text}")
@@ -144,28 +106,6 @@ def _folder_label(folder: Path, label_map: Mapping[str, str] | None) -> str:
             "or list the recordings in a CSV with the columns speech,label"
         )
     return label
-
-
-def with_speakers(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column ``speaker``, where it has none and every file's name is one of RAVDESS."""
-    if "speaker" in table.columns:
-        return table
-    names = [parse_ravdess(path.replace("\\", "/").rpartition("/")[2].partition(".")[0]) for path in table["speech"]]
-    known = [name.speaker for name in names if name is not None]
-    return table.assign(speaker=known) if len(known) == len(table) else table
-
-
-def _ravdess_row(path: Path, name: RavdessName) -> dict[str, object]:
-    return {
-        "speech": path_text(path),
-        "label": name.emotion,
-        "speaker": name.speaker,
-        "sex": name.sex,
-        "intensity": name.intensity,
-        "statement": name.statement,
-        "repetition": name.repetition,
-        "corpus": "RAVDESS song" if name.song else "RAVDESS",
-    }
 
 
 def read_manifest(

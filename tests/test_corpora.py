@@ -13,12 +13,12 @@ from pipeline.corpora import (
     from_dataframe,
     label_counts,
     label_set,
-    parse_ravdess,
     read_manifest,
     resolve_path,
     scan_folder,
 )
 from pipeline.labels import RAVDESS_LABELS, LabelError, parse_label_map
+from pipeline.ravdess_names import parse_ravdess
 
 
 def touch(folder: Path, *names: str) -> None:
