@@ -79,6 +79,7 @@ def test_after_training_only_the_first_answers() -> None:
     torch.testing.assert_close(twins.eval()(x), twins.first(x))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_folds_side_by_side_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
