@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -47,9 +47,15 @@ def underscored(argument: str) -> str:
 class LabelMap(argparse.Action):
     """``--label_map``; given again, it is about what the one before it gives, as the report's advice is."""
 
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Read a map, and chain it to the one before."""
-        setattr(namespace, self.dest, chained(getattr(namespace, self.dest) or {}, parse_label_map(values)))
+        setattr(namespace, self.dest, chained(getattr(namespace, self.dest) or {}, parse_label_map(str(values))))
 
 
 def say(text: str = "") -> None:

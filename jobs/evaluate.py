@@ -26,8 +26,8 @@ from pipeline.corpora import label_counts, read_manifest
 from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.predictions import read_predictions
-from pipeline.ravdess_names import with_speakers
 from pipeline.report import terminal_summary, write_comparison, write_report
+from pipeline.splits import HASH_COLUMN, add_hashes
 from pipeline.verdict import Targets, reached
 
 
@@ -108,7 +108,7 @@ def job(arguments: argparse.Namespace) -> int:
     meta = provenance(arguments.command, bundle)
     meta |= {"data": str(arguments.data_csv), "crops": arguments.crops or bundle.crops}
     evaluation = write_report(
-        with_speakers(predictions),
+        predictions,
         bundle.labels,
         arguments.out,
         meta=meta | {"seconds": round(_seconds(arguments.out), 1)},
@@ -167,7 +167,7 @@ def _leaks(arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle
     """
     if arguments.leak_check == "off":
         return None
-    found = leaks.find(with_speakers(manifest), bundle.training, threads=usable_cpus())
+    found = leaks.find(manifest, bundle.training, threads=usable_cpus())
     if found.mask.any() and arguments.leak_check == "error":
         example = manifest.loc[found.mask, "speech"].iloc[0]
         raise SerError(
@@ -229,13 +229,16 @@ def _compare(arguments: argparse.Namespace) -> int:
     """Compare two bundles on the CSV, or two finished score tables."""
     tables, names, labels, failed = [], [], [], 0
     checks: list[dict[str, Any]] = []
+    contents: pd.Series | None = None  # of the CSV's recordings, which are read once for both
     for place, given in zip("AB", map(Path, arguments.compare), strict=True):
         if given.suffix == ".pt" or (given / "config.json").is_file():
             if arguments.data_csv is None:
                 raise SerError(f"{given} is a model; give the CSV to compare on with --data_csv")
             bundle = load_bundle(given)
             manifest = _manifest(arguments, bundle)
-            shared = _leaks(arguments, manifest, bundle)
+            if contents is None and arguments.leak_check != "off":
+                contents = add_hashes(manifest, threads=usable_cpus())[HASH_COLUMN]
+            shared = _leaks(arguments, manifest.assign(**{HASH_COLUMN: contents}), bundle)
             table, lost = _score(arguments, manifest, bundle, arguments.out / place)
             if shared is not None:
                 checks.append({"name": str(given)} | leaks.describe(shared, table, bundle.labels))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.measures import scores
 from pipeline.outcomes import Outcomes, has_labels, outcomes
+from pipeline.ravdess_names import with_speakers
 from pipeline.splits import HASH_COLUMN, add_hashes, duplicates_in, leaked, used_in_training
 
 SHOWN = 20
@@ -101,6 +102,7 @@ def _figures(found: Outcomes) -> dict[str, Any]:
 
 
 def _shared_speakers(manifest: pd.DataFrame, training: pd.DataFrame) -> tuple[str, ...]:
+    manifest = with_speakers(manifest)
     if "speaker" not in manifest.columns or "speaker" not in training.columns:
         return ()
     heard = set(used_in_training(training)["speaker"].dropna().astype(str)) - {""}

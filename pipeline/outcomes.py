@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import SerError
 from pipeline.labels import LabelError
 from pipeline.measures import Floats, Ints, tally
+from pipeline.ravdess_names import with_speakers
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,14 @@ def failed_rows(predictions: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def outcomes(predictions: pd.DataFrame, labels: Sequence[str]) -> Outcomes:
-    """The labelled rows of ``predictions`` as arrays.
+    """The labelled rows of ``predictions`` as arrays; RAVDESS names tell the speakers where no column does.
 
     Raises:
         LabelError: a label that is none of ``labels``.
         SerError: no column says what was answered.
     """
     names = tuple(labels)
-    table = predictions[_given(predictions["label_name"])].reset_index(drop=True)
+    table = with_speakers(predictions[_given(predictions["label_name"])].reset_index(drop=True))
     truth = _codes(table["label_name"], names)
     if (truth < 0).any():
         found = table.loc[truth < 0, "label_name"].astype(str).value_counts()

@@ -69,8 +69,9 @@ def ravdess_row(path: Path, name: RavdessName) -> dict[str, object]:
 
 def with_speakers(table: pd.DataFrame) -> pd.DataFrame:
     """The table with a column ``speaker``, where it has none and every file's name is one of RAVDESS."""
-    if "speaker" in table.columns:
+    if "speaker" in table.columns or "speech" not in table.columns:
         return table
-    names = [parse_ravdess(path.replace("\\", "/").rpartition("/")[2].partition(".")[0]) for path in table["speech"]]
+    files = [str(path).replace("\\", "/").rpartition("/")[2] for path in table["speech"]]
+    names = [parse_ravdess(file.partition(".")[0]) for file in files]
     known = [name.speaker for name in names if name is not None]
     return table.assign(speaker=known) if len(known) == len(table) else table

@@ -331,14 +331,24 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_models_that_know_the_recordings_are_not_compared_without_a_word(
-    scorer: Scorer, csv: Path, tiny_bundle: Bundle, trained_bundle: Path, tmp_path: Path, capsys: Any
+    scorer: Scorer,
+    csv: Path,
+    tiny_bundle: Bundle,
+    trained_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     words = ["--compare", str(trained_bundle), str(tiny_bundle.folder), "--data_csv", str(csv)]
+    read: list[int] = []
+    for module in (job, job.leaks):
+        monkeypatch.setattr(module, "add_hashes", lambda t, **_: read.append(len(t)) or splits.add_hashes(t))
     assert job.main([*words, "--out", str(tmp_path / "out")]) == DONE
     said = capsys.readouterr().err
     assert "leak check: 7 of 64 recordings were used in training" in said
     assert "what it has heard cannot be told" in said  # the other lists nothing
     found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))["leak_checks"]
+    assert read == [64]  # every recording once, not once a model
     assert [(check["name"], check["leaked"]) for check in found] == [
         (str(trained_bundle), 7),
         (str(tiny_bundle.folder), 0),
