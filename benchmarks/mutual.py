@@ -28,7 +28,14 @@ from torch import Tensor, nn
 
 from jobs._common import Parser
 from jobs.protocols import labelled_recordings
-from jobs.train_options import add_loop_options, add_model_options, add_recipe_option, fit_config, with_recipe
+from jobs.train_options import (
+    add_loop_options,
+    add_model_options,
+    add_recipe_option,
+    fit_config,
+    model_options,
+    with_recipe,
+)
 from pipeline.corpora import label_set
 from pipeline.cpus import usable_cpus
 from pipeline.fit import Run, StateDict
@@ -151,7 +158,7 @@ def main() -> None:
         features=arguments.features,
         labels=labels.names,
         model_name=arguments.model,
-        model_options={} if arguments.dropout is None else {"dropout": arguments.dropout},
+        model_options=model_options(arguments),
         fit=replace(fit_config(arguments, labels, table, threads=1), patience=0),
         distill=arguments.share,
     )

@@ -17,6 +17,7 @@ from jobs.train_options import (
     add_model_options,
     add_recipe_option,
     fit_config,
+    model_options,
     refuse_beside_features,
 )
 from pipeline.cpus import usable_cpus
@@ -187,7 +188,7 @@ def _run(
         features=features,
         labels=labels.names,
         model_name=arguments.model,
-        model_options={} if arguments.dropout is None else {"dropout": arguments.dropout},
+        model_options=model_options(arguments),
         fit=fit_config(arguments, labels, table, threads=side.cpus),
         teachers=tuple(folder / protocol for folder in arguments.teachers),
         distill=arguments.distill,

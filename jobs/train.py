@@ -22,6 +22,7 @@ from jobs.train_options import (
     add_worker_options,
     augmentations,
     fit_config,
+    model_options,
     refuse_beside_features,
     with_recipe,
 )
@@ -137,7 +138,7 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
         features=features,
         labels=labels.names,
         model_name=arguments.model,
-        model_options={} if arguments.dropout is None else {"dropout": arguments.dropout},
+        model_options=model_options(arguments),
         fit=fit_config(arguments, labels, splits["train"]),
         teachers=tuple(arguments.teachers),
         distill=arguments.distill,

@@ -95,6 +95,11 @@ def add_model_options(parser: Parser) -> None:
     group.add_argument("--model", choices=MODELS, default="inception", help="the network (default inception)")
     group.add_argument("--dropout", type=float, help="default: the model's own (inception 0.4, cnn_bilstm 0.3)")
     group.add_argument(
+        "--width",
+        type=float,
+        help="of the inception: channels of every layer times this; 0.5: a quarter of the weights",
+    )
+    group.add_argument(
         "--oversample_boost",
         default="",
         metavar="CLASS:FACTOR,...",
@@ -172,7 +177,7 @@ def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
         if settings is None:
             raise SerError(f"{bundle_path} does not tell how it was trained; give the settings as options")
         found = _defaults(settings, bundle.labels)
-        parser.set_defaults(**found, model=bundle.model_name, dropout=bundle.model_options.get("dropout"))
+        parser.set_defaults(**found, model=bundle.model_name, **bundle.model_options)
     return parser
 
 
@@ -233,6 +238,12 @@ def add_worker_options(parser: Parser) -> None:
     group.add_argument(
         "--threads", type=int, default=0, help="math threads a worker (default: the CPUs shared out equally)"
     )
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, float]:
+    """The options of the network that were given."""
+    given = {name: getattr(arguments, name) for name in ("dropout", "width")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def augmentations(arguments: argparse.Namespace) -> tuple[str, ...]:

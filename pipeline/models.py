@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from pipeline.errors import SerError
 
 MODEL_NAMES = ("inception", "cnn_bilstm")
+_MODEL_OPTIONS = {"inception": ("dropout", "width"), "cnn_bilstm": ("dropout",)}
 
-# in, 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection: GoogLeNet's table
-_INCEPTION_WIDTHS: dict[str, tuple[int, int, int, int, int, int, int]] = {
-    "3a": (192, 64, 96, 128, 16, 32, 32),
-    "3b": (256, 128, 128, 192, 32, 96, 64),
-    "4a": (480, 192, 96, 208, 16, 48, 64),
-    "4b": (512, 160, 112, 224, 24, 64, 64),
-    "4c": (512, 128, 128, 256, 24, 64, 64),
-    "4d": (512, 112, 144, 288, 32, 64, 64),
-    "4e": (528, 256, 160, 320, 32, 128, 128),
-    "5a": (832, 256, 160, 320, 32, 128, 128),
-    "5b": (832, 384, 192, 384, 48, 128, 128),
+# 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection: GoogLeNet's table
+_INCEPTION_WIDTHS: dict[str, tuple[int, int, int, int, int, int]] = {
+    "3a": (64, 96, 128, 16, 32, 32),
+    "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
+    "4e": (256, 160, 320, 32, 128, 128),
+    "5a": (256, 160, 320, 32, 128, 128),
+    "5b": (384, 192, 384, 48, 128, 128),
 }
 
 
@@ -52,6 +53,7 @@ class Inception(nn.Module):
         self.branch3 = nn.Sequential(ConvBlock(n_in, r3, 1), ConvBlock(r3, c3, 3))
         self.branch5 = nn.Sequential(ConvBlock(n_in, r5, 1), ConvBlock(r5, c5, 5))
         self.branch_pool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), ConvBlock(n_in, pool, 1))
+        self.n_out = c1 + c3 + c5 + pool
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.branch1(x), self.branch3(x), self.branch5(x), self.branch_pool(x)], dim=1)
@@ -62,19 +64,35 @@ def _pool() -> nn.MaxPool2d:
 
 
 class EnhancedInceptionModel(nn.Module):
-    """GoogLeNet with batch norm for (B, 1, n_mels, frames) float32 -> (B, n_classes) logits. 5.98 M weights."""
+    """GoogLeNet with batch norm for (B, 1, n_mels, frames) float32 -> (B, n_classes) logits. 5.98 M weights.
 
-    def __init__(self, n_classes: int = 8, dropout: float = 0.4) -> None:
+    ``width`` multiplies the channels of every layer, in steps of eight (the multiplier of MobileNet, Howard et al.
+    2017): 0.5 is a quarter of the weights, 1.51 M.
+    """
+
+    def __init__(self, n_classes: int = 8, dropout: float = 0.4, width: float = 1.0) -> None:
         super().__init__()
-        blocks = {name: Inception(*widths) for name, widths in _INCEPTION_WIDTHS.items()}
+
+        def of(channels: int) -> int:
+            return max(8, 8 * round(channels * width / 8))
+
+        blocks: dict[str, Inception] = {}
+        n_in = of(192)
+        for name, channels in _INCEPTION_WIDTHS.items():
+            blocks[name] = Inception(n_in, *map(of, channels))
+            n_in = blocks[name].n_out
         self.stem = nn.Sequential(
-            ConvBlock(1, 64, 7, stride=2), _pool(), ConvBlock(64, 64, 1), ConvBlock(64, 192, 3), _pool()
+            ConvBlock(1, of(64), 7, stride=2),
+            _pool(),
+            ConvBlock(of(64), of(64), 1),
+            ConvBlock(of(64), of(192), 3),
+            _pool(),
         )
         self.stage3 = nn.Sequential(blocks["3a"], blocks["3b"], _pool())
         self.stage4 = nn.Sequential(*(blocks[name] for name in ("4a", "4b", "4c", "4d", "4e")), _pool())
         self.stage5 = nn.Sequential(blocks["5a"], blocks["5b"])
         self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(1024, n_classes)
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(n_in, n_classes)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -119,7 +137,7 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
 
     Args:
         name: one of `MODEL_NAMES`.
-        options: keyword arguments of the model; only `dropout` is known.
+        options: keyword arguments of the model: `dropout`, and `width` of the Inception (0.125 to 2).
         n_classes: number of logits.
         input_shape: of one example, without the batch axis: (1, n_mels, frames) or (frames, n_dims).
 
@@ -128,9 +146,11 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
     """
     if name not in MODEL_NAMES:
         raise SerError(f"unknown model {name!r}; choose one of {', '.join(MODEL_NAMES)}")
-    unknown = sorted(set(options) - {"dropout"})
+    unknown = sorted(set(options) - set(_MODEL_OPTIONS[name]))
     if unknown:
-        raise SerError(f"model {name!r} has no option {unknown[0]!r}; it takes: dropout")
+        raise SerError(f"model {name!r} has no option {unknown[0]!r}; it takes: {', '.join(_MODEL_OPTIONS[name])}")
+    if not 0.125 <= options.get("width", 1.0) <= 2:
+        raise SerError(f"the width is {options['width']}; it must lie between 0.125 and 2 (1: GoogLeNet's own)")
     wanted_axes = 3 if name == "inception" else 2
     if len(input_shape) != wanted_axes:
         kind = "log_mel" if name == "inception" else "frame_features"
