@@ -1,0 +1,90 @@
+"""Batch norm's statistics taken from a group: what they remove, whom they touch, and the three ways side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from toy_data import toy_model, write_features
+
+from benchmarks.speaker_statistics import adapted, answers, main
+from pipeline.checkpoint import load_bundle
+from pipeline.corpora import label_set
+from pipeline.fit_config import FitConfig
+from pipeline.folds import Fold, folds_of
+from pipeline.results import predict, write_results
+from pipeline.runs import Plan, begin, read_plan, read_splits, train_here
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A protocol's folder with two folds of two speakers each, of one epoch, with their weights."""
+    out = tmp_path_factory.mktemp("run")
+    features = write_features(out / "features", n=24)
+    table = pd.DataFrame({"row_id": [str(i) for i in range(24)], "speech": [f"/audio/{i:03d}.wav" for i in range(24)]})
+    table = table.assign(
+        label=[("calm", "happy", "sad")[i % 3] for i in range(24)],
+        speaker=[f"Actor_{i % 4 + 1:02d}" for i in range(24)],
+    )
+    fit = FitConfig(epochs=1, batch_size=8, lr=1e-3, patience=0, threads=1)
+    for fold in folds_of(table, "speaker_kfold", folds=2, inner_val=0):
+        plan = Plan(
+            out=out / "kfold" / f"fold-{fold.name}",
+            features=features,
+            labels=label_set(table).names,
+            model_name="inception",
+            model_options={"width": 0.125},
+            fit=fit,
+        )
+        begin(plan, fold.splits)
+        train_here(plan)
+        write_results(plan, "none")
+    return out / "kfold"
+
+
+def test_level_and_scale_of_a_voice_are_removed() -> None:
+    """Without padding, a convolution's batch norm undoes any gain and offset that all of a group's pictures share."""
+    torch.manual_seed(0)
+    model = toy_model()
+    x = torch.randn(6, 1, 16, 32)
+    told = []
+    for heard in (x, 3 * x + 5):
+        model.load_state_dict(adapted(model, heard))
+        told.append(model.eval()(heard))
+    torch.testing.assert_close(told[0], told[1], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(model(x), told[0], atol=1e-2)  # the statistics are those of 3x + 5 now
+
+
+def test_only_the_statistics_change(run: Path) -> None:
+    model = load_bundle(run / "fold-1").build_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    after = adapted(model, torch.randn(4, 1, 16, 32))
+    changed = {name.rsplit(".", 1)[1] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_three_ways_side_by_side(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["speaker_statistics", "--run", str(run), "--out", str(tmp_path)])
+    main()
+    rows = json.loads((tmp_path / "protocols.json").read_text())["protocols"]
+    assert [(row["protocol"], row["n"]) for row in rows] == [("plain", 24), ("speaker", 24), ("one_class", 24)]
+    assert "one_class" in capsys.readouterr().out
+    tables = {way: pd.read_parquet(tmp_path / f"{way}.parquet").set_index("row_id") for way in ("plain", "speaker")}
+    assert not tables["plain"]["p_sad"].equals(tables["speaker"]["p_sad"].loc[tables["plain"].index])
+
+
+def test_a_group_is_answered_by_itself(run: Path) -> None:
+    """The same answers where its fold holds no other group; plain answers are the weights' own."""
+    plan = read_plan(run / "fold-1")
+    fold = Fold("1", read_splits(plan.out))
+    test = fold.splits["test"]
+    alone = test[test["speaker"] == test["speaker"].iloc[0]]
+    both = answers(plan, test, "speaker").set_index("row_id")["p_sad"]
+    assert answers(plan, alone, "speaker").set_index("row_id")["p_sad"].equals(both.loc[alone["row_id"]])
+    plain = predict(plan, load_bundle(plan.out).state_dict(), test)
+    pd.testing.assert_frame_equal(answers(plan, test, "plain"), plain)
