@@ -1,23 +1,28 @@
-"""Does a model know a voice better that may hear all of its recordings first, without their labels?
+"""Does a model know a voice better that may hear the voice's recordings first, without their labels?
 
     python -m benchmarks.speaker_statistics --run OUT/speaker_kfold --out OUT/statistics
 
 RUN is what ``jobs.evaluate --protocol speaker_kfold --keep_weights`` left. Batch norm's means and variances are taken
-anew from a group of the fold's test recordings, and the group is answered with them (adaptive batch normalisation, Li
-et al. 2016; nothing is learnt, no label is read). Three ways, each with a page of its own row:
+anew from some of a speaker's test recordings, and recordings of the same speaker are answered with them (adaptive batch
+normalisation, Li et al. 2016; nothing is learnt, and labels only choose what is heard). Each way has its own row:
 
-    plain       as trained: every recording alone. The figure for voices never heard.
-    speaker     groups are speakers. RAVDESS' speakers acted every emotion equally often, which others do not.
-    one_class   groups are recordings of one speaker and one emotion, a folder of nothing but anger: the worst case.
+    plain         as trained: every recording alone. The figure for voices never heard.
+    speaker       from all recordings of the speaker. RAVDESS' speakers acted every emotion equally often.
+    half_trained  the mean of those statistics and the training's.
+    enrolled      from one half of the speaker's recordings for the other half, and the other way round.
+    eight         from eight recordings of the speaker for all of them.
+    four_classes  the recordings of every other emotion together: a one-sided folder.
+    one_class     the recordings of one emotion together: a folder of nothing but anger, the worst case.
 
-Limits: models with batch norm over pictures; the middle window of each recording; a group of one recording is answered
-by its own statistics.
+Limits: models with batch norm over pictures; the middle window of each recording; one draw of the halves and the eight.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,16 +40,47 @@ from pipeline.protocol_report import protocol_row, protocols_summary, write_prot
 from pipeline.results import predict
 from pipeline.runs import Plan, read_plan, read_splits, rows_of
 
-GROUPS: dict[str, list[str]] = {"speaker": ["speaker"], "one_class": ["speaker", "label"]}
+Groups = Iterator[tuple[pd.DataFrame, pd.DataFrame]]  # what is heard first, and what is answered then
 
 
-def adapted(model: nn.Module, heard: Tensor) -> StateDict:
-    """The weights of ``model``, with batch norm's statistics those of ``heard`` (N, 1, n_mels, frames)."""
+def _apart(rows: pd.DataFrame, keys: Any) -> Groups:
+    """Each group is heard, and answered."""
+    return ((group, group) for _, group in rows.groupby(keys, sort=True))
+
+
+def _enrolled(rows: pd.DataFrame) -> Groups:
+    order = np.random.default_rng(0).permutation(len(rows))
+    halves = rows.iloc[order[::2]], rows.iloc[order[1::2]]
+    yield halves[0], halves[1]
+    yield halves[1], halves[0]
+
+
+def _four_classes(rows: pd.DataFrame) -> Groups:
+    return _apart(rows, rows["label"].map({name: i % 2 for i, name in enumerate(sorted(set(rows["label"])))}))
+
+
+WAYS: dict[str, Callable[[pd.DataFrame], Groups]] = {  # of one speaker's recordings
+    "speaker": lambda rows: iter([(rows, rows)]),
+    "half_trained": lambda rows: iter([(rows, rows)]),
+    "enrolled": _enrolled,
+    "eight": lambda rows: iter([(rows.sample(min(8, len(rows)), random_state=0), rows)]),
+    "four_classes": _four_classes,
+    "one_class": lambda rows: _apart(rows, "label"),
+}
+SHARES = {"half_trained": 0.5}  # of the voice's own statistics; else all
+
+
+def adapted(model: nn.Module, heard: Tensor, share: float = 1.0) -> StateDict:
+    """The weights of ``model``, with batch norm's statistics those of ``heard`` (N, 1, n_mels, frames).
+
+    Args:
+        share: of the statistics of ``heard``; the rest are the model's own.
+    """
     model.eval()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
-        norm.momentum = 1.0  # the running statistics become those of the one batch that follows
+        norm.momentum = share  # for the one batch that follows
     with torch.no_grad():
         model(heard)
     return model.state_dict()
@@ -57,10 +93,11 @@ def answers(plan: Plan, test: pd.DataFrame, way: str) -> pd.DataFrame:
         return predict(plan, bundle.state_dict(), test)
     arrays = load_features(plan.features)
     told = []
-    for _, group in test.groupby(GROUPS[way], sort=True):
-        rows = rows_of(arrays.table, group, plan.features)
-        heard = np.concatenate([arrays.crops(int(row), 1) for row in rows])
-        told.append(predict(plan, adapted(bundle.build_model(), torch.from_numpy(heard)), group))
+    for _, recordings in test.groupby("speaker", sort=True):
+        for first, then in WAYS[way](recordings):
+            rows = rows_of(arrays.table, first, plan.features)
+            heard = torch.from_numpy(np.concatenate([arrays.crops(int(row), 1) for row in rows]))
+            told.append(predict(plan, adapted(bundle.build_model(), heard, SHARES.get(way, 1.0)), then))
     return pd.concat(told, ignore_index=True)
 
 
@@ -77,7 +114,7 @@ def main() -> None:
     folds = [Fold(name, read_splits(plan.out)) for name, plan in zip(names, plans, strict=True)]
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for way in ("plain", *GROUPS):
+    for way in ("plain", *WAYS):
         told = [
             answers(plan, fold.splits["test"], way).assign(fold=fold.name)
             for plan, fold in zip(plans, folds, strict=True)

@@ -1,4 +1,4 @@
-"""Batch norm's statistics taken from a group: what they remove, whom they touch, and the three ways side by side."""
+"""Batch norm's statistics taken from a group: what they remove, whom they touch, and the ways side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_data import toy_model, write_features
 
-from benchmarks.speaker_statistics import adapted, answers, main
+from benchmarks.speaker_statistics import WAYS, adapted, answers, main
 from pipeline.checkpoint import load_bundle
 from pipeline.corpora import label_set
 from pipeline.fit_config import FitConfig
@@ -66,13 +66,42 @@ def test_only_the_statistics_change(run: Path) -> None:
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_three_ways_side_by_side(
+@pytest.mark.parametrize("way", WAYS)
+def test_every_recording_is_answered_once_and_by_its_own_speaker(way: str) -> None:
+    rows = pd.DataFrame({"row_id": range(24), "label": [f"class {i % 3}" for i in range(24)]})
+    groups = list(WAYS[way](rows))
+    assert sorted(row for _, then in groups for row in then["row_id"]) == list(range(24))
+    told = {
+        "speaker": 24,
+        "half_trained": 24,
+        "enrolled": 12,
+        "eight": 8,
+        "four_classes": 16,  # classes 0 and 2; class 1 is alone
+        "one_class": 8,
+    }
+    assert len(groups[0][0]) == told[way]
+    if way == "enrolled":
+        assert all(set(first["row_id"]).isdisjoint(then["row_id"]) for first, then in groups)
+
+
+def test_half_of_the_statistics_are_the_models_own() -> None:
+    torch.manual_seed(0)
+    model, x = toy_model(), torch.randn(6, 1, 16, 32)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = {name: value.clone() for name, value in adapted(model, x).items()}
+    model.load_state_dict(own)
+    half = adapted(model, x, 0.5)
+    for name in ("1.running_mean", "1.running_var"):
+        torch.testing.assert_close(half[name], (own[name] + whole[name]) / 2)
+
+
+def test_the_ways_side_by_side(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["speaker_statistics", "--run", str(run), "--out", str(tmp_path)])
     main()
     rows = json.loads((tmp_path / "protocols.json").read_text())["protocols"]
-    assert [(row["protocol"], row["n"]) for row in rows] == [("plain", 24), ("speaker", 24), ("one_class", 24)]
+    assert [(row["protocol"], row["n"]) for row in rows] == [(way, 24) for way in ("plain", *WAYS)]
     assert "one_class" in capsys.readouterr().out
     tables = {way: pd.read_parquet(tmp_path / f"{way}.parquet").set_index("row_id") for way in ("plain", "speaker")}
     assert not tables["plain"]["p_sad"].equals(tables["speaker"]["p_sad"].loc[tables["plain"].index])
