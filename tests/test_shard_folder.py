@@ -22,6 +22,7 @@ from pipeline.arrays import ShardError, load_features
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
 from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
+from pipeline.stamps import stamps_of
 
 CONFIG = FeatureConfig()
 NO_POWER, ONE_EACH = ShardOptions(mel_power_s=0), ShardOptions(mel_power_s=0, block_rows=1)
@@ -122,6 +123,14 @@ def test_changed_recordings_are_refused_and_those_that_are_gone_are_not(
         extract_shards(recordings, out, CONFIG, options=ONE_EACH)
     (out / "stamps.npy").unlink()  # as folders were made before
     assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
+
+
+def test_a_recording_of_a_year_that_is_no_64_bit_number_has_a_stamp(write_audio: Callable[..., Path]) -> None:
+    path = write_audio("a.wav")
+    os.utime(path, ns=(0, 2**63 + 1))
+    if path.stat().st_mtime_ns < 2**63:
+        pytest.skip("this file system knows no such year")
+    assert stamps_of([str(path)]).tolist() == [[path.stat().st_size, 2**63 - 1]]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
