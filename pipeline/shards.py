@@ -136,6 +136,8 @@ def _extract(
     finished = len(table) - sum(len(blocks[i]) for i in todo)
     rows, failed = (sum(counts[k] for counts in whole.values()) for k in (0, 1))
     if todo:
+        for made in out.glob("arrays-*"):  # of parts that are done again
+            shutil.rmtree(made)
         run = uuid.uuid4().hex
         begin_notes(out, run)
         schema = pa.Schema.from_pandas(table, preserve_index=False)

@@ -141,6 +141,14 @@ def test_a_damaged_part_is_done_again(recordings: pd.DataFrame, tmp_path: Path, 
     (out / "part-00002.parquet").write_bytes(content)
     assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 3
     assert read_parts(out)["status"].eq("ok").all()
+    before = load_features(out).features[2].copy()
+    for name in ("manifest.json", "part-00002.parquet"):
+        (out / name).unlink()
+    Path(recordings["speech"][2]).write_bytes(Path(recordings["speech"][3]).read_bytes())
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    features = load_features(out).features
+    assert (features[2] == features[3]).all()
+    assert (features[2] != before).any()
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
