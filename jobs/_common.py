@@ -7,6 +7,7 @@ target was missed; 4 done, but some recordings failed; 70 an error of ours; 130 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import tempfile
 import time
@@ -20,6 +21,13 @@ from tqdm import tqdm
 from pipeline.errors import SerError
 from pipeline.labels import chained, parse_label_map
 
+_REMEDIES = {
+    errno.EACCES: "grant access to it, or name another",
+    errno.EPERM: "grant access to it, or name another",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOSPC: "free some space, then give the same command again",
+    errno.EDQUOT: "free some space, then give the same command again",
+}
 EXIT_DONE, EXIT_USAGE, EXIT_TARGET_MISSED, EXIT_SOME_FAILED, EXIT_OURS, EXIT_INTERRUPTED = 0, 2, 3, 4, 70, 130
 
 
@@ -104,7 +112,12 @@ def run(
     except BrokenPipeError:
         sys.stdout = None  # the reader has gone: nothing more to print
         return EXIT_DONE
-    except Exception as error:  # the last line of defence: our own mistake
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REMEDIES:
+            what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+            say(f"error: {' '.join(str(what).split())}; {_REMEDIES[error.errno]}")
+            return EXIT_USAGE
+        # the last line of defence: our own mistake
         log = Path(tempfile.mkstemp(prefix="ser-error-", suffix=".log")[1])
         log.write_text(traceback.format_exc(), encoding="utf-8")
         say(f"error: this is our mistake ({type(error).__name__}); please report it with {log}")

@@ -37,7 +37,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--base_url", default=BASE_URL, help=f"where {ARCHIVE} lies, of a mirror for instance (default: the record)"
     )
-    parser.add_argument("--md5", default=MD5, help="checksum of the archive (default: the record's)")
+    parser.add_argument("--md5", type=str.lower, default=MD5, help="checksum of the archive (default: the record's)")
     parser.add_argument("--archive", type=Path, help="an archive fetched by other means: nothing is downloaded")
     parser.add_argument("--keep_archive", action="store_true", help="leave the archive in OUT.download")
     return parser
@@ -52,7 +52,10 @@ def job(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SerError(f"{out} holds something else; choose another --out")
-    waiting_room = out.with_name(f"{out.name}.download")
+    place = out.resolve()  # where a link leads: what is unpacked beside it is renamed to it
+    if place == Path.cwd():
+        raise SerError(f"--out {out} is the folder you are in; give a folder to be made in it, as --out RAVDESS")
+    waiting_room = place.with_name(f"{place.name}.download")
     with only_one(waiting_room / ".lock", f"fetching {out}"):
         archive = _archive(arguments, waiting_room)
         say(f"the checksum is right; unpacking {archive}")
@@ -61,9 +64,9 @@ def job(arguments: argparse.Namespace) -> int:
         unpack(archive, tree, on_progress=_megabytes("unpack"))
         found = scan_folder(tree)
         (tree / NOTICE_FILE).write_text(NOTICE, encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()
-        tree.rename(out)
+        if place.is_dir():
+            place.rmdir()
+        tree.rename(place)
         if not arguments.keep_archive:
             shutil.rmtree(waiting_room, ignore_errors=True)
     speakers = found["speaker"].nunique() if "speaker" in found else 0

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,49 +112,67 @@ def load_features(folder: str | os.PathLike[str], config: FeatureConfig | None =
     cache = folder / f"arrays-{manifest['plan']}"
     if not (cache / "table.parquet").is_file():
         _build_cache(folder, manifest, found, cache)
-    table = pd.read_parquet(cache / "table.parquet")
-    power = cache / "mel_power.npy"
-    return FeatureArrays(
-        config=found,
-        table=table,
-        features=np.load(cache / "features.npy", mmap_mode="r"),
-        mel_power=np.load(power, mmap_mode="r") if power.is_file() else None,
-        n_frames=table["n_frames"].to_numpy(np.int64),
-    )
+    try:
+        table = pd.read_parquet(cache / "table.parquet")
+        features = np.load(cache / "features.npy", mmap_mode="r")
+        power = np.load(cache / "mel_power.npy", mmap_mode="r") if manifest["mel_power_frames"] else None
+    except (OSError, ValueError, EOFError) as error:  # ValueError: also Arrow's
+        raise ShardError(
+            f"{cache} is damaged ({_reason(error)}); remove it: it is made anew from the shards"
+        ) from error
+    return FeatureArrays(found, table, features, power, table["n_frames"].to_numpy(np.int64))
 
 
 def _build_cache(folder: Path, manifest: dict[str, Any], config: FeatureConfig, cache: Path) -> None:
     """Write ``features.npy``, ``mel_power.npy`` and ``table.parquet`` beside the shards, whole or not at all."""
-    total = int(manifest["rows"]) - int(manifest["failed"])
-    if total == 0:
+    if int(manifest["rows"]) == int(manifest["failed"]):
         raise ShardError(f"{folder} holds no readable recording; see the column error of its parts")
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{cache.name}."))
-    temporary.chmod(0o755)
     try:
-        columns = [config.kind, "mel_power"] if manifest["mel_power_frames"] else [config.kind]
-        targets: dict[str, Any] = {}
-        tables: list[pa.Table] = []
-        done = 0
-        for name in manifest["parts"]:
-            part = pq.read_table(folder / name)
-            part = part.filter(pa.compute.equal(part["status"], "ok"))
-            for column in columns:
-                values = part[column].combine_chunks().to_numpy_ndarray() if len(part) else np.empty((0,))
-                if column not in targets and len(part):
-                    file = temporary / ("mel_power.npy" if column == "mel_power" else "features.npy")
-                    shape = (total, *values.shape[1:])
-                    targets[column] = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-                if len(part):
-                    targets[column][done : done + len(part)] = values
-            done += len(part)
-            tables.append(part.drop_columns([c for c in part.column_names if c in (config.kind, "mel_power")]))
-        for target in targets.values():
-            target.flush()
-        pq.write_table(pa.concat_tables(tables, promote_options="permissive"), temporary / "table.parquet")
+        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{cache.name}."))
         try:
-            temporary.rename(cache)
-        except OSError:
-            if not (cache / "table.parquet").is_file():  # else another process was first: its cache is the same
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            temporary.chmod(0o755)
+            _write_arrays(folder, manifest, config, temporary)
+            try:
+                temporary.rename(cache)
+            except OSError:
+                if not (cache / "table.parquet").is_file():  # else another process was first: its cache is the same
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise ShardError(
+            f"cannot write {cache}: {_reason(error)}; free some space, or make the folder writable"
+        ) from error
+
+
+def _write_arrays(folder: Path, manifest: dict[str, Any], config: FeatureConfig, target: Path) -> None:
+    """The three files, in ``target``; written, not mapped: where the disk is full a process that maps is killed."""
+    total = int(manifest["rows"]) - int(manifest["failed"])
+    columns = {config.kind: "features"} | ({"mel_power": "mel_power"} if manifest["mel_power_frames"] else {})
+    tables: list[pa.Table] = []
+    with ExitStack() as stack:
+        files = {column: stack.enter_context((target / f"{name}.npy").open("wb")) for column, name in columns.items()}
+        for name in manifest["parts"]:
+            part = _readable_rows(folder / name)
+            for column, file in files.items() if len(part) else ():
+                values = part[column].combine_chunks().to_numpy_ndarray()
+                if not file.tell():
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (total, *values.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(values, "<f4").data)
+            tables.append(part.drop_columns([c for c in part.column_names if c in (config.kind, "mel_power")]))
+    pq.write_table(pa.concat_tables(tables, promote_options="permissive"), target / "table.parquet")
+
+
+def _readable_rows(path: Path) -> pa.Table:
+    """The rows of a part whose recordings could be read."""
+    try:
+        part = pq.read_table(path)
+        return part.filter(pa.compute.equal(part["status"], "ok"))
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ShardError(f"{path} is damaged ({_reason(error)}); extract again with --overwrite") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without its number and file."""
+    return str(getattr(error, "strerror", None) or error)

@@ -242,8 +242,12 @@ def file_sha256(path: Path) -> str:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all: into a temporary neighbour, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -228,10 +228,11 @@ def label_counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, int]:
 
 
 def _renamed(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """A copy whose path and label columns have their canonical names."""
+    """A copy whose path and label columns have their canonical names, and no capitals in those that parts go by."""
     table = table.reset_index(drop=True).copy()
     lower = [str(column).strip().lower() for column in table.columns]
-    for canonical, names in (("speech", PATH_NAMES), ("label", LABEL_NAMES)):
+    known = {"speech": PATH_NAMES, "label": LABEL_NAMES, "speaker": ("speaker",), "split": ("split",)}
+    for canonical, names in known.items():
         name = next((name for name in names if name in lower), None)
         if name is None:
             continue

@@ -1,8 +1,8 @@
 """The cells of a CSV file as people send it: comma, semicolon or tab separated; UTF-8, UTF-16 or cp1252.
 
-Quotes must be closed, or the rows after an open one would vanish into its cell. Excel's first line ``sep=;`` is heeded,
-empty cells beyond the header are dropped. What ``pipeline.tables`` guarded for spreadsheets is read as it was. Source:
-RFC 4180.
+Quotes must be closed, or the rows after an open one would vanish into its cell; a blank may stand before one. Excel's
+first line ``sep=;`` is heeded, empty cells beyond the header are dropped. What ``pipeline.tables`` guarded for
+spreadsheets is read as it was. Source: RFC 4180.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -43,7 +44,8 @@ def read_cells(csv_path: Path) -> tuple[pd.DataFrame, list[int]]:
     if not found:
         raise ManifestError(f"{csv_path} is empty; expected a CSV with the columns speech,label")
     names = [unguard(name.strip()) for name in found[0][1]]
-    while names and not names[-1]:
+    widest = max((_width(row) for _, row in found[1:]), default=0)
+    while names and not names[-1] and len(names) > widest:
         names.pop()
     for line, row in found:
         while len(row) > len(names) and not row[-1].strip():
@@ -59,11 +61,17 @@ def read_cells(csv_path: Path) -> tuple[pd.DataFrame, list[int]]:
     return pd.DataFrame(body, columns=names), [line for line, _ in found[1:]]
 
 
+def _width(row: list[str]) -> int:
+    """Cells up to the last that holds something."""
+    return max((n for n, cell in enumerate(row, 1) if cell.strip()), default=0)
+
+
 def _rows(text: str, separator: str, csv_path: Path) -> Iterator[tuple[int, list[str]]]:
     """Each row that is not blank, and the line of the file that it begins in."""
     body = text.lstrip("\r\n ")
     before = text[: len(text) - len(body)].count("\n")
-    reader, line = csv.reader(io.StringIO(body, newline=""), delimiter=separator, strict=True), 1
+    dialect: dict[str, Any] = {"delimiter": separator, "strict": True, "skipinitialspace": f'{separator} "' in body}
+    reader, line = csv.reader(io.StringIO(body, newline=""), **dialect), 1
     try:
         for row in reader:
             if any(cell.strip() for cell in row):

@@ -8,6 +8,7 @@ with its process; what Ray still runs of a killed one finds that ``.notes/run`` 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ from pipeline.stamps import stamps_of
 
 PLAN, STAMPS, NOTES = "plan.json", "stamps.npy", ".notes"
 _LOCK, _RUN = ".extract.lock", "run"
+_STAMPS_TMP = f".{STAMPS}.tmp"  # only the holder of the folder writes it
+_EMPTY = (_LOCK, STAMPS, _STAMPS_TMP)  # what a start may leave that came no further
+_OURS = (PLAN, STAMPS, NOTES, MANIFEST, _STAMPS_TMP, "part-*.parquet", ".part-*.tmp", "arrays-*", ".arrays-*")
 
 
 def part_name(block: int) -> str:
@@ -44,7 +48,7 @@ def hold(out: Path) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise ShardError(f"{out} is a file; give --out a folder")
-    if out.is_dir() and not (out / PLAN).is_file() and any(p.name not in (_LOCK, STAMPS) for p in out.iterdir()):
+    if out.is_dir() and _plan_before(out) is None and any(p.name not in _EMPTY for p in out.iterdir()):
         raise ShardError(f"{out} is not empty and holds no feature shards; give --out a new folder")
     with only_one(out / _LOCK, f"extracting into {out}"):
         yield
@@ -60,7 +64,7 @@ def claim(out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_r
     Raises:
         ShardError: other recordings or settings, or recordings that have changed since (and not ``overwrite``).
     """
-    stamps, known = stamps_of(recordings), _read(out / PLAN)
+    stamps, known = stamps_of(recordings), _plan_before(out)
     if known == plan:
         before = _stamps_before(out, len(recordings))
         if before is None:
@@ -116,19 +120,21 @@ def whole_parts(out: Path, blocks: int) -> dict[int, tuple[int, int]]:
 
 
 def _empty(out: Path) -> None:
-    """Remove all but the lock: first what makes the folder complete, last what makes it ours."""
+    """Remove what an extraction leaves: first what makes it complete, last what makes the folder ours."""
     for path in sorted(out.iterdir(), key=lambda path: (path.name == PLAN, path.name != MANIFEST)):
+        if not any(path.match(pattern) for pattern in _OURS):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != _LOCK:
+        else:
             path.unlink(missing_ok=True)
 
 
 def _write_stamps(out: Path, stamps: NDArray[np.int64]) -> None:
-    temporary = out / f".{STAMPS}.tmp"  # only the holder of the folder writes it
-    with temporary.open("wb") as file:
-        np.save(file, stamps)
-    temporary.replace(out / STAMPS)
+    packed = io.BytesIO()  # numpy does not tell why a file cannot be written
+    np.save(packed, stamps)
+    (out / _STAMPS_TMP).write_bytes(packed.getvalue())
+    (out / _STAMPS_TMP).replace(out / STAMPS)
 
 
 def _stamps_before(out: Path, rows: int) -> NDArray[np.int64] | None:
@@ -140,11 +146,10 @@ def _stamps_before(out: Path, rows: int) -> NDArray[np.int64] | None:
     return stamps if stamps.shape == (rows, 2) else None
 
 
-def _read(path: Path) -> Any:
-    """What a JSON file holds; None where it is missing, an empty text where it cannot be read."""
+def _plan_before(out: Path) -> Mapping[str, Any] | None:
+    """The plan of the extraction in the folder; None where there is none. ``ser train`` has a ``plan.json`` too."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
+        return None
+    return plan if isinstance(plan, dict) and "blocks" in plan else None

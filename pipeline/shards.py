@@ -16,6 +16,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipeline.arrays import MANIFEST, SHARD_VERSION, ShardError, read_shard_mani
 from pipeline.audio import AudioError, Clip, load_middle
 from pipeline.audio_isolated import decode_in_subprocess
 from pipeline.checkpoint import write_json
+from pipeline.errors import SerError
 from pipeline.features import FeatureConfig, extract, mel_power
 from pipeline.ledger import Notes
 from pipeline.remote import source_of
@@ -134,6 +136,8 @@ def _extract(
     finished = len(table) - sum(len(blocks[i]) for i in todo)
     rows, failed = (sum(counts[k] for counts in whole.values()) for k in (0, 1))
     if todo:
+        for made in out.glob("arrays-*"):  # of parts that are done again
+            shutil.rmtree(made)
         run = uuid.uuid4().hex
         begin_notes(out, run)
         schema = pa.Schema.from_pandas(table, preserve_index=False)
@@ -193,18 +197,31 @@ def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter)
     data_context()
     items = [{"block": i, "first": int(blocks[i].index[0]), "rows": _packed(blocks[i], write.schema)} for i in todo]
 
-    def work(batch: pa.Table) -> pa.Table:
-        (item,) = batch.to_pylist()
-        rows = pa.ipc.open_stream(item["rows"]).read_all().to_pandas()
-        numbers = range(item["first"], item["first"] + len(rows))
-        written, bad = write(rows.assign(_block=item["block"], _row=numbers))
-        return pa.table({"recordings": [len(rows)], "rows": [written], "failed": [bad]})
-
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        work, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=1, compute=task_pool(len(items))
+        partial(_written, write=write),
+        batch_format="pyarrow",
+        batch_size=None,
+        zero_copy_batch=True,
+        num_cpus=1,
+        compute=task_pool(len(items)),
     )
     for row in dataset.iter_rows():
+        if row["refusal"]:
+            raise ShardError(row["refusal"])
         yield int(row["recordings"]), int(row["rows"]), int(row["failed"])
+
+
+def _written(batch: pa.Table, write: BlockWriter) -> pa.Table:
+    """Write the part of a block, in its task; returns what came of it. A refusal is data: Ray buries what is raised."""
+    (item,) = batch.to_pylist()
+    rows = pa.ipc.open_stream(item["rows"]).read_all().to_pandas()
+    numbers = range(item["first"], item["first"] + len(rows))
+    written, bad, refusal = 0, 0, ""
+    try:
+        written, bad = write(rows.assign(_block=item["block"], _row=numbers))
+    except SerError as error:
+        refusal = str(error)
+    return pa.table({"recordings": [len(rows)], "rows": [written], "failed": [bad], "refusal": [refusal]})
 
 
 def _packed(rows: pd.DataFrame, schema: pa.Schema) -> bytes:
@@ -232,7 +249,11 @@ class BlockWriter:
     run: str = ""
 
     def __call__(self, batch: pd.DataFrame) -> tuple[int, int]:
-        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``): (rows with copies, failed rows)."""
+        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``): (rows with copies, failed rows).
+
+        Raises:
+            SerError: ``out`` is another start's by now, or cannot be written; the block killed attempt after attempt.
+        """
         block = int(batch["_block"].iloc[0])
         notes = Notes(self.out / NOTES, block, self.run)
         notes.check()
@@ -248,6 +269,11 @@ class BlockWriter:
             if self.run:
                 check_run(self.out, self.run)
             temporary.replace(target)
+        except OSError as error:
+            raise ShardError(
+                f"cannot write {target}: {error.strerror or error}; free some space, then give the same command again: "
+                "it goes on where it stopped"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
         return len(rows), sum(row["status"] != "ok" for row in rows)

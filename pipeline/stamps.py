@@ -17,6 +17,7 @@ from pipeline.folders import local_path
 from pipeline.remote import is_remote, stamp_of
 
 _AT_ONCE = 512
+_LATEST_NS = 2**63 - 1  # in the year 2262; broken clocks write later ones
 
 
 def stamps_of(recordings: Sequence[str]) -> NDArray[np.int64]:
@@ -41,4 +42,4 @@ def _stamp(recording: str) -> tuple[int, int]:
         status = os.stat(local_path(recording))
     except (OSError, ValueError, SerError):
         return -1, -1
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, min(status.st_mtime_ns, _LATEST_NS)

@@ -19,6 +19,7 @@ from pipeline.corpora import (
 )
 from pipeline.labels import RAVDESS_LABELS, LabelError, parse_label_map
 from pipeline.ravdess_names import parse_ravdess
+from pipeline.splits import split_table
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -153,6 +154,12 @@ def test_cells_as_other_programs_write_them(tmp_path: Path) -> None:
         ["sad", "calm"],
     )
     assert "" not in found.columns
+    path.write_text("speech,label,\na.wav,sad,\nb.wav,sad,hoarse\n")  # a remark beside the table
+    assert read_manifest(path)[""].tolist() == ["", "hoarse"]
+    path.write_text('speech, label, note\n"a,b.wav", "sad", "no, ""no"""\nc.wav, calm, x\n')
+    found = read_manifest(path)
+    assert found["speech"].tolist() == [str(tmp_path / "a,b.wav"), str(tmp_path / "c.wav")]
+    assert (found["label"].tolist(), found["note"].tolist()) == (["sad", "calm"], ['no, "no"', "x"])
     path.write_text("sep=;\n")
     with pytest.raises(ManifestError, match="is empty"):
         read_manifest(path)
@@ -242,6 +249,18 @@ def test_only_an_explicit_root_fences_relative_paths(tmp_path: Path) -> None:
     (root / "link").symlink_to(tmp_path)
     with pytest.raises(ManifestError, match="leaves --root"):
         resolve_path("link/x.wav", root, fenced=True)
+
+
+def test_a_split_and_speakers_are_found_whatever_their_capitals() -> None:
+    given = {"Path": [f"/{i}.wav" for i in range(40)], "Label": ["sad", "calm"] * 20, "Note": "x"}
+    given |= {"Speaker": ["1"] * 30 + ["2"] * 10, " Split": ["train"] * 30 + ["test"] * 10}
+    table = from_dataframe(pd.DataFrame(given))
+    assert list(table.columns) == ["speech", "label", "Note", "speaker", "split"]
+    assert {name: len(part) for name, part in split_table(table, inner_val=0).items()} == {
+        "train": 30,
+        "inner_val": 0,
+        "test": 10,
+    }
 
 
 def test_a_table_keeps_further_columns_and_is_not_changed() -> None:

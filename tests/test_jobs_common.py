@@ -52,6 +52,8 @@ def raises(error: BaseException) -> Callable[[argparse.Namespace], int]:
         (SerError("two\nlines"), 2, "error: two lines\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 0, ""),
+        (PermissionError(13, "shut", "a.csv"), 2, "error: a.csv: shut; grant access to it, or name another\n"),
+        (OSError(28, "disk full"), 2, "error: disk full; free some space, then give the same command again\n"),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:

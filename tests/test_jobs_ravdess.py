@@ -102,6 +102,25 @@ def test_an_archive_of_the_users_own(packed: bytes, tmp_path: Path, capsys: pyte
     assert ravdess.main(["--out", str(tmp_path / "b"), "--archive", str(tmp_path / "none.zip")]) == 2
 
 
+def test_a_link_to_a_folder_elsewhere_and_the_folder_one_is_in(
+    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, disk, link = tmp_path / "own.zip", tmp_path / "disk" / "data", tmp_path / "here" / "RAVDESS"
+    own.write_bytes(packed)
+    for folder in (disk, link.parent):
+        folder.mkdir(parents=True)
+    link.symlink_to(disk)
+    words = ["--archive", str(own), "--md5", hashlib.md5(packed).hexdigest().upper()]
+    assert ravdess.main(["--out", str(link), *words]) == 0
+    assert len(list(disk.rglob("*.wav"))) == 64
+    assert link.is_symlink()
+    assert [path.name for path in disk.parent.iterdir()] == ["data"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert ravdess.main(["--out", ".", *words]) == 2
+    assert "--out . is the folder you are in; give a folder to be made" in capsys.readouterr().err
+
+
 def test_twice_at_once(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "RAVDESS"
     with only_one(tmp_path / "RAVDESS.download/.lock", "fetching it"):

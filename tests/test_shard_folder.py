@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -12,14 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import shards
+from pipeline import cluster, runtime, shards
 from pipeline.arrays import ShardError, load_features
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
 from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
+from pipeline.stamps import stamps_of
 
 CONFIG = FeatureConfig()
 NO_POWER, ONE_EACH = ShardOptions(mel_power_s=0), ShardOptions(mel_power_s=0, block_rows=1)
+RUN_BLOCKS = shards._run_blocks
 OURS = ("row_id", "status", "error", "log_mel", "_row", "_block")
 
 
@@ -45,6 +52,17 @@ def recordings(write_audio: Callable[..., Path]) -> pd.DataFrame:
 
 def read_parts(folder: Path) -> pd.DataFrame:
     return pd.concat([pq.read_table(p).to_pandas() for p in sorted(folder.glob("part-*.parquet"))], ignore_index=True)
+
+
+@contextmanager
+def no_file_above(size_bytes: int) -> Iterator[None]:
+    """A disk that is too small for the larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_two_extractions_into_one_folder_do_not_mix(recordings: pd.DataFrame, tmp_path: Path) -> None:
@@ -107,6 +125,14 @@ def test_changed_recordings_are_refused_and_those_that_are_gone_are_not(
     assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
 
 
+def test_a_recording_of_a_year_that_is_no_64_bit_number_has_a_stamp(write_audio: Callable[..., Path]) -> None:
+    path = write_audio("a.wav")
+    os.utime(path, ns=(0, 2**63 + 1))
+    if path.stat().st_mtime_ns < 2**63:
+        pytest.skip("this file system knows no such year")
+    assert stamps_of([str(path)]).tolist() == [[path.stat().st_size, 2**63 - 1]]
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
 def test_a_damaged_part_is_done_again(recordings: pd.DataFrame, tmp_path: Path, content: bytes) -> None:
     out = tmp_path / "out"
@@ -115,6 +141,106 @@ def test_a_damaged_part_is_done_again(recordings: pd.DataFrame, tmp_path: Path, 
     (out / "part-00002.parquet").write_bytes(content)
     assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 3
     assert read_parts(out)["status"].eq("ok").all()
+    before = load_features(out).features[2].copy()
+    for name in ("manifest.json", "part-00002.parquet"):
+        (out / name).unlink()
+    Path(recordings["speech"][2]).write_bytes(Path(recordings["speech"][3]).read_bytes())
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    features = load_features(out).features
+    assert (features[2] == features[3]).all()
+    assert (features[2] != before).any()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
+def test_a_damaged_part_of_a_finished_folder_is_told_in_one_line(
+    recordings: pd.DataFrame, tmp_path: Path, content: bytes | None
+) -> None:
+    out = tmp_path / "out"
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    part = out / "part-00002.parquet"
+    whole = part.read_bytes()
+    middle = len(whole) // 2
+    part.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :] if content is None else content)
+    with pytest.raises(
+        ShardError, match=r"part-00002.parquet is damaged \(.*\); extract again with --overwrite"
+    ) as told:
+        load_features(out)
+    assert "\n" not in str(told.value)
+    assert not list(out.glob("*arrays*"))
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "features.npy", "mel_power.npy"])
+def test_damaged_arrays_are_told_and_made_anew(recordings: pd.DataFrame, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    extract_shards(recordings, out, CONFIG, options=ShardOptions(mel_power_s=2.0))
+    assert load_features(out).mel_power is not None
+    (cache,) = out.glob("arrays-*")
+    (cache / name).write_bytes((cache / name).read_bytes()[:300])
+    with pytest.raises(ShardError, match=rf"{cache.name} is damaged \(.*\); remove it: it is made anew"):
+        load_features(out)
+    shutil.rmtree(cache)
+    assert len(load_features(out).features) == 4
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with no_file_above(100), pytest.raises(OSError, match="File too large"):
+        extract_shards(pd.concat([recordings] * 2), out, CONFIG, options=ONE_EACH)
+    with (
+        no_file_above(2_000),
+        pytest.raises(ShardError, match=r"cannot write .*part-00000.parquet: .*free some space"),
+    ):
+        extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).failed == 0
+    with no_file_above(100_000), pytest.raises(ShardError, match=r"cannot write .*arrays-.*File too large; free some"):
+        load_features(out)
+    assert not list(out.glob("*arrays*"))
+    assert len(load_features(out).features) == 4
+
+
+def test_what_a_task_refuses_ends_the_job_in_one_line(
+    recordings: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dataset:
+        """As Ray Data, in this process."""
+
+        def __init__(self, items: list[dict[str, Any]], **_: int) -> None:
+            self.items = items
+
+        def map_batches(self, work: Callable[[pa.Table], pa.Table], **_: Any) -> Dataset:
+            self.items = [row for item in self.items for row in work(pa.Table.from_pylist([item])).to_pylist()]
+            return self
+
+        def iter_rows(self) -> Iterator[dict[str, Any]]:
+            return iter(self.items)
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=SimpleNamespace(from_items=Dataset)))
+    monkeypatch.setattr(shards, "_run_blocks", RUN_BLOCKS)
+    monkeypatch.setattr(cluster, "check_nodes", lambda *_, **__: None)
+    for name in ("start_ray", "data_context", "task_pool"):
+        monkeypatch.setattr(runtime, name, lambda *_: None)
+    with no_file_above(2_000), pytest.raises(ShardError, match=r"^cannot write \S+part-00000.parquet"):
+        extract_shards(recordings, tmp_path / "out", CONFIG, options=ONE_EACH)
+    assert extract_shards(recordings, tmp_path / "out", CONFIG, options=ONE_EACH).rows == 4
+
+
+def test_training_runs_and_files_of_others_are_left_alone(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    (run / "plan.json").write_text('{"version": 1, "features": "out"}')  # as ser train writes it
+    (run / "run.pt").touch()
+    for overwrite in (False, True):
+        with pytest.raises(ShardError, match="holds no feature shards; give --out a new folder"):
+            extract_shards(recordings, run, CONFIG, options=NO_POWER, overwrite=overwrite)
+    assert sorted(path.name for path in run.iterdir()) == ["plan.json", "run.pt"]
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    load_features(out)
+    (out / "runs").mkdir()
+    (out / "runs" / "notes.txt").touch()
+    extract_shards(recordings.iloc[:3], out, CONFIG, options=ONE_EACH, overwrite=True)
+    assert (out / "runs" / "notes.txt").is_file()
+    assert len(list(out.glob("part-*"))) == len(load_features(out).features) == 3
+    assert len(list(out.glob("arrays-*"))) == 1
 
 
 def test_attempts_that_died_with_other_starts_do_not_count(recordings: pd.DataFrame, tmp_path: Path) -> None:
