@@ -14,6 +14,7 @@ from pipeline.calibration import fit_temperature, scaled
 from pipeline.checkpoint import load_bundle, set_temperature
 from pipeline.errors import SerError
 from pipeline.labels import LabelSet
+from pipeline.outcomes import failed_rows
 from pipeline.predictions import read_predictions
 
 
@@ -42,7 +43,7 @@ def job(arguments: argparse.Namespace) -> int:
     missing = [name for name in ["label_name", *columns] if name not in table.columns]
     if missing:
         raise SerError(f"{arguments.predictions} has no column {missing[0]}; give labelled answers of the same classes")
-    table = table[(table["status"] == "ok") & table["label_name"].isin(bundle.labels)]
+    table = table[~failed_rows(table) & table["label_name"].isin(bundle.labels)]
     labels = LabelSet(bundle.labels)
     truth = np.array([labels.index(name) for name in table["label_name"]], np.int64)
     applied = _applied_temperature(arguments.predictions)

@@ -159,15 +159,17 @@ def _manifest(arguments: argparse.Namespace, bundle: Bundle) -> pd.DataFrame:
     return manifest
 
 
-def _leaks(arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle) -> leaks.Leaks | None:
-    """What the CSV shares with the training.
+def _leaks(
+    arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, contents: pd.Series | None = None
+) -> leaks.Leaks | None:
+    """What the CSV shares with the training; ``contents`` of its recordings, where they are known.
 
     Raises:
         SerError: ``--leak_check error`` and a recording was used in training.
     """
     if arguments.leak_check == "off":
         return None
-    found = leaks.find(manifest, bundle.training, threads=usable_cpus())
+    found = leaks.find(manifest, bundle.training, contents=contents, threads=usable_cpus())
     if found.mask.any() and arguments.leak_check == "error":
         example = manifest.loc[found.mask, "speech"].iloc[0]
         raise SerError(
@@ -227,30 +229,29 @@ def _refuse_beside_compare(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     """Compare two bundles on the CSV, or two finished score tables."""
-    tables, names, labels, failed = [], [], [], 0
-    checks: list[dict[str, Any]] = []
-    contents: pd.Series | None = None  # of the CSV's recordings, which are read once for both
-    for place, given in zip("AB", map(Path, arguments.compare), strict=True):
-        if given.suffix == ".pt" or (given / "config.json").is_file():
-            if arguments.data_csv is None:
-                raise SerError(f"{given} is a model; give the CSV to compare on with --data_csv")
-            bundle = load_bundle(given)
-            manifest = _manifest(arguments, bundle)
-            if contents is None and arguments.leak_check != "off":
-                contents = add_hashes(manifest, threads=usable_cpus())[HASH_COLUMN]
-            shared = _leaks(arguments, manifest.assign(**{HASH_COLUMN: contents}), bundle)
-            table, lost = _score(arguments, manifest, bundle, arguments.out / place)
-            if shared is not None:
-                checks.append({"name": str(given)} | leaks.describe(shared, table, bundle.labels))
-            found, failed = list(bundle.labels), failed + lost
-        else:
-            table = read_predictions(given)
-            found = _labels_of(table, given)
-        tables.append(table)
-        names.append(str(given))
-        labels.append(found)
+    given = [Path(text) for text in arguments.compare]
+    sides = [_side(arguments, place) for place in given]
+    labels = [list(s.labels) if isinstance(s, Bundle) else _labels_of(s, p) for s, p in zip(sides, given, strict=True)]
+    names = [str(place) for place in given]
     if labels[0] != labels[1]:
         raise SerError(f"{names[0]} answers {labels[0]}, {names[1]} {labels[1]}; compare models of the same classes")
+    tables: list[pd.DataFrame] = []
+    failed = 0
+    checks: list[dict[str, Any]] = []
+    contents: pd.Series | None = None  # of the CSV's recordings, which are read once for both
+    for place, name, side in zip("AB", names, sides, strict=True):
+        if not isinstance(side, Bundle):
+            tables.append(side)
+            continue
+        manifest = _manifest(arguments, side)
+        if contents is None and arguments.leak_check != "off":
+            contents = add_hashes(manifest, threads=usable_cpus())[HASH_COLUMN]
+        shared = _leaks(arguments, manifest, side, contents)
+        table, lost = _score(arguments, manifest, side, arguments.out / place)
+        if shared is not None:
+            checks.append({"name": name} | leaks.describe(shared, table, side.labels))
+        tables.append(table)
+        failed += lost
     meta = provenance(arguments.command) | {"data": arguments.data_csv}
     result = write_comparison(
         tables[0], tables[1], labels[0], arguments.out, names=(names[0], names[1]), meta=meta, leak_checks=checks
@@ -261,6 +262,15 @@ def _compare(arguments: argparse.Namespace) -> int:
         _say_leaks(check)
     print(f"comparison: {arguments.out / 'comparison.html'}")
     return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+
+
+def _side(arguments: argparse.Namespace, given: Path) -> Bundle | pd.DataFrame:
+    """One of the two that are compared: a model to be scored, or a finished table of scores."""
+    if given.suffix != ".pt" and not (given / "config.json").is_file():
+        return read_predictions(given)
+    if arguments.data_csv is None:
+        raise SerError(f"{given} is a model; give the CSV to compare on with --data_csv")
+    return load_bundle(given)
 
 
 def _labels_of(table: pd.DataFrame, place: Path) -> list[str]:

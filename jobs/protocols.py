@@ -106,6 +106,9 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
     table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}
     meta = provenance(arguments.command) | {"data": str(arguments.data_csv or features)}
+    if unread := unread_note(features, len(table)):
+        say(unread)
+        meta |= {"note": unread}
     rows, verdicts = [], []
     for protocol, parts in folds.items():
         row, verdict = _run(protocol, parts, table, features, arguments, targets, meta)
@@ -142,6 +145,16 @@ def labelled_recordings(features: Path) -> pd.DataFrame:
     if unknown := unknown_content(found):
         say(unknown)
     return found
+
+
+def unread_note(features: Path, read: int) -> str | None:
+    """What the pages say where recordings could not be read when the features were made; ``read`` of them could."""
+    from pipeline.arrays import read_shard_manifest
+
+    failed = int(read_shard_manifest(features)["failed"])
+    if not failed:
+        return None
+    return f"{failed} of {read + failed} recordings could not be read: neither trained on nor tested, and in no figure."
 
 
 def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) -> list[Fold]:

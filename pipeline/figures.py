@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PNG_DPI = 250
+_HALF_PAGE_IN = 5.5
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,25 @@ def drawings(evaluation: Mapping[str, Any]) -> list[Drawing]:
     return found
 
 
-def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Write ``NAME.png`` and ``NAME.svg`` (light); data URIs ``{"light", "dark"}`` of both SVGs."""
-    uris = {}
+def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write ``NAME.png`` and ``NAME.svg`` (light).
+
+    Returns:
+        Data URIs of both SVGs, ``light`` and ``dark``; whether the drawing is ``large``, so that half a page is too
+        little for its text; and from how many pixels of width on it can be read, ``readable_px``.
+    """
+    found: dict[str, Any] = {}
     for mode, theme in (("light", LIGHT), ("dark", DARK)):
         with mpl.rc_context(_style(theme)):
             figure = drawing.draw(evaluation, theme)
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": drawing.title})
-            uris[mode] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+            found[mode] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
             if mode == "light":
                 (folder / f"{drawing.name}.svg").write_bytes(buffer.getvalue())
                 figure.savefig(folder / f"{drawing.name}.png", dpi=PNG_DPI, metadata={"Title": drawing.title})
-    return uris
+            found |= {"large": figure.get_figwidth() > _HALF_PAGE_IN, "readable_px": round(100 * figure.get_figwidth())}
+    return found
 
 
 def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
@@ -110,7 +117,7 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     overall, n = evaluation["overall"], evaluation["n"]
     unread = f", {n['labelled_failed']:,} more not read" if n["labelled_failed"] else ""
     title = f"{n['read']:,} recordings{unread}: accuracy {_percent(overall['accuracy']['value'])}"
-    axes.set_title(f"{title}, UAR {_percent(overall['uar']['value'])}", size=7.5)
+    figure.suptitle(f"{title}, UAR {_percent(overall['uar']['value'])}", size=7.5)
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
     axes.tick_params(length=0)
@@ -142,7 +149,7 @@ def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     axes.set_ylim(len(rows) - 0.45, -0.65)
     axes.set_xlim(0, 100)
     unread = ", of those read" if evaluation["n"]["labelled_failed"] else ""
-    axes.set_xlabel(f"accuracy of the class (recall), %{unread}")
+    figure.supxlabel(f"accuracy of the class (recall), %{unread}", size=8)
     axes.tick_params(axis="y", length=0)
     sns.despine(figure, left=True)
     return figure

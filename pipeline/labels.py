@@ -153,7 +153,10 @@ class LabelSet:
         if number is not None and not (isinstance(value, str) and value.strip() in self.names):
             if 0 <= number < len(self.names):
                 return number
-            raise LabelError(f"label {value} is outside 0..{len(self.names) - 1}; the classes are {self.describe()}")
+            raise LabelError(
+                f"label {value} is outside 0..{len(self.names) - 1}; the classes are {self.describe()}; "
+                f"translate other numbers with --label_map {number}=wanted,..."
+            )
         name = canonical_name(str(value))
         if name not in self.names:
             raise LabelError(

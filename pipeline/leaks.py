@@ -45,12 +45,16 @@ class Leaks:
     by_name: int = 0
 
 
-def find(manifest: pd.DataFrame, training: pd.DataFrame, *, threads: int = 2) -> Leaks:
-    """Compare the recordings of ``manifest`` (column ``speech``) with ``bundle.training``; reads every recording once.
+def find(
+    manifest: pd.DataFrame, training: pd.DataFrame, *, contents: pd.Series | None = None, threads: int = 2
+) -> Leaks:
+    """Compare the recordings of ``manifest`` (column ``speech``) with ``bundle.training``.
 
-    Unreadable recordings have no content and are never reported.
+    Every recording is read, unless ``contents`` are known: the column of ``splits.add_hashes``. What a table of others
+    calls ``content_hash`` is not heeded. Unreadable recordings have no content and are never reported.
     """
-    hashed = manifest if HASH_COLUMN in manifest.columns else add_hashes(manifest, threads=threads)
+    known = add_hashes(manifest, threads=threads)[HASH_COLUMN] if contents is None else contents
+    hashed = manifest.assign(**{HASH_COLUMN: known})
     groups = (tuple(dict.fromkeys(group)) for group in duplicates_in(hashed))  # a path that occurs twice is no copy
     duplicates = tuple(group for group in groups if len(group) > 1)
     if HASH_COLUMN not in training.columns or training.empty:
@@ -102,8 +106,8 @@ def _figures(found: Outcomes) -> dict[str, Any]:
 
 
 def _shared_speakers(manifest: pd.DataFrame, training: pd.DataFrame) -> tuple[str, ...]:
-    manifest = with_speakers(manifest)
-    if "speaker" not in manifest.columns or "speaker" not in training.columns:
+    manifest, used = with_speakers(manifest), with_speakers(used_in_training(training).rename(columns={"id": "speech"}))
+    if "speaker" not in manifest.columns or "speaker" not in used.columns:
         return ()
-    heard = set(used_in_training(training)["speaker"].dropna().astype(str)) - {""}
+    heard = set(used["speaker"].dropna().astype(str)) - {""}
     return tuple(sorted(heard & set(manifest["speaker"].dropna().astype(str))))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import SerError
 from pipeline.labels import LabelError
 from pipeline.measures import Floats, Ints, tally
-from pipeline.ravdess_names import with_speakers
+from pipeline.ravdess_names import given, with_speakers
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Outcomes:
 
 def has_labels(predictions: pd.DataFrame) -> bool:
     """Whether any row says what is true."""
-    return "label_name" in predictions.columns and bool(_given(predictions["label_name"]).any())
+    return "label_name" in predictions.columns and bool(given(predictions["label_name"]).any())
 
 
 def failed_rows(predictions: pd.DataFrame) -> NDArray[np.bool_]:
@@ -86,7 +86,7 @@ def outcomes(predictions: pd.DataFrame, labels: Sequence[str]) -> Outcomes:
         SerError: no column says what was answered.
     """
     names = tuple(labels)
-    table = with_speakers(predictions[_given(predictions["label_name"])].reset_index(drop=True))
+    table = with_speakers(predictions[given(predictions["label_name"])].reset_index(drop=True))
     truth = _codes(table["label_name"], names)
     if (truth < 0).any():
         found = table.loc[truth < 0, "label_name"].astype(str).value_counts()
@@ -102,10 +102,6 @@ def outcomes(predictions: pd.DataFrame, labels: Sequence[str]) -> Outcomes:
     answer = _answers(table, names, probabilities)
     answer[failed] = len(names)
     return Outcomes(names, table, truth, answer, probabilities, _confidence(table, probabilities))
-
-
-def _given(cells: pd.Series) -> pd.Series:
-    return cells.notna() & (cells.astype(str).str.strip() != "")
 
 
 def _codes(cells: pd.Series, names: tuple[str, ...]) -> Ints:

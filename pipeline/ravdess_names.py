@@ -67,9 +67,14 @@ def ravdess_row(path: Path, name: RavdessName) -> dict[str, object]:
     }
 
 
+def given(cells: pd.Series) -> pd.Series:
+    """Whether each cell says anything."""
+    return cells.notna() & (cells.astype(str).str.strip() != "")
+
+
 def with_speakers(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column ``speaker``, where it has none and every file's name is one of RAVDESS."""
-    if "speaker" in table.columns or "speech" not in table.columns:
+    """The table with a column ``speaker``, where it has none, or an empty one, and every file's name is of RAVDESS."""
+    if "speech" not in table.columns or ("speaker" in table.columns and given(table["speaker"]).any()):
         return table
     files = [str(path).replace("\\", "/").rpartition("/")[2] for path in table["speech"]]
     names = [parse_ravdess(file.partition(".")[0]) for file in files]

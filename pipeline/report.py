@@ -33,7 +33,7 @@ from pipeline.report_html import meta_rows, render
 from pipeline.tables import write_csv
 from pipeline.terminal import terminal_summary
 
-__all__ = ["Targets", "terminal_summary", "write_comparison", "write_report"]
+__all__ = ["Targets", "again", "terminal_summary", "write_comparison", "write_report"]
 
 SHOWN_MISTAKES = 20
 SHOWN_FAILURES = 50
@@ -89,9 +89,27 @@ def write_report(
         SerError: the disk is full or cannot be written.
     """
     evaluation = evaluate(predictions, labels, targets=targets, resamples=resamples, seed=seed)
-    evaluation |= {"meta": dict(meta), "leak_check": leak_check, "mistakes": []}
+    evaluation |= {"meta": dict(meta), "leak_check": leak_check, "embed_audio": embed_audio, "mistakes": []}
     with _writing(out):
         return _write(evaluation, predictions, labels, out, embed_audio)
+
+
+def again(before: Mapping[str, Any], predictions: pd.DataFrame, out: Path, note: str | None) -> dict[str, Any]:
+    """The report of ``before`` (the content of ``metrics.json``) once more, with ``note`` on it.
+
+    Targets, leak check, players and the account of how it was made stay as the command that made it left them.
+    """
+    bootstrap = before.get("bootstrap", {})
+    return write_report(
+        predictions,
+        before["labels"],
+        out,
+        meta=before["meta"] | {"note": note},
+        targets=Targets(**before["verdict"]["targets"]) if before["labelled"] else None,
+        embed_audio=before.get("embed_audio", 0),
+        leak_check=before["leak_check"],
+        **{name: bootstrap[name] for name in ("resamples", "seed") if name in bootstrap},
+    )
 
 
 def _write(

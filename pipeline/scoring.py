@@ -290,11 +290,13 @@ def _parts(ledger: Ledger, blocks: int, tally: Tally) -> Iterator[pa.Table]:
 
 def _report(out: Path, bundle: Bundle, meta: Mapping[str, Any], *, anew: bool) -> Mapping[str, Any]:
     """The content of ``metrics.json``; the report is made when it is not there yet, lacks a new note, or ``anew``."""
-    if not anew and (out / "report.html").is_file() and (out / "metrics.json").is_file():
-        evaluation: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        if meta.get("note") in (None, evaluation["meta"].get("note")):
-            return evaluation
-    from pipeline.report import write_report
+    from pipeline.report import again, write_report
 
+    if not anew and (out / "metrics.json").is_file():
+        before: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        note = meta.get("note") or before["meta"].get("note")
+        if (out / "report.html").is_file() and note == before["meta"].get("note"):
+            return before
+        return again(before, pd.read_parquet(out / PARQUET), out, note)
     model = {"model": bundle.name, "model_sha256": bundle.weights_sha256, "data": None}
     return write_report(pd.read_parquet(out / PARQUET), bundle.labels, out, meta=model | dict(meta))

@@ -106,3 +106,8 @@ def test_answers_that_are_scaled_already_are_taken_back_first(tiny_bundle: Bundl
     (tmp_path / "run.json").write_text('{"plan": {"temperature": 1.6}}')
     assert main(["--model_weights", str(folder), "--predictions", str(tmp_path)]) == 0
     assert load_bundle(folder).temperature == pytest.approx(2, rel=0.05)
+    own = tmp_path / "own"
+    own.mkdir()
+    table.drop(columns="status").to_csv(own / "answers.csv", index=False)  # of others: all answered, at temperature 1
+    assert main(["--model_weights", str(folder), "--predictions", str(own / "answers.csv")]) == 0
+    assert load_bundle(folder).temperature == pytest.approx(2 / 1.6, rel=0.05)

@@ -330,6 +330,17 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.Capt
         assert reason in error_of(capsys)
 
 
+def test_what_cannot_be_compared_is_refused_before_anything_is_scored(
+    scorer: Scorer, csv: Path, tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = scores(tmp_path / "others", made_predictions(40, ("no", "yes")))
+    words = ["--compare", str(tiny_bundle.folder), "--data_csv", str(csv), "--out", str(tmp_path / "out")]
+    for second, reason in ((others, "same classes"), (str(tmp_path / "none"), "no scores at")):
+        assert job.main([*words[:2], second, *words[2:]]) == USAGE
+        assert reason in error_of(capsys)
+    assert scorer.calls == []
+
+
 def test_models_that_know_the_recordings_are_not_compared_without_a_word(
     scorer: Scorer,
     csv: Path,

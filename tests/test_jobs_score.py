@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jobs import score
-from pipeline import scoring
+from jobs import evaluate, score
+from pipeline import figures, scoring
 from pipeline.blocks import score_block
 from pipeline.checkpoint import Bundle
 from pipeline.onnx_export import ensure_onnx
@@ -110,6 +110,38 @@ def test_what_a_finished_run_lacks_is_added(
     assert call(*words, "--overwrite", "--no_report")[0] == 0
     assert (out / "predictions.parquet").is_file()
     assert not (out / "failures.csv").exists()
+
+
+@pytest.mark.parametrize("words", [("--note", "for the jury"), ()])
+def test_the_page_of_an_evaluation_stays_one_when_it_is_made_again(
+    call: Callable[..., tuple[int, str, str]],
+    bundle: Bundle,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    """Its leak check, targets, players and account stay, with a note on it and where only the page is gone."""
+    monkeypatch.setattr(figures, "drawings", lambda _: [])
+    csv, out = tmp_path / "judges.csv", tmp_path / "out"
+    csv.write_text("speech,label\nin/0.wav,sad\nin/1.wav,angry\nin/2.wav,calm\nin/3.wav,happy\n", encoding="utf-8")
+    where = ["--model_weights", str(bundle.folder), "--data_csv", str(csv), "--out", str(out), "--num_cpus", "0"]
+    assert evaluate.main([*where, "--min_accuracy", "12", "--embed_audio", "2"]) == 0
+    before = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<audio ") == 2
+    assert "what it has heard cannot be told" in page
+    if not words:
+        (out / "report.html").unlink()
+    assert call("--input", csv, "--out", out, *words)[0] == 0
+    after = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert after["meta"].pop("note") == (words[1] if words else None)
+    assert after == before
+    again = (out / "report.html").read_text(encoding="utf-8")
+    for noted in ('<p class="note">for the jury</p>', '<dt>note</dt><dd class="path">for the jury</dd>'):
+        assert (noted in again) == bool(words)
+        again = again.replace(noted, "")
+    assert "".join(again.split()) == "".join(page.split())
 
 
 def test_failures_exit_4_unless_tolerated(

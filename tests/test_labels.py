@@ -50,6 +50,7 @@ def test_what_no_class_has_is_refused_in_one_line(given: str | int) -> None:
         RAVDESS.index(given)
     assert "\n" not in str(caught.value)
     assert "angry" in str(caught.value)
+    assert "--label_map" in str(caught.value)
 
 
 def test_label_map_goes_before_aliases() -> None:

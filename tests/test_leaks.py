@@ -52,6 +52,15 @@ def test_duplicates_and_unreadable_files(manifest: pd.DataFrame, tmp_path: Path)
     assert found.mask.sum() == 1
 
 
+def test_a_column_of_the_csv_does_not_say_what_a_recording_holds(manifest: pd.DataFrame) -> None:
+    """Others may mean another hash by the name, or fill it in wrongly: the recordings are read."""
+    training = trained_on(manifest, ["train", "train"])
+    for cells in ("d41d8cd98f00b204e9800998ecf8427e", ""):
+        found = leaks.find(manifest.assign(content_hash=cells), training)
+        assert found.mask.tolist() == [True, True, False, False, False, False]
+        assert (found.duplicates, found.unread) == ((), 0)
+
+
 def test_a_bundle_that_lists_nothing_says_so(manifest: pd.DataFrame) -> None:
     found = leaks.find(manifest, pd.DataFrame())
     assert not found.mask.any()
@@ -83,6 +92,17 @@ def test_what_cannot_be_read_is_not_counted_as_compared(manifest: pd.DataFrame, 
     assert found.mask.tolist() == [True, False, False]
     told = leaks.describe(found, asked.assign(status="ok"), LABELS)
     assert told["checked"] == 2
+
+
+@pytest.mark.parametrize("speaker", [None, ""])
+def test_voices_are_known_by_ravdess_names_on_both_sides(speaker: str | None) -> None:
+    """A model may have been trained from a CSV of two columns too, and a column of speakers may be empty."""
+    heard = pd.DataFrame({"id": ["03-01-05-01-01-01-07", "03-01-04-01-01-01-08"], "split": ["train", "test"]})
+    training = heard.assign(content_hash="x", speaker="")
+    given = pd.DataFrame({"speech": [f"/judges/03-01-03-01-01-01-0{i}.wav" for i in (7, 8, 9)], "label": "happy"})
+    asked = given if speaker is None else given.assign(speaker=speaker)
+    found = leaks.find(asked, training, contents=pd.Series(["a", "b", "c"]))
+    assert found.shared_speakers == ("Actor_07",)
 
 
 def test_a_path_that_is_listed_twice_is_no_copy(manifest: pd.DataFrame) -> None:

@@ -114,6 +114,28 @@ def test_weights_are_balanced_by_what_a_fold_trains_on(
     assert seen[0][0] != seen[1][0]
 
 
+def test_recordings_that_could_not_be_read_are_told_beside_the_figures(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(features, tmp_path / "features")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8")) | {"rows": 27, "failed": 3}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+    def all_right(folds: list[Fold], base: Any, *_: object, **__: object) -> pd.DataFrame:
+        base.out.mkdir(parents=True)
+        tested = pd.concat([fold.splits["test"].assign(fold=fold.name) for fold in folds], ignore_index=True)
+        return tested.assign(status="ok", label_name=tested["label"], predicted=tested["label"])
+
+    monkeypatch.setattr("pipeline.protocols.train_folds", all_right)
+    monkeypatch.setattr("pipeline.figures.drawings", lambda _: [])
+    words = ["--protocol", "kfold", "--features", str(folder), "--folds", "2", "--inner_val", "0"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    told = "3 of 27 recordings could not be read: neither trained on nor tested, and in no figure."
+    assert told in capsys.readouterr().err
+    for page in ("protocols.html", "kfold/report.html"):
+        assert f'<p class="note">{told}</p>' in (tmp_path / "out" / page).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

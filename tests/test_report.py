@@ -16,6 +16,7 @@ import pytest
 import soundfile
 from made_predictions import LABELS, made_predictions, with_failed
 from matplotlib.image import imread
+from matplotlib.text import Text
 from sklearn.metrics import classification_report
 
 from pipeline import figures
@@ -218,6 +219,31 @@ def test_every_drawing_can_be_drawn(case: str) -> None:
     for drawing in drawn:
         assert drawing.draw(evaluation, figures.DARK).axes
         assert drawing.alt
+
+
+@pytest.mark.parametrize("name", ["confusion_matrix", "per_class"])
+def test_no_text_of_a_drawing_is_cut_off_by_long_names(name: str) -> None:
+    labels = ("an extraordinarily long name of a class", "another rather long name")
+    evaluation = evaluate(made_predictions(60, labels, failed=9), labels, resamples=20)
+    (drawing,) = [drawing for drawing in figures.drawings(evaluation) if drawing.name == name]
+    figure = drawing.draw(evaluation, figures.LIGHT)
+    figure.draw_without_rendering()
+    width, height = figure.canvas.get_width_height()
+    for text in figure.findobj(Text):
+        if text.get_text() and text.get_visible():
+            box = text.get_window_extent()
+            assert (box.x0 >= 0, box.y0 >= 0, box.x1 <= width, box.y1 <= height) == (True,) * 4, text.get_text()
+
+
+@pytest.mark.parametrize(("n_classes", "large"), [(8, False), (20, True)])
+def test_a_matrix_of_many_classes_gets_the_whole_width(
+    n_classes: int, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, drawings = tuple(f"label_{i:02d}" for i in range(n_classes)), figures.drawings
+    monkeypatch.setattr(figures, "drawings", lambda evaluation: drawings(evaluation)[:1])
+    write_report(made_predictions(60, labels), labels, tmp_path, meta={}, resamples=20)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ('<section class="card whole" style="--readable: 940px">' in page) == large
 
 
 @pytest.mark.usefixtures("no_drawing")
