@@ -45,7 +45,8 @@ from pipeline.metrics import evaluate
 from pipeline.models import build_model
 from pipeline.protocol_report import protocol_row, protocols_summary, write_protocols
 from pipeline.results import predict
-from pipeline.runs import Plan, begin, check_resumes, load_checkpoint, read_splits, save_checkpoint, training_data
+from pipeline.runs import Plan, begin, check_resumes, read_splits, training_data
+from pipeline.states import load_checkpoint, save_checkpoint
 
 WHO = ("first", "second")
 

@@ -26,8 +26,10 @@ from jobs.train_options import (
     refuse_beside_features,
     with_recipe,
 )
+from pipeline.checkpoint import file_sha256
 from pipeline.corpora import label_set
 from pipeline.errors import SerError
+from pipeline.locks import only_one
 from pipeline.runtime import joins_cluster
 
 if TYPE_CHECKING:
@@ -61,6 +63,12 @@ def job(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     device = _device(arguments)
     refuse_beside_features(arguments)
+    with only_one(arguments.out / ".train.lock", f"training into {arguments.out}"):
+        return _job(arguments, device)
+
+
+def _job(arguments: argparse.Namespace, device: str) -> int:
+    """``job``, in a folder that is held: another start would lay down other splits, to be reported on at the end."""
     features, failed = (arguments.features, 0) if arguments.features else extracted(arguments)
     plan = _plan(arguments, features)
     interrupted = _train(plan, arguments, device)
@@ -107,7 +115,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
 def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
     from pipeline.arrays import load_features
-    from pipeline.runs import SPLIT_SEED, Plan, begin, check, check_resumes, read_splits
+    from pipeline.runs import SPLIT_SEED, Plan, begin, check, check_resumes, read_splits, refuse_changed
     from pipeline.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.teachers import refuse_leaks
 
@@ -120,6 +128,7 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
     labels = label_set(originals)
     if arguments.resume:
         splits = read_splits(arguments.out)
+        refuse_changed(splits, add_hashes(originals))
     else:
         found = _in_given_parts(add_hashes(originals), arguments.split_csv)
         if unknown := unknown_content(found):
@@ -142,6 +151,7 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
         fit=fit_config(arguments, labels, splits["train"]),
         teachers=tuple(arguments.teachers),
         distill=arguments.distill,
+        split=_split_options(arguments),
     )
     refuse_leaks(plan.teachers, splits)
     if arguments.resume:
@@ -150,6 +160,13 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
         begin(plan, splits)
     check(plan, max(arguments.num_workers, 1))
     return plan
+
+
+def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the parts are drawn with; of ``--split_csv`` what is in it, for it may lie elsewhere when a run goes on."""
+    given = {name: getattr(arguments, name) for name in ("split", "test_size", "inner_val")}
+    csv: Path | None = arguments.split_csv
+    return given | {"split_csv": file_sha256(csv)[:12] if csv is not None and csv.is_file() else None}
 
 
 def _in_given_parts(table: pd.DataFrame, split_csv: Path | None) -> pd.DataFrame:

@@ -97,7 +97,7 @@ def add_model_options(parser: Parser) -> None:
     group.add_argument(
         "--width",
         type=float,
-        help="of the inception: channels of every layer times this; 0.5: a quarter of the weights",
+        help="of the inception: channels of every layer times this, 0.125 to 2; 0.5: a quarter of the weights",
     )
     group.add_argument(
         "--oversample_boost",
@@ -168,16 +168,20 @@ def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
     Raises:
         SerError: no such bundle, or one that does not tell how it was trained.
     """
-    first = Parser(add_help=False)
+    first = Parser(prog=parser.prog, add_help=False)
     add_recipe_option(first)
-    bundle_path = first.parse_known_args(argv)[0].recipe  # type: ignore[no-untyped-call]
+    first.add_argument("--model")
+    given = first.parse_known_args(argv)[0]  # type: ignore[no-untyped-call]
+    bundle_path = given.recipe
     if bundle_path is not None:
         bundle = load_bundle(bundle_path)
         settings = bundle.metrics.get("training", {}).get("settings")
         if settings is None:
             raise SerError(f"{bundle_path} does not tell how it was trained; give the settings as options")
         found = _defaults(settings, bundle.labels)
-        parser.set_defaults(**found, model=bundle.model_name, **bundle.model_options)
+        parser.set_defaults(**found, model=bundle.model_name)
+        if given.model in (None, bundle.model_name):  # another network has other options, and other defaults
+            parser.set_defaults(**bundle.model_options)
     return parser
 
 
@@ -241,9 +245,17 @@ def add_worker_options(parser: Parser) -> None:
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, float]:
-    """The options of the network that were given."""
-    given = {name: getattr(arguments, name) for name in ("dropout", "width")}
-    return {name: value for name, value in given.items() if value is not None}
+    """The options of the network that were given.
+
+    Raises:
+        SerError: one that the network does not have, or a value out of range.
+    """
+    from pipeline.models import check_options
+
+    values = {name: getattr(arguments, name) for name in ("dropout", "width")}
+    given = {name: value for name, value in values.items() if value is not None}
+    check_options(arguments.model, given)
+    return given
 
 
 def augmentations(arguments: argparse.Namespace) -> tuple[str, ...]:

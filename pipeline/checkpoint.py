@@ -212,8 +212,9 @@ def save_bundle(
             "created_by": dict(created_by or {}),
         }
         write_json(folder / _CONFIG, config)
-    except OSError as error:
-        raise BundleError(f"cannot write the bundle {folder}: {error.strerror}; choose another --out") from error
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it finds no room
+        reason = getattr(error, "strerror", None) or "no room"
+        raise BundleError(f"cannot write the bundle {folder}: {reason}; make room, or choose another --out") from error
     return load_bundle(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,10 +46,15 @@ class FitConfig:
     channels_last: bool = True  # memory format of the 2-D models
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SerError(f"{name} must be a finite number, got {value}")
         if self.epochs < 1 or self.batch_size < 1 or self.patience < 0 or self.threads < 0 or self.seed < 0:
             raise SerError("epochs and batch size must be at least 1, patience, threads and seed at least 0")
         if not self.lr > 0 or self.weight_decay < 0 or self.clip_norm < 0 or self.warmup_epochs < 0:
             raise SerError("the learning rate must be above 0; weight decay, clip norm and warm-up at least 0")
+        if self.seed >= 2**64:
+            raise SerError(f"the seed {self.seed} is too large; expected a number below 2**64")
         if self.scheduler not in SCHEDULERS:
             raise SerError(f"unknown scheduler {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}")
         if not 0 <= self.ema < 1:

@@ -132,6 +132,23 @@ class CnnBiLstmAttention(nn.Module):
         return logits
 
 
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what `build_model` cannot build.
+
+    Raises:
+        SerError: unknown name or option, or a value out of range.
+    """
+    if name not in MODEL_NAMES:
+        raise SerError(f"unknown model {name!r}; choose one of {', '.join(MODEL_NAMES)}")
+    unknown = sorted(set(options) - set(_MODEL_OPTIONS[name]))
+    if unknown:
+        raise SerError(f"model {name!r} has no option {unknown[0]!r}; it takes: {', '.join(_MODEL_OPTIONS[name])}")
+    if not 0 <= options.get("dropout", 0.0) < 1:
+        raise SerError(f"the dropout is {options['dropout']}; it must be at least 0 and below 1")
+    if not 0.125 <= options.get("width", 1.0) <= 2:
+        raise SerError(f"the width is {options['width']}; it must lie between 0.125 and 2 (1: GoogLeNet's own)")
+
+
 def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_shape: Sequence[int]) -> nn.Module:
     """Build a classifier with fresh weights.
 
@@ -142,15 +159,9 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
         input_shape: of one example, without the batch axis: (1, n_mels, frames) or (frames, n_dims).
 
     Raises:
-        SerError: unknown name or option, or features that the model cannot take.
+        SerError: as `check_options`, or features that the model cannot take.
     """
-    if name not in MODEL_NAMES:
-        raise SerError(f"unknown model {name!r}; choose one of {', '.join(MODEL_NAMES)}")
-    unknown = sorted(set(options) - set(_MODEL_OPTIONS[name]))
-    if unknown:
-        raise SerError(f"model {name!r} has no option {unknown[0]!r}; it takes: {', '.join(_MODEL_OPTIONS[name])}")
-    if not 0.125 <= options.get("width", 1.0) <= 2:
-        raise SerError(f"the width is {options['width']}; it must lie between 0.125 and 2 (1: GoogLeNet's own)")
+    check_options(name, options)
     wanted_axes = 3 if name == "inception" else 2
     if len(input_shape) != wanted_axes:
         kind = "log_mel" if name == "inception" else "frame_features"

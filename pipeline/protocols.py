@@ -23,8 +23,9 @@ from pipeline.fit import Record
 from pipeline.fit_config import FitConfig
 from pipeline.folds import Fold
 from pipeline.history import read_history
-from pipeline.runs import Plan, begin, check, check_resumes, load_checkpoint, read_splits, train_here
+from pipeline.runs import Plan, begin, check, check_resumes, read_splits, train_here
 from pipeline.splits import HASH_COLUMN
+from pipeline.states import load_checkpoint
 from pipeline.teachers import refuse_leaks
 
 PREDICTIONS = "predictions.parquet"

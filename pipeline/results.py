@@ -21,7 +21,8 @@ from pipeline.metrics import OVERALL
 from pipeline.model_card import model_card
 from pipeline.models import build_model
 from pipeline.report import terminal_summary, write_report
-from pipeline.runs import SPLIT_SEED, Plan, load_checkpoint, read_splits, rows_of
+from pipeline.runs import SPLIT_SEED, Plan, read_splits, rows_of
+from pipeline.states import load_checkpoint
 
 INTERRUPTED = "interrupted"
 _BATCH = 64

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from pipeline.fit_config import FitConfig
 from pipeline.history import EventLog, write_history
 from pipeline.locks import try_lock
 from pipeline.models import build_model
-from pipeline.splits import SPLITS
+from pipeline.splits import HASH_COLUMN, SPLITS
+from pipeline.states import load_checkpoint, save_checkpoint
 from pipeline.teachers import DISTILL, load_teachers
 from pipeline.windows import check_crops
 from pipeline.workers import Workers
@@ -39,6 +39,10 @@ PLAN_VERSION = 1
 LOCK_WAIT_S = 15.0
 LOCK_WAIT_NODES_S = 120.0  # a file server frees the locks of a machine that died only after its lease: NFSv4's is 90 s
 _FINGERPRINT = "feature_fingerprint"
+_LEFT = (  # what a run leaves, but for splits/, which come before plan.json
+    *("plan.json", "config.json", "metrics.json", "training.csv", "README.md", "history.csv", "curves.png"),
+    *("report", "interrupted", "tensorboard", "ray"),
+)
 SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
 
 
@@ -55,6 +59,7 @@ class Plan:
     teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.teachers`)
     distill: float = DISTILL  # their share of the loss
     crops: int = 1  # windows a recording that are heard of those reported on
+    split: Mapping[str, Any] = field(default_factory=dict)  # the options that its parts were drawn with
 
     @property
     def checkpoint(self) -> Path:
@@ -72,6 +77,7 @@ class Plan:
             "teachers": [str(path.absolute()) for path in self.teachers],
             "distill": self.distill,
             "crops": self.crops,
+            "split": dict(self.split),
         }
 
     @classmethod
@@ -93,17 +99,18 @@ class Plan:
             teachers=tuple(Path(path) for path in values.get("teachers", ())),
             distill=values.get("distill", DISTILL),
             crops=values.get("crops", 1),
+            split=values.get("split", {}),
         )
 
     def check_continues(self, started: Plan) -> None:
-        """Refuse to go on with a run of other labels, another model or other settings.
+        """Refuse to go on with a run of other labels, parts, another model or other settings.
 
         Raises:
             SerError: names what differs.
         """
         ours, theirs = self.to_dict(), started.to_dict()
-        for name in ("labels", "model", "teachers", "distill", "crops"):
-            if ours[name] != theirs[name]:
+        for name in ("labels", "model", "teachers", "distill", "crops", "split"):
+            if ours[name] != theirs[name] and theirs[name] != {}:  # begun before this was kept
                 raise SerError(
                     f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same"
                 )
@@ -143,7 +150,10 @@ def _fingerprint(features: Path) -> str:
 
 
 def refuse_begun(out: Path) -> None:
-    """Raise SerError when `out` holds a run with at least one finished epoch, or a bundle."""
+    """Raise SerError when `out` holds a run with at least one finished epoch, or what is of no run."""
+    ours = (out / "plan.json").is_file() and (out / "splits").is_dir()  # plan.json alone: of an extraction
+    if not ours and (foreign := next((out / name for name in _LEFT if (out / name).exists()), None)):
+        raise SerError(f"{foreign} is of no run known here; give another --out")
     if (out / "checkpoint.pt").exists() or (out / "config.json").exists():
         raise SerError(f"{out} already holds a run; continue it with --resume, or give another --out")
 
@@ -209,6 +219,22 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folder: Path) -> np.ndarray
                     f"the run began with {path} as {begun}, {folder} has it as {found}; start a new run with this label"
                 )
     return rows
+
+
+def refuse_changed(splits: Mapping[str, pd.DataFrame], table: pd.DataFrame) -> None:
+    """Refuse to go on with other recordings than the `splits` were made from.
+
+    Args:
+        table: the recordings as they are now, with `row_id` and `content_hash`; one that is gone has none.
+
+    Raises:
+        SerError: names one that has changed.
+    """
+    now = dict(zip(table["row_id"].astype(str), table[HASH_COLUMN], strict=True))
+    for part in (part for part in splits.values() if HASH_COLUMN in part.columns):
+        for row, path, begun in zip(part["row_id"], part["speech"], part[HASH_COLUMN], strict=True):
+            if begun and now.get(row) not in (None, "", begun):
+                raise SerError(f"{path} is not the recording that the run began with; start a new run with it")
 
 
 def _name(path: str) -> str:
@@ -292,23 +318,3 @@ def _only_writer(out: Path, wait_s: float) -> Iterator[None]:
         for abandoned in out.glob(".*.tmp"):  # of a process that was killed while it wrote
             abandoned.unlink(missing_ok=True)
         yield
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the state whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain values only (`weights_only=True`), on the CPU.
-
-    Raises:
-        SerError: no readable checkpoint.
-    """
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
-        raise SerError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; start a new run") from error
-    return state

@@ -52,7 +52,8 @@ def split_table(
     names no inner_val rows, they are drawn from its train rows, and with ``inner_val`` 0 those it names join them.
 
     Raises:
-        ManifestError: too few recordings of a class, no speaker column, or an unknown name in the split column.
+        ManifestError: too few recordings of a class, no speaker column, an unknown name in the split column, or, by
+            ``speaker``, a voice in two of its parts.
     """
     table = by_stem(table)
     if "split" in table.columns and table["split"].astype(str).str.strip().any():
@@ -76,7 +77,20 @@ def _given_split(table: pd.DataFrame, inner_val: float, by: str, seed: int) -> d
         parts["inner_val"] = parts["inner_val"].iloc[:0]
     elif parts["inner_val"].empty:
         parts["train"], parts["inner_val"] = divide(parts["train"], inner_val, by, seed, "inner validation")
+    if by == "speaker":
+        _refuse_shared_voices(parts)
     return parts
+
+
+def _refuse_shared_voices(parts: Mapping[str, pd.DataFrame]) -> None:
+    table = pd.concat([part.assign(split=name) for name, part in parts.items()])
+    _require_speakers(table)
+    for speaker, names in table.groupby("speaker")["split"].unique().items():
+        if len(names) > 1:
+            raise ManifestError(
+                f"the given split has speaker {speaker} in the {names[0]} and the {names[1]} part; "
+                "put a voice into one part, or leave --split speaker out"
+            )
 
 
 def divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -116,9 +130,13 @@ def has_speakers(table: pd.DataFrame) -> bool:
     return "speaker" in table.columns and bool(table["speaker"].fillna("").astype(str).str.strip().ne("").all())
 
 
-def _held_speakers(table: pd.DataFrame, share: float, seed: int, what: str) -> np.ndarray:
+def _require_speakers(table: pd.DataFrame) -> None:
     if not has_speakers(table):
         raise ManifestError("a split by speaker needs a speaker for every recording; add the column speaker")
+
+
+def _held_speakers(table: pd.DataFrame, share: float, seed: int, what: str) -> np.ndarray:
+    _require_speakers(table)
     speakers = sorted(set(table["speaker"].astype(str)))
     count = max(1, round(share * len(speakers)))
     if count >= len(speakers):

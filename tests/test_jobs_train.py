@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,13 @@ def test_ctrl_c_keeps_the_best_weights_and_resume_goes_on(features: Path, tmp_pa
         (["--num_workers", "3"], "batch size 16 cannot be shared by 3 workers"),
         (["--lr", "-1"], "learning rate"),
         (["--lr", "fast"], "invalid float value"),
+        (["--lr", "inf"], "lr must be a finite number, got inf"),
+        (["--weight_decay", "nan"], "weight_decay must be a finite number"),
+        (["--warmup_epochs", "inf"], "warmup_epochs must be a finite number"),
+        (["--seed", str(2**64)], "below 2**64"),
+        (["--dropout", "1.5"], "the dropout is 1.5; it must be at least 0 and below 1"),
+        (["--width", "nan"], "the width is nan; it must lie between 0.125 and 2"),
+        (["--width", "0.5", "--model", "cnn_bilstm"], "model 'cnn_bilstm' has no option 'width'"),
         (["--oversample_boost", "bored:2"], "unknown label 'bored'"),
         (["--oversample_boost", "9:2"], "outside 0..2"),
         (["--class_weights", "sad"], "--class_weights: got 'sad'"),
@@ -239,3 +247,63 @@ def test_a_committed_split_is_kept_and_unnamed_recordings_are_left_out(
     assert "parts: train 30, inner_val 0, test 10" in said
     test = pd.read_csv(tmp_path / "run" / "splits" / "test.csv")
     assert sorted(Path(p).stem for p in test["speech"]) == names[30:]
+
+
+def test_another_start_does_not_change_what_is_reported_on(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first epoch is done there is no checkpoint that would refuse it."""
+    out = tmp_path / "run"
+    words = ["--features", str(features), *FAST, "--epochs", "1", "--out", str(out)]
+    begun: list[dict[str, bytes]] = []
+    alone = train._train
+
+    def beside(*given: Any) -> bool:
+        if not begun:
+            begun.append({path.name: path.read_bytes() for path in (out / "splits").iterdir()})
+            assert main([*words, "--split", "speaker", "--seed", "7"]) == 2
+            assert f"another process is training into {out}; wait for it" in capsys.readouterr().err
+        return alone(*given)
+
+    monkeypatch.setattr(train, "_train", beside)
+    assert main(words) == 0
+    assert {path.name: path.read_bytes() for path in (out / "splits").iterdir()} == begun[0]
+    assert load_bundle(out).metrics["training"]["settings"]["seed"] == 42
+
+
+def test_what_is_of_no_run_is_not_written_over(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    assert main(["--features", str(features), *FAST, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'README.md'} is of no run known here; give another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    shutil.copytree(features, tmp_path / "features")
+    (tmp_path / "features" / "plan.json").write_text("an extraction's")
+    assert main(["--features", str(tmp_path / "features"), *FAST, "--out", str(tmp_path / "features")]) == 2
+    assert "plan.json is of no run known here" in capsys.readouterr().err
+    assert main(["--features", str(features), *FAST, "--out", str(tmp_path / "README.md")]) == 2
+    assert "cannot write into" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["--features", str(features), *FAST, "--report_split", "none", "--out", str(out)]
+
+    def hashed(digest: str) -> None:
+        monkeypatch.setattr("pipeline.splits.add_hashes", lambda t: t.assign(content_hash=digest + t["row_id"]))
+
+    hashed("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train", lambda *_: True)
+        assert main(words) == 130
+    for other in (["--split", "speaker"], ["--test_size", "0.5"], ["--inner_val", "0"]):
+        assert main([*words, *other, "--resume"]) == 2
+        assert "the run was started with split {'split': 'random', 'test_size': 0.2" in capsys.readouterr().err
+    hashed("b")
+    assert main([*words, "--resume"]) == 2
+    assert "is not the recording that the run began with" in capsys.readouterr().err
+    monkeypatch.setattr("pipeline.splits.add_hashes", lambda t: t.assign(content_hash=""))  # the recordings are gone
+    assert main([*words, "--resume"]) == 0

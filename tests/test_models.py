@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.models import MODEL_NAMES, CnnBiLstmAttention, EnhancedInceptionModel, build_model
 
@@ -64,6 +65,47 @@ def test_number_of_weights(inception: nn.Module) -> None:
     expected = sum(a * b * k * k + 2 * b for a, b, k in layers) + 1024 * 8 + 8
     assert parameters(inception) == expected
     assert expected == pytest.approx(5.98e6, abs=5e3)
+
+
+# the table's channels times the width, to the next eight, of two as near to the even one: 48 / 4 = 12 is 16
+NARROW = {
+    0.5: {c: c // 2 for c in (32, 48, 64, 96, 112, 128, 144, 160, 192, 208, 224, 256, 288, 320, 384)}
+    | {16: 8, 24: 16}
+    | {48: 24},
+    0.25: {16: 8, 24: 8, 32: 8, 48: 16, 64: 16, 96: 24, 112: 32, 128: 32, 144: 32, 160: 40, 192: 48, 208: 48, 224: 56}
+    | {256: 64, 288: 72, 320: 80, 384: 96},
+    2.0: {c: 2 * c for row in GOOGLENET.values() for c in row},
+}
+
+
+@pytest.mark.parametrize("width", NARROW)
+def test_number_of_weights_of_other_widths(width: float) -> None:
+    of = NARROW[width]
+    layers = [(1, of[64], 7), (of[64], of[64], 1), (of[64], of[192], 3)]
+    n_in = of[192]
+    for row in GOOGLENET.values():
+        c1, r3, c3, r5, c5, pool = (of[channels] for channels in row[1:])
+        layers += [(n_in, c1, 1), (n_in, r3, 1), (r3, c3, 3), (n_in, r5, 1), (r5, c5, 5), (n_in, pool, 1)]
+        n_in = c1 + c3 + c5 + pool
+    expected = sum(a * b * k * k + 2 * b for a, b, k in layers) + n_in * 8 + 8
+    model = build_model("inception", {"width": width}, 8, SHAPES["inception"]).eval()
+    assert parameters(model) == expected
+    if width == 0.5:
+        assert expected == pytest.approx(1.51e6, abs=5e3)  # as the docstring says
+    with torch.inference_mode():
+        assert model(torch.zeros(2, *SHAPES["inception"])).shape == (2, 8)
+
+
+def test_width_one_is_the_network_without_a_width(inception: nn.Module) -> None:
+    """So bundles of before there was one load, and their seeds give the same fresh weights."""
+    torch.manual_seed(0)
+    wide = build_model("inception", {"width": 1.0}, 8, SHAPES["inception"])
+    expected = inception.state_dict()
+    assert list(wide.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in wide.state_dict().items())
+    shipped = load_bundle()
+    assert "width" not in shipped.model_options
+    wide.load_state_dict(shipped.state_dict())
 
 
 def test_picture_sizes_halve_as_in_the_table(inception: nn.Module) -> None:
@@ -127,7 +169,13 @@ def test_every_weight_learns(name: str) -> None:
     ("name", "options", "shape", "message"),
     [
         ("resnet", {}, (1, 64, 188), "choose one of inception, cnn_bilstm"),
-        ("inception", {"width": 2}, (1, 64, 188), "no option 'width'"),
+        ("inception", {"depth": 2}, (1, 64, 188), "no option 'depth'; it takes: dropout, width"),
+        ("inception", {"width": 0.124}, (1, 64, 188), "the width is 0.124; it must lie between 0.125 and 2"),
+        ("inception", {"width": 2.01}, (1, 64, 188), "the width is 2.01"),
+        ("inception", {"width": float("nan")}, (1, 64, 188), "the width is nan"),
+        ("inception", {"dropout": 1.0}, (1, 64, 188), "the dropout is 1.0; it must be at least 0 and below 1"),
+        ("cnn_bilstm", {"dropout": float("nan")}, (188, 190), "the dropout is nan"),
+        ("cnn_bilstm", {"width": 1.0}, (188, 190), "no option 'width'; it takes: dropout"),
         ("inception", {}, (188, 190), "--features_kind log_mel"),
         ("cnn_bilstm", {}, (1, 64, 188), "--features_kind frame_features"),
     ],

@@ -40,26 +40,36 @@ def bundle(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return load_bundle(tmp_path / "bundle")
 
 
-@pytest.fixture(scope="module")
-def lstm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    config = FeatureConfig(kind="frame_features")
+def random_bundle(folder: Path, model: str, options: dict[str, float], config: FeatureConfig) -> Bundle:
+    """Untrained, its batch norms such that answers differ."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
-        model = build_model("cnn_bilstm", {}, 8, config.input_shape)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm1d):
+        network = build_model(model, options, 8, config.input_shape)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2.0)
     return save_bundle(
-        tmp_path_factory.mktemp("bundles") / "lstm",
-        name="lstm",
-        state_dict=model.state_dict(),
-        model_name="cnn_bilstm",
-        model_options={},
+        folder / "random",
+        name="random",
+        state_dict=network.state_dict(),
+        model_name=model,
+        model_options=options,
         labels=RAVDESS_LABELS,
         features=config,
         metrics={},
     )
+
+
+@pytest.fixture(scope="module")
+def narrow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return random_bundle(tmp_path_factory.mktemp("bundles"), "inception", {"width": 0.25}, FeatureConfig())
+
+
+@pytest.fixture(scope="module")
+def lstm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    config = FeatureConfig(kind="frame_features")
+    return random_bundle(tmp_path_factory.mktemp("bundles"), "cnn_bilstm", {}, config)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -67,7 +77,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("name", ["exported", "lstm_bundle"])
+@pytest.mark.parametrize("name", ["exported", "narrow_bundle", "lstm_bundle"])
 def test_onnx_equals_torch(name: str, rows: int, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
     features = np.random.default_rng(rows).standard_normal((rows, *bundle.features.input_shape)).astype(np.float32)

@@ -16,12 +16,13 @@ from sklearn.utils.class_weight import compute_class_weight
 from toy_data import write_features
 
 from jobs.evaluate import main
-from jobs.train_options import with_recipe
+from jobs.train_options import model_options, with_recipe
 from pipeline.arrays import load_features
-from pipeline.checkpoint import load_bundle
+from pipeline.checkpoint import load_bundle, save_bundle
 from pipeline.errors import SerError
 from pipeline.folds import Fold
 from pipeline.metrics import evaluate
+from pipeline.models import build_model
 from pipeline.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.protocols import SideBySide
 from pipeline.runs import read_plan
@@ -182,6 +183,35 @@ def test_a_bundle_without_settings_is_no_recipe(tiny_bundle: Any) -> None:
 
     with pytest.raises(SerError, match="does not tell how it was trained"):
         with_recipe(build_parser(), ["--recipe", str(tiny_bundle.folder)])
+
+
+def test_a_recipe_s_network_has_its_options_and_another_its_own(tmp_path: Path) -> None:
+    from jobs.train import build_parser
+
+    options = {"dropout": 0.1, "width": 0.5}
+    shipped = load_bundle(Path(__file__).resolve().parents[1] / "models" / "inception_ser_final")
+    bundle = save_bundle(
+        tmp_path / "narrow",
+        name="narrow",
+        state_dict=build_model("inception", options, 8, shipped.features.input_shape).state_dict(),
+        model_name="inception",
+        model_options=options,
+        labels=shipped.labels,
+        features=shipped.features,
+        metrics={"training": shipped.metrics["training"]},
+    )
+    assert load_bundle(bundle.folder).build_model()(torch.zeros(1, *shipped.features.input_shape)).shape == (1, 8)
+
+    def asked(*words: str) -> dict[str, float]:
+        given = ["--features", "f", "--out", "o", "--recipe", str(bundle.folder), *words]
+        return model_options(with_recipe(build_parser(), given).parse_args(given))
+
+    assert asked() == asked("--model", "inception") == options
+    assert asked("--width", "1") == {"dropout": 0.1, "width": 1.0}
+    assert asked("--model", "cnn_bilstm") == {}
+    assert asked("--model=cnn_bilstm", "--dropout", "0.2") == {"dropout": 0.2}
+    with pytest.raises(SerError, match="model 'cnn_bilstm' has no option 'width'"):
+        asked("--model", "cnn_bilstm", "--width", "0.5")
 
 
 def test_a_recipe_means_its_own_classes() -> None:

@@ -35,11 +35,11 @@ from pipeline.runs import (
     read_plan,
     read_splits,
     rows_of,
-    save_checkpoint,
     train_here,
     training_data,
 )
 from pipeline.splits import split_table
+from pipeline.states import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +317,45 @@ def test_checkpoints_hold_no_code(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(SerError, match="cannot read the checkpoint"):
         train_here(plan)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_a_damaged_checkpoint_is_told_in_one_line(content: bytes | None, plan: Plan) -> None:
+    if content is None:
+        torch.save({"weights": torch.zeros(1)}, plan.checkpoint)
+    else:
+        plan.checkpoint.write_bytes(content)
+    with pytest.raises(SerError, match="start a new run"):
+        check(plan)
+
+
+def test_a_full_disk_is_told_and_leaves_the_epochs_before(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6245056 vs 6244952")  # torch's
+
+    train_here(plan, on_epoch=interrupt_after(1))
+    before = plan.checkpoint.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", no_room)
+        with pytest.raises(SerError, match=r"is the disk full\? Make room, then go on with .* --resume"):
+            train_here(plan)
+    assert plan.checkpoint.read_bytes() == before
+    assert [path.name for path in plan.out.glob(".*.tmp")] == []
+    train_here(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", no_room)
+        with pytest.raises(SerError, match=r"cannot write the bundle .*: no room"):
+            write_results(plan, "none")
+    write_results(plan, "none")
+    assert load_bundle(plan.out)
+
+
+def test_all_that_a_run_leaves_is_known(plan: Plan) -> None:
+    train_here(plan)
+    write_results(plan, "test")
+    unknown = {path.name for path in plan.out.iterdir()} - set(runs._LEFT)
+    assert unknown == {".lock", "checkpoint.pt", "inception_ser_final.pt", "splits"}
 
 
 def test_several_crops_are_the_mean_of_their_log_probabilities(plan: Plan) -> None:

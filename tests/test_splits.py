@@ -136,3 +136,16 @@ def test_unknown_contents_are_told() -> None:
     table = pd.DataFrame({"speech": ["a.wav", "b.wav"], "content_hash": ["1", "2"]})
     assert unknown_content(table) is None
     assert str(unknown_content(table.assign(content_hash=["1", ""]))).startswith("1 of 2 recordings cannot be read")
+
+
+def test_a_given_split_by_speaker_has_no_voice_in_two_parts() -> None:
+    table = manifest(40, speakers=4)
+    apart = table.assign(split=["test" if speaker == table["speaker"][0] else "train" for speaker in table["speaker"]])
+    parts = split_table(apart, by="speaker")
+    assert [part["speaker"].nunique() for part in parts.values()] == [2, 1, 1]
+    mixed = table.assign(split=["test" if i % 5 == 0 else "train" for i in range(40)])
+    assert len(split_table(mixed)["test"]) == 8
+    with pytest.raises(ManifestError, match=r"the given split has speaker .* in the .* and the .* part; put a voice"):
+        split_table(mixed, by="speaker")
+    with pytest.raises(ManifestError, match="add the column speaker"):
+        split_table(apart.assign(speaker=""), by="speaker")

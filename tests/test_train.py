@@ -19,8 +19,9 @@ from pipeline.arrays import load_features
 from pipeline.errors import SerError
 from pipeline.fit_config import FitConfig
 from pipeline.history import read_history, write_history
-from pipeline.runs import Plan, begin, load_checkpoint, train_here
+from pipeline.runs import Plan, begin, train_here
 from pipeline.splits import split_table
+from pipeline.states import load_checkpoint
 from pipeline.train import _Beat, _user_error, _Watch, train_on_ray
 
 CONFIG = FitConfig(epochs=2, batch_size=16, lr=1e-3, ema=0.9, augment=("crop", "mixup"), threads=1)
