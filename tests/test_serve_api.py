@@ -489,6 +489,11 @@ def test_figures(tiny_bundle: Bundle) -> None:
     service.post("/v1/predict", **form(wav(), b"words"))
     service.post("/v1/audio-classification", content=b"words")
     assert service.meter.recordings == [("tiny", "ok"), ("tiny", "not_audio"), ("tiny", "not_audio")]
+    service.meter.recordings.clear()
+    service.post("/v1/explain", **form(wav()))
+    service.post("/v1/explain", **form(b"words"))
+    assert service.meter.recordings == [("tiny", "ok"), ("tiny", "not_audio")]
+    service.meter.requests[2:] = []
     assert service.meter.requests == [("/v1/predict", 200, "ok"), ("/v1/audio-classification", 400, "not_audio")]
 
 
