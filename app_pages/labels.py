@@ -46,7 +46,7 @@ class LabelsError(Exception):
 def read_labels(data: bytes, name: str, classes: Sequence[str]) -> dict[str, str]:
     """File name, case-folded and without folders -> class.
 
-    A label is a class's name, another spelling of it ("fear", "happiness"), or its number from 0.
+    A label is a class's name, another spelling of it ("fear", "happiness"), or its number from 0 ("3", "3.0").
 
     Raises:
         LabelsError: no table, columns that are missing, or a label that is none.
@@ -73,13 +73,23 @@ def _bare(path: str) -> str:
 
 
 def _class(text: str, classes: Sequence[str], name: str) -> str:
-    word = text.strip().casefold()
-    if word.isdecimal() and int(word) < len(classes):
-        return classes[int(word)]
-    same = [name for name in classes if _canonical(name) == _canonical(word)]
+    number = None if text.strip() in classes else _whole(text)
+    if number is None:
+        same = [name for name in classes if _canonical(name) == _canonical(text)]
+    else:
+        same = [name for index, name in enumerate(classes) if index == number]
     if len(same) == 1:
         return same[0]
     raise LabelsError(f"{name} holds the label “{text}”; known are {', '.join(classes)}.")
+
+
+def _whole(text: str) -> int | None:
+    """The whole number that a cell holds; spreadsheets and pandas write 3 as 3.0 where other cells are empty."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def _canonical(text: str) -> str:

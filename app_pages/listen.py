@@ -141,10 +141,11 @@ def _show(recorded: Recorded, heard: Recording) -> None:
 
 def _caption(heard: Recording) -> str:
     assert heard.picture is not None
-    part = f"the marked {heard.picture.window_s:g} seconds of {clock(heard.duration_s)}"
-    return (
-        f"Above: the sound, and {part} that the model hears. Below: what it sees; high sounds are up, loud ones bright."
-    )
+    if heard.duration_s <= heard.picture.window_s:
+        part = "all of which the model hears"
+    else:
+        part = f"and the marked {heard.picture.window_s:g} seconds of {clock(heard.duration_s)} that the model hears"
+    return f"Above: the sound, {part}. Below: what it sees; high sounds are up, loud ones bright."
 
 
 def _waveform_alt(heard: Recording) -> str:

@@ -13,6 +13,7 @@ from app_pages.words import plain
 from serve.schema import ModelInfo, Recording
 
 ORDERS = ("As added", "File name", "Most sure first", "Least sure first")
+_SOUNDS_PX, _SURE_PX = 160, 130  # room for "not sure (disgusted?)", also where labels have a column
 _ROW_PX, _SHOWN_ROWS = 35, 10.5  # half a row says that there are more
 
 
@@ -80,8 +81,10 @@ def _choose(found: pd.DataFrame) -> int | None:
         alt="Table of the answers: file, what it sounds like, how sure the model is, length.",
         column_config={
             "file": st.column_config.TextColumn("File", width="medium"),
-            "sounds": st.column_config.TextColumn("Sounds"),
-            "confidence": st.column_config.ProgressColumn("How sure", format="%.0f %%", min_value=0, max_value=100),
+            "sounds": st.column_config.TextColumn("Sounds", width=_SOUNDS_PX),
+            "confidence": st.column_config.ProgressColumn(
+                "How sure", width=_SURE_PX, format="%.0f %%", min_value=0, max_value=100
+            ),
             "label": st.column_config.TextColumn("Label"),
             "duration_s": st.column_config.NumberColumn("Length", format="%.1f s", width="small"),
         },

@@ -100,7 +100,7 @@ def timeline(table: pd.DataFrame, duration_s: float) -> alt.LayerChart:
 
 def _clock_axis(duration_s: float) -> alt.X:
     expression = "floor(datum.value / 60) + ':' + format(datum.value % 60, '02')"
-    axis = alt.Axis(labelExpr=expression, grid=False, tickMinStep=1, labelOverlap=True)
+    axis = alt.Axis(labelExpr=expression, grid=False, tickMinStep=1, labelOverlap=True, labelFlush=False)
     scale = alt.Scale(domain=[0, duration_s], nice=False)
     return alt.X("drawn_s:Q", scale=scale, axis=axis, title="minutes : seconds")
 

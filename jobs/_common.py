@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import socket
 import sys
 import tempfile
 import time
@@ -122,6 +123,22 @@ def run(
         log.write_text(traceback.format_exc(), encoding="utf-8")
         say(f"error: this is our mistake ({type(error).__name__}); please report it with {log}")
         return EXIT_OURS
+
+
+def check_free(host: str, port: int, remedy: str) -> None:
+    """Whether a server can listen there.
+
+    Raises:
+        SerError: it cannot; the message ends with ``remedy``.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SerError(f"cannot listen on {host}:{port} ({reason}); {remedy}") from error
 
 
 class Progress:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, EXIT_OURS, Parser, run, say
+from jobs._common import EXIT_DONE, EXIT_OURS, Parser, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.errors import SerError
 from serve.client import Client
@@ -41,6 +41,7 @@ def job(arguments: argparse.Namespace) -> int:
     """Start both, wait for a signal or for one of them to end, stop both."""
     if not PAGE.is_file():
         raise SerError(f"the page is missing: {PAGE}; start this from the project's folder")
+    check_free(HOST, arguments.port, "choose another --port")
     url = f"http://{HOST}:{arguments.service_port}"
     ended, terminal = threading.Event(), Terminal()
     for number in filter(None, (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))):
@@ -50,6 +51,8 @@ def job(arguments: argparse.Namespace) -> int:
         if client.live():
             say(f"the service at {url} answers already; the page uses it")
         else:
+            check_free(HOST, arguments.service_port, "choose another --service_port")
+            check_free(HOST, arguments.metrics_port, "choose another --metrics_port")
             processes.append(
                 started.enter_context(_running(service_command(arguments), service_environment(os.environ)))
             )

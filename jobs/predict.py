@@ -27,7 +27,7 @@ def build_parser() -> Parser:
     parser.add_argument("file", nargs="+", help="recordings; - reads one from stdin")
     parser.add_argument(
         "--url",
-        default=os.environ.get("SER_API_URL", DEFAULT_URL),
+        default=os.environ.get("SER_API_URL") or DEFAULT_URL,
         help=f"where the service is (default: SER_API_URL, else {DEFAULT_URL})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one answer a line, instead of a table")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -15,7 +14,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from jobs._common import EXIT_DONE, Parser, run, say
+from jobs._common import EXIT_DONE, Parser, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.errors import SerError
 from pipeline.runtime import start_ray, stop_ray
@@ -50,9 +49,9 @@ def job(arguments: argparse.Namespace) -> int:
     digest = key_digest_from_environment()
     if not is_loopback(arguments.host) and digest is None:
         raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
-    _check_free(arguments.host, arguments.port, "choose another --port")
+    check_free(arguments.host, arguments.port, "choose another --port")
     open_bundles(settings.bundles)
-    _check_free("127.0.0.1", arguments.metrics_port, "choose another --metrics_port")
+    check_free("127.0.0.1", arguments.metrics_port, "choose another --metrics_port")
     prepare(settings)
     os.environ.pop(API_KEY_VARIABLE, None)  # the processes of Ray need its hash only
     say("starting")
@@ -117,17 +116,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise SerError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-def _check_free(host: str, port: int, remedy: str) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SerError(f"cannot listen on {host}:{port} ({reason}); {remedy}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

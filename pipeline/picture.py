@@ -11,6 +11,7 @@ from pipeline.audio import Clip
 from pipeline.features import FeatureConfig, mel_edges_hz, mel_power
 
 Array = NDArray[np.float32]
+_NO_POWER = 1e-10
 OUTLINE_S = 30.0
 """As much of a long recording is outlined, around its middle."""
 
@@ -24,7 +25,8 @@ class Picture:
         low: lowest sample of each of n equal parts, ``(n,)``; ``high``: highest.
         window_start_s: start of the model's window; negative where it begins with padding.
         frequency_hz: centres of the mel bands, ``(bands,)``; ``time_s``: of the frames, ``(frames,)``.
-        level_db: dB below the loudest cell, cut at ``top_db``, ``(bands, frames)``; row 0 the lowest band.
+        level_db: dB below the loudest cell, cut at ``top_db``, ``(bands, frames)``; row 0 the lowest band. Of digital
+            silence all are at ``-top_db``.
     """
 
     outline_start_s: float
@@ -58,8 +60,10 @@ def draw(window: Clip, outline: Clip, config: FeatureConfig, points: int = 600) 
     """
     low, high = _extremes(outline.samples, points)
     power = mel_power(window.samples, config)
-    level_db = 10.0 * np.log10(np.maximum(power, np.float32(1e-10)))
+    level_db = 10.0 * np.log10(np.maximum(power, np.float32(_NO_POWER)))
     level_db = np.maximum(level_db - level_db.max(), np.float32(-config.top_db))
+    if power.max() <= _NO_POWER:  # all of it is the loudest, and would be the brightest
+        level_db[:] = -config.top_db
     window_start_s = window.start_s - (config.window_s - window.scored_s) / 2
     frames = np.arange(level_db.shape[1]) * config.hop_length / config.sample_rate_hz
     return Picture(

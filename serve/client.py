@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from serve.client_errors import BadRecording, ClientError
-from serve.client_wire import DIRECT, Part, Retries, Source, form, named, parts, read, single, told
+from serve.client_wire import DIRECT, Part, Retries, Source, checked_address, form, named, parts, read, single, told
 from serve.keys import checked_key
 from serve.schema import Explanation, Failure, ModelInfo, Prediction, Recording, Score
 
@@ -53,7 +53,7 @@ class Client:
     """The service, waited for. Use it in a ``with`` block, or ``close`` it. Threads may share one.
 
     Args:
-        base_url: where the service is.
+        base_url: where the service is; ClientError where it can be no address.
         api_key: its key, if it has one; ClientError where it can be none.
         timeout: seconds, or httpx.Timeout; by default 5 s to connect and 90 s for an answer.
         retries: how often a request is sent again.
@@ -71,7 +71,7 @@ class Client:
         patience_s: float = 60.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        self.base_url = checked_address(base_url)
         self.retries, self.patience_s = retries, patience_s
         headers = _authorization(api_key)
         self._http = httpx.Client(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
@@ -147,7 +147,7 @@ class Client:
     def _healthy(self, path: str) -> bool:
         try:
             return self._http.get(self.base_url + path, timeout=_HEALTH_TIMEOUT).is_success
-        except (httpx.HTTPError, httpx.InvalidURL):
+        except httpx.HTTPError:
             return False
 
     def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
@@ -174,7 +174,7 @@ class AsyncClient:
         patience_s: float = 60.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        self.base_url = checked_address(base_url)
         self.retries, self.patience_s = retries, patience_s
         headers = _authorization(api_key)
         self._http = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
@@ -237,7 +237,7 @@ class AsyncClient:
     async def _healthy(self, path: str) -> bool:
         try:
             return (await self._http.get(self.base_url + path, timeout=_HEALTH_TIMEOUT)).is_success
-        except (httpx.HTTPError, httpx.InvalidURL):
+        except httpx.HTTPError:
             return False
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:

@@ -1,7 +1,8 @@
 """What can go wrong when the service is asked: one exception a remedy.
 
 ClientError
-├── Refused               the service answered with a problem; ``code`` is stable, ``status`` is HTTP's
+├── Refused               the service answered with a problem; ``code`` is stable, ``status`` is HTTP's (404: no such
+│   │                     model or address)
 │   ├── BadRecording      this recording cannot be used (400, 413, 415, 422; 503 decode_timeout): another one may
 │   ├── WrongKey          401, 403: give the service's key
 │   ├── Busy              429, 503, after the retries: try again later
@@ -15,6 +16,9 @@ ClientError
 from __future__ import annotations
 
 from serve.schema import Problem
+
+FOREIGN = "foreign_answer"
+"""The code of answers that are none of the service's."""
 
 
 class ClientError(Exception):
@@ -69,6 +73,8 @@ def refused(problem: Problem) -> Refused:
         return BadRecording(problem)
     if problem.status in (429, 503):
         return Busy(problem)
-    if problem.status >= 500:
+    if problem.status >= 500 or problem.code == FOREIGN:
         return ServiceFault(problem)
+    if problem.status in (404, 405):
+        return Refused(problem)
     return BadRecording(problem)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from serve.client_errors import ClientError, NoAnswer, Unreachable, refused
+from serve.client_errors import FOREIGN, ClientError, NoAnswer, Unreachable, refused
 from serve.schema import Failure, Prediction, Problem, Recording
 
 Source = str | os.PathLike[str] | bytes | tuple[str, bytes]
@@ -50,6 +50,21 @@ class Retries:
         self._left -= 1
         wait_s = min(float(after), _LONGEST_WAIT_S)
         return wait_s if time.monotonic() + wait_s <= self._until_s else None
+
+
+def checked_address(url: str) -> str:
+    """The address of a service, without the stroke at its end.
+
+    Raises:
+        ClientError: it is none.
+    """
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL()
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise ClientError(f"{url!r} is no address of a service; give one like http://127.0.0.1:8000")
+    return url.rstrip("/")
 
 
 def named(source: Source) -> tuple[str, bytes]:
@@ -114,7 +129,7 @@ def told(base_url: str) -> Iterator[None]:
         yield
     except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as error:
         raise NoAnswer(f"the service at {base_url} did not answer in time; send fewer recordings, or later") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except httpx.HTTPError as error:
         raise Unreachable(f"no service answers at {base_url}; is it running?") from error
 
 
@@ -138,4 +153,4 @@ def read(response: httpx.Response, kind: type[Answer]) -> Answer:
 def _foreign(response: httpx.Response) -> Problem:
     status = response.status_code if response.status_code >= 400 else 502
     detail = f"the answer {response.status_code} of {response.url.host} is none of this service; is the address right?"
-    return Problem(type="about:blank", title="A foreign answer", status=status, code="foreign_answer", detail=detail)
+    return Problem(type="about:blank", title="A foreign answer", status=status, code=FOREIGN, detail=detail)

@@ -7,8 +7,8 @@ problem; among several, each has its own, and the others are answered.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from fastapi import APIRouter, Request
 
@@ -42,10 +42,9 @@ async def predict(request: Request) -> schema.Prediction:
     answered: list[schema.Recording | schema.Failure] = []
     for upload, heard in zip(files, found, strict=True):
         try:
-            answered.append(answers.recording(heard, upload.name, options))
-            service.meter.recording(model, "ok")
+            with _counted(service, model):
+                answered.append(answers.recording(heard, upload.name, options))
         except ServiceError as error:
-            service.meter.recording(model, error.code)
             if len(files) == 1:
                 raise
             answered.append(schema.Failure(name=upload.name, problem=error.problem(None)))
@@ -64,12 +63,8 @@ async def audio_classification(request: Request) -> list[schema.Score]:
     async with _deadline(service):
         heard = await service.models.predict(model, upload.data, Ask())
     _note_timing(request, heard)
-    try:
+    with _counted(service, model):
         prediction = answers.usable(heard.prediction)
-    except ServiceError as error:
-        service.meter.recording(model, error.code)
-        raise
-    service.meter.recording(model, "ok")
     return answers.scores(heard.labels, prediction.probabilities, parameters.top_k)
 
 
@@ -84,7 +79,8 @@ async def explain(request: Request) -> schema.Explanation:
     note(request.scope, model=model, files=1)
     async with _deadline(service):
         explained = await service.models.explain(model, files[0].data, Ask(channels=_channels(options.channels)))
-    return answers.explanation(explained, request_id(request.scope))
+    with _counted(service, model):
+        return answers.explanation(explained, request_id(request.scope))
 
 
 async def _all_of_them(service: Service, model: str, files: list[Upload], options: Options) -> list[Heard]:
@@ -112,6 +108,17 @@ async def _deadline(service: Service) -> AsyncIterator[None]:
     except TimeoutError:
         detail = f"no answer within {service.settings.deadline_s:g} s; send fewer or shorter recordings, or later"
         raise retry_later("deadline_exceeded", detail) from None
+
+
+@contextmanager
+def _counted(service: Service, model: str) -> Iterator[None]:
+    """Count the recording whose answer is made here."""
+    try:
+        yield
+    except ServiceError as error:
+        service.meter.recording(model, error.code)
+        raise
+    service.meter.recording(model, "ok")
 
 
 def _channels(text: str) -> Channels:

@@ -22,7 +22,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 class Settings(BaseModel):
     """Arguments of the application builder; lists may be given as text with commas."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     bundles: tuple[str, ...] = Field(
         default=(), description="model bundles; the first is the default; none: the shipped one"

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -23,6 +24,7 @@ from serve.schema import FieldError, TaskInput, TaskParameters
 _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 64 * 1024
 _MAX_NAME = 64  # characters of a field's name that are told back
+_CHARSETS = {"utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin-1"}
 _RAW_TYPES = ("application/octet-stream", "audio/", "video/")
 Fields = TypeVar("Fields", bound=BaseModel)
 
@@ -50,6 +52,7 @@ async def read_form(request: Request, model: type[Fields], max_files: int) -> tu
         raise ServiceError(
             "unsupported_media_type", "send the recording as multipart/form-data, in the field file (curl -F file=@...)"
         )
+    await _check_form(request, max_files)
     try:
         # one file more than allowed is read, to tell too many from broken
         form = await request.form(max_files=max_files + 1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
@@ -79,6 +82,20 @@ async def read_form(request: Request, model: type[Fields], max_files: int) -> tu
         return [Upload(part.filename or None, await part.read()) for part in parts], options
     finally:
         await form.close()
+
+
+async def _check_form(request: Request, max_files: int) -> None:
+    """Refuse forms that would take long to read, and the whole process with them: it reads them in one piece.
+
+    They hold the parts' border again and again, in a recording, or name a character set that Python decodes slowly.
+    """
+    options = parse_options_header(request.headers["content-type"])[1]
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in _CHARSETS:
+        raise ServiceError("unsupported_media_type", "the form's charset must be utf-8; leave it out")
+    border = b"\r\n--" + options.get(b"boundary", b"")
+    if (await request.body()).count(border) > max_files + 1 + _MAX_FIELDS:
+        raise _too_many(max_files)
 
 
 async def read_task(request: Request) -> tuple[Upload, TaskParameters]:

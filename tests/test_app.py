@@ -98,6 +98,19 @@ def test_an_upload_is_answered_in_words_with_all_classes(fake: FakeService) -> N
 
 
 @pytest.mark.parametrize(
+    ("duration_s", "told"),
+    [
+        (1.0, "Above: the sound, all of which the model hears."),
+        (2.0, "Above: the sound, all of which the model hears."),
+        (3.5, "Above: the sound, and the marked 2 seconds of 0:03.5 that the model hears."),
+    ],
+)
+def test_the_caption_says_how_much_is_heard(fake: FakeService, duration_s: float, told: str) -> None:
+    page = upload(listen(), ("a.wav", spoken("sad", duration_s=duration_s)))
+    assert [caption.value for caption in page.caption if caption.value.startswith(told)]
+
+
+@pytest.mark.parametrize(
     ("data", "headline", "detail"),
     [
         (spoken("sad", confidence=0.4), "Not sure", "The best guess is sad (40 %)"),

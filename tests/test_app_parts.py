@@ -141,6 +141,19 @@ def test_labels_are_read_as_people_write_them() -> None:
         assert read_labels(text, "labels.csv", LABELS) == expected
 
 
+@pytest.mark.parametrize("names", [tuple(LABELS), ("1", "2", "3")])
+@pytest.mark.parametrize("cell", ["2", "2.0", " 1 ", "0", "3.0", "8.5", "-1", "1e400"])
+def test_numbers_are_the_classes_that_the_commands_make_of_them(names: tuple[str, ...], cell: str) -> None:
+    table = f"file,label\na.wav,{cell}\n".encode()
+    try:
+        expected = names[labels.LabelSet(names).index(cell)]
+    except labels.LabelError:
+        with pytest.raises(LabelsError, match="known are"):
+            read_labels(table, "labels.csv", names)
+    else:
+        assert read_labels(table, "labels.csv", names) == {"a.wav": expected}
+
+
 @pytest.mark.parametrize(
     ("data", "told"),
     [
@@ -227,7 +240,12 @@ def test_the_summary_goes_by_time() -> None:
     )
     assert table["sounds"].tolist() == ["sad", "silent", "not sure (sad?)", "sad"]
     assert "silent from beginning to end" in summary(as_table([segment(0, 2, "silence")], channels=1))
-    json.dumps(timeline(table, 8.0).to_dict())
+    drawn = timeline(table, 8.0).to_dict()
+    json.dumps(drawn)
+    axes = [layer["encoding"]["x"]["axis"] for layer in drawn["layer"] if "axis" in layer["encoding"]["x"]]
+    assert axes
+    for axis in axes:  # else the first label is moved to the right, into the second one on a phone
+        assert axis["labelFlush"] is False
 
 
 def test_the_picture_is_drawn_right_way_up() -> None:

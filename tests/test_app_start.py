@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -42,12 +43,14 @@ def signals() -> object:
         signal.signal(number, handler)
 
 
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+def free_ports() -> list[str]:
+    """Words of the command line that name ports which are free."""
+    with socket.socket() as page, socket.socket() as service, socket.socket() as metrics:
+        words = []
+        for option, free in (("--port", page), ("--service_port", service), ("--metrics_port", metrics)):
+            free.bind(("127.0.0.1", 0))
+            words += [option, str(free.getsockname()[1])]
+        return words
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -58,7 +61,7 @@ def test_a_signal_stops_both(processes: list[subprocess.Popen[bytes]], number: s
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    assert app.main(["--service_port", free_port()]) == 0
+    assert app.main(free_ports()) == 0
     assert [process.poll() for process in processes] == [-signal.SIGTERM] * 2
 
 
@@ -66,7 +69,7 @@ def test_when_one_ends_the_other_is_stopped(
     processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(app, "page_command", lambda port: ENDS)
-    assert app.main(["--service_port", free_port()]) == 70
+    assert app.main(free_ports()) == 70
     assert [process.poll() for process in processes] == [-signal.SIGTERM, 3]
     assert "has ended" in capsys.readouterr().err
 
@@ -76,8 +79,18 @@ def test_a_service_that_runs_already_is_used_and_left_alone(
 ) -> None:
     monkeypatch.setattr(app.Client, "live", lambda client: True)
     monkeypatch.setattr(app, "page_command", lambda port: ENDS)
-    app.main([])
+    app.main(free_ports())
     assert len(processes) == 1
+
+
+@pytest.mark.parametrize("option", ["--port", "--service_port", "--metrics_port"])
+def test_a_port_that_is_taken_is_told_before_anything_starts(
+    processes: list[subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert app.main([*free_ports(), option, str(taken.getsockname()[1])]) == 2
+    assert capsys.readouterr().err.endswith(f"(Address already in use); choose another {option}\n")
+    assert processes == []
 
 
 def test_a_missing_page_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from serving import LocalService, wav
 
 from pipeline.checkpoint import Bundle
 from serve import client as client_module
-from serve.client import AsyncClient, Client
+from serve.client import DEFAULT_URL, AsyncClient, Client
 from serve.client_errors import (
     BadRecording,
     Busy,
@@ -137,8 +137,10 @@ def test_errors_have_types_and_sentences(client: Client, service: LocalService, 
     with pytest.raises(BadRecording, match="not an audio file") as caught:
         client.predict(b"words")
     assert (caught.value.code, caught.value.status) == ("not_audio", 400)
-    with pytest.raises(BadRecording, match="no model of this name"):
-        client.predict(wav(), model="other")
+    for several in ([wav()], [wav(), wav()]):  # no recording is to blame, not even where there is one only
+        with pytest.raises(Refused, match="no model of this name") as caught:
+            list(client.predict_each(several, model="other"))
+        assert type(caught.value) is Refused
     with pytest.raises(ClientError, match="cannot read"):
         client.predict(tmp_path / "missing.wav")
     with Client(URL, "wrong", transport=Bridge(service)) as stranger, pytest.raises(WrongKey):
@@ -206,7 +208,8 @@ def test_busy_answers_are_tried_again_when_told(waits: list[float]) -> None:
         (problem(422, "corrupt"), BadRecording),
         (httpx.Response(503, text="Request dropped due to backpressure"), Busy),
         (httpx.Response(502, text="<html>Bad gateway</html>"), ServiceFault),
-        (httpx.Response(404, text="Not Found"), BadRecording),
+        (problem(404, "not_found"), Refused),
+        (httpx.Response(404, text="Not Found"), ServiceFault),
         (httpx.Response(200, text="<html>another server</html>"), ServiceFault),
         (httpx.Response(200, json={"files": 3}), ServiceFault),
     ],
@@ -247,8 +250,16 @@ def test_a_service_that_is_not_there() -> None:
             client.predict(b"data")
         assert not client.ready()
         assert not client.live()
-    with Client("nonsense://") as client, pytest.raises(Unreachable):
-        client.model()
+
+
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:8000", "localhost:8000", "http:/127.0.0.1", "nonsense://x", "http://a:b"]
+)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_address_that_is_none_is_told_as_such(kind: type[Client | AsyncClient], url: str) -> None:
+    with pytest.raises(ClientError, match="is no address of a service; give one like") as caught:
+        kind(url)
+    assert type(caught.value) is ClientError
 
 
 def test_a_service_that_is_silent() -> None:
@@ -370,6 +381,12 @@ def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.
     first, second = (json.loads(line) for line in captured.out.splitlines())
     assert (first["name"], second["problem"]["code"]) == ("good.wav", "not_audio")
     assert "bad.wav: " in captured.err
+    assert predict.main([str(good), "--model", "other"]) == 2
+    assert capsys.readouterr().err == "error: no model of this name; there are tiny\n"
+    assert predict.main([str(good), "--url", "127.0.0.1:8000"]) == 2
+    assert "is no address of a service" in capsys.readouterr().err
+    monkeypatch.setenv("SER_API_URL", "")
+    assert predict.build_parser().parse_args(["a.wav"]).url == DEFAULT_URL
     monkeypatch.setenv("SER_API_KEY", "wrong")
     assert predict.main([str(good)]) == 2
     assert capsys.readouterr().err.startswith("error: ")

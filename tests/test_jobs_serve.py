@@ -73,7 +73,16 @@ def test_a_metrics_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkey
     assert "choose another --metrics_port" in line
 
 
-@pytest.mark.parametrize("words", [["--threads", "0"], ["--max-body-mib", "-1"], ["--replicas", "0"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--threads", "0"],
+        ["--max-body-mib", "-1"],
+        ["--replicas", "0"],
+        ["--deadline_s", "inf"],
+        ["--max_held_mib", "inf"],
+    ],
+)
 def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert words[0].replace("-", "_").replace("__", "--") in refused(capsys, *words)
 

@@ -62,6 +62,11 @@ def test_a_short_recording_lies_between_padding(tmp_path: Path) -> None:
     assert (picture.level_db[:, sounding].max(axis=0) > -10).all()
 
 
+def test_silence_is_dark(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "silence.wav", np.zeros(16_000), 16_000)
+    assert (drawn(tmp_path / "silence.wav").level_db == -CONFIG.top_db).all()
+
+
 def test_of_a_long_recording_the_middle_is_outlined(tmp_path: Path) -> None:
     picture = drawn(recording(tmp_path, 50.0, rate_hz=8_000))
     assert picture.outline_start_s == pytest.approx(10.0)

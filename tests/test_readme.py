@@ -137,6 +137,16 @@ def test_short_commands_run(line: str, desk: Path, capsys: pytest.CaptureFixture
         assert (desk / words[words.index("--out") + 1]).exists()
 
 
+def test_the_answers_that_are_shown_are_the_shipped_model_s(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (line,) = [line for line in SER if line.startswith("ser infer --file samples/")]
+    (shown,) = [body for body in blocks("text") if body.startswith("file ")]
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert capsys.readouterr().out == shown
+
+
 @pytest.mark.slow
 def test_the_long_ones_run_one_after_the_other(
     desk: Path, ray_session: None, capsys: pytest.CaptureFixture[str]

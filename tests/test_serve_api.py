@@ -290,6 +290,25 @@ def test_forms_that_are_none(service: LocalService) -> None:
     )
 
 
+BORDERS = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n%s\r\n--x--\r\n'
+
+
+@pytest.mark.parametrize("charset", ["punycode", "utf-7", "unicode_escape", "undefined", "idna", "utf-8\0", "\xff"])
+def test_character_sets_that_are_slow_or_none_are_refused(service: LocalService, charset: str) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}".encode("latin-1")}
+    problem_of(service.post("/v1/predict", content=BORDERS % wav(), headers=headers), 415, "unsupported_media_type")
+    headers = {"content-type": "multipart/form-data; boundary=x; charset=UTF-8"}
+    assert service.post("/v1/predict", content=BORDERS % wav(), headers=headers).status_code == 200
+
+
+def test_a_form_full_of_borders_is_not_parsed(service: LocalService) -> None:
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    response = service.post("/v1/predict", content=BORDERS % (b"\r\n--x?" * 100), headers=headers)
+    problem_of(response, 422, "too_many_files")
+    response = service.post("/v1/predict", content=BORDERS % (b"\r\n--x?" * 10), headers=headers)
+    problem_of(response, 400, "not_audio")
+
+
 def test_files_are_counted(service: LocalService, tiny_bundle: Bundle) -> None:
     limited = LocalService(tiny_bundle, max_files=2)
     assert limited.post("/v1/predict", **form(wav(), wav())).status_code == 200
@@ -470,6 +489,11 @@ def test_figures(tiny_bundle: Bundle) -> None:
     service.post("/v1/predict", **form(wav(), b"words"))
     service.post("/v1/audio-classification", content=b"words")
     assert service.meter.recordings == [("tiny", "ok"), ("tiny", "not_audio"), ("tiny", "not_audio")]
+    service.meter.recordings.clear()
+    service.post("/v1/explain", **form(wav()))
+    service.post("/v1/explain", **form(b"words"))
+    assert service.meter.recordings == [("tiny", "ok"), ("tiny", "not_audio")]
+    service.meter.requests[2:] = []
     assert service.meter.requests == [("/v1/predict", 200, "ok"), ("/v1/audio-classification", 400, "not_audio")]
 
 
