@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import SerError
 
-MODEL_NAMES = ("inception", "cnn_bilstm")
-_MODEL_OPTIONS = {"inception": ("dropout", "width"), "cnn_bilstm": ("dropout",)}
+_OPTIONS = {"inception": ("dropout", "width"), "cnn_bilstm": ("dropout",)}
+MODEL_NAMES = tuple(_OPTIONS)
 
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection: GoogLeNet's table
 _INCEPTION_WIDTHS: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -140,9 +140,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     """
     if name not in MODEL_NAMES:
         raise SerError(f"unknown model {name!r}; choose one of {', '.join(MODEL_NAMES)}")
-    unknown = sorted(set(options) - set(_MODEL_OPTIONS[name]))
+    unknown = sorted(set(options) - set(_OPTIONS[name]))
     if unknown:
-        raise SerError(f"model {name!r} has no option {unknown[0]!r}; it takes: {', '.join(_MODEL_OPTIONS[name])}")
+        raise SerError(f"model {name!r} has no option {unknown[0]!r}; it takes: {', '.join(_OPTIONS[name])}")
     if not 0 <= options.get("dropout", 0.0) < 1:
         raise SerError(f"the dropout is {options['dropout']}; it must be at least 0 and below 1")
     if not 0.125 <= options.get("width", 1.0) <= 2:
