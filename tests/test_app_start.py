@@ -83,7 +83,7 @@ def test_a_service_that_runs_already_is_used_and_left_alone(
 def test_a_missing_page_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(app, "PAGE", Path("/nowhere/app.py"))
     assert app.main([]) == 2
-    assert "project's folder" in capsys.readouterr().err
+    assert "in the project's folder, with python -m jobs.app" in capsys.readouterr().err
 
 
 def test_the_openmp_switch_is_for_windows_only_and_never_overrides() -> None:
