@@ -219,8 +219,10 @@ def _score(
 
 
 def _refuse_beside_compare(arguments: argparse.Namespace) -> None:
-    for name in ("model_weights", "protocol", "enforce", "embed_audio"):
-        if getattr(arguments, name):
+    defaults = build_parser()
+    targets = ("min_accuracy", "min_weighted_f1", "min_class_accuracy")
+    for name in ("model_weights", "protocol", "enforce", "embed_audio", *targets):
+        if getattr(arguments, name) != defaults.get_default(name):
             raise SerError(f"--compare tells what two models differ in, without a verdict; leave --{name} out")
     protocols.refuse_options(arguments, "not for --compare")
 
@@ -244,6 +246,9 @@ def _compare(arguments: argparse.Namespace) -> int:
                 checks.append({"name": str(given)} | leaks.describe(shared, table, bundle.labels))
             found, failed = list(bundle.labels), failed + lost
         else:
+            for name in ("crops", "root", "label_map"):
+                if getattr(arguments, name) and arguments.data_csv is None:
+                    raise SerError(f"--compare takes tables of scores as they are; leave --{name} out")
             table = read_predictions(given)
             found = _labels_of(table, given)
         tables.append(table)
