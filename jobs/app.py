@@ -40,7 +40,7 @@ def build_parser() -> Parser:
 def job(arguments: argparse.Namespace) -> int:
     """Start both, wait for a signal or for one of them to end, stop both."""
     if not PAGE.is_file():
-        raise SerError(f"the page is missing: {PAGE}; start this from the project's folder")
+        raise SerError(f"the page is missing: {PAGE}; start it in the project's folder, with python -m jobs.app")
     check_free(HOST, arguments.port, "choose another --port")
     url = f"http://{HOST}:{arguments.service_port}"
     ended, terminal = threading.Event(), Terminal()

@@ -221,8 +221,10 @@ def _score(
 
 
 def _refuse_beside_compare(arguments: argparse.Namespace) -> None:
-    for name in ("model_weights", "protocol", "enforce", "embed_audio"):
-        if getattr(arguments, name):
+    defaults = build_parser()
+    targets = ("min_accuracy", "min_weighted_f1", "min_class_accuracy")
+    for name in ("model_weights", "protocol", "enforce", "embed_audio", *targets):
+        if getattr(arguments, name) != defaults.get_default(name):
             raise SerError(f"--compare tells what two models differ in, without a verdict; leave --{name} out")
     protocols.refuse_options(arguments, "not for --compare")
 
@@ -267,6 +269,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _side(arguments: argparse.Namespace, given: Path) -> Bundle | pd.DataFrame:
     """One of the two that are compared: a model to be scored, or a finished table of scores."""
     if given.suffix != ".pt" and not (given / "config.json").is_file():
+        for name in ("crops", "root", "label_map"):
+            if getattr(arguments, name) and arguments.data_csv is None:
+                raise SerError(f"--compare takes tables of scores as they are; leave --{name} out")
         return read_predictions(given)
     if arguments.data_csv is None:
         raise SerError(f"{given} is a model; give the CSV to compare on with --data_csv")

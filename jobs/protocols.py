@@ -99,6 +99,8 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
     for name in ("model_weights", "embed_audio"):
         if getattr(arguments, name):
             raise SerError(f"--protocol trains and tests models of its own; leave --{name} out")
+    if arguments.leak_check != "warn":
+        raise SerError("--protocol never tests a fold on what it trained on; leave --leak_check out")
     if arguments.out.resolve() in [folder.resolve() for folder in arguments.teachers]:  # --overwrite would remove them
         raise SerError(f"--out {arguments.out} is where the teachers are; give another --out")
     refuse_beside_features(arguments)

@@ -17,6 +17,7 @@ from jobs._provenance import provenance
 from pipeline.audio import EXTENSIONS
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.corpora import ManifestError, read_manifest
+from pipeline.errors import SerError
 from pipeline.exports import FORMATS
 from pipeline.folders import FolderScan, local_path, scan
 from pipeline.remote import is_remote, scan_remote
@@ -62,9 +63,13 @@ def build_parser() -> Parser:
 
 def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFrame, FolderScan | None]:
     """The manifest that ``--input`` names, and what the folder scan left out."""
-    if is_remote(arguments.input):
+    remote, source = is_remote(arguments.input), Path(local_path(arguments.input))
+    if remote or source.is_dir():
+        for name in ("root", "label_map"):
+            if getattr(arguments, name):
+                raise SerError(f"--{name} is for a CSV; leave it out beside the folder {arguments.input}")
+    if remote:
         return _listed(arguments.input, scan_remote(arguments.input, EXTENSIONS))
-    source = Path(local_path(arguments.input))
     if not source.is_dir():
         table = read_manifest(
             source,

@@ -231,7 +231,10 @@ def add_worker_options(parser: Parser) -> None:
     """Workers and what each is given."""
     group = parser.add_argument_group("workers")
     group.add_argument(
-        "--num_workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray (default 1)"
+        "--num_workers",
+        type=int,
+        default=1,
+        help="Ray Train workers; 0: in this process, with --features wholly without Ray (default 1)",
     )
     group.add_argument(
         "--max_failures", type=int, default=3, help="how often failed Ray workers are started again (default 3)"

@@ -95,7 +95,8 @@ class TorchBackend:
             model = bundle.build_model().to(self._device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise SerError(f"cannot use device {device!r}: {reason}; use --device cpu") from error
+            remedy = "use --device cpu (jobs.score: leave --num_gpus out)"
+            raise SerError(f"cannot use device {device!r}: {reason}; {remedy}") from error
         pictures = len(bundle.features.input_shape) == 3
         self._format = torch.channels_last if pictures else torch.contiguous_format
         self._model = model.to(memory_format=self._format)  # type: ignore[call-overload]

@@ -114,6 +114,11 @@ def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
         if not given.is_file():
             raise BundleError(f"no file {given}; give the folder that jobs.train wrote, or the .pt in it")
         folder = given.parent
+    if path is None and not folder.is_dir():
+        raise BundleError(
+            f"the shipped model is not here (no {folder}): an installed copy has the code alone; name a model of yours "
+            "(--model_weights, serve: --bundles), or install the project's folder with pip install -e ."
+        )
     if not folder.is_dir():
         raise BundleError(f"no model bundle at {folder}; give the folder that jobs.train wrote, or the .pt in it")
     if not (folder / _CONFIG).is_file():

@@ -52,6 +52,8 @@ class Teachers:
 def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame]) -> None:
     """Refuse teachers that were trained on what the student is chosen or tested by.
 
+    A teacher of the same split, whose epoch the same ``inner_val`` part chose, has not learnt from that part.
+
     Raises:
         SerError: names the teacher, the part and how many recordings of it the teacher knows.
     """
@@ -59,8 +61,9 @@ def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame]) -> N
         training = load_bundle(path).training
         if training.empty:
             raise SerError(f"the teacher {path} does not list the recordings it was trained on; train it again")
-        for part in ("inner_val", "test"):
-            known = int(leaked(splits[part], training).sum()) if HASH_COLUMN in splits[part] else 0
+        learnt = training[training["split"] != "inner_val"] if "split" in training.columns else training
+        for part, used in (("inner_val", learnt), ("test", training)):
+            known = int(leaked(splits[part], used).sum()) if HASH_COLUMN in splits[part] else 0
             if known:
                 raise SerError(
                     f"the teacher {path} was trained on {known} recordings of the {part} part, which would flatter the "

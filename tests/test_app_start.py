@@ -96,7 +96,7 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(
 def test_a_missing_page_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(app, "PAGE", Path("/nowhere/app.py"))
     assert app.main([]) == 2
-    assert "project's folder" in capsys.readouterr().err
+    assert "in the project's folder, with python -m jobs.app" in capsys.readouterr().err
 
 
 def test_the_openmp_switch_is_for_windows_only_and_never_overrides() -> None:

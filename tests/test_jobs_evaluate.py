@@ -371,7 +371,11 @@ def test_models_that_know_the_recordings_are_not_compared_without_a_word(
 
 @pytest.mark.parametrize(
     "words",
-    [["--enforce"], ["--protocol", "loso"], ["--model_weights", "m"], ["--embed_audio", "2"], ["--epochs", "3"]],
+    [
+        *(["--enforce"], ["--protocol", "loso"], ["--model_weights", "m"], ["--embed_audio", "2"], ["--epochs", "3"]),
+        *(["--min_accuracy", "90"], ["--min_class_accuracy", "0.5"]),
+        *(["--crops", "3"], ["--root", "r"], ["--label_map", "a=sad"]),  # of tables
+    ],
 )
 def test_what_a_comparison_does_not_heed_is_refused(words: list[str], tmp_path: Path, capsys: Any) -> None:
     assert job.main(["--compare", "a", "b", "--out", str(tmp_path), *words]) == USAGE

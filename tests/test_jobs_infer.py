@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jobs import infer
+from pipeline import checkpoint
 from pipeline.checkpoint import Bundle
 from pipeline.onnx_export import ensure_onnx
 from pipeline.predictor import Predictor
@@ -143,6 +144,17 @@ def test_usage_errors_are_one_line_and_exit_2(
 def test_a_missing_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert infer.main(["--model_weights", str(tmp_path / "gone"), "--file", "a.wav"]) == 2
     assert "no model bundle at" in capsys.readouterr().err
+
+
+def test_a_copy_without_the_shipped_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "DEFAULT_BUNDLE", tmp_path / "site-packages/models/inception_ser_final")
+    assert infer.main(["--file", "a.wav"]) == 2
+    told = capsys.readouterr().err
+    assert "the shipped model is not here" in told
+    assert "--model_weights" in told
+    assert "pip install -e ." in told
 
 
 def test_no_torch_no_ray_no_librosa(bundle: Bundle, write_audio: WriteAudio) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from jobs import evaluate, score
 from pipeline import figures, scoring
@@ -208,6 +209,13 @@ def test_long_recordings_are_noticed(
         (["--input", "in", "--out", "o", "--export", "pdf"], "invalid choice"),
         (["--input", "in", "--out", "o", "--merge"], "give --window_s too"),
         (["--input", "in", "--out", "o", "--model_weights", "nowhere"], "no model bundle at nowhere"),
+        (["--input", "in", "--out", "o", "--root", "/r"], "--root is for a CSV; leave it out beside the folder in"),
+        (["--input", "in", "--out", "o", "--label_map", "a=sad"], "--label_map is for a CSV; leave it out beside"),
+        pytest.param(
+            ["--input", "in", "--out", "o", "--num_cpus", "0", "--num_gpus", "1"],
+            "jobs.score: leave --num_gpus out",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(

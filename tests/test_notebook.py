@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def test_it_holds_no_logic() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 assert not {name.split(".")[0] for name in names} & {"torch", "librosa", "sklearn", "soundfile", "ray"}
+
+
+def test_it_tells_how_the_shipped_model_was_made() -> None:
+    text = " ".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "markdown")
+    (told,) = re.findall(r"`(\S+ \S+)[^`]*`[^`.]*\b(?:the model that is shipped)", text)
+    assert told == "make reproduce"
+    training = json.loads((ROOT / "models/inception_ser_final/metrics.json").read_text(encoding="utf-8"))["training"]
+    epochs = [teacher["epochs"] for teacher in training["teachers"]]
+    assert "({} and {} epochs)".format(*epochs) in text
 
 
 def test_its_stored_outputs_are_whole_small_and_without_speech() -> None:

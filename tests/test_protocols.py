@@ -150,6 +150,7 @@ def test_recordings_that_could_not_be_read_are_told_beside_the_figures(
         (["--protocol", "kfold", "--folds", "2", "--crops", "0"], "crops must be 1 or more, got 0"),
         (["--protocol", "kfold", "--model_weights", "runs/first"], "leave --model_weights out"),
         (["--protocol", "kfold", "--embed_audio", "3"], "leave --embed_audio out"),
+        (["--protocol", "kfold", "--leak_check", "error"], "leave --leak_check out"),
         (["--protocol", "kfold", "--label_map", "a=sad"], "--label_map is for a --data_csv or --data_dir"),
         (["--protocol", "kfold", "--num_cpus", "0"], "--num_cpus 0: folds are trained on Ray; give 1 or more"),
     ],

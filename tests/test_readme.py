@@ -137,14 +137,18 @@ def test_short_commands_run(line: str, desk: Path, capsys: pytest.CaptureFixture
         assert (desk / words[words.index("--out") + 1]).exists()
 
 
-def test_the_answers_that_are_shown_are_the_shipped_model_s(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_answers_shown_are_those_of_the_shipped_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Words as they are, percentages within half a point: another CPU rounds differently."""
+    (shown,) = (body for body in blocks("text") if body.startswith("file "))
+    line = next(line for line in SER if line.startswith("ser infer --file samples/"))
     monkeypatch.chdir(ROOT)
-    (line,) = [line for line in SER if line.startswith("ser infer --file samples/")]
-    (shown,) = [body for body in blocks("text") if body.startswith("file ")]
-    assert cli.main(shlex.split(line)[1:]) == 0
-    assert capsys.readouterr().out == shown
+    assert cli.main([*shlex.split(line)[1:], "--backend", "torch"]) == 0
+    given = capsys.readouterr().out
+    number = r"[\d.]+(?=%)"
+    assert re.sub(number, "", shown).split() == re.sub(number, "", given).split()
+    assert [*map(float, re.findall(number, shown))] == pytest.approx([*map(float, re.findall(number, given))], abs=0.5)
 
 
 @pytest.mark.slow

@@ -147,6 +147,16 @@ def test_a_teacher_that_knows_what_the_student_is_measured_by_is_refused(part: s
         refuse_leaks([teacher], splits)
 
 
+def test_the_part_that_chose_a_teachers_epoch_may_choose_its_students(tmp_path: Path) -> None:
+    """Both of one split, as two runs of ``ser train`` with the same options make it."""
+    parts = {name: pd.DataFrame({"content_hash": [name]}) for name in ("train", "inner_val", "test")}
+    rows = [pd.DataFrame({"id": [name], "content_hash": [name], "speaker": "", "split": [name]}) for name in parts]
+    teacher = a_bundle(tmp_path / "teacher", training=pd.concat(rows, ignore_index=True))
+    refuse_leaks([teacher], parts)
+    with pytest.raises(SerError, match="1 recordings of the test part"):
+        refuse_leaks([teacher], parts | {"test": parts["inner_val"], "inner_val": parts["test"]})
+
+
 def test_a_plan_keeps_its_teachers_and_is_not_continued_with_others(tmp_path: Path) -> None:
     plan = Plan(tmp_path / "run", tmp_path, LABELS, "inception", {}, FitConfig(), (tmp_path / "teacher",), 0.4)
     again = Plan.from_dict(plan.to_dict(), plan.out)
