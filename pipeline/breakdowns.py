@@ -23,6 +23,7 @@ MAX_GROUPS = 60
 MAX_NUMBERS = 12  # different values of a column of numbers: more are a measurement, not groups
 SMALL_GROUP = 10
 MISSING = "(not given)"
+NAMELESS = "(no name)"
 GROUP_FIGURES = ("group", "n", "failed", "small", "accuracy", "uar", "difference", "difference_interval")
 _BANDS_S = (0, 1, 2, 3, 4, 6, 10, 30, 60, 600, np.inf)
 _FIRST = ("speaker", "sex", "intensity", "statement", "corpus", "duration band")
@@ -33,7 +34,10 @@ _NOT_GROUPS = {
 
 
 def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str, pd.Series], list[str]]:
-    """Columns to break down by, as ordered categories; and the names of those that have too many values."""
+    """Columns to break down by, as ordered categories; and the names of those that have too many values.
+
+    A column whose cells all differ, as the index that pandas writes into a CSV, makes no groups.
+    """
     ours = _NOT_GROUPS | {f"p_{label}" for label in labels}
     columns: dict[str, pd.Series] = {}
     left_out = []
@@ -42,10 +46,10 @@ def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str,
             continue
         if name == "duration_s":
             columns["duration band"] = _bands(table[name])
-        elif table[name].nunique(dropna=False) > (MAX_NUMBERS if _has_fractions(table[name]) else MAX_GROUPS):
-            left_out.append(name)
+        elif _too_many(table[name]):
+            left_out.append(name or NAMELESS)
         else:
-            columns[name] = _as_categories(table[name])
+            columns[name or NAMELESS] = _as_categories(table[name])
     useful = {name: cells for name, cells in columns.items() if cells.nunique() > 1}
     order = sorted(useful, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
     return {name: useful[name] for name in order}, left_out
@@ -82,6 +86,12 @@ def _group(name: str, own: Ints, everything: Ints) -> dict[str, Any]:
         row["difference"] = right / n - right_rest / n_rest
         row["difference_interval"] = list(newcombe(right, n, right_rest, n_rest))
     return row
+
+
+def _too_many(cells: pd.Series) -> bool:
+    """Whether the cells have too many values to be groups."""
+    values = cells.nunique(dropna=False)
+    return values > (MAX_NUMBERS if _has_fractions(cells) else MAX_GROUPS) or 1 < values == len(cells)
 
 
 def _has_fractions(cells: pd.Series) -> bool:

@@ -130,6 +130,8 @@ def comparison_summary(found: Mapping[str, Any]) -> str:
             f"{name:<22} {row['first'] * 100:8.1f} {row['second'] * 100:8.1f} {row['difference'] * 100:+8.1f}"
             f"  [{low * 100:+.1f}, {high * 100:+.1f}]"
         )
+    if over == "over_speakers" and any(row["over_recordings"] and not row[over] for row in found["figures"]):
+        lines.append("Classes of few speakers: interval over recordings.")
     test = found["mcnemar"]
     lines += [
         "",

@@ -108,12 +108,13 @@ def protocols_summary(found: Mapping[str, Any]) -> str:
         lines.append(f"{row['protocol']:<14}{len(row['folds']):>6}{row['n']:>7}{cells}{lowest:>9}")
         over = f"over_{row['intervals_over']}"
         intervals = "".join(f"{span(row['overall'][name][over]):>14}" for name in FIGURES)
-        lines.append(f"{'  95 % interval':<27}{intervals}  {row['lowest_class']['label']:.7}")
+        lines.append(f"{'  95 % over ' + row['intervals_over']:<27}{intervals}  {row['lowest_class']['label']:.7}")
         if len(row["folds"]) > 1:
             spread = "".join(f"{_spread(row['over_folds'][name]):>14}" for name in FIGURES)
             lines.append(f"{'  folds, mean ± SD':<27}{spread}")
-    over = found["protocols"][0]["intervals_over"]
-    lines += ["", f"Intervals: {'bootstrap ' if over == 'speakers' else ''}over {over}."]
+    ways = dict.fromkeys(row["intervals_over"] for row in found["protocols"])
+    kinds = [f"{'bootstrap ' if name == 'speakers' else ''}over {name}" for name in ways]
+    lines += ["", f"Intervals: {' or '.join(kinds)}."]
     lines += [_heard(row) for row in found["protocols"]]
     for gap in found["gaps"]:
         change = ", ".join(f"{title} {points(gap[name])}" for name, title in FIGURES.items())

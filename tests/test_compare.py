@@ -120,3 +120,16 @@ def test_files_page_and_text(pair: tuple[pd.DataFrame, pd.DataFrame], tmp_path: 
     summary = comparison_summary(found)
     assert max(map(len, summary.splitlines())) <= 80
     assert f"McNemar's exact test: p = {found['mcnemar']['p_value']:.3g}" in summary
+
+
+def test_a_class_of_few_speakers_is_compared_over_recordings_and_that_is_told(tmp_path: Path) -> None:
+    table = made_predictions(120, accuracy=0.7)
+    table.loc[table["label_name"] == "sad", "speaker"] = "Actor_01"
+    found = write_comparison(table, table, LABELS, tmp_path, names=("a", "b"), meta={})
+    over = {row["label"]: row["over_speakers"] for row in found["figures"] if row["label"]}
+    assert over.pop("sad") is None
+    assert None not in over.values()
+    told = "Classes of few speakers: interval over recordings."
+    assert told in comparison_summary(found)
+    found = write_comparison(*[made_predictions(120)] * 2, LABELS, tmp_path, names=("a", "b"), meta={})
+    assert told not in comparison_summary(found)

@@ -493,6 +493,17 @@ def test_precision_counts_its_answers() -> None:
     assert (precision["value"], precision["over_recordings"]) == (1.0, pytest.approx([want.low, want.high]))
 
 
+def test_an_index_makes_no_groups() -> None:
+    """pandas writes one into a CSV unless it is told not to, in a column without a name."""
+    table = made_predictions(40)
+    table.insert(0, "", [str(i) for i in range(40)])
+    found = evaluate(table, LABELS, resamples=10)
+    assert [part["column"] for part in found["breakdowns"]] == ["speaker", "sex", "duration band"]
+    assert found["breakdowns_left_out"] == ["(no name)"]
+    found = evaluate(table.assign(**{"": ["take 1", "take 2"] * 20}), LABELS, resamples=10)
+    assert found["breakdowns"][-1]["column"] == "(no name)"
+
+
 def test_our_own_measurements_are_no_groups() -> None:
     table = made_predictions(40).assign(level_dbfs=np.linspace(-40, -10, 40), age=np.linspace(18, 77.5, 40))
     table["take"] = np.arange(40) % 3

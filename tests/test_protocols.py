@@ -285,6 +285,11 @@ def test_intervals_are_over_speakers_where_they_are_known(tmp_path: Path) -> Non
     assert "interval over speakers" in page
     assert f"{low * 100:.1f}–{high * 100:.1f}" in page
     assert "Intervals: over recordings." in protocols_summary(write_protocols([row_of("kfold", 6)], tmp_path, {}))
+    printed = protocols_summary(write_protocols([row_of("holdout", 6), row], tmp_path, {}))  # few voices in the first
+    assert "Intervals: over recordings or bootstrap over speakers." in printed
+    assert printed.index("95 % over recordings") < printed.index("95 % over speakers")
+    page = (tmp_path / "protocols.html").read_text()
+    assert page.index(", interval over recordings") < page.index(", interval over speakers")
 
 
 @pytest.mark.timeout(300)
