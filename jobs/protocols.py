@@ -22,6 +22,7 @@ from jobs.train_options import (
 )
 from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
+from pipeline.locks import only_one
 from pipeline.verdict import Targets, reached
 
 if TYPE_CHECKING:
@@ -92,8 +93,6 @@ def _protocols(text: str) -> tuple[str, ...]:
 
 def job(arguments: argparse.Namespace, targets: Targets) -> int:
     """Train and test under each protocol, and say what came of it."""
-    from pipeline.protocol_report import protocols_summary, write_protocols
-
     if (arguments.features is None) == (arguments.data_csv is None):
         raise SerError("--protocol needs --data_csv (a labelled CSV) or --features (what jobs.extract wrote)")
     for name in ("model_weights", "embed_audio"):
@@ -104,6 +103,14 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
     if arguments.out.resolve() in [folder.resolve() for folder in arguments.teachers]:  # --overwrite would remove them
         raise SerError(f"--out {arguments.out} is where the teachers are; give another --out")
     refuse_beside_features(arguments)
+    with only_one(arguments.out / ".protocols.lock", f"training the folds in {arguments.out}"):
+        return _job(arguments, targets)
+
+
+def _job(arguments: argparse.Namespace, targets: Targets) -> int:
+    """``job``, in a folder that is held: ``--overwrite`` would remove the folds that another start is training."""
+    from pipeline.protocol_report import protocols_summary, write_protocols
+
     features, failed = (arguments.features, 0) if arguments.features else _extracted(arguments)
     table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}

@@ -105,6 +105,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
         folder,
         FeatureConfig(kind=FEATURE_KINDS[arguments.model]),
         options=ShardOptions(pitch_semitones=PITCH_SEMITONES if "pitch" in augmentations(arguments) else ()),
+        overwrite=getattr(arguments, "overwrite", False),  # which a protocol run has
         on_progress=Progress("extract"),
     )
     if summary.failed:

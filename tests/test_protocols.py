@@ -21,11 +21,13 @@ from pipeline.arrays import load_features
 from pipeline.checkpoint import load_bundle, save_bundle
 from pipeline.errors import SerError
 from pipeline.folds import Fold
+from pipeline.locks import only_one
 from pipeline.metrics import evaluate
 from pipeline.models import build_model
 from pipeline.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.protocols import SideBySide
 from pipeline.runs import read_plan
+from pipeline.shards import ShardSummary
 
 FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]
 
@@ -161,6 +163,28 @@ def test_usage_errors(
     given = ["--features", str(features)] if len(words) > 2 else []
     assert main([*words, *given, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_overwrite_is_for_features_and_for_folds_that_nobody_is_training(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[bool] = []
+
+    def noted(_table: object, out: Path, _config: object, *, overwrite: bool = False, **_: object) -> ShardSummary:
+        asked.append(overwrite)
+        raise SerError("enough")
+
+    monkeypatch.setattr("pipeline.shards.extract_shards", noted)
+    (tmp_path / "a.csv").write_text("speech,label\na.wav,sad\nb.wav,calm\n")
+    words = ["--protocol", "kfold", "--out", str(tmp_path / "out"), "--overwrite"]
+    assert main([*words, "--data_csv", str(tmp_path / "a.csv")]) == 2
+    assert asked == [True], capsys.readouterr().err
+
+    (tmp_path / "out" / "kfold").mkdir()
+    with only_one(tmp_path / "out" / ".protocols.lock", "training"):
+        assert main([*words, "--features", str(features), "--folds", "999"]) == 2
+    assert "another process is training the folds in" in capsys.readouterr().err
+    assert (tmp_path / "out" / "kfold").is_dir()
 
 
 def test_a_recipe_gives_the_settings_that_are_not_given() -> None:
