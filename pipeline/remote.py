@@ -55,6 +55,8 @@ def fetch(uri: str) -> bytes:
             content: bytes = stream.read()
     except OSError as error:
         raise Unreadable(f"{uri}: {error}. Check credentials, region and endpoint.") from error
+    except ValueError as error:  # Arrow's, of a path that it takes for none, as with //
+        raise Unreadable(f"{uri}: {error}. Check bucket and key.") from error
     return content
 
 
@@ -78,7 +80,7 @@ def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
     files, path, store, options = _open(uri)
     try:
         found = files.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SerError(f"cannot list {uri}: {error}; check bucket, credentials, region and endpoint") from error
     names: list[str] = []
     hidden = other = 0
@@ -100,7 +102,7 @@ def stamp_of(uri: str) -> tuple[int, int]:
     try:
         files, path, _, _ = _open(uri)
         info = files.get_file_info(path)
-    except (OSError, SerError):
+    except (OSError, ValueError, SerError):
         return -1, -1
     return (-1 if info.size is None else info.size), (info.mtime_ns or -1)
 

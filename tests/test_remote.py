@@ -98,6 +98,19 @@ def test_what_cannot_be_fetched_has_a_code(store: Path, monkeypatch: pytest.Monk
         scan_remote("s3://calls", {".wav"})
 
 
+@pytest.mark.parametrize("uri", ["s3://calls//a.wav", "s3://calls/2024//a.wav", "s3://me:secret@calls/a.wav"])
+def test_what_arrow_takes_for_no_path_is_a_row_and_ends_nothing(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    store = pyarrow.fs.S3FileSystem(region="us-east-1", endpoint_override="127.0.0.1:1", anonymous=True)
+    monkeypatch.setattr(remote, "_file_system", lambda _: store)  # it judges paths before it asks anybody
+    with pytest.raises(Unreadable, match=r"\. Check bucket and key\.$"):
+        fetch(uri)
+    assert stamp_of(uri) == (-1, -1)
+    assert add_hashes(pd.DataFrame({"speech": [uri]}))["content_hash"].tolist() == [""]
+    with pytest.raises(SerError, match=r"cannot list s3://.*; check bucket"):
+        scan_remote(uri, {".wav"})
+
+
 def test_listing(store: Path) -> None:
     for key in (
         "calls/b.WAV",
