@@ -17,6 +17,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from ray import serve as ray_serve
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray.serve._private import replica
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from ray.util import get_node_ip_address
@@ -237,5 +239,7 @@ def roll_out(settings: Settings, digest: str | None = None) -> None:
 
 
 def stop() -> None:
-    """Drain and stop what ``run`` started."""
+    """Have what is in work answered, then stop what ``run`` started."""
+    with suppress(RayServeException, TimeoutError):  # nothing was started; or an answer takes too long
+        ray_serve.delete(APP_NAME)  # drains; Serve's shutdown would end the proxy first, and all connections with it
     ray_serve.shutdown()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray import serve as ray_serve
+from ray.serve.exceptions import RayServeException
 
 from jobs import serve as job
 from pipeline.checkpoint import Bundle
@@ -159,6 +160,23 @@ def test_what_ray_starts_gets_the_key_s_hash_and_not_the_key(calls: list[str], m
     assert main() == 0
     assert key_digest("secret") in calls
     assert not [value for value in calls if "secret" in value]
+
+
+@pytest.mark.parametrize("ends", [None, TimeoutError(), RayServeException()])
+def test_what_is_in_work_is_answered_before_the_proxy_ends(
+    monkeypatch: pytest.MonkeyPatch, ends: Exception | None
+) -> None:
+    asked: list[str] = []
+
+    def delete(name: str) -> None:
+        asked.append(name)
+        if ends:
+            raise ends
+
+    monkeypatch.setattr(ray_serve, "delete", delete)
+    monkeypatch.setattr(ray_serve, "shutdown", lambda: asked.append("shutdown"))
+    deployment.stop()
+    assert asked == ["ser", "shutdown"]
 
 
 @pytest.fixture
