@@ -11,7 +11,7 @@ import multiprocessing
 import pickle
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +28,8 @@ from pipeline.options import ScoreOptions
 from pipeline.predictions import to_table
 from pipeline.predictor import Prediction, Predictor
 from pipeline.timeline import Timeline
+
+REFUSAL = "refusal"
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,32 @@ def listen_block(rows: pa.Table, task: Task) -> pa.Table:
     return rows.append_column("excerpt", pa.array(excerpts, pa.large_binary()))
 
 
+def classify_block(rows: pa.Table, task: Task) -> pa.Table:
+    """The second half: what ``score_block`` gives, of what ``listen_block`` gave."""
+    predictor = open_predictor(task)
+    excerpts = [pickle.loads(cell.as_py()) for cell in rows["excerpt"]]
+    return _answer(rows, predictor.classify(excerpts), None, task, predictor)
+
+
+def or_refusal(rows: pa.Table, work: Callable[[pa.Table, Task], pa.Table], task: Task) -> pa.Table:
+    """What ``work`` gives; its SerError as a column ``REFUSAL``, for Ray Data buries what a task raises."""
+    if REFUSAL in rows.column_names:
+        return rows
+    try:
+        return work(rows, task)
+    except SerError as error:
+        return pa.table({REFUSAL: [str(error)]})
+
+
 class Classifier:
-    """The second half of ``score_block``, as an actor that keeps its network on a device."""
+    """``classify_block``, as an actor that keeps its network on a device."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._predictor = open_predictor(task)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """What ``score_block`` gives, of what ``listen_block`` gave."""
-        excerpts = [pickle.loads(cell.as_py()) for cell in rows["excerpt"]]
-        return _answer(rows, self._predictor.classify(excerpts), None, self._task, self._predictor)
+        """See ``classify_block`` and ``or_refusal``."""
+        return or_refusal(rows, classify_block, self._task)
 
 
 def in_child(blocks: Sequence[pa.Table], task: Task) -> Iterator[pa.Table]:

@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.blocks import Classifier, Task, in_child, listen_block, make_block, score_block
+from pipeline.blocks import REFUSAL, Classifier, Task, in_child, listen_block, make_block, or_refusal, score_block
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.cluster import check_nodes, cpus_here
 from pipeline.errors import SerError
@@ -240,7 +240,6 @@ def _score_blocks(
 
 def _on_ray(blocks: Sequence[pa.Table], task: Task, execution: Execution) -> Iterator[pa.Table]:
     import ray
-    from ray.exceptions import RayTaskError
 
     from pipeline.runtime import data_context, start_ray, task_pool
 
@@ -257,20 +256,19 @@ def _on_ray(blocks: Sequence[pa.Table], task: Task, execution: Execution) -> Ite
     if execution.num_gpus:
         context.op_resource_reservation_enabled = True  # features between the stages must not fill the object store
         actors = ray.data.ActorPoolStrategy(min_size=1, max_size=execution.num_gpus)
-        dataset = dataset.map_batches(partial(listen_block, task=task), num_cpus=1, **how).map_batches(
+        listen = partial(or_refusal, work=listen_block, task=task)
+        dataset = dataset.map_batches(listen, num_cpus=1, **how).map_batches(
             Classifier, fn_constructor_args=(task,), num_gpus=1, compute=actors, **how
         )
     else:
         dataset = dataset.map_batches(
-            partial(score_block, task=task), num_cpus=1, compute=task_pool(len(blocks)), **how
+            partial(or_refusal, work=score_block, task=task), num_cpus=1, compute=task_pool(len(blocks)), **how
         )
-    try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    except RayTaskError as error:
-        cause = error.as_instanceof_cause()
-        if isinstance(cause, SerError):
-            raise SerError(str(error.cause)) from error
-        raise
+    results: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    for result in results:
+        if REFUSAL in result.column_names:
+            raise SerError(result[REFUSAL][0].as_py())
+        yield result
 
 
 def _failures(part: pa.Table) -> int:

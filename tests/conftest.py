@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -193,10 +194,24 @@ def ray_session() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several run at once (``-n 2``): a module's tests stay together, and those that need Ray share one Ray."""
-    on_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
+    """Where several run at once (``-n 2``): those that need Ray share one Ray, the others stay with their module."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
+        on_ray = "ray_session" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def _one_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that starts a Ray in this process without ``ray_session`` fails: it would be a second one with ``-n 2``."""
+    before = _ray_runs()
+    yield
+    if _ray_runs() and not before and "ray_session" not in request.fixturenames:
+        pytest.fail("starts a Ray of its own in this process; use the fixture ray_session")
+
+
+def _ray_runs() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _is_ci() -> bool:

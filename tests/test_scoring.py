@@ -22,7 +22,7 @@ import pytest
 from jobs import infer
 from pipeline import scoring
 from pipeline.arrays import load_features
-from pipeline.blocks import Classifier, Task, listen_block, make_block, score_block
+from pipeline.blocks import REFUSAL, Classifier, Task, listen_block, make_block, or_refusal, score_block
 from pipeline.checkpoint import Bundle, save_bundle
 from pipeline.corpora import scan_folder
 from pipeline.errors import SerError
@@ -350,6 +350,22 @@ def test_a_model_replaced_meanwhile_is_refused(bundle: Bundle, manifest: pd.Data
     task = dataclasses.replace(task_of(bundle, tmp_path), weights_sha256="0" * 64)
     with pytest.raises(SerError, match="was replaced while its model was scoring"):
         score_block(make_block(0, [manifest["speech"][0]]), task)
+
+
+def test_what_a_task_on_ray_refuses_is_told_as_such(
+    bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    monkeypatch.setattr("pipeline.scoring.Task", lambda weights, _sha256, *rest: Task(weights, "0" * 64, *rest))
+    with pytest.raises(SerError, match=r"was replaced while its model was scoring; give the same command again$"):
+        score_manifest(manifest, tmp_path / "out", weights=bundle.folder, execution=Execution(num_cpus=2))
+
+
+def test_a_refusal_of_either_half_comes_out_at_the_end(bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path) -> None:
+    task, rows = task_of(bundle, tmp_path), make_block(0, [manifest["speech"][0]])
+    other, gone = dataclasses.replace(task, weights_sha256="0" * 64), dataclasses.replace(task, weights="nowhere")
+    assert Classifier(task)(or_refusal(rows, listen_block, gone))[REFUSAL][0].as_py().startswith("no model bundle at")
+    (told,) = Classifier(other)(or_refusal(rows, listen_block, other))[REFUSAL].to_pylist()
+    assert "was replaced while its model was scoring" in told
 
 
 def test_a_process_that_dies_at_every_block_is_given_up(
