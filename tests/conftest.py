@@ -202,7 +202,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _one_ray(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that starts a Ray in this process without ``ray_session`` fails: it would be a second one with ``-n 2``."""
+    """A test that starts a Ray in this process without ``ray_session`` fails: beside others it is a second one."""
     before = _ray_runs()
     yield
     if _ray_runs() and not before and "ray_session" not in request.fixturenames:
