@@ -44,7 +44,7 @@ app: $(APP)       ## the web page and its service, on http://localhost:8501; opt
 	@$(BIN)/python -m jobs.app $(ARGS)
 
 test: $(DEV)    ## the tests, in a few minutes, two at a time: make test AT_ONCE=4
-	$(BIN)/python -m pytest -n $(or $(AT_ONCE),2) --dist loadgroup
+	$(BIN)/python -m pytest -n $(or $(AT_ONCE),2) --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(DEV)   ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800
