@@ -30,6 +30,8 @@ VARIABLES = {
     # one event loop a process instead of three: fewer hand-overs between threads
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # on a busy machine a proxy takes longer than Serve's 5 s to import what it does, and would be killed for that
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
     IN_PROXY: "serve.ray_settings.in_proxy",
 }
 

@@ -193,6 +193,7 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several run at once (``-n 2``): those that need Ray share one Ray, the others stay with their module.
 
