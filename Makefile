@@ -43,8 +43,8 @@ serve: $(READY)   ## the HTTP service on http://127.0.0.1:8000; options: make se
 app: $(APP)       ## the web page and its service, on http://localhost:8501; options: make app ARGS="--port 8600"
 	@$(BIN)/python -m jobs.app $(ARGS)
 
-test: $(DEV)    ## the tests, in a few minutes, two at a time: make test AT_ONCE=4
-	$(BIN)/python -m pytest -n $(or $(AT_ONCE),2) --dist loadgroup --no-loadscope-reorder
+test: $(DEV)    ## the tests, in a few minutes
+	$(BIN)/python -m pytest
 
 test-slow: $(DEV)   ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -191,36 +190,6 @@ def ray_session() -> Iterator[None]:
     start_ray(num_cpus=2)
     yield
     ray.shutdown()
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several run at once (``-n 2``): those that need Ray share one Ray, the others stay with their module.
-
-    The ones on Ray begin first, for they take longest.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _on_ray(item) else item.path.stem))
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not _on_ray(item))
-
-
-def _on_ray(item: pytest.Item) -> bool:
-    return "ray_session" in getattr(item, "fixturenames", ())
-
-
-@pytest.fixture(autouse=True)
-def _one_ray(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that starts a Ray in this process without ``ray_session`` fails: beside others it is a second one."""
-    before = _ray_runs()
-    yield
-    if _ray_runs() and not before and "ray_session" not in request.fixturenames:
-        pytest.fail("starts a Ray of its own in this process; use the fixture ray_session")
-
-
-def _ray_runs() -> bool:
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
 
 
 def _is_ci() -> bool:
