@@ -28,7 +28,8 @@ from pipeline.audio import EXTENSIONS
 from pipeline.features import FeatureConfig
 from pipeline.folders import scan
 from pipeline.runtime import start_ray
-from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
+from pipeline.shard_folder import NOTES
+from pipeline.shards import BlockWriter, ShardOptions, extract_shards
 
 CONFIG = FeatureConfig()
 

@@ -13,7 +13,7 @@ from toy_data import CONFIG, FRAMES, mel_powers, middle
 from pipeline.augment import _N_COLUMNS, NAMES, POWER_NAMES, AugmentConfig, Augmenter, Column, Draws, normalise_batch
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig, mel_power, normalise_power
-from pipeline.shards import _pitch_shift
+from pipeline.shard_parts import _pitch_shift
 
 N_OUT = CONFIG.n_frames
 ALWAYS = {f"{name}_p": 1.0 for name in (*POWER_NAMES, "pitch")}

@@ -21,7 +21,8 @@ from pipeline import cluster, runtime, shards
 from pipeline.arrays import ShardError, load_features
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
-from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
+from pipeline.shard_folder import NOTES
+from pipeline.shards import BlockWriter, ShardOptions, extract_shards
 from pipeline.stamps import stamps_of
 
 CONFIG = FeatureConfig()

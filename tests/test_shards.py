@@ -20,7 +20,8 @@ from pipeline.arrays import ShardError, load_features
 from pipeline.audio import Clip, load_middle
 from pipeline.audio_errors import DecoderCrashed
 from pipeline.features import FeatureConfig, extract, normalise_power
-from pipeline.shards import NOTES, BlockWriter, ShardOptions, extract_shards
+from pipeline.shard_folder import NOTES
+from pipeline.shards import BlockWriter, ShardOptions, extract_shards
 
 CONFIG = FeatureConfig()
 pytestmark = pytest.mark.usefixtures("ray_session")
