@@ -1,6 +1,7 @@
 """What the trainings of ``benchmarks.gpu_lab`` share: features of all recordings in one small file, without audio.
 
-``pack`` rounds mel power to 0.2 dB, log-mel features to 0.01 and frame features to 0.06 of a standard deviation.
+``pack`` rounds mel power to 0.2 dB (that of copies to 0.4 dB), log-mel features to 0.01 and frame features to 0.06 of
+a standard deviation.
 Limits: folds and parts are those of ``models/splits``; recordings that these do not name belong to no fold.
 """
 
@@ -20,12 +21,18 @@ from pipeline.augment import AugmentConfig, Augmenter, Column, Draws
 from pipeline.features import FeatureConfig
 
 STEP_DB = 0.2
+STEP_COPY_DB = 0.4
 STEP_FRAME = 0.06  # of standardised values; those beyond 127 steps are cut
 SPLITS = Path("models/splits")
 
 
-def pack(features: Path, out: Path) -> None:
-    """Mel power and log-mel features, or frame features, of all recordings, with their class and folds."""
+def pack(features: Path, out: Path, copies: Path | None = None) -> None:
+    """Mel power and log-mel features, or frame features, of all recordings, with their class and folds.
+
+    Args:
+        copies: features of one changed copy of each recording, extracted from a manifest in the same order; the
+            augmentation ``pitch`` takes them, whatever was changed.
+    """
     from pipeline.arrays import load_features
     from pipeline.corpora import label_set
 
@@ -44,18 +51,27 @@ def pack(features: Path, out: Path) -> None:
         steps = np.round(np.array(arrays.features) / STEP_FRAME).clip(-127, 127).astype(np.int8)
         np.savez_compressed(out, frames=steps, **shared)
         return
-    assert arrays.mel_power is not None, f"{features} has no mel power; extract without --mel_power_s 0"
-    n_frames = arrays.n_frames
-    power = np.array(arrays.mel_power[:, :, : n_frames.max()])
-    frame_is_there = np.arange(power.shape[2]) < n_frames[:, None]
-    decibel = np.where(frame_is_there[:, None, :], 10 * np.log10(np.maximum(power, 1e-10)), 0)
+    if copies is not None:
+        changed = load_features(copies)
+        if (changed.table["speech"].map(lambda path: Path(str(path)).stem) != stems).any():
+            raise SystemExit(f"{copies} holds other recordings than {features}, or in another order")
+        shared |= {"copy_decibel": _decibel(changed, STEP_COPY_DB), "copy_n_frames": changed.n_frames}
     np.savez_compressed(
         out,
-        decibel=np.round(decibel / STEP_DB).astype(np.int16),
-        n_frames=n_frames,
+        decibel=_decibel(arrays, STEP_DB),
+        n_frames=arrays.n_frames,
         features=np.round(np.array(arrays.features) * 100).astype(np.int16),
         **shared,
     )
+
+
+def _decibel(arrays: Any, step: float) -> NDArray[np.int16]:
+    """Mel power in steps of ``step`` dB, (n, n_mels, frames of the longest), 0 beyond a recording's end."""
+    assert arrays.mel_power is not None, "features without mel power; extract without --mel_power_s 0"
+    power = np.array(arrays.mel_power[:, :, : arrays.n_frames.max()])
+    there = np.arange(power.shape[2]) < arrays.n_frames[:, None]
+    decibel = np.where(there[:, None, :], 10 * np.log10(np.maximum(power, 1e-10)), 0)
+    return np.round(decibel / step).astype(np.int16)
 
 
 def _column(stems: pd.Series, name: str, which: str) -> NDArray[np.str_]:
@@ -70,6 +86,7 @@ class Data:
         self.device = device
         self.stored: dict[str, Tensor] = {}
         self.configs: dict[str, FeatureConfig] = {}
+        self.copies: tuple[Tensor, Tensor] | None = None  # mel power and numbers of frames
         stems: list[NDArray[np.str_]] = []
         for path in paths:
             file = np.load(path)
@@ -81,13 +98,18 @@ class Data:
             if "frames" in file:
                 self.stored["cnn_bilstm"] = torch.from_numpy(file["frames"]).to(device).float() * STEP_FRAME
                 continue
-            decibel = torch.from_numpy(file["decibel"]).to(device).float() * STEP_DB
-            self.n_frames = torch.from_numpy(file["n_frames"]).to(device)
-            there = torch.arange(decibel.shape[2], device=device) < self.n_frames[:, None]
-            self.power = torch.where(there[:, None, :], 10 ** (decibel / 10), 0.0)
+            self.power, self.n_frames = self._power(file["decibel"], file["n_frames"], STEP_DB)
+            if "copy_decibel" in file:
+                self.copies = self._power(file["copy_decibel"], file["copy_n_frames"], STEP_COPY_DB)
             self.stored["inception"] = torch.from_numpy(file["features"]).to(device).float() / 100
         if any((other != stems[0]).any() for other in stems):
             raise SystemExit("the packed files hold different recordings; pack them from the same manifest")
+
+    def _power(self, steps: NDArray[np.int16], n_frames: NDArray[np.int64], step: float) -> tuple[Tensor, Tensor]:
+        decibel = torch.from_numpy(steps).to(self.device).float() * step
+        n = torch.from_numpy(n_frames).to(self.device)
+        there = torch.arange(decibel.shape[2], device=self.device) < n[:, None]
+        return torch.where(there[:, None, :], 10 ** (decibel / 10), 0.0), n
 
     def rows(self, job: str, fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Training and answering rows of a job."""

@@ -202,6 +202,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
     packing.add_argument("--features", type=Path, required=True)
+    packing.add_argument("--copies", type=Path, help="features of a changed copy of each recording, in the same order")
     packing.add_argument("--out", type=Path, required=True)
     running = commands.add_parser("run")
     running.add_argument("--data", type=Path, nargs="+", required=True, help="packed files")
@@ -219,7 +220,7 @@ def main() -> None:
     reporting.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.command == "pack":
-        pack(arguments.features, arguments.out)
+        pack(arguments.features, arguments.out, arguments.copies)
     elif arguments.command == "run":
         run(arguments)
     else:

@@ -214,8 +214,10 @@ class Training:
         features = self.stored[rows]
         with device:
             if features.ndim == 4:
-                powered = self.augmenter.from_power(self.data.power[rows], self.data.n_frames[rows], u)
-                features = torch.where(self.augmenter.needs_power(u)[:, None, None, None], powered, features)
+                power, n_frames, copied = self._power(rows, u)
+                powered = self.augmenter.from_power(power, n_frames, u)
+                changed = self.augmenter.needs_power(u) | copied
+                features = torch.where(changed[:, None, None, None], powered, features)
             features = self.augmenter.mask(features, u)
         if "mixup" in self.augmenter.config.names:
             partner = torch.from_numpy(draws.partner).to(device)
@@ -228,6 +230,19 @@ class Training:
             told = torch.stack([teacher(x).float().softmax(dim=1) for teacher in self.teachers]).mean(dim=0)
             targets = torch.lerp(targets, told, self.recipe.share)
         return features, targets
+
+    def _power(self, rows: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mel power and number of frames of each recording or its copy, and which are copies."""
+        power, n_frames = self.data.power[rows], self.data.n_frames[rows]
+        copied = self.augmenter.copy_numbers(u, torch.ones(len(rows), dtype=torch.long)) >= 0
+        if not copied.any():
+            return power, n_frames, copied
+        if self.data.copies is None:
+            raise SystemExit("the augmentation pitch needs copies: pack --copies FEATURES")
+        other, other_n_frames = self.data.copies
+        longest = min(power.shape[2], other.shape[2])
+        power[copied, :, :longest] = other[rows[copied], :, :longest]
+        return power, torch.where(copied, other_n_frames[rows].clamp_max(longest), n_frames), copied
 
     def launch(self, features: Tensor, targets: Tensor, side: Any) -> None:
         """Lay down one epoch of steps."""
@@ -265,7 +280,8 @@ class Training:
     def _heard(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        return torch.cat([self.ema(part).float() for part in x.split(64)])
+        padded = torch.cat([x, x[:1].expand(-len(x) % 64, *x.shape[1:])])  # cuDNN looks for a way per batch size
+        return torch.cat([self.ema(part).float() for part in padded.split(64)])[: len(x)]
 
     def teacher(self) -> nn.Module:
         """The EMA weights as a model that answers many at once."""

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.gpu_data import STEP_FRAME, Data
+from benchmarks.gpu_data import STEP_COPY_DB, STEP_DB, STEP_FRAME, Data
 from benchmarks.gpu_lab import FOLDS, main
 from benchmarks.gpu_training import Recipe, Training
 from pipeline.augment import Draws
-from pipeline.features import FeatureConfig
+from pipeline.features import FeatureConfig, normalise_power
 
 PLANS = Path(__file__).resolve().parents[1] / "benchmarks" / "plans"
 FIT = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "label_smoothing": 0.1, "ema": 0.9, "augment": ["mixup"]}
@@ -101,6 +101,43 @@ def test_a_plan_is_trained_wave_by_wave(
     printed = capsys.readouterr().out
     assert printed.count("student, six fold") == 2
     assert "student              six   seed 42, 2 folds" in printed
+
+
+def test_copies_take_the_place_of_about_half_the_recordings(tmp_path: Path) -> None:
+    """A copy is heard as an extraction of it would be, to within the rounding; the others are as without copies."""
+    rng, n = np.random.default_rng(1), 32
+    config = FeatureConfig()
+    power = rng.exponential(size=(2, n, 64, 200)) * 10 ** rng.uniform(-4, 0, (2, n, 64, 1))
+    lengths = np.array([200, 195])[:, None] * np.ones((1, n), dtype=np.int64)
+    packed = {
+        "classes": np.arange(n) % 8,
+        "part": np.array(["train"] * n),
+        "five": 1 + np.arange(n) % 5,
+        "six": 1 + np.arange(n) % 6,
+        "stems": np.array([f"{i:03}" for i in range(n)]),
+        "config": json.dumps(config.to_dict()),
+        "decibel": np.round(10 * np.log10(power[0]) / STEP_DB).astype(np.int16),
+        "n_frames": lengths[0],
+        "features": np.zeros((n, 1, 64, 188), dtype=np.int16),
+    }
+    copied = {
+        "copy_decibel": np.round(10 * np.log10(power[1]) / STEP_COPY_DB).astype(np.int16),
+        "copy_n_frames": lengths[1],
+    }
+    np.savez(tmp_path / "plain.npz", **packed)
+    np.savez(tmp_path / "copies.npz", **packed, **copied)
+    recipe = Recipe.of({"name": "x", "jobs": ["six"], "fit": {**FIT, "augment": ["pitch"]}})
+    with pytest.raises(SystemExit, match="pack --copies"):
+        Training(recipe, "six", 1, 1, Data([tmp_path / "plain.npz"], torch.device("cpu"))).prepare()
+    training = Training(recipe, "six", 1, 1, Data([tmp_path / "copies.npz"], torch.device("cpu")))
+    features, _ = training.prepare()
+    rows = training.train_rows[training.sampler.draws(1)]
+    is_copy = features.abs().amax(dim=(1, 2, 3)).numpy() > 0  # the recordings themselves are zeros here
+    assert 0.2 < is_copy.mean() < 0.8
+    middle = (195 - 188) // 2
+    for place in np.flatnonzero(is_copy):
+        expected = normalise_power(power[1, rows[place], :, middle : middle + 188].astype(np.float32), config)
+        np.testing.assert_allclose(features[place], expected, atol=STEP_COPY_DB / 5)
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)

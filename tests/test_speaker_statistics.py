@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from toy_data import toy_model, write_features
 
-from benchmarks.speaker_statistics import WAYS, adapted, answers, main
+from benchmarks.speaker_statistics import WAYS, adapted, answers, equal_classes, main
 from pipeline.checkpoint import load_bundle
 from pipeline.corpora import label_set
 from pipeline.fit_config import FitConfig
@@ -78,10 +79,33 @@ def test_every_recording_is_answered_once_and_by_its_own_speaker(way: str) -> No
         "eight": 8,
         "four_classes": 16,  # classes 0 and 2; class 1 is alone
         "one_class": 8,
+        "calm_folder": 6,  # none of these is neutral or calm
     }
     assert len(groups[0][0]) == told[way]
     if way == "enrolled":
         assert all(set(first["row_id"]).isdisjoint(then["row_id"]) for first, then in groups)
+
+
+def test_a_calm_folder_has_twelve_neutral_or_calm_recordings_and_six_others() -> None:
+    rows = pd.DataFrame({"label": ["neutral", "calm", "sad", "happy"] * 10})
+    ((heard, answered),) = WAYS["calm_folder"](rows)
+    assert (heard["label"].isin(["neutral", "calm"]).sum(), len(heard), len(answered)) == (12, 18, 40)
+
+
+def test_a_voice_that_leans_towards_a_class_is_set_straight() -> None:
+    """A bias on one class's log-probability, the same for all recordings of the voice, is found and taken away."""
+    rng = np.random.default_rng(0)
+    logits = 4 * np.eye(3)[np.arange(60) % 3] + rng.normal(size=(60, 3))
+    leaning = np.exp(logits + np.array([0.0, 5.0, 0.0]))
+    leaning /= leaning.sum(axis=1, keepdims=True)
+    labels = ("calm", "happy", "sad")
+    told = pd.DataFrame(leaning, columns=[f"p_{name}" for name in labels]).assign(
+        label=np.array(labels)[np.arange(60) % 3]
+    )
+    assert (leaning.argmax(axis=1) == np.arange(60) % 3).mean() < 0.7
+    straight = equal_classes(told, labels)
+    assert (straight["predicted"] == told["label"]).mean() > 0.95
+    np.testing.assert_allclose(straight[["p_calm", "p_happy", "p_sad"]].mean(), 1 / 3, atol=1e-6)
 
 
 def test_half_of_the_statistics_are_the_models_own() -> None:
@@ -101,7 +125,7 @@ def test_the_ways_side_by_side(
     monkeypatch.setattr("sys.argv", ["speaker_statistics", "--run", str(run), "--out", str(tmp_path)])
     main()
     rows = json.loads((tmp_path / "protocols.json").read_text())["protocols"]
-    assert [(row["protocol"], row["n"]) for row in rows] == [(way, 24) for way in ("plain", *WAYS)]
+    assert [(row["protocol"], row["n"]) for row in rows] == [(way, 24) for way in ("plain", *WAYS, "equal_classes")]
     assert "one_class" in capsys.readouterr().out
     tables = {way: pd.read_parquet(tmp_path / f"{way}.parquet").set_index("row_id") for way in ("plain", "speaker")}
     assert not tables["plain"]["p_sad"].equals(tables["speaker"]["p_sad"].loc[tables["plain"].index])
