@@ -8,7 +8,7 @@ DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train simulate-scale
-.PHONY: reproduce reproduced-features reproduced-teacher-1 reproduced-teacher-2 three-seconds
+.PHONY: reproduce reproduced-features reproduced-teacher-1 reproduced-teacher-2 three-seconds new-voices
 .PHONY: kill-tests test-cluster bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
 help:             ## this list
@@ -97,6 +97,12 @@ reproduce: reproduced-teacher-1 reproduced-teacher-2  ## train the shipped model
 three-seconds: $(READY)  ## train a model that hears 3 s instead of 2, which knows new voices better; goes on where it was stopped: make three-seconds DATA=/path/to/RAVDESS
 	$(call extracted,$(LONG),--window_s 3 --hop_length 768)
 	$(call trained,$(LONG),model,$(VOICES) --epochs 125 --seed 42)
+
+new-voices: three-seconds  ## train two more of these and join the three, which know new voices better still: make new-voices DATA=/path/to/RAVDESS
+	$(call trained,$(LONG),model-43,$(VOICES) --epochs 125 --seed 43 --report_split none)
+	$(call trained,$(LONG),model-44,$(VOICES) --epochs 125 --seed 44 --report_split none)
+	test -f $(LONG)/joined/config.json || \
+	  $(BIN)/python -m jobs.join $(LONG)/model $(LONG)/model-43 $(LONG)/model-44 --out $(LONG)/joined
 
 bench-serve: $(DEV)  ## the service beside the model in process, killed workers, hostile uploads; about 15 minutes
 	$(BIN)/python -m benchmarks.bench_serve

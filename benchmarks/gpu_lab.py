@@ -161,7 +161,10 @@ def keep(training: Training, out: Path) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """The folds of one recipe as the tables and pages that `jobs.evaluate --protocol` writes."""
+    """The folds of one recipe as the tables and pages that `jobs.evaluate --protocol` writes.
+
+    Of several seeds the mean log-probabilities: the answers of one model that joins their networks.
+    """
     from jobs.protocols import labelled_recordings
     from pipeline.arrays import load_features
     from pipeline.corpora import label_set
@@ -177,22 +180,29 @@ def report(arguments: argparse.Namespace) -> None:
         ("five", "kfold", "ravdess_five_folds_of_80"),
         ("six", "speaker_kfold", "ravdess_six_actor_folds"),
     ):
+        if f"{arguments.recipe}|{job}|1|{arguments.seed[0]}" not in answers:
+            continue  # the plan has no such job
         assigned = assignment(table, SPLITS / f"{name}.csv", "fold")
         folds = folds_of(table, protocol, inner_val=0, assigned=assigned)
         parts = []
         for fold in folds:
-            logits = torch.from_numpy(answers[f"{arguments.recipe}|{job}|{fold.name}|{arguments.seed}"])
+            keys = [f"{arguments.recipe}|{job}|{fold.name}|{seed}" for seed in arguments.seed]
+            heard = torch.stack([torch.from_numpy(answers[key]).double().log_softmax(dim=1) for key in keys])
+            heard = heard.mean(dim=0).softmax(dim=1)
             place = {row: i for i, row in enumerate(data.rows(job, int(fold.name))[1])}
             order = [place[row_of[row_id]] for row_id in fold.splits["test"]["row_id"]]
-            p = logits[order].double().softmax(dim=1).numpy()
+            p = heard[order].numpy()
             part = fold.splits["test"].assign(status="ok", error="", label_name=fold.splits["test"]["label"])
             part = part.assign(predicted=np.array(labels.names)[p.argmax(axis=1)], confidence=p.max(axis=1))
             parts.append(part.assign(**{f"p_{c}": p[:, i] for i, c in enumerate(labels.names)}, fold=fold.name))
         found, out = pd.concat(parts, ignore_index=True), arguments.out / protocol
-        meta = {"model": f"{arguments.recipe}, one a fold", "protocol": protocol, "folds": len(folds)}
+        told = f"{len(arguments.seed)} networks" if len(arguments.seed) > 1 else "one"
+        meta = {"model": f"{arguments.recipe}, {told} a fold", "protocol": protocol, "folds": len(folds)}
         evaluation = write_report(found, labels.names, out, meta=meta)
         found.to_parquet(out / "predictions.parquet", index=False)
         rows.append(protocol_row(protocol, folds, found, labels.names, evaluation))
+    if not rows:
+        raise SystemExit(f"{arguments.answers} has no answers of {arguments.recipe} with seed {arguments.seed[0]}")
     print(protocols_summary(write_protocols(rows, arguments.out, {"recipe": arguments.recipe})))
 
 
@@ -216,7 +226,7 @@ def main() -> None:
     reporting.add_argument("--data", type=Path, required=True)
     reporting.add_argument("--answers", type=Path, required=True)
     reporting.add_argument("--recipe", required=True)
-    reporting.add_argument("--seed", type=int, default=42)
+    reporting.add_argument("--seed", type=int, nargs="+", default=[42], help="several: as one model that joins them")
     reporting.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.command == "pack":

@@ -14,6 +14,7 @@ COMMANDS = {
     "extract": "recordings -> log-mel Parquet shards (Ray Data)",
     "train": "a manifest or shards -> a trained model bundle (Ray Train)",
     "evaluate": "a labelled CSV -> metrics, confusion matrix, verdict, report",
+    "join": "several trained models -> one that answers with their mean",
     "calibrate": "out-of-fold answers -> the temperature of a model",
     "score": "a folder or CSV -> a table of emotions (Ray Data)",
     "infer": "one or a few files -> emotions, without Ray",

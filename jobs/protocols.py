@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,14 @@ def add_options(parser: Parser) -> None:
         help="earlier runs with --keep_weights: each fold learns from the models of the same fold too",
     )
     add_distill_option(group)
+    group.add_argument(
+        "--join_seeds",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="SEED",
+        help="instead of --seed: train each fold with each of these seeds, and test what jobs.join would make of them",
+    )
     group.add_argument("--folds_at_once", type=int, help="default: as many as there are GPUs, or CPUs")
     group.add_argument("--use_gpu", type=true_or_false, nargs="?", const=True, help="default: when there is one")
     group.add_argument("--max_failures", type=int, default=3, help="how often a fold that died is started again")
@@ -102,6 +111,8 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
         raise SerError("--protocol never tests a fold on what it trained on; leave --leak_check out")
     if arguments.out.resolve() in [folder.resolve() for folder in arguments.teachers]:  # --overwrite would remove them
         raise SerError(f"--out {arguments.out} is where the teachers are; give another --out")
+    if len(set(arguments.join_seeds)) != len(arguments.join_seeds) or len(arguments.join_seeds) == 1:
+        raise SerError("--join_seeds: give two or more seeds, each once; one alone is --seed")
     refuse_beside_features(arguments)
     with only_one(arguments.out / ".protocols.lock", f"training the folds in {arguments.out}"):
         return _job(arguments, targets)
@@ -196,6 +207,7 @@ def _run(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train, test, report one protocol; its row in the comparison, and its verdict."""
     from pipeline.corpora import label_set
+    from pipeline.joined import mean_answers
     from pipeline.protocol_report import protocol_row
     from pipeline.protocols import train_folds
     from pipeline.report import write_report
@@ -223,17 +235,27 @@ def _run(
         epoch = f"epoch {record['epoch']:.0f}/{plan.fit.epochs}"
         say(f"{protocol} fold {fold}  {epoch}  loss {record['train_loss']:.4f}{chosen}  {record['seconds']:.1f} s")
 
-    answers = train_folds(
-        folds,
-        plan,
-        side,
-        fits={fold.name: fit_config(arguments, labels, fold.splits["train"], threads=side.cpus) for fold in folds},
-        keep_weights=arguments.keep_weights,
-        max_failures=arguments.max_failures,
-        on_epoch=show,
-    )
+    fits = {fold.name: fit_config(arguments, labels, fold.splits["train"], threads=side.cpus) for fold in folds}
+    seeds = arguments.join_seeds or [plan.fit.seed]
+    tables = []
+    for seed in seeds:
+        if len(seeds) > 1:
+            say(f"{protocol}: seed {seed}")
+        tables.append(
+            train_folds(
+                folds,
+                replace(plan, out=out / f"seed-{seed}", fit=replace(plan.fit, seed=seed)) if len(seeds) > 1 else plan,
+                side,
+                fits={name: replace(fit, seed=seed) for name, fit in fits.items()},
+                keep_weights=arguments.keep_weights,
+                max_failures=arguments.max_failures,
+                on_epoch=show,
+            )
+        )
+    answers = mean_answers(tables, labels.names) if len(seeds) > 1 else tables[0]
     answers.to_parquet(out / "predictions.parquet", index=False)
-    about = {"model": f"{arguments.model}, one a fold", "protocol": protocol, "folds": len(folds), "crops": plan.crops}
+    networks = "one a fold" if len(seeds) == 1 else f"{len(seeds)} a fold, joined (seeds {', '.join(map(str, seeds))})"
+    about = {"model": f"{arguments.model}, {networks}", "protocol": protocol, "folds": len(folds), "crops": plan.crops}
     if plan.teachers:
         about |= {"teachers": ", ".join(map(str, plan.teachers)), "distill": plan.distill}
     settings = {"settings": plan.fit.to_dict()}

@@ -122,6 +122,8 @@ def _percent(value: float | None) -> str:
 
 
 def _recipe(training: Mapping[str, Any]) -> list[str]:
+    if "joined" in training:
+        return _joined(training["joined"])
     settings = training["settings"]
     return [
         "## Recipe",
@@ -137,22 +139,31 @@ def _recipe(training: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _joined(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{len(members)} networks answer together, with their mean log-probability. No figure of one of them is a "
+        "figure of this model.",
+        "",
+    ]
+    return ["## Recipe", "", *lines, *map(_told, members), ""]
+
+
+def _told(model: Mapping[str, Any]) -> str:
+    """One line about a model that had a part in this one."""
+    settings = model.get("settings") or {}
+    told = "".join(f", {name} {settings[name]}" for name in ("epochs", "seed") if name in settings)
+    return f"- weights {model['model_sha256'][:12]}, trained on {model['trained_on'] or 'unknown data'}{told}"
+
+
 def _teachers(training: Mapping[str, Any]) -> list[str]:
     teachers = training.get("teachers", ())
     if not teachers:
         return []
-    lines = [
+    told = (
         f"It learnt from {len(teachers)} trained models too (knowledge distillation): their mean answers made up "
-        f"{training['distill']:.0%} of the loss.",
-        "",
-    ]
-    for teacher in teachers:
-        settings = teacher.get("settings") or {}
-        told = "".join(f", {name} {settings[name]}" for name in ("epochs", "seed") if name in settings)
-        lines.append(
-            f"- weights {teacher['model_sha256'][:12]}, trained on {teacher['trained_on'] or 'unknown data'}{told}"
-        )
-    return [*lines, ""]
+        f"{training['distill']:.0%} of the loss."
+    )
+    return [told, "", *map(_told, teachers), ""]
 
 
 def _list(heading: str, items: Sequence[str]) -> list[str]:

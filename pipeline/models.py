@@ -1,7 +1,8 @@
 """Emotion classifiers, trained from scratch, built by name.
 
 `inception`: GoogLeNet (Szegedy et al. 2015, table 1) with batch norm after every convolution (Ioffe & Szegedy 2015),
-for one-channel log-mel "images". `cnn_bilstm`: 1-D convolutions, BiLSTM and self-attention over frame features.
+for one-channel log-mel "images". `cnn_bilstm`: 1-D convolutions, BiLSTM and self-attention over frame features. Several
+trained networks of a kind make one model that answers with their mean log-probability (`members`).
 Limits: no auxiliary heads, no pretrained weights; the forward passes are plain so that they export to ONNX.
 """
 
@@ -18,6 +19,8 @@ from pipeline.errors import SerError
 
 _OPTIONS = {"inception": ("dropout", "width"), "cnn_bilstm": ("dropout",)}
 MODEL_NAMES = tuple(_OPTIONS)
+MEMBERS = "members"  # an option of every model: how many networks answer together
+MAX_MEMBERS = 16
 
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection: GoogLeNet's table
 _INCEPTION_WIDTHS: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -132,6 +135,20 @@ class CnnBiLstmAttention(nn.Module):
         return logits
 
 
+class JoinedModel(nn.Module):
+    """Networks that hear the same and answer together: (B, ...) -> (B, n_classes) logits.
+
+    The mean of their logits has as softmax their mean log-probability, renormalised: as several crops are pooled.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([member(x) for member in self.members]).mean(dim=0)
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse what `build_model` cannot build.
 
@@ -140,13 +157,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     """
     if name not in MODEL_NAMES:
         raise SerError(f"unknown model {name!r}; choose one of {', '.join(MODEL_NAMES)}")
-    unknown = sorted(set(options) - set(_OPTIONS[name]))
+    unknown = sorted(set(options) - {*_OPTIONS[name], MEMBERS})
     if unknown:
         raise SerError(f"model {name!r} has no option {unknown[0]!r}; it takes: {', '.join(_OPTIONS[name])}")
     if not 0 <= options.get("dropout", 0.0) < 1:
         raise SerError(f"the dropout is {options['dropout']}; it must be at least 0 and below 1")
     if not 0.125 <= options.get("width", 1.0) <= 2:
         raise SerError(f"the width is {options['width']}; it must lie between 0.125 and 2 (1: GoogLeNet's own)")
+    if not 1 <= options.get(MEMBERS, 1) <= MAX_MEMBERS:
+        raise SerError(f"the model has {options[MEMBERS]} members; it must have 1 to {MAX_MEMBERS}")
 
 
 def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_shape: Sequence[int]) -> nn.Module:
@@ -154,7 +173,8 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
 
     Args:
         name: one of `MODEL_NAMES`.
-        options: keyword arguments of the model: `dropout`, and `width` of the Inception (0.125 to 2).
+        options: keyword arguments of the model: `dropout`, and `width` of the Inception (0.125 to 2); `members`: how
+            many such networks answer together (1: no `JoinedModel`).
         n_classes: number of logits.
         input_shape: of one example, without the batch axis: (1, n_mels, frames) or (frames, n_dims).
 
@@ -168,6 +188,12 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
         raise SerError(
             f"model {name!r} takes {kind} features, got shape {tuple(input_shape)}; extract with --features_kind {kind}"
         )
+    own = {option: value for option, value in options.items() if option != MEMBERS}
+    members = [_network(name, own, n_classes, input_shape) for _ in range(options.get(MEMBERS, 1))]
+    return JoinedModel(members) if len(members) > 1 else members[0]
+
+
+def _network(name: str, options: Mapping[str, Any], n_classes: int, input_shape: Sequence[int]) -> nn.Module:
     if name == "inception":
         return EnhancedInceptionModel(n_classes, **options)
     return CnnBiLstmAttention(input_shape[1], n_classes, **options)
