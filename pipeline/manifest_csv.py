@@ -51,10 +51,10 @@ def read_cells(csv_path: Path) -> tuple[pd.DataFrame, list[int]]:
         while len(row) > len(names) and not row[-1].strip():
             row.pop()
         if len(row) != len(names):
-            raise ManifestError(
-                f"{csv_path}, line {line}: {len(row)} cells, the header has {len(names)}; "
-                f"put cells that hold {separator!r} in double quotes"
-            )
+            remedy = f"put cells that hold {separator!r} in double quotes"
+            if len(row) < len(names):
+                remedy = f"give the missing ones, or their {separator!r} where they are empty"
+            raise ManifestError(f"{csv_path}, line {line}: {len(row)} cells, the header has {len(names)}; {remedy}")
     if len(set(names)) != len(names):
         raise ManifestError(f"{csv_path} names a column twice: {names}; rename one of them")
     body = [[unguard(cell) for cell in row] for _, row in found[1:]]

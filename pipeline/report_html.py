@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.verdict import CROSSES, MET, NOT_DECIDABLE, NOT_MET
+from pipeline.verdict import CROSSES, MET, NOT_DECIDABLE, NOT_MET, decimals
 
 _TONES = {MET: ("good", "✓"), CROSSES: ("near", "≈"), NOT_DECIDABLE: ("none", "?"), NOT_MET: ("bad", "✗")}
 _NARROW = "\N{NARROW NO-BREAK SPACE}"
@@ -58,9 +58,9 @@ def meta_rows(meta: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     return rows
 
 
-def percent(value: float | None) -> str:
-    """``0.8612`` as ``86.1 %``."""
-    return "n/a" if value is None else f"{value * 100:.1f}{_NARROW}%"
+def percent(value: float | None, target: float | None = None) -> str:
+    """``0.8612`` as ``86.1 %``; with so many decimals that it does not look like a ``target`` that it misses."""
+    return "n/a" if value is None else f"{value * 100:.{decimals(value, target)}f}{_NARROW}%"
 
 
 def span(bounds: Sequence[float] | None) -> str:

@@ -31,7 +31,7 @@ from pipeline.locks import try_lock
 from pipeline.models import build_model
 from pipeline.splits import HASH_COLUMN, SPLITS
 from pipeline.states import load_checkpoint, save_checkpoint
-from pipeline.teachers import DISTILL, load_teachers
+from pipeline.teachers import DISTILL, check_share, load_teachers
 from pipeline.windows import check_crops
 from pipeline.workers import Workers
 
@@ -60,6 +60,9 @@ class Plan:
     distill: float = DISTILL  # their share of the loss
     crops: int = 1  # windows a recording that are heard of those reported on
     split: Mapping[str, Any] = field(default_factory=dict)  # the options that its parts were drawn with
+
+    def __post_init__(self) -> None:
+        check_share(self.distill)
 
     @property
     def checkpoint(self) -> Path:
@@ -174,12 +177,15 @@ def read_plan(out: Path) -> Plan:
     """The plan of a run.
 
     Raises:
-        SerError: the folder holds no run, or one of another version.
+        SerError: the folder holds no run, one of another version, or a damaged one.
     """
     path = out / "plan.json"
     if not path.is_file():
         raise SerError(f"{out} holds no run to resume (no plan.json); leave --resume out to start one")
-    return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")), out)
+    try:
+        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")), out)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SerError(f"{path} is damaged ({type(error).__name__}: {error}); start anew in another --out") from error
 
 
 def training_data(plan: Plan) -> TrainingData:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.verdict import NOT_MET
+from pipeline.verdict import NOT_MET, decimals
 
 WIDTH = 80
 _NAME_WIDTH = 16
@@ -93,7 +93,7 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
         outcome = check["outcome"] if check["outcome"] != NOT_MET else check["outcome"].upper()
         outcome = outcome.replace("but the interval crosses the line", "interval crosses")
         lines.append(
-            f"  {name:<18} >= {check['target'] * 100:>4.1f} % {_percent(check['value']):>8}"
+            f"  {name:<18} >= {check['target'] * 100:>4.1f} % {_percent(check['value'], check['target']):>8}"
             f"  {_interval(check['interval']):<16} {outcome}"
         )
     notes = _intervals(evaluation)
@@ -147,8 +147,8 @@ def _two(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2f}"
 
 
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value * 100:.1f} %"
+def _percent(value: float | None, target: float | None = None) -> str:
+    return "n/a" if value is None else f"{value * 100:.{decimals(value, target)}f} %"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

@@ -47,6 +47,13 @@ def judge(value: float | None, interval: Sequence[float] | None, target: float) 
     return MET
 
 
+def decimals(value: float, target: float | None) -> int:
+    """How many decimals of a percentage show that ``value`` misses ``target``: 79.96 % is not to be read as 80.0 %."""
+    if target is None or value >= target - _TOLERANCE:
+        return 1
+    return next((n for n in (1, 2, 3) if round(value * 100, n) < target * 100), 4)
+
+
 def verdict(evaluation: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
     """Outcome of every target and of all together, from the figures of ``metrics.evaluate``."""
     checks = [

@@ -17,6 +17,7 @@ from pipeline.corpora import (
     resolve_path,
     scan_folder,
 )
+from pipeline.errors import SerError
 from pipeline.labels import RAVDESS_LABELS, LabelError, parse_label_map
 from pipeline.ravdess_names import parse_ravdess
 from pipeline.splits import split_table
@@ -81,6 +82,14 @@ def test_encodings_separators_and_column_names(tmp_path: Path, encoding: str, se
     assert table["label"].tolist() == ["fearful", "fearful"]
     assert table["speech"].tolist() == [str(tmp_path / "a.wav"), str(tmp_path / "sub" / "b.wav")]
     assert table["note"].tolist() == ["é", "x"]
+
+
+def test_a_row_with_too_few_or_too_many_cells_is_told_with_its_own_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "short.csv"
+    for row, remedy in (("a.wav", "give the missing ones, or their ','"), ("a.wav,x,sad", "in double quotes")):
+        path.write_text(f"speech,label\nb.wav,sad\n{row}\n")
+        with pytest.raises(SerError, match=rf"line 3: \d cells, the header has 2; .*{remedy}"):
+            read_manifest(path)
 
 
 def test_quoted_cells_keep_separators_and_newlines(tmp_path: Path) -> None:

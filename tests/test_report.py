@@ -23,9 +23,11 @@ from pipeline import figures
 from pipeline.errors import SerError
 from pipeline.metrics import Targets, evaluate
 from pipeline.report import terminal_summary, write_comparison, write_report
+from pipeline.report_html import _NARROW as NARROW
 from pipeline.report_html import meta_rows, visible
 from pipeline.tables import guard, read_csv, unguard, write_csv
 from pipeline.terminal import classification_report as our_report
+from pipeline.verdict import decimals
 
 HOSTILE = '/audio/<script>alert(1)</script>"&\u202egpj.wav'
 META = {"model": "tiny & <b>bold</b>", "model_sha256": "ab12" * 16, "versions": {"torch": "2.13.0"}, "seconds": 12.5}
@@ -318,6 +320,23 @@ def test_the_summary_says_what_was_missed_and_that_failed_ones_count() -> None:
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_just_below_its_target_does_not_look_like_it(tmp_path: Path) -> None:
+    """2,498 of 3,123 are 79.99 %: told as 80.0 %, the verdict would contradict itself."""
+    truth = np.arange(3123) % 2
+    answer = np.where(np.arange(3123) < 2498, truth, 1 - truth)
+    names, labels = np.array(["calm", "sad"]), ("calm", "sad")
+    table = pd.DataFrame({"speech": [f"{i}.wav" for i in range(3123)], "status": "ok", "error": "", "confidence": 0.9})
+    table = table.assign(label_name=names[truth], predicted=names[answer])
+    table = table.assign(p_calm=np.where(answer == 0, 0.9, 0.1), p_sad=np.where(answer == 1, 0.9, 0.1))
+    found = write_report(table, labels, tmp_path, meta={})
+    assert found["overall"]["accuracy"]["value"] == pytest.approx(0.79987, abs=1e-5)
+    assert re.search(r"accuracy +>= 80.0 % +79.99 % .*NOT MET", terminal_summary(found))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(f"79.99{NARROW}%") >= 2  # the tile and the row of the verdict
+    assert decimals(0.8, 0.8) == decimals(0.7, 0.8) == decimals(0.79949, 0.8) == 1
+    assert decimals(0.7999999, 0.8) == 4
 
 
 @pytest.mark.parametrize(
