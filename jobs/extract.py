@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         "--mel_power_s",
         type=float,
         default=6.0,
-        help="seconds kept for training-time crops; 0: none (default 6)",
+        help="seconds kept for training-time crops, 120 at most; 0: none (default 6)",
     )
     parser.add_argument(
         "--pitch_semitones",

@@ -25,6 +25,7 @@ from pipeline.ledger import Notes
 from pipeline.remote import source_of
 from pipeline.shard_folder import NOTES, check_run, part_name
 
+MAX_MEL_POWER_S = 120  # 3 MB a recording, which every one of a folder takes
 OUR_COLUMNS = {
     "row_id": pa.string(),
     "parent_id": pa.string(),
@@ -55,8 +56,8 @@ class ShardOptions:
     def __post_init__(self) -> None:
         if self.block_rows < 1:
             raise ShardError(f"block_rows must be 1 or more, got {self.block_rows}")
-        if not 0 <= self.mel_power_s < math.inf:
-            raise ShardError(f"mel_power_s must be a number of seconds, 0 or more, got {self.mel_power_s}")
+        if not 0 <= self.mel_power_s <= MAX_MEL_POWER_S:
+            raise ShardError(f"mel_power_s must be 0 to {MAX_MEL_POWER_S} s, got {self.mel_power_s}")
         if not all(map(math.isfinite, self.pitch_semitones)):
             raise ShardError(f"pitch_semitones must be finite numbers, got {self.pitch_semitones}")
         if self.pitch_semitones and not self.mel_power_s:

@@ -280,6 +280,7 @@ def test_mel_power_holds_the_window_at_least(recordings: pd.DataFrame, tmp_path:
         ({"block_rows": -5}, "block_rows must be 1 or more, got -5"),
         ({"mel_power_s": float("nan")}, "mel_power_s must be .* got nan"),
         ({"mel_power_s": float("inf")}, "mel_power_s must be .* got inf"),
+        ({"mel_power_s": 121.0}, "mel_power_s must be .* got 121"),
         ({"mel_power_s": -1.0}, "mel_power_s must be .* got -1"),
         ({"pitch_semitones": (float("nan"),)}, "finite"),
         ({"pitch_semitones": (1.0,), "mel_power_s": 0.0}, "give --mel_power_s 6, or no --pitch_semitones"),
