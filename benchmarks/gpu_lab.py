@@ -9,10 +9,10 @@ A plan is a list of waves; a wave is a list of recipes, trained at once, every t
 "teachers": [names]}. The last epoch's EMA weights answer the middle of each recording, and 3, 5 and 9 crops of it
 ("base@5"); nothing is chosen by the answers, but where a recipe says "like_best_of": [names]: it takes after the
 recipe of the best accuracy on the other folds of the same job.
-"teachers" names recipes of earlier waves: those of the same job and fold, all seeds, teach together. Ready to run, on
-an H100 in 8 and 5 minutes by the rates measured: benchmarks/plans/unseen_voices.json (six actor folds; best on
-features of 3 s, as docs/LAB_LOG.md's experiment 24 has them) and shipped_recipe.json (five folds of the 80 %, whose
-answers give the shipped recipe's temperature).
+"teachers" names recipes of earlier waves: those of the same job and fold, all seeds, teach together. Plans that an H100
+has run, in 7 and 4 minutes: benchmarks/plans/unseen_voices.json (six actor folds, features of 3 s, copies made by
+``benchmarks.other_voices``) and shipped_recipe.json (five folds of the 80 %, whose answers gave the temperature that
+ships). One that is to be run: joined_voices.json, three networks of 3 s to be joined (``report --seed 45 46 47``).
 
 ``five`` are the folds of the 80 %, ``six`` the actor folds, ``inner`` trains on train and answers inner_val, ``final``
 trains on the 80 % (``--keep``: and keeps them; ``--open_test``: answers the test part: write it in docs/LAB_LOG.md).

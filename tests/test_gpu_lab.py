@@ -150,4 +150,4 @@ def test_the_plans_that_lie_ready_can_be_run(path: Path) -> None:
             for teacher in recipe.teachers:
                 assert set(recipe.jobs) <= taught[teacher]
         taught |= {recipe.name: set(recipe.jobs) for recipe in recipes}
-    assert len(taught) > 1
+    assert taught
