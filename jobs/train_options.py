@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,8 +152,15 @@ def add_teacher_options(parser: Parser) -> None:
 def add_distill_option(group: argparse._ArgumentGroup) -> None:
     """``--distill``, beside whatever names the teachers."""
     group.add_argument(
-        "--distill", type=float, default=0.7, metavar="SHARE", help="the teachers' share of the loss (default 0.7)"
+        "--distill", type=_share, default=0.7, metavar="SHARE", help="the teachers' share of the loss (default 0.7)"
     )
+
+
+def _share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected a number above 0, at most 1")
 
 
 def add_recipe_option(parser: Parser) -> None:

@@ -31,7 +31,7 @@ from pipeline.locks import try_lock
 from pipeline.models import build_model
 from pipeline.splits import HASH_COLUMN, SPLITS
 from pipeline.states import load_checkpoint, save_checkpoint
-from pipeline.teachers import DISTILL, check_share, load_teachers
+from pipeline.teachers import DISTILL, load_teachers
 from pipeline.windows import check_crops
 from pipeline.workers import Workers
 
@@ -60,9 +60,6 @@ class Plan:
     distill: float = DISTILL  # their share of the loss
     crops: int = 1  # windows a recording that are heard of those reported on
     split: Mapping[str, Any] = field(default_factory=dict)  # the options that its parts were drawn with
-
-    def __post_init__(self) -> None:
-        check_share(self.distill)
 
     @property
     def checkpoint(self) -> Path:

@@ -35,7 +35,8 @@ class Teachers:
     share: float = DISTILL
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        if not 0 < self.share <= 1:
+            raise SerError(f"distill share {self.share}; expected a number above 0, at most 1")
 
     @torch.no_grad()
     def answers(self, features: Tensor) -> Tensor:
@@ -46,12 +47,6 @@ class Teachers:
         """The student's loss, a scalar: `logits` (B, C) are its answers, `by_labels` its loss against the labels."""
         apart = -(self.answers(features) * logits.log_softmax(dim=1)).sum(dim=1).mean()
         return (1 - self.share) * by_labels + self.share * apart
-
-
-def check_share(share: float) -> None:
-    """Raise SerError for a share of the loss that is out of range."""
-    if not 0 < share <= 1:
-        raise SerError(f"distill share {share}; expected a number above 0, at most 1")
 
 
 def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame]) -> None:

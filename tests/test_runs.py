@@ -283,12 +283,6 @@ def test_a_damaged_plan_is_told_in_one_line(text: str, tmp_path: Path) -> None:
         read_plan(tmp_path)
 
 
-@pytest.mark.parametrize("share", [float("nan"), 0.0, 1.1])
-def test_a_share_of_the_teachers_out_of_range_is_refused_without_any_too(plan: Plan, share: float) -> None:
-    with pytest.raises(SerError, match=r"distill share .*; expected a number above 0, at most 1"):
-        replace(plan, distill=share)
-
-
 def test_splits_of_other_features_are_refused(plan: Plan, tmp_path: Path) -> None:
     fewer = write_features(tmp_path / "fewer", n=30)
     with pytest.raises(SerError, match="give the features the run began with"):

@@ -170,8 +170,10 @@ def test_a_plan_keeps_its_teachers_and_is_not_continued_with_others(tmp_path: Pa
 def test_the_command_tells_whom_the_model_learnt_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features, teacher = write_features(tmp_path / "features", n=45), a_bundle(tmp_path / "teacher")
     words = ["--features", str(features), *FAST, "--out", str(tmp_path / "run"), "--teachers", str(teacher)]
-    assert main([*words, "--distill", "2"]) == 2
-    assert "distill share 2.0" in capsys.readouterr().err
+    for share in ("2", "0", "nan", "much"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, "--distill", share])
+        assert f"--distill: got {share!r}; expected a number above 0, at most 1" in capsys.readouterr().err
     assert main([*words, "--distill", "0.5"]) == 0
     training = load_bundle(tmp_path / "run").metrics["training"]
     sha256 = load_bundle(teacher).weights_sha256
