@@ -27,6 +27,7 @@ from pipeline.shards import ShardOptions, ShardSummary
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--num_workers", "0", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--threads", "1"]
+NARROW = [*FAST, "--width", "0.125"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_recordings_to_bundle_and_report_with_two_ray_workers(
 
 def test_without_ray_and_again(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    words = ["--features", str(features), *FAST, "--class-weights", "balanced", "--oversample_boost", "sad:2"]
+    words = ["--features", str(features), *NARROW, "--class-weights", "balanced", "--oversample_boost", "sad:2"]
     assert main([*words, "--out", str(out)]) == 0
     said = capsys.readouterr().err
     assert "counts: calm 15, happy 15, sad 15" in said
@@ -83,7 +84,7 @@ def test_without_ray_and_again(features: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_ctrl_c_keeps_the_best_weights_and_resume_goes_on(features: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "jobs.train", "--features", str(features), *FAST, "--out", str(out)]
+    words = [sys.executable, "-m", "jobs.train", "--features", str(features), *NARROW, "--out", str(out)]
     words[words.index("--epochs") + 1] = "3"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -228,7 +229,7 @@ def test_failed_recordings_make_the_exit_code_four(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ravdess_like: Path
 ) -> None:
     monkeypatch.setattr(train, "extracted", lambda arguments: (features, 2))
-    words = ["--data_dir", str(ravdess_like), *FAST, "--epochs", "1", "--report_split", "none"]
+    words = ["--data_dir", str(ravdess_like), *NARROW, "--epochs", "1", "--report_split", "none"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 4
     assert main([*words, "--out", str(tmp_path / "b"), "--tolerate_failures"]) == 0
 
@@ -240,7 +241,7 @@ def test_a_committed_split_is_kept_and_unnamed_recordings_are_left_out(
     pd.DataFrame({"id": names, "split": ["train"] * 24 + ["inner_val"] * 6 + ["test"] * 10}).to_csv(
         tmp_path / "split.csv", index=False
     )
-    words = ["--features", str(features), *FAST, "--epochs", "1", "--report_split", "none", "--inner_val", "0"]
+    words = ["--features", str(features), *NARROW, "--epochs", "1", "--report_split", "none", "--inner_val", "0"]
     assert main([*words, "--split_csv", str(tmp_path / "split.csv"), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
     assert "5 recordings are not named in" in said
@@ -254,7 +255,7 @@ def test_another_start_does_not_change_what_is_reported_on(
 ) -> None:
     """Before the first epoch is done there is no checkpoint that would refuse it."""
     out = tmp_path / "run"
-    words = ["--features", str(features), *FAST, "--epochs", "1", "--out", str(out)]
+    words = ["--features", str(features), *NARROW, "--epochs", "1", "--out", str(out)]
     begun: list[dict[str, bytes]] = []
     alone = train._train
 
@@ -290,7 +291,7 @@ def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    words = ["--features", str(features), *FAST, "--report_split", "none", "--out", str(out)]
+    words = ["--features", str(features), *NARROW, "--report_split", "none", "--out", str(out)]
 
     def hashed(digest: str) -> None:
         monkeypatch.setattr("pipeline.splits.add_hashes", lambda t: t.assign(content_hash=digest + t["row_id"]))

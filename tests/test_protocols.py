@@ -30,6 +30,7 @@ from pipeline.runs import read_plan
 from pipeline.shards import ShardSummary
 
 FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]
+FAST += ["--width", "0.125"]
 
 
 @pytest.fixture(scope="module")

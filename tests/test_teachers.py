@@ -23,6 +23,7 @@ from pipeline.runs import Plan
 from pipeline.teachers import Teachers, load_teachers, refuse_leaks, without_batch_norms
 
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]
+FAST += ["--width", "0.125"]
 
 
 TRAINING = pd.DataFrame({"id": ["a", "b"], "content_hash": ["1", "2"], "speaker": "", "split": ["train", "test"]})
