@@ -109,10 +109,10 @@ def _refuse_misfits(bundles: Sequence[Bundle]) -> None:
 def _training_table(bundles: Sequence[Bundle]) -> pd.DataFrame | None:
     """``training.csv``: every member's recordings once, in the part that says most; None where one has no list."""
     tables = [bundle.training for bundle in bundles]
-    if any(table.empty for table in tables):
+    recording = ["id", HASH_COLUMN]
+    if any(not {*recording, "split"} <= set(table.columns) for table in tables):
         return None
     rows = pd.concat(tables, ignore_index=True)
-    recording = ["id", HASH_COLUMN]
     place = rows["split"].map({name: place for place, name in enumerate(_ORDER)}).fillna(0).astype(int)
     first = rows.assign(split=place).groupby(recording, sort=False)["split"].transform("min")
     return rows.assign(split=first.map(dict(enumerate(_ORDER)))).drop_duplicates(recording).reset_index(drop=True)

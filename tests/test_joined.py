@@ -106,6 +106,8 @@ def test_a_recording_that_one_member_learnt_from_is_heard(tmp_path: Path) -> Non
     assert "CC BY-NC-SA" in (found.folder / "README.md").read_text()  # the names are RAVDESS's
     unknown = bundle(tmp_path / "3", 3)
     assert join([first.folder, unknown.folder], tmp_path / "half-known").training.empty
+    names_only = bundle(tmp_path / "4", 4, training=pd.DataFrame({"id": ["a"]}))  # as others may write it
+    assert join([first.folder, names_only.folder], tmp_path / "no-parts").training.empty
 
 
 def test_what_it_was_made_of_is_told(three: list[Bundle], tmp_path: Path) -> None:
