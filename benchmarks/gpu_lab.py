@@ -169,6 +169,7 @@ def report(arguments: argparse.Namespace) -> None:
     from pipeline.arrays import load_features
     from pipeline.corpora import label_set
     from pipeline.folds import assignment, folds_of
+    from pipeline.joined import mean_answers
     from pipeline.protocol_report import protocol_row, protocols_summary, write_protocols
     from pipeline.report import write_report
 
@@ -186,18 +187,19 @@ def report(arguments: argparse.Namespace) -> None:
         folds = folds_of(table, protocol, inner_val=0, assigned=assigned)
         parts = []
         for fold in folds:
-            keys = [f"{arguments.recipe}|{job}|{fold.name}|{seed}" for seed in arguments.seed]
-            heard = torch.stack([torch.from_numpy(answers[key]).double().log_softmax(dim=1) for key in keys])
-            heard = heard.mean(dim=0).softmax(dim=1)
             place = {row: i for i, row in enumerate(data.rows(job, int(fold.name))[1])}
             order = [place[row_of[row_id]] for row_id in fold.splits["test"]["row_id"]]
-            p = heard[order].numpy()
             part = fold.splits["test"].assign(status="ok", error="", label_name=fold.splits["test"]["label"])
-            part = part.assign(predicted=np.array(labels.names)[p.argmax(axis=1)], confidence=p.max(axis=1))
-            parts.append(part.assign(**{f"p_{c}": p[:, i] for i, c in enumerate(labels.names)}, fold=fold.name))
+            part = part.assign(fold=fold.name)
+            told = []
+            for seed in arguments.seed:
+                logits = torch.from_numpy(answers[f"{arguments.recipe}|{job}|{fold.name}|{seed}"])
+                p = logits[order].double().softmax(dim=1).numpy()
+                told.append(part.assign(**{f"p_{name}": p[:, i] for i, name in enumerate(labels.names)}))
+            parts.append(mean_answers(told, labels.names))
         found, out = pd.concat(parts, ignore_index=True), arguments.out / protocol
-        told = f"{len(arguments.seed)} networks" if len(arguments.seed) > 1 else "one"
-        meta = {"model": f"{arguments.recipe}, {told} a fold", "protocol": protocol, "folds": len(folds)}
+        networks = f"{len(arguments.seed)} networks" if len(arguments.seed) > 1 else "one"
+        meta = {"model": f"{arguments.recipe}, {networks} a fold", "protocol": protocol, "folds": len(folds)}
         evaluation = write_report(found, labels.names, out, meta=meta)
         found.to_parquet(out / "predictions.parquet", index=False)
         rows.append(protocol_row(protocol, folds, found, labels.names, evaluation))
