@@ -13,6 +13,7 @@ recipe of the best accuracy on the other folds of the same job.
 has run, in 7 and 4 minutes: benchmarks/plans/unseen_voices.json (six actor folds, features of 3 s, copies made by
 ``benchmarks.other_voices``) and shipped_recipe.json (five folds of the 80 %, whose answers gave the temperature that
 ships). One that is to be run: joined_voices.json, three networks of 3 s to be joined (``report --seed 45 46 47``).
+benchmarks/answers has what an H100 answered in experiments 35 and 36 (logits, no audio): ``report`` needs no GPU.
 
 ``five`` are the folds of the 80 %, ``six`` the actor folds, ``inner`` trains on train and answers inner_val, ``final``
 trains on the 80 % (``--keep``: and keeps them; ``--open_test``: answers the test part: write it in docs/LAB_LOG.md).
