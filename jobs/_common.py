@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from pipeline.errors import SerError
+from pipeline.errors import SerError, SerWarning
 from pipeline.labels import chained, parse_label_map
 
 _REMEDIES = {
@@ -93,6 +94,7 @@ def run(
     ``prepare`` may change the parser by what it finds on the command line; ``parse`` reads that line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show
     try:
         if prepare is not None:
             parser = prepare(parser, words)
@@ -123,6 +125,21 @@ def run(
         log.write_text(traceback.format_exc(), encoding="utf-8")
         say(f"error: this is our mistake ({type(error).__name__}); please report it with {log}")
         return EXIT_OURS
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours as one line of talk; anyone else's as Python shows it."""
+    if issubclass(category, SerWarning):
+        say(f"warning: {message}")
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def check_free(host: str, port: int, remedy: str) -> None:

@@ -199,12 +199,8 @@ def _defaults(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, A
     weights = settings["class_weights"]
     return found | {
         "augment": ",".join(settings["augment"]),
-        "oversample_boost": ",".join(
-            f"{labels[int(number)]}:{factor:g}" for number, factor in settings["oversample_boost"].items()
-        ),
-        "class_weights": "none"
-        if weights is None
-        else ",".join(f"{name}:{weight!r}" for name, weight in zip(labels, weights, strict=True)),
+        "oversample_boost": {labels[int(number)]: factor for number, factor in settings["oversample_boost"].items()},
+        "class_weights": "none" if weights is None else dict(zip(labels, weights, strict=True)),
     }
 
 
@@ -313,14 +309,14 @@ def fit_config(
     )
 
 
-def _loss_weights(text: str, labels: LabelSet, train: pd.DataFrame) -> tuple[float, ...] | None:
-    """`none`, `balanced`, or `CLASS:WEIGHT,...` with 1 for the classes that are not named."""
+def _loss_weights(wanted: str | Mapping[str, float], labels: LabelSet, train: pd.DataFrame) -> tuple[float, ...] | None:
+    """`none`, `balanced`, or weights of classes, as `CLASS:WEIGHT,...` too, with 1 for those that are not named."""
     from pipeline.sampling import class_weights, parse_class_values
 
-    if text == "none":
+    if wanted == "none":
         return None
-    if text == "balanced":
+    if wanted == "balanced":
         classes = np.array([labels.index(name) for name in train["label"]])
         return tuple(float(w) or 1.0 for w in class_weights(classes, len(labels)))
-    given = parse_class_values(text, labels, "--class_weights")
+    given = parse_class_values(wanted, labels, "--class_weights")
     return tuple(given.get(i, 1.0) for i in range(len(labels)))

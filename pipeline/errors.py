@@ -17,3 +17,7 @@ class SerError(Exception):
 
     Jobs print it without a traceback and exit with 2.
     """
+
+
+class SerWarning(UserWarning):
+    """Something that the user should know of what was done: one line, with the remedy. Jobs print it as such."""

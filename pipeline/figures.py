@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from pipeline.glyphs import families
 
 PNG_DPI = 250
 _HALF_PAGE_IN = 5.5
@@ -73,8 +76,12 @@ def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[
         little for its text; and from how many pixels of width on it can be read, ``readable_px``.
     """
     found: dict[str, Any] = {}
+    fonts = {"font.family": families("".join(evaluation["labels"]))}
     for mode, theme in (("light", LIGHT), ("dark", DARK)):
-        with mpl.rc_context(_style(theme)):
+        with mpl.rc_context(_style(theme) | fonts), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", r"Glyph \d+ .* missing from font", UserWarning
+            )  # told once, by `families`
             figure = drawing.draw(evaluation, theme)
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": drawing.title})

@@ -8,7 +8,7 @@ divide the batch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,26 @@ from pipeline.errors import SerError
 from pipeline.labels import LabelSet
 
 
-def parse_class_values(text: str, labels: LabelSet, option: str = "--oversample_boost") -> dict[int, float]:
+def parse_class_values(
+    given: str | Mapping[str, float], labels: LabelSet, option: str = "--oversample_boost"
+) -> dict[int, float]:
     """Read `CLASS:VALUE,...`; a class is an index or a name: "1:2.0,sad:1.5" -> {1: 2.0, 6: 1.5}.
+
+    `given` may be a mapping from classes to values instead, whose names may have commas.
 
     Raises:
         SerError: not that form, an unknown class, a class given twice, or a value that is not a positive number.
     """
     values: dict[int, float] = {}
+    for name, number in _pairs(given, option) if isinstance(given, str) else given.items():
+        index = labels.index(name)
+        if index in values:
+            raise SerError(f"{option}: class {labels.names[index]!r} is given twice; give it once")
+        values[index] = number
+    return values
+
+
+def _pairs(text: str, option: str) -> Iterator[tuple[str, float]]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, separator, value = item.rpartition(":")
         try:
@@ -33,11 +46,7 @@ def parse_class_values(text: str, labels: LabelSet, option: str = "--oversample_
             number = float("nan")
         if not (0 < number < float("inf")):
             raise SerError(f"{option}: got {item!r}, expected CLASS:FACTOR with a factor above 0, as in 1:2.0,sad:1.5")
-        index = labels.index(name.strip())
-        if index in values:
-            raise SerError(f"{option}: class {labels.names[index]!r} is given twice; give it once")
-        values[index] = number
-    return values
+        yield name.strip(), number
 
 
 def class_weights(classes: np.ndarray, n_classes: int) -> np.ndarray:

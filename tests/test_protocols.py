@@ -16,11 +16,12 @@ from sklearn.utils.class_weight import compute_class_weight
 from toy_data import write_features
 
 from jobs.evaluate import main
-from jobs.train_options import model_options, with_recipe
+from jobs.train_options import fit_config, model_options, with_recipe
 from pipeline.arrays import load_features
 from pipeline.checkpoint import load_bundle, save_bundle
 from pipeline.errors import SerError
 from pipeline.folds import Fold
+from pipeline.labels import LabelSet
 from pipeline.locks import only_one
 from pipeline.metrics import evaluate
 from pipeline.models import build_model
@@ -248,8 +249,32 @@ def test_a_recipe_means_its_own_classes() -> None:
     settings = bundle.metrics["training"]["settings"] | {"oversample_boost": {"1": 2.0, "3": 1.5}}
     settings["class_weights"] = [1.0, 2.0, *[1.0] * 6]
     found = _defaults(settings, bundle.labels)
-    assert found["oversample_boost"] == "calm:2,fearful:1.5"
-    assert found["class_weights"].startswith("angry:1.0,calm:2.0,disgust:1.0")
+    assert found["oversample_boost"] == {"calm": 2.0, "fearful": 1.5}
+    assert found["class_weights"] == dict.fromkeys(bundle.labels, 1.0) | {"calm": 2.0}
+
+
+def test_a_recipe_of_classes_with_commas(tmp_path: Path) -> None:
+    """Its weights and boosts are those of the same classes, wherever they stand among those of the new data."""
+    from jobs.train import build_parser
+
+    shipped = load_bundle(Path(__file__).resolve().parents[1] / "models" / "inception_ser_final")
+    told = {"class_weights": [1.0, 3.0], "oversample_boost": {"1": 2.0}}
+    network = build_model("inception", {"width": 0.125}, 2, shipped.features.input_shape)
+    bundle = save_bundle(
+        tmp_path,
+        name="n",
+        state_dict=network.state_dict(),
+        model_name="inception",
+        model_options={"width": 0.125},
+        labels=("cold, dry", "warm: wet"),
+        features=shipped.features,
+        metrics={"training": {"settings": shipped.metrics["training"]["settings"] | told}},
+    )
+    given = ["--features", "f", "--out", "o", "--recipe", str(bundle.folder)]
+    arguments = with_recipe(build_parser(), given).parse_args(given)
+    settings = fit_config(arguments, LabelSet(("brisk", *bundle.labels)), pd.DataFrame(), threads=1)
+    assert settings.class_weights == (1.0, 1.0, 3.0)
+    assert settings.oversample_boost == {2: 2.0}
 
 
 def test_side_by_side_shares_out_what_there_is() -> None:
