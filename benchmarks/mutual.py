@@ -27,15 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from jobs._common import Parser
+from jobs._recipe import add_recipe_option, with_recipe
 from jobs.protocols import labelled_recordings
-from jobs.train_options import (
-    add_loop_options,
-    add_model_options,
-    add_recipe_option,
-    fit_config,
-    model_options,
-    with_recipe,
-)
+from jobs.train_options import add_loop_options, add_model_options, fit_config, model_options
 from pipeline.corpora import label_set
 from pipeline.cpus import usable_cpus
 from pipeline.fit import Run, StateDict
@@ -43,9 +37,10 @@ from pipeline.folds import Fold, assignment, folds_of
 from pipeline.losses import ClassificationLoss
 from pipeline.metrics import evaluate
 from pipeline.models import build_model
+from pipeline.plan import Plan
 from pipeline.protocol_report import protocol_row, protocols_summary, write_protocols
 from pipeline.results import predict
-from pipeline.runs import Plan, begin, check_resumes, read_splits, training_data
+from pipeline.runs import begin, check_resumes, read_splits, training_data
 from pipeline.states import load_checkpoint, save_checkpoint
 
 WHO = ("first", "second")

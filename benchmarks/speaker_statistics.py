@@ -39,9 +39,10 @@ from pipeline.errors import SerError
 from pipeline.fit import StateDict
 from pipeline.folds import Fold
 from pipeline.metrics import evaluate
+from pipeline.plan import Plan, read_plan
 from pipeline.protocol_report import protocol_row, protocols_summary, write_protocols
 from pipeline.results import predict
-from pipeline.runs import Plan, read_plan, read_splits, rows_of
+from pipeline.runs import read_splits, rows_of
 
 Groups = Iterator[tuple[pd.DataFrame, pd.DataFrame]]  # what is heard first, and what is answered then
 

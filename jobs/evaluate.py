@@ -18,7 +18,7 @@ import pandas as pd
 from jobs import protocols
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, LabelMap, Parser, Progress, run, say
 from jobs._provenance import provenance
-from jobs.train_options import with_recipe
+from jobs._recipe import with_recipe
 from pipeline import leaks
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.compare import comparison_summary

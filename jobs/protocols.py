@@ -12,11 +12,11 @@ import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, say, true_or_false
 from jobs._provenance import provenance
+from jobs._recipe import add_recipe_option
 from jobs.train_options import (
     add_distill_option,
     add_loop_options,
     add_model_options,
-    add_recipe_option,
     fit_config,
     model_options,
     refuse_beside_features,
@@ -179,7 +179,7 @@ def unread_note(features: Path, read: int) -> str | None:
 
 def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) -> list[Fold]:
     from pipeline.folds import assignment, folds_of
-    from pipeline.runs import SPLIT_SEED
+    from pipeline.plan import SPLIT_SEED
 
     assigned = None if arguments.folds_csv is None else assignment(table, arguments.folds_csv, "fold")
     found = folds_of(
@@ -208,10 +208,10 @@ def _run(
     """Train, test, report one protocol; its row in the comparison, and its verdict."""
     from pipeline.corpora import label_set
     from pipeline.joined import mean_answers
+    from pipeline.plan import Plan
     from pipeline.protocol_report import protocol_row
     from pipeline.protocols import train_folds
     from pipeline.report import write_report
-    from pipeline.runs import Plan
 
     out: Path = arguments.out / protocol
     if arguments.overwrite:

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, run, say
+from jobs._recipe import add_recipe_option, with_recipe
 from jobs.extract import describe_labels, read_data
 from jobs.train_options import (
     FEATURE_KINDS,
     add_data_options,
     add_loop_options,
     add_model_options,
-    add_recipe_option,
     add_teacher_options,
     add_worker_options,
     augmentations,
     fit_config,
     model_options,
     refuse_beside_features,
-    with_recipe,
 )
 from pipeline.checkpoint import file_sha256
 from pipeline.corpora import label_set
@@ -33,7 +32,7 @@ from pipeline.locks import only_one
 from pipeline.runtime import joins_cluster
 
 if TYPE_CHECKING:
-    from pipeline.runs import Plan
+    from pipeline.plan import Plan
 
 PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
 
@@ -83,7 +82,8 @@ def _job(arguments: argparse.Namespace, device: str) -> int:
 
 def _nothing_left(out: Path, resume: bool) -> bool:
     """Whether the run in `out` is done; refuses a folder that does not fit `--resume`."""
-    from pipeline.runs import read_plan, refuse_begun
+    from pipeline.plan import read_plan
+    from pipeline.runs import refuse_begun
 
     if not resume:
         refuse_begun(out)
@@ -116,7 +116,8 @@ def extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
 def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
     from pipeline.arrays import load_features
-    from pipeline.runs import SPLIT_SEED, Plan, begin, check, check_resumes, read_splits, refuse_changed
+    from pipeline.plan import SPLIT_SEED, Plan
+    from pipeline.runs import begin, check, check_resumes, read_splits, refuse_changed
     from pipeline.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.teachers import refuse_leaks
 

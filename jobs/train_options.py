@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from jobs._common import LabelMap, Parser, true_or_false
-from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.labels import LabelSet
 
@@ -21,22 +20,6 @@ if TYPE_CHECKING:
 
 MODELS = ("inception", "cnn_bilstm")
 FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
-_AS_THEY_ARE = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "scheduler",
-    "warmup_epochs",
-    "clip_norm",
-    "label_smoothing",
-    "use_focal",
-    "focal_gamma",
-    "ema",
-    "mixup_alpha",
-    "patience",
-    "seed",
-)  # settings that are options of the same name
 
 
 def add_data_options(parser: Parser) -> None:
@@ -161,47 +144,6 @@ def _share(text: str) -> float:
         if 0 < (value := float(text)) <= 1:
             return value
     raise argparse.ArgumentTypeError(f"got {text!r}; expected a number above 0, at most 1")
-
-
-def add_recipe_option(parser: Parser) -> None:
-    """``--recipe``, which ``with_recipe`` reads before all others."""
-    parser.add_argument(
-        "--recipe", type=Path, metavar="BUNDLE", help="take model and training settings from a bundle, where not given"
-    )
-
-
-def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
-    """The parser, with the settings that ``--recipe`` names as its defaults.
-
-    Raises:
-        SerError: no such bundle, or one that does not tell how it was trained.
-    """
-    first = Parser(prog=parser.prog, add_help=False)
-    add_recipe_option(first)
-    first.add_argument("--model")
-    given = first.parse_known_args(argv)[0]  # type: ignore[no-untyped-call]
-    bundle_path = given.recipe
-    if bundle_path is not None:
-        bundle = load_bundle(bundle_path)
-        settings = bundle.metrics.get("training", {}).get("settings")
-        if settings is None:
-            raise SerError(f"{bundle_path} does not tell how it was trained; give the settings as options")
-        found = _defaults(settings, bundle.labels)
-        parser.set_defaults(**found, model=bundle.model_name)
-        if given.model in (None, bundle.model_name):  # another network has other options, and other defaults
-            parser.set_defaults(**bundle.model_options)
-    return parser
-
-
-def _defaults(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """A bundle's training settings as option values; classes by name, for their numbers are those of its labels."""
-    found = {name: settings[name] for name in _AS_THEY_ARE}
-    weights = settings["class_weights"]
-    return found | {
-        "augment": ",".join(settings["augment"]),
-        "oversample_boost": {labels[int(number)]: factor for number, factor in settings["oversample_boost"].items()},
-        "class_weights": "none" if weights is None else dict(zip(labels, weights, strict=True)),
-    }
 
 
 def add_loop_options(parser: Parser) -> None:

@@ -23,7 +23,8 @@ from pipeline.fit import Record
 from pipeline.fit_config import FitConfig
 from pipeline.folds import Fold
 from pipeline.history import read_history
-from pipeline.runs import Plan, begin, check, check_resumes, read_splits, train_here
+from pipeline.plan import Plan
+from pipeline.runs import begin, check, check_resumes, read_splits, train_here
 from pipeline.splits import HASH_COLUMN
 from pipeline.states import load_checkpoint
 from pipeline.teachers import refuse_leaks

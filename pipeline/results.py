@@ -20,8 +20,9 @@ from pipeline.history import plot_curves
 from pipeline.metrics import OVERALL
 from pipeline.model_card import model_card
 from pipeline.models import build_model
+from pipeline.plan import SPLIT_SEED, Plan
 from pipeline.report import terminal_summary, write_report
-from pipeline.runs import SPLIT_SEED, Plan, read_splits, rows_of
+from pipeline.runs import read_splits, rows_of
 from pipeline.states import load_checkpoint
 
 INTERRUPTED = "interrupted"

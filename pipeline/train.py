@@ -22,7 +22,8 @@ from pipeline.errors import SerError
 from pipeline.fit import DivergedError, Record, Run
 from pipeline.history import HISTORY, read_history
 from pipeline.memory import IN_WORKERS
-from pipeline.runs import LOCK_WAIT_NODES_S, LOCK_WAIT_S, Plan, train_here
+from pipeline.plan import Plan
+from pipeline.runs import LOCK_WAIT_NODES_S, LOCK_WAIT_S, train_here
 from pipeline.runtime import compute_first, end_at_exit, joins_cluster, start_ray
 
 _BEAT_S = 0.5

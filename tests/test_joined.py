@@ -15,9 +15,9 @@ import torch
 from scipy.stats import gmean
 from toy_data import write_features
 
+from jobs._recipe import with_recipe
 from jobs.evaluate import main as evaluate
 from jobs.join import main
-from jobs.train_options import with_recipe
 from pipeline.checkpoint import Bundle, load_bundle, save_bundle
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig

@@ -18,7 +18,8 @@ from pipeline.fit import Run
 from pipeline.fit_config import FitConfig
 from pipeline.folds import folds_of
 from pipeline.losses import ClassificationLoss
-from pipeline.runs import Plan, begin, training_data
+from pipeline.plan import Plan
+from pipeline.runs import begin, training_data
 
 
 def small_model(*_: object) -> nn.Module:

@@ -15,8 +15,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from toy_data import write_features
 
+from jobs._recipe import with_recipe
 from jobs.evaluate import main
-from jobs.train_options import fit_config, model_options, with_recipe
+from jobs.train_options import fit_config, model_options
 from pipeline.arrays import load_features
 from pipeline.checkpoint import load_bundle, save_bundle
 from pipeline.errors import SerError
@@ -25,9 +26,9 @@ from pipeline.labels import LabelSet
 from pipeline.locks import only_one
 from pipeline.metrics import evaluate
 from pipeline.models import build_model
+from pipeline.plan import read_plan
 from pipeline.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.protocols import SideBySide
-from pipeline.runs import read_plan
 from pipeline.shards import ShardSummary
 
 FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]
@@ -243,7 +244,7 @@ def test_a_recipe_s_network_has_its_options_and_another_its_own(tmp_path: Path) 
 
 def test_a_recipe_means_its_own_classes() -> None:
     """Class 1 of eight is calm; of four it may be another."""
-    from jobs.train_options import _defaults
+    from jobs._recipe import _defaults
 
     bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "inception_ser_final")
     settings = bundle.metrics["training"]["settings"] | {"oversample_boost": {"1": 2.0, "3": 1.5}}
@@ -266,7 +267,7 @@ def test_a_recipe_of_classes_with_commas(tmp_path: Path) -> None:
         state_dict=network.state_dict(),
         model_name="inception",
         model_options={"width": 0.125},
-        labels=("cold, dry", "warm: wet"),
+        labels=("cold,dry", "warm:wet"),
         features=shipped.features,
         metrics={"training": {"settings": shipped.metrics["training"]["settings"] | told}},
     )

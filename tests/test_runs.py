@@ -26,18 +26,9 @@ from pipeline.features import normalise_power
 from pipeline.fit import Run
 from pipeline.fit_config import FitConfig
 from pipeline.history import read_history
+from pipeline.plan import Plan, read_plan
 from pipeline.results import keep_weights, write_results
-from pipeline.runs import (
-    Plan,
-    begin,
-    check,
-    check_resumes,
-    read_plan,
-    read_splits,
-    rows_of,
-    train_here,
-    training_data,
-)
+from pipeline.runs import begin, check, check_resumes, read_splits, rows_of, train_here, training_data
 from pipeline.splits import split_table
 from pipeline.states import save_checkpoint
 

@@ -16,8 +16,9 @@ from pipeline.checkpoint import load_bundle
 from pipeline.corpora import label_set
 from pipeline.fit_config import FitConfig
 from pipeline.folds import Fold, folds_of
+from pipeline.plan import Plan, read_plan
 from pipeline.results import predict, write_results
-from pipeline.runs import Plan, begin, read_plan, read_splits, train_here
+from pipeline.runs import begin, read_splits, train_here
 
 
 @pytest.fixture(scope="module")

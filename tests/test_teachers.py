@@ -19,7 +19,7 @@ from pipeline.features import FeatureConfig
 from pipeline.fit import Run, fit
 from pipeline.fit_config import FitConfig
 from pipeline.models import build_model
-from pipeline.runs import Plan
+from pipeline.plan import Plan
 from pipeline.teachers import Teachers, load_teachers, refuse_leaks, without_batch_norms
 
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]

@@ -19,7 +19,8 @@ from pipeline.arrays import load_features
 from pipeline.errors import SerError
 from pipeline.fit_config import FitConfig
 from pipeline.history import read_history, write_history
-from pipeline.runs import Plan, begin, train_here
+from pipeline.plan import Plan
+from pipeline.runs import begin, train_here
 from pipeline.splits import split_table
 from pipeline.states import load_checkpoint
 from pipeline.train import _Beat, _user_error, _Watch, train_on_ray
