@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from pipeline.arrays import NO_CROPS, load_features, read_shard_manifest
 from pipeline.batches import TrainingData, from_arrays
@@ -164,11 +165,24 @@ def check(plan: Plan, num_workers: int = 1) -> None:
     data = training_data(plan)
     if plan.crops > 1 and data.mel_power is None:
         raise SerError(NO_CROPS)
-    batches_of(data, plan.fit).sampler.part(num_workers)
-    build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+    examples = batches_of(data, plan.fit).sampler.part(num_workers)
+    model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+    if examples == 1:
+        _check_single(model, data.config.input_shape)
     load_teachers(plan.teachers, plan.distill, plan.labels, data.config)
     if plan.checkpoint.is_file():
         load_checkpoint(plan.checkpoint)
+
+
+def _check_single(model: nn.Module, input_shape: Sequence[int]) -> None:
+    """Refuse to train on single examples whose last layers have one value a channel: batch norm needs two."""
+    try:
+        model.train()(torch.zeros(1, *input_shape))
+    except ValueError as error:
+        raise SerError(
+            "one example a worker and step is too few for batch normalisation of features this small; "
+            "give a larger --batch_size"
+        ) from error
 
 
 def train_here(

@@ -26,6 +26,7 @@ from pipeline.features import normalise_power
 from pipeline.fit import Run
 from pipeline.fit_config import FitConfig
 from pipeline.history import read_history
+from pipeline.models import build_model
 from pipeline.plan import Plan, read_plan
 from pipeline.results import keep_weights, write_results
 from pipeline.runs import begin, check, check_resumes, read_splits, rows_of, train_here, training_data
@@ -246,6 +247,21 @@ def test_other_settings_are_refused(plan: Plan) -> None:
     ):
         with pytest.raises(SerError, match=message):
             other.check_continues(started)
+
+
+def test_single_examples_are_too_few_where_the_last_stage_is_one_pixel(features: Path, tmp_path: Path) -> None:
+    """It is of features of 16 x 32; of the brief's 64 x 188 it is 2 x 6, and there one example is enough."""
+    config = FitConfig(epochs=1, batch_size=1)
+    plan = Plan(tmp_path / "run", features, LABELS, "inception", {"width": 0.125}, config)
+    begin(plan, split_of(features))
+    message = "one example a worker and step is too few .* give a larger --batch_size"
+    with pytest.raises(SerError, match=message):
+        check(plan)
+    pairs = replace(plan, fit=replace(config, batch_size=2))
+    check(pairs)
+    with pytest.raises(SerError, match=message):
+        check(pairs, 2)
+    runs._check_single(build_model("inception", {"width": 0.125}, 8, (1, 64, 188)), (1, 64, 188))
 
 
 def test_what_cannot_be_trained_is_found_before_the_start(plan: Plan, tmp_path: Path) -> None:
