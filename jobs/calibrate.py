@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from jobs._common import EXIT_DONE, Parser, run, say
 from pipeline.calibration import fit_temperature, scaled
-from pipeline.checkpoint import load_bundle, set_temperature
+from pipeline.checkpoint import Bundle, load_bundle, set_temperature
+from pipeline.cpus import usable_cpus
 from pipeline.errors import SerError
 from pipeline.labels import LabelSet
 from pipeline.outcomes import failed_rows
+from pipeline.outputs import RUN
 from pipeline.predictions import read_predictions
+from pipeline.splits import add_hashes, leaked
 
 
 def build_parser() -> Parser:
@@ -30,7 +35,8 @@ def build_parser() -> Parser:
         "--predictions",
         type=Path,
         required=True,
-        help="answers to recordings that the answering models were not trained on: the folder of a protocol",
+        help="labelled answers to recordings that the answering models were not trained on: the folder of a protocol, "
+        "or the model's own, of jobs.evaluate or jobs.score (those that it was trained on are left out)",
     )
     return parser
 
@@ -44,9 +50,12 @@ def job(arguments: argparse.Namespace) -> int:
     if missing:
         raise SerError(f"{arguments.predictions} has no column {missing[0]}; give labelled answers of the same classes")
     table = table[~failed_rows(table) & table["label_name"].isin(bundle.labels)]
+    plan = _plan(arguments.predictions)
+    if plan is not None:
+        table = _never_heard(table, plan, bundle)
     labels = LabelSet(bundle.labels)
     truth = np.array([labels.index(name) for name in table["label_name"]], np.int64)
-    applied = _applied_temperature(arguments.predictions)
+    applied = 1.0 if plan is None else plan["temperature"]
     found = fit_temperature(truth, scaled(table[columns].to_numpy(np.float64), 1 / applied))
     set_temperature(bundle, found.temperature, {"n": found.n, "before": found.before, "after": found.after})
     say(f"temperature {found.temperature:.3f}, from {found.n} recordings (was {bundle.temperature:.3f})")
@@ -55,10 +64,42 @@ def job(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _applied_temperature(predictions: Path) -> float:
-    """The temperature that the answers have: 1 of a protocol, the bundle's of score and evaluate."""
-    record = (predictions if predictions.is_dir() else predictions.parent) / "run.json"
-    return float(json.loads(record.read_text(encoding="utf-8"))["plan"]["temperature"]) if record.is_file() else 1.0
+def _plan(predictions: Path) -> dict[str, Any] | None:
+    """How score or evaluate came to the answers; None of a protocol's: several models, each at temperature 1.
+
+    Raises:
+        SerError: a ``run.json`` that is not of these jobs.
+    """
+    record = (predictions if predictions.is_dir() else predictions.parent) / RUN
+    if not record.is_file():
+        return None
+    try:
+        plan = json.loads(record.read_text(encoding="utf-8"))["plan"]
+        return {"model": str(plan["model"]), "temperature": float(plan["temperature"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SerError(f"{record} is not the record of a finished scoring; run jobs.evaluate again") from error
+
+
+def _never_heard(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -> pd.DataFrame:
+    """The rows of a bundle's own answers whose recordings it did not learn from; those that chose its epoch stay.
+
+    Raises:
+        SerError: the answers are those of another model.
+    """
+    if plan["model"] != bundle.weights_sha256:
+        raise SerError(
+            f"the answers are those of other weights ({plan['model'][:12]}) than {bundle.folder}'s "
+            f"({bundle.weights_sha256[:12]}); give the model that answered"
+        )
+    training = bundle.training
+    if "split" in training.columns:
+        training = training[training["split"] != "inner_val"]
+    paths = table[["speech"]].drop_duplicates()
+    known = paths.loc[leaked(add_hashes(paths, threads=usable_cpus()), training), "speech"]
+    rows = table["speech"].isin(known)
+    if rows.any():
+        say(f"{len(known)} of {len(paths)} recordings were used in training, as {known.iloc[0]}: left out")
+    return table[~rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

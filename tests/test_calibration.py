@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -93,21 +95,66 @@ def test_the_job_refuses_answers_without_labels(
     assert "has no column label_name" in capsys.readouterr().err
 
 
+def answers(bundle: Bundle, logits: np.ndarray, truth: np.ndarray, out: Path, temperature: float) -> pd.DataFrame:
+    """Labelled scores of ``bundle`` at ``temperature``, written into ``out`` as jobs.score leaves them."""
+    out.mkdir(exist_ok=True)
+    table = pd.DataFrame({"speech": [f"{i}.wav" for i in range(len(truth))], "status": "ok"})
+    table["label_name"] = [bundle.labels[i] for i in truth]
+    table["predicted"], table["confidence"] = table["label_name"], 0.5
+    table[[f"p_{name}" for name in bundle.labels]] = softmax(logits / temperature)
+    table.to_parquet(out / "predictions.parquet")
+    plan = {"plan": {"temperature": temperature, "model": bundle.weights_sha256}}
+    (out / "run.json").write_text(json.dumps(plan), encoding="utf-8")
+    return table
+
+
 def test_answers_that_are_scaled_already_are_taken_back_first(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Scores of a calibrated bundle lead to its temperature again, not to 1."""
-    folder, names = tmp_path / "bundle", list(tiny_bundle.labels)
+    folder = tmp_path / "bundle"
     shutil.copytree(tiny_bundle.folder, folder)
     logits, truth = calibrated()
-    table = pd.DataFrame({"speech": [f"{i}.wav" for i in range(N)], "status": "ok"})
-    table["label_name"] = [names[i] for i in truth]
-    table["predicted"], table["confidence"] = table["label_name"], 0.5
-    table[[f"p_{name}" for name in names]] = softmax(2 * logits / 1.6)
-    table.to_parquet(tmp_path / "predictions.parquet")
-    (tmp_path / "run.json").write_text('{"plan": {"temperature": 1.6}}')
-    assert main(["--model_weights", str(folder), "--predictions", str(tmp_path)]) == 0
+    table = answers(tiny_bundle, 2 * logits, truth, tmp_path / "scores", 1.6)
+    assert main(["--model_weights", str(folder), "--predictions", str(tmp_path / "scores")]) == 0
     assert load_bundle(folder).temperature == pytest.approx(2, rel=0.05)
     own = tmp_path / "own"
     own.mkdir()
     table.drop(columns="status").to_csv(own / "answers.csv", index=False)  # of others: all answered, at temperature 1
     assert main(["--model_weights", str(folder), "--predictions", str(own / "answers.csv")]) == 0
     assert load_bundle(folder).temperature == pytest.approx(2 / 1.6, rel=0.05)
+
+
+def test_what_a_model_was_trained_on_does_not_set_its_temperature(
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is sure of those, and right: with them, a temperature would make it sure of everything."""
+    folder, out = tmp_path / "bundle", tmp_path / "scores"
+    shutil.copytree(tiny_bundle.folder, folder)
+    logits, truth = calibrated()
+    logits[: N // 2] = 30 * np.eye(CLASSES)[truth[: N // 2]]
+    answers(tiny_bundle, 2 * logits, truth, out, 1.0)
+    heard = pd.DataFrame({"id": [str(i) for i in range(N)], "content_hash": "", "split": "train"})
+    heard.loc[N // 2 :, "split"] = "test"  # kept from it, so they count; so do those that only chose its epoch
+    heard.loc[3 * N // 4 :, "split"] = "inner_val"
+    heard.to_csv(folder / "training.csv", index=False)
+    assert main(["--model_weights", str(folder), "--predictions", str(out)]) == 0
+    assert f"{N // 2} of {N} recordings were used in training" in capsys.readouterr().err
+    assert load_bundle(folder).temperature == pytest.approx(2, rel=0.05)
+    assert load_bundle(folder).metrics["calibration"]["n"] == N // 2
+    heard.assign(split="train").to_csv(folder / "training.csv", index=False)
+    assert main(["--model_weights", str(folder), "--predictions", str(out)]) == 2
+    assert "0 recordings are too few" in capsys.readouterr().err
+    assert load_bundle(folder).metrics["calibration"]["n"] == N // 2
+
+
+def test_answers_of_another_model_are_refused(
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers(dataclasses.replace(tiny_bundle, weights_sha256="0" * 64), *calibrated(), tmp_path / "scores", 1.0)
+    before = load_bundle(tiny_bundle.folder).temperature
+    assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path / "scores")]) == 2
+    assert "the answers are those of other weights (000000000000)" in capsys.readouterr().err
+    for damaged in ("{", "[]", '{"plan": {}}'):
+        (tmp_path / "scores" / "run.json").write_text(damaged, encoding="utf-8")
+        assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path / "scores")]) == 2
+        assert "run.json is not the record of a finished scoring" in capsys.readouterr().err
+    assert load_bundle(tiny_bundle.folder).temperature == before
