@@ -44,7 +44,7 @@ app: $(APP)       ## the web page and its service, on http://localhost:8501; opt
 	@$(BIN)/python -m jobs.app $(ARGS)
 
 test: $(DEV)    ## the tests, in a few minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(DEV)   ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800

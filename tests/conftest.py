@@ -6,6 +6,7 @@ a skipped test is a failure, unless its reason names a missing GPU.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -190,6 +191,32 @@ def ray_session() -> Iterator[None]:
     start_ray(num_cpus=2)
     yield
     ray.shutdown()
+
+
+@functools.cache
+def _on_ray(file: Path) -> bool:
+    return "ray_session" in file.read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the tests (``pytest -n``), those that may need Ray come first: they take longest."""
+    if hasattr(config, "workerinput"):
+        first = {file: _on_ray(file) for file in {item.path for item in items}}
+        items.sort(key=lambda item: not first[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file's tests to one process, those of all files that may need Ray to the same one: Ray starts once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "ray" if _on_ray(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False  # the order of the tests is that of above
+    return OneRay(config, log)
 
 
 def _is_ci() -> bool:

@@ -134,7 +134,10 @@ class Bomb:
 
 def test_pickled_code_is_never_run(bundle: Bundle, tmp_path: Path) -> None:
     mark = tmp_path / "exploded"
-    for write in (lambda p: torch.save({"weight": Bomb(mark)}, p), lambda p: p.write_bytes(pickle.dumps(Bomb(mark)))):
+    for write in (
+        lambda p: torch.save({"weight": Bomb(mark)}, p),
+        lambda p: p.write_bytes(pickle.dumps(Bomb(mark), protocol=2)),
+    ):
         write(bundle.weights_path)
         with pytest.raises(BundleError):
             load_bundle(bundle.folder).state_dict()
