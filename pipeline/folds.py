@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from pipeline.corpora import ManifestError
 from pipeline.splits import HASH_COLUMN, by_stem, check_disjoint, divide, has_speakers, split_table, units_of
@@ -87,6 +86,8 @@ def _fold(table: pd.DataFrame, tested: np.ndarray, name: str, inner_val: float, 
 
 def _drawn(table: pd.DataFrame, protocol: str, folds: int, seed: int) -> np.ndarray:
     """Name of the fold that each row is tested in."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes seconds to import
+
     if protocol == "loso":
         return table["speaker"].astype(str).to_numpy()
     unit = units_of(table)

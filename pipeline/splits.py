@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedShuffleSplit
 
 from pipeline.audio import AudioError, content_hash
 from pipeline.corpora import ManifestError
@@ -108,6 +107,8 @@ def divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) -> 
 
 
 def _held_stratified(table: pd.DataFrame, share: float, seed: int, what: str) -> np.ndarray:
+    from sklearn.model_selection import StratifiedShuffleSplit  # takes seconds to import; most commands draw no split
+
     unit = units_of(table)
     first = ~pd.Series(unit).duplicated().to_numpy()
     units, labels = unit[first], table["label"].to_numpy()[first]

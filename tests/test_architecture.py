@@ -223,6 +223,11 @@ def test_light_commands_load_neither_ray_nor_torch(module: str, tmp_path: Path) 
     assert not loaded & {"ray", "torch", "matplotlib", "sklearn"}
 
 
+def test_sklearn_is_imported_where_something_is_drawn(tmp_path: Path) -> None:
+    """It takes seconds, and a help text draws no split."""
+    assert "sklearn" not in _import_all(["jobs.evaluate", "jobs.train", "jobs.calibrate"], tmp_path)
+
+
 REQUIREMENTS = ("requirements.txt", "requirements-app.txt", "requirements-dev.txt")
 
 
