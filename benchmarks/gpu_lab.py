@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_data import SPLITS, Data, pack
 from benchmarks.gpu_training import N_CLASSES, Recipe, Training, train_wave
-from pipeline.measures import scores, tally
+from pipeline.measures import reliability, scores, tally
 
 FOLDS = {"five": range(1, 6), "six": range(1, 7), "inner": [1], "final": [1]}
 CROPS = (3, 5, 9)
@@ -161,8 +161,27 @@ def keep(training: Training, out: Path) -> None:
         )
 
 
+def confidences(found: pd.DataFrame, names: Sequence[str]) -> str:
+    """How sure the answers are beside how often they are right: as they are, as the shipped bundle scales, fitted."""
+    from pipeline.calibration import fit_temperature, scaled
+    from pipeline.checkpoint import load_bundle
+
+    truth = found["label_name"].map({name: i for i, name in enumerate(names)}).to_numpy(np.int64)
+    p = found[[f"p_{name}" for name in names]].to_numpy(np.float64)
+    lines = [f"confidences of the {len(found)} recordings outside the test part:"]
+    for temperature in (1.0, load_bundle(SPLITS.parent / "inception_ser_final").temperature, None):
+        at = fit_temperature(truth, p).temperature if temperature is None else temperature
+        sure, right = scaled(p, at).max(axis=1), p.argmax(axis=1) == truth
+        lines.append(
+            f"  temperature {at:.3f}{' (fitted)' if temperature is None else ''}: calibration error "
+            f"{reliability(sure, right).ece:.1%}, mean confidence {100 * (sure.mean() - right.mean()):+.1f} points "
+            "beside accuracy"
+        )
+    return "\n".join(lines)
+
+
 def report(arguments: argparse.Namespace) -> None:
-    """The folds of one recipe as the tables and pages that `jobs.evaluate --protocol` writes.
+    """The folds of one recipe as the tables and pages that `jobs.evaluate --protocol` writes, and their confidences.
 
     Of several seeds the mean log-probabilities: the answers of one model that joins their networks.
     """
@@ -175,6 +194,8 @@ def report(arguments: argparse.Namespace) -> None:
     from pipeline.report import write_report
 
     table, answers = labelled_recordings(arguments.features), np.load(arguments.answers)
+    tested = assignment(table, SPLITS / "ravdess_split.csv", "split") == "test"
+    kept_from_all = set(table.loc[tested, "row_id"])
     row_of = {row_id: row for row, row_id in enumerate(load_features(arguments.features).table["row_id"])}
     labels, data = label_set(table), Data([arguments.data], torch.device("cpu"))
     rows = []
@@ -204,6 +225,7 @@ def report(arguments: argparse.Namespace) -> None:
         evaluation = write_report(found, labels.names, out, meta=meta)
         found.to_parquet(out / "predictions.parquet", index=False)
         rows.append(protocol_row(protocol, folds, found, labels.names, evaluation))
+        print(confidences(found[~found["row_id"].isin(kept_from_all)], labels.names))
     if not rows:
         raise SystemExit(f"{arguments.answers} has no answers of {arguments.recipe} with seed {arguments.seed[0]}")
     print(protocols_summary(write_protocols(rows, arguments.out, {"recipe": arguments.recipe})))

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional
 
 from benchmarks.gpu_data import STEP_COPY_DB, STEP_DB, STEP_FRAME, Data
-from benchmarks.gpu_lab import FOLDS, main
+from benchmarks.gpu_lab import FOLDS, confidences, main
 from benchmarks.gpu_training import Recipe, Training
 from pipeline.augment import Draws
 from pipeline.features import FeatureConfig, normalise_power
@@ -151,3 +152,19 @@ def test_the_plans_that_lie_ready_can_be_run(path: Path) -> None:
                 assert set(recipe.jobs) <= taught[teacher]
         taught |= {recipe.name: set(recipe.jobs) for recipe in recipes}
     assert taught
+
+
+def test_confidences_tell_the_temperature_that_was_put_in() -> None:
+    """Answers whose chances are true, sharpened by 2: fitted 2, too sure without it, more so at less than 1."""
+    rng, names = np.random.default_rng(0), list("abcd")
+    logits = rng.standard_normal((3000, 4))
+    chance, sharp = (np.exp(k * logits) / np.exp(k * logits).sum(axis=1, keepdims=True) for k in (1, 2))
+    drawn = [names[rng.choice(4, p=row)] for row in chance]
+    found = pd.DataFrame(sharp, columns=[f"p_{name}" for name in names]).assign(label_name=drawn)
+    heading, plain, shipped, fitted = confidences(found, names).splitlines()
+    assert heading == "confidences of the 3000 recordings outside the test part:"
+    over = [float(line.split("mean confidence ")[1].split()[0]) for line in (plain, shipped, fitted)]
+    excess = 100 * (sharp.max(axis=1).mean() - np.mean(np.array(names)[sharp.argmax(axis=1)] == drawn))
+    assert over[0] == pytest.approx(excess, abs=0.06)
+    assert over[1] > over[0] > 10 > 3 > abs(over[2])
+    assert float(fitted.split()[1]) == pytest.approx(2, rel=0.07)
