@@ -72,7 +72,7 @@ def bare_loop(data: TrainingData, config: FitConfig, batches: Sequence[Batch]) -
 
     def epoch() -> None:
         model.train()
-        for features, targets in batches:
+        for features, targets, _ in batches:
             optimizer.zero_grad(set_to_none=True)
             loss_of(model(features), targets).backward()
             optimizer.step()

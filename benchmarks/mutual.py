@@ -151,7 +151,7 @@ def main() -> None:
     folds = [fold for fold in folds if not arguments.only or fold.name in arguments.only]
     base = Plan(
         out=arguments.out,
-        features=arguments.features,
+        features=(arguments.features,),
         labels=labels.names,
         model_name=arguments.model,
         model_options=model_options(arguments),

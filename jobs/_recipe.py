@@ -23,6 +23,9 @@ _AS_THEY_ARE = (
     "focal_gamma",
     "ema",
     "mixup_alpha",
+    "corpus_share",
+    "draws",
+    "mask_missing_classes",
     "patience",
     "seed",
 )  # settings that are options of the same name
@@ -60,7 +63,7 @@ def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
 
 def _defaults(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """A bundle's training settings as option values; classes by name, for their numbers are those of its labels."""
-    found = {name: settings[name] for name in _AS_THEY_ARE}
+    found = {name: settings[name] for name in _AS_THEY_ARE if name in settings}  # older bundles have fewer
     weights = settings["class_weights"]
     return found | {
         "augment": ",".join(settings["augment"]),

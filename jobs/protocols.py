@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,13 @@ def add_options(parser: Parser) -> None:
         metavar="NAME,...",
         help=f"of {', '.join(_NAMES)}; several are compared, as kfold,speaker_kfold",
     )
-    group.add_argument("--features", type=Path, help="folder that jobs.extract wrote, instead of --data_csv")
+    group.add_argument(
+        "--features",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="folders that jobs.extract wrote, instead of --data_csv",
+    )
     group.add_argument("--folds", type=int, default=5, help="of kfold and speaker_kfold (default 5)")
     group.add_argument(
         "--folds_csv",
@@ -122,10 +129,10 @@ def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     """``job``, in a folder that is held: ``--overwrite`` would remove the folds that another start is training."""
     from pipeline.protocol_report import protocols_summary, write_protocols
 
-    features, failed = (arguments.features, 0) if arguments.features else _extracted(arguments)
+    features, failed = (tuple(arguments.features), 0) if arguments.features else _extracted(arguments)
     table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}
-    meta = provenance(arguments.command) | {"data": str(arguments.data_csv or features)}
+    meta = provenance(arguments.command) | {"data": str(arguments.data_csv or ", ".join(map(str, features)))}
     if unread := unread_note(features, len(table)):
         say(unread)
         meta |= {"note": unread}
@@ -143,22 +150,21 @@ def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
 
 
-def _extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
+def _extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
     from jobs.train import extracted
 
-    arguments.data_dir = None
-    return extracted(arguments)
+    return extracted(argparse.Namespace(**{**vars(arguments), "data_dir": None, "data_csv": [arguments.data_csv]}))
 
 
-def labelled_recordings(features: Path) -> pd.DataFrame:
-    """The labelled originals of a feature folder, with content hashes."""
+def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
+    """The labelled originals of feature folders, with content hashes."""
     from jobs.extract import describe_labels
     from pipeline.arrays import load_features
     from pipeline.splits import add_hashes, unknown_content
 
     table = load_features(features).table
     if "label" not in table.columns:
-        raise SerError(f"{features} has no labels; extract it from a CSV with a label column")
+        raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
     originals = table[table["parent_id"] == ""].reset_index(drop=True)
     describe_labels(originals)
     found = add_hashes(originals)
@@ -167,11 +173,11 @@ def labelled_recordings(features: Path) -> pd.DataFrame:
     return found
 
 
-def unread_note(features: Path, read: int) -> str | None:
+def unread_note(features: Sequence[Path], read: int) -> str | None:
     """What the pages say where recordings could not be read when the features were made; ``read`` of them could."""
     from pipeline.arrays import read_shard_manifest
 
-    failed = int(read_shard_manifest(features)["failed"])
+    failed = sum(int(read_shard_manifest(folder)["failed"]) for folder in features)
     if not failed:
         return None
     return f"{failed} of {read + failed} recordings could not be read: neither trained on nor tested, and in no figure."
@@ -200,7 +206,7 @@ def _run(
     protocol: str,
     folds: list[Fold],
     table: pd.DataFrame,
-    features: Path,
+    features: tuple[Path, ...],
     arguments: argparse.Namespace,
     targets: Targets,
     meta: dict[str, Any],

@@ -62,13 +62,15 @@ def job(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     device = _device(arguments)
     refuse_beside_features(arguments)
+    if arguments.split_csv is not None and (arguments.test_corpora or arguments.test_speakers):
+        raise SerError("--split_csv says what is tested; leave --test_corpora and --test_speakers out beside it")
     with only_one(arguments.out / ".train.lock", f"training into {arguments.out}"):
         return _job(arguments, device)
 
 
 def _job(arguments: argparse.Namespace, device: str) -> int:
     """``job``, in a folder that is held: another start would lay down other splits, to be reported on at the end."""
-    features, failed = (arguments.features, 0) if arguments.features else extracted(arguments)
+    features, failed = (tuple(arguments.features), 0) if arguments.features else extracted(arguments)
     plan = _plan(arguments, features)
     interrupted = _train(plan, arguments, device)
     if not plan.checkpoint.is_file():
@@ -92,28 +94,84 @@ def _nothing_left(out: Path, resume: bool) -> bool:
     return (out / "config.json").is_file()
 
 
-def extracted(arguments: argparse.Namespace) -> tuple[Path, int]:
+def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
     """Features of the recordings, in ``--out``; how many could not be read."""
     from pipeline.features import FeatureConfig
+    from pipeline.initial import check_start
     from pipeline.shards import ShardOptions, extract_shards
 
-    table = read_data(arguments)
+    table = _read_all(arguments)
     describe_labels(table)
+    _check_corpora(table, arguments)
+    config = FeatureConfig(kind=FEATURE_KINDS[arguments.model])
+    if getattr(arguments, "init", None) is not None:
+        check_start(arguments.init, arguments.model, config)
     folder: Path = arguments.out / "features"
     summary = extract_shards(
         table,
         folder,
-        FeatureConfig(kind=FEATURE_KINDS[arguments.model]),
+        config,
         options=ShardOptions(pitch_semitones=PITCH_SEMITONES if "pitch" in augmentations(arguments) else ()),
         overwrite=getattr(arguments, "overwrite", False),  # which a protocol run has
         on_progress=Progress("extract"),
     )
     if summary.failed:
         say(f"{summary.failed} of {summary.rows} recordings cannot be read and are left out; see the column error")
-    return folder, summary.failed
+    return (folder,), summary.failed
 
 
-def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
+def _read_all(arguments: argparse.Namespace) -> pd.DataFrame:
+    """The manifest of a folder, a CSV, or several CSVs; of several, one without corpora is a corpus of its own name."""
+    if arguments.data_csv is None or len(arguments.data_csv) == 1:
+        csv = None if arguments.data_csv is None else arguments.data_csv[0]
+        return read_data(argparse.Namespace(**{**vars(arguments), "data_csv": csv}))
+    tables = []
+    for csv in arguments.data_csv:
+        table = read_data(argparse.Namespace(**{**vars(arguments), "data_csv": csv}))
+        tables.append(table if "corpus" in table.columns else table.assign(corpus=csv.stem))
+    return pd.concat(tables, ignore_index=True).fillna("")
+
+
+def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
+    """Say which corpora there are; refuse shares of others, and held-out ones that are not there.
+
+    Raises:
+        SerError: names the option and what there is.
+    """
+    from pipeline.batches import corpora_of
+    from pipeline.sampling import shares_of
+
+    corpora, number = corpora_of(table)
+    if len(corpora) > 1:
+        say("corpora: " + ", ".join(f"{name or '(none)'} {(number == k).sum()}" for k, name in enumerate(corpora)))
+    if getattr(arguments, "test_corpora", ()) or getattr(arguments, "test_speakers", ()):
+        held = _held_out(table, arguments)["split"] == "test"
+        corpora = corpora_of(table[~held])[0]
+    shares_of(arguments.corpus_share, corpora)
+
+
+def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFrame:
+    """The table with the recordings of ``--test_corpora`` and ``--test_speakers`` as its test part.
+
+    Raises:
+        SerError: a name that no recording has, or nothing left to train on.
+    """
+    held = pd.Series(False, index=table.index)
+    for option, column in (("test_corpora", "corpus"), ("test_speakers", "speaker")):
+        cells = table[column].fillna("").astype(str) if column in table.columns else pd.Series("", index=table.index)
+        for name in getattr(arguments, option):
+            if not (cells == name).any():
+                there = sorted(set(cells) - {""})
+                raise SerError(
+                    f"--{option}: no recording has {column} {name!r}; there are {', '.join(there) or 'none'}"
+                )
+            held |= cells == name
+    if held.all():
+        raise SerError("--test_corpora and --test_speakers leave nothing to train on; name fewer")
+    return table.assign(split=held.map({True: "test", False: "train"}))
+
+
+def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
     from pipeline.arrays import load_features
     from pipeline.plan import SPLIT_SEED, Plan
@@ -123,16 +181,19 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
 
     table = load_features(features).table
     if "label" not in table.columns:
-        raise SerError(f"{features} has no labels; extract it from a CSV with a label column")
+        raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
     originals = table[table["parent_id"] == ""]
     if arguments.features:
         describe_labels(originals)
+        _check_corpora(originals, arguments)
     labels = label_set(originals)
     if arguments.resume:
         splits = read_splits(arguments.out)
         refuse_changed(splits, add_hashes(originals))
     else:
         found = _in_given_parts(add_hashes(originals), arguments.split_csv)
+        if arguments.test_corpora or arguments.test_speakers:
+            found = _held_out(found, arguments)
         if unknown := unknown_content(found):
             say(unknown)
         splits = split_table(
@@ -153,9 +214,12 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
         fit=fit_config(arguments, labels, splits["train"]),
         teachers=tuple(arguments.teachers),
         distill=arguments.distill,
+        init=arguments.init,
         split=_split_options(arguments),
     )
     refuse_leaks(plan.teachers, splits)
+    if plan.init is not None:
+        refuse_leaks([plan.init], splits, "--init")
     if arguments.resume:
         check_resumes(plan)
     else:
@@ -167,6 +231,7 @@ def _plan(arguments: argparse.Namespace, features: Path) -> Plan:
 def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the parts are drawn with; of ``--split_csv`` what is in it, for it may lie elsewhere when a run goes on."""
     given = {name: getattr(arguments, name) for name in ("split", "test_size", "inner_val")}
+    given |= {name: list(value) for name in ("test_corpora", "test_speakers") if (value := getattr(arguments, name))}
     csv: Path | None = arguments.split_csv
     return given | {"split_csv": file_sha256(csv)[:12] if csv is not None and csv.is_file() else None}
 

@@ -27,10 +27,16 @@ def add_data_options(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--data_csv", type=Path, help="CSV with the columns speech,label; extracted to OUT/features first"
+        "--data_csv",
+        type=Path,
+        nargs="+",
+        metavar="CSV",
+        help="CSV with the columns speech,label, or several; extracted to OUT/features first",
     )
     source.add_argument("--data_dir", type=Path, help="folder of labelled recordings; extracted to OUT/features first")
-    source.add_argument("--features", type=Path, help="folder that jobs.extract wrote")
+    source.add_argument(
+        "--features", type=Path, nargs="+", metavar="FOLDER", help="folder that jobs.extract wrote, or several"
+    )
     group.add_argument(
         "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
     )
@@ -49,6 +55,14 @@ def add_data_options(parser: Parser) -> None:
         type=Path,
         help="CSV with split and content_hash, id or speaker: the part of each recording; others are left out",
     )
+    for name, what in (("corpora", "corpora"), ("speakers", "speakers")):
+        group.add_argument(
+            f"--test_{name}",
+            type=names,
+            default=(),
+            metavar="NAME,...",
+            help=f"train on everything but these {what}, and report on them",
+        )
     group.add_argument("--test_size", type=float, default=0.2, help="share held out for the final report (default 0.2)")
     group.add_argument(
         "--inner_val",
@@ -64,6 +78,11 @@ def add_data_options(parser: Parser) -> None:
     )
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """``a, b`` as its parts."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def refuse_beside_features(arguments: argparse.Namespace) -> None:
@@ -90,6 +109,20 @@ def add_model_options(parser: Parser) -> None:
         help="draw classes more often, by index or name: 1:2.0,sad:1.5",
     )
     group.add_argument(
+        "--corpus_share",
+        type=shares,
+        default={},
+        metavar="CORPUS:SHARE,...",
+        help="how much of the draws each corpus gets (column corpus; default: by the square root of its size)",
+    )
+    group.add_argument(
+        "--mask_missing_classes",
+        type=true_or_false,
+        default=True,
+        metavar="True|False",
+        help="take classes that a corpus has not got out of the softmax of its recordings (default True)",
+    )
+    group.add_argument(
         "--class_weights",
         default="none",
         metavar="balanced|none|CLASS:WEIGHT,...",
@@ -111,16 +144,40 @@ def add_model_options(parser: Parser) -> None:
         default="",
         metavar="NAME[:STRENGTH],...",
         help="of crop, stretch, shift, warp, masks, mixup, gain, noise, band, pitch; with commas (default none); "
-        "stronger or weaker than usual: stretch:0.15, warp:0.12 (shares), gain:6 (dB), noise:10 (lowest SNR in dB)",
+        "stronger or weaker than usual: stretch:0.15, warp:0.12 (shares), gain:6 (dB), noise:10 (lowest SNR in dB), "
+        "band:0.2 (how often)",
     )
     group.add_argument(
         "--mixup_alpha", type=float, default=0.2, help="of the Beta distribution that mixes (default 0.2)"
     )
 
 
+def shares(text: str) -> dict[str, float]:
+    """``ravdess_speech:0.4,crema_d:0.6`` as a mapping."""
+    from pipeline.sampling import pairs
+
+    found: dict[str, float] = {}
+    try:
+        for name, share in pairs(
+            text, "--corpus_share", "CORPUS:SHARE with a share above 0, as in ravdess:0.4,mine:0.6"
+        ):
+            if name in found:
+                raise SerError(f"--corpus_share: corpus {name!r} is given twice; give it once")
+            found[name] = share
+    except SerError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return found
+
+
 def add_teacher_options(parser: Parser) -> None:
-    """Trained models to learn from."""
-    group = parser.add_argument_group("teachers")
+    """Trained models to begin with or to learn from."""
+    group = parser.add_argument_group("earlier models")
+    group.add_argument(
+        "--init",
+        type=Path,
+        metavar="BUNDLE",
+        help="start from the weights of this model of `ser train` (same or other classes) instead of random ones",
+    )
     group.add_argument(
         "--teachers",
         type=Path,
@@ -150,6 +207,9 @@ def add_loop_options(parser: Parser) -> None:
     """Epochs, optimiser, seed."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=50, help="at most so many (default 50)")
+    group.add_argument(
+        "--draws", type=int, default=0, help="recordings drawn an epoch (default 0: as many as there are)"
+    )
     group.add_argument("--batch_size", type=int, default=64, help="of all workers together (default 64)")
     group.add_argument("--lr", type=float, default=1e-4, help="highest learning rate (default 1e-4)")
     group.add_argument("--weight_decay", type=float, default=1e-5, help="of AdamW (default 1e-5)")
@@ -241,6 +301,9 @@ def fit_config(
         focal_gamma=arguments.focal_gamma,
         class_weights=_loss_weights(arguments.class_weights, labels, train),
         oversample_boost=parse_class_values(arguments.oversample_boost, labels),
+        corpus_share=arguments.corpus_share,
+        draws=arguments.draws,
+        mask_missing_classes=arguments.mask_missing_classes,
         ema=arguments.ema,
         augment=augmentations(arguments),
         mixup_alpha=arguments.mixup_alpha,

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +34,52 @@ class ShardError(SerError):
     """A feature folder that is missing, incomplete, damaged, or of another configuration."""
 
 
+class Stacked:
+    """Arrays of several folders read as one: rows are taken from where they lie, nothing is copied before.
+
+    Raises:
+        ShardError: rows of different shapes.
+    """
+
+    def __init__(self, arrays: Sequence[NDArray[np.float32]]) -> None:
+        shapes = {array.shape[1:] for array in arrays}
+        if len(shapes) > 1:
+            raise ShardError(
+                f"the feature folders hold rows of different shapes ({', '.join(map(str, sorted(shapes)))}); extract "
+                "all with the same --mel_power_s"
+            )
+        self.arrays = tuple(arrays)
+        self.starts = np.cumsum([0, *map(len, arrays)])
+        self.shape: tuple[int, ...] = (int(self.starts[-1]), *shapes.pop())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """A row, or the rows of a slice or of an array of row numbers, as an array of their own."""
+        wanted = np.arange(len(self))[index]
+        rows = np.atleast_1d(wanted)
+        found = np.empty((len(rows), *self.shape[1:]), np.float32)
+        folder = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(folder):
+            here = folder == number
+            found[here] = self.arrays[number][rows[here] - self.starts[number]]
+        return found if wanted.ndim else found[0]
+
+
 @dataclass(frozen=True)
 class FeatureArrays:
     """Readable recordings of a feature folder, in ``row_id`` order.
 
     ``features`` is float32 ``(n, *config.input_shape)``; ``mel_power`` is float32 ``(n, n_mels, max_frames)`` power of
-    the whole recording, zero beyond ``n_frames[i]`` frames, or None when it was not extracted.
+    the whole recording, zero beyond ``n_frames[i]`` frames, or None when it was not extracted. Of several folders both
+    are ``Stacked``, which reads rows alike.
     """
 
     config: FeatureConfig
     table: pd.DataFrame
-    features: NDArray[np.float32]
-    mel_power: NDArray[np.float32] | None
+    features: NDArray[np.float32] | Stacked
+    mel_power: NDArray[np.float32] | Stacked | None
     n_frames: NDArray[np.int64]
 
     def crops(self, row: int, crops: int) -> NDArray[np.float32]:
@@ -63,7 +98,7 @@ class FeatureArrays:
         if self.mel_power is None:
             raise ShardError(NO_CROPS)
         starts = [int((room + 1) * (index + 0.5) / crops) for index in range(crops)]
-        power = self.mel_power[row]
+        power = np.asarray(self.mel_power[row])
         return np.stack([normalise_power(power[:, start : start + frames], self.config) for start in starts])
 
 
@@ -92,15 +127,20 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def load_features(folder: str | os.PathLike[str], config: FeatureConfig | None = None) -> FeatureArrays:
-    """Open a feature folder.
+def load_features(
+    folder: str | os.PathLike[str] | Sequence[Path], config: FeatureConfig | None = None
+) -> FeatureArrays:
+    """Open a feature folder, or several as one: their recordings follow each other, ids begin with the folder's number.
 
     Args:
-        config: what the features must be; None accepts what the folder holds.
+        config: what the features must be; None accepts what the (first) folder holds.
 
     Raises:
-        ShardError: as ``read_shard_manifest``; another FeatureConfig; no readable recording.
+        ShardError: as ``read_shard_manifest``; another FeatureConfig; no readable recording; folders that do not fit
+            together.
     """
+    if not isinstance(folder, str | os.PathLike):
+        return _load_several(folder, config)
     folder = Path(folder)
     manifest = read_shard_manifest(folder)
     found = FeatureConfig.from_dict(manifest["features"])
@@ -121,6 +161,32 @@ def load_features(folder: str | os.PathLike[str], config: FeatureConfig | None =
             f"{cache} is damaged ({_reason(error)}); remove it: it is made anew from the shards"
         ) from error
     return FeatureArrays(found, table, features, power, table["n_frames"].to_numpy(np.int64))
+
+
+def _load_several(folders: Sequence[Path], config: FeatureConfig | None) -> FeatureArrays:
+    if len(folders) == 1:
+        return load_features(folders[0], config)
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise ShardError(f"a feature folder is given twice: {', '.join(map(str, folders))}")
+    found = [load_features(folders[0], config)]
+    found += [load_features(folder, found[0].config) for folder in folders[1:]]
+    tables = [
+        _numbered(arrays.table, n, folder.name) for n, (arrays, folder) in enumerate(zip(found, folders, strict=True))
+    ]
+    powers = [arrays.mel_power for arrays in found if arrays.mel_power is not None]
+    return FeatureArrays(
+        found[0].config,
+        pd.concat(tables, ignore_index=True),
+        Stacked([np.asarray(arrays.features) for arrays in found]),
+        Stacked([np.asarray(power) for power in powers]) if len(powers) == len(found) else None,
+        np.concatenate([arrays.n_frames for arrays in found]),
+    )
+
+
+def _numbered(table: pd.DataFrame, number: int, folder: str) -> pd.DataFrame:
+    """The table of a folder among several: ids that none of the others has, and the folder's name as a corpus's."""
+    ids = {name: table[name].map(lambda value: value and f"{number}:{value}") for name in ("row_id", "parent_id")}
+    return table.assign(**ids) if "corpus" in table.columns else table.assign(**ids, corpus=folder)
 
 
 def _build_cache(folder: Path, manifest: dict[str, Any], config: FeatureConfig, cache: Path) -> None:

@@ -3,10 +3,11 @@
 What needs more than the stored window works on the mel power of the whole recording: `crop` (another window),
 `stretch` (time-stretch by interpolating frames), `shift` (whole mel bands), `warp` (all frequencies times a factor:
 vocal tract length perturbation, Jaitly & Hinton 2013), `gain` (spectral tilt; a plain gain is normalised away), `noise`
-(white noise added in power), `band` (band-limiting). On finished features: `masks` (SpecAugment, Park et al. 2019, two
-per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made at extraction. An example that draws
-no change is the stored feature, bit for bit. Limits: a cropped window has its frames on the recording's grid and hears
-across its edges, which the stored middle window does not.
+(white noise added in power), `band` (what a lower sampling rate, a telephone or a lossy format leaves). On finished
+features: `masks` (SpecAugment, Park et al. 2019, two per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a
+pitch-shifted copy made at extraction. An example that draws no change is the stored feature, bit for bit. Limits: a
+cropped window has its frames on the recording's grid and hears across its edges, which the stored middle window does
+not.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _STRENGTHS = {
     "warp": ("max_warp", 0.5),
     "gain": ("max_tilt_db", 30.0),
     "noise": ("min_snr_db", 40.0),
+    "band": ("band_p", 1.0),
 }
 
 
@@ -57,7 +59,6 @@ class AugmentConfig:
     min_snr_db: float = 10.0
     max_snr_db: float = 40.0
     band_p: float = 0.2
-    band_cut_db: float = 60.0
     pitch_p: float = 0.5
     freq_mask_bands: int = 8
     time_mask_frames: int = 24
@@ -65,7 +66,7 @@ class AugmentConfig:
 
     @classmethod
     def of(cls, entries: Sequence[str], *, mixup_alpha: float = 0.2) -> AugmentConfig:
-        """From names, of which stretch, warp, gain and noise may have a strength: ``warp:0.2``, ``gain:9`` (dB).
+        """From names, of which some may have a strength: ``warp:0.2``, ``gain:9`` (dB), ``band:0.5`` (how often).
 
         Raises:
             SerError: an unknown name, a strength that is no number or out of range.
@@ -260,16 +261,14 @@ class Augmenter:
         return power
 
     def _band_limit(self, power: Tensor, u: Tensor) -> Tensor:
-        """Cut below a drawn band of the lowest eighth and above one of the upper half."""
+        """Remove what lies outside a drawn band; of a filter that the edge goes through, the part outside."""
         happens = self._happens("band", u, Column.BAND)
         if not happens.any():
             return power
-        n_mels = power.shape[1]
-        low = u[:, Column.LOW, None] * n_mels / 8
-        high = n_mels * (1 - u[:, Column.HIGH, None] / 2)
-        band = torch.arange(n_mels)
-        outside = happens[:, None] & ((band < low.floor()) | (band >= high.ceil()))
-        return torch.where(outside[:, :, None], power * 10 ** (-self.config.band_cut_db / 10), power)
+        low_hz, high_hz = band_edges_hz(u[:, Column.LOW], u[:, Column.HIGH])
+        corners_hz = torch.tensor(mel_edges_hz(self.features), dtype=torch.float32)
+        kept = _area_below(high_hz, corners_hz) - _area_below(low_hz, corners_hz)
+        return power * torch.where(happens[:, None], kept.clamp_min(0), 1.0)[:, :, None]
 
     def mask(self, features: Tensor, u: Tensor) -> Tensor:
         """SpecAugment: two masks an axis set to 0, the mean, in (B, 1, n_mels, frames) or (B, frames, n_dims)."""
@@ -292,6 +291,28 @@ class Augmenter:
         start = (u[:, Column.MASKS + 2 * number + 1, None] * (size - width + 1)).floor()
         index = torch.arange(size)
         return (index >= start) & (index < start + width)
+
+
+def band_edges_hz(kind: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper edge of the band that a recording's way leaves, (B,) each, from two draws in [0, 1).
+
+    Half are 16 kHz files (edge at 8 kHz, up to 8 % lower where the resampler's filter falls), 15 % telephone (from 200
+    to 400 Hz up to 3.4 to 4 kHz, around ITU-T G.712), 15 % files of 11.025 kHz, 20 % files of 22.05 to 32 kHz and MP3
+    (11 to 16 kHz).
+    """
+    wide = torch.where(kind < 0.8, 5512.5 * (1 - 0.08 * place), 11000 + 5000 * place)
+    narrow = torch.where(kind < 0.5, 8000 * (1 - 0.08 * place), 3400 + 600 * place)
+    low = torch.where((kind >= 0.5) & (kind < 0.65), 200 + 200 * (1 - place), 0.0)
+    return low, torch.where(kind < 0.65, narrow, wide)
+
+
+def _area_below(cut_hz: Tensor, corners_hz: Tensor) -> Tensor:
+    """Share of each triangular filter's area below a frequency: (B,) and corners (n_mels + 2,) -> (B, n_mels)."""
+    left, centre, right = corners_hz[:-2], corners_hz[1:-1], corners_hz[2:]
+    cut = cut_hz[:, None]
+    rising = ((cut - left).clamp_min(0) / (centre - left)).clamp_max(1) ** 2 * (centre - left)
+    falling = (1 - ((right - cut).clamp_min(0) / (right - centre)).clamp_max(1) ** 2) * (right - centre)
+    return (rising + falling) / (right - left)
 
 
 def normalise_batch(power: Tensor, config: FeatureConfig) -> Tensor:

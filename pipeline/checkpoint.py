@@ -47,6 +47,7 @@ class Bundle:
     temperature: float
     crops: int
     weights_sha256: str
+    corpora: Mapping[str, Sequence[str]] = field(default_factory=dict)  # trained on -> the classes that each has
     created_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -155,6 +156,7 @@ def _parse(folder: Path, config: Mapping[str, Any]) -> tuple[Bundle, dict[str, s
             temperature=float(config["temperature"]),
             crops=int(config["crops"]),
             weights_sha256=files[f"{name}.pt"],
+            corpora={str(name): tuple(classes) for name, classes in config.get("corpora", {}).items()},
             created_by=dict(config.get("created_by", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, FeatureError, LabelError) as error:
@@ -180,6 +182,7 @@ def save_bundle(
     card: str | None = None,
     temperature: float = 1.0,
     crops: int = 1,
+    corpora: Mapping[str, Sequence[str]] | None = None,
     created_by: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Write a bundle into ``folder`` (made when missing); ``config.json`` last, so that its presence means complete.
@@ -213,6 +216,7 @@ def save_bundle(
             "features_fingerprint": features.fingerprint(),
             "temperature": temperature,
             "crops": crops,
+            "corpora": {name: list(classes) for name, classes in (corpora or {}).items()},
             "files": digests,
             "created_by": dict(created_by or {}),
         }

@@ -27,7 +27,7 @@ from pipeline.fit_config import FitConfig
 from pipeline.losses import ClassificationLoss
 from pipeline.measures import scores, tally
 from pipeline.memory import keep_freed_memory
-from pipeline.sampling import WeightedSampler
+from pipeline.sampling import WeightedSampler, shares_of
 from pipeline.schedules import learning_rates
 from pipeline.teachers import Teachers
 from pipeline.workers import Workers
@@ -107,14 +107,18 @@ def batches_of(data: TrainingData, config: FitConfig) -> Batches:
     Raises:
         SerError: settings that do not fit the data.
     """
+    rows = data.train_rows
     sampler = WeightedSampler.balanced(
-        data.classes[data.train_rows],
+        data.classes[rows],
         data.n_classes,
         batch_size=config.batch_size,
         seed=config.seed,
         boosts=config.oversample_boost,
+        corpora=None if data.corpus_of is None else data.corpus_of[rows],
+        shares=shares_of(config.corpus_share, data.corpora),
+        n_draws=config.draws,
     )
-    return Batches(data, sampler, config.augmentation())
+    return Batches(data, sampler, config.augmentation(), mask_missing=config.mask_missing_classes)
 
 
 class Run:
@@ -191,14 +195,15 @@ class Run:
         self.trained.train()
         total = torch.zeros((), device=self.device)
         batches = self.batches.epoch(number, self.workers.rank, self.workers.world)
-        for step, (features, targets) in enumerate(batches, start=1):
+        for step, (features, targets, allowed) in enumerate(batches, start=1):
             self.optimizer.zero_grad(set_to_none=True)
             inputs = features.to(self.device)
+            classes = None if allowed is None else allowed.to(self.device)
             with self._autocast():
                 logits = self.trained(inputs).float()
-                loss = self.loss(logits, targets.to(self.device))
+                loss = self.loss(logits, targets.to(self.device), classes)
                 if self.teachers is not None:
-                    loss = self.teachers.loss(inputs, logits, loss)
+                    loss = self.teachers.loss(inputs, logits, loss, classes)
             loss.backward()
             if self.config.clip_norm:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -241,6 +246,9 @@ class Run:
         rows = self.data.valid_rows
         mine = self.logits(module, rows[self.workers.rank :: self.workers.world])
         logits = self.workers.gather_rows(mine, len(rows), self.device)
+        allowed = self.data.allowed(rows) if self.config.mask_missing_classes else None
+        if allowed is not None:  # as in training: of the classes that the clip's corpus has
+            logits = logits.masked_fill(~allowed, -torch.inf)
         classes = self.data.classes[rows]
         found = scores(tally(classes, logits.argmax(dim=1).numpy(), self.data.n_classes))
         return {

@@ -35,6 +35,9 @@ class FitConfig:
     focal_gamma: float = 2.0
     class_weights: tuple[float, ...] | None = None
     oversample_boost: dict[int, float] = field(default_factory=dict)
+    corpus_share: dict[str, float] = field(default_factory=dict)  # of the draws; empty: by the root of their size
+    draws: int = 0  # of an epoch; 0 = as many as there are recordings
+    mask_missing_classes: bool = True  # a class that a corpus lacks is not in the softmax of its clips
     ema: float = 0.0  # decay an update; 0 = no average
     augment: tuple[str, ...] = ()  # names, with or without a strength, as warp:0.2
     mixup_alpha: float = 0.2
@@ -49,8 +52,10 @@ class FitConfig:
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise SerError(f"{name} must be a finite number, got {value}")
-        if self.epochs < 1 or self.batch_size < 1 or self.patience < 0 or self.threads < 0 or self.seed < 0:
-            raise SerError("epochs and batch size must be at least 1, patience, threads and seed at least 0")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise SerError("epochs and batch size must be at least 1")
+        if min(self.patience, self.threads, self.seed, self.draws) < 0:
+            raise SerError("patience, threads, seed and draws must be at least 0")
         if not self.lr > 0 or self.weight_decay < 0 or self.clip_norm < 0 or self.warmup_epochs < 0:
             raise SerError("the learning rate must be above 0; weight decay, clip norm and warm-up at least 0")
         if self.seed >= 2**64:

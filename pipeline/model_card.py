@@ -135,6 +135,7 @@ def _recipe(training: Mapping[str, Any]) -> list[str]:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in settings.items() if value not in (None, {}, ())),
         "",
+        *_start(training),
         *_teachers(training),
     ]
 
@@ -153,6 +154,13 @@ def _told(model: Mapping[str, Any]) -> str:
     settings = model.get("settings") or {}
     told = "".join(f", {name} {settings[name]}" for name in ("epochs", "seed") if name in settings)
     return f"- weights {model['model_sha256'][:12]}, trained on {model['trained_on'] or 'unknown data'}{told}"
+
+
+def _start(training: Mapping[str, Any]) -> list[str]:
+    if "init" not in training:
+        return []
+    told = "It began with the weights of an earlier model of this project, which was itself trained from scratch:"
+    return [told, "", _told(training["init"]), ""]
 
 
 def _teachers(training: Mapping[str, Any]) -> list[str]:

@@ -25,13 +25,14 @@ class Plan:
     """What a run trains, on what, and where it is kept."""
 
     out: Path
-    features: Path
+    features: tuple[Path, ...]  # folders of extracted features, read as one
     labels: tuple[str, ...]
     model_name: str
     model_options: Mapping[str, Any]
     fit: FitConfig
     teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.teachers`)
     distill: float = DISTILL  # their share of the loss
+    init: Path | None = None  # bundle whose weights the training starts from
     crops: int = 1  # windows a recording that are heard of those reported on
     split: Mapping[str, Any] = field(default_factory=dict)  # the options that its parts were drawn with
 
@@ -44,12 +45,13 @@ class Plan:
         """Plain values, for JSON."""
         return {
             "version": PLAN_VERSION,
-            "features": str(self.features.absolute()),
+            "features": [str(folder.absolute()) for folder in self.features],
             "labels": list(self.labels),
             "model": {"name": self.model_name, "options": dict(self.model_options)},
             "fit": self.fit.to_dict(),
             "teachers": [str(path.absolute()) for path in self.teachers],
             "distill": self.distill,
+            "init": None if self.init is None else str(self.init.absolute()),
             "crops": self.crops,
             "split": dict(self.split),
         }
@@ -65,13 +67,14 @@ class Plan:
             raise SerError(f"{out} holds a run of version {values.get('version')}, expected {PLAN_VERSION}; start anew")
         return cls(
             out=out,
-            features=Path(values["features"]),
+            features=tuple(map(Path, [features] if isinstance(features := values["features"], str) else features)),
             labels=tuple(values["labels"]),
             model_name=values["model"]["name"],
             model_options=values["model"]["options"],
             fit=FitConfig.from_dict(values["fit"]),
             teachers=tuple(Path(path) for path in values.get("teachers", ())),
             distill=values.get("distill", DISTILL),
+            init=None if values.get("init") is None else Path(values["init"]),
             crops=values.get("crops", 1),
             split=values.get("split", {}),
         )
@@ -83,7 +86,7 @@ class Plan:
             SerError: names what differs.
         """
         ours, theirs = self.to_dict(), started.to_dict()
-        for name in ("labels", "model", "teachers", "distill", "crops", "split"):
+        for name in ("labels", "model", "teachers", "distill", "init", "crops", "split"):
             if ours[name] != theirs[name] and theirs[name] != {}:  # begun before this was kept
                 raise SerError(
                     f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same"

@@ -151,7 +151,7 @@ def _run(
 
     start_ray(side.folds * side.cpus)
     first = next(iter(todo.values()))
-    check_nodes(first.out, [first.features / MANIFEST, *first.teachers])
+    check_nodes(first.out, [*(folder / MANIFEST for folder in first.features), *first.teachers])
     task = ray.remote(_train_fold).options(num_cpus=side.cpus, num_gpus=side.gpus, max_retries=max_failures)
     device = "cuda" if side.gpus else "cpu"
     seen = {name: len(read_history(plan.out)) for name, plan in todo.items()}

@@ -17,6 +17,7 @@ from pipeline.arrays import load_features
 from pipeline.checkpoint import Bundle, load_bundle, save_bundle
 from pipeline.fit import StateDict, weights_of
 from pipeline.history import plot_curves
+from pipeline.initial import about_start, earlier_training
 from pipeline.metrics import OVERALL
 from pipeline.model_card import model_card
 from pipeline.models import build_model
@@ -53,7 +54,12 @@ def write_results(plan: Plan, report_split: str) -> Results:
     else:
         name, report = bundle_name(plan.model_name), plan.out / "report"
         data = f"{plan.out / 'splits' / report_split}.csv"
-        meta = {"model": name, "data": data, "epoch": state["best_epoch"], "trained_on": str(plan.features)}
+        meta = {
+            "model": name,
+            "data": data,
+            "epoch": state["best_epoch"],
+            "trained_on": ", ".join(map(str, plan.features)),
+        }
         evaluation = write_report(predict(plan, weights_of(state), part), plan.labels, report, meta=meta)
         bundle = _save(plan, plan.out, state, {report_split: headline(evaluation) | {"n": len(part)}})
         results = Results(bundle, state["best_epoch"], terminal_summary(evaluation), report / "report.html")
@@ -74,7 +80,10 @@ def bundle_name(model_name: str) -> str:
 
 def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[str, dict[str, Any]]) -> Bundle:
     splits, features = read_splits(plan.out), load_features(plan.features).config
-    name, training = bundle_name(plan.model_name), _training(plan, state, len(splits["train"]))
+    name, training = bundle_name(plan.model_name), _training(plan, state, splits["train"])
+    table = training_table(splits)
+    if plan.init is not None:
+        table = pd.concat([table, earlier_training(plan.init, table)], ignore_index=True)
     figures = {part: found | {"trained_on": training["trained_on"]} for part, found in figures.items()}
     return save_bundle(
         folder,
@@ -86,24 +95,43 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
         crops=plan.crops,
         features=features,
         metrics={"training": training, **figures},
-        training=training_table(splits),
+        training=table,
+        corpora={name: about["classes"] for name, about in training["corpora"].items()},
         card=model_card(name, plan.labels, features, training, figures, pd.concat(splits.values())),
     )
 
 
-def _training(plan: Plan, state: Mapping[str, Any], clips: int) -> dict[str, Any]:
-    """The `training` block of metrics.json."""
+def _training(plan: Plan, state: Mapping[str, Any], train: pd.DataFrame) -> dict[str, Any]:
+    """The `training` block of metrics.json; `train` are the manifest rows that were learnt from."""
     return {
         "model": plan.model_name,
         "epochs": len(state["history"]),
         "best_epoch": state["best_epoch"],
         "seconds": round(sum(record["seconds"] for record in state["history"]), 1),
-        "trained_on": f"{clips} clips (splits/train.csv)",
+        "trained_on": f"{len(train)} clips (splits/train.csv)",
+        "corpora": _corpora(plan, train),
         "split_seed": SPLIT_SEED,
         "settings": state["config"],
         **_teachers(plan),
+        **about_start(plan.init),
         "torch": torch.__version__,
         "machine": platform.machine(),
+    }
+
+
+def _corpora(plan: Plan, train: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Of each corpus that was learnt from: recordings, speakers, and the classes that it has (in any part)."""
+    table = load_features(plan.features).table
+    if "corpus" not in table.columns:
+        return {}
+    learnt = train["corpus"].fillna("").astype(str) if "corpus" in train.columns else pd.Series("", index=train.index)
+    return {
+        name: {
+            "recordings": len(rows),
+            "speakers": int(rows["speaker"].nunique()) if "speaker" in rows.columns else 0,
+            "classes": sorted(set(table.loc[table["corpus"].fillna("").astype(str) == name, "label"])),
+        }
+        for name, rows in train.groupby(learnt)
     }
 
 

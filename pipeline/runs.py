@@ -25,6 +25,7 @@ from pipeline.checkpoint import write_json
 from pipeline.errors import SerError
 from pipeline.fit import BatchCallback, EpochCallback, FitResult, Record, Run, batches_of, fit
 from pipeline.history import EventLog, write_history
+from pipeline.initial import start_from
 from pipeline.locks import try_lock
 from pipeline.models import build_model
 from pipeline.plan import Plan, read_plan
@@ -66,13 +67,13 @@ def check_resumes(plan: Plan) -> None:
     begun = json.loads((plan.out / "plan.json").read_text(encoding="utf-8")).get(_FINGERPRINT)
     if begun not in (None, _fingerprint(plan.features)):  # None: begun before this was kept
         raise SerError(
-            f"the run was started with features of other settings than those in {plan.features}; "
+            f"the run was started with features of other settings than those in {plan.features[0]}; "
             "give the features the run began with"
         )
 
 
-def _fingerprint(features: Path) -> str:
-    return str(read_shard_manifest(features)["fingerprint"])
+def _fingerprint(features: Sequence[Path]) -> str:
+    return str(read_shard_manifest(features[0])["fingerprint"])  # load_features refuses folders of which one differs
 
 
 def refuse_begun(out: Path) -> None:
@@ -110,12 +111,13 @@ def training_data(plan: Plan) -> TrainingData:
     return from_arrays(arrays, classes, len(plan.labels), rows["train"], rows["inner_val"])
 
 
-def rows_of(table: pd.DataFrame, part: pd.DataFrame, folder: Path) -> np.ndarray:
+def rows_of(table: pd.DataFrame, part: pd.DataFrame, folders: Sequence[Path]) -> np.ndarray:
     """Positions in `table` of the recordings of a split, by `row_id`.
 
     Raises:
         SerError: the table lacks one of them, or has another file or another label there.
     """
+    folder = ", ".join(map(str, folders))
     position = {str(row_id): i for i, row_id in enumerate(table["row_id"])}
     try:
         rows = np.array([position[str(row_id)] for row_id in part["row_id"]], dtype=np.int64)
@@ -170,6 +172,8 @@ def check(plan: Plan, num_workers: int = 1) -> None:
     if examples == 1:
         _check_single(model, data.config.input_shape)
     load_teachers(plan.teachers, plan.distill, plan.labels, data.config)
+    if plan.init is not None:
+        start_from(plan.init, model, plan.model_name, plan.labels, data.config)
     if plan.checkpoint.is_file():
         load_checkpoint(plan.checkpoint)
 
@@ -206,6 +210,8 @@ def train_here(
         data = training_data(plan)
         torch.manual_seed(plan.fit.seed)
         model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+        if plan.init is not None:
+            start_from(plan.init, model, plan.model_name, plan.labels, data.config)
         teachers = load_teachers(plan.teachers, plan.distill, plan.labels, data.config, device)
         state = load_checkpoint(plan.checkpoint) if plan.checkpoint.is_file() else None
         done = state["history"] if state else []

@@ -1,4 +1,4 @@
-"""Class balance: inverse-frequency weights, boosts, and a weighted sampler shared by any number of workers.
+"""Balance of classes and corpora: inverse-frequency weights, boosts, and a weighted sampler for any number of workers.
 
 Each epoch is one global stream of draws with replacement (`torch.multinomial`, as in
 `torch.utils.data.WeightedRandomSampler`), a function of (seed, epoch) alone. A global batch is a run of `batch_size`
@@ -8,7 +8,7 @@ divide the batch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ def parse_class_values(
         SerError: not that form, an unknown class, a class given twice, or a value that is not a positive number.
     """
     values: dict[int, float] = {}
-    for name, number in _pairs(given, option) if isinstance(given, str) else given.items():
+    for name, number in pairs(given, option) if isinstance(given, str) else given.items():
         index = labels.index(name)
         if index in values:
             raise SerError(f"{option}: class {labels.names[index]!r} is given twice; give it once")
@@ -37,7 +37,14 @@ def parse_class_values(
     return values
 
 
-def _pairs(text: str, option: str) -> Iterator[tuple[str, float]]:
+def pairs(
+    text: str, option: str, expected: str = "CLASS:FACTOR with a factor above 0, as in 1:2.0,sad:1.5"
+) -> Iterator[tuple[str, float]]:
+    """The parts of ``name:number,...``.
+
+    Raises:
+        SerError: a part of another form, or a number that is not above 0 and finite; says what is ``expected``.
+    """
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, separator, value = item.rpartition(":")
         try:
@@ -45,7 +52,7 @@ def _pairs(text: str, option: str) -> Iterator[tuple[str, float]]:
         except ValueError:
             number = float("nan")
         if not (0 < number < float("inf")):
-            raise SerError(f"{option}: got {item!r}, expected CLASS:FACTOR with a factor above 0, as in 1:2.0,sad:1.5")
+            raise SerError(f"{option}: got {item!r}, expected {expected}")
         yield name.strip(), number
 
 
@@ -58,19 +65,40 @@ def class_weights(classes: np.ndarray, n_classes: int) -> np.ndarray:
     return weights
 
 
+def shares_of(given: Mapping[str, float], corpora: Sequence[str]) -> np.ndarray | None:
+    """The share of the draws of each of `corpora` (K,); None when none are given.
+
+    Raises:
+        SerError: a share for a corpus that is not there, or a corpus without one.
+    """
+    if not given:
+        return None
+    for name in given:
+        if name not in corpora:
+            raise SerError(f"--corpus_share: no corpus {name!r} in the recordings; there are {', '.join(corpora)}")
+    for name in corpora:
+        if name not in given:
+            raise SerError(f"--corpus_share gives {name or 'the recordings without a corpus'} none; name every corpus")
+    shares = np.array([given[name] for name in corpora])
+    found: np.ndarray = shares / shares.sum()
+    return found
+
+
 @dataclass(frozen=True)
 class WeightedSampler:
     """Weighted draws with replacement, the same whatever the number of workers.
 
     Args:
         weights: (n,) unnormalised draw probability of each clip.
-        batch_size: of all workers together. Every batch is full: an epoch draws n, rounded up to whole batches.
+        batch_size: of all workers together. Every batch is full: an epoch's draws are rounded up to whole batches.
         seed: together with the epoch it decides every draw.
+        n_draws: of an epoch; 0: as many as there are clips.
     """
 
     weights: np.ndarray
     batch_size: int
     seed: int = 0
+    n_draws: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or len(self.weights) == 0:
@@ -89,16 +117,35 @@ class WeightedSampler:
         batch_size: int,
         seed: int = 0,
         boosts: dict[int, float] | None = None,
+        corpora: np.ndarray | None = None,
+        shares: np.ndarray | None = None,
+        n_draws: int = 0,
     ) -> WeightedSampler:
-        """Every class equally often, then each class times its boost. `classes` (n,) int: the class of each clip."""
-        weights = class_weights(classes, n_classes)
+        """Every class of a corpus equally often, then each class times its boost.
+
+        Args:
+            classes: (n,) int, the class of each clip.
+            corpora: (n,) int, the corpus of each clip; None: one for all.
+            shares: (K,) of the draws that each corpus gets (before boosts); by default in proportion to the square
+                root of its number of clips.
+        """
+        weights = np.zeros(len(classes))
+        corpora = np.zeros(len(classes), np.int64) if corpora is None else corpora
+        present = np.unique(corpora)
+        for corpus in present:
+            of_it = corpora == corpus
+            weights[of_it] = class_weights(classes[of_it], n_classes)[classes[of_it]]
+            if len(present) > 1:
+                share = np.sqrt(of_it.sum()) if shares is None else shares[corpus]
+                weights[of_it] *= share / of_it.sum()  # class_weights have mean 1 over the clips
+        factors = np.ones(n_classes)
         for index, factor in (boosts or {}).items():
-            weights[index] *= factor
-        return cls(weights[classes], batch_size, seed)
+            factors[index] = factor
+        return cls(weights * factors[classes], batch_size, seed, n_draws)
 
     def __len__(self) -> int:
         """Number of global batches in an epoch."""
-        return -(-len(self.weights) // self.batch_size)
+        return -(-(self.n_draws or len(self.weights)) // self.batch_size)
 
     def draws(self, epoch: int) -> np.ndarray:
         """All draws of an epoch, in order: (len(self) * batch_size,) int64 indices of clips."""

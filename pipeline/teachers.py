@@ -3,7 +3,8 @@
 Knowledge distillation (Hinton, Vinyals & Dean 2015) with teacher and student seeing the same view of an example,
 mixtures and masks included (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent").
 With share d and the teachers' mean probabilities q of an example, its loss is (1 - d) times that against the labels
-plus d times the cross-entropy -sum_c q_c log p_c.
+plus d times the cross-entropy -sum_c q_c log p_c. Where a clip's corpus lacks classes, p and q are renormalised over
+those it has.
 Limits: the teachers hear the features that the student is trained on, and know its classes in its order.
 """
 
@@ -21,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
+from pipeline.losses import log_probabilities
 from pipeline.models import ConvBlock
 from pipeline.splits import HASH_COLUMN, leaked
 
@@ -43,31 +45,38 @@ class Teachers:
         """Mean probabilities (B, C) for a batch of features (B, *input_shape)."""
         return torch.stack([model(features).float().softmax(dim=1) for model in self.models]).mean(dim=0)
 
-    def loss(self, features: Tensor, logits: Tensor, by_labels: Tensor) -> Tensor:
-        """The student's loss, a scalar: `logits` (B, C) are its answers, `by_labels` its loss against the labels."""
-        apart = -(self.answers(features) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    def loss(self, features: Tensor, logits: Tensor, by_labels: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """The student's loss, a scalar: `logits` (B, C) are its answers, `by_labels` its loss against the labels.
+
+        `allowed` (B, C) bool: the classes that each clip's corpus has; all where it is None.
+        """
+        taught = self.answers(features)
+        if allowed is not None:
+            taught = taught * allowed
+            taught = taught / taught.sum(dim=1, keepdim=True)
+        apart = -(taught * log_probabilities(logits, allowed)).sum(dim=1).mean()
         return (1 - self.share) * by_labels + self.share * apart
 
 
-def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame]) -> None:
-    """Refuse teachers that were trained on what the student is chosen or tested by.
+def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame], what: str = "the teacher") -> None:
+    """Refuse earlier models that were trained on what the new one is chosen or tested by.
 
-    A teacher of the same split, whose epoch the same ``inner_val`` part chose, has not learnt from that part.
+    A model of the same split, whose epoch the same ``inner_val`` part chose, has not learnt from that part.
 
     Raises:
-        SerError: names the teacher, the part and how many recordings of it the teacher knows.
+        SerError: names the model (``what`` it is to the new one), the part and how many recordings of it are known.
     """
     for path in paths:
         training = load_bundle(path).training
         if training.empty:
-            raise SerError(f"the teacher {path} does not list the recordings it was trained on; train it again")
+            raise SerError(f"{what} {path} does not list the recordings it was trained on; train it again")
         learnt = training[training["split"] != "inner_val"] if "split" in training.columns else training
         for part, used in (("inner_val", learnt), ("test", training)):
             known = int(leaked(splits[part], used).sum()) if HASH_COLUMN in splits[part] else 0
             if known:
                 raise SerError(
-                    f"the teacher {path} was trained on {known} recordings of the {part} part, which would flatter the "
-                    "student; train teachers on the same split"
+                    f"{what} {path} was trained on {known} recordings of the {part} part, which would flatter the "
+                    "new model; train both on the same split"
                 )
 
 

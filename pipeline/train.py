@@ -52,7 +52,7 @@ def train_on_ray(
         KeyboardInterrupt: Ctrl-C; the workers are gone, the checkpoint is that of the last finished epoch.
     """
     start_ray(lean=True)
-    check_nodes(plan.out, [plan.features / MANIFEST, *plan.teachers])
+    check_nodes(plan.out, [*(folder / MANIFEST for folder in plan.features), *plan.teachers])
     _check_gpus(num_workers if use_gpu else 0)
     shutil.rmtree(_storage(plan), ignore_errors=True)  # of a driver that was killed
     trainer = _trainer(plan, num_workers, use_gpu, max_failures)

@@ -6,13 +6,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soxr
 import torch
 from torch import Tensor
 from toy_data import CONFIG, FRAMES, mel_powers, middle
 
-from pipeline.augment import _N_COLUMNS, NAMES, POWER_NAMES, AugmentConfig, Augmenter, Column, Draws, normalise_batch
+from pipeline import mel
+from pipeline.augment import (
+    _N_COLUMNS,
+    NAMES,
+    POWER_NAMES,
+    AugmentConfig,
+    Augmenter,
+    Column,
+    Draws,
+    _area_below,
+    band_edges_hz,
+    normalise_batch,
+)
 from pipeline.errors import SerError
-from pipeline.features import FeatureConfig, mel_power, normalise_power
+from pipeline.features import FeatureConfig, mel_edges_hz, mel_power, normalise_power
 from pipeline.shard_parts import _pitch_shift
 
 N_OUT = CONFIG.n_frames
@@ -60,7 +73,8 @@ def test_changes_what_it_should_and_keeps_shape_and_finiteness(name: str, power:
     assert torch.isfinite(changed).all()
     torch.testing.assert_close(changed.mean(dim=(1, 2, 3)), torch.zeros(len(power)), atol=1e-5, rtol=0)
     np.testing.assert_allclose(plain.numpy(), np.stack([middle(p) for p in power.numpy()]), atol=1e-5)
-    assert ((changed - plain).abs().amax(dim=(1, 2, 3)) > 0.1).float().mean() > 0.7  # a shift by 0 bands may be drawn
+    seen = 0.1 if name == "band" else 0.7  # of these 4 kHz a telephone alone cuts; a shift by 0 bands may be drawn
+    assert ((changed - plain).abs().amax(dim=(1, 2, 3)) > 0.1).float().mean() > seen
     assert augmenter(name, **NEVER).needs_power(u).any() == False  # noqa: E712
     assert augmenter(name).needs_power(u).all()
 
@@ -177,12 +191,46 @@ def test_noise_has_the_drawn_level(snr_db: float, power: Tensor) -> None:
     assert not torch.equal(noise[0], noise[1])
 
 
-def test_band_limiting_cuts_both_ends_and_nothing_between(power: Tensor) -> None:
-    plain = window(augmenter("band", **NEVER), power, draws(len(power)))
-    found = window(augmenter("band"), power, draws(len(power), LOW=0.99, HIGH=0.5))
-    loss_db = (10 * torch.log10(plain / found)).mean(dim=(0, 2))
-    assert loss_db[1:12].abs().max() < 1e-4  # of 16 bands: low edge floor(0.99 * 2) = 1, high edge 16 * 0.75 = 12
-    torch.testing.assert_close(loss_db[[0, 12, 13, 14, 15]], torch.full((5,), 60.0), atol=1e-3, rtol=0)
+@pytest.mark.parametrize("edge_hz", [4000.0, 8000.0, 12000.0])
+def test_the_kept_part_of_white_noise_is_what_a_filter_bank_of_fewer_bins_hears(edge_hz: float) -> None:
+    config = FeatureConfig()
+    bank = mel.filters(config.n_mels, config.top_hz, 2**15, config.sample_rate_hz).astype(np.float64)
+    below = np.fft.rfftfreq(2**15, 1 / config.sample_rate_hz) < edge_hz
+    expected = bank[:, below].sum(axis=1) / bank.sum(axis=1)
+    corners_hz = torch.tensor(mel_edges_hz(config), dtype=torch.float64)
+    found = _area_below(torch.tensor([edge_hz], dtype=torch.float64), corners_hz)[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_a_clip_through_16_khz_is_nearly_the_clip_band_limited_in_mel_power() -> None:
+    config, rng = FeatureConfig(), np.random.default_rng(0)
+    noise = rng.standard_normal(config.window_samples)
+    pulses = np.where(np.arange(config.window_samples) % 300 == 0, 1.0, 0.0)  # a voice of 160 Hz
+    samples = (0.02 * noise + np.convolve(pulses, np.exp(-np.arange(200) / 20), "same")).astype(np.float32)
+    narrow = soxr.resample(soxr.resample(samples, 48000, 16000), 16000, 48000)[: len(samples)].astype(np.float32)
+    power = torch.from_numpy(mel_power(samples, config))[None]
+    limited = Augmenter(AugmentConfig(("band",), band_p=1.0), config)
+    differences = []
+    for place in (0.0, 0.25, 0.5, 0.75, 0.99):
+        found = normalise_batch(limited._band_limit(power, draws(1, LOW=0.1, HIGH=place)), config)[0, 0].numpy()
+        differences.append(np.abs(found - normalise_power(mel_power(narrow, config), config)).mean())
+    assert np.mean(differences) <= 0.03
+    plain = normalise_power(power[0].numpy(), config)
+    assert np.abs(plain - normalise_power(mel_power(narrow, config), config)).mean() > 0.1  # it is a change
+
+
+def test_bands_are_those_of_files_people_have() -> None:
+    u = draws(20_000)
+    low_hz, high_hz = band_edges_hz(u[:, Column.LOW], u[:, Column.HIGH])
+    shares = {
+        "16 kHz": (high_hz > 7300) & (high_hz <= 8000),
+        "telephone": (high_hz >= 3400) & (high_hz <= 4000) & (low_hz >= 200) & (low_hz <= 400),
+        "11 kHz": (high_hz > 5000) & (high_hz <= 5512.5),
+        "wide": (high_hz >= 11000) & (high_hz <= 16000),
+    }
+    found = {name: float(mask.float().mean()) for name, mask in shares.items()}
+    assert found == pytest.approx({"16 kHz": 0.5, "telephone": 0.15, "11 kHz": 0.15, "wide": 0.2}, abs=0.02)
+    assert (low_hz[high_hz > 4000] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +312,7 @@ def test_a_strength_is_a_number_in_range(entry: str) -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    with pytest.raises(SerError, match="'crop:1': only stretch, warp, gain, noise take a strength"):
+    with pytest.raises(SerError, match="'crop:1': only stretch, warp, gain, noise, band take a strength"):
         AugmentConfig.of(["crop:1"])
     with pytest.raises(SerError, match="unknown augmentation 'echo'"):
         AugmentConfig(("crop", "echo"))

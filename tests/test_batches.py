@@ -10,14 +10,20 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
-from toy_data import mel_powers, middle, toy_data
+from toy_data import CONFIG, mel_powers, middle, toy_data
 
-from pipeline.augment import NAMES, POWER_NAMES, AugmentConfig
-from pipeline.batches import Batches, TrainingData, pitch_copies
+from pipeline.arrays import FeatureArrays
+from pipeline.augment import NAMES, POWER_NAMES, AugmentConfig, Draws
+from pipeline.batches import Batch, Batches, TrainingData, corpora_of, from_arrays, pitch_copies
 from pipeline.errors import SerError
 from pipeline.sampling import WeightedSampler
 
 BATCH = 8
+CORPORA = {  # of three classes
+    "corpora": ("all", "two"),
+    "corpus_of": np.arange(18) % 2,
+    "corpus_classes": np.array([[True, True, True], [True, False, True]]),
+}
 
 
 def with_copies() -> TrainingData:
@@ -43,9 +49,9 @@ def batches(data: TrainingData, *names: str, **settings: Any) -> Batches:
 
 def stream(found: Batches, epoch: int = 1, world: int = 1) -> tuple[Tensor, Tensor]:
     """All examples of an epoch in the order of the global stream, put together from the workers' parts."""
-    parts: list[Sequence[tuple[Tensor, Tensor]]] = [list(found.epoch(epoch, rank, world)) for rank in range(world)]
+    parts: list[Sequence[Batch]] = [list(found.epoch(epoch, rank, world)) for rank in range(world)]
     ordered = [part[i] for i in range(len(found)) for part in parts]
-    return torch.cat([features for features, _ in ordered]), torch.cat([targets for _, targets in ordered])
+    return torch.cat([batch[0] for batch in ordered]), torch.cat([batch[1] for batch in ordered])
 
 
 def test_without_augmentation_the_stored_features_are_read() -> None:
@@ -153,3 +159,28 @@ def test_missing_mel_power_is_refused(name: str) -> None:
 def test_missing_copies_are_refused() -> None:
     with pytest.raises(SerError, match="--pitch_semitones"):
         batches(toy_data(12), "pitch")
+
+
+def test_a_mixture_has_the_classes_of_both_corpora() -> None:
+    data = toy_data(18, 0, classes=np.where(np.arange(18) % 2, 2, np.arange(18) % 3), **CORPORA)
+    found = batches(data, "mixup", mixup_alpha=1.0)
+    rows = data.train_rows[found.sampler.draws(1)]
+    partner = Draws.of_epoch(len(rows), BATCH, 1.0, found.sampler.seed, 1).partner
+    both = data.corpus_classes[data.corpus_of[rows]] | data.corpus_classes[data.corpus_of[rows[partner]]]
+    told = [batch[2] for batch in found.epoch(1)]
+    np.testing.assert_array_equal(torch.cat(told).numpy(), both)
+    assert 0 < both[:, 1].sum() < len(both)
+    for _, targets, allowed in found.epoch(1):
+        assert not targets[~allowed].any()
+    assert {batch[2] for batch in Batches(data, found.sampler, AugmentConfig(), mask_missing=False).epoch(1)} == {None}
+    assert {batch[2] for batch in batches(toy_data(18, 0)).epoch(1)} == {None}
+
+
+def test_corpora_are_told_apart_and_have_the_classes_that_their_recordings_have() -> None:
+    table = pd.DataFrame({"corpus": ["b", "a", "b", None], "row_id": list("0123"), "parent_id": [""] * 4})
+    assert corpora_of(table)[0] == ("", "a", "b")
+    assert corpora_of(table)[1].tolist() == [2, 1, 2, 0]
+    assert corpora_of(table[["row_id"]])[0] == ("",)
+    arrays = FeatureArrays(CONFIG, table, toy_data(4, 0).features, None, np.ones(4, np.int64))
+    data = from_arrays(arrays, np.array([0, 1, 2, 2]), 3, np.array([0]), np.array([1]))
+    assert data.corpus_classes.tolist() == [[False, False, True], [False, True, False], [True, False, True]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_weighted_and_focal_losses_reach_the_training(monkeypatch: pytest.Monkey
     assert trained(epochs=1, class_weights=(1.0, 5.0, 1.0)).history[0]["train_loss"] != plain
     calls: list[int] = []
     forward = ClassificationLoss.forward
-    monkeypatch.setattr(ClassificationLoss, "forward", lambda s, x, y: calls.append(1) or forward(s, x, y))
+    monkeypatch.setattr(ClassificationLoss, "forward", lambda s, *given: calls.append(1) or forward(s, *given))
     trained(epochs=1)
     assert len(calls) == 3  # 24 clips in batches of 8
 
@@ -324,3 +325,24 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 def test_settings_survive_json() -> None:
     config = FitConfig(augment=("crop", "mixup"), class_weights=(1.0, 2.0), oversample_boost={3: 2.0})
     assert FitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_class_that_the_corpus_lacks_is_left_alone_by_training_and_validation() -> None:
+    """One corpus without class 1: its row of the last layer has no gradient, and no clip is taken for it."""
+    lacking = {"corpora": ("one",), "corpus_of": np.zeros(30, int), "corpus_classes": np.array([[True, False, True]])}
+    classes = np.where(np.arange(30) % 2, 2, 0)
+    data = toy_data(classes=classes, **lacking)
+    config = FitConfig(epochs=1, batch_size=8, weight_decay=0.0, threads=1, label_smoothing=0.1, augment=("mixup",))
+    run = Run(toy_model(), data, config)
+    head = run.model[-1]
+    with torch.no_grad():
+        head.bias[1] = 50.0  # it would win every clip
+    before = head.weight[1].clone()
+    record = run.epoch()
+    assert torch.equal(head.weight[1], before)
+    assert record["val_accuracy"] > 0
+    assert np.isfinite(record["val_loss"])
+    unmasked = Run(toy_model(), data, dataclasses.replace(config, mask_missing_classes=False))
+    with torch.no_grad():
+        unmasked.model[-1].bias[1] = 50.0
+    assert unmasked.epoch()["val_accuracy"] == 0

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from toy_data import LABELS, write_features
@@ -19,6 +21,7 @@ from jobs import train
 from jobs.extract import build_parser as extract_parser
 from jobs.train import build_parser, main
 from jobs.train_options import fit_config
+from pipeline.arrays import load_features
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.history import read_history
@@ -183,7 +186,7 @@ def test_pitch_copies_are_extracted_when_they_are_asked_for(
     plain = extracted(words, monkeypatch)
     assert plain["options"].pitch_semitones == ()
     assert plain["config"].kind == "log_mel"
-    assert plain["answer"] == (tmp_path / "features", 0)
+    assert plain["answer"] == ((tmp_path / "features",), 0)
     assert extracted([*words, "--augment", "crop, pitch"], monkeypatch)["options"].pitch_semitones == (-1.0, 1.0)
     assert extracted([*words, "--model", "cnn_bilstm"], monkeypatch)["config"].kind == "frame_features"
     assert extracted(words, monkeypatch, failed=3)["answer"][1] == 3
@@ -228,7 +231,7 @@ def test_options_reach_the_settings() -> None:
 def test_failed_recordings_make_the_exit_code_four(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ravdess_like: Path
 ) -> None:
-    monkeypatch.setattr(train, "extracted", lambda arguments: (features, 2))
+    monkeypatch.setattr(train, "extracted", lambda arguments: ((features,), 2))
     words = ["--data_dir", str(ravdess_like), *NARROW, "--epochs", "1", "--report_split", "none"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 4
     assert main([*words, "--out", str(tmp_path / "b"), "--tolerate_failures"]) == 0
@@ -308,3 +311,85 @@ def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
     assert "is not the recording that the run began with" in capsys.readouterr().err
     monkeypatch.setattr("pipeline.splits.add_hashes", lambda t: t.assign(content_hash=""))  # the recordings are gone
     assert main([*words, "--resume"]) == 0
+
+
+def with_column(folder: Path, **columns: list[str]) -> Path:
+    """The feature folder, some columns of its recordings replaced."""
+    table = pq.read_table(folder / "part-00000.parquet")
+    for name, cells in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(cells))
+    pq.write_table(table, folder / "part-00000.parquet")
+    return folder
+
+
+@pytest.fixture
+def three_corpora(tmp_path: Path) -> list[str]:
+    """Two feature folders of three corpora; those of the second have no class `sad`."""
+    one = with_column(write_features(tmp_path / "one", n=45), corpus=["a", "b", "a"] * 15)
+    paths = [f"/audio/two/c{i}.wav" for i in range(30)]
+    two = with_column(
+        write_features(tmp_path / "two", n=30), corpus=["c"] * 30, label=["calm", "happy"] * 15, speech=paths
+    )
+    return ["--features", str(one), str(two), *NARROW]
+
+
+def test_corpora_of_several_folders_in_one_training(three_corpora: list[str], tmp_path: Path, capsys: Any) -> None:
+    words = [*three_corpora, "--draws", "40", "--corpus_share", "a:1,b:1,c:2", "--report_split", "none"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "corpora: a 30, b 15, c 30" in capsys.readouterr().err
+    bundle = load_bundle(tmp_path / "run")
+    assert bundle.corpora == {"a": ("calm", "sad"), "b": ("happy",), "c": ("calm", "happy")}
+    learnt = pd.read_csv(tmp_path / "run" / "splits" / "train.csv")["corpus"]
+    assert bundle.metrics["training"]["corpora"]["c"]["recordings"] == (learnt == "c").sum()
+    assert bundle.metrics["training"]["settings"]["draws"] == 40
+    assert main([*words, "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
+def test_named_corpora_and_speakers_are_scored_and_not_trained_on(
+    three_corpora: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*three_corpora, "--epochs", "1", "--out", str(tmp_path / "run"), "--inner_val", "0"]
+    assert main([*words, "--test_corpora", "c", "--test_speakers", "Actor_02"]) == 0
+    training = load_bundle(tmp_path / "run").training
+    table = load_features([Path(folder) for folder in three_corpora[1:3]]).table
+    held = (table["corpus"] == "c") | (table["speaker"] == "Actor_02")
+    assert (training["split"] == "test").sum() == held.sum()
+    assert set(training.loc[training["split"] == "train", "speaker"]) == {"Actor_01", "Actor_03", "Actor_04"}
+    for option, message in (
+        (["--test_corpora", "d"], "no recording has corpus 'd'; there are a, b, c"),
+        (["--test_corpora", "a,b,c"], "leave nothing to train on"),
+        (["--test_speakers", "nobody"], "no recording has speaker 'nobody'"),
+        (["--test_corpora", "a", "--corpus_share", "a:1,b:1,c:1"], "--corpus_share: no corpus 'a'"),
+        (["--corpus_share", "a:1"], "gives b none"),
+        (["--corpus_share", "a:0"], "expected CORPUS:SHARE"),
+    ):
+        assert main([*three_corpora, "--out", str(tmp_path / "refused"), *option]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_training_starts_from_an_earlier_model(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--features", str(features), *NARROW, "--report_split", "none"]
+    assert main([*words, "--out", str(tmp_path / "first")]) == 0
+    first = load_bundle(tmp_path / "first")
+    started = [*words, "--init", str(first.folder), "--epochs", "1"]
+    assert main([*started, "--out", str(tmp_path / "same"), "--lr", "1e-30"]) == 0
+    weights, before = load_bundle(tmp_path / "same").state_dict(), first.state_dict()
+    learnt = [name for name, value in before.items() if "running" not in name and value.is_floating_point()]
+    assert all(torch.equal(weights[name], before[name]) for name in learnt)
+    about = load_bundle(tmp_path / "same").metrics["training"]["init"]
+    assert about["model_sha256"] == first.weights_sha256
+    assert first.weights_sha256[:12] in (tmp_path / "same" / "README.md").read_text(encoding="utf-8")
+    assert main([*started, "--out", str(tmp_path / "refused"), "--width", "0.25"]) == 2
+    assert "give the same --width" in capsys.readouterr().err
+    labels, paths = ["calm", "happy", "angry"] * 15, [f"/audio/other/o{i}.wav" for i in range(45)]
+    other = with_column(write_features(tmp_path / "other", n=45), label=labels, speech=paths)
+    words = ["--features", str(other), *NARROW, "--epochs", "1", "--lr", "1e-30", "--report_split", "none"]
+    assert main([*words, "--init", str(first.folder), "--out", str(tmp_path / "other_classes")]) == 0
+    changed = load_bundle(tmp_path / "other_classes")
+    assert changed.labels == ("angry", "calm", "happy")
+    for row, label in enumerate(changed.labels):
+        kept = label in first.labels
+        theirs = before["head.3.weight"][first.labels.index(label)] if kept else None
+        assert not kept or torch.equal(changed.state_dict()["head.3.weight"][row], theirs)

@@ -94,3 +94,36 @@ def test_certain_answers_keep_finite_gradients(gamma: float) -> None:
 def test_wrong_settings_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(SerError, match=message):
         ClassificationLoss(3, **options)
+
+
+ALLOWED = torch.tensor([[True, True, True, True], [True, False, True, True], [False, True, True, False]])
+
+
+@pytest.mark.parametrize(("smoothing", "gamma"), list(product([0.0, 0.2], [0.0, 2.0])))
+def test_a_class_that_a_corpus_lacks_is_out_of_the_softmax(smoothing: float, gamma: float) -> None:
+    """Each clip's loss is what the formula gives for a problem that has only the allowed classes."""
+    logits, _, mixtures = batch(3)
+    targets = mixtures * ALLOWED
+    targets /= targets.sum(dim=1, keepdim=True)
+    loss = ClassificationLoss(4, class_weights=WEIGHTS, label_smoothing=smoothing, focal_gamma=gamma)
+    total, norm = 0.0, 0.0
+    for row, target, allowed in zip(logits.numpy(), targets.numpy(), ALLOWED.numpy(), strict=True):
+        weights = np.array(WEIGHTS)[allowed]
+        share = float(weights @ target[allowed])
+        total += share * by_hand(row[None, allowed], target[None, allowed], weights, smoothing, gamma)
+        norm += share
+    assert loss(logits, targets, ALLOWED).item() == pytest.approx(total / norm, rel=1e-6)
+
+
+def test_a_masked_class_gets_no_gradient_and_all_classes_allowed_is_no_mask() -> None:
+    logits, classes, _ = batch(3)
+    loss = ClassificationLoss(4, label_smoothing=0.1, focal_gamma=1.0)
+    targets = torch.tensor([0, 2, 1])
+    logits.requires_grad_()
+    loss(logits, targets, ALLOWED).backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    assert not logits.grad[~ALLOWED].any()
+    assert (logits.grad[ALLOWED] != 0).all()
+    everything = torch.ones_like(ALLOWED)
+    torch.testing.assert_close(loss(logits, classes, everything), loss(logits, classes))

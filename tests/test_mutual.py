@@ -54,7 +54,7 @@ def test_with_no_share_the_first_is_the_plain_run(tmp_path: Path, monkeypatch: p
     ).assign(label=[("calm", "happy", "sad")[i % 3] for i in range(24)], speaker=[str(i % 4) for i in range(24)])
     plan = Plan(
         out=tmp_path / "run",
-        features=features,
+        features=(features,),
         labels=label_set(table).names,
         model_name="inception",
         model_options={},

@@ -52,7 +52,7 @@ def plan(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
             monkeypatch.setattr(module, "build_model", build)
     monkeypatch.setattr("pipeline.models.build_model", build)
     config = FitConfig(epochs=3, batch_size=8, lr=1e-2, ema=0.5, augment=("crop", "mixup", "pitch"), threads=1)
-    made = Plan(tmp_path / "run", features, LABELS, "inception", {}, config)
+    made = Plan(tmp_path / "run", (features,), LABELS, "inception", {}, config)
     begin(made, split_of(features))
     return made
 
@@ -139,7 +139,7 @@ def test_the_reported_figures_are_those_of_the_weights(plan: Plan) -> None:
 
 def test_an_interrupted_run_goes_on_to_the_same_end(plan: Plan, tmp_path: Path) -> None:
     whole = replace(plan, out=tmp_path / "whole")
-    begin(whole, split_of(plan.features))
+    begin(whole, split_of(plan.features[0]))
     expected = train_here(whole)
     stopped = train_here(plan, on_epoch=interrupt_after(2))
     assert stopped.interrupted
@@ -209,7 +209,7 @@ def test_the_card_says_data_licence_recipe_limits_and_forbidden_uses(plan: Plan)
         "hears 0.5 s of a recording (by default the middle) at 8 kHz: `log_mel` of 16 mel bands up to 4 kHz",
     ):
         assert words in text
-    splits = {name: part.assign(corpus="mine") for name, part in split_of(plan.features).items()}
+    splits = {name: part.assign(corpus="mine") for name, part in split_of(plan.features[0]).items()}
     begin(other := replace(plan, out=plan.out.parent / "other"), splits)
     train_here(other)
     write_results(other, "none")
@@ -227,11 +227,11 @@ def test_two_processes_cannot_train_one_run(plan: Plan) -> None:
 
 
 def test_a_run_is_not_written_over(plan: Plan) -> None:
-    begin(plan, split_of(plan.features))  # no epoch is done yet
+    begin(plan, split_of(plan.features[0]))  # no epoch is done yet
     train_here(plan, on_epoch=interrupt_after(1))
     before = files(plan.out)
     with pytest.raises(SerError, match="already holds a run; continue it with --resume"):
-        begin(plan, split_of(plan.features))
+        begin(plan, split_of(plan.features[0]))
     assert files(plan.out) == before
 
 
@@ -252,7 +252,7 @@ def test_other_settings_are_refused(plan: Plan) -> None:
 def test_single_examples_are_too_few_where_the_last_stage_is_one_pixel(features: Path, tmp_path: Path) -> None:
     """It is of features of 16 x 32; of the brief's 64 x 188 it is 2 x 6, and there one example is enough."""
     config = FitConfig(epochs=1, batch_size=1)
-    plan = Plan(tmp_path / "run", features, LABELS, "inception", {"width": 0.125}, config)
+    plan = Plan(tmp_path / "run", (features,), LABELS, "inception", {"width": 0.125}, config)
     begin(plan, split_of(features))
     message = "one example a worker and step is too few .* give a larger --batch_size"
     with pytest.raises(SerError, match=message):
@@ -293,26 +293,26 @@ def test_a_damaged_plan_is_told_in_one_line(text: str, tmp_path: Path) -> None:
 def test_splits_of_other_features_are_refused(plan: Plan, tmp_path: Path) -> None:
     fewer = write_features(tmp_path / "fewer", n=30)
     with pytest.raises(SerError, match="give the features the run began with"):
-        train_here(replace(plan, features=fewer))
+        train_here(replace(plan, features=(fewer,)))
 
 
 def test_features_of_other_settings_are_refused_even_with_the_same_recordings(plan: Plan, tmp_path: Path) -> None:
     """A fold of pictures of 2 s and one of 3 s would pass for one run."""
     check_resumes(plan)
     moved = tmp_path / "moved"
-    shutil.copytree(plan.features, moved)
-    check_resumes(replace(plan, features=moved))
+    shutil.copytree(plan.features[0], moved)
+    check_resumes(replace(plan, features=(moved,)))
     manifest = json.loads((moved / "manifest.json").read_text())
     longer = replace(CONFIG, window_s=2 * CONFIG.window_s)
     manifest |= {"features": longer.to_dict(), "fingerprint": longer.fingerprint()}
     (moved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SerError, match=r"features of other settings than those in .*moved"):
-        check_resumes(replace(plan, features=moved))
+        check_resumes(replace(plan, features=(moved,)))
 
     path = plan.out / "plan.json"
     older = {name: value for name, value in json.loads(path.read_text()).items() if name != "feature_fingerprint"}
     path.write_text(json.dumps(older))
-    check_resumes(replace(plan, features=moved))  # begun before this was kept: nothing is known
+    check_resumes(replace(plan, features=(moved,)))  # begun before this was kept: nothing is known
 
 
 def test_other_recordings_under_the_same_numbers_are_refused(plan: Plan) -> None:
@@ -441,3 +441,27 @@ def test_features_with_other_labels_are_not_gone_on_with(plan: Plan) -> None:
     other = table.assign(label=table["label"].map(dict(zip(LABELS, (*LABELS[1:], LABELS[0]), strict=True))))
     with pytest.raises(SerError, match=r"the run began with .* as \w+, .* has it as \w+; start a new run"):
         rows_of(other, part, plan.features)
+
+
+def test_several_folders_are_read_as_one(features: Path, tmp_path: Path) -> None:
+    other = write_features(tmp_path / "other", n=9)
+    loaded, first, second = load_features((features, other)), load_features(features), load_features(other)
+    assert len(loaded.table) == len(loaded.features) == len(first.features) + 9
+    assert loaded.table["row_id"].is_unique
+    last = len(loaded.features) - 1
+    np.testing.assert_array_equal(loaded.features[last], second.features[8])
+    rows = np.array([last, 0, len(first.features), 3])
+    expected = np.stack([second.mel_power[8], first.mel_power[0], second.mel_power[0], first.mel_power[3]])
+    np.testing.assert_array_equal(loaded.mel_power[rows], expected)
+    np.testing.assert_array_equal(loaded.features[1:3], first.features[1:3])
+    np.testing.assert_array_equal(loaded.crops(last, 3), second.crops(8, 3))
+    copies = loaded.table[loaded.table["parent_id"] != ""]
+    parents = loaded.table.set_index("row_id")["speech"]
+    assert (parents[copies["parent_id"]].to_numpy() == copies["speech"].to_numpy()).all()
+    with pytest.raises(SerError, match="given twice"):
+        load_features((features, features))
+
+
+def test_a_plan_of_one_folder_as_it_was_written_before_there_were_several(plan: Plan) -> None:
+    values = plan.to_dict()
+    assert Plan.from_dict(values | {"features": values["features"][0]}, plan.out) == Plan.from_dict(values, plan.out)

@@ -13,7 +13,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from pipeline.errors import SerError
 from pipeline.labels import LabelSet
-from pipeline.sampling import WeightedSampler, class_weights, parse_class_values
+from pipeline.sampling import WeightedSampler, class_weights, parse_class_values, shares_of
 
 LABELS = LabelSet(("angry", "calm", "happy", "sad"))
 CLASSES = np.repeat([0, 1, 2, 3], [400, 40, 150, 210])
@@ -126,3 +126,39 @@ def test_impossible_weights_are_refused(weights: list[float]) -> None:
         WeightedSampler(np.array(weights), 4)
     with pytest.raises(SerError):
         WeightedSampler(np.ones(4), 0)
+
+
+def test_corpora_get_their_shares_and_classes_are_even_within_each() -> None:
+    classes = np.array([0] * 30 + [1] * 10 + [0] * 5 + [2] * 55)
+    corpora = np.repeat([0, 1], [40, 60])
+    given = WeightedSampler.balanced(
+        classes, 3, batch_size=50, corpora=corpora, shares=np.array([0.8, 0.2]), n_draws=2000
+    )
+    assert len(given) == 40
+    drawn = np.concatenate([given.draws(epoch) for epoch in range(5)])
+    found = [np.mean((corpora[drawn] == k) & (classes[drawn] == c)) for k, c in ((0, 0), (0, 1), (1, 0), (1, 2))]
+    assert found == pytest.approx([0.4, 0.4, 0.1, 0.1], abs=0.02)
+    by_root = WeightedSampler.balanced(classes, 3, batch_size=50, corpora=corpora).weights
+    shares = np.array([by_root[corpora == k].sum() for k in (0, 1)])
+    assert shares / shares.sum() == pytest.approx(np.sqrt([40, 60]) / np.sqrt([40, 60]).sum())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_corpora_are_one_stream_for_any_number_of_workers(world: int) -> None:
+    sampler = WeightedSampler.balanced(
+        np.arange(60) % 3, 3, batch_size=8, seed=5, corpora=np.arange(60) % 2, n_draws=100
+    )
+    alone = np.concatenate(list(sampler.positions()))
+    parts = [list(sampler.positions(rank, world)) for rank in range(world)]
+    together = np.concatenate([part[i] for i in range(len(sampler)) for part in parts])
+    np.testing.assert_array_equal(sampler.draws(2)[together], sampler.draws(2)[alone])
+    assert len(alone) == 104
+
+
+def test_shares_name_every_corpus_and_no_other() -> None:
+    assert shares_of({}, ("a", "b")) is None
+    np.testing.assert_allclose(shares_of({"b": 3.0, "a": 1.0}, ("a", "b")), [0.25, 0.75])
+    with pytest.raises(SerError, match="no corpus 'c' in the recordings; there are a, b"):
+        shares_of({"a": 1, "c": 1}, ("a", "b"))
+    with pytest.raises(SerError, match="gives b none; name every corpus"):
+        shares_of({"a": 1}, ("a", "b"))

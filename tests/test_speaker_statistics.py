@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for fold in folds_of(table, "speaker_kfold", folds=2, inner_val=0):
         plan = Plan(
             out=out / "kfold" / f"fold-{fold.name}",
-            features=features,
+            features=(features,),
             labels=label_set(table).names,
             model_name="inception",
             model_options={"width": 0.125},

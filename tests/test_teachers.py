@@ -159,7 +159,7 @@ def test_the_part_that_chose_a_teachers_epoch_may_choose_its_students(tmp_path: 
 
 
 def test_a_plan_keeps_its_teachers_and_is_not_continued_with_others(tmp_path: Path) -> None:
-    plan = Plan(tmp_path / "run", tmp_path, LABELS, "inception", {}, FitConfig(), (tmp_path / "teacher",), 0.4)
+    plan = Plan(tmp_path / "run", (tmp_path,), LABELS, "inception", {}, FitConfig(), (tmp_path / "teacher",), 0.4)
     again = Plan.from_dict(plan.to_dict(), plan.out)
     assert (again.teachers, again.distill) == ((tmp_path / "teacher",), 0.4)
     plan.check_continues(again)

@@ -34,7 +34,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def new_run(features: Path, out: Path, config: FitConfig = CONFIG) -> Plan:
-    plan = Plan(out, features, LABELS, "inception", {"width": 0.125}, config)
+    plan = Plan(out, (features,), LABELS, "inception", {"width": 0.125}, config)
     begin(plan, split_table(load_features(features).table))
     return plan
 
