@@ -160,6 +160,7 @@ def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
     """The labelled originals of feature folders, with content hashes."""
     from jobs.extract import describe_labels
     from pipeline.arrays import load_features
+    from pipeline.shard_folder import known_hashes
     from pipeline.splits import add_hashes, unknown_content
 
     table = load_features(features).table
@@ -167,7 +168,7 @@ def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
         raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
     originals = table[table["parent_id"] == ""].reset_index(drop=True)
     describe_labels(originals)
-    found = add_hashes(originals)
+    found = add_hashes(originals, known=known_hashes(features, originals))
     if unknown := unknown_content(found):
         say(unknown)
     return found

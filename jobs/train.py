@@ -176,6 +176,7 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     from pipeline.arrays import load_features
     from pipeline.plan import SPLIT_SEED, Plan
     from pipeline.runs import begin, check, check_resumes, read_splits, refuse_changed
+    from pipeline.shard_folder import known_hashes
     from pipeline.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.teachers import refuse_leaks
 
@@ -187,11 +188,12 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
         describe_labels(originals)
         _check_corpora(originals, arguments)
     labels = label_set(originals)
+    hashed = add_hashes(originals, known=known_hashes(features, originals))
     if arguments.resume:
         splits = read_splits(arguments.out)
-        refuse_changed(splits, add_hashes(originals))
+        refuse_changed(splits, hashed)
     else:
-        found = _in_given_parts(add_hashes(originals), arguments.split_csv)
+        found = _in_given_parts(hashed, arguments.split_csv)
         if arguments.test_corpora or arguments.test_speakers:
             found = _held_out(found, arguments)
         if unknown := unknown_content(found):

@@ -297,7 +297,7 @@ def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
     words = ["--features", str(features), *NARROW, "--report_split", "none", "--out", str(out)]
 
     def hashed(digest: str) -> None:
-        monkeypatch.setattr("pipeline.splits.add_hashes", lambda t: t.assign(content_hash=digest + t["row_id"]))
+        monkeypatch.setattr("pipeline.splits.add_hashes", lambda t, **_: t.assign(content_hash=digest + t["row_id"]))
 
     hashed("a")
     with monkeypatch.context() as patch:
@@ -309,7 +309,9 @@ def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
     hashed("b")
     assert main([*words, "--resume"]) == 2
     assert "is not the recording that the run began with" in capsys.readouterr().err
-    monkeypatch.setattr("pipeline.splits.add_hashes", lambda t: t.assign(content_hash=""))  # the recordings are gone
+    monkeypatch.setattr(
+        "pipeline.splits.add_hashes", lambda t, **_: t.assign(content_hash="")
+    )  # the recordings are gone
     assert main([*words, "--resume"]) == 0
 
 
