@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +24,13 @@ from jobs.extract import build_parser as extract_parser
 from jobs.train import build_parser, main
 from jobs.train_options import fit_config
 from pipeline.arrays import load_features
+from pipeline.audio import content_hash
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.history import read_history
 from pipeline.labels import LabelSet
 from pipeline.shards import ShardOptions, ShardSummary
+from pipeline.stamps import stamps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--num_workers", "0", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--threads", "1"]
@@ -313,6 +317,37 @@ def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
         "pipeline.splits.add_hashes", lambda t, **_: t.assign(content_hash="")
     )  # the recordings are gone
     assert main([*words, "--resume"]) == 0
+
+
+def test_a_replaced_recording_is_noticed_though_the_features_tell_the_hashes(
+    tmp_path: Path,
+    write_audio: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = [write_audio(f"{number:03d}.wav", duration_s=0.1, seed=number) for number in range(30)]
+    features = with_column(write_features(tmp_path / "features", n=30), speech=[str(path) for path in paths])
+    part = pq.read_table(features / "part-00000.parquet")
+    hashes = [content_hash(path) for path in paths]
+    pq.write_table(part.append_column("content_hash", pa.array(hashes)), features / "part-00000.parquet")
+    np.save(features / "stamps.npy", stamps_of([str(path) for path in paths]))
+    decoded: list[str] = []
+    monkeypatch.setattr("pipeline.splits.content_hash", lambda path: decoded.append(path) or content_hash(path))
+    words = ["--features", str(features), *NARROW, "--report_split", "none", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train", lambda *_: True)
+        assert main(words) == 130
+        assert main([*words, "--resume"]) == 130
+    parts = [pd.read_csv(path) for path in (tmp_path / "run" / "splits").iterdir()]
+    assert sorted(pd.concat(parts)["content_hash"]) == sorted(hashes)
+    assert decoded == []
+    whole = paths[7].read_bytes()
+    paths[7].write_bytes(paths[8].read_bytes())
+    assert main([*words, "--resume"]) == 2
+    assert f"{paths[7]} is not the recording that the run began with" in capsys.readouterr().err
+    paths[7].write_bytes(whole)  # at another time
+    assert main([*words, "--resume"]) == 0
+    assert decoded == [str(paths[7])] * 2
 
 
 def with_column(folder: Path, **columns: list[str]) -> Path:
