@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.corpora.voices import renewed
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig, normalise_power
 from pipeline.splits import HASH_COLUMN
@@ -154,7 +155,7 @@ def load_features(
     if not (cache / "table.parquet").is_file():
         _build_cache(folder, manifest, found, cache)
     try:
-        table = _hashes_ours(pq.read_table(cache / "table.parquet")).to_pandas()
+        table = renewed(_hashes_ours(pq.read_table(cache / "table.parquet")).to_pandas())
         features = np.load(cache / "features.npy", mmap_mode="r")
         power = np.load(cache / "mel_power.npy", mmap_mode="r") if manifest["mel_power_frames"] else None
     except (OSError, ValueError, EOFError) as error:  # ValueError: also Arrow's

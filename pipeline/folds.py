@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.corpora import ManifestError
+from pipeline.data.corpora.voices import voices
 from pipeline.splits import HASH_COLUMN, by_stem, check_disjoint, divide, has_speakers, split_table, units_of
 
 UNSEEN_SPEAKERS = ("speaker_kfold", "loso")
@@ -126,7 +127,10 @@ def assignment(table: pd.DataFrame, csv: Path, column: str) -> pd.Series:
     except (OSError, ValueError) as error:
         raise ManifestError(f"cannot read {csv}: {error}") from error
     keys = {HASH_COLUMN: table.get(HASH_COLUMN), "id": table["speech"].map(lambda p: Path(str(p)).stem)}
-    keys["speaker"] = table.get("speaker")
+    if "speaker" in table.columns:
+        keys["speaker"] = voices(table["speaker"])
+    if "speaker" in given.columns:
+        given["speaker"] = voices(given["speaker"])
     shared = [name for name in keys if name in given.columns and keys[name] is not None]
     if column not in given.columns or not shared:
         raise ManifestError(f"{csv} has the columns {list(given.columns)}; expected {column} and content_hash or id")
