@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     from pipeline.folds import Fold
     from pipeline.protocols import SideBySide
 
-_NAMES = ("holdout", "kfold", "speaker_kfold", "loso")  # pipeline.folds.PROTOCOLS, which takes a second to import
+_NAMES = (
+    "holdout",
+    "kfold",
+    "speaker_kfold",
+    "loso",
+    "loco",
+)  # folds.PROTOCOLS; its import takes a second
 
 
 def add_options(parser: Parser) -> None:
