@@ -34,6 +34,7 @@ def restricted(found: Outcomes) -> dict[str, Any] | None:
     names, corpus_of = _corpora(read.table)
     present = np.zeros((len(names), len(read.labels)), bool)
     present[corpus_of, read.truth] = True
+    anywhere = np.asarray(present.any(axis=0))
     if len(names) == 1 and present.all():
         return None
     inside = np.where(present[corpus_of], read.probabilities, -np.inf).argmax(axis=1).astype(np.int64)
@@ -43,8 +44,8 @@ def restricted(found: Outcomes) -> dict[str, Any] | None:
         rows.append(_row(name, read, inside, of_it, present[number]))
     several = len(names) > 1
     return {
-        "missing": [label for label, there in zip(read.labels, present.any(axis=0), strict=True) if not there],
-        "all": _row("", read, inside, np.ones(len(read), bool), present.any(axis=0)),
+        "missing": [label for label, there in zip(read.labels, anywhere, strict=True) if not there],
+        "all": _row("", read, inside, np.ones(len(read), bool), anywhere),
         "corpora": rows if several else [],
         "mean": {kind: _mean([row[kind] for row in rows]) for kind in ("open", "restricted")} if several else None,
     }
