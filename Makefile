@@ -79,7 +79,7 @@ VOICES := --augment crop,stretch:0.2,warp:0.2,masks,mixup,gain:9,noise,band --mi
 extracted = $(BIN)/python -m jobs.manifest "$(DATA)" --out $(1)/metadata.csv && \
 	  $(BIN)/python -m jobs.extract --data_csv $(1)/metadata.csv --out $(1)/features $(2)
 trained = $(BIN)/python -m jobs.train --features $(1)/features --split_csv models/splits/ravdess_split.csv \
-	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out $(1)/$(2) $(3) $(ARGS) \
+	  --recipe models/inception_ravdess --inner_val 0 --num_workers 2 --out $(1)/$(2) $(3) $(ARGS) \
 	  $$(test -f $(1)/$(2)/plan.json && echo --resume)
 
 reproduced-features: $(READY)
