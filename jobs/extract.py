@@ -11,7 +11,7 @@ import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
 from pipeline.corpora import label_counts, read_manifest, scan_folder
-from pipeline.data.corpora.voices import check_corpora, renewed
+from pipeline.data.corpora.voices import check_corpora
 from pipeline.errors import SerError
 from pipeline.features import KINDS, FeatureConfig
 from pipeline.labels import describe
@@ -111,7 +111,7 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
                 f"--root {arguments.root} is for the relative paths of a --data_csv; leave it out beside --data_dir"
             )
         return scan_folder(arguments.data_dir, label_map=arguments.label_map, tell=say)
-    table = renewed(read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map))
+    table = read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map)
     check_corpora(table, (arguments.label_map or {}).values())
     return table
 

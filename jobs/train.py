@@ -27,7 +27,7 @@ from jobs.train_options import (
 )
 from pipeline.checkpoint import file_sha256
 from pipeline.corpora import label_set
-from pipeline.data.corpora.voices import check_corpora, voice, voices
+from pipeline.data.corpora.voices import check_corpora, renewed, voice, voices
 from pipeline.errors import SerError
 from pipeline.locks import only_one
 from pipeline.runtime import joins_cluster
@@ -143,6 +143,7 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     from pipeline.sampling import shares_of
 
     check_corpora(table, (arguments.label_map or {}).values())
+    table = renewed(table)  # as its features will be read
     corpora, number = corpora_of(table)
     if len(corpora) > 1:
         say("corpora: " + ", ".join(f"{name or '(none)'} {(number == k).sum()}" for k, name in enumerate(corpora)))

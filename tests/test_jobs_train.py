@@ -410,6 +410,21 @@ def test_named_corpora_and_speakers_are_scored_and_not_trained_on(
         assert message in capsys.readouterr().err
 
 
+def test_corpora_that_do_not_go_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [with_column(write_features(tmp_path / name, n=12), corpus=[name] * 12) for name in ("a", "b")]
+    own = with_column(
+        write_features(tmp_path / "c", n=12),
+        **{"corpus": ["c"] * 12, "label": ["bark", "meow"] * 6, "speaker": ["dog", "cat"] * 6},
+    )
+    for two, message in (
+        (folders, "speaker RAVDESS_01 is in a and in b"),
+        ([folders[0], own], "the corpus c has no known class: its labels are bark, meow"),
+    ):
+        assert main(["--features", *map(str, two), *NARROW, "--out", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run" / "plan.json").exists()
+
+
 def test_a_training_starts_from_an_earlier_model(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

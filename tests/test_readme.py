@@ -115,7 +115,7 @@ def desk(ravdess_like: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert cli.main(["manifest", "RAVDESS", "--out", "val_metadata.csv"]) == 0
     table = pd.read_csv("val_metadata.csv")
-    table[table["speaker"] == "Actor_02"].to_csv("val_metadata.csv", index=False)
+    table[table["speaker"] == "RAVDESS_02"].to_csv("val_metadata.csv", index=False)
     shutil.copytree(tiny_bundle.folder, tmp_path / "runs/first")
     return tmp_path
 
