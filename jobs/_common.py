@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import socket
 import sys
 import tempfile
@@ -73,6 +74,13 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def escape_on_consoles() -> None:
+    """From now on, signs that a console's encoding lacks are printed escaped, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def true_or_false(text: str) -> bool:
     """``True``/``False`` as the command line spells them (also yes/no, 1/0)."""
     value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.strip().lower())
@@ -94,6 +102,7 @@ def run(
     ``prepare`` may change the parser by what it finds on the command line; ``parse`` reads that line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    escape_on_consoles()
     warnings.showwarning = _show
     try:
         if prepare is not None:

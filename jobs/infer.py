@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +31,13 @@ def build_parser() -> Parser:
         epilog="example: python -m jobs.infer --model_weights runs/first --file a.wav b.flac",
     )
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
-    parser.add_argument("--file", nargs="+", required=True, metavar="FILE", help="recordings; - reads one from stdin")
+    parser.add_argument(
+        "--file",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="recordings, or patterns of them; - reads one from stdin",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_hearing(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the network (default auto)")
@@ -57,7 +65,7 @@ def job(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         crops=options.crops,
     )
-    answers = [_answer(name, predictor, options) for name in arguments.file]
+    answers = [_answer(name, predictor, options) for name in expanded(arguments.file)]
     if arguments.json:
         found = [as_json(answer, predictor.labels, options) for answer in answers]
         print(json.dumps(found, indent=2, ensure_ascii=True, allow_nan=False))
@@ -67,6 +75,18 @@ def job(arguments: argparse.Namespace) -> int:
         if answer.prediction.error is not None:
             say(answer.prediction.error)
     return EXIT_DONE if all(answer.prediction.ok for answer in answers) else EXIT_SOME_FAILED
+
+
+def expanded(names: Sequence[str]) -> list[str]:
+    """``names`` with patterns (``*.wav``, ``**/*.wav``) as the files they stand for: not every shell does that.
+
+    A name that is a file's, or that fits none, stays as it is.
+    """
+    files: list[str] = []
+    for name in names:
+        fitting = [] if os.path.lexists(name) or not glob.has_magic(name) else sorted(glob.glob(name, recursive=True))
+        files += fitting or [name]
+    return files
 
 
 def _answer(name: str, predictor: Predictor, options: ScoreOptions) -> Answer:

@@ -171,10 +171,11 @@ def _open_sndfile(file: Opened, container: Container, limits: Limits) -> Iterato
 
 
 def _sound(file: Opened, container: Container) -> _Sound:
-    os.lseek(file.descriptor, 0, os.SEEK_SET)
     try:
-        opened = FileView(file, container.splice) if container.splice else file.descriptor
-        return _Sound(opened, closefd=False)
+        if file.descriptor is None or container.splice:
+            return _Sound(FileView(file, container.splice))
+        os.lseek(file.descriptor, 0, os.SEEK_SET)
+        return _Sound(file.descriptor, closefd=False)
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         problem = f"broken {container.name} header ({_reason(error)})"
         raise Corrupt(f"{file.name}: {problem}. Copy or export it again.") from error

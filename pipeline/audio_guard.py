@@ -1,8 +1,8 @@
-"""A path or `bytes` opened as one thing: a descriptor of a regular, non-empty file.
+"""A path or `bytes` opened as one thing: a regular, non-empty file that is read at a place.
 
-Method: a path is opened once, without blocking, after a look at what it is, so that a pipe, a device or a folder ends
-in an error and never in a wait; `bytes` become an anonymous file in memory, so that both take the same way through
-the decoder. Limits: needs a POSIX system (`os.pread`); without `memfd_create` bytes pass through a temporary file.
+Method: a path is opened once, without blocking where the system can, after a look at what it is, so that a pipe, a
+device or a folder ends in an error and never in a wait. On Linux `bytes` become an anonymous file in memory, so that
+decoders get a descriptor either way; where there is none (Windows, a part of a file) they read through a `FileView`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import errno
 import io
 import os
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.audio_errors import (
@@ -33,20 +32,33 @@ AudioSource = str | os.PathLike[str] | bytes
 
 @dataclass(frozen=True)
 class Opened:
-    """A regular file open for reading. `name` is how messages call it."""
+    """A regular file open for reading, or a part of one. For one thread.
 
-    descriptor: int
-    size_bytes: int
+    Attributes:
+        name: how messages call it.
+        read_at: (offset in the file, count) -> up to so many bytes.
+        descriptor: of the whole file, where C code can read from it; else None.
+        base: where in the file the part starts.
+    """
+
     name: str
+    size_bytes: int
+    read_at: Callable[[int, int], bytes]
+    descriptor: int | None = None
+    base: int = 0
 
     def bytes_at(self, offset: int, count: int) -> bytes:
-        """Up to `count` bytes from `offset`; fewer at the end of the file. Leaves the descriptor's position alone."""
+        """Up to `count` bytes from `offset`; fewer at the end. Leaves the descriptor's position alone."""
         if offset >= self.size_bytes:
             return b""
         try:
-            return os.pread(self.descriptor, count, offset)
+            return self.read_at(self.base + offset, min(count, self.size_bytes - offset))
         except OSError as error:
             raise Unreadable(f"{self.name}: {error.strerror}. Check the disk or the network share.") from error
+
+    def part(self, start: int, end: int) -> Opened:
+        """The bytes [start, end) as a file of their own."""
+        return replace(self, size_bytes=end - start, base=self.base + start, descriptor=None)
 
 
 @dataclass(frozen=True)
@@ -105,19 +117,18 @@ class FileView(io.RawIOBase):
 @contextmanager
 def open_source(source: AudioSource) -> Iterator[Opened]:
     """Open a path or `bytes` as a regular file, closed on leaving. Never blocks on a pipe or a device."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        name = f"recording of {len(source)} bytes"
-        with _anonymous_file(bytes(source)) as descriptor:
-            yield _not_empty(Opened(descriptor, len(source), name))
-        return
-    name = printable(source)
-    descriptor = _open_path(source, name)
-    try:
-        status = os.fstat(descriptor)
-        _refuse_irregular(status.st_mode, name)
-        yield _not_empty(Opened(descriptor, status.st_size, name))
-    finally:
-        os.close(descriptor)
+    with ExitStack() as stack:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            opened = _in_memory(bytes(source), stack)
+        else:
+            name = printable(source)
+            file = stack.enter_context(_open_path(source, name))
+            status = os.fstat(file.fileno())
+            _refuse_irregular(status.st_mode, name)
+            opened = _on_disk(file, name, status.st_size)
+        if opened.size_bytes == 0:
+            raise EmptyFile(f"{opened.name}: 0 bytes. Record or copy it again.")
+        yield opened
 
 
 def printable(path: str | os.PathLike[str]) -> str:
@@ -127,25 +138,36 @@ def printable(path: str | os.PathLike[str]) -> str:
     return text if len(text) <= 200 else f"{text[:80]}...{text[-100:]}"
 
 
-@contextmanager
-def _anonymous_file(data: bytes) -> Iterator[int]:
-    file: io.RawIOBase
-    if hasattr(os, "memfd_create"):
-        file = os.fdopen(os.memfd_create("recording"), "wb", buffering=0)
-    else:
-        file = tempfile.TemporaryFile("wb", buffering=0)  # noqa: SIM115 - closed below
-    with file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) or 0 :]
-        os.lseek(file.fileno(), 0, os.SEEK_SET)
-        yield file.fileno()
+def _in_memory(data: bytes, stack: ExitStack) -> Opened:
+    name = f"recording of {len(data)} bytes"
+    if not hasattr(os, "memfd_create"):
+        return Opened(name, len(data), lambda offset, count: data[offset : offset + count])
+    file = stack.enter_context(io.FileIO(os.memfd_create("recording"), "w+b"))
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) or 0 :]
+    return _on_disk(file, name, len(data))
 
 
-def _open_path(path: str | os.PathLike[str], name: str) -> int:
+def _on_disk(file: io.FileIO, name: str, size_bytes: int) -> Opened:
+    if hasattr(os, "pread"):
+        descriptor = file.fileno()
+        return Opened(name, size_bytes, lambda offset, count: os.pread(descriptor, count, offset), descriptor)
+
+    def read_at(offset: int, count: int) -> bytes:
+        file.seek(offset)
+        return file.read(count)
+
+    return Opened(name, size_bytes, read_at)  # Windows: its C libraries do not share descriptors
+
+
+def _open_path(path: str | os.PathLike[str], name: str) -> io.FileIO:
+    def without_waiting(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+
     try:
         _refuse_irregular(os.stat(path).st_mode, name)  # before opening: to open a device can have effects
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        return open(path, "rb", buffering=0, opener=without_waiting)  # binary on Windows too
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
         raise NotFound(
             f"{name or 'empty path'}: no such file. Check the path and the folder it is read from."
@@ -162,9 +184,3 @@ def _refuse_irregular(mode: int, name: str) -> None:
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(mode), "a device")
         raise NotAFile(f"{name} is {kind}; expected a regular audio file. Give the path of a recording.")
-
-
-def _not_empty(opened: Opened) -> Opened:
-    if opened.size_bytes == 0:
-        raise EmptyFile(f"{opened.name}: 0 bytes. Record or copy it again.")
-    return opened

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, overload
 
@@ -79,7 +80,7 @@ def decode_in_subprocess(
 
 def answer() -> None:
     """The child's side: read the question on stdin, write the answer on stdout."""
-    if sys.platform != "win32":
+    with suppress(ImportError):  # Windows has no such module
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump of a decoder that crashes

@@ -40,7 +40,10 @@ def _count(step: int) -> None:
 @lru_cache(maxsize=1)
 def _streams() -> tuple[ctypes.c_void_p, int | None, int] | None:
     """The variable ``stderr``, its stream, and one to /dev/null; None where that cannot be had."""
-    library = ctypes.CDLL(None)
+    try:
+        library = ctypes.CDLL(None)
+    except TypeError:  # Windows wants a name
+        return None
     if not hasattr(library, "gnu_get_libc_version"):
         return None
     library.fopen.restype = ctypes.c_void_p

@@ -125,7 +125,8 @@ def local_path(text: str) -> str:
     """
     if not text.startswith(_URI):
         return text
-    return os.fsdecode(unquote_to_bytes(text[len(_URI) :].removeprefix("localhost")))
+    path = os.fsdecode(unquote_to_bytes(text[len(_URI) :].removeprefix("localhost")))
+    return path[1:] if os.name == "nt" and path[2:3] == ":" else path  # file:///C:/calls/a.wav
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -140,7 +141,9 @@ def _is_listed_anyway(link: bytes, root: bytes) -> bool:
     target, top = os.path.realpath(link), os.path.join(os.path.realpath(root), b"")
     if top.startswith(os.path.join(target, b"")):
         return True
-    return target.startswith(top) and not any(part.startswith(b".") for part in target[len(top) :].split(b"/"))
+    return target.startswith(top) and not any(
+        part.startswith(b".") for part in target[len(top) :].split(os.sep.encode())
+    )
 
 
 def _identity(folder: bytes) -> tuple[int, int]:

@@ -23,6 +23,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ class Notes:
 
     def __init__(self, folder: Path, block: int, run: str = "") -> None:
         self._own = folder / f"{block:06d}.{run}.{uuid.uuid4().hex}"
-        self._file = -1
+        self._file: FileIO | None = None
         self.suspects: frozenset[int] = frozenset()
         self.attempts = 0
         with suppress(OSError):
@@ -196,7 +197,7 @@ class Notes:
             positions = [path.read_bytes() for path in earlier]
             self.attempts = sum(path.name.split(".")[1] == run for path in earlier)
             self.suspects = frozenset(int.from_bytes(p, "little") for p in positions if len(p) == _POSITION_BYTES)
-            self._file = os.open(self._own, os.O_CREAT | os.O_WRONLY, 0o644)
+            self._file = FileIO(self._own, "wb")
 
     def check(self) -> None:
         """Raise SerError when attempt after attempt has died."""
@@ -212,15 +213,16 @@ class Notes:
 
     def begin(self, position: int) -> None:
         """The recording at ``position`` of the block is being decoded from now on."""
-        if self._file >= 0:
+        if self._file is not None:
             with suppress(OSError):
-                os.pwrite(self._file, position.to_bytes(_POSITION_BYTES, "little"), 0)
+                self._file.seek(0)
+                self._file.write(position.to_bytes(_POSITION_BYTES, "little"))
 
     def close(self) -> None:
         """The attempt is over, without a crash."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
             self._own.unlink(missing_ok=True)
 
 

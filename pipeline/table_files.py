@@ -48,7 +48,7 @@ class TableFiles:
         """Give the files their names, after everything was written."""
         self._files.close()
         for path in self._sinks:
-            with self._temporary(path).open("rb") as file:
+            with self._temporary(path).open("r+b") as file:  # Windows syncs only what may be written
                 os.fsync(file.fileno())
             self._temporary(path).replace(self._out / path)
         return [self._out / path for path in self._sinks]

@@ -99,6 +99,14 @@ def test_bad_files_are_rows_and_exit_4(
     assert "probabilities" not in answer
 
 
+def test_patterns_that_no_shell_expanded(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
+    folder = write_audio("b.wav").parent
+    named = write_audio("[a].wav")  # a name, not a pattern
+    code, out, _ = call("--json", "--file", named, folder / "?.wav", folder / "*.mp3")
+    assert code == 4
+    assert [answer["file"] for answer in json.loads(out)] == [*map(str, (named, folder / "b.wav", folder / "*.mp3"))]
+
+
 def test_doubt_and_silence(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
     voice, silence = write_audio("voice.wav"), write_audio("silence.wav", samples=np.zeros(16_000, np.float32))
     answers = json.loads(call("--json", "--min_confidence", 0.999, "--file", voice, silence)[1])
