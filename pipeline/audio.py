@@ -2,10 +2,11 @@
 
 Method: the header is checked (`audio_headers`), then the limits, and only then are samples decoded: libsndfile seeks to
 the frames needed plus the resampler's margin and reads them in blocks, mixed down as they pass, so that neither length
-nor channels of a recording decide how much memory is held. Resampling is soxr's HQ, librosa's default; a part equals
-that part of the whole recording resampled, for it starts where the two sample grids meet, with margin for the filter.
+nor channels of a recording decide how much memory is held. Where channels cancel in the mix, the loudest is taken.
+Resampling is soxr's HQ, librosa's default; a part equals that part of the whole recording resampled, for it starts
+where the two sample grids meet, with margin for the filter.
 Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` for conventions (mean of channels, ceil of lengths).
-Limits: m4a, mp4, webm, aac and amr need the optional extra `av` (PyAV) and are decoded from their start.
+Limits: what libsndfile does not read (m4a, mp4, webm, AMR ...) is decoded from its start by FFmpeg (PyAV).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
-from pipeline.audio_decoders import Decoder, open_decoder
+from pipeline.audio_decoders import Decoder
 from pipeline.audio_errors import (
     DEFAULT_LIMITS,
     ERRORS,
@@ -32,8 +33,9 @@ from pipeline.audio_errors import (
     NotFinite,
     OutOfRange,
 )
+from pipeline.audio_formats import EXTENSIONS
 from pipeline.audio_guard import AudioSource, open_source
-from pipeline.audio_headers import inspect
+from pipeline.audio_joined import open_recording
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -54,19 +56,17 @@ __all__ = [
 Samples = npt.NDArray[np.float32]
 Channel = int | Literal["mix"]
 
-EXTENSIONS = frozenset(
-    {".wav", ".wave", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".caf", ".au", ".snd", ".flac", ".ogg", ".oga"}
-    | {".opus", ".mp3", ".m4a", ".mp4", ".webm", ".mka", ".mkv", ".mov", ".3gp", ".aac", ".amr"}
-)
-"""File names that a folder scan takes for recordings. What a file is, its content decides."""
-
 _MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
+_CANCELLED = 0.1
 _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a recording is: rate in Hz, channels, frames (samples a channel), seconds, container, codec."""
+    """What a recording is: rate in Hz, channels, frames (samples a channel), seconds, container, codec.
+
+    `notice`: what users should know of how it was read, "" mostly.
+    """
 
     sample_rate_hz: int
     channels: int
@@ -74,6 +74,7 @@ class AudioInfo:
     duration_s: float
     container: str
     codec: str
+    notice: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,13 +192,15 @@ def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
 
 @contextmanager
 def _decoder(source: AudioSource, limits: Limits) -> Iterator[Decoder]:
-    with open_source(source) as file, open_decoder(file, inspect(file), limits) as decoder:
+    with open_source(source) as file, open_recording(file, limits) as decoder:
         yield decoder
 
 
 def _info(decoder: Decoder) -> AudioInfo:
     rate_hz, frames = decoder.sample_rate_hz, decoder.frames
-    return AudioInfo(rate_hz, decoder.channels, frames, frames / rate_hz, decoder.container, decoder.codec)
+    return AudioInfo(
+        rate_hz, decoder.channels, frames, frames / rate_hz, decoder.container, decoder.codec, decoder.notice
+    )
 
 
 def _resampled(decoder: Decoder, start: int, count: int, rate_hz: int, channel: Channel) -> Samples:
@@ -224,19 +227,33 @@ def _mono(decoder: Decoder, start: int, count: int, channel: Channel) -> Samples
     if channel != "mix" and not 0 <= channel < decoder.channels:
         expected = f"0 to {decoder.channels - 1} or 'mix'"
         raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
-    weights = np.full(decoder.channels, 1.0 / decoder.channels, np.float32)
     samples = np.empty(count, np.float32)
-    filled = 0
+    mix = channel == "mix" and decoder.channels > 1
+    powers, filled = np.zeros(decoder.channels), 0
     for block in decoder.blocks(start, count):
-        if channel != "mix" or decoder.channels == 1:
-            mono = block[:, 0 if channel == "mix" else channel]
-        else:
-            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found below
-                mono = block @ weights
-        samples[filled : filled + len(block)] = mono
+        part = samples[filled : filled + len(block)]
         filled += len(block)
+        if mix:
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found below
+                part[:] = block @ np.full(decoder.channels, 1.0 / decoder.channels, np.float32)
+                powers += np.einsum("nc,nc->c", block, block)
+        else:
+            part[:] = block[:, 0 if channel == "mix" else channel]
     _check_values(samples, start, decoder)
+    if mix and _cancels(samples, powers):
+        loudest = int(powers.argmax())
+        decoder.notice = f"its channels cancel each other when mixed: channel {loudest}, the loudest, was heard alone"
+        return _mono(decoder, start, count, loudest)
     return samples
+
+
+def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
+    """Whether channels of these powers (sums of squares) cancel in their mean.
+
+    One channel that sounds alone, or several that have nothing in common, keep the power of the loudest over the number
+    of channels squared, or more; a mean that lies 10 dB below that has lost what it should tell.
+    """
+    return float(mix @ mix) < _CANCELLED * float(powers.max()) / len(powers) ** 2
 
 
 def _check_values(samples: Samples, start: int, decoder: Decoder) -> None:
