@@ -21,6 +21,7 @@ _ENDINGS = {
 }
 EXTENSIONS = frozenset(f".{ending}" for endings in _ENDINGS.values() for ending in endings.split())
 """Endings, each with its dot, that a folder scan takes for recordings."""
+USUAL_ENDINGS = ".wav, .flac, .mp3, .ogg, .m4a, .webm or the like (docs/formats.md lists all)"
 
 _SPEECH = (
     "amrnb amrwb libopencore_amrnb libopencore_amrwb speex gsm gsm_ms g722 g723_1 g726 g726le g729 ilbc qcelp evrc"

@@ -14,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 import pandas as pd
 
 from pipeline.audio import EXTENSIONS
+from pipeline.audio_formats import USUAL_ENDINGS
 from pipeline.folders import FolderScan, local_path, path_text, scan
 from pipeline.labels import (
     RAVDESS_EMOTIONS,
@@ -83,7 +84,7 @@ def scan_folder(
             "use RAVDESS file names, one folder an emotion, or a CSV with the columns speech,label"
         )
     if not rows:
-        raise ManifestError(f"no recordings in {folder}; expected files ending in {', '.join(sorted(EXTENSIONS))}")
+        raise ManifestError(f"no recordings in {folder}; expected files ending in {USUAL_ENDINGS}")
     return pd.DataFrame(rows)
 
 

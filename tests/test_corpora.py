@@ -209,7 +209,7 @@ def test_what_a_scan_leaves_out_is_told(tmp_path: Path) -> None:
     assert len(scan_folder(tmp_path, tell=told.append)) == 1
     (line,) = told
     assert line.startswith("left out: 2 whose emotion cannot be told (first: foo.wav), ")
-    for part in ("03-01-05-01-01-01-02.wav (found twice)", "03-02-05-01-01-01-02.wav (song", "1 not audio"):
+    for part in ("03-01-05-01-01-01-02.wav (found twice)", "03-02-05-01-01-01-02.wav (song", "1 .txt"):
         assert part in line
     assert f"1 folders too deep (first: {tmp_path}/sad/d/" in line
     told.clear()
