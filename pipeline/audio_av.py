@@ -16,6 +16,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.codec.context import Flags2
 from av.stream import Discard
 
 from pipeline.audio_decoders import Block
@@ -106,6 +107,8 @@ class AvDecoder:
         self.codec = stream.codec_context.name if stream.codec_context else "an unknown codec"
         if not is_accepted(self.codec):
             raise UnsupportedFormat(f"{self.name}: {self.container} with {self.codec} is not accepted. {REMEDY}")
+        if self.container == "CAF" and self.codec == "alac":  # its padding is no part of the last packet
+            stream.codec_context.flags2 |= Flags2.skip_manual
         for other in opened.streams:
             if other.index != stream.index:
                 other.discard = Discard.all

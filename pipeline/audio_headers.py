@@ -95,7 +95,7 @@ def _tell_uncompressed(file: Opened, head: bytes) -> Container | None:
     if head[:8] == b"NIST_1A\n":
         return _look_at_sphere(file)
     if head[:19] == b"Creative Voice File":
-        return Container("VOC", file)
+        return Container("VOC", file, "voc")
     return None
 
 
@@ -125,7 +125,8 @@ def _tell_compressed(file: Opened, head: bytes) -> Container | None:
     if _is_gsm(file):
         return Container("GSM", file, "gsm")
     if (start := mpeg_start(file)) is not None:
-        xing = mp3_length(file, start)
+        file = file.part(start, file.size_bytes) if start else file
+        xing = mp3_length(file, 0)
         return Container("MP3", file, "mp3") if xing.joined else Container("MP3", file, splice=xing.splice)
     return None
 

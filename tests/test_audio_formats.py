@@ -28,8 +28,7 @@ FFMPEG = [
     ("mov", "pcm_s16le", 44_100, "mov", "MP4"),
     ("mov", "adpcm_ima_qt", 44_100, "qt", "MP4"),
     ("webm", "libopus", 48_000, "webm", "WebM"),
-    ("webm", "libvorbis", 44_100, "weba", "WebM"),
-    ("matroska", "flac", 48_000, "mkv", "WebM"),
+    ("webm", "libopus", 16_000, "weba", "WebM"),
     ("asf", "wmav2", 44_100, "wma", "ASF"),
     ("asf", "wmav1", 22_050, "asf", "ASF"),
     ("avi", "libmp3lame", 44_100, "avi", "AVI"),
@@ -49,7 +48,6 @@ FFMPEG = [
     ("aiff", "adpcm_ima_qt", 44_100, "aifc", "AIFF"),
     ("caf", "alac", 44_100, "caf", "CAF"),
     ("caf", "adpcm_ima_qt", 44_100, "caf", "CAF"),
-    ("ogg", "flac", 48_000, "oga", "OGG"),
     ("wv", "wavpack", 44_100, "wv", "WavPack"),
     ("tta", "tta", 44_100, "tta", "TTA"),
     ("voc", "pcm_u8", 8_000, "voc", "VOC"),
@@ -64,6 +62,7 @@ def written(samples: Samples, rate_hz: int, container: str, codec: str) -> bytes
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate_hz, layout="mono")
         stream.bit_rate = 32_000 if codec == "g726" else 128_000
+        stream.codec_context.open()
         formats = stream.codec_context.codec.audio_formats
         resampler = av.AudioResampler(
             formats[0].name if formats else "s16", "mono", rate_hz, stream.codec_context.frame_size or 1024
@@ -90,7 +89,8 @@ def test_what_ffmpeg_wrote(container: str, codec: str, rate_hz: int, ending: str
     path = tmp_path / f"a.{ending}"
     path.write_bytes(written(said, rate_hz, container, codec))
     info = probe(path)
-    assert (info.container, info.sample_rate_hz, info.notice) == (name, rate_hz, "")
+    assert (info.container, info.notice) == (name, "")
+    assert info.sample_rate_hz == (48_000 if codec == "libopus" else rate_hz)
     assert info.duration_s == pytest.approx(3.0, abs=0.12)  # encoders pad
     assert likeness(load(path, sample_rate_hz=rate_hz).samples, said[:, 0]) > 0.9
     assert np.array_equal(load_middle(path).samples, load_middle(path.read_bytes()).samples)
