@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from app_pages.recordings import Recorded
-from app_pages.words import NOT_SURE_BELOW, UNCERTAIN, reason, spoken, unsure
+from app_pages.words import NOT_SURE_BELOW, SILENCE, UNCERTAIN, reason, spoken, unsure
 from serve.schema import Failure, Recording
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -61,7 +61,7 @@ class Collection:
 
 def as_told(answer: Recording) -> Recording:
     """The answer as people are told it: ``uncertain`` where it is more likely wrong than right."""
-    unsure_of_it = answer.confidence is not None and answer.confidence < NOT_SURE_BELOW
+    unsure_of_it = answer.label != SILENCE and (answer.confidence or 0.0) < NOT_SURE_BELOW
     return answer.model_copy(update={"label": UNCERTAIN}) if unsure_of_it else answer
 
 
