@@ -28,6 +28,7 @@ from pipeline.audio_lengths import cut_off
 
 _KEPT_BYTES = 2**24
 _BAD_PACKETS, _BAD_SHARE = 8, 0.02  # damaged ones that are passed over
+_LOST_SHARE = 0.1  # of a short recording, which eight are much of
 _OPTIONS = {"codec_whitelist": ",".join(sorted(CODECS))}  # nothing else is tried, pictures above all
 
 
@@ -97,8 +98,10 @@ class AvDecoder:
             raise self._broken("its packets") from error
         if cut:
             raise cut_off(self._file, "its last packet")
-        if bad and packets <= bad:
+        if bad and (bad == packets or bad > max(1, _LOST_SHARE * packets)):
             raise self._broken("its audio")
+        if bad:
+            self.notice = f"{bad} of its {packets} packets are damaged and were left out"
 
     def _track(self, opened: Any) -> Any:
         if not opened.streams.audio:

@@ -17,7 +17,7 @@ _ENDINGS = {
     "matroska": "webm weba mka mkv",
     "asf": "wma wmv asf",
     "ogg": "spx ogv ogx",
-    "more": "aac adts amr awb avi flv mp2 mpa ac3 eac3 gsm wv tta ape mpc ts mts mpg mpeg voc",
+    "more": "aac adts amr awb avi flv mp2 mpa ac3 eac3 gsm wv tta ape mpc ts mts mpg mpeg voc loas ra rm",
 }
 EXTENSIONS = frozenset(f".{ending}" for endings in _ENDINGS.values() for ending in endings.split())
 """Endings, each with its dot, that a folder scan takes for recordings."""
@@ -28,7 +28,7 @@ _SPEECH = (
 )
 _MUSIC = "aac aac_latm mp1float mp2float mp3float mp1 mp2 mp3 opus libopus vorbis flac alac ac3 eac3 wavpack tta ape"
 _OLDER = "wmav1 wmav2 wmapro wmalossless wmavoice mpc7 mpc8 truespeech nellymoser qdm2 sipr cook mace3 mace6"
-CODECS = frozenset(f"{_SPEECH} {_MUSIC} {_OLDER}".split())
+CODECS = frozenset(f"{_SPEECH} {_MUSIC} {_OLDER} real_144 real_288".split())
 
 _OTHERS = (
     (

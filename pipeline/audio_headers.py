@@ -23,6 +23,7 @@ from pipeline.audio_wav import W64_RIFF, look_at_w64, look_at_wav
 _AIFF_CODECS = set(b"NONE sowt twos fl32 FL32 fl64 FL64 ulaw ULAW alaw ALAW in24 in32".split()) | {b"raw "}
 _CAF_CODECS = {b"lpcm", b"ulaw", b"alaw"}
 _AU_CODECS = {1: "mu-law", 2: "PCM", 3: "PCM", 4: "PCM", 5: "PCM", 6: "float", 7: "double", 27: "A-law"}
+_AU_G726 = {23, 25, 26}
 _OGG_CODECS = (b"\x01vorbis", b"OpusHead")
 _MAX_CHUNKS = 4096
 _ZEROS_BYTES = 2**24  # so many may stand before an MP3
@@ -75,9 +76,9 @@ def inspect(file: Opened) -> Container:
 
 def _tell_uncompressed(file: Opened, head: bytes) -> Container | None:
     tag, kind = head[:4], head[8:12]
-    if tag in (b"RIFF", b"RIFX", b"RF64") and kind == b"WAVE":
+    if tag in (b"RIFF", b"RIFX", b"RF64", b"BW64") and kind == b"WAVE":
         found = look_at_wav(file, ">" if tag == b"RIFX" else "<")
-        name, demuxer = "RF64" if tag == b"RF64" else "WAV", None if found.sndfile else "wav"
+        name, demuxer = "RF64" if tag in (b"RF64", b"BW64") else "WAV", None if found.sndfile else "wav"
         length = _joined_at(file, found.end)
         return Container(name, file, demuxer, found.splice, length=length, gain=found.gain)
     if head[:16] == W64_RIFF:
@@ -118,6 +119,8 @@ def _tell_compressed(file: Opened, head: bytes) -> Container | None:
     if len(head) >= 2 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
         check_adts(file)
         return Container("AAC", file, "aac")
+    if len(head) >= 3 and head[0] == 0x56 and head[1] & 0xE0 == 0xE0 and _is_loas(file, head):
+        return Container("AAC", file, "loas")
     if len(head) >= 2 and head[0] == 0xFF and head[1] & 0xE6 in (0xE4, 0xE6):
         return Container("MPEG audio", file, "mp3")  # layers I and II
     if head[:1] == file.bytes_at(188, 1) == file.bytes_at(376, 1) == b"\x47":
@@ -137,6 +140,8 @@ _BY_MAGIC: tuple[tuple[bytes, str, str, Callable[[Opened], int] | None], ...] = 
     (b"wvpk", "WavPack", "wv", None),
     (b"TTA1", "TTA", "tta", None),
     (b"MAC ", "Monkey's Audio", "ape", None),
+    (b".RMF", "RealMedia", "rm", None),
+    (b".ra\xfd", "RealMedia", "rm", None),
     (b"MPCK", "Musepack", "mpc8", None),
     (b"MP+", "Musepack", "mpc", None),
     (b"\x0b\x77", "AC-3", "ac3", None),
@@ -239,6 +244,8 @@ def _look_at_au(file: Opened, head: bytes, order: str) -> Container:
     if len(head) < 24:
         raise Truncated(f"{file.name}: {len(head)} bytes of an AU header of 24. Copy or download it again.")
     offset, size, encoding = struct.unpack(order + "III", head[4:16])
+    if encoding in _AU_G726:
+        return Container("AU", file, "au")
     if encoding not in _AU_CODECS:
         raise UnsupportedFormat(f"{file.name}: AU with encoding {encoding} is not accepted. {REMEDY}")
     real = audio_bytes(file, offset, size or 2**32 - 1)
@@ -276,6 +283,12 @@ def _look_at_ogg(file: Opened, link: Link) -> Container:
     length = link.end if link.end < file.size_bytes else 0
     only = len(link.packets) == 1 and link.packets[0].startswith(_OGG_CODECS)
     return Container("OGG", file, None if only else "ogg", None, link.last_page_frames, length)
+
+
+def _is_loas(file: Opened, head: bytes) -> bool:
+    """Whether another frame follows the first, as in the AAC of broadcasts."""
+    following = file.bytes_at(3 + ((head[1] & 0x1F) << 8 | head[2]), 2)
+    return len(following) == 2 and following[0] == 0x56 and following[1] & 0xE0 == 0xE0
 
 
 def _is_gsm(file: Opened) -> bool:

@@ -12,7 +12,7 @@ from pipeline.audio_guard import Opened
 
 STREAMED = 0x7FFF_F000  # sox, arecord and ffmpeg write such a length or more when they cannot know it
 _ROUND_FROM, _ROUND = 10**9, 10**6  # 2e9 is nobody's length
-_HEADER_BYTES = 64  # a length that is too large by this much or less counts the header
+_HEADER_BYTES = 128  # a length that is too large by this much or less counts the header
 
 
 def audio_bytes(
@@ -39,7 +39,8 @@ def audio_bytes(
     if missing < frame_bytes:
         return declared
     counts_header = missing <= _HEADER_BYTES or missing in (start, start - 8)
-    placeholder = declared >= streamed or (declared >= _ROUND_FROM and declared % _ROUND == 0)
+    is_round = declared % _ROUND == 0 or declared & (declared - 1) == 0
+    placeholder = declared >= streamed or (declared >= _ROUND_FROM and is_round)
     agrees = outer_end is not None and abs(file.size_bytes - outer_end) <= 1
     if present and (counts_header or placeholder or agrees):
         return present - present % frame_bytes

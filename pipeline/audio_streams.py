@@ -29,6 +29,7 @@ _KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # 
 _KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # MPEG-2 and 2.5
 _RATES_HZ = (44_100, 48_000, 32_000)
 _XING_BITRATE = 9  # index of a bit rate whose frames have room for a Xing header at every sample rate
+_MAX_TAGS = 8  # between two files put end to end
 _CHAIN = 4  # so many frames in a row are no accident
 _OGG_AUDIO = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex   ")
 _AMR_NB_BYTES = (12, 13, 15, 17, 19, 20, 26, 31, 5, 6, 5, 5, 0, 0, 0, 0)  # of a frame, behind its first byte
@@ -138,12 +139,28 @@ def mp3_length(file: Opened, start: int) -> Xing:
     head = file.bytes_at(first, 64)
     size = _told_bytes(head)
     if size is not None:
-        end = _next_frame(file, first + size) if 0 < size < file.size_bytes - first else None
+        end = _next_frame(file, _behind_tags(file, first + size)) if 0 < size < file.size_bytes - first else None
         return Xing(None, joined=end is not None and _chained(file, end))
     count, stopped = _count_frames(file, first)
     other = _next_frame(file, stopped) if stopped < file.size_bytes else None
     joined = other is not None and _chained(file, other)
     return Xing(None if joined else Splice(first, 0, _xing_frame(head, count)), joined)
+
+
+def _behind_tags(file: Opened, position: int) -> int:
+    """Where ID3 and APE tags end that begin at `position`, as between files put end to end."""
+    for _ in range(_MAX_TAGS):
+        head = file.bytes_at(position, 32)
+        if head[:3] == b"TAG":
+            position += 128
+        elif head[:3] == b"ID3" and len(head) >= 10:
+            position += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        elif head[:8] == b"APETAGEX" and len(head) == 32:
+            header = 32 if head[23] & 0x20 else 0
+            position += header + (int.from_bytes(head[12:16], "little") if header else 32)
+        else:
+            break
+    return min(position, file.size_bytes)
 
 
 def _told_bytes(head: bytes) -> int | None:
@@ -224,6 +241,7 @@ def _count_frames(file: Opened, first: int) -> tuple[int, int]:
             raise cut_off(file, "its last MP3 frame")
         if len(data) - at < 4:
             return count, position
+        position = _behind_tags(file, position)  # with a picture in it, one may be larger than what is looked through
         resumed = _next_frame(file, position, stream)
         if resumed is None:
             return count, position

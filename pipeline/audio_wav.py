@@ -28,7 +28,7 @@ _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # ends every chunk's GUID
 W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
 _MAX_CHUNKS = 4096
 _SEARCHED_BYTES = 2**20
-_LOOKED_AT_BYTES = 2**16
+_LOOKS, _LOOKED_AT_BYTES = 16, 2**14
 _MAX_FORMAT_BYTES = 1024
 
 
@@ -108,7 +108,7 @@ def look_at_w64(file: Opened) -> Wav:
 
 def _walk(file: Opened, order: str) -> _Layout:
     form: _Format | None = None
-    position, data_bytes_64, regular = 12, 0, True
+    position, data_bytes_64, regular = 12, 0, file.bytes_at(0, 4) != b"BW64"  # which libsndfile does not know
     for _ in range(_MAX_CHUNKS):
         shift = _shift(file, position)
         position, regular = position + shift, regular and not shift
@@ -193,10 +193,14 @@ def _widened(file: Opened, form: _Format, start: int, order: str) -> tuple[_Form
     byte repeats the sign.
     """
     size = form.frame_bytes // form.channels
-    data = file.bytes_at(start, _LOOKED_AT_BYTES // size * size)
-    values = [data[i::size] for i in (range(size) if order == "<" else reversed(range(size)))]  # lowest byte first
-    low = all(top == (0xFF if below & 0x80 else 0) for top, below in zip(values[-1], values[-2], strict=False))
-    low = low and (not form.extensible or any(values[0]))
+    low, full = True, False
+    step = max((file.size_bytes - start) // _LOOKS // size * size, size)
+    for place in range(start, file.size_bytes, step):  # all over it: the beginning may be silent
+        data = file.bytes_at(place, min(step, _LOOKED_AT_BYTES // size * size))
+        values = [data[i::size] for i in (range(size) if order == "<" else reversed(range(size)))]  # lowest byte first
+        low = low and all(top == (0xFF if below & 0x80 else 0) for top, below in zip(*values[:-3:-1], strict=False))
+        full = full or any(values[0])
+    low = low and (full or not form.extensible)
     body = bytearray(form.body)
     body[14:16] = struct.pack(order + "H", 8 * size)
     return replace(form, bits=8 * size, body=bytes(body)), float(2 ** (8 * size - form.bits)) if low else 1.0

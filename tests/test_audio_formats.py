@@ -51,6 +51,10 @@ FFMPEG = [
     ("wv", "wavpack", 44_100, "wv", "WavPack"),
     ("tta", "tta", 44_100, "tta", "TTA"),
     ("voc", "pcm_u8", 8_000, "voc", "VOC"),
+    ("voc", "pcm_s16le", 16_000, "voc", "VOC"),
+    ("latm", "aac", 16_000, "loas", "AAC"),
+    ("rm", "real_144", 8_000, "ra", "RealMedia"),
+    ("au", "g726le", 8_000, "au", "AU"),
 ]
 SNDFILE = [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610"), ("CAF", "ALAC_16"), ("VOC", "PCM_16")]
 SNDFILE += [("NIST", "PCM_16"), ("NIST", "PCM_24"), ("NIST", "ULAW"), ("NIST", "ALAW"), ("MP3", "MPEG_LAYER_III")]
@@ -61,7 +65,7 @@ def written(samples: Samples, rate_hz: int, container: str, codec: str) -> bytes
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate_hz, layout="mono")
-        stream.bit_rate = 32_000 if codec == "g726" else 128_000
+        stream.bit_rate = 32_000 if codec.startswith("g726") else 128_000
         stream.codec_context.open()
         formats = stream.codec_context.codec.audio_formats
         resampler = av.AudioResampler(

@@ -22,6 +22,7 @@ RATE_HZ = 16_000
 SAMPLES = voice(1.0, RATE_HZ)
 PCM = (SAMPLES[:, 0] * 32767).astype("<i2").tobytes()
 NO_PROMISE = [0, len(PCM) + 8, len(PCM) + 36, len(PCM) + 44, 1_500_000_000, 2_000_000_000, 0x7FFF_F000, 0xFFFF_FFFF]
+NO_PROMISE += [len(PCM) + 80, 2**30]
 
 
 def riff(*chunks: tuple[bytes, bytes], tag: bytes = b"RIFF", pads: bool = True, outer: int | None = None) -> bytes:
@@ -102,6 +103,23 @@ def test_samples_in_more_bytes_than_they_need(bits: int, size: int, upper: bool,
             continue  # nothing tells
         clip = load(riff((b"fmt ", fmt), (b"data", data)), sample_rate_hz=RATE_HZ)
         np.testing.assert_allclose(clip.samples, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("upper", [True, False])
+def test_where_such_samples_stand_is_told_behind_silence(upper: bool) -> None:
+    values = np.concatenate([np.zeros(3 * RATE_HZ), np.round(SAMPLES[:, 0] * 2**23), np.zeros(RATE_HZ)]).astype("<i4")
+    data = (values << 8 if upper else values).astype("<i4").tobytes()
+    clip = load(riff((b"fmt ", form(bits=24, frame_bytes=4)), (b"data", data)), sample_rate_hz=RATE_HZ)
+    np.testing.assert_allclose(clip.samples, values / 2**23, atol=1e-6)
+
+
+def test_a_bw64_is_an_rf64() -> None:
+    data = bytearray(encoded(SAMPLES, RATE_HZ, "RF64"))
+    expected = load(bytes(data), sample_rate_hz=RATE_HZ).samples
+    data[:4] = b"BW64"
+    assert_whole(bytes(data), expected)
+    data[data.find(b"ds64") + 16] ^= 64
+    assert_whole(bytes(data), expected)
 
 
 @pytest.mark.parametrize("codec", ["PCM_16", "FLOAT"])
@@ -243,7 +261,9 @@ def test_mp3_files_put_end_to_end(second_hz: int) -> None:
     second = encoded(voice(2.0, second_hz, seed=1), second_hz, "MP3", "MPEG_LAYER_III")
     id3 = b"ID3\4\0\0\0\0\0\x14" + bytes(20)
     bare = bare_mp3(44_100, 0)
-    for joined in (first + second, id3 + first + id3 + second, bare + second, bare + bare_mp3(second_hz, 1)):
+    cover = b"ID3\4\0\0\0\x0c\0\0" + b"\xff\xd8" * (12 * 2**13)  # a picture of 192 KiB
+    two = (first + second, id3 + first + id3 + second, bare + second, bare + bare_mp3(second_hz, 1))
+    for joined in (*two, first + b"TAG" + bytes(125) + cover + second, bare + cover + second):
         clip = load(joined, sample_rate_hz=44_100)
         assert clip.info.duration_s == pytest.approx(4.0, abs=0.25)  # encoders pad
         last = voice(2.0, 44_100, seed=1)[-44_100:-20_000, 0]
@@ -256,6 +276,18 @@ def test_containers_put_end_to_end(container: str, codec: str) -> None:
     first, second = (encoded_av(voice(1.5, 48_000, seed=seed), 48_000, container, codec) for seed in (0, 1))
     whole = np.concatenate([load(first).samples, load(second).samples])
     np.testing.assert_array_equal(load(first + second).samples, whole)
+
+
+def test_a_recording_of_which_much_is_damaged_is_not_answered() -> None:
+    whole = encoded_av(voice(1.0, RATE_HZ), RATE_HZ, "mp4", "aac")
+    start, end = whole.index(b"mdat") + 4, whole.index(b"moov") - 4
+    for share in (0.0, 0.3):
+        damaged = round((end - start) * share)
+        data = whole[: end - damaged] + b"\xff" * damaged + whole[end:]
+        if share:
+            assert code_of(data) == "corrupt"
+        else:
+            assert load(data).info.duration_s == pytest.approx(1.0, abs=0.1)
 
 
 def test_what_cannot_be_joined_is_named() -> None:
