@@ -92,7 +92,7 @@ class AvDecoder:
                     if bad > _BAD_PACKETS + _BAD_SHARE * packets:
                         raise self._broken("its audio") from error
                 yield from frames
-        except (av.FFmpegError, OverflowError) as error:
+        except (av.FFmpegError, IndexError, OverflowError) as error:  # IndexError: a track that appears on the way
             if view.tell() >= self._file.size_bytes:
                 raise cut_off(self._file, "its last packet") from error
             raise self._broken("its packets") from error

@@ -149,6 +149,17 @@ def test_sphere_headers() -> None:
     assert code_of(sphere(said, sample_rate="")) == "corrupt"
 
 
+def test_a_sphere_header_of_anything_is_told_in_one_short_line() -> None:
+    data = encoded(voice(0.3, 8_000), 8_000, "NIST", "ULAW")
+    for coding in (b"\x1b[31m\0\x9f", bytes(range(33, 255)) * 20):
+        changed = data.replace(b"-s4 ulaw", b"-s4 " + coding)
+        with pytest.raises(audio.AudioError) as caught:
+            probe(changed)
+        assert caught.value.code in ("unsupported_format", "corrupt")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 250
+
+
 def test_a_mov_without_file_type_box() -> None:
     data = written(voice(2.0, 44_100), 44_100, "mov", "pcm_s16le")
     size = int.from_bytes(data[:4], "big")
