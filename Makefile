@@ -8,7 +8,7 @@ DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train simulate-scale
-.PHONY: reproduce reproduced-features reproduced-teacher-1 reproduced-teacher-2 three-seconds new-voices
+.PHONY: reproduce reproduce-corpora reproduced-features reproduced-teacher-1 reproduced-teacher-2 three-seconds new-voices
 .PHONY: kill-tests test-cluster bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
 help:             ## this list
@@ -79,7 +79,7 @@ VOICES := --augment crop,stretch:0.2,warp:0.2,masks,mixup,gain:9,noise,band --mi
 extracted = $(BIN)/python -m jobs.manifest "$(DATA)" --out $(1)/metadata.csv && \
 	  $(BIN)/python -m jobs.extract --data_csv $(1)/metadata.csv --out $(1)/features $(2)
 trained = $(BIN)/python -m jobs.train --features $(1)/features --split_csv models/splits/ravdess_split.csv \
-	  --recipe models/inception_ser_final --inner_val 0 --num_workers 2 --out $(1)/$(2) $(3) $(ARGS) \
+	  --recipe models/inception_ravdess --inner_val 0 --num_workers 2 --out $(1)/$(2) $(3) $(ARGS) \
 	  $$(test -f $(1)/$(2)/plan.json && echo --resume)
 
 reproduced-features: $(READY)
@@ -91,8 +91,13 @@ reproduced-teacher-1: reproduced-features
 reproduced-teacher-2: reproduced-features
 	$(call trained,$(AGAIN),teacher-2,--seed 42 --epochs 320 --report_split none)
 
-reproduce: reproduced-teacher-1 reproduced-teacher-2  ## train the shipped model and its two teachers again; goes on where it was stopped: make reproduce DATA=/path/to/RAVDESS
+reproduce: reproduced-teacher-1 reproduced-teacher-2  ## train models/inception_ravdess and its two teachers again; goes on where it was stopped: make reproduce DATA=/path/to/RAVDESS
 	$(call trained,$(AGAIN),student,--teachers $(AGAIN)/teacher-1 $(AGAIN)/teacher-2)
+
+reproduce-corpora: $(READY)  ## train the shipped model again: make reproduce-corpora FEATURES="RAVDESS CREMA_D SONG", folders of jobs.extract in this order
+	$(BIN)/python -m jobs.train --features $(FEATURES) --init models/inception_ravdess --recipe models/inception_ser_final \
+	  --corpus_share ravdess_speech:0.5,crema_d:0.33,ravdess_song:0.17 --inner_val 0 --test_size 0 --report_split none \
+	  --num_workers 0 --threads 2 --out runs/corpora $(ARGS) $$(test -f runs/corpora/plan.json && echo --resume)
 
 three-seconds: $(READY)  ## train a model that hears 3 s instead of 2, which knows new voices better; goes on where it was stopped: make three-seconds DATA=/path/to/RAVDESS
 	$(call extracted,$(LONG),--window_s 3 --hop_length 768)

@@ -24,6 +24,7 @@ ALIASES: Mapping[str, str] = {
     "fea": "fearful",
     "afraid": "fearful",
     "scared": "fearful",
+    "anxiety": "fearful",
     "happiness": "happy",
     "hap": "happy",
     "joy": "happy",

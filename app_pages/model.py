@@ -57,7 +57,7 @@ def _figures(model: ModelInfo) -> None:
     st.header("How well it does", anchor=False)
     test = model.metrics.get("test")
     if not _measured(test):
-        st.info("No figures were measured for this model.")
+        st.info("No recordings were kept out of its training to measure it on. The model card says what is known.")
     else:
         assert test is not None
         recall = {name: float(share) for name, share in test["class_recall"].items() if share is not None}

@@ -169,7 +169,7 @@ def confidences(found: pd.DataFrame, names: Sequence[str]) -> str:
     truth = found["label_name"].map({name: i for i, name in enumerate(names)}).to_numpy(np.int64)
     p = found[[f"p_{name}" for name in names]].to_numpy(np.float64)
     lines = [f"confidences of the {len(found)} recordings outside the test part:"]
-    for temperature in (1.0, load_bundle(SPLITS.parent / "inception_ser_final").temperature, None):
+    for temperature in (1.0, load_bundle(SPLITS.parent / "inception_ravdess").temperature, None):
         at = fit_temperature(truth, p).temperature if temperature is None else temperature
         sure, right = scaled(p, at).max(axis=1), p.argmax(axis=1) == truth
         lines.append(

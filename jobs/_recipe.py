@@ -23,7 +23,6 @@ _AS_THEY_ARE = (
     "focal_gamma",
     "ema",
     "mixup_alpha",
-    "corpus_share",
     "draws",
     "mask_missing_classes",
     "patience",

@@ -11,6 +11,7 @@ import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
 from pipeline.corpora import label_counts, read_manifest, scan_folder
+from pipeline.data.corpora.voices import check_corpora
 from pipeline.errors import SerError
 from pipeline.features import KINDS, FeatureConfig
 from pipeline.labels import describe
@@ -78,7 +79,7 @@ def add_data_options(parser: Parser) -> None:
     source.add_argument(
         "--data_dir",
         type=Path,
-        help="folder of labelled recordings (RAVDESS names, or one folder an emotion)",
+        help="folder of labelled recordings (names of a known corpus, or one folder an emotion; see ser manifest)",
     )
     source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
     parser.add_argument(
@@ -86,14 +87,23 @@ def add_data_options(parser: Parser) -> None:
         type=Path,
         help="folder that relative paths in the CSV start from (default: the CSV's folder)",
     )
-    parser.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...; also 0=wanted,...")
+    add_label_map(parser)
+
+
+def add_label_map(parser: Parser) -> None:
+    """``--label_map``, of a folder or a CSV."""
+    parser.add_argument(
+        "--label_map",
+        action=LabelMap,
+        help="other label names: given=wanted,...; also 0=wanted; cough=cough makes a folder's name a class",
+    )
 
 
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
     """The manifest that the data options name.
 
     Raises:
-        SerError: ``--root`` beside ``--data_dir``, or nothing that can be read there.
+        SerError: ``--root`` beside ``--data_dir``, nothing that can be read there, or corpora that do not go together.
     """
     if arguments.data_dir is not None:
         if arguments.root is not None:
@@ -101,7 +111,9 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
                 f"--root {arguments.root} is for the relative paths of a --data_csv; leave it out beside --data_dir"
             )
         return scan_folder(arguments.data_dir, label_map=arguments.label_map, tell=say)
-    return read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map)
+    table = read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map)
+    check_corpora(table, (arguments.label_map or {}).values())
+    return table
 
 
 def describe_labels(table: pd.DataFrame) -> None:

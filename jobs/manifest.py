@@ -7,17 +7,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs._common import EXIT_DONE, Parser, run, say
-from jobs.extract import describe_labels
+from jobs.extract import add_label_map, describe_labels
 from pipeline.corpora import ManifestError, scan_folder
+from pipeline.data.corpora import CORPORA
 from pipeline.tables import write_csv
 
 
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(prog="ser manifest", description=__doc__, epilog="example: ser manifest RAVDESS --out metadata.csv")
-    parser.add_argument("folder", type=Path, help="folder of recordings: RAVDESS names, or one folder an emotion")
+    parser.add_argument(
+        "folder", type=Path, help="folder of recordings: of known corpora, by their names, or one folder an emotion"
+    )
     parser.add_argument("--out", type=Path, required=True, help="CSV to write: speech,label,speaker,...")
-    parser.add_argument("--songs", action="store_true", help="keep RAVDESS song files too (default: speech only)")
+    parser.add_argument(
+        "--corpus",
+        choices=[corpus.name for corpus in CORPORA],
+        help="take recordings of this corpus only (default: finds out which they are, several in one folder included)",
+    )
+    parser.add_argument(
+        "--songs",
+        action="store_true",
+        help="keep RAVDESS's songs beside its speech (default: speech only; a folder of songs alone needs no option)",
+    )
+    parser.add_argument(
+        "--keep_classes",
+        action="store_true",
+        help="keep classes that no model here is for, as EmoDB's boredom (default: left out)",
+    )
+    add_label_map(parser)
     return parser
 
 
@@ -25,7 +43,14 @@ def job(arguments: argparse.Namespace) -> int:
     """Write the manifest and say what is in it."""
     out: Path = arguments.out
     replaced = _is_manifest(out)
-    table = scan_folder(arguments.folder, songs=arguments.songs, tell=say)
+    table = scan_folder(
+        arguments.folder,
+        corpus=arguments.corpus,
+        songs=arguments.songs,
+        keep_classes=arguments.keep_classes,
+        label_map=arguments.label_map,
+        tell=say,
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_csv(table, out)

@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     from pipeline.folds import Fold
     from pipeline.protocols import SideBySide
 
-_NAMES = ("holdout", "kfold", "speaker_kfold", "loso")  # pipeline.folds.PROTOCOLS, which takes a second to import
+_NAMES = (
+    "holdout",
+    "kfold",
+    "speaker_kfold",
+    "loso",
+    "loco",
+)  # folds.PROTOCOLS; its import takes a second
 
 
 def add_options(parser: Parser) -> None:
@@ -160,6 +166,7 @@ def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
     """The labelled originals of feature folders, with content hashes."""
     from jobs.extract import describe_labels
     from pipeline.arrays import load_features
+    from pipeline.shard_folder import known_hashes
     from pipeline.splits import add_hashes, unknown_content
 
     table = load_features(features).table
@@ -167,7 +174,7 @@ def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
         raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
     originals = table[table["parent_id"] == ""].reset_index(drop=True)
     describe_labels(originals)
-    found = add_hashes(originals)
+    found = add_hashes(originals, known=known_hashes(features, originals))
     if unknown := unknown_content(found):
         say(unknown)
     return found

@@ -27,6 +27,7 @@ from jobs.train_options import (
 )
 from pipeline.checkpoint import file_sha256
 from pipeline.corpora import label_set
+from pipeline.data.corpora.voices import check_corpora, renewed, voice, voices
 from pipeline.errors import SerError
 from pipeline.locks import only_one
 from pipeline.runtime import joins_cluster
@@ -133,7 +134,7 @@ def _read_all(arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
-    """Say which corpora there are; refuse shares of others, and held-out ones that are not there.
+    """Say which corpora there are; refuse those that do not go together, shares of others, and held-out ones of others.
 
     Raises:
         SerError: names the option and what there is.
@@ -141,6 +142,8 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     from pipeline.batches import corpora_of
     from pipeline.sampling import shares_of
 
+    check_corpora(table, (arguments.label_map or {}).values())
+    table = renewed(table)  # as its features will be read
     corpora, number = corpora_of(table)
     if len(corpora) > 1:
         say("corpora: " + ", ".join(f"{name or '(none)'} {(number == k).sum()}" for k, name in enumerate(corpora)))
@@ -159,7 +162,9 @@ def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFram
     held = pd.Series(False, index=table.index)
     for option, column in (("test_corpora", "corpus"), ("test_speakers", "speaker")):
         cells = table[column].fillna("").astype(str) if column in table.columns else pd.Series("", index=table.index)
+        cells = voices(cells) if column == "speaker" else cells
         for name in getattr(arguments, option):
+            name = voice(name) if column == "speaker" else name
             if not (cells == name).any():
                 there = sorted(set(cells) - {""})
                 raise SerError(
@@ -176,6 +181,7 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     from pipeline.arrays import load_features
     from pipeline.plan import SPLIT_SEED, Plan
     from pipeline.runs import begin, check, check_resumes, read_splits, refuse_changed
+    from pipeline.shard_folder import known_hashes
     from pipeline.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.teachers import refuse_leaks
 
@@ -187,11 +193,12 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
         describe_labels(originals)
         _check_corpora(originals, arguments)
     labels = label_set(originals)
+    hashed = add_hashes(originals, known=known_hashes(features, originals))
     if arguments.resume:
         splits = read_splits(arguments.out)
-        refuse_changed(splits, add_hashes(originals))
+        refuse_changed(splits, hashed)
     else:
-        found = _in_given_parts(add_hashes(originals), arguments.split_csv)
+        found = _in_given_parts(hashed, arguments.split_csv)
         if arguments.test_corpora or arguments.test_speakers:
             found = _held_out(found, arguments)
         if unknown := unknown_content(found):

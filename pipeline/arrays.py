@@ -22,8 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.corpora.voices import renewed
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig, normalise_power
+from pipeline.splits import HASH_COLUMN
 
 SHARD_VERSION = 1
 MANIFEST = "manifest.json"
@@ -153,7 +155,7 @@ def load_features(
     if not (cache / "table.parquet").is_file():
         _build_cache(folder, manifest, found, cache)
     try:
-        table = pd.read_parquet(cache / "table.parquet")
+        table = renewed(_hashes_ours(pq.read_table(cache / "table.parquet")).to_pandas())
         features = np.load(cache / "features.npy", mmap_mode="r")
         power = np.load(cache / "mel_power.npy", mmap_mode="r") if manifest["mel_power_frames"] else None
     except (OSError, ValueError, EOFError) as error:  # ValueError: also Arrow's
@@ -234,9 +236,19 @@ def _readable_rows(path: Path) -> pa.Table:
     """The rows of a part whose recordings could be read."""
     try:
         part = pq.read_table(path)
-        return part.filter(pa.compute.equal(part["status"], "ok"))
+        return _hashes_ours(part.filter(pa.compute.equal(part["status"], "ok")))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise ShardError(f"{path} is damaged ({_reason(error)}); extract again with --overwrite") from error
+
+
+def _hashes_ours(table: pa.Table) -> pa.Table:
+    """The table without a content hash that came with the manifest, as in shards that were made before ours was kept.
+
+    Ours stands behind the manifest's columns, as ``row_id`` does.
+    """
+    names = table.column_names
+    given = HASH_COLUMN in names and names.index(HASH_COLUMN) < names.index("row_id")
+    return table.drop_columns(HASH_COLUMN) if given else table
 
 
 def _reason(error: Exception) -> str:

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import soxr
 
-from pipeline.audio_decoders import Decoder
+from pipeline.audio_decoders import Block, Decoder
 from pipeline.audio_errors import (
     DEFAULT_LIMITS,
     ERRORS,
@@ -47,9 +48,11 @@ __all__ = [
     "Channel",
     "Clip",
     "Limits",
+    "Reading",
     "content_hash",
     "load",
     "load_middle",
+    "load_once",
     "probe",
 ]
 
@@ -58,6 +61,10 @@ Channel = int | Literal["mix"]
 
 _MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
 _CANCELLED = 0.1
+_INEXACT_SEEKS = (
+    "MPEG",
+    "OPUS",
+)  # libsndfile's codecs whose samples after a seek may differ from those on the way there
 _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
 
 
@@ -92,6 +99,14 @@ class Clip:
     info: AudioInfo
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What `load_once` takes from a recording: `clips`, one for each length asked for, and `content_hash` (or "")."""
+
+    clips: tuple[Clip, ...]
+    content_hash: str
+
+
 def probe(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> AudioInfo:
     """What `source` is, checked against `limits`. Decodes only where its header does not tell the length."""
     with _decoder(source, limits) as decoder:
@@ -119,18 +134,46 @@ def load_middle(
     Raises:
         AudioError: the recording cannot be used; `code` says why.
     """
-    window = round(window_s * sample_rate_hz)
-    if window < 1:
-        raise ValueError(f"window_s {window_s} at {sample_rate_hz} Hz is {window} samples; expected 1 or more")
+    window = _window(window_s, sample_rate_hz)
     with _decoder(source, limits) as decoder:
-        total = resampled_length(decoder.frames, decoder.sample_rate_hz, sample_rate_hz)
-        count = min(window, total)
-        start = (total - count) // 2
-        samples = _resampled(decoder, start, count, sample_rate_hz, channel)
-        if count < window:
-            before = (window - count) // 2
-            samples = np.pad(samples, (before, window - count - before))
-        return Clip(samples, sample_rate_hz, start / sample_rate_hz, count / sample_rate_hz, _info(decoder))
+        return _middle(partial(_mono, decoder, channel), decoder, window, sample_rate_hz)
+
+
+def load_once(
+    source: AudioSource,
+    *,
+    windows_s: Sequence[float],
+    sample_rate_hz: int = 48_000,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Reading:
+    """What `load_middle` gives for each of `windows_s`, and what `content_hash` gives, from decoding once.
+
+    Decodes all of the recording and holds its longest middle. MP3 and Opus are decoded again for each middle, from
+    where `load_middle` starts, as their samples depend on that.
+
+    Args:
+        source: path or bytes.
+        windows_s: lengths of the middles in seconds, one or more.
+        sample_rate_hz: rate of the samples returned.
+        limits: what is refused before decoding.
+
+    Returns:
+        The clips, all channels mixed; the hash is "" where the recording is damaged, but not within its middles.
+
+    Raises:
+        AudioError: as `load_middle`.
+    """
+    windows = [_window(window_s, sample_rate_hz) for window_s in windows_s]
+    digest = ""
+    try:
+        with _decoder(source, limits) as decoder:
+            if not decoder.codec.startswith(_INEXACT_SEEKS):
+                return _read_once(decoder, windows, sample_rate_hz)
+            digest = _hashed(decoder, decoder.blocks(0, decoder.frames))
+    except AudioError:
+        pass  # if it is the middles' as well, they tell
+    clips = [load_middle(source, window_s=s, sample_rate_hz=sample_rate_hz, limits=limits) for s in windows_s]
+    return Reading(tuple(clips), digest)
 
 
 def load(
@@ -168,7 +211,7 @@ def load(
         count = total - start
         if duration_s is not None:
             count = min(count, max(round(duration_s * sample_rate_hz), 1))
-        samples = _resampled(decoder, start, count, sample_rate_hz, channel)
+        samples = _resampled(partial(_mono, decoder, channel), _info(decoder), start, count, sample_rate_hz)
         return Clip(samples, sample_rate_hz, start / sample_rate_hz, count / sample_rate_hz, _info(decoder))
 
 
@@ -179,10 +222,7 @@ def content_hash(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> str
     tags. Raises `AudioError`.
     """
     with _decoder(source, limits) as decoder:
-        digest = hashlib.sha256(f"{decoder.sample_rate_hz} Hz, {decoder.channels} channels\n".encode())
-        for block in decoder.blocks(0, decoder.frames):
-            digest.update(block.astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+        return _hashed(decoder, decoder.blocks(0, decoder.frames))
 
 
 def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
@@ -203,48 +243,127 @@ def _info(decoder: Decoder) -> AudioInfo:
     )
 
 
-def _resampled(decoder: Decoder, start: int, count: int, rate_hz: int, channel: Channel) -> Samples:
-    """Samples [start, start + count) of the whole recording resampled to `rate_hz`, reading little more than them."""
-    from_hz = decoder.sample_rate_hz
+def _hashed(decoder: Decoder, blocks: Iterator[Block]) -> str:
+    digest = hashlib.sha256(f"{decoder.sample_rate_hz} Hz, {decoder.channels} channels\n".encode())
+    for block in blocks:
+        digest.update(block.astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _window(window_s: float, rate_hz: int) -> int:
+    window = round(window_s * rate_hz)
+    if window < 1:
+        raise ValueError(f"window_s {window_s} at {rate_hz} Hz is {window} samples; expected 1 or more")
+    return window
+
+
+def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Reading:
+    """The middles of `windows` samples, and the hash, from one pass; the frames of the longest middle are held."""
+    info, notice = _info(decoder), decoder.notice
+    first, last = _frames_for(*_placed(max(windows), info, rate_hz), info, rate_hz)
+    held = np.empty((last - first, decoder.channels), np.float32)
+
+    def passing() -> Iterator[Block]:
+        position = 0
+        for block in decoder.blocks(0, decoder.frames):
+            part = block[max(first - position, 0) : max(last - position, 0)]
+            if len(part):
+                at = max(position - first, 0)
+                held[at : at + len(part)] = part
+            position += len(block)
+            yield block
+
+    digest = _hashed(decoder, passing())
+
+    def read(start: int, count: int) -> Samples:
+        decoder.notice = notice
+        part = held[start - first : start - first + count]
+        samples = _mixed(part).copy()
+        _check_values(samples, start, decoder)
+        if decoder.channels > 1 and _cancels(samples, powers := _powers(part)):
+            return part[:, _loudest(decoder, powers)].copy()
+        return samples
+
+    _check_values(_mixed(held), first, decoder)
+    return Reading(tuple(_middle(read, decoder, window, rate_hz) for window in windows), digest)
+
+
+def _placed(window: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
+    """(start, count) of the middle `window` samples of the recording resampled; all of it when it is shorter."""
+    total = resampled_length(info.frames, info.sample_rate_hz, rate_hz)
+    count = min(window, total)
+    return (total - count) // 2, count
+
+
+def _middle(read: Callable[[int, int], Samples], decoder: Decoder, window: int, rate_hz: int) -> Clip:
+    """The middle `window` samples, zeros around a shorter recording; `read` as for `_resampled`."""
+    info = _info(decoder)
+    start, count = _placed(window, info, rate_hz)
+    samples = _resampled(read, info, start, count, rate_hz)
+    if count < window:
+        before = (window - count) // 2
+        samples = np.pad(samples, (before, window - count - before))
+    return Clip(samples, rate_hz, start / rate_hz, count / rate_hz, _info(decoder))  # with what reading gave notice of
+
+
+def _frames_for(start: int, count: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
+    """[first, last) frames of which samples [start, start + count) of the whole recording resampled are made."""
+    from_hz = info.sample_rate_hz
     if from_hz == rate_hz:
-        return _mono(decoder, start, count, channel)
-    divisor = math.gcd(from_hz, rate_hz)
-    up, down = rate_hz // divisor, from_hz // divisor  # every `down` frames the two grids meet, `up` samples on
+        return start, start + count
+    down = from_hz // math.gcd(from_hz, rate_hz)  # every `down` frames the two grids meet
     margin = _MARGIN * max(1, -(-from_hz // rate_hz))
-    periods = max(start * down // up - margin, 0) // down
-    first = periods * down
-    last = min(resampled_length(start + count, rate_hz, from_hz) + margin, decoder.frames)
-    resampled = soxr.resample(_mono(decoder, first, last - first, channel), from_hz, rate_hz, quality="HQ")
-    skipped = start - periods * up
+    first = max(start * from_hz // rate_hz - margin, 0) // down * down
+    return first, min(resampled_length(start + count, rate_hz, from_hz) + margin, info.frames)
+
+
+def _resampled(read: Callable[[int, int], Samples], info: AudioInfo, start: int, count: int, rate_hz: int) -> Samples:
+    """Samples [start, start + count) of the whole recording resampled to `rate_hz`, reading little more than them.
+
+    `read(first, count)` gives frames of one channel at the recording's own rate, (count,).
+    """
+    first, last = _frames_for(start, count, info, rate_hz)
+    frames = read(first, last - first)
+    if info.sample_rate_hz == rate_hz:
+        return frames
+    resampled = soxr.resample(frames, info.sample_rate_hz, rate_hz, quality="HQ")
+    skipped = start - first * rate_hz // info.sample_rate_hz  # without remainder: the grids meet there
     samples = np.zeros(count, np.float32)
     part = resampled[skipped : skipped + count]  # at the recording's end soxr may round down: a zero follows
     samples[: len(part)] = part
     return samples
 
 
-def _mono(decoder: Decoder, start: int, count: int, channel: Channel) -> Samples:
+def _mono(decoder: Decoder, channel: Channel, start: int, count: int) -> Samples:
     """Frames [start, start + count) as one channel, (count,) at the recording's own rate; finite."""
     if channel != "mix" and not 0 <= channel < decoder.channels:
         expected = f"0 to {decoder.channels - 1} or 'mix'"
         raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
     samples = np.empty(count, np.float32)
-    mix = channel == "mix" and decoder.channels > 1
+    several = channel == "mix" and decoder.channels > 1
     powers, filled = np.zeros(decoder.channels), 0
     for block in decoder.blocks(start, count):
-        part = samples[filled : filled + len(block)]
+        samples[filled : filled + len(block)] = _mixed(block) if channel == "mix" else block[:, channel]
         filled += len(block)
-        if mix:
-            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found below
-                part[:] = block @ np.full(decoder.channels, 1.0 / decoder.channels, np.float32)
-                powers += np.einsum("nc,nc->c", block, block)
-        else:
-            part[:] = block[:, 0 if channel == "mix" else channel]
+        if several:
+            powers += _powers(block)
     _check_values(samples, start, decoder)
-    if mix and _cancels(samples, powers):
-        loudest = int(powers.argmax())
-        decoder.notice = f"its channels cancel each other when mixed: channel {loudest}, the loudest, was heard alone"
-        return _mono(decoder, start, count, loudest)
+    if several and _cancels(samples, powers):
+        return _mono(decoder, _loudest(decoder, powers), start, count)
     return samples
+
+
+def _powers(block: Block) -> npt.NDArray[np.float64]:
+    """Sum of squares of each channel of a block (n, channels): (channels,)."""
+    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` finds what is not finite
+        return np.einsum("nc,nc->c", block, block).astype(np.float64)
+
+
+def _loudest(decoder: Decoder, powers: npt.NDArray[np.float64]) -> int:
+    """The channel that is taken where all of them cancel in their mean; a notice says so."""
+    loudest = int((powers >= 0.999 * powers.max()).argmax())  # the first of equals
+    decoder.notice = f"its channels cancel each other when mixed: channel {loudest}, the loudest, was heard alone"
+    return loudest
 
 
 def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
@@ -254,6 +373,16 @@ def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
     of channels squared, or more; a mean that lies 10 dB below that has lost what it should tell.
     """
     return float(mix @ mix) < _CANCELLED * float(powers.max()) / len(powers) ** 2
+
+
+def _mixed(block: Block) -> Samples:
+    """The mean of the channels of a block (n, channels): (n,)."""
+    channels = block.shape[1]
+    if channels == 1:
+        return block[:, 0]
+    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` finds what is not finite
+        mean: Samples = block @ np.full(channels, 1.0 / channels, np.float32)
+    return mean
 
 
 def _check_values(samples: Samples, start: int, decoder: Decoder) -> None:

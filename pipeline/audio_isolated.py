@@ -1,8 +1,8 @@
 """Decoding in a process of its own, for a recording under suspicion: a decoder that crashes costs one recording.
 
 Method: a fresh Python process gets the recording (its path, or its bytes) on stdin and answers on stdout with one line
-of JSON and the samples; nothing is pickled. A process that dies becomes `DecoderCrashed`, one that does not answer in
-time is killed and becomes `DecodeTimeout`; an `AudioError` comes back as itself.
+of JSON and the samples of its clips; nothing is pickled. A process that dies becomes `DecoderCrashed`, one that does
+not answer in time is killed and becomes `DecodeTimeout`; an `AudioError` comes back as itself.
 Limits: some 0.3 s a recording for the new process; not for the first try of every recording.
 """
 
@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
-from pipeline.audio import AudioInfo, Clip, load_middle
+from pipeline.audio import AudioInfo, Clip, Reading, load_middle
 from pipeline.audio_errors import ERRORS, AudioError, DecoderCrashed, DecodeTimeout, Limits
 from pipeline.audio_guard import AudioSource, printable
 
@@ -30,16 +30,24 @@ _CHILD = "from pipeline.audio_isolated import answer; answer()"
 _NO_SAMPLES = np.empty(0, np.float32)
 
 
+@overload
 def decode_in_subprocess(
-    source: AudioSource, *, timeout_s: float = 30.0, decode: Callable[..., Clip] = load_middle, **options: Any
-) -> Clip:
+    source: AudioSource, *, timeout_s: float = ..., decode: Callable[..., Reading], **options: Any
+) -> Reading: ...
+@overload
+def decode_in_subprocess(
+    source: AudioSource, *, timeout_s: float = ..., decode: Callable[..., Clip] = ..., **options: Any
+) -> Clip: ...
+def decode_in_subprocess(
+    source: AudioSource, *, timeout_s: float = 30.0, decode: Callable[..., Clip | Reading] = load_middle, **options: Any
+) -> Clip | Reading:
     """`decode(source, **options)` in a process of its own.
 
     Args:
         source: path or bytes of a recording.
         timeout_s: seconds until the process is killed.
-        decode: `load_middle`, `load`, or another function at the top of an importable module.
-        options: its keyword arguments (numbers, strings, `limits`).
+        decode: `load_middle`, `load`, `load_once`, or another function at the top of an importable module.
+        options: its keyword arguments (numbers, strings, lists of them, `limits`).
 
     Raises:
         DecoderCrashed: the process died. DecodeTimeout: it was killed. AudioError: what `decode` raised.
@@ -85,22 +93,32 @@ def answer() -> None:
     module, name = question["decode"]
     path = os.fsdecode(base64.b64decode(question["path"]))
     try:
-        clip: Clip = getattr(importlib.import_module(module), name)(path or sys.stdin.buffer.read(), **options)
-        header: dict[str, Any] = {"clip": asdict(replace(clip, samples=_NO_SAMPLES)) | {"samples": None}}
-        samples = clip.samples.tobytes()
+        decoded: Clip | Reading = getattr(importlib.import_module(module), name)(
+            path or sys.stdin.buffer.read(), **options
+        )
+        clips = (decoded,) if isinstance(decoded, Clip) else decoded.clips
+        header: dict[str, Any] = {"hash": None if isinstance(decoded, Clip) else decoded.content_hash}
+        header["clips"] = [
+            asdict(replace(clip, samples=_NO_SAMPLES)) | {"samples": len(clip.samples)} for clip in clips
+        ]
     except AudioError as error:
-        header, samples = {"code": error.code, "message": str(error)}, b""
+        header, clips = {"code": error.code, "message": str(error)}, ()
     with reply:
-        reply.write(json.dumps(header).encode() + b"\n" + samples)
+        reply.write(json.dumps(header).encode() + b"\n")
+        for clip in clips:
+            reply.write(clip.samples.tobytes())
 
 
-def _read_answer(stdout: bytes) -> Clip:
+def _read_answer(stdout: bytes) -> Clip | Reading:
     line, _, samples = stdout.partition(b"\n")
     header = json.loads(line)
     if "code" in header:
         raise ERRORS[header["code"]](header["message"])
-    values = header["clip"] | {"info": AudioInfo(**header["clip"]["info"])}
-    return Clip(**values | {"samples": np.frombuffer(bytearray(samples), np.float32)})
+    clips, rest = [], np.frombuffer(bytearray(samples), np.float32)
+    for values in header["clips"]:
+        part, rest = rest[: values["samples"]], rest[values["samples"] :]
+        clips.append(Clip(**values | {"info": AudioInfo(**values["info"]), "samples": part}))
+    return clips[0] if header["hash"] is None else Reading(tuple(clips), header["hash"])
 
 
 def _death(return_code: int) -> str:

@@ -84,7 +84,7 @@ def from_arrays(
 
 
 def corpora_of(table: pd.DataFrame) -> tuple[tuple[str, ...], Rows]:
-    """The names in column `corpus`, sorted, and the number of each row's; one without a name where there is none."""
+    """The names in column `corpus`, sorted, and the number of each row's, (n,); one without a name without it."""
     if "corpus" not in table.columns:
         return ("",), np.zeros(len(table), np.int64)
     names, number = np.unique(table["corpus"].fillna("").astype(str).to_numpy(dtype=str), return_inverse=True)

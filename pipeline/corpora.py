@@ -1,8 +1,8 @@
 """Recordings as a manifest table: from a folder, a CSV, or a DataFrame.
 
 A manifest has one row a recording: ``speech`` (path), ``label`` (a class name; absent when only scoring), and, when
-known, ``speaker sex intensity statement corpus split``; every further column is kept untouched. RAVDESS file names are
-parsed by ``pipeline.ravdess_names``. Reading tables is in this module, splitting them in ``pipeline.splits``.
+known, ``speaker sex intensity statement corpus split``; every further column is kept untouched. Folders are scanned by
+``pipeline.data.folder``. Reading tables is in this module, splitting them in ``pipeline.splits``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
-from pipeline.audio import EXTENSIONS
-from pipeline.audio_formats import USUAL_ENDINGS
-from pipeline.folders import FolderScan, local_path, path_text, scan
+from pipeline.data.folder import scan_folder as scan_folder
 from pipeline.labels import (
     RAVDESS_EMOTIONS,
     LabelError,
@@ -25,88 +23,12 @@ from pipeline.labels import (
     mapped,
     normalise_name,
 )
+from pipeline.manifest_csv import MISSING, read_cells
 from pipeline.manifest_csv import ManifestError as ManifestError
-from pipeline.manifest_csv import read_cells
-from pipeline.ravdess_names import parse_ravdess, ravdess_row
 from pipeline.remote import is_remote
 
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_NAMES = ("label", "emotion")
-_MISSING = ("nan", "na", "n/a", "null", "<na>")  # as tables are exported
-
-
-def scan_folder(
-    folder: Path,
-    *,
-    songs: bool = False,
-    label_map: Mapping[str, str] | None = None,
-    tell: Callable[[str], None] | None = None,
-) -> pd.DataFrame:
-    """Manifest of a folder of labelled recordings, however nested, in order of file stem.
-
-    Labels come from RAVDESS file names, else from the name of the folder a file lies in (``angry/x.wav``), through
-    ``label_map`` as in ``read_manifest``. Song files are left out unless ``songs``; a file found twice under one
-    RAVDESS name (doubled nested folders) counts once. ``tell`` is given one line on all that was left out.
-
-    Raises:
-        ManifestError: no such folder, no recording in it, recordings whose emotion cannot be told, or a folder whose
-            name would be read back as another label.
-    """
-    if not folder.is_dir():
-        raise ManifestError(f"no folder {folder}; give the folder that holds the recordings")
-    rows: list[dict[str, object]] = []
-    seen: set[str] = set()
-    unknown: list[Path] = []
-    doubled: list[Path] = []
-    unwanted: list[Path] = []
-    root, found = Path(os.path.abspath(folder)), scan(folder, EXTENSIONS)
-    recordings = [Path(local_path(text)) for text in found.files]
-    for path in sorted(recordings, key=lambda p: (p.stem, str(p))):
-        name = parse_ravdess(path.stem)
-        if name is None:
-            if path.parent == root:
-                unknown.append(path)
-            else:
-                rows.append({"speech": path_text(path), "label": _folder_label(path.parent, label_map)})
-        elif name.song and not songs:
-            unwanted.append(path)
-        elif path.stem in seen:
-            doubled.append(path)
-        else:
-            seen.add(path.stem)
-            rows.append(ravdess_row(path, name) | {"label": canonical_name(name.emotion, label_map)})
-    left_out = {"whose emotion cannot be told": unknown, "found twice": doubled, "songs": unwanted}
-    if tell and (text := _left_out(found, left_out)):
-        tell(f"left out: {text}")
-    if unknown and not rows:
-        raise ManifestError(
-            f"cannot tell the emotion of {unknown[0].name} and {len(unknown) - 1} more in {folder}; "
-            "use RAVDESS file names, one folder an emotion, or a CSV with the columns speech,label"
-        )
-    if not rows:
-        raise ManifestError(f"no recordings in {folder}; expected files ending in {USUAL_ENDINGS}")
-    return pd.DataFrame(rows)
-
-
-def _left_out(found: FolderScan, recordings: Mapping[str, Sequence[Path]]) -> str:
-    """What the scan left out, and which recordings, by reason; empty when none were."""
-    parts = [
-        f"{len(paths):,} {reason} (first: {paths[0].name})" if len(paths) > 1 else f"{paths[0].name} ({reason})"
-        for reason, paths in recordings.items()
-        if paths
-    ]
-    return ", ".join(filter(None, [*parts, found.skipped()]))
-
-
-def _folder_label(folder: Path, label_map: Mapping[str, str] | None) -> str:
-    """The label that a folder's name is; numbers index classes and ``NA`` is none: a CSV would not keep them."""
-    label = canonical_name(folder.name, label_map)
-    if path_text(label) != label or not label or label in _MISSING or as_integer(label) is not None:
-        raise ManifestError(
-            f"the name of the folder {path_text(folder)} is no emotion; rename it (angry, calm, ...), "
-            "or list the recordings in a CSV with the columns speech,label"
-        )
-    return label
 
 
 def read_manifest(
@@ -261,7 +183,7 @@ def _label_names(
     named = {*(labels or ()), *(label_map or ())}
     for row, cell in enumerate(cells):
         text = "" if cell is None or cell is pd.NA or cell != cell else str(cell).strip()
-        if text.lower() in _MISSING and not named & {text, normalise_name(text)}:
+        if text.lower() in MISSING and not named & {text, normalise_name(text)}:
             text = ""
         wanted = mapped(text, label_map or {}, by_number.names) if text else text
         try:

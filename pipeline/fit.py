@@ -108,14 +108,16 @@ def batches_of(data: TrainingData, config: FitConfig) -> Batches:
         SerError: settings that do not fit the data.
     """
     rows = data.train_rows
+    corpora = None if data.corpus_of is None else data.corpus_of[rows]
+    trained = data.corpora if corpora is None else [data.corpora[k] for k in np.unique(corpora)]
     sampler = WeightedSampler.balanced(
         data.classes[rows],
         data.n_classes,
         batch_size=config.batch_size,
         seed=config.seed,
         boosts=config.oversample_boost,
-        corpora=None if data.corpus_of is None else data.corpus_of[rows],
-        shares=shares_of(config.corpus_share, data.corpora),
+        corpora=corpora,
+        shares=shares_of(config.corpus_share, data.corpora, trained),
         n_draws=config.draws,
     )
     return Batches(data, sampler, config.augmentation(), mask_missing=config.mask_missing_classes)

@@ -1,9 +1,11 @@
 """Evaluation protocols as folds: each a training, an inner validation and a test part of one manifest.
 
 ``holdout`` is the one stratified split of ``splits.split_table``; ``kfold`` is stratified k-fold over recordings (every
-recording is tested once, by a model that has heard the same speakers); ``speaker_kfold`` and ``loso`` (leave one
-speaker out) test on speakers that the model has never heard. Recordings with the same content are one unit. Folds are
-scikit-learn's ``StratifiedKFold`` and ``StratifiedGroupKFold``, one a speaker (``loso``), or given by a table.
+recording is tested once, by a model that has heard the same speakers); ``speaker_kfold``, ``loso`` (leave one speaker
+out) and ``loco`` (leave one family of corpora out) test on speakers that the model has never heard. Recordings with
+the same content are one unit. Folds are scikit-learn's ``StratifiedKFold`` and ``StratifiedGroupKFold``, one a speaker
+(``loso``) or a family (``loco``), or given by a table; in ``speaker_kfold`` of several families each fold gets its
+share of every family's speakers.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import numpy as np
 import pandas as pd
 
 from pipeline.corpora import ManifestError
+from pipeline.data.corpora import by_name
+from pipeline.data.corpora.voices import voices
 from pipeline.splits import HASH_COLUMN, by_stem, check_disjoint, divide, has_speakers, split_table, units_of
 
-UNSEEN_SPEAKERS = ("speaker_kfold", "loso")
+UNSEEN_SPEAKERS = ("speaker_kfold", "loso", "loco")
 PROTOCOLS = ("holdout", "kfold", *UNSEEN_SPEAKERS)
 TAKE = ("speaker", "label", "statement", "intensity")  # what two repetitions of one performance share
 
@@ -63,7 +67,7 @@ def folds_of(
         splits = split_table(table, test_size=test_size, inner_val=inner_val, by=by, seed=seed)
         check_disjoint(splits)
         return [Fold("1", splits)]
-    if assigned is not None and protocol != "loso":
+    if assigned is not None and protocol not in ("loso", "loco"):
         table = by_stem(table.assign(_fold=assigned).dropna(subset=["_fold"]))
         fold_of = table.pop("_fold").astype(str).to_numpy()
     else:
@@ -90,6 +94,11 @@ def _drawn(table: pd.DataFrame, protocol: str, folds: int, seed: int) -> np.ndar
 
     if protocol == "loso":
         return table["speaker"].astype(str).to_numpy()
+    families = families_of(table)
+    if protocol == "loco":
+        return families.to_numpy()
+    if protocol == "speaker_kfold" and families.nunique() > 1:
+        return _dealt(table["speaker"].astype(str), families, folds, seed)
     unit = units_of(table)
     first = ~pd.Series(unit).duplicated().to_numpy()
     units, labels = unit[first], table["label"].astype(str).to_numpy()[first]
@@ -104,6 +113,30 @@ def _drawn(table: pd.DataFrame, protocol: str, folds: int, seed: int) -> np.ndar
     for number, (_, tested) in enumerate(splitter.split(np.zeros((len(units), 1)), labels, groups), start=1):
         fold_of_unit |= dict.fromkeys(units[tested], str(number))
     return np.array([fold_of_unit[name] for name in unit])
+
+
+def families_of(table: pd.DataFrame) -> pd.Series:
+    """The family of each row's corpus (n,), whose corpora share their speakers; empty where no corpus is given."""
+    if "corpus" not in table.columns:
+        return pd.Series("", index=table.index)
+    names = table["corpus"].fillna("").astype(str)
+    return names.map(lambda name: corpus.family if (corpus := by_name(name)) and corpus.family else name)
+
+
+def _dealt(speakers: pd.Series, families: pd.Series, folds: int, seed: int) -> np.ndarray:
+    """Name of the fold of each row (n,): every family's speakers, shuffled, are dealt out to the folds in turn."""
+    number: dict[str, str] = {}
+    dealt = 0
+    for family in sorted(set(families)):
+        own = sorted(set(speakers[families == family]))
+        if not 2 <= folds <= len(own):
+            raise ManifestError(
+                f"--folds {folds} with {len(own)} speakers of {family or 'no corpus'}; expected 2 to {len(own)}"
+            )
+        for speaker in np.random.default_rng(seed).permutation(own):
+            number[str(speaker)] = str(dealt % folds + 1)
+            dealt += 1
+    return speakers.map(number).to_numpy()
 
 
 def _refuse_split_speakers(table: pd.DataFrame, fold_of: np.ndarray) -> None:
@@ -126,7 +159,10 @@ def assignment(table: pd.DataFrame, csv: Path, column: str) -> pd.Series:
     except (OSError, ValueError) as error:
         raise ManifestError(f"cannot read {csv}: {error}") from error
     keys = {HASH_COLUMN: table.get(HASH_COLUMN), "id": table["speech"].map(lambda p: Path(str(p)).stem)}
-    keys["speaker"] = table.get("speaker")
+    if "speaker" in table.columns:
+        keys["speaker"] = voices(table["speaker"])
+    if "speaker" in given.columns:
+        given["speaker"] = voices(given["speaker"])
     shared = [name for name in keys if name in given.columns and keys[name] is not None]
     if column not in given.columns or not shared:
         raise ManifestError(f"{csv} has the columns {list(given.columns)}; expected {column} and content_hash or id")

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.checkpoint import Bundle, load_bundle, save_bundle
+from pipeline.data.corpora.voices import with_corpora
 from pipeline.errors import SerError
 from pipeline.model_card import model_card
 from pipeline.models import MAX_MEMBERS, MEMBERS
-from pipeline.ravdess_names import parse_ravdess
 from pipeline.splits import HASH_COLUMN
 
 _ORDER = ("train", "inner_val", "test")  # a recording that any member has learnt from, the joined model has
@@ -45,9 +45,7 @@ def join(paths: Sequence[Path], out: Path) -> Bundle:
     }
     table = _training_table(bundles)
     training = _training(bundles, table)
-    known = table if table is not None else pd.DataFrame()
-    if table is not None and all(parse_ravdess(stem) for stem in table["id"]):
-        known = known.assign(corpus="RAVDESS")
+    known = pd.DataFrame() if table is None else with_corpora(table)
     return save_bundle(
         out,
         name=first.name,

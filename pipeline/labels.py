@@ -2,7 +2,8 @@
 
 Source of the codes: Livingstone & Russo (2018), "The Ryerson Audio-Visual Database of Emotional Speech and Song
 (RAVDESS)", PLoS ONE 13(5): e0196391, table of file-name identifiers. The alias table collects the adjective and
-noun forms used by RAVDESS, TESS (``ps`` = pleasant surprise), CREMA-D (``ANG DIS FEA HAP NEU SAD``) and SAVEE.
+noun forms used by RAVDESS, TESS (``ps`` = pleasant surprise), CREMA-D (``ANG DIS FEA HAP NEU SAD``), SAVEE and EmoDB
+(``anxiety``).
 
 Class indices are positions in sorted order, nothing else: RAVDESS is angry 0 ... surprised 7.
 """
@@ -25,6 +26,7 @@ RAVDESS_EMOTIONS: Mapping[str, str] = {
     "08": "surprised",
 }
 RAVDESS_LABELS: tuple[str, ...] = tuple(sorted(RAVDESS_EMOTIONS.values()))
+OTHER_CLASSES = ("boredom", "bored")  # known words for how people sound that no model here is trained to tell
 
 ALIASES: Mapping[str, str] = {
     "anger": "angry",
@@ -37,6 +39,7 @@ ALIASES: Mapping[str, str] = {
     "fear": "fearful",
     "fea": "fearful",
     "afraid": "fearful",
+    "anxiety": "fearful",
     "scared": "fearful",
     "happiness": "happy",
     "hap": "happy",
@@ -51,6 +54,7 @@ ALIASES: Mapping[str, str] = {
     "pleasant_surprise": "surprised",
     "pleasant_surprised": "surprised",
 }
+_KNOWN = frozenset((*RAVDESS_LABELS, *OTHER_CLASSES))
 
 
 class LabelError(SerError):
@@ -74,6 +78,22 @@ def canonical_name(text: str, label_map: Mapping[str, str] | None = None) -> str
     """
     name = normalise_name(mapped(text, label_map or {}))
     return ALIASES.get(name, name)
+
+
+def emotion_of(text: str, label_map: Mapping[str, str] | None = None) -> str | None:
+    """The class that a name stands for: a known emotion, or what ``label_map`` says; None for any other name.
+
+    >>> emotion_of("Fear"), emotion_of("bored"), emotion_of("train"), emotion_of("cough", {"cough": "cough"})
+    ('fearful', 'bored', None, 'cough')
+    """
+    name = ALIASES.get(normalise_name(text), normalise_name(text))
+    return canonical_name(text, label_map) if name in _KNOWN or is_named(text, label_map) else None
+
+
+def is_named(text: str, label_map: Mapping[str, str] | None) -> bool:
+    """Whether ``label_map`` says what a name stands for."""
+    given = _map_key(text)
+    return bool({given, ALIASES.get(given, given)} & set(label_map or ()))
 
 
 def mapped(text: str, label_map: Mapping[str, str], names: Sequence[str] = ()) -> str:

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pipeline.data.corpora.voices import voices, with_speakers
 from pipeline.measures import scores
 from pipeline.outcomes import Outcomes, has_labels, outcomes
-from pipeline.ravdess_names import with_speakers
 from pipeline.splits import HASH_COLUMN, add_hashes, duplicates_in, leaked, used_in_training
 
 SHOWN = 20
@@ -109,5 +109,4 @@ def _shared_speakers(manifest: pd.DataFrame, training: pd.DataFrame) -> tuple[st
     manifest, used = with_speakers(manifest), with_speakers(used_in_training(training).rename(columns={"id": "speech"}))
     if "speaker" not in manifest.columns or "speaker" not in used.columns:
         return ()
-    heard = set(used["speaker"].dropna().astype(str)) - {""}
-    return tuple(sorted(heard & set(manifest["speaker"].dropna().astype(str))))
+    return tuple(sorted((set(voices(used["speaker"])) - {""}) & set(voices(manifest["speaker"]))))

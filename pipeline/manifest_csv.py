@@ -19,6 +19,7 @@ import pandas as pd
 from pipeline.errors import SerError
 from pipeline.tables import unguard
 
+MISSING = ("nan", "na", "n/a", "null", "<na>")  # as tables are exported
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 

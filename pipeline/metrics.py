@@ -29,6 +29,7 @@ from pipeline.measures import (
     scores,
 )
 from pipeline.outcomes import Outcomes, failed_rows, has_labels, outcomes
+from pipeline.restricted import restricted
 from pipeline.verdict import Targets, verdict
 
 __all__ = ["FORMAT_VERSION", "Targets", "evaluate", "speaker_groups"]
@@ -78,6 +79,7 @@ def evaluate(
         "labelled_failed": int((~found.read).sum()),
     }
     result |= _figures(found, resamples, seed, rng)
+    result["restricted"] = restricted(found)
     result["hints"] = hints(found)
     result["verdict"] = verdict(result, targets or Targets())
     result["breakdowns"], result["breakdowns_left_out"] = breakdowns(found)

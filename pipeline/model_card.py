@@ -11,17 +11,14 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.data.corpora import Corpus, by_name
 from pipeline.features import FeatureConfig
 
 PARTS = {"test": "held-out test part", "inner_val": "inner validation part, which also chose the epoch"}
-_RAVDESS = (
-    "The recordings are speech of RAVDESS (Livingstone & Russo 2018, <https://doi.org/10.5281/zenodo.1188976>), "
-    "licence CC BY-NC-SA 4.0: name the source, no commercial use, share alike. The bundle holds no audio."
-)
-_OTHER = "The recordings are the user's own; the bundle holds no audio. Their licence may bind these weights."
-_RAVDESS_LIMITS = (
-    "Acted emotion: North American actors speak two English sentences of about 1.5 s in a studio. Spontaneous "
-    "speech, other languages, children, real noise and telephone lines were not heard in training.",
+_OWN = "{} are the user's own; the bundle holds no audio. Their licence may bind these weights."
+_ACTED_LIMIT = (
+    "Acted emotion: {}. Spontaneous speech, other languages, children, real noise and telephone lines were not heard "
+    "in training."
 )
 _LIMITS = (
     "The model hears sound, not words, and always answers with one of its classes; a confidence is no proof.",
@@ -53,8 +50,9 @@ def model_card(
         figures: the block of metrics.json of each part that was measured.
         recordings: manifest rows of all parts, for their number, speakers and corpus.
     """
-    corpora = set(recordings["corpus"]) if "corpus" in recordings else set()
-    ravdess = corpora == {"RAVDESS"}
+    names = sorted(set(recordings["corpus"].fillna("").astype(str))) if "corpus" in recordings else [""]
+    corpora = [corpus for name in names if (corpus := by_name(name)) and corpus.heard]
+    acted = [_ACTED_LIMIT.format("; ".join(corpus.heard for corpus in corpora))] if len(corpora) == len(names) else []
     return "\n".join(
         [
             f"# {name}",
@@ -64,11 +62,11 @@ def model_card(
             "",
             "## Data",
             "",
-            f"{training['trained_on']}, of {_described(recordings)}. {_RAVDESS if ravdess else _OTHER}",
+            f"{training['trained_on']}, of {_described(recordings)}. {_sources(corpora, len(corpora) == len(names))}",
             "",
             *_figures(figures),
             *_recipe(training),
-            *_list("Limits", (*_RAVDESS_LIMITS, *_LIMITS) if ravdess else _LIMITS),
+            *_list("Limits", (*acted, *_LIMITS)),
             *_list("Must not be used", _FORBIDDEN),
         ]
     )
@@ -81,6 +79,15 @@ def _hears(features: FeatureConfig) -> str:
         f"{features.sample_rate_hz / 1000:g} kHz: `{features.kind}` of {features.n_mels} mel bands up to "
         f"{top_hz / 1000:g} kHz, {features.n_frames} frames."
     )
+
+
+def _sources(corpora: Sequence[Corpus], whole: bool) -> str:
+    """Where the recordings are from, and on what terms; ``whole``: none is of another source."""
+    told = [f"{c.title} ({c.citation}, <{c.source}>), licence {c.licence}" for c in corpora]
+    if not told:
+        return _OWN.format("The recordings")
+    known = f"The recordings are {'; '.join(told)}."
+    return f"{known} The bundle holds no audio." if whole else f"{known} {_OWN.format('Others')}"
 
 
 def _described(recordings: pd.DataFrame) -> str:

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pipeline.data.corpora.voices import given, with_speakers
 from pipeline.errors import SerError
 from pipeline.labels import LabelError
 from pipeline.measures import Floats, Ints, tally
-from pipeline.ravdess_names import given, with_speakers
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def failed_rows(predictions: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def outcomes(predictions: pd.DataFrame, labels: Sequence[str]) -> Outcomes:
-    """The labelled rows of ``predictions`` as arrays; RAVDESS names tell the speakers where no column does.
+    """The labelled rows of ``predictions`` as arrays; file names tell the speakers where no column does.
 
     Raises:
         LabelError: a label that is none of ``labels``.

@@ -8,7 +8,7 @@ divide the batch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +65,12 @@ def class_weights(classes: np.ndarray, n_classes: int) -> np.ndarray:
     return weights
 
 
-def shares_of(given: Mapping[str, float], corpora: Sequence[str]) -> np.ndarray | None:
+def shares_of(
+    given: Mapping[str, float], corpora: Sequence[str], trained: Collection[str] | None = None
+) -> np.ndarray | None:
     """The share of the draws of each of `corpora` (K,); None when none are given.
+
+    `trained`: those that are trained on (all by default), which must have a share; that of others is 0.
 
     Raises:
         SerError: a share for a corpus that is not there, or a corpus without one.
@@ -76,10 +80,11 @@ def shares_of(given: Mapping[str, float], corpora: Sequence[str]) -> np.ndarray 
     for name in given:
         if name not in corpora:
             raise SerError(f"--corpus_share: no corpus {name!r} in the recordings; there are {', '.join(corpora)}")
-    for name in corpora:
+    trained = corpora if trained is None else trained
+    for name in trained:
         if name not in given:
             raise SerError(f"--corpus_share gives {name or 'the recordings without a corpus'} none; name every corpus")
-    shares = np.array([given[name] for name in corpora])
+    shares = np.array([given[name] if name in trained else 0.0 for name in corpora])
     found: np.ndarray = shares / shares.sum()
     return found
 

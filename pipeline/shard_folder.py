@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from pipeline.arrays import MANIFEST, ShardError
 from pipeline.checkpoint import write_json
 from pipeline.locks import only_one
+from pipeline.splits import HASH_COLUMN
 from pipeline.stamps import stamps_of
 
 PLAN, STAMPS, NOTES = "plan.json", "stamps.npy", ".notes"
@@ -66,8 +68,8 @@ def claim(out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_r
     """
     stamps, known = stamps_of(recordings), _plan_before(out)
     if known == plan:
-        before = _stamps_before(out, len(recordings))
-        if before is None:
+        before = _stamps_before(out)
+        if before is None or len(before) != len(recordings):
             return
         extracted = np.array([(out / part_name(i)).is_file() for i in range(int(plan["blocks"]))], dtype=bool)
         extracted = extracted.repeat(block_rows)[: len(recordings)]
@@ -85,6 +87,31 @@ def claim(out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_r
         _empty(out)
     _write_stamps(out, stamps)
     write_json(out / PLAN, plan)
+
+
+def known_hashes(folders: Sequence[Path], table: pd.DataFrame) -> pd.Series:
+    """Content hash of each recording as the shards hold it; empty where they hold none, or it has changed since.
+
+    Args:
+        folders: complete feature folders.
+        table: originals among the rows of ``load_features(folders)``.
+
+    A recording that is gone has not changed. One that is there and has another stamp than when it was extracted, or is
+    of a folder without stamps, has.
+    """
+    if HASH_COLUMN not in table.columns:
+        return pd.Series("", index=table.index)
+    place = table["row_id"].str.rpartition(":")
+    before = np.full((len(table), 2), -1, np.int64)
+    for number, folder in enumerate(folders):
+        stamps = _stamps_before(folder)
+        rows = np.flatnonzero(place[0].replace("", "0").astype(int) == number)
+        positions = place[2].iloc[rows].astype(int).to_numpy()
+        if stamps is not None and len(stamps) > positions.max(initial=-1):
+            before[rows] = stamps[positions]
+    now = stamps_of(table["speech"].tolist())
+    unchanged = (now[:, 0] < 0) | (now == before).all(axis=1)
+    return table[HASH_COLUMN].fillna("").where(unchanged, "")
 
 
 def begin_notes(out: Path, run: str) -> None:
@@ -137,13 +164,13 @@ def _write_stamps(out: Path, stamps: NDArray[np.int64]) -> None:
     (out / _STAMPS_TMP).replace(out / STAMPS)
 
 
-def _stamps_before(out: Path, rows: int) -> NDArray[np.int64] | None:
-    """The stamps that the folder holds, ``(rows, 2)``; None where it holds none that fit."""
+def _stamps_before(out: Path) -> NDArray[np.int64] | None:
+    """The stamps that the folder holds, ``(n, 2)``; None where it holds none."""
     try:
         stamps: NDArray[np.int64] = np.load(out / STAMPS, allow_pickle=False)
     except (OSError, ValueError):
         return None
-    return stamps if stamps.shape == (rows, 2) else None
+    return stamps if stamps.ndim == 2 and stamps.shape[1] == 2 else None
 
 
 def _plan_before(out: Path) -> Mapping[str, Any] | None:

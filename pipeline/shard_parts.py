@@ -1,6 +1,7 @@
 """One part of an extraction: a block of the manifest decoded, its features computed, written whole or not at all.
 
-What a worker of ``pipeline.shards`` runs. A recording that cannot be read is a row with ``status`` and ``error``.
+What a worker of ``pipeline.shards`` runs. A recording is decoded once, for its features and its content hash. One that
+cannot be read is a row with ``status`` and ``error``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.arrays import ShardError
-from pipeline.audio import AudioError, Clip, load_middle
+from pipeline.audio import AudioError, Clip, Reading, load_once
 from pipeline.audio_isolated import decode_in_subprocess
 from pipeline.features import FeatureConfig, extract, mel_power
 from pipeline.ledger import Notes
@@ -33,7 +35,9 @@ OUR_COLUMNS = {
     "status": pa.string(),
     "error": pa.string(),
     "n_frames": pa.int64(),
+    "content_hash": pa.string(),
 }
+_decode_apart = partial(decode_in_subprocess, decode=load_once, timeout_s=300.0)  # all of a recording, for its hash
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class BlockWriter:
         rows: list[dict[str, Any]] = []
         for position, (_, record) in enumerate(batch.iterrows()):
             notes.begin(position)
-            rows.extend(self._rows(record, decode_in_subprocess if notes.apart(position) else load_middle))
+            rows.extend(self._rows(record, _decode_apart if notes.apart(position) else load_once))
         notes.close()
         target = self.out / part_name(block)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes
@@ -110,21 +114,21 @@ class BlockWriter:
             temporary.unlink(missing_ok=True)
         return len(rows), sum(row["status"] != "ok" for row in rows)
 
-    def _rows(self, record: pd.Series, read: Callable[..., Clip]) -> list[dict[str, Any]]:
+    def _rows(self, record: pd.Series, read: Callable[..., Reading]) -> list[dict[str, Any]]:
         """What we add to the row of one recording, and to those of its pitch-shifted copies."""
         number = int(record["_row"])
         base = {"_row": number, "row_id": str(number), "parent_id": "", "pitch_semitones": 0.0}
-        base |= {"status": "ok", "error": "", "n_frames": 0, "features": None, "mel_power": None}
+        base |= {"status": "ok", "error": "", "n_frames": 0, "content_hash": "", "features": None, "mel_power": None}
         config, frames = self.config, power_frames(self.config, self.options)
+        windows_s = [config.window_s] + ([max(self.options.mel_power_s, config.window_s)] if frames else [])
         try:
-            source = source_of(record["speech"])
-            clip = read(source, window_s=config.window_s, sample_rate_hz=config.sample_rate_hz)
-            base["features"] = extract(clip.samples, config)
-            if not frames:
-                return [base]
-            samples = _excerpt(read, source, config, self.options)
+            found = read(source_of(record["speech"]), windows_s=windows_s, sample_rate_hz=config.sample_rate_hz)
         except AudioError as error:
-            return [base | {"status": error.code, "error": str(error), "features": None}]
+            return [base | {"status": error.code, "error": str(error)}]
+        base |= {"content_hash": found.content_hash, "features": extract(found.clips[0].samples, config)}
+        if not frames:
+            return [base]
+        samples = _excerpt(found.clips[1], config)
         rows = [base | _power(samples, config, frames)]
         for semitones in self.options.pitch_semitones:
             shifted = _pitch_shift(samples, config, semitones)
@@ -146,12 +150,8 @@ class BlockWriter:
         return table
 
 
-def _excerpt(
-    read: Callable[..., Clip], source: str | bytes, config: FeatureConfig, options: ShardOptions
-) -> np.ndarray:
-    """Up to ``mel_power_s`` seconds around the middle, the window at least, mono."""
-    longest_s = max(options.mel_power_s, config.window_s)
-    whole = read(source, window_s=longest_s, sample_rate_hz=config.sample_rate_hz)
+def _excerpt(whole: Clip, config: FeatureConfig) -> np.ndarray:
+    """The real audio of a clip, the window at least."""
     real = min(len(whole.samples), max(config.window_samples, round(whole.scored_s * config.sample_rate_hz)))
     start = (len(whole.samples) - real) // 2
     return whole.samples[start : start + real]

@@ -27,6 +27,7 @@ from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
 from pipeline.shard_folder import NOTES, begin_notes, claim, hold, part_name, whole_parts
 from pipeline.shard_parts import OUR_COLUMNS, BlockWriter, ShardOptions, power_frames
+from pipeline.splits import HASH_COLUMN
 
 __all__ = ["BlockWriter", "ShardOptions", "ShardSummary", "extract_shards"]
 
@@ -137,7 +138,8 @@ def _renamed(manifest: pd.DataFrame, config: FeatureConfig) -> pd.DataFrame:
 def _fingerprint(table: pd.DataFrame, config: FeatureConfig, options: ShardOptions) -> str:
     digest = hashlib.sha256(config.fingerprint().encode())
     digest.update(json.dumps(asdict(options), sort_keys=True).encode())
-    digest.update(table.to_csv(index=False).encode("utf-8", "surrogateescape"))
+    as_before = table.rename(columns={f"in_{HASH_COLUMN}": HASH_COLUMN})  # hashes were kept: what was begun goes on
+    digest.update(as_before.to_csv(index=False).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 

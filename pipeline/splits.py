@@ -148,10 +148,16 @@ def _held_speakers(table: pd.DataFrame, share: float, seed: int, what: str) -> n
     return table["speaker"].astype(str).isin(chosen).to_numpy()
 
 
-def add_hashes(table: pd.DataFrame, *, threads: int = 2) -> pd.DataFrame:
-    """The table with ``content_hash``: sha256 of the decoded recording, empty where it cannot be read."""
+def add_hashes(table: pd.DataFrame, *, known: pd.Series | None = None, threads: int = 2) -> pd.DataFrame:
+    """The table with ``content_hash``: sha256 of the decoded recording, empty where it cannot be read.
+
+    Args:
+        known: hashes of the rows, as ``shard_folder.known_hashes`` finds them; only where empty is a recording decoded.
+    """
+    hashes = [""] * len(table) if known is None else list(known)
     with ThreadPoolExecutor(threads) as pool:
-        return table.assign(**{HASH_COLUMN: list(pool.map(_hash_or_empty, table["speech"]))})
+        found = pool.map(lambda path, digest: digest or _hash_or_empty(path), table["speech"], hashes)
+        return table.assign(**{HASH_COLUMN: list(found)})
 
 
 def _hash_or_empty(path: str) -> str:

@@ -20,6 +20,7 @@ def terminal_summary(evaluation: Mapping[str, Any]) -> str:
         classification_report(evaluation),
         _confusion(evaluation["confusion"]),
         _per_class(evaluation),
+        *([_restricted(found)] if (found := evaluation.get("restricted")) else []),
         _verdict(evaluation),
     ]
     notes = [_wrapped(f"note: {hint}") for hint in evaluation["hints"]]
@@ -82,6 +83,27 @@ def _per_class(evaluation: Mapping[str, Any]) -> str:
             f"  {_clip(row['label']):<{_NAME_WIDTH}} {share:>15} {_percent(figure['value']):>9}"
             f"  {_interval(figure['over_recordings'])}"
         )
+    return "\n".join(lines)
+
+
+def _restricted(found: Mapping[str, Any]) -> str:
+    """Open and restricted figures, a line a corpus."""
+    missing = f"the data has no {', '.join(found['missing'])}; " if found["missing"] else ""
+    lines = [_wrapped(f"{missing}open answers, and answers among the classes that each corpus has")]
+    lines.append(f"  {'':<{_NAME_WIDTH}} {'n':>6} {'classes':>8}{'accuracy':>20}{'UAR':>20}")
+    rows = [*found["corpora"], {**found["all"], "corpus": "all"}]
+    for row in rows:
+        cells = "".join(
+            f"{_percent(row['open'][name]):>10}{_percent(row['restricted'][name]):>10}" for name in ("accuracy", "uar")
+        )
+        name = _clip(row["corpus"] or "(no corpus)")
+        lines.append(f"  {name:<{_NAME_WIDTH}} {row['n']:>6} {len(row['classes']):>8}{cells}")
+    if found["mean"]:
+        cells = "".join(
+            f"{_percent(found['mean']['open'][name]):>10}{_percent(found['mean']['restricted'][name]):>10}"
+            for name in ("accuracy", "uar")
+        )
+        lines.append(f"  {'mean of corpora':<{_NAME_WIDTH}} {'':>6} {'':>8}{cells}")
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
 Recordings that could not be read count as wrong here; the figure on the read ones alone is shown beside it.
 The interval is the one over speakers where it exists, else the one over recordings. A target that is met by
-the figure while the interval reaches below it is said to be met with that reservation; a class without
-recordings cannot be decided.
+the figure while the interval reaches below it is said to be met with that reservation. A class without
+recordings is named and left out of the outcome: the verdict is on the classes that are there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MET = "met"
 CROSSES = "met, but the interval crosses the line"
 NOT_DECIDABLE = "not decidable"
 NOT_MET = "not met"
-_FROM_BEST = (MET, CROSSES, NOT_DECIDABLE, NOT_MET)
+_FROM_BEST = (MET, CROSSES, NOT_MET)
 _TOLERANCE = 1e-12
 
 
@@ -62,8 +62,9 @@ def verdict(evaluation: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
     ]
     for row in evaluation["per_class"]:
         checks.append(_check("recall", row["label"], targets.class_recall, row["recall"]))
+    decided = [check["outcome"] for check in checks if check["outcome"] != NOT_DECIDABLE]
     return {
-        "outcome": max((check["outcome"] for check in checks), key=_FROM_BEST.index),
+        "outcome": max(decided, key=_FROM_BEST.index, default=NOT_DECIDABLE),
         "missed": [_name(check) for check in checks if check["outcome"] == NOT_MET],
         "undecidable": [_name(check) for check in checks if check["outcome"] == NOT_DECIDABLE],
         "lowest_class": _lowest(evaluation["per_class"]),

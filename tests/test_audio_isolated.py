@@ -13,7 +13,7 @@ import soundfile
 from audio_recordings import ONE_SECOND, code_of, encoded, voice
 
 from pipeline import audio
-from pipeline.audio import Limits, load, load_middle
+from pipeline.audio import Limits, load, load_middle, load_once
 from pipeline.audio_isolated import decode_in_subprocess
 
 
@@ -27,6 +27,13 @@ def test_the_subprocess_gives_the_same_clip(tmp_path: Path) -> None:
     part = decode_in_subprocess(path.read_bytes(), decode=load, start_s=1.0, duration_s=0.5, channel=0)
     assert np.array_equal(part.samples, load(path, start_s=1.0, duration_s=0.5).samples)
     assert code_of(ONE_SECOND[:999], decode_in_subprocess) == "truncated"
+    once = decode_in_subprocess(path, decode=load_once, windows_s=[1.5, 6.0, 0.1], limits=Limits(max_duration_s=5))
+    assert once.content_hash == audio.content_hash(path)
+    assert [len(clip.samples) for clip in once.clips] == [72_000, 288_000, 4_800]
+    assert np.array_equal(once.clips[0].samples, here.samples)
+    assert np.array_equal(once.clips[1].samples, load_middle(path, window_s=6.0).samples)
+    assert (once.clips[0].info, once.clips[0].scored_s, once.clips[1].scored_s) == (here.info, 1.5, 3.0)
+    assert code_of(ONE_SECOND[:999], decode_in_subprocess, decode=load_once, windows_s=[1.0]) == "truncated"
 
 
 @pytest.fixture
@@ -71,12 +78,13 @@ def test_twenty_minutes_of_silence_take_little_memory(tmp_path: Path) -> None:
     assert path.stat().st_size < 400_000
     script = (
         "import re, sys\n"
-        "from pipeline.audio import content_hash, load, load_middle, probe\n"
+        "from pipeline.audio import content_hash, load, load_middle, load_once, probe\n"
         "def peak():\n    return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "long, short = sys.argv[1:]\n"
-        "content_hash(short), load_middle(short)\n"
+        "content_hash(short), load_once(short, windows_s=[2.0, 6.0])\n"
         "before = peak()\n"
         "probe(long), load_middle(long), content_hash(long), load(long, start_s=600, duration_s=2)\n"
+        "load_once(long, windows_s=[2.0, 6.0])\n"
         "print(peak() - before)"
     )
     short = tmp_path / "short.wav"

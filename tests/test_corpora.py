@@ -1,8 +1,7 @@
-"""Manifests from folders, CSV files in the forms people send, and tables."""
+"""Manifests from CSV files in the forms people send, and from tables."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pandas as pd
@@ -15,60 +14,10 @@ from pipeline.corpora import (
     label_set,
     read_manifest,
     resolve_path,
-    scan_folder,
 )
 from pipeline.errors import SerError
 from pipeline.labels import RAVDESS_LABELS, LabelError, parse_label_map
-from pipeline.ravdess_names import parse_ravdess
 from pipeline.splits import split_table
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-
-
-def test_ravdess_name() -> None:
-    name = parse_ravdess("03-01-06-01-02-01-12")
-    assert name is not None
-    assert (name.emotion, name.speaker, name.sex, name.statement) == ("fearful", "Actor_12", "female", "dogs")
-    assert parse_ravdess("03-01-09-01-02-01-12") is None
-    assert parse_ravdess("hello") is None
-
-
-def test_nested_doubled_folders_and_songs(tmp_path: Path) -> None:
-    touch(tmp_path, "Actor_02/03-01-05-01-01-01-02.wav", "Actor_01/03-01-08-02-02-01-01.flac")
-    touch(tmp_path, "audio_speech/Actor_02/03-01-05-01-01-01-02.wav", "Actor_01/03-02-04-01-01-01-01.wav")
-    touch(tmp_path, "Actor_01/.hidden.wav", "Actor_01/notes.txt", ".git/03-01-05-01-01-01-03.wav")
-    table = scan_folder(tmp_path)
-    assert [Path(p).name for p in table["speech"]] == [
-        "03-01-05-01-01-01-02.wav",
-        "03-01-08-02-02-01-01.flac",
-    ]
-    assert table["label"].tolist() == ["angry", "surprised"]
-    assert all(Path(p).is_absolute() for p in table["speech"])
-    with_songs = scan_folder(tmp_path, songs=True)
-    assert sorted(with_songs["corpus"]) == ["RAVDESS", "RAVDESS", "RAVDESS song"]
-
-
-def test_one_folder_an_emotion(tmp_path: Path) -> None:
-    touch(tmp_path, "Fear/a.wav", "happiness/b.mp3")
-    table = scan_folder(tmp_path)
-    assert dict(zip(table["label"], table["speech"].map(lambda p: Path(p).name), strict=True)) == {
-        "fearful": "a.wav",
-        "happy": "b.mp3",
-    }
-
-
-@pytest.mark.parametrize("names", [(), ("notes.txt",), ("a.wav",)])
-def test_folders_without_labelled_recordings_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
-    touch(tmp_path, *names)
-    with pytest.raises(ManifestError):
-        scan_folder(tmp_path)
-    with pytest.raises(ManifestError, match="no folder"):
-        scan_folder(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
@@ -180,43 +129,6 @@ def test_classes_that_are_numbers_are_found_by_name(tmp_path: Path) -> None:
     assert read_manifest(path, labels=["01", "02", "03"])["label"].tolist() == ["01", "03"]
 
 
-@pytest.mark.parametrize("name", ["01", "2", "1e1", "NA", "-"])
-def test_folders_whose_name_would_be_read_as_another_label_are_refused(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, f"{name}/x.wav", "sad/y.wav")
-    with pytest.raises(ManifestError, match=f"{name} is no emotion; rename it .*columns speech,label"):
-        scan_folder(tmp_path)
-
-
-def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
-    touch(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), "sad/x.wav")
-    assert scan_folder(tmp_path)["label"].tolist() == ["sad"]
-    touch(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), "y.wav")
-    with pytest.raises(ManifestError, match="caf%E9 is no emotion"):
-        scan_folder(tmp_path)
-
-
-def test_a_detour_to_a_folder_gives_no_labels(tmp_path: Path) -> None:
-    touch(tmp_path, "flat/a.wav", "mix/b.wav")
-    for folder in (tmp_path / "flat", tmp_path / "mix" / ".." / "flat"):
-        with pytest.raises(ManifestError, match=r"cannot tell the emotion of a\.wav"):
-            scan_folder(folder)
-
-
-def test_what_a_scan_leaves_out_is_told(tmp_path: Path) -> None:
-    touch(tmp_path, "03-01-05-01-01-01-02.wav", "a/03-01-05-01-01-01-02.wav", "foo.wav", "goo.wav", "notes.txt")
-    touch(tmp_path, "03-02-05-01-01-01-02.wav", "sad/" + "d/" * 130 + "x.wav")
-    told: list[str] = []
-    assert len(scan_folder(tmp_path, tell=told.append)) == 1
-    (line,) = told
-    assert line.startswith("left out: 2 whose emotion cannot be told (first: foo.wav), ")
-    for part in ("03-01-05-01-01-01-02.wav (found twice)", "03-02-05-01-01-01-02.wav (song", "1 .txt"):
-        assert part in line
-    assert f"1 folders too deep (first: {tmp_path}/sad/d/" in line
-    told.clear()
-    scan_folder(tmp_path / "a", tell=told.append)
-    assert not told
-
-
 def test_labels_outside_the_models_classes_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text("speech,label\na.wav,bored\n", encoding="utf-8")
@@ -239,13 +151,6 @@ def test_a_label_map_works_for_integers_and_aliases(tmp_path: Path, labels: tupl
     ]
     with pytest.raises(LabelError, match="line 5, 'bored' by --label_map: unknown label 'tired'"):
         read_manifest(path, labels=RAVDESS_LABELS, label_map=parse_label_map("bored=tired"))
-
-
-def test_a_label_map_works_for_folders_and_file_names(tmp_path: Path) -> None:
-    touch(tmp_path, "excited/a.wav", "fear/b.wav", "scared/c.wav", "03-01-05-01-01-01-01.wav")
-    table = scan_folder(tmp_path, label_map=parse_label_map("excited=happy,fear=sad,angry=disgust"))
-    found = {Path(path).stem: label for path, label in zip(table["speech"], table["label"], strict=True)}
-    assert found == {"a": "happy", "b": "sad", "c": "fearful", "03-01-05-01-01-01-01": "disgust"}
 
 
 def test_only_an_explicit_root_fences_relative_paths(tmp_path: Path) -> None:

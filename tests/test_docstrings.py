@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(path for package in ("pipeline", "serve", "jobs") for path in (ROOT / package).glob("*.py"))
+MODULES = sorted(path for package in ("pipeline", "serve", "jobs") for path in (ROOT / package).rglob("*.py"))
 LIBRARY = [path for path in MODULES if path.parent.name != "jobs"]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 _ARRAYS = re.compile(r"\b(Array|Floats|Ints|Samples|NDArray|Tensor|Rows)\b")
@@ -76,7 +76,8 @@ WITH_EXAMPLES = [path for path in MODULES if ">>> " in path.read_text(encoding="
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.stem)
 def test_examples_in_docstrings_run(path: Path) -> None:
-    module = importlib.import_module(f"{path.parent.name}.{path.stem}")
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    module = importlib.import_module(name.removesuffix(".__init__"))
     result = doctest.testmod(module, raise_on_error=False)
     assert result.attempted > 0
     assert result.failed == 0

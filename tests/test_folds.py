@@ -37,7 +37,10 @@ def hashes(part: pd.DataFrame) -> set[str]:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("inner_val", [0.0, 0.2])
 def test_no_recording_is_in_two_parts_of_a_fold(protocol: str, inner_val: float) -> None:
-    for fold in folds_of(manifest(copies=5), protocol, folds=3, inner_val=inner_val):
+    table = manifest(copies=5)
+    if protocol == "loco":
+        table["corpus"] = table["speaker"].map(lambda name: "odd" if int(name[1:]) % 2 else "even")
+    for fold in folds_of(table, protocol, folds=3, inner_val=inner_val):
         train, inner, test = (hashes(fold.splits[name]) for name in ("train", "inner_val", "test"))
         assert not train & inner
         assert not train & test
@@ -162,3 +165,43 @@ def test_blank_speakers_are_not_one_known_voice() -> None:
     part = pd.DataFrame({"speaker": ["", ""], "label": ["sad", "calm"], "speech": ["a", "b"]})
     fold = Fold("1", {"train": part, "inner_val": part.iloc[:0], "test": part})
     assert sharing(fold) == {"speakers": None, "takes": None}
+
+
+def several_families() -> pd.DataFrame:
+    """Six speakers of RAVDESS, who speak and sing, seven of CREMA-D, and six of a corpus of nobody's."""
+    rows = []
+    for corpus, prefix, speakers in (
+        ("ravdess_speech", "RAVDESS", 6),
+        ("ravdess_song", "RAVDESS", 6),
+        ("crema_d", "CREMA-D", 7),
+        ("mine", "mine", 6),
+    ):
+        for speaker in range(speakers):
+            for take in range(4):
+                path = f"/{corpus}/{speaker}-{take}.wav"
+                row = {"speech": path, "label": ("sad", "happy")[take % 2], "speaker": f"{prefix}_{speaker:02d}"}
+                rows.append(row | {"corpus": corpus, "content_hash": path})
+    return pd.DataFrame(rows)
+
+
+def test_folds_of_several_families_hold_a_share_of_each_and_no_speaker_twice() -> None:
+    table = several_families()
+    folds = folds_of(table, "speaker_kfold", folds=3, inner_val=0)
+    tested = [fold.splits["test"] for fold in folds]
+    assert sum(map(len, tested)) == len(table)
+    for part in tested:
+        per_family = part.groupby(part["speaker"].str.rpartition("_")[0])["speaker"].nunique()
+        assert per_family.to_dict() in ({"RAVDESS": 2, "CREMA-D": n, "mine": 2} for n in (2, 3))
+        assert set(part["corpus"]) == {"ravdess_speech", "ravdess_song", "crema_d", "mine"}
+    speakers = [set(part["speaker"]) for part in tested]
+    assert len(set.union(*speakers)) == sum(map(len, speakers)) == 19
+    with pytest.raises(ManifestError, match="--folds 7 with 6 speakers of RAVDESS; expected 2 to 6"):
+        folds_of(table, "speaker_kfold", folds=7)
+
+
+def test_loco_leaves_a_family_out_speech_and_song_together() -> None:
+    folds = folds_of(several_families(), "loco", inner_val=0)
+    held = {fold.name: set(fold.splits["test"]["corpus"]) for fold in folds}
+    assert held == {"RAVDESS": {"ravdess_speech", "ravdess_song"}, "CREMA-D": {"crema_d"}, "mine": {"mine"}}
+    for fold in folds:
+        assert not set(fold.splits["train"]["corpus"]) & held[fold.name]

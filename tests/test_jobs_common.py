@@ -120,17 +120,24 @@ def test_a_folder_heeds_the_label_map_and_refuses_a_root(tmp_path: Path, capsys:
 
 
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("=1+1/a.wav", "sad/b\rc.wav", "sad/'=d.wav", "foo.wav"):
+    for name in ("wow/a.wav", "sad/b\rc.wav", "sad/'=d.wav", "foo.wav"):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     csv = tmp_path / "new" / "metadata.csv"
-    assert manifest.main([str(tmp_path / "in"), "--out", str(csv)]) == 0
+    words = [str(tmp_path / "in"), "--out", str(csv)]
+    assert manifest.main([*words, "--label_map", "wow==1+1"]) == 0
     assert "left out: foo.wav (whose emotion cannot be told)" in capsys.readouterr().err
     assert "'=1+1" in csv.read_text()
-    expected = scan_folder(tmp_path / "in")
+    expected = scan_folder(tmp_path / "in", label_map={"wow": "=1+1"})
     assert read_manifest(csv).equals(expected)
-    assert manifest.main([str(tmp_path / "in"), "--out", str(csv)]) == 0
+    before = csv.read_bytes()
+    for option, complaint in ((["--corpus", "tess"], "is of tess"), ([], "the folders wow are no known emotions")):
+        assert manifest.main([*words, *option]) == 2
+        talk = capsys.readouterr().err
+        assert (talk.count("\n"), complaint in talk) == (1, True)
+    assert csv.read_bytes() == before
+    assert manifest.main([*words, "--label_map", "wow=sad"]) == 0
     assert f"{csv} (replaced)" in capsys.readouterr().err
 
 

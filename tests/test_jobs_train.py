@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +24,13 @@ from jobs.extract import build_parser as extract_parser
 from jobs.train import build_parser, main
 from jobs.train_options import fit_config
 from pipeline.arrays import load_features
+from pipeline.audio import content_hash
 from pipeline.checkpoint import load_bundle
 from pipeline.errors import SerError
 from pipeline.history import read_history
 from pipeline.labels import LabelSet
 from pipeline.shards import ShardOptions, ShardSummary
+from pipeline.stamps import stamps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--num_workers", "0", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--threads", "1"]
@@ -297,7 +301,7 @@ def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
     words = ["--features", str(features), *NARROW, "--report_split", "none", "--out", str(out)]
 
     def hashed(digest: str) -> None:
-        monkeypatch.setattr("pipeline.splits.add_hashes", lambda t: t.assign(content_hash=digest + t["row_id"]))
+        monkeypatch.setattr("pipeline.splits.add_hashes", lambda t, **_: t.assign(content_hash=digest + t["row_id"]))
 
     hashed("a")
     with monkeypatch.context() as patch:
@@ -309,8 +313,41 @@ def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
     hashed("b")
     assert main([*words, "--resume"]) == 2
     assert "is not the recording that the run began with" in capsys.readouterr().err
-    monkeypatch.setattr("pipeline.splits.add_hashes", lambda t: t.assign(content_hash=""))  # the recordings are gone
+    monkeypatch.setattr(
+        "pipeline.splits.add_hashes", lambda t, **_: t.assign(content_hash="")
+    )  # the recordings are gone
     assert main([*words, "--resume"]) == 0
+
+
+def test_a_replaced_recording_is_noticed_though_the_features_tell_the_hashes(
+    tmp_path: Path,
+    write_audio: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = [write_audio(f"{number:03d}.wav", duration_s=0.1, seed=number) for number in range(30)]
+    features = with_column(write_features(tmp_path / "features", n=30), speech=[str(path) for path in paths])
+    part = pq.read_table(features / "part-00000.parquet")
+    hashes = [content_hash(path) for path in paths]
+    pq.write_table(part.append_column("content_hash", pa.array(hashes)), features / "part-00000.parquet")
+    np.save(features / "stamps.npy", stamps_of([str(path) for path in paths]))
+    decoded: list[str] = []
+    monkeypatch.setattr("pipeline.splits.content_hash", lambda path: decoded.append(path) or content_hash(path))
+    words = ["--features", str(features), *NARROW, "--report_split", "none", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train", lambda *_: True)
+        assert main(words) == 130
+        assert main([*words, "--resume"]) == 130
+    parts = [pd.read_csv(path) for path in (tmp_path / "run" / "splits").iterdir()]
+    assert sorted(pd.concat(parts)["content_hash"]) == sorted(hashes)
+    assert decoded == []
+    whole = paths[7].read_bytes()
+    paths[7].write_bytes(paths[8].read_bytes())
+    assert main([*words, "--resume"]) == 2
+    assert f"{paths[7]} is not the recording that the run began with" in capsys.readouterr().err
+    paths[7].write_bytes(whole)  # at another time
+    assert main([*words, "--resume"]) == 0
+    assert decoded == [str(paths[7])] * 2
 
 
 def with_column(folder: Path, **columns: list[str]) -> Path:
@@ -325,10 +362,16 @@ def with_column(folder: Path, **columns: list[str]) -> Path:
 @pytest.fixture
 def three_corpora(tmp_path: Path) -> list[str]:
     """Two feature folders of three corpora; those of the second have no class `sad`."""
-    one = with_column(write_features(tmp_path / "one", n=45), corpus=["a", "b", "a"] * 15)
+    corpora = ["a", "b", "a"] * 15
+    speakers = [f"{corpus}_{i % 4}" for i, corpus in enumerate(corpora)]
+    one = with_column(write_features(tmp_path / "one", n=45), corpus=corpora, speaker=speakers)
     paths = [f"/audio/two/c{i}.wav" for i in range(30)]
     two = with_column(
-        write_features(tmp_path / "two", n=30), corpus=["c"] * 30, label=["calm", "happy"] * 15, speech=paths
+        write_features(tmp_path / "two", n=30),
+        corpus=["c"] * 30,
+        label=["calm", "happy"] * 15,
+        speech=paths,
+        speaker=[f"c_{i % 4}" for i in range(30)],
     )
     return ["--features", str(one), str(two), *NARROW]
 
@@ -349,12 +392,12 @@ def test_named_corpora_and_speakers_are_scored_and_not_trained_on(
     three_corpora: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*three_corpora, "--epochs", "1", "--out", str(tmp_path / "run"), "--inner_val", "0"]
-    assert main([*words, "--test_corpora", "c", "--test_speakers", "Actor_02"]) == 0
+    assert main([*words, "--test_corpora", "c", "--test_speakers", "a_2"]) == 0
     training = load_bundle(tmp_path / "run").training
     table = load_features([Path(folder) for folder in three_corpora[1:3]]).table
-    held = (table["corpus"] == "c") | (table["speaker"] == "Actor_02")
+    held = (table["corpus"] == "c") | (table["speaker"] == "a_2")
     assert (training["split"] == "test").sum() == held.sum()
-    assert set(training.loc[training["split"] == "train", "speaker"]) == {"Actor_01", "Actor_03", "Actor_04"}
+    assert set(training.loc[training["split"] == "train", "speaker"]) == set(table["speaker"][~held])
     for option, message in (
         (["--test_corpora", "d"], "no recording has corpus 'd'; there are a, b, c"),
         (["--test_corpora", "a,b,c"], "leave nothing to train on"),
@@ -365,6 +408,21 @@ def test_named_corpora_and_speakers_are_scored_and_not_trained_on(
     ):
         assert main([*three_corpora, "--out", str(tmp_path / "refused"), *option]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_corpora_that_do_not_go_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [with_column(write_features(tmp_path / name, n=12), corpus=[name] * 12) for name in ("a", "b")]
+    own = with_column(
+        write_features(tmp_path / "c", n=12),
+        **{"corpus": ["c"] * 12, "label": ["bark", "meow"] * 6, "speaker": ["dog", "cat"] * 6},
+    )
+    for two, message in (
+        (folders, "speaker RAVDESS_01 is in a and in b"),
+        ([folders[0], own], "the corpus c has no known class: its labels are bark, meow"),
+    ):
+        assert main(["--features", *map(str, two), *NARROW, "--out", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run" / "plan.json").exists()
 
 
 def test_a_training_starts_from_an_earlier_model(

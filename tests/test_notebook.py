@@ -36,7 +36,7 @@ def test_it_tells_how_the_shipped_model_was_made() -> None:
     text = " ".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "markdown")
     (told,) = re.findall(r"`(\S+ \S+)[^`]*`[^`.]*\b(?:the model that is shipped)", text)
     assert told == "make reproduce"
-    training = json.loads((ROOT / "models/inception_ser_final/metrics.json").read_text(encoding="utf-8"))["training"]
+    training = json.loads((ROOT / "models/inception_ravdess/metrics.json").read_text(encoding="utf-8"))["training"]
     epochs = [teacher["epochs"] for teacher in training["teachers"]]
     assert "({} and {} epochs)".format(*epochs) in text
 

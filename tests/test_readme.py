@@ -115,7 +115,7 @@ def desk(ravdess_like: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert cli.main(["manifest", "RAVDESS", "--out", "val_metadata.csv"]) == 0
     table = pd.read_csv("val_metadata.csv")
-    table[table["speaker"] == "Actor_02"].to_csv("val_metadata.csv", index=False)
+    table[table["speaker"] == "RAVDESS_02"].to_csv("val_metadata.csv", index=False)
     shutil.copytree(tiny_bundle.folder, tmp_path / "runs/first")
     return tmp_path
 
@@ -208,7 +208,7 @@ def test_the_tree_names_every_module_that_it_claims() -> None:
 def test_messages_of_the_table_are_messages_of_the_code() -> None:
     """Each quoted message is somewhere in the sources, its changing parts aside."""
     sources = " ".join(
-        path.read_text(encoding="utf-8") for p in ("pipeline", "jobs") for path in (ROOT / p).glob("*.py")
+        path.read_text(encoding="utf-8") for p in ("pipeline", "jobs") for path in (ROOT / p).rglob("*.py")
     )
     table = README.split("## When something goes wrong")[1].split("\n## ")[0]
     messages = re.findall(r"^\| `([^`]+)` ", table, flags=re.MULTILINE)

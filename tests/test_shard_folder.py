@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import cluster, runtime, shards
+from pipeline import cluster, runtime, shards, splits
 from pipeline.arrays import ShardError, load_features
+from pipeline.audio import content_hash
 from pipeline.errors import SerError
 from pipeline.features import FeatureConfig
-from pipeline.shard_folder import NOTES
+from pipeline.shard_folder import NOTES, known_hashes
 from pipeline.shards import BlockWriter, ShardOptions, extract_shards
 from pipeline.stamps import stamps_of
 
@@ -298,3 +302,98 @@ def test_what_cannot_be_extracted_there_is_refused(recordings: pd.DataFrame, tmp
     (tmp_path / "file").touch()
     with pytest.raises(SerError, match="choose another --out"):
         extract_shards(recordings, tmp_path / "file" / "out", CONFIG)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The recordings that are decoded for their hash alone."""
+    paths: list[str] = []
+    monkeypatch.setattr(splits, "content_hash", lambda path: paths.append(path) or content_hash(path))
+    return paths
+
+
+def hashed(*folders: Path) -> list[str]:
+    """Content hashes of the recordings of feature folders, as a training has them."""
+    table = load_features(folders).table
+    return list(splits.add_hashes(table, known=known_hashes(folders, table))["content_hash"])
+
+
+def rewrite(out: Path, number: int, change: Callable[[pa.Table], pa.Table]) -> None:
+    path = out / f"part-{number:05d}.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def test_content_hashes_are_those_of_the_shards_until_a_recording_changes(
+    recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    paths = [Path(path) for path in recordings["speech"]]
+    given = pd.concat([recordings.iloc[:1].assign(speech=str(tmp_path / "none.wav")), recordings], ignore_index=True)
+    extract_shards(given, out, CONFIG, options=NO_POWER)
+    extract_shards(recordings.iloc[[2]], other, CONFIG, options=NO_POWER)
+    hashes = [content_hash(path) for path in paths]
+    assert read_parts(out)["content_hash"].tolist() == ["", *hashes]
+    assert hashed(out) == hashes
+    assert hashed(other, out) == [hashes[2], *hashes]
+    assert decoded == []
+
+    os.utime(paths[0], ns=(0, 1))
+    paths[1].write_bytes(paths[3].read_bytes())
+    paths[2].unlink()
+    assert hashed(other, out) == [hashes[2], hashes[0], hashes[3], hashes[2], hashes[3]]
+    assert sorted(decoded) == [str(paths[0]), str(paths[1])]
+
+    (out / "stamps.npy").unlink()
+    assert hashed(out) == [hashes[0], hashes[3], hashes[2], hashes[3]]
+    assert sorted(decoded[2:]) == [str(paths[0]), str(paths[1]), str(paths[3])]
+
+
+def test_shards_without_hashes_are_read_and_their_recordings_decoded(
+    recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
+) -> None:
+    out, paths = tmp_path / "out", recordings["speech"].tolist()
+    hashes = [content_hash(path) for path in paths]
+    extract_shards(recordings, out, CONFIG, options=NO_POWER)
+    rewrite(out, 0, lambda part: part.drop_columns("content_hash"))
+    assert "content_hash" not in load_features(out).table
+    assert hashed(out) == hashes
+    assert sorted(decoded) == paths
+
+
+def test_hashes_that_came_with_a_manifest_are_not_heeded(
+    recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
+) -> None:
+    out, given = tmp_path / "out", recordings.assign(content_hash="of others")
+    paths, hashes = recordings["speech"].tolist(), [content_hash(path) for path in recordings["speech"]]
+    extract_shards(given, out, CONFIG, options=ONE_EACH)
+    assert hashed(out) == hashes
+    assert load_features(out).table["in_content_hash"].eq("of others").all()
+    assert decoded == []
+
+    plan = CONFIG.fingerprint() + json.dumps(asdict(ONE_EACH), sort_keys=True) + given.to_csv(index=False)
+    begun = hashlib.sha256(plan.encode()).hexdigest()[:16]  # as it was before shards had hashes
+    assert json.loads((out / "plan.json").read_text())["plan"] == begun
+    for number in range(4):
+        rewrite(
+            out,
+            number,
+            lambda part: part.drop_columns("content_hash").rename_columns({"in_content_hash": "content_hash"}),
+        )
+    shutil.rmtree(out / f"arrays-{begun}")
+    assert hashed(out) == hashes
+    assert sorted(decoded) == paths
+
+    decoded.clear()
+    cached = out / f"arrays-{begun}" / "table.parquet"
+    table = pd.read_parquet(cached)
+    table.insert(0, "content_hash", "of others")
+    table.to_parquet(cached)  # as it was made then
+    assert hashed(out) == hashes
+    assert sorted(decoded) == paths
+
+    decoded.clear()
+    for name in ("manifest.json", "part-00002.parquet"):
+        (out / name).unlink()
+    assert extract_shards(given, out, CONFIG, options=ONE_EACH).reused == 3
+    assert hashed(out) == hashes
+    assert sorted(decoded) == [*paths[:2], paths[3]]

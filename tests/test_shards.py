@@ -17,7 +17,7 @@ import soundfile as sf
 
 from pipeline import arrays, shards
 from pipeline.arrays import ShardError, load_features
-from pipeline.audio import Clip, load_middle
+from pipeline.audio import Reading, load_middle, load_once
 from pipeline.audio_errors import DecoderCrashed
 from pipeline.features import FeatureConfig, extract, normalise_power
 from pipeline.shard_folder import NOTES
@@ -189,13 +189,13 @@ def test_a_decoder_that_kills_its_process_costs_one_row(manifest: pd.DataFrame, 
     class Crashing(BlockWriter):
         """Its decoder aborts the process at one recording, as C libraries do; decoded apart, it says so."""
 
-        def _rows(self, record: pd.Series, read: Callable[..., Clip]) -> list[dict[str, Any]]:
+        def _rows(self, record: pd.Series, read: Callable[..., Reading]) -> list[dict[str, Any]]:
             if record["speech"] != victim:
                 return super()._rows(record, read)
-            if read is load_middle:
+            if read is load_once:
                 os.abort()
 
-            def crash(*_: object, **__: object) -> Clip:
+            def crash(*_: object, **__: object) -> Reading:
                 raise DecoderCrashed("its decoder ended the process")
 
             return super()._rows(record, crash)

@@ -191,3 +191,21 @@ def test_a_teacher_is_known_by_name_where_the_contents_are_not(tmp_path: Path) -
     silent = a_bundle(tmp_path / "silent", training=None)
     with pytest.raises(SerError, match="does not list the recordings it was trained on"):
         refuse_leaks([silent], splits)
+
+
+def test_teachers_answer_among_the_classes_that_a_corpus_has() -> None:
+    """Both distributions renormalised over them: the cross-entropy of a problem that has only those classes."""
+    generator = torch.Generator().manual_seed(3)
+    taught, logits = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    allowed = torch.tensor([[True, False, True], [True, True, True], [False, True, True], [True, True, False]])
+
+    class Fixed(nn.Module):
+        def forward(self, _: torch.Tensor) -> torch.Tensor:
+            return taught
+
+    found = Teachers([Fixed()], share=0.6).loss(torch.zeros(4, 1), logits, torch.tensor(2.0), allowed)
+    expected = 0.0
+    for row, own, classes in zip(taught.numpy(), logits.numpy(), allowed.numpy(), strict=True):
+        q, p = (np.exp(values[classes]) / np.exp(values[classes]).sum() for values in (row, own))
+        expected -= float(q @ np.log(p)) / 4
+    assert float(found) == pytest.approx(0.4 * 2.0 + 0.6 * expected, rel=1e-6)

@@ -41,7 +41,7 @@ def train(rank: int, port: int, out: str) -> None:
     plain = Run(nn.Sequential(nn.Flatten(), nn.Linear(512, 3)), data, settings())
     seen: dict[str, Any] = {"positions": [], "classes": [], "features": []}
     for epoch in range(1, 11):
-        for features, classes in plain.batches.epoch(epoch, rank, WORLD):
+        for features, classes, _ in plain.batches.epoch(epoch, rank, WORLD):
             seen["classes"].append(classes)
             seen["features"].append(features.flatten(1))
     torch.save(
@@ -88,7 +88,7 @@ def test_workers_see_different_clips_and_together_the_balanced_classes(both: lis
     assert chisquare(counts).pvalue > 0.01
     data = toy_data(60, 9, classes=CLASSES)
     alone = Run(toy_model(), data, settings()).batches
-    for_one = torch.cat([f.flatten(1) for epoch in range(1, 11) for f, _ in alone.epoch(epoch)])
+    for_one = torch.cat([f.flatten(1) for epoch in range(1, 11) for f, *_ in alone.epoch(epoch)])
     together = torch.cat([first["features"], second["features"]])
     assert torch.equal(for_one.sum(dim=1).sort().values, together.sum(dim=1).sort().values)  # the same multiset
 
@@ -105,9 +105,9 @@ def test_two_workers_take_the_step_of_one(both: list[dict[str, Any]]) -> None:
     data = toy_data(60, 0, classes=CLASSES)
     batches: Batches = Run(toy_model(), data, settings()).batches
     model = nn.Sequential(nn.Flatten(), nn.Linear(512, 3))
-    whole = [nn.functional.cross_entropy(model(x), y) for x, y in batches.epoch(1)]
+    whole = [nn.functional.cross_entropy(model(x), y) for x, y, _ in batches.epoch(1)]
     halves = [
-        [nn.functional.cross_entropy(model(x), y) for x, y in batches.epoch(1, rank, WORLD)] for rank in range(WORLD)
+        [nn.functional.cross_entropy(model(x), y) for x, y, _ in batches.epoch(1, rank, WORLD)] for rank in range(WORLD)
     ]
     for one, *two in zip(whole, *halves, strict=True):
         torch.testing.assert_close(sum(two) / WORLD, one)

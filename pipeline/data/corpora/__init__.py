@@ -1,0 +1,48 @@
+"""The corpora that are known by the names of their files, one small module each; who speaks in them is in ``voices``.
+
+A new corpus is a module with its ``Corpus`` record, and a line in ``CORPORA``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from pipeline.data.corpora.audiofolder import AUDIOFOLDER
+from pipeline.data.corpora.crema_d import CREMA_D
+from pipeline.data.corpora.emodb import EMODB
+from pipeline.data.corpora.ravdess import SONG, SPEECH
+from pipeline.data.corpora.record import Corpus as Corpus
+from pipeline.data.corpora.record import Told as Told
+from pipeline.data.corpora.savee import SAVEE
+from pipeline.data.corpora.tess import TESS
+
+CORPORA: tuple[Corpus, ...] = (
+    SPEECH,
+    SONG,
+    CREMA_D,
+    EMODB,
+    TESS,
+    SAVEE,
+    AUDIOFOLDER,
+)
+_EARLIER = {"RAVDESS": SPEECH.name, "RAVDESS song": SONG.name}  # as manifests and features of earlier versions say
+
+
+def by_name(name: str) -> Corpus | None:
+    """The known corpus of that name (also as it was called earlier); None for any other."""
+    name = _EARLIER.get(name, name)
+    return next((corpus for corpus in CORPORA if corpus.name == name), None)
+
+
+def recognised(path: PurePath, corpora: Sequence[Corpus] = CORPORA) -> tuple[Corpus, Told] | None:
+    """The corpus that a file's name is of, and what it tells; None when it is of none.
+
+    >>> found = recognised(PurePath("x/03-01-05-02-01-02-24_angry (1).wav"))
+    >>> found and (found[0].name, found[1].label, found[1].speaker, found[1].more)
+    ('ravdess_speech', 'angry', 'RAVDESS_24', '_angry (1)')
+    """
+    for corpus in corpora:
+        if (told := corpus.read(path)) is not None:
+            return corpus, told
+    return None
