@@ -157,7 +157,7 @@ def check_sound(source: audio.AudioSource, duration_s: float, level_dbfs: float,
     length_s = sound_s if duration_s >= LEAST_S else duration_s
     if length_s < LEAST_S and (duration_s < LEAST_S or level_dbfs >= SILENCE_DBFS):
         what = "long" if duration_s < LEAST_S else "of sound, and silence"
-        error = f"{name_of(source)}: {length_s:.3g} s {what}; {LEAST_S:g} s of sound are needed. Record longer."
+        error = f"{name_of(source)}: {1000 * length_s:.3g} ms {what}; {LEAST_S:g} s of sound are needed. Record longer."
         raise audio.ERRORS["too_short"](error)
 
 
