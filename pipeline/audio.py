@@ -60,7 +60,7 @@ Samples = npt.NDArray[np.float32]
 Channel = int | Literal["mix"]
 
 _MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
-_CANCELLED = 0.1
+_CANCELLED = 0.2  # of the power that channels with nothing in common keep
 _INEXACT_SEEKS = (
     "MPEG",
     "OPUS",
@@ -370,7 +370,7 @@ def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
     """Whether channels of these powers (sums of squares) cancel in their mean.
 
     One channel that sounds alone, or several that have nothing in common, keep the power of the loudest over the number
-    of channels squared, or more; a mean that lies 10 dB below that has lost what it should tell.
+    of channels squared, or more; a mean that lies 7 dB below that has lost what it should tell.
     """
     return float(mix @ mix) < _CANCELLED * float(powers.max()) / len(powers) ** 2
 

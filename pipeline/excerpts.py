@@ -157,7 +157,7 @@ def check_sound(source: audio.AudioSource, duration_s: float, level_dbfs: float,
     length_s = sound_s if duration_s >= LEAST_S else duration_s
     if length_s < LEAST_S and (duration_s < LEAST_S or level_dbfs >= SILENCE_DBFS):
         what = "long" if duration_s < LEAST_S else "of sound, and silence"
-        error = f"{name_of(source)}: {length_s:.3g} s {what}; {LEAST_S:g} s of sound are needed. Record longer."
+        error = f"{name_of(source)}: {1000 * length_s:.3g} ms {what}; {LEAST_S:g} s of sound are needed. Record longer."
         raise audio.ERRORS["too_short"](error)
 
 
@@ -255,15 +255,16 @@ def _centred(samples: Array, size: int) -> Array:
 
 
 def _level_dbfs(samples: Array) -> float:
-    """RMS level over full scale, in dB."""
-    power = float(samples @ samples) / max(len(samples), 1)
+    """RMS level over full scale, in dB; an offset, which many microphones have when they are mute, is no sound."""
+    count = max(len(samples), 1)
+    power = float(samples @ samples) / count - (float(samples.sum(dtype=np.float64)) / count) ** 2
     return float(10 * np.log10(max(power, _FAINTEST)))
 
 
 def _sound_s(samples: Array, rate_hz: int) -> float:
     """Seconds of it that are no silence, in steps of 10 ms."""
     step = max(rate_hz // 100, 1)
-    frames = samples[: len(samples) // step * step].reshape(-1, step)
+    frames = (samples - samples.mean())[: len(samples) // step * step].reshape(-1, step)
     power = np.einsum("fs,fs->f", frames, frames) / step
     return float((power >= 10 ** (SILENCE_DBFS / 10)).sum() * step / rate_hz)
 

@@ -238,7 +238,7 @@ def _doubt(p: Floats) -> dict[str, pa.Array]:
 
 
 def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Parts joined to pieces of some thousand rows, or some ten thousand windows."""
+    """Parts joined to pieces of some thousand rows, or some ten thousand windows; columns that one lacks are null."""
     held: list[pa.Table] = []
     rows = windows = 0
     for part in parts:
@@ -247,7 +247,7 @@ def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
         if "windows" in part.column_names:
             windows += pc.sum(pc.list_value_length(part["windows"])).as_py()
         if rows >= _ROWS_AT_ONCE or windows >= _WINDOWS_AT_ONCE:
-            yield pa.concat_tables(held)
+            yield pa.concat_tables(held, promote_options="default")
             held, rows, windows = [], 0, 0
     if held:
-        yield pa.concat_tables(held)
+        yield pa.concat_tables(held, promote_options="default")

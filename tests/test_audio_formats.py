@@ -5,78 +5,21 @@ Each is written by libsndfile or FFmpeg; the oracle is what was written.
 
 from __future__ import annotations
 
-import io
 import struct
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import scipy.signal
 from audio_recordings import Samples, code_of, encoded, voice
 
+from benchmarks.recordings import FFMPEG, encode_av
 from pipeline import audio
 from pipeline.audio import load, load_middle, probe
 from pipeline.folders import scan
 
-# container, codec (FFmpeg's names), rate in Hz, ending, what we call the container
-FFMPEG = [
-    ("ipod", "aac", 16_000, "m4a", "MP4"),
-    ("ipod", "alac", 44_100, "m4a", "MP4"),
-    ("mp4", "aac", 48_000, "mp4", "MP4"),
-    ("3gp", "aac", 16_000, "3gp", "MP4"),
-    ("mov", "pcm_s16le", 44_100, "mov", "MP4"),
-    ("mov", "adpcm_ima_qt", 44_100, "qt", "MP4"),
-    ("webm", "libopus", 48_000, "webm", "WebM"),
-    ("webm", "libopus", 16_000, "weba", "WebM"),
-    ("asf", "wmav2", 44_100, "wma", "ASF"),
-    ("asf", "wmav1", 22_050, "asf", "ASF"),
-    ("avi", "libmp3lame", 44_100, "avi", "AVI"),
-    ("avi", "pcm_s16le", 16_000, "avi", "AVI"),
-    ("flv", "libmp3lame", 44_100, "flv", "FLV"),
-    ("mpegts", "mp2", 44_100, "ts", "MPEG-TS"),
-    ("mpeg", "mp2", 48_000, "mpg", "MPEG"),
-    ("mp2", "mp2", 44_100, "mp2", "MPEG audio"),
-    ("ac3", "ac3", 48_000, "ac3", "AC-3"),
-    ("eac3", "eac3", 48_000, "eac3", "AC-3"),
-    ("adts", "aac", 16_000, "aac", "AAC"),
-    ("wav", "libmp3lame", 44_100, "wav", "WAV"),
-    ("wav", "g722", 16_000, "wav", "WAV"),
-    ("wav", "g726", 8_000, "wav", "WAV"),
-    ("wav", "wmav2", 44_100, "wav", "WAV"),
-    ("w64", "adpcm_ima_wav", 8_000, "w64", "W64"),
-    ("aiff", "adpcm_ima_qt", 44_100, "aifc", "AIFF"),
-    ("caf", "alac", 44_100, "caf", "CAF"),
-    ("caf", "adpcm_ima_qt", 44_100, "caf", "CAF"),
-    ("wv", "wavpack", 44_100, "wv", "WavPack"),
-    ("tta", "tta", 44_100, "tta", "TTA"),
-    ("voc", "pcm_u8", 8_000, "voc", "VOC"),
-    ("voc", "pcm_s16le", 16_000, "voc", "VOC"),
-    ("latm", "aac", 16_000, "loas", "AAC"),
-    ("rm", "real_144", 8_000, "ra", "RealMedia"),
-    ("au", "g726le", 8_000, "au", "AU"),
-]
 SNDFILE = [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610"), ("CAF", "ALAC_16"), ("VOC", "PCM_16")]
 SNDFILE += [("NIST", "PCM_16"), ("NIST", "PCM_24"), ("NIST", "ULAW"), ("NIST", "ALAW"), ("MP3", "MPEG_LAYER_III")]
-
-
-def written(samples: Samples, rate_hz: int, container: str, codec: str) -> bytes:
-    """By FFmpeg, at what sample format and bit rate its encoder likes."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate_hz, layout="mono")
-        stream.bit_rate = 32_000 if codec.startswith("g726") else 128_000
-        stream.codec_context.open()
-        formats = stream.codec_context.codec.audio_formats
-        resampler = av.AudioResampler(
-            formats[0].name if formats else "s16", "mono", rate_hz, stream.codec_context.frame_size or 1024
-        )
-        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="fltp", layout="mono")
-        frame.sample_rate = rate_hz
-        for part in [*resampler.resample(frame), *resampler.resample(None)]:
-            output.mux(stream.encode(part))
-        output.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 def likeness(heard: Samples, said: Samples) -> float:
@@ -91,7 +34,7 @@ def likeness(heard: Samples, said: Samples) -> float:
 def test_what_ffmpeg_wrote(container: str, codec: str, rate_hz: int, ending: str, name: str, tmp_path: Path) -> None:
     said = voice(3.0, rate_hz)
     path = tmp_path / f"a.{ending}"
-    path.write_bytes(written(said, rate_hz, container, codec))
+    path.write_bytes(encode_av(said, rate_hz, container, codec))
     info = probe(path)
     assert (info.container, info.notice) == (name, "")
     assert info.sample_rate_hz == (48_000 if codec == "libopus" else rate_hz)
@@ -161,7 +104,7 @@ def test_a_sphere_header_of_anything_is_told_in_one_short_line() -> None:
 
 
 def test_a_mov_without_file_type_box() -> None:
-    data = written(voice(2.0, 44_100), 44_100, "mov", "pcm_s16le")
+    data = encode_av(voice(2.0, 44_100), 44_100, "mov", "pcm_s16le")
     size = int.from_bytes(data[:4], "big")
     assert data[4:8] == b"ftyp"
     rest = struct.pack(">I4s", size, b"wide") + bytes(size - 8) + data[size:]  # its index counts from the beginning
@@ -214,7 +157,7 @@ def test_decoders_own_words_are_not_shown() -> None:
     rng = np.random.default_rng(0)
     said = []
     short = voice(0.5, 44_100)
-    whole = [written(short, 44_100, *kind) for kind in (("mp4", "aac"), ("asf", "wmav2"), ("wv", "wavpack"))]
+    whole = [encode_av(short, 44_100, *kind) for kind in (("mp4", "aac"), ("asf", "wmav2"), ("wv", "wavpack"))]
     whole += [encoded(short, 44_100, *kind) for kind in (("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("CAF", "ALAC_16"))]
     for data in whole:
         for _ in range(12):

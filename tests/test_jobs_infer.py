@@ -124,7 +124,7 @@ def test_channels_that_cancel_are_said(call: Callable[..., tuple[int, str, str]]
     noise = 0.1 * rng.standard_normal(16_000).astype(np.float32)
     code, _, err = call("--file", write_audio("both.wav", samples=np.stack([noise, -noise], axis=1)))
     assert code == 0
-    assert re.fullmatch(r"notice: .*both\.wav: its channels cancel .* channel 0.*\n", err)
+    assert re.fullmatch(r"notice: .*both\.wav: its channels cancel .* channel [01],.*\n", err)
 
 
 def test_too_short_is_a_row(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
