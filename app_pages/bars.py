@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from app_pages.palette import colour
-from app_pages.words import explained, headline, percent, spoken
+from app_pages.words import explained, headline, percent, sentence, spoken
 from serve.schema import Recording, Score
 
 
@@ -20,8 +20,13 @@ def answer_html(recording: Recording) -> str:
     return (
         '<div role="status">'
         f'<h2 class="ser-answer">{dot}{escape(headline(recording.label, whole=whole))}</h2>'
-        f'<p class="ser-sure">{escape(explained(recording.label, recording.confidence, recording.scores))}</p></div>'
+        f'<p class="ser-sure">{escape(explained(recording.label, recording.confidence, recording.scores))}</p>'
+        f"{_notice(recording)}</div>"
     )
+
+
+def _notice(recording: Recording) -> str:
+    return f'<p class="ser-sure">{escape(sentence(recording.notice))}</p>' if recording.notice else ""
 
 
 def bars_html(scores: Sequence[Score], caption: str = "What it could be") -> str:

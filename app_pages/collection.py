@@ -5,6 +5,7 @@ Entries stay in the session until people clear the list; an entry that has its a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -60,7 +61,7 @@ class Collection:
 
 def as_told(answer: Recording) -> Recording:
     """The answer as people are told it: ``uncertain`` where it is more likely wrong than right."""
-    unsure_of_it = answer.label != SILENCE and answer.confidence < NOT_SURE_BELOW
+    unsure_of_it = answer.label != SILENCE and (answer.confidence or 0.0) < NOT_SURE_BELOW
     return answer.model_copy(update={"label": UNCERTAIN}) if unsure_of_it else answer
 
 
@@ -75,7 +76,7 @@ def result_table(collection: Collection) -> pd.DataFrame:
             "file": entry.recorded.name,
             "sounds": unsure(answer.scores[0].label) if answer.label == UNCERTAIN else spoken(answer.label),
             "word": spoken(answer.label),
-            "confidence": answer.confidence,
+            "confidence": math.nan if answer.confidence is None else answer.confidence,
             "label": spoken(collection.label_of(entry) or ""),
             "duration_s": answer.duration_s,
         }

@@ -131,7 +131,8 @@ def _show(recorded: Recorded, heard: Recording) -> None:
     st.html(answer_html(heard))
     bars, pictures = st.columns([4, 7], gap="medium")
     with bars:
-        st.html(bars_html(heard.scores))
+        if heard.scores:
+            st.html(bars_html(heard.scores))
         mattered.button(recorded, heard)
     with pictures:
         st.altair_chart(waveform(heard.picture), alt=_waveform_alt(heard))

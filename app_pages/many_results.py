@@ -101,7 +101,8 @@ def _one(recorded: Recorded, answer: Recording) -> None:
         st.audio(recorded.data, format=recorded.media_type, alt=f"The recording {recorded.name}")
     else:
         st.caption("Browsers cannot play this kind of file.")
-    st.html(bars_html(answer.scores))
+    if answer.scores:
+        st.html(bars_html(answer.scores))
 
 
 def _judge(collection: Collection, model: ModelInfo) -> None:

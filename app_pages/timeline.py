@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import altair as alt
@@ -31,7 +32,7 @@ def as_table(segments: Sequence[Segment], channels: int) -> pd.DataFrame:
             "label": part.label,
             "word": spoken(part.label),
             "sounds": _sounds(part),
-            "confidence": part.confidence,
+            "confidence": math.nan if part.confidence is None else part.confidence,
             "ink": ink(colour(part.label)),
             "from": clock(part.start_s),
             "to": clock(part.end_s),

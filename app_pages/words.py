@@ -17,10 +17,11 @@ _REASONS = {
     "not_audio": "This is not an audio file, or it is damaged beyond reading.",
     "empty_file": "This file is empty.",
     "no_samples": "This file holds no sound.",
-    "unsupported_format": "This kind of audio cannot be read here; WAV, FLAC, OGG and MP3 can.",
-    "extra_needed": "This kind of audio cannot be read here; WAV, FLAC, OGG and MP3 can.",
+    "unsupported_format": "This kind of audio cannot be read here; WAV, FLAC, OGG, MP3 and m4a can.",
+    "extra_needed": "This kind of audio cannot be read here; WAV, FLAC, OGG, MP3 and m4a can.",
     "corrupt": "This file is damaged.",
     "truncated": "This file ends too early; it may not have been copied in full.",
+    "too_short": "There is too little sound in this recording; a quarter of a second is the least.",
     "not_finite": "This file holds values that are no sound.",
     "out_of_range": "This file holds values that are no sound.",
     "too_long": "This recording is too long; cut it into parts.",
@@ -82,9 +83,9 @@ def headline(label: str, *, whole: bool) -> str:
     return f"{what} sounds {spoken(label)}"
 
 
-def explained(label: str, confidence: float, scores: list[Score]) -> str:
+def explained(label: str, confidence: float | None, scores: list[Score]) -> str:
     """The sentence below the headline."""
-    if label == SILENCE:
+    if label == SILENCE or confidence is None:
         return "It is so quiet that any answer would be a guess."
     first, *others = scores
     if label == UNCERTAIN:

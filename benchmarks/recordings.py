@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 
+import av
 import numpy as np
 import numpy.typing as npt
 import soundfile
@@ -36,8 +36,50 @@ _SNDFILE = [
     ("OGG", "OPUS", 48_000, 1, "opus"),
     ("MP3", "MPEG_LAYER_III", 44_100, 2, "mp3"),
     ("MP3", "MPEG_LAYER_III", 16_000, 1, "mp3"),
+    ("WAV", "IMA_ADPCM", 8_000, 1, "wav"),
+    ("WAV", "MS_ADPCM", 8_000, 2, "wav"),
+    ("WAV", "GSM610", 8_000, 1, "wav"),
+    ("NIST", "PCM_16", 16_000, 1, "sph"),
+    ("NIST", "ULAW", 8_000, 1, "nist"),
+    ("CAF", "ALAC_16", 44_100, 1, "caf"),
+    ("VOC", "PCM_16", 16_000, 1, "voc"),
 ]
-_AV = [("mp4", "aac", 44_100, "m4a"), ("webm", "libopus", 48_000, "webm"), ("adts", "aac", 16_000, "aac")]
+# container, codec (FFmpeg's names), rate in Hz, ending, what we call the container
+FFMPEG = [
+    ("ipod", "aac", 16_000, "m4a", "MP4"),
+    ("ipod", "alac", 44_100, "m4a", "MP4"),
+    ("mp4", "aac", 48_000, "mp4", "MP4"),
+    ("3gp", "aac", 16_000, "3gp", "MP4"),
+    ("mov", "pcm_s16le", 44_100, "mov", "MP4"),
+    ("mov", "adpcm_ima_qt", 44_100, "qt", "MP4"),
+    ("webm", "libopus", 48_000, "webm", "WebM"),
+    ("webm", "libopus", 16_000, "weba", "WebM"),
+    ("asf", "wmav2", 44_100, "wma", "ASF"),
+    ("asf", "wmav1", 22_050, "asf", "ASF"),
+    ("avi", "libmp3lame", 44_100, "avi", "AVI"),
+    ("avi", "pcm_s16le", 16_000, "avi", "AVI"),
+    ("flv", "libmp3lame", 44_100, "flv", "FLV"),
+    ("mpegts", "mp2", 44_100, "ts", "MPEG-TS"),
+    ("mpeg", "mp2", 48_000, "mpg", "MPEG"),
+    ("mp2", "mp2", 44_100, "mp2", "MPEG audio"),
+    ("ac3", "ac3", 48_000, "ac3", "AC-3"),
+    ("eac3", "eac3", 48_000, "eac3", "AC-3"),
+    ("adts", "aac", 16_000, "aac", "AAC"),
+    ("wav", "libmp3lame", 44_100, "wav", "WAV"),
+    ("wav", "g722", 16_000, "wav", "WAV"),
+    ("wav", "g726", 8_000, "wav", "WAV"),
+    ("wav", "wmav2", 44_100, "wav", "WAV"),
+    ("w64", "adpcm_ima_wav", 8_000, "w64", "W64"),
+    ("aiff", "adpcm_ima_qt", 44_100, "aifc", "AIFF"),
+    ("caf", "alac", 44_100, "caf", "CAF"),
+    ("caf", "adpcm_ima_qt", 44_100, "caf", "CAF"),
+    ("wv", "wavpack", 44_100, "wv", "WavPack"),
+    ("tta", "tta", 44_100, "tta", "TTA"),
+    ("voc", "pcm_u8", 8_000, "voc", "VOC"),
+    ("latm", "aac", 16_000, "loas", "AAC"),
+    ("rm", "real_144", 8_000, "ra", "RealMedia"),
+    ("au", "g726le", 8_000, "au", "AU"),
+]
 
 
 def synthetic_speech(duration_s: float, rate_hz: int, channels: int = 1, *, seed: int = 0) -> Samples:
@@ -70,11 +112,29 @@ def every_format(duration_s: float = 2.5) -> dict[str, bytes]:
     files["FLAC_minute_of_silence.flac"] = encode(silence, 16_000, "FLAC", "PCM_16")
     files["MP3_without_Xing.mp3"] = _without_xing(encode(synthetic_speech(3, 44_100), 44_100, "MP3", "MPEG_LAYER_III"))
     files["FLAC_of_unknown_length.flac"] = _without_length(files["FLAC_PCM_16_48000_1.flac"])
-    if importlib.util.find_spec("av"):
-        for container, codec, rate_hz, extension in _AV:
-            name = f"{container}_{codec}_{rate_hz}.{extension}"
-            files[name] = _encode_av(synthetic_speech(duration_s, rate_hz), rate_hz, container, codec)
+    for container, codec, rate_hz, extension, _ in FFMPEG:
+        name = f"{container}_{codec}_{rate_hz}.{extension}"
+        files[name] = encode_av(synthetic_speech(duration_s, rate_hz), rate_hz, container, codec)
+    files["AMR_of_random_bits.amr"], files["AMR-WB_of_random_bits.awb"] = amr(125), amr(125, wide=True)
+    files["bare_GSM.gsm"] = _gsm_frames(files["WAV_GSM610_8000_1.wav"])
+    files["joined_OGG.ogg"] = files["OGG_VORBIS_16000_1.oga"] * 2
+    files["joined_MP3.mp3"] = files["MP3_MPEG_LAYER_III_16000_1.mp3"] * 2
+    files["joined_FLAC.flac"] = files["FLAC_PCM_16_48000_1.flac"] * 2
+    files["MP3_behind_zeros.mpga"] = bytes(3000) + files["MP3_MPEG_LAYER_III_16000_1.mp3"]
     return files
+
+
+def amr(frames: int, *, wide: bool = False) -> bytes:
+    """AMR frames of all bit rates in turn, of random bits, 20 ms each: no encoder comes with PyAV."""
+    sizes = (17, 23, 32, 36, 40, 46, 50, 58, 60) if wide else (12, 13, 15, 17, 19, 20, 26, 31)
+    rng = np.random.default_rng(0)
+    body = b"".join(bytes([i % len(sizes) << 3 | 4]) + rng.bytes(sizes[i % len(sizes)]) for i in range(frames))
+    return (b"#!AMR-WB\n" if wide else b"#!AMR\n") + body
+
+
+def _gsm_frames(wav: bytes) -> bytes:
+    """As many frames of silence as a GSM WAV has: Microsoft packs two into 65 bytes, telephone systems do not."""
+    return (b"\xd8\x20\xa2\xe1\x5a\x50" + b"\0\x49\x24\x92\x49\x24" * 4 + b"\0\x49\x24") * (len(wav) // 33)
 
 
 def _without_xing(mp3: bytes) -> bytes:
@@ -89,14 +149,20 @@ def _without_length(flac: bytes) -> bytes:
     return bytes(head) + flac[26:]
 
 
-def _encode_av(samples: Samples, rate_hz: int, container: str, codec: str) -> bytes:
-    import av
-
+def encode_av(samples: Samples, rate_hz: int, container: str, codec: str) -> bytes:
+    """By FFmpeg, at what sample format and bit rate its encoder likes."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate_hz, layout="mono")
-        frame = av.AudioFrame.from_ndarray(samples.T.copy(), format="fltp", layout="mono")
+        stream.bit_rate = 32_000 if codec.startswith("g726") else 128_000
+        stream.codec_context.open()
+        formats = stream.codec_context.codec.audio_formats
+        resampler = av.AudioResampler(
+            formats[0].name if formats else "s16", "mono", rate_hz, stream.codec_context.frame_size or 1024
+        )
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="fltp", layout="mono")
         frame.sample_rate = rate_hz
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            output.mux(packet)
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            output.mux(stream.encode(part))
+        output.mux(stream.encode(None))
     return buffer.getvalue()

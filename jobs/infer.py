@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
 from jobs._hearing import add_hearing, hearing
+from pipeline.audio_guard import printable
 from pipeline.backends import BACKENDS
 from pipeline.options import ScoreOptions
 from pipeline.predictor import Prediction, Predictor
-from pipeline.timeline import Timeline
+from pipeline.timeline import SILENCE, Floats, Timeline
 
 STDIN = "-"
 
@@ -74,6 +77,8 @@ def job(arguments: argparse.Namespace) -> int:
     for answer in answers:
         if answer.prediction.error is not None:
             say(answer.prediction.error)
+        if answer.prediction.notice:
+            say(f"notice: {printable(answer.name)}: {answer.prediction.notice}")
     return EXIT_DONE if all(answer.prediction.ok for answer in answers) else EXIT_SOME_FAILED
 
 
@@ -99,17 +104,18 @@ def _answer(name: str, predictor: Predictor, options: ScoreOptions) -> Answer:
 
 def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dict[str, Any]:
     """One answer, plain values; what is not known is null."""
-    prediction, windows = answer.prediction, answer.windows
+    prediction, windows = answer.prediction.told(options.silence_dbfs), answer.windows
     found: dict[str, Any] = {"file": answer.name, "status": prediction.status, "error": prediction.error}
     found["predicted"] = prediction.label(options.min_confidence, options.silence_dbfs)
     if prediction.ok:
         found |= {
-            "confidence": prediction.confidence,
-            "probabilities": dict(zip(labels, prediction.probabilities.tolist(), strict=True)),
-            "entropy": prediction.entropy,
-            "margin": prediction.margin,
+            "confidence": known(prediction.confidence),
+            "probabilities": _named(labels, prediction.probabilities),
+            "entropy": known(prediction.entropy),
+            "margin": known(prediction.margin),
             "level_dbfs": prediction.level_dbfs,
             "scored_s": prediction.scored_s,
+            "notice": prediction.notice or None,
         }
     if math.isfinite(prediction.duration_s):
         found |= {
@@ -124,11 +130,26 @@ def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dic
                 "start_s": float(windows.start_s[i]),
                 "end_s": float(windows.end_s[i]),
                 "predicted": name,
-                "probabilities": dict(zip(labels, windows.probabilities[i].tolist(), strict=True)),
+                "probabilities": _named(labels, p),
             }
-            for i, name in enumerate(windows.names(labels, options.min_confidence, options.silence_dbfs))
+            for i, (name, p) in enumerate(
+                zip(
+                    windows.names(labels, options.min_confidence, options.silence_dbfs),
+                    windows.told(options.silence_dbfs),
+                    strict=True,
+                )
+            )
         ]
     return found
+
+
+def known(number: float) -> float | None:
+    """None for NaN: silence has no confidence."""
+    return number if math.isfinite(number) else None
+
+
+def _named(labels: Sequence[str], p: Floats) -> dict[str, float] | None:
+    return dict(zip(labels, p.tolist(), strict=True)) if np.isfinite(p).all() else None
 
 
 def print_table(answers: Sequence[Answer], labels: Sequence[str], options: ScoreOptions) -> None:
@@ -141,20 +162,23 @@ def print_table(answers: Sequence[Answer], labels: Sequence[str], options: Score
         if not prediction.ok:
             print(f"{name:<{width}}  {prediction.status}")
             continue
-        order = prediction.probabilities.argsort()[::-1]
-        then = ", ".join(f"{labels[i]} {prediction.probabilities[i]:.1%}" for i in order[1:3])
         label = prediction.label(options.min_confidence, options.silence_dbfs)
-        print(f"{name:<{width}}  {label:<12} {prediction.confidence:>10.1%}  {then}")
+        if label == SILENCE:
+            print(f"{name:<{width}}  {label}")
+        else:
+            order = prediction.probabilities.argsort()[::-1]
+            then = ", ".join(f"{labels[i]} {prediction.probabilities[i]:.1%}" for i in order[1:3])
+            print(f"{name:<{width}}  {label:<12} {prediction.confidence:>10.1%}  {then}")
         if answer.windows is not None:
             _print_windows(answer.windows, labels, options)
 
 
 def _print_windows(windows: Timeline, labels: Sequence[str], options: ScoreOptions) -> None:
     names = windows.names(labels, options.min_confidence, options.silence_dbfs)
-    sure = windows.probabilities.max(axis=1)
-    for i, name in enumerate(names):
+    for i, (name, p) in enumerate(zip(names, windows.told(options.silence_dbfs), strict=True)):
+        sure = "" if name == SILENCE else f"{p.max():.1%}"
         channel = "" if windows.channel[i] == "mix" else f"channel {windows.channel[i]}  "
-        print(f"  {channel}{windows.start_s[i]:8.2f} - {windows.end_s[i]:8.2f} s  {name:<12} {sure[i]:>10.1%}")
+        print(f"  {channel}{windows.start_s[i]:8.2f} - {windows.end_s[i]:8.2f} s  {name:<12} {sure:>10}".rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,12 +65,17 @@ def _row(answer: Recording | Failure, width: int) -> str:
     if isinstance(answer, Failure):
         return f"{answer.name or '':<{width}}  {answer.problem.code}"
     then = ", ".join(f"{score.label} {score.score:.1%}" for score in answer.scores[1:3])
-    lines = [f"{answer.name or '':<{width}}  {answer.label:<12} {answer.confidence:>10.1%}  {then}"]
+    lines = [f"{answer.name or '':<{width}}  {answer.label:<12} {_share(answer.confidence):>10}  {then}".rstrip()]
     for segment in answer.segments or []:
         channel = "" if segment.channel == "mix" else f"channel {segment.channel}  "
         span = f"{segment.start_s:8.2f} - {segment.end_s:8.2f} s"
-        lines.append(f"  {channel}{span}  {segment.label:<12} {segment.confidence:>10.1%}")
+        lines.append(f"  {channel}{span}  {segment.label:<12} {_share(segment.confidence):>10}".rstrip())
     return "\n".join(lines)
+
+
+def _share(confidence: float | None) -> str:
+    """Nothing of silence, which has no confidence."""
+    return "" if confidence is None else f"{confidence:.1%}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

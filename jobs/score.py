@@ -15,6 +15,7 @@ from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress
 from jobs._hearing import add_hearing, hearing
 from jobs._provenance import provenance
 from pipeline.audio import EXTENSIONS
+from pipeline.audio_formats import USUAL_ENDINGS
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.corpora import ManifestError, read_manifest
 from pipeline.errors import SerError
@@ -90,7 +91,7 @@ def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:
     if skipped := found.skipped():
         say(f"left out: {skipped}")
     if not found.files:
-        raise ManifestError(f"no recordings in {source}; expected files ending in {', '.join(sorted(EXTENSIONS))}")
+        raise ManifestError(f"no recordings in {source}; expected files ending in {USUAL_ENDINGS}")
     return pd.DataFrame({"speech": found.files}), found
 
 

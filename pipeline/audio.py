@@ -2,10 +2,11 @@
 
 Method: the header is checked (`audio_headers`), then the limits, and only then are samples decoded: libsndfile seeks to
 the frames needed plus the resampler's margin and reads them in blocks, mixed down as they pass, so that neither length
-nor channels of a recording decide how much memory is held. Resampling is soxr's HQ, librosa's default; a part equals
-that part of the whole recording resampled, for it starts where the two sample grids meet, with margin for the filter.
+nor channels of a recording decide how much memory is held. Where channels cancel in the mix, the loudest is taken.
+Resampling is soxr's HQ, librosa's default; a part equals that part of the whole recording resampled, for it starts
+where the two sample grids meet, with margin for the filter.
 Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` for conventions (mean of channels, ceil of lengths).
-Limits: m4a, mp4, webm, aac and amr need the optional extra `av` (PyAV) and are decoded from their start.
+Limits: what libsndfile does not read (m4a, mp4, webm, AMR ...) is decoded from its start by FFmpeg (PyAV).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
-from pipeline.audio_decoders import Block, Decoder, open_decoder
+from pipeline.audio_decoders import Block, Decoder
 from pipeline.audio_errors import (
     DEFAULT_LIMITS,
     ERRORS,
@@ -33,8 +34,9 @@ from pipeline.audio_errors import (
     NotFinite,
     OutOfRange,
 )
+from pipeline.audio_formats import EXTENSIONS
 from pipeline.audio_guard import AudioSource, open_source
-from pipeline.audio_headers import inspect
+from pipeline.audio_joined import open_recording
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -57,13 +59,8 @@ __all__ = [
 Samples = npt.NDArray[np.float32]
 Channel = int | Literal["mix"]
 
-EXTENSIONS = frozenset(
-    {".wav", ".wave", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".caf", ".au", ".snd", ".flac", ".ogg", ".oga"}
-    | {".opus", ".mp3", ".m4a", ".mp4", ".webm", ".mka", ".mkv", ".mov", ".3gp", ".aac", ".amr"}
-)
-"""File names that a folder scan takes for recordings. What a file is, its content decides."""
-
 _MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
+_CANCELLED = 0.2  # of the power that channels with nothing in common keep
 _INEXACT_SEEKS = (
     "MPEG",
     "OPUS",
@@ -73,7 +70,10 @@ _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 stil
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a recording is: rate in Hz, channels, frames (samples a channel), seconds, container, codec."""
+    """What a recording is: rate in Hz, channels, frames (samples a channel), seconds, container, codec.
+
+    `notice`: what users should know of how it was read, "" mostly.
+    """
 
     sample_rate_hz: int
     channels: int
@@ -81,6 +81,7 @@ class AudioInfo:
     duration_s: float
     container: str
     codec: str
+    notice: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def load_middle(
     """
     window = _window(window_s, sample_rate_hz)
     with _decoder(source, limits) as decoder:
-        return _middle(partial(_mono, decoder, channel), _info(decoder), window, sample_rate_hz)
+        return _middle(partial(_mono, decoder, channel), decoder, window, sample_rate_hz)
 
 
 def load_once(
@@ -231,13 +232,15 @@ def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
 
 @contextmanager
 def _decoder(source: AudioSource, limits: Limits) -> Iterator[Decoder]:
-    with open_source(source) as file, open_decoder(file, inspect(file), limits) as decoder:
+    with open_source(source) as file, open_recording(file, limits) as decoder:
         yield decoder
 
 
 def _info(decoder: Decoder) -> AudioInfo:
     rate_hz, frames = decoder.sample_rate_hz, decoder.frames
-    return AudioInfo(rate_hz, decoder.channels, frames, frames / rate_hz, decoder.container, decoder.codec)
+    return AudioInfo(
+        rate_hz, decoder.channels, frames, frames / rate_hz, decoder.container, decoder.codec, decoder.notice
+    )
 
 
 def _hashed(decoder: Decoder, blocks: Iterator[Block]) -> str:
@@ -256,9 +259,9 @@ def _window(window_s: float, rate_hz: int) -> int:
 
 def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Reading:
     """The middles of `windows` samples, and the hash, from one pass; the frames of the longest middle are held."""
-    info = _info(decoder)
+    info, notice = _info(decoder), decoder.notice
     first, last = _frames_for(*_placed(max(windows), info, rate_hz), info, rate_hz)
-    held = np.empty(last - first, np.float32)
+    held = np.empty((last - first, decoder.channels), np.float32)
 
     def passing() -> Iterator[Block]:
         position = 0
@@ -266,17 +269,23 @@ def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Readin
             part = block[max(first - position, 0) : max(last - position, 0)]
             if len(part):
                 at = max(position - first, 0)
-                held[at : at + len(part)] = _mixed(part)
+                held[at : at + len(part)] = part
             position += len(block)
             yield block
 
     digest = _hashed(decoder, passing())
-    _check_values(held, first, decoder)
 
     def read(start: int, count: int) -> Samples:
-        return held[start - first : start - first + count].copy()
+        decoder.notice = notice
+        part = held[start - first : start - first + count]
+        samples = _mixed(part).copy()
+        _check_values(samples, start, decoder)
+        if decoder.channels > 1 and _cancels(samples, powers := _powers(part)):
+            return part[:, _loudest(decoder, powers)].copy()
+        return samples
 
-    return Reading(tuple(_middle(read, info, window, rate_hz) for window in windows), digest)
+    _check_values(_mixed(held), first, decoder)
+    return Reading(tuple(_middle(read, decoder, window, rate_hz) for window in windows), digest)
 
 
 def _placed(window: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
@@ -286,14 +295,15 @@ def _placed(window: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
     return (total - count) // 2, count
 
 
-def _middle(read: Callable[[int, int], Samples], info: AudioInfo, window: int, rate_hz: int) -> Clip:
+def _middle(read: Callable[[int, int], Samples], decoder: Decoder, window: int, rate_hz: int) -> Clip:
     """The middle `window` samples, zeros around a shorter recording; `read` as for `_resampled`."""
+    info = _info(decoder)
     start, count = _placed(window, info, rate_hz)
     samples = _resampled(read, info, start, count, rate_hz)
     if count < window:
         before = (window - count) // 2
         samples = np.pad(samples, (before, window - count - before))
-    return Clip(samples, rate_hz, start / rate_hz, count / rate_hz, info)
+    return Clip(samples, rate_hz, start / rate_hz, count / rate_hz, _info(decoder))  # with what reading gave notice of
 
 
 def _frames_for(start: int, count: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
@@ -330,12 +340,39 @@ def _mono(decoder: Decoder, channel: Channel, start: int, count: int) -> Samples
         expected = f"0 to {decoder.channels - 1} or 'mix'"
         raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
     samples = np.empty(count, np.float32)
-    filled = 0
+    several = channel == "mix" and decoder.channels > 1
+    powers, filled = np.zeros(decoder.channels), 0
     for block in decoder.blocks(start, count):
         samples[filled : filled + len(block)] = _mixed(block) if channel == "mix" else block[:, channel]
         filled += len(block)
+        if several:
+            powers += _powers(block)
     _check_values(samples, start, decoder)
+    if several and _cancels(samples, powers):
+        return _mono(decoder, _loudest(decoder, powers), start, count)
     return samples
+
+
+def _powers(block: Block) -> npt.NDArray[np.float64]:
+    """Sum of squares of each channel of a block (n, channels): (channels,)."""
+    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` finds what is not finite
+        return np.einsum("nc,nc->c", block, block).astype(np.float64)
+
+
+def _loudest(decoder: Decoder, powers: npt.NDArray[np.float64]) -> int:
+    """The channel that is taken where all of them cancel in their mean; a notice says so."""
+    loudest = int((powers >= 0.999 * powers.max()).argmax())  # the first of equals
+    decoder.notice = f"its channels cancel each other when mixed: channel {loudest}, the loudest, was heard alone"
+    return loudest
+
+
+def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
+    """Whether channels of these powers (sums of squares) cancel in their mean.
+
+    One channel that sounds alone, or several that have nothing in common, keep the power of the loudest over the number
+    of channels squared, or more; a mean that lies 7 dB below that has lost what it should tell.
+    """
+    return float(mix @ mix) < _CANCELLED * float(powers.max()) / len(powers) ** 2
 
 
 def _mixed(block: Block) -> Samples:

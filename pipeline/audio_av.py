@@ -1,54 +1,63 @@
-"""m4a, mp4, webm, aac and amr through PyAV (FFmpeg), the optional extra `av`.
+"""Recordings that libsndfile does not read, through PyAV (FFmpeg): m4a, mp4, webm, AMR, AAC, WMA and more.
 
 Method: the demuxer is named by our own look at the file and the codec must be on a list, so that FFmpeg neither guesses
-nor follows playlists; the first audio track is decoded twice from its start, once to count its samples, once to hand
-out the frames asked for; what comes before them is dropped as it passes. Encoder delay is trimmed as FFmpeg does it.
+nor follows playlists; the first audio track is decoded from its start, once to count its samples, once to hand out the
+frames asked for; what comes before them is dropped as it passes. Short recordings are kept from the first time. All
+that there is is taken, end to end: no length that a container tells is believed, and pauses are left out, as what was
+said in them is not there. Encoder delay is trimmed as FFmpeg does it. Where rate or channels change on the way, the
+rest is converted to those of the beginning.
 Limits: no seeking, so the middle of a long recording costs the decoding of all of it, and little memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import av
 import numpy as np
+from av.codec.context import Flags2
+from av.stream import Discard
 
 from pipeline.audio_decoders import Block
 from pipeline.audio_errors import Corrupt, Limits, NoSamples, NotAudio, Truncated, UnsupportedFormat
-from pipeline.audio_guard import FileView, Opened
+from pipeline.audio_formats import CODECS, REMEDY, is_accepted
+from pipeline.audio_guard import FileView
 from pipeline.audio_headers import Container
+from pipeline.audio_lengths import cut_off
 
-_CODECS = {"aac", "mp3", "mp3float", "opus", "vorbis", "flac", "alac", "speex", "amrnb", "amrwb", "amr_nb", "amr_wb"}
-_LENGTH_TOLERANCE_S = 0.5  # containers round, and count what decoders trim
+_KEPT_BYTES = 2**24
+_BAD_PACKETS, _BAD_SHARE = 8, 0.02  # damaged ones that are passed over
+_LOST_SHARE = 0.1  # of a short recording, which eight are much of
+_OPTIONS = {"codec_whitelist": ",".join(sorted(CODECS))}  # nothing else is tried, pictures above all
 
 
 class AvDecoder:
     """The first audio track of a container, read by FFmpeg."""
 
-    def __init__(self, file: Opened, container: Container, limits: Limits) -> None:
-        self.name, self.container, self.codec = file.name, container.name, ""
+    def __init__(self, container: Container, limits: Limits) -> None:
+        self.name, self.container, self.codec = container.file.name, container.name, ""
         self.sample_rate_hz, self.channels, self.frames = 0, 0, 0
-        self._file, self._demuxer, self._limits = file, container.demuxer, limits
-        declared_s = 0.0
-        for block, rate_hz, declared_s in self._decoded():
-            if not self.frames:
-                self.sample_rate_hz, self.channels = rate_hz, block.shape[1]
-                self._check(round(declared_s * rate_hz))
+        self.notice, self.next_at = "", container.length
+        self._file, self._demuxer = container.file, container.demuxer
+        kept: list[Block] | None = []
+        for block in self._decoded():
+            if not self.channels:
+                self.channels = block.shape[1]
             self.frames += len(block)
-            self._check(self.frames)
+            limits.check(self.name, rate_hz=self.sample_rate_hz, channels=self.channels, frames=self.frames)
+            if kept is not None:
+                kept.append(block)
+                if self.frames * self.channels * 4 > _KEPT_BYTES:
+                    kept = None
+        self._kept = kept
         if not self.frames:
             raise NoSamples(f"{self.name}: an audio track of 0 samples. Record or export it again.")
-        length_s = self.frames / self.sample_rate_hz
-        if length_s < declared_s - _LENGTH_TOLERANCE_S:
-            found = f"{length_s:.2f} of {declared_s:.2f} s are there"
-            raise Truncated(f"{self.name}: cut off, {found}. Copy or download it again.")
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
         position = 0
-        for block, _, _ in self._decoded():
-            part = block[max(start - position, 0) : start + count - position]
+        for block in self._decoded() if self._kept is None else self._kept:
+            part = block[max(start - position, 0) : max(start + count - position, 0)]
             position += len(block)
             if len(part):
                 yield part
@@ -56,45 +65,93 @@ class AvDecoder:
                 return
         raise Truncated(f"{self.name}: cut off, ends after {position} frames. Copy or download it again.")
 
-    def _check(self, frames: int) -> None:
-        self._limits.check(self.name, rate_hz=self.sample_rate_hz, channels=self.channels, frames=frames)
-
-    def _decoded(self) -> Iterator[tuple[Block, int, float]]:
-        """All blocks from the start, each with its rate in Hz and the length in seconds that the container declares."""
+    def _decoded(self) -> Iterator[Block]:
+        """All blocks from the start."""
+        view = FileView(self._file)
         try:
-            with av.open(FileView(self._file), "r", format=self._demuxer, metadata_errors="ignore") as opened:
-                stream = self._track(opened)
-                base = stream.time_base
-                declared_s = float(stream.duration * base) if stream.duration and base else 0.0
-                if not declared_s and opened.duration:
-                    declared_s = opened.duration / av.time_base
-                planar = av.AudioResampler(format="fltp")
-                for frame in opened.decode(stream):
-                    for converted in planar.resample(frame):
-                        yield self._block(converted), converted.sample_rate, declared_s
-        except (av.FFmpegError, ValueError) as error:
-            problem = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise Corrupt(f"{self.name}: decoding {self.container} failed ({problem}). Export it again.") from error
+            opened = av.open(view, "r", format=self._demuxer, metadata_errors="ignore", options=_OPTIONS)
+        except (av.FFmpegError, ValueError, OverflowError) as error:
+            raise self._broken("its header") from error
+        with opened:
+            converter = _Converter(self)
+            for frame in self._frames(opened, self._track(opened), view):
+                yield from converter.blocks(frame)
+            yield from converter.rest()
+
+    def _frames(self, opened: Any, stream: Any, view: FileView) -> Iterator[Any]:
+        packets = bad = 0
+        cut = False
+        try:
+            for packet in opened.demux(stream):
+                if packet.size:
+                    packets, cut = packets + 1, packet.is_corrupt
+                try:
+                    frames = packet.decode()
+                except (av.FFmpegError, ValueError) as error:
+                    bad, frames = bad + 1, []
+                    if bad > _BAD_PACKETS + _BAD_SHARE * packets:
+                        raise self._broken("its audio") from error
+                yield from frames
+        except (av.FFmpegError, IndexError, OverflowError) as error:  # IndexError: a track that appears on the way
+            if view.tell() >= self._file.size_bytes:
+                raise cut_off(self._file, "its last packet") from error
+            raise self._broken("its packets") from error
+        if cut:
+            raise cut_off(self._file, "its last packet")
+        if bad and (bad == packets or bad > max(1, _LOST_SHARE * packets)):
+            raise self._broken("its audio")
+        if bad:
+            self.notice = f"{bad} of its {packets} packets are damaged and were left out"
 
     def _track(self, opened: Any) -> Any:
         if not opened.streams.audio:
             raise NotAudio(f"{self.name}: {self.container} without an audio track. Give the recording itself.")
         stream = opened.streams.audio[0]
-        self.codec = stream.codec_context.name
-        if self.codec not in _CODECS and not self.codec.startswith("pcm_"):
-            remedy = "Convert it, for example: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
-            raise UnsupportedFormat(f"{self.name}: {self.container} with {self.codec} is not accepted. {remedy}")
+        self.codec = stream.codec_context.name if stream.codec_context else "an unknown codec"
+        if not is_accepted(self.codec):
+            raise UnsupportedFormat(f"{self.name}: {self.container} with {self.codec} is not accepted. {REMEDY}")
+        if self.container == "CAF" and self.codec == "alac":  # its padding is no part of the last packet
+            stream.codec_context.flags2 |= Flags2.skip_manual
+        for other in opened.streams:
+            if other.index != stream.index:
+                other.discard = Discard.all
         return stream
 
-    def _block(self, frame: Any) -> Block:
-        block: Block = np.ascontiguousarray(frame.to_ndarray().T, np.float32)
-        if self.frames and (frame.sample_rate != self.sample_rate_hz or block.shape[1] != self.channels):
-            got = f"{frame.sample_rate} Hz and {block.shape[1]} channels"
-            raise Corrupt(f"{self.name}: changes to {got} on its way. Export it again.")
-        return block
+    def _broken(self, what: str) -> Corrupt:
+        return Corrupt(f"{self.name}: {what} cannot be decoded ({self.container}). Export it again.")
 
 
-@contextmanager
-def open_av(file: Opened, container: Container, limits: Limits) -> Iterator[AvDecoder]:
-    """The decoder for `file`; counts its samples first."""
-    yield AvDecoder(file, container, limits)
+class _Converter:
+    """Frames as float32 blocks (n, channels), all at the rate and with the channels of the first."""
+
+    def __init__(self, decoder: AvDecoder) -> None:
+        self._decoder = decoder
+        self._shape: tuple[str, str, int] | None = None
+        self._resampler: Any = None
+        self._layout = ""
+
+    def blocks(self, frame: Any) -> Iterator[Block]:
+        shape = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if shape != self._shape:
+            yield from self.rest()
+            self._shape, first = shape, not self._layout
+            if first:
+                self._layout, self._decoder.sample_rate_hz = frame.layout.name, frame.sample_rate
+                self._resampler = av.AudioResampler(format="fltp")
+            else:
+                rate_hz = self._decoder.sample_rate_hz
+                self._resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=rate_hz)
+        yield from self._resampled(frame)
+
+    def rest(self) -> Iterator[Block]:
+        """What the resampler still holds."""
+        if self._resampler is not None and self._shape is not None:
+            yield from self._resampled(None)
+            self._resampler = None
+
+    def _resampled(self, frame: Any) -> Iterator[Block]:
+        try:
+            for converted in self._resampler.resample(frame):
+                yield np.ascontiguousarray(converted.to_ndarray().T, np.float32)
+        except (av.FFmpegError, ValueError) as error:
+            raise self._decoder._broken("its audio") from error

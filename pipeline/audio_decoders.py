@@ -1,17 +1,17 @@
 """Decoders behind one face: frames [start, start + count) of a recording as float32 blocks (frames, channels).
 
-Method: `SndfileDecoder` reads through libsndfile from a plain descriptor and seeks; `audio_av.AvDecoder` (extra `av`)
-decodes from the start and drops what comes before. A block holds at most 2^16 samples over all channels.
+Method: `SndfileDecoder` reads through libsndfile from a plain descriptor, or through Python where there is none, and
+seeks; `audio_av.AvDecoder` (PyAV) decodes from the start and drops what comes before. Files put end to end are read as
+one by `audio_joined`. A block holds at most 2^16 samples over all channels.
 Limits: libsndfile 1.2.2 serves MPEG audio from version 1.1 on; what it cannot open becomes `Corrupt`. What its MP3
-decoder prints on damaged files is swallowed (`audio_quiet`).
+decoder prints on damaged files is swallowed (`audio_quiet`). Neither's own messages are shown to users.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -19,19 +19,26 @@ import numpy.typing as npt
 import soundfile
 
 from pipeline.audio_errors import Corrupt, ExtraNeeded, Limits, NoSamples, Truncated
-from pipeline.audio_guard import FileView, Opened
-from pipeline.audio_headers import ACCEPTED, Container
+from pipeline.audio_formats import SNDFILE
+from pipeline.audio_guard import FileView
+from pipeline.audio_headers import Container
+from pipeline.audio_lengths import next_flac
 from pipeline.audio_quiet import quiet_c_stderr
 
 Block = npt.NDArray[np.float32]
 BLOCK_SAMPLES = 2**16
 _UNKNOWN_FRAMES = 2**62  # libsndfile says 2^63 - 1 where a header leaves the length open
 _INT16_STEP = np.float32(2.0**-15)
+_READ_AHEAD_BYTES = 2**17  # libsndfile and libFLAC read no further ahead
 _LAP_FRAMES = 8192  # the largest Vorbis block; what a seek yields first can lack its overlap (libsndfile issue 885)
 
 
 class Decoder(Protocol):
-    """An open recording. `frames` is its length in samples a channel; `name` is how messages call it."""
+    """An open recording.
+
+    `frames`: its length in samples a channel; `name`: how messages call it; `notice`: what users should know of it, ""
+    mostly; `next_at`: where in the file another recording begins, 0 where none does.
+    """
 
     name: str
     container: str
@@ -39,30 +46,33 @@ class Decoder(Protocol):
     sample_rate_hz: int
     channels: int
     frames: int
+    notice: str
+    next_at: int
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
-        """Frames [start, start + count) in order, float32 (n, channels); `Truncated` if the recording ends before."""
+        """Frames [start, start + count) in order, float32 (n, channels); `Truncated` if the recording ends before.
+
+        To be called as often as needed, but one at a time.
+        """
         ...
 
 
 @contextmanager
-def open_decoder(file: Opened, container: Container, limits: Limits) -> Iterator[Decoder]:
-    """The decoder for `file`, its limits checked, at least one frame long."""
-    if container.demuxer is None:
-        with (
-            quiet_c_stderr() if container.name == "MP3" else nullcontext(),
-            _open_sndfile(file, container, limits) as decoder,
-        ):
-            yield decoder
-        return
-    if importlib.util.find_spec("av") is None:
-        remedy = "Install it with pip install 'speech-emotion-ray[av]', or convert the file"
-        problem = f"{container.name} needs the extra 'av' (PyAV)"
-        raise ExtraNeeded(f"{file.name}: {problem}. {remedy}; accepted without it are {ACCEPTED}.")
-    from pipeline.audio_av import open_av
-
-    with open_av(file, container, limits) as decoder:
-        yield decoder
+def open_decoder(container: Container, limits: Limits) -> Iterator[Decoder]:
+    """The decoder for one recording, its limits checked, at least one frame long."""
+    with ExitStack() as stack:
+        if container.demuxer is None:
+            if container.name == "MP3":
+                stack.enter_context(quiet_c_stderr())
+            yield SndfileDecoder(container, limits, stack)
+            return
+        try:
+            from pipeline.audio_av import AvDecoder
+        except ImportError as error:
+            problem = f"{container.name} needs PyAV, which is not installed, or not for this system"
+            remedy = f"pip install av, or convert the file; read without it are {SNDFILE}"
+            raise ExtraNeeded(f"{container.file.name}: {problem}. {remedy}.") from error
+        yield AvDecoder(container, limits)
 
 
 class _Sound(soundfile.SoundFile):  # type: ignore[misc]
@@ -76,18 +86,31 @@ class _Sound(soundfile.SoundFile):  # type: ignore[misc]
 
 
 class SndfileDecoder:
-    """A recording read by libsndfile."""
+    """A recording read by libsndfile. What it opens is closed with `stack`."""
 
-    def __init__(self, file: Opened, container: Container, sound: _Sound, counted_frames: int | None = None) -> None:
-        self.name, self.container, self.codec = file.name, container.name, str(sound.subtype)
-        self.sample_rate_hz, self.channels = int(sound.samplerate), int(sound.channels)
-        self.frames = int(sound.frames) if counted_frames is None else counted_frames
-        self._sound = sound
+    def __init__(self, container: Container, limits: Limits, stack: ExitStack) -> None:
+        self._file, self._container = container.file, container
+        self._view: FileView | None = None
+        self._sound = self._opened()
+        stack.callback(lambda: self._sound.close())
+        self.name, self.container, self.codec = container.file.name, container.name, str(self._sound.subtype)
+        self.sample_rate_hz, self.channels = int(self._sound.samplerate), int(self._sound.channels)
+        self.frames, self.notice, self.next_at = int(self._sound.frames), "", container.length
+        self._gain = np.float32(container.gain)
+        self._unseekable = self.frames >= _UNKNOWN_FRAMES
         self._lap, self._last_seek = 0, self.frames
-        if counted_frames is not None:
+        if self._unseekable:
+            self._count_frames(limits)
             self._last_seek = 0
         elif self.codec == "VORBIS":
             self._lap, self._last_seek = _LAP_FRAMES, self.frames - container.last_page_frames - _LAP_FRAMES
+        if self.frames <= 0:
+            raise NoSamples(f"{self.name}: a {container.name} header and no samples. Record or export it again.")
+        self._check(limits)
+        if container.name in ("FLAC", "MP3") and not self._unseekable:
+            self._check_end()
+        if container.name == "FLAC" and not self._unseekable and not self.next_at:
+            self.next_at = next_flac(self._file, max(self._position() - _READ_AHEAD_BYTES, 4))
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
         with self._coded():
@@ -99,18 +122,18 @@ class SndfileDecoder:
                 count -= len(block)
                 yield block
 
-    def count_frames(self, limits: Limits) -> None:
+    def _count_frames(self, limits: Limits) -> None:
         """Set `frames`, which the header leaves open, by decoding everything; stops at the limits."""
         self.frames = 0
         with self._coded():
             while block := len(self._sound.read(self._block_frames, dtype="float32", always_2d=True)):
                 self.frames += block
-                self.check(limits)
+                self._check(limits)
 
-    def check(self, limits: Limits) -> None:
+    def _check(self, limits: Limits) -> None:
         limits.check(self.name, rate_hz=self.sample_rate_hz, channels=self.channels, frames=self.frames)
 
-    def check_end(self) -> None:
+    def _check_end(self) -> None:
         """Read the last frame, `Truncated` when it is not there: of a compressed file the size tells nothing."""
         try:
             self._sound.seek(self.frames - 1)
@@ -126,6 +149,9 @@ class SndfileDecoder:
 
     def _seek(self, start: int) -> int:
         """Go to `start` or before it; how many frames there are to drop."""
+        if self._unseekable:  # once read to its end, a stream of open length cannot go back
+            self._sound.close()
+            self._sound = self._opened()
         target = max(min(start - self._lap, self._last_seek), 0)
         if self._sound.tell() != target:
             self._sound.seek(target)
@@ -136,7 +162,7 @@ class SndfileDecoder:
         try:
             yield
         except soundfile.SoundFileError as error:
-            raise Corrupt(f"{self.name}: decoding failed ({_reason(error)}). Export it again.") from error
+            raise Corrupt(f"{self.name}: its {self._container.name} audio is damaged. Export it again.") from error
 
     def _read(self, count: int) -> Block:
         block: Block
@@ -144,42 +170,29 @@ class SndfileDecoder:
             block = np.multiply(self._sound.read(count, dtype="int16", always_2d=True), _INT16_STEP, dtype=np.float32)
         else:
             block = self._sound.read(count, dtype="float32", always_2d=True)
+        if self._gain != 1:
+            block = block * self._gain
         if not len(block):
             at = f"{self._sound.tell()} of its {self.frames} frames"
             raise Truncated(f"{self.name}: cut off, ends after {at}. Copy or download it again.")
         return block
 
+    def _opened(self) -> _Sound:
+        """The file, from its start."""
+        file, splice = self._file, self._container.splice
+        try:
+            if file.descriptor is None or splice:
+                self._view = FileView(file, splice)
+                return _Sound(self._view)
+            os.lseek(file.descriptor, 0, os.SEEK_SET)
+            return _Sound(file.descriptor, closefd=False)
+        except (soundfile.SoundFileError, ValueError, TypeError) as error:
+            problem = f"its {self._container.name} header cannot be read"
+            raise Corrupt(f"{file.name}: {problem}. Copy or export it again.") from error
 
-@contextmanager
-def _open_sndfile(file: Opened, container: Container, limits: Limits) -> Iterator[SndfileDecoder]:
-    counted_frames = None
-    with _sound(file, container) as sound:
-        decoder = SndfileDecoder(file, container, sound)
-        if decoder.frames >= _UNKNOWN_FRAMES:
-            decoder.count_frames(limits)
-            counted_frames = decoder.frames
-        if decoder.frames <= 0:
-            raise NoSamples(f"{file.name}: a {container.name} header and no samples. Record or export it again.")
-        decoder.check(limits)
-        if counted_frames is None:
-            if container.name in ("FLAC", "MP3"):
-                decoder.check_end()
-            yield decoder
-            return
-    with _sound(file, container) as sound:  # once read to its end, a stream of open length cannot go back
-        yield SndfileDecoder(file, container, sound, counted_frames)
-
-
-def _sound(file: Opened, container: Container) -> _Sound:
-    try:
-        if file.descriptor is None or container.splice:
-            return _Sound(FileView(file, container.splice))
-        os.lseek(file.descriptor, 0, os.SEEK_SET)
-        return _Sound(file.descriptor, closefd=False)
-    except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        problem = f"broken {container.name} header ({_reason(error)})"
-        raise Corrupt(f"{file.name}: {problem}. Copy or export it again.") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "error_string", error)).split()).rstrip(".")
+    def _position(self) -> int:
+        """How far libsndfile has read in the file."""
+        if self._view is not None:
+            return self._view.tell()
+        assert self._file.descriptor is not None
+        return os.lseek(self._file.descriptor, 0, os.SEEK_CUR)

@@ -9,10 +9,11 @@
         ├── EmptyFile                 empty_file           0 bytes
         ├── NotAudio                  not_audio            no audio container known here, or no audio track in it
         ├── UnsupportedFormat         unsupported_format   a known container with a codec that is not accepted
-        │   └── ExtraNeeded           extra_needed         decodable once the optional extra `av` is installed
+        │   └── ExtraNeeded           extra_needed         decodable once PyAV is installed
         ├── Corrupt                   corrupt              header or audio data contradict themselves
         │   └── Truncated             truncated            the recording says it is longer than it is
         ├── NoSamples                 no_samples           a valid recording of 0 frames, or a part past its end
+        ├── TooShort                  too_short            so little sound that no answer can be given
         ├── NotFinite                 not_finite           NaN or infinity among the samples
         ├── OutOfRange                out_of_range         |sample| so large that its power overflows float32
         ├── TooLong                   too_long             ┐
@@ -86,6 +87,10 @@ class NoSamples(AudioError):
     code = "no_samples"
 
 
+class TooShort(AudioError):
+    code = "too_short"
+
+
 class NotFinite(AudioError):
     code = "not_finite"
 
@@ -126,7 +131,18 @@ ERRORS: dict[str, type[AudioError]] = {
     error.code: error
     for error in (
         *(AudioError, NotFound, NotAFile, PermissionDenied, Unreadable, EmptyFile, NotAudio, UnsupportedFormat),
-        *(ExtraNeeded, Corrupt, Truncated, NoSamples, NotFinite, OutOfRange, TooLong, TooLarge, BadSampleRate),
+        *(
+            ExtraNeeded,
+            Corrupt,
+            Truncated,
+            NoSamples,
+            TooShort,
+            NotFinite,
+            OutOfRange,
+            TooLong,
+            TooLarge,
+            BadSampleRate,
+        ),
         *(BadChannels, NoSuchChannel, DecoderCrashed, DecodeTimeout),
     )
 }

@@ -119,9 +119,9 @@ def open_source(source: AudioSource) -> Iterator[Opened]:
     """Open a path or `bytes` as a regular file, closed on leaving. Never blocks on a pipe or a device."""
     with ExitStack() as stack:
         if isinstance(source, (bytes, bytearray, memoryview)):
-            opened = _in_memory(bytes(source), stack)
+            opened = _in_memory(bytes(source), name_of(source), stack)
         else:
-            name = printable(source)
+            name = name_of(source)
             file = stack.enter_context(_open_path(source, name))
             status = os.fstat(file.fileno())
             _refuse_irregular(status.st_mode, name)
@@ -131,6 +131,13 @@ def open_source(source: AudioSource) -> Iterator[Opened]:
         yield opened
 
 
+def name_of(source: AudioSource) -> str:
+    """How messages call a source."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"recording of {len(source)} bytes"
+    return printable(source)
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A path for one line of text: control characters and undecodable bytes escaped, the middle of a long one cut."""
     text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -138,8 +145,7 @@ def printable(path: str | os.PathLike[str]) -> str:
     return text if len(text) <= 200 else f"{text[:80]}...{text[-100:]}"
 
 
-def _in_memory(data: bytes, stack: ExitStack) -> Opened:
-    name = f"recording of {len(data)} bytes"
+def _in_memory(data: bytes, name: str, stack: ExitStack) -> Opened:
     if not hasattr(os, "memfd_create"):
         return Opened(name, len(data), lambda offset, count: data[offset : offset + count])
     file = stack.enter_context(io.FileIO(os.memfd_create("recording"), "w+b"))

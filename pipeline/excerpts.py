@@ -14,11 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import audio
+from pipeline.audio_guard import name_of
 from pipeline.features import FeatureConfig, extract
 from pipeline.remote import source_of
+from pipeline.timeline import SILENCE_DBFS
 from pipeline.windows import Walk, covered_s, crop_starts
 
 Array = NDArray[np.float32]
+LEAST_S = 0.25
+"""Seconds of sound that an answer needs: a syllable."""
 _SPAN_S = 60.0  # windows that lie within this are cut from one read
 _APART_LIMIT_S = 120.0
 _FAINTEST = 1e-20  # power of digital silence: -200 dBFS
@@ -31,6 +35,7 @@ class Excerpt:
     Attributes:
         features: ``(windows, *input_shape)``; none when the recording cannot be used.
         level_dbfs: RMS level of the loudest window, of the real audio in it.
+        notice: what users should know of how it was read, "" mostly.
         status: ``ok`` or the code of an AudioError.
     """
 
@@ -40,18 +45,24 @@ class Excerpt:
     sample_rate_hz: int = 0
     channels: int = 0
     level_dbfs: float = float("nan")
+    notice: str = ""
     status: str = "ok"
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive windows: features ``(n, *input_shape)``, start, end and RMS level of each ``(n,)``."""
+    """Consecutive windows: features ``(n, *input_shape)``; start, end, RMS level and seconds of sound of each ``(n,)``.
+
+    ``notice``: as in Excerpt.
+    """
 
     features: Array
     start_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
     level_dbfs: NDArray[np.float64]
+    sound_s: NDArray[np.float64]
+    notice: str
 
 
 def listen(
@@ -129,18 +140,37 @@ def walk(
                 start_s,
                 np.minimum(start_s + steps.window_s, duration_s),
                 np.array([_level_dbfs(piece) for piece in pieces]),
+                np.array([_sound_s(piece, config.sample_rate_hz) for piece in pieces]),
+                recording.notice,
             )
 
 
-@dataclass(frozen=True)
+def check_sound(source: audio.AudioSource, duration_s: float, level_dbfs: float, sound_s: float) -> None:
+    """Whether there is sound enough for an answer, or none at all, which is one.
+
+    Args:
+        duration_s: length of the recording; level_dbfs: of its loudest window; sound_s: sound in the fullest window.
+
+    Raises:
+        TooShort: there is less than ``LEAST_S`` of it.
+    """
+    length_s = sound_s if duration_s >= LEAST_S else duration_s
+    if length_s < LEAST_S and (duration_s < LEAST_S or level_dbfs >= SILENCE_DBFS):
+        what = "long" if duration_s < LEAST_S else "of sound, and silence"
+        error = f"{name_of(source)}: {1000 * length_s:.3g} ms {what}; {LEAST_S:g} s of sound are needed. Record longer."
+        raise audio.ERRORS["too_short"](error)
+
+
+@dataclass
 class _Recording:
-    """One channel of a recording, and how it is decoded."""
+    """One channel of a recording, and how it is decoded; ``notice``: of what was decoded so far."""
 
     source: audio.AudioSource
     config: FeatureConfig
     channel: audio.Channel
     apart: bool
     limits: audio.Limits
+    notice: str = ""
 
     def middle(self) -> audio.Clip:
         return self._decoded(audio.load_middle, window_s=self.config.window_s)
@@ -160,9 +190,11 @@ class _Recording:
     def _decoded(self, load: Callable[..., audio.Clip], **part: float) -> audio.Clip:
         decode = _decode_apart if self.apart else _decode
         rate_hz = self.config.sample_rate_hz
-        return decode(
+        clip = decode(
             load, _local(self.source), sample_rate_hz=rate_hz, channel=self.channel, limits=self.limits, **part
         )
+        self.notice = self.notice or clip.info.notice
+        return clip
 
 
 def _decode(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
@@ -185,8 +217,9 @@ def _middle(recording: _Recording, crops: int = 1) -> Excerpt:
     clip = recording.middle()
     real = round(clip.scored_s * clip.sample_rate_hz)
     before = (len(clip.samples) - real) // 2
-    level_dbfs = _level_dbfs(clip.samples[before : before + real])
-    return _excerpt(extract(clip.samples, recording.config)[np.newaxis], clip.info, clip.scored_s, level_dbfs)
+    heard = clip.samples[before : before + real]
+    features = extract(clip.samples, recording.config)[np.newaxis]
+    return _excerpt(recording, features, clip.info, clip.scored_s, [heard])
 
 
 def _crops(recording: _Recording, crops: int) -> Excerpt:
@@ -201,7 +234,7 @@ def _crops(recording: _Recording, crops: int) -> Excerpt:
         pieces += [_centred(cut(start), config.window_samples) for start in part]
     features = np.stack([extract(piece, config) for piece in pieces])
     heard_s = covered_s(starts, info.duration_s, config.window_s)
-    return _excerpt(features, info, heard_s, max(map(_level_dbfs, pieces)))
+    return _excerpt(recording, features, info, heard_s, pieces)
 
 
 def _parts(starts: Sequence[float], window_s: float) -> Iterator[list[float]]:
@@ -222,10 +255,26 @@ def _centred(samples: Array, size: int) -> Array:
 
 
 def _level_dbfs(samples: Array) -> float:
-    """RMS level over full scale, in dB."""
-    power = float(samples @ samples) / max(len(samples), 1)
+    """RMS level over full scale, in dB; an offset, which many microphones have when they are mute, is no sound."""
+    count = max(len(samples), 1)
+    power = float(samples @ samples) / count - (float(samples.sum(dtype=np.float64)) / count) ** 2
     return float(10 * np.log10(max(power, _FAINTEST)))
 
 
-def _excerpt(features: Array, info: audio.AudioInfo, scored_s: float, level_dbfs: float) -> Excerpt:
-    return Excerpt(features, info.duration_s, scored_s, info.sample_rate_hz, info.channels, level_dbfs)
+def _sound_s(samples: Array, rate_hz: int) -> float:
+    """Seconds of it that are no silence, in steps of 10 ms."""
+    step = max(rate_hz // 100, 1)
+    frames = (samples - samples.mean())[: len(samples) // step * step].reshape(-1, step)
+    power = np.einsum("fs,fs->f", frames, frames) / step
+    return float((power >= 10 ** (SILENCE_DBFS / 10)).sum() * step / rate_hz)
+
+
+def _excerpt(
+    recording: _Recording, features: Array, info: audio.AudioInfo, scored_s: float, pieces: Sequence[Array]
+) -> Excerpt:
+    level_dbfs = max(map(_level_dbfs, pieces))
+    sound_s = max(_sound_s(piece, recording.config.sample_rate_hz) for piece in pieces)
+    check_sound(recording.source, info.duration_s, level_dbfs, sound_s)
+    return Excerpt(
+        features, info.duration_s, scored_s, info.sample_rate_hz, info.channels, level_dbfs, recording.notice
+    )

@@ -7,6 +7,7 @@ separated by tabs, in seconds).
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,10 @@ def _write_timeline(out: Path, labels: Sequence[str]) -> list[Path]:
         while True:
             held = list(islice(segments, _AT_ONCE))
             rows, speech, timelines, names = zip(*(held or [(0, "", no_windows(len(labels)), [])]), strict=True)
-            files.write("timeline", segments_table(timelines, names, pd.Series(speech, rows), labels))
+            table = segments_table(
+                timelines, names, pd.Series(speech, rows), labels, -math.inf
+            )  # silence has none left
+            files.write("timeline", table)
             if len(held) < _AT_ONCE:
                 break
     return [out / "timeline.parquet", out / "timeline.csv"]

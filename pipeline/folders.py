@@ -11,12 +11,14 @@ URI (RFC 8089, percent-encoded bytes): ``path_text`` and ``local_path`` convert,
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 MAX_DEPTH = 128
+_SHOWN_ENDINGS, _LONGEST_ENDING = 6, 20
 _URI = "file://"
 
 
@@ -27,7 +29,7 @@ class FolderScan:
     Attributes:
         files: absolute paths as text (see ``path_text``), each folder's files by name, then its sub-folders by name.
         hidden: files and folders left out because their name begins with a dot.
-        other: files left out because their extension is none of those asked for.
+        other: files left out because their ending is none of those asked for: ending ("" for none) -> how many.
         unreadable: folders that could not be listed.
         too_deep: folders left out because they lie ``MAX_DEPTH`` levels below the start, or deeper.
         linked: links to folders left out because the folder was entered already, or lies below the start anyway.
@@ -35,7 +37,7 @@ class FolderScan:
 
     files: tuple[str, ...]
     hidden: int = 0
-    other: int = 0
+    other: Mapping[str, int] = field(default_factory=dict)
     unreadable: tuple[str, ...] = ()
     too_deep: tuple[str, ...] = ()
     linked: int = 0
@@ -46,7 +48,7 @@ class FolderScan:
             f"{count:,} {what}"
             for count, what in (
                 (self.hidden, "hidden"),
-                (self.other, "not audio"),
+                *_by_ending(self.other),
                 (self.linked, "links to folders listed already"),
             )
             if count
@@ -70,7 +72,8 @@ def scan(folder: Path, extensions: Collection[str], *, max_depth: int = MAX_DEPT
     files: list[str] = []
     unreadable: list[str] = []
     too_deep: list[str] = []
-    hidden = other = linked = 0
+    hidden = linked = 0
+    other: Counter[str] = Counter()
     pending: list[tuple[bytes, int]] = [(root, 0)]
     while pending:
         parent, depth = pending.pop()
@@ -90,10 +93,11 @@ def scan(folder: Path, extensions: Collection[str], *, max_depth: int = MAX_DEPT
             if entry.name.startswith(b"."):
                 hidden += 1
             elif not _is_folder(entry):
-                if os.path.splitext(entry.name)[1].lower() in wanted:
+                ending = os.path.splitext(entry.name)[1].lower()
+                if ending in wanted:
                     files.append(path_text(entry.path))
                 else:
-                    other += 1
+                    other[os.fsdecode(ending)] += 1
             elif depth + 1 >= max_depth:
                 too_deep.append(path_text(entry.path))
             elif entry.is_symlink() and _is_listed_anyway(entry.path, root):
@@ -149,6 +153,20 @@ def _is_listed_anyway(link: bytes, root: bytes) -> bool:
 def _identity(folder: bytes) -> tuple[int, int]:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
+
+
+def _by_ending(other: Mapping[str, int]) -> list[tuple[int, str]]:
+    """Counts and endings, the most frequent first; rare ones together."""
+    ordered = sorted(other.items(), key=lambda item: (-item[1], item[0]))
+    shown = [(count, _printable(ending) or "without ending") for ending, count in ordered[:_SHOWN_ENDINGS]]
+    rest = sum(count for _, count in ordered[_SHOWN_ENDINGS:])
+    return [*shown, (rest, "with other endings")]
+
+
+def _printable(ending: str) -> str:
+    text = ending.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= _LONGEST_ENDING else f"{text[:_LONGEST_ENDING]}..."
 
 
 def _example(paths: tuple[str, ...], limit: int = 80) -> str:

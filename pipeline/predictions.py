@@ -3,7 +3,8 @@
 ``predictions``: the manifest's columns, untouched (one that collides with ours becomes ``in_NAME``), then ``status``
 (``ok`` or an error code), ``error``, ``label_name`` when labels were given, ``predicted``, ``confidence``,
 ``p_<label>`` per class, ``duration_s``, ``scored_s``, ``level_dbfs``, ``entropy`` (0 certain .. 1 uniform), ``margin``
-(best minus second). One row per row of the manifest, in its order.
+(best minus second), ``notice`` (what users should know of how it was read). One row per row of the manifest, in its
+order. Silence, and what could not be used, has no confidence and no probabilities.
 
 ``segments``, for recordings heard window by window: ``row`` (from 0, of ``predictions``), ``speech``, ``channel``,
 ``start_s``, ``end_s``, ``predicted`` (also ``silence``), ``confidence``, ``p_<label>``, ``level_dbfs``, ``entropy``,
@@ -32,6 +33,7 @@ from pipeline.timeline import SILENCE_DBFS, Floats, Timeline, joined, nested, un
 
 PARQUET, CSV = "predictions.parquet", "predictions.csv"
 _AFTER = ("duration_s", "scored_s", "level_dbfs", "entropy", "margin")
+_NOTICE = "notice"
 _WINDOWED = ("channel", "start_s", "end_s")
 _ROWS_AT_ONCE, _WINDOWS_AT_ONCE = 4096, 100_000
 
@@ -39,7 +41,7 @@ _ROWS_AT_ONCE, _WINDOWS_AT_ONCE = 4096, 100_000
 def our_columns(labels: Sequence[str], *, labelled: bool) -> list[str]:
     """The columns of ``predictions`` that follow the manifest's."""
     name = ["label_name"] if labelled else []
-    return ["status", "error", *name, "predicted", "confidence", *(f"p_{label}" for label in labels), *_AFTER]
+    return ["status", "error", *name, "predicted", "confidence", *(f"p_{label}" for label in labels), *_AFTER, _NOTICE]
 
 
 def to_table(
@@ -54,6 +56,7 @@ def to_table(
     Args:
         timelines: the windows of each recording, kept in a nested column ``windows``.
     """
+    predictions = [prediction.told(silence_dbfs) for prediction in predictions]
     p = np.array([prediction.probabilities for prediction in predictions]).reshape(len(predictions), len(labels))
     columns: dict[str, pa.Array] = {
         "status": pa.array([x.status for x in predictions], pa.string()),
@@ -65,6 +68,7 @@ def to_table(
         "scored_s": _numbers(x.scored_s for x in predictions),
         "level_dbfs": _numbers(x.level_dbfs for x in predictions),
         **_doubt(p),
+        _NOTICE: pa.array([x.notice or None for x in predictions], pa.string()),
     }
     if timelines is not None:
         columns["windows"] = nested(timelines)
@@ -119,23 +123,29 @@ def write_tables(
             if labelled:
                 part = part.append_column("label_name", table["label"].cast(pa.string()))
             for name in our_columns(labels, labelled=labelled):
-                table = table.append_column(name, part[name])
+                known = name in part.column_names  # parts that an older version wrote have no notice
+                column = part[name] if known else pa.nulls(len(part), pa.string())
+                table = table.append_column(name, column)
             files.write("predictions", table)
             if "windows" in part.column_names:
                 found = unnested(part["windows"])
                 named = [t.names(labels, min_confidence, silence_dbfs) for t in found]
-                files.write("segments", segments_table(found, named, rows["speech"], labels))
+                files.write("segments", segments_table(found, named, rows["speech"], labels, silence_dbfs))
                 if each_channel:
                     sides = [t.sides(silence_dbfs) for t in found]
                     named = [t.names(labels, min_confidence, silence_dbfs) for t in sides]
-                    files.write("channels", segments_table(sides, named, rows["speech"], labels))
+                    files.write("channels", segments_table(sides, named, rows["speech"], labels, silence_dbfs))
             begin += len(part)
         if begin != len(manifest):
             raise ValueError(f"parts hold {begin} rows, the manifest {len(manifest)}")
 
 
 def segments_table(
-    timelines: Sequence[Timeline], names: Sequence[Sequence[str]], speech: pd.Series[str], labels: Sequence[str]
+    timelines: Sequence[Timeline],
+    names: Sequence[Sequence[str]],
+    speech: pd.Series[str],
+    labels: Sequence[str],
+    silence_dbfs: float = SILENCE_DBFS,
 ) -> pa.Table:
     """The table ``segments`` of some recordings.
 
@@ -146,7 +156,7 @@ def segments_table(
     lengths = [len(timeline) for timeline in timelines]
     row = np.repeat(np.arange(len(timelines)), lengths)
     whole = joined(timelines)
-    p = whole.probabilities
+    p = whole.told(silence_dbfs)
     return pa.table(
         {
             "row": pa.array(speech.index.to_numpy()[row], pa.int64()),
@@ -155,7 +165,7 @@ def segments_table(
             "start_s": whole.start_s,
             "end_s": whole.end_s,
             "predicted": pa.array([name for part in names for name in part], pa.string()),
-            "confidence": p.max(axis=1, initial=0.0),
+            "confidence": pa.array(p.max(axis=1, initial=0.0), from_pandas=True),
             **_probabilities(p, labels),
             "level_dbfs": whole.level_dbfs,
             **_doubt(p),
@@ -228,7 +238,7 @@ def _doubt(p: Floats) -> dict[str, pa.Array]:
 
 
 def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Parts joined to pieces of some thousand rows, or some ten thousand windows."""
+    """Parts joined to pieces of some thousand rows, or some ten thousand windows; columns that one lacks are null."""
     held: list[pa.Table] = []
     rows = windows = 0
     for part in parts:
@@ -237,7 +247,7 @@ def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
         if "windows" in part.column_names:
             windows += pc.sum(pc.list_value_length(part["windows"])).as_py()
         if rows >= _ROWS_AT_ONCE or windows >= _WINDOWS_AT_ONCE:
-            yield pa.concat_tables(held)
+            yield pa.concat_tables(held, promote_options="default")
             held, rows, windows = [], 0, 0
     if held:
-        yield pa.concat_tables(held)
+        yield pa.concat_tables(held, promote_options="default")

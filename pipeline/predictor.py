@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from pipeline import audio
 from pipeline.backends import Backend, open_backend
 from pipeline.checkpoint import Bundle, load_bundle
 from pipeline.errors import SerError
-from pipeline.excerpts import Excerpt, describe, failed, listen, walk
+from pipeline.excerpts import LEAST_S, Excerpt, check_sound, describe, failed, listen, walk
 from pipeline.timeline import SILENCE_DBFS, Floats, Timeline, joined, log_softmax, named, no_windows, pool
 from pipeline.windows import Walk, check_crops, covered_s
 
@@ -43,6 +43,7 @@ class Prediction:
         sample_rate_hz: of the recording as stored.
         channels: of the recording as stored.
         level_dbfs: RMS level of what was heard, of the loudest window when there are several.
+        notice: what users should know of how the recording was read, "" mostly.
     """
 
     status: str
@@ -55,6 +56,7 @@ class Prediction:
     sample_rate_hz: int
     channels: int
     level_dbfs: float = float("nan")
+    notice: str = ""
 
     @property
     def ok(self) -> bool:
@@ -76,6 +78,13 @@ class Prediction:
         if self.predicted is None:
             return None
         return named(self.predicted, self.confidence, self.level_dbfs, min_confidence, silence_dbfs)
+
+    def told(self, silence_dbfs: float = SILENCE_DBFS) -> Prediction:
+        """As it is told: silence has no probabilities, and no confidence."""
+        if not self.level_dbfs < silence_dbfs:
+            return self
+        none = np.full(len(self.probabilities), np.nan)
+        return replace(self, confidence=float("nan"), probabilities=none)
 
 
 class Predictor:
@@ -208,13 +217,17 @@ class Predictor:
             )
         try:
             info = describe(source, apart=apart, limits=self.limits)
+            check_sound(source, info.duration_s, 0.0, info.duration_s)
             tracks = [
                 self._track(source, steps, info.duration_s, channel, apart)
                 for channel in (range(info.channels) if channels == "each" else [channels])
             ]
+            timeline = joined([track for track, _, _ in tracks])
+            if steps.window_s >= LEAST_S:
+                sound_s = max(sound_s for _, sound_s, _ in tracks)
+                check_sound(source, info.duration_s, float(timeline.level_dbfs.max()), sound_s)
         except Exception as error:  # as in listen: a recording never ends the job
             return self._prediction(failed(config, error), None), no_windows(len(self.labels))
-        timeline = joined(tracks)
         heard = Excerpt(
             np.empty((0, *config.input_shape), np.float32),
             info.duration_s,
@@ -222,18 +235,24 @@ class Predictor:
             info.sample_rate_hz,
             info.channels,
             float(timeline.level_dbfs.max()),
+            next((notice for _, _, notice in tracks if notice), info.notice),
         )
         return self._prediction(heard, timeline.pooled(silence_dbfs)), timeline
 
     def _track(
         self, source: audio.AudioSource, steps: Walk, duration_s: float, channel: audio.Channel, apart: bool
-    ) -> Timeline:
+    ) -> tuple[Timeline, float, str]:
+        """The windows of a channel, seconds of sound in the fullest, and what users should know."""
         config, size = self.bundle.features, self.batch_size
+        sound_s, notice = 0.0, ""
         stretches = walk(source, config, steps, duration_s, channel, at_once=size, apart=apart, limits=self.limits)
-        parts = [(s.start_s, s.end_s, s.level_dbfs, self.log_probabilities(s.features)) for s in stretches]
+        parts = []
+        for s in stretches:
+            parts.append((s.start_s, s.end_s, s.level_dbfs, self.log_probabilities(s.features)))
+            sound_s, notice = max(sound_s, float(s.sound_s.max())), notice or s.notice
         start_s, end_s, level_dbfs, log_p = (np.concatenate(column) for column in zip(*parts, strict=True))
         name = np.full(len(start_s), str(channel), dtype=object)
-        return Timeline(name, start_s, end_s, level_dbfs, log_p)
+        return Timeline(name, start_s, end_s, level_dbfs, log_p), sound_s, notice
 
     def _prediction(self, excerpt: Excerpt, log_p: Floats | None) -> Prediction:
         p = np.full(len(self.labels), np.nan) if log_p is None else np.exp(log_p)
@@ -249,6 +268,7 @@ class Predictor:
             sample_rate_hz=excerpt.sample_rate_hz,
             channels=excerpt.channels,
             level_dbfs=excerpt.level_dbfs,
+            notice=excerpt.notice,
         )
 
 

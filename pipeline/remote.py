@@ -9,6 +9,7 @@ of it. Limits: no object above 1 GiB; a process keeps the last object in memory.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -83,17 +84,17 @@ def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
     except (OSError, ValueError) as error:
         raise SerError(f"cannot list {uri}: {error}; check bucket, credentials, region and endpoint") from error
     names: list[str] = []
-    hidden = other = 0
+    hidden, other = 0, Counter[str]()
     for info in found:
         parts = PurePosixPath(info.path).relative_to(PurePosixPath(path)).parts
         if info.type.name != "File":
             continue
         if any(part.startswith(".") for part in parts):
             hidden += 1
-        elif PurePosixPath(info.path).suffix.lower() in extensions:
+        elif (ending := PurePosixPath(info.path).suffix.lower()) in extensions:
             names.append(info.path)
         else:
-            other += 1
+            other[ending] += 1
     return FolderScan(tuple(f"{store}://{name}{options}" for name in sorted(names)), hidden, other)
 
 

@@ -71,6 +71,10 @@ class Timeline:
         shown = zip(best, p.max(axis=1, initial=0.0), self.level_dbfs, strict=True)
         return [named(label, sure, level, min_confidence, silence_dbfs) for label, sure, level in shown]
 
+    def told(self, silence_dbfs: float = SILENCE_DBFS) -> Floats:
+        """``(n, C)`` probabilities as they are told: silence has none (NaN)."""
+        return np.where((self.level_dbfs < silence_dbfs)[:, np.newaxis], np.nan, self.probabilities)
+
     def pooled(self, silence_dbfs: float = SILENCE_DBFS) -> Floats:
         """Log-probabilities ``(C,)`` of all windows together: those that are not silent, or all when all are."""
         heard = self.level_dbfs >= silence_dbfs

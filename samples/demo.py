@@ -37,7 +37,9 @@ def small_table(predictions: pd.DataFrame) -> str:
     if "label_name" in shown:
         columns["label"] = shown["label_name"].fillna("-").tolist()
     columns["answer"] = shown["predicted"].where(read, "-").tolist()
-    columns["confidence"] = shown["confidence"].map("{:.0%}".format).where(read, shown["status"]).tolist()
+    columns["confidence"] = (
+        shown["confidence"].map("{:.0%}".format, na_action="ignore").fillna("").where(read, shown["status"]).tolist()
+    )
     widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
     rows = [tuple(columns), *zip(*columns.values(), strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.picture import Picture
 from pipeline.predictor import Prediction
-from pipeline.timeline import Timeline
+from pipeline.timeline import SILENCE, SILENCE_DBFS, UNCERTAIN, Timeline
 from serve import schema
 from serve.asks import Card, Explained, Heard
 from serve.problems import recording_error
@@ -18,6 +18,10 @@ from serve.schema import Options
 
 _SILENT_DBFS = -200.0
 _DIGITS = 4
+OTHER_ANSWERS = {
+    UNCERTAIN: "the most probable class is less probable than min_confidence asks for",
+    SILENCE: f"below {SILENCE_DBFS:g} dBFS: no class, no confidence, no scores",
+}
 _PLATFORMS = {"onnx": "onnxruntime_onnx", "torch": "pytorch"}
 
 
@@ -27,19 +31,20 @@ def recording(heard: Heard, name: str | None, options: Options) -> schema.Record
     Raises:
         ServiceError: it could not be used.
     """
-    prediction = usable(heard.prediction)
+    prediction = usable(heard.prediction).told()
     label = prediction.label(options.min_confidence)
     assert label is not None
     return schema.Recording(
         name=name,
         label=label,
-        confidence=prediction.confidence,
+        confidence=known(prediction.confidence),
         scores=scores(heard.labels, prediction.probabilities, options.top_k),
         duration_s=prediction.duration_s,
         scored_s=prediction.scored_s,
         sample_rate_hz=prediction.sample_rate_hz,
         channels=prediction.channels,
         level_dbfs=level(prediction.level_dbfs),
+        notice=prediction.notice or None,
         segments=None if heard.timeline is None else segments(heard.timeline, heard.labels, options),
         picture=None if heard.picture is None else picture(heard.picture),
     )
@@ -53,26 +58,33 @@ def usable(prediction: Prediction) -> Prediction:
 
 
 def scores(labels: Sequence[str], probabilities: NDArray[np.float64], top_k: int | None) -> list[schema.Score]:
-    """Classes and their probabilities ``(classes,)``, most probable first."""
+    """Classes and their probabilities ``(classes,)``, most probable first; none of silence, which has NaN."""
+    if not np.isfinite(probabilities).all():
+        return []
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [schema.Score(label=labels[i], score=float(probabilities[i])) for i in order]
 
 
 def segments(timeline: Timeline, labels: Sequence[str], options: Options) -> list[schema.Segment]:
     """The windows of a recording, in order."""
-    probabilities = timeline.probabilities
+    probabilities = timeline.told()
     return [
         schema.Segment(
             channel=str(timeline.channel[i]),
             start_s=float(timeline.start_s[i]),
             end_s=float(timeline.end_s[i]),
             label=label,
-            confidence=float(probabilities[i].max()),
+            confidence=known(float(probabilities[i].max())),
             scores=scores(labels, probabilities[i], options.top_k),
             level_dbfs=level(float(timeline.level_dbfs[i])),
         )
         for i, label in enumerate(timeline.names(labels, options.min_confidence))
     ]
+
+
+def known(number: float) -> float | None:
+    """None for NaN."""
+    return number if math.isfinite(number) else None
 
 
 def level(dbfs: float) -> float:
@@ -128,6 +140,7 @@ def model_info(card: Card, names: Sequence[str], limits: dict[str, float]) -> sc
         name=card.name,
         version=card.version,
         labels=list(card.labels),
+        other_answers=OTHER_ANSWERS,
         features=card.features.to_dict(),
         crops=card.crops,
         metrics=card.metrics,

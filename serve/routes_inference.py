@@ -64,7 +64,7 @@ async def audio_classification(request: Request) -> list[schema.Score]:
         heard = await service.models.predict(model, upload.data, Ask())
     _note_timing(request, heard)
     with _counted(service, model):
-        prediction = answers.usable(heard.prediction)
+        prediction = answers.usable(heard.prediction).told()
     return answers.scores(heard.labels, prediction.probabilities, parameters.top_k)
 
 

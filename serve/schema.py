@@ -18,6 +18,7 @@ def _form_bool(text: object) -> object:
     return {"true": True, "false": False}.get(text, "") if isinstance(text, str) else text
 
 
+Confidence = Annotated[float, Field(ge=0, le=1)] | None
 FormBool = Annotated[bool, BeforeValidator(_form_bool)]
 
 
@@ -60,8 +61,8 @@ class Segment(Wire):
     start_s: float
     end_s: float
     label: str = Field(description="the class, or uncertain, or silence")
-    confidence: float = Field(ge=0, le=1, description="probability of the most probable class")
-    scores: list[Score] = Field(description="most probable first")
+    confidence: Confidence = Field(description="probability of the most probable class; null of silence")
+    scores: list[Score] = Field(description="most probable first; none of silence")
     level_dbfs: float
 
 
@@ -91,13 +92,14 @@ class Recording(Wire):
     status: Literal["ok"] = "ok"
     name: str | None = Field(description="its file name as sent")
     label: str = Field(description="the class, or uncertain below min_confidence, or silence")
-    confidence: float = Field(ge=0, le=1, description="probability of the most probable class")
-    scores: list[Score] = Field(description="most probable first, top_k of them")
+    confidence: Confidence = Field(description="probability of the most probable class; null of silence")
+    scores: list[Score] = Field(description="most probable first, top_k of them; none of silence")
     duration_s: float
     scored_s: float = Field(description="how much of it was heard")
     sample_rate_hz: int
     channels: int
     level_dbfs: float = Field(description="RMS level of what was heard, of its loudest window")
+    notice: str | None = Field(default=None, description="what to know of how it was read, a sentence")
     segments: list[Segment] | None = Field(default=None, description="its windows, when they were asked for")
     picture: Picture | None = Field(default=None, description="when it was asked for")
 
@@ -145,6 +147,9 @@ class ModelInfo(Wire):
     name: str
     version: str
     labels: list[str] = Field(description="in index order")
+    other_answers: dict[str, str] = Field(
+        default_factory=dict, description="what a label may be besides, and when: uncertain, silence"
+    )
     features: dict[str, Any] = Field(description="what the model hears: window, rate, analysis")
     crops: int = Field(description="windows a recording, pooled")
     metrics: dict[str, Any] = Field(description="measured figures; each block says what it was trained on")

@@ -137,14 +137,13 @@ def recording_of(name: str, said: dict[str, Any], options: dict[str, str]) -> di
     if "refused" in said:
         return {"status": "failed", "name": name, "problem": _problem(said["refused"], 422)}
     label, confidence, duration_s = said["label"], said["confidence"], said["duration_s"]
-    best = "calm" if label == "silence" else label
     shown = "uncertain" if label != "silence" and confidence < float(options.get("min_confidence", 0)) else label
     answer = {
         "status": "ok",
         "name": name,
         "label": shown,
-        "confidence": confidence,
-        "scores": _scores(best, confidence),
+        "confidence": None if label == "silence" else confidence,
+        "scores": [] if label == "silence" else _scores(label, confidence),
         "duration_s": duration_s,
         "scored_s": min(2.0, duration_s),
         "sample_rate_hz": 16000,
@@ -153,7 +152,7 @@ def recording_of(name: str, said: dict[str, Any], options: dict[str, str]) -> di
     }
     if "window_s" in options:
         names = [str(i) for i in range(said["channels"])] if options["channels"] == "each" else ["mix"]
-        common = {"label": shown, "confidence": confidence, "scores": answer["scores"], "level_dbfs": -20.0}
+        common = {"label": shown, "confidence": answer["confidence"], "scores": answer["scores"], "level_dbfs": -20.0}
         starts = [2.0 * i for i in range(int(duration_s // 2))]
         answer["segments"] = [{"channel": c, "start_s": s, "end_s": s + 2, **common} for c in names for s in starts]
     if options.get("picture") == "true":

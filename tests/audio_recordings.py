@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import av
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -73,7 +74,6 @@ def encoded(samples: Samples, rate_hz: int, container: str = "WAV", codec: str =
 
 
 def encoded_av(samples: Samples, rate_hz: int, container: str, codec: str) -> bytes:
-    av = pytest.importorskip("av")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate_hz, layout="mono")

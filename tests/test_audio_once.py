@@ -50,6 +50,23 @@ def test_one_decode_of_containers_of_the_extra(container: str, codec: str, rate_
     assert same_as_apart(encoded_av(voice(9.0, rate_hz), rate_hz, container, codec))
 
 
+@pytest.mark.parametrize("gains", [(1.0, -1.0), (1.0, -0.9), (0.5, 0.0, -0.5, 0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("rate_hz", [16_000, 48_000])
+def test_one_decode_where_channels_cancel(gains: tuple[float, ...], rate_hz: int) -> None:
+    samples = voice(9.0, rate_hz) * np.float32(gains)
+    assert same_as_apart(encoded(samples, rate_hz))
+    third = len(samples) // 3
+    samples[third : 2 * third] = np.abs(samples[third : 2 * third])  # they cancel around the shorter middle alone
+    assert same_as_apart(encoded(samples, rate_hz))
+    found = audio.load_once(encoded(samples, rate_hz), windows_s=(2.0, 9.0))
+    assert [bool(clip.info.notice) for clip in found.clips] == [False, False]
+    samples[:] = voice(9.0, rate_hz)
+    samples[third : 2 * third] *= np.float32(gains)
+    assert same_as_apart(encoded(samples, rate_hz))
+    found = audio.load_once(encoded(samples, rate_hz), windows_s=(9.0, 2.0))
+    assert [bool(clip.info.notice) for clip in found.clips] == [False, True]
+
+
 def test_frames_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     blocks = audio_decoders.SndfileDecoder.blocks

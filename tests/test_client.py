@@ -150,7 +150,7 @@ def test_errors_have_types_and_sentences(client: Client, service: LocalService, 
 
 
 def test_each_of_many_in_order(client: Client) -> None:
-    sources = [(f"{n}.wav", wav(0.2, f0_hz=100 + 10 * n) if n % 5 else b"words") for n in range(FILES_A_REQUEST + 5)]
+    sources = [(f"{n}.wav", wav(0.3, f0_hz=100 + 10 * n) if n % 5 else b"words") for n in range(FILES_A_REQUEST + 5)]
     found = list(client.predict_each(iter(sources)))
     assert [item.name for item in found] == [name for name, _ in sources]
     assert [isinstance(item, Failure) for item in found] == [n % 5 == 0 for n in range(len(sources))]

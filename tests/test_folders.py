@@ -33,8 +33,9 @@ def test_order_extensions_and_what_is_left_out(tmp_path: Path) -> None:
     found = scan(tmp_path, AUDIO)
     assert names(tmp_path) == ["a.flac", "c.Wav", "b/10.WAV", "b/2.wav"]
     assert all(os.path.isabs(path) for path in found.files)
-    assert (found.hidden, found.other, found.linked) == (3, 3, 0)
-    assert found.skipped() == "3 hidden, 3 not audio"
+    assert (found.hidden, found.linked) == (3, 0)
+    assert found.other == {".txt": 1, "": 1, ".part": 1}
+    assert found.skipped() == "3 hidden, 1 without ending, 1 .part, 1 .txt"
     assert scan(tmp_path / "b", {".mp3"}).files == ()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,6 +113,25 @@ def test_doubt_and_silence(call: Callable[..., tuple[int, str, str]], write_audi
     answers = json.loads(call("--json", "--min_confidence", 0.999, "--file", voice, silence)[1])
     assert [answer["predicted"] for answer in answers] == ["uncertain", "silence"]
     assert answers[0]["confidence"] < 0.999
+    assert [answers[1][name] for name in ("confidence", "probabilities", "entropy", "margin")] == [None] * 4
+    assert call("--file", silence)[1].splitlines()[1].split()[1:] == ["silence"]
+    lines = call("--window_s", 0.5, "--file", silence)[1].splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["silence"] * 3
+
+
+def test_channels_that_cancel_are_said(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
+    rng = np.random.default_rng(0)
+    noise = 0.1 * rng.standard_normal(16_000).astype(np.float32)
+    code, _, err = call("--file", write_audio("both.wav", samples=np.stack([noise, -noise], axis=1)))
+    assert code == 0
+    assert re.fullmatch(r"notice: .*both\.wav: its channels cancel .* channel [01],.*\n", err)
+
+
+def test_too_short_is_a_row(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
+    code, out, err = call("--file", write_audio("short.wav", duration_s=0.1))
+    assert code == 4
+    assert out.splitlines()[1].endswith("  too_short")
+    assert "0.25 s" in err
 
 
 def test_windows(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:

@@ -63,7 +63,7 @@ def test_a_folder(call: Callable[..., tuple[int, str, str]], folder: Path, tmp_p
     code, out, err = call("--input", folder, "--out", tmp_path / "out")
     assert code == 0
     assert out == f"{tmp_path / 'out' / 'report.html'}\n"
-    assert "left out: 1 hidden, 1 not audio\n" in err
+    assert "left out: 1 hidden, 1 .txt\n" in err
     assert "labels: 0 angry, 1 calm, 2 disgust" in err
     assert "score: 4/4 files" in err
     assert list(read_predictions(tmp_path / "out")["speech"]) == [str(folder / f"{i}.wav") for i in range(4)]

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_columns_rows_and_order(tmp_path: Path) -> None:
     found = write(manifest, parts, tmp_path)
     assert list(found.columns) == [
         *("speech", "label", "speaker", "status", "error", "label_name", "predicted", "confidence"),
-        *("p_angry", "p_calm", "p_sad", "duration_s", "scored_s", "level_dbfs", "entropy", "margin"),
+        *("p_angry", "p_calm", "p_sad", "duration_s", "scored_s", "level_dbfs", "entropy", "margin", "notice"),
     ]
     pd.testing.assert_frame_equal(found[manifest.columns], manifest, check_dtype=False)
     assert list(found["status"]) == ["ok", "not_audio", "ok"]
@@ -214,7 +215,11 @@ def test_segments_and_channels(walked: Path) -> None:
     assert list(found["predicted"]) == [*["angry"] * 2, *["calm"] * 2, "sad", "angry", "calm", *["silence"] * 2]
     assert list(found["channel"]) == [*["mix"] * 5, "0", "0", "1", "1"]
     assert found.loc[4, ["start_s", "end_s"]].tolist() == [2.0, 4.0]
-    np.testing.assert_allclose(found[["p_angry", "p_calm", "p_sad"]].sum(axis=1), 1.0)
+    silent = (found["predicted"] == "silence").to_numpy()
+    np.testing.assert_allclose(found.loc[~silent, ["p_angry", "p_calm", "p_sad"]].sum(axis=1), 1.0)
+    unknown = ["confidence", "p_angry", "p_calm", "p_sad", "entropy", "margin"]
+    assert found.loc[silent, unknown].isna().all(axis=None)
+    assert found.loc[~silent, unknown].notna().all(axis=None)
     pd.testing.assert_frame_equal(read_predictions(walked / "segments.csv"), found, check_dtype=False)
     sides = pd.read_parquet(walked / "channels.parquet")
     assert list(zip(sides["row"], sides["channel"], sides["predicted"], strict=True)) == [
@@ -224,6 +229,20 @@ def test_segments_and_channels(walked: Path) -> None:
         (3, "1", "silence"),
     ]
     assert list(pd.read_parquet(walked / "predictions.parquet")["status"]) == ["ok", "ok", "not_audio", "ok"]
+
+
+def test_silence_has_no_confidence_and_a_notice_is_kept(tmp_path: Path) -> None:
+    quiet, heard = good(0.7, 0.2, 0.1, level_dbfs=-80.0), replace(good(0.7, 0.2, 0.1), notice="channels cancel")
+    manifest = pd.DataFrame({"speech": ["/a.wav", "/b.wav", "/c.wav"]})
+    old = to_table([good(0.1, 0.2, 0.7)], LABELS).drop_columns(["notice"])  # a run that an older version began
+    found = write(manifest, [to_table([quiet, heard], LABELS), old], tmp_path)
+    assert found["predicted"].tolist() == ["silence", "angry", "sad"]
+    assert found["status"].tolist() == ["ok"] * 3
+    assert found.loc[0, ["confidence", "p_angry", "p_calm", "p_sad", "entropy", "margin"]].isna().all()
+    assert found["notice"].fillna("").tolist() == ["", "channels cancel", ""]
+    pd.testing.assert_frame_equal(read_predictions(tmp_path / "predictions.csv"), found, check_dtype=False)
+    loud = write(manifest.head(1), [to_table([quiet], LABELS, silence_dbfs=-300.0)], tmp_path, silence_dbfs=-300.0)
+    assert loud.loc[0, "confidence"] == 0.7
 
 
 def test_segments_are_read_back_by_recording(walked: Path) -> None:
@@ -255,6 +274,7 @@ def test_exports(walked: Path) -> None:
         (3, "0", 1.5, 3.0, "calm"),
         (3, "1", 0.0, 3.0, "silence"),
     ]
+    assert merged["confidence"].isna().tolist() == [False] * 5 + [True]
     rows = [json.loads(line) for line in (walked / "predictions.jsonl").read_text("utf-8").splitlines()]
     table = pd.read_parquet(walked / "predictions.parquet")
     assert [row["speech"] for row in rows] == list(table["speech"])

@@ -288,6 +288,44 @@ def test_silence_is_marked_and_not_pooled(predictor: Predictor, write_audio: Wri
     assert predictor.predict([write_audio("nothing.wav", samples=pause)])[0].label() == SILENCE
 
 
+@pytest.mark.parametrize("rate_hz", [8_000, 48_000])
+@pytest.mark.parametrize("steps", [None, Walk(2.0, 2.0), Walk(0.5, 0.25), Walk(0.1, 0.1)])
+def test_too_little_sound_has_no_answer(
+    predictor: Predictor, write_audio: WriteAudio, rate_hz: int, steps: Walk | None
+) -> None:
+    voice = audio.load(write_audio(duration_s=3.0, sample_rate_hz=rate_hz), sample_rate_hz=rate_hz).samples
+
+    def status(samples: np.ndarray) -> tuple[str, str | None]:
+        path = write_audio("cut.wav", samples=samples, sample_rate_hz=rate_hz)
+        found = predictor.predict([path])[0] if steps is None else predictor.follow(path, steps)[0]
+        if found.status == "too_short":
+            assert (found.predicted, np.isnan(found.confidence)) == (None, True)
+            assert "cut.wav" in (found.error or "")
+            assert "0.25 s" in (found.error or "")
+        return found.status, found.label()
+
+    for seconds in (1 / rate_hz, 0.001, 0.1, 0.249):
+        assert status(voice[: max(round(seconds * rate_hz), 1)]) == ("too_short", None)
+    assert status(voice[: round(0.26 * rate_hz)])[0] == "ok"
+    click = np.zeros(3 * rate_hz, np.float32)
+    click[rate_hz : rate_hz + round(0.02 * rate_hz)] = 0.9
+    if steps is None or steps.window_s >= 0.25:
+        assert status(click)[0] == "too_short"
+    assert status(np.zeros(3 * rate_hz, np.float32)) == ("ok", SILENCE)
+    assert status(voice * 1e-5) == ("ok", SILENCE)
+
+
+def test_channels_that_cancel_are_heard_and_said(predictor: Predictor, write_audio: WriteAudio) -> None:
+    voice = audio.load(write_audio(duration_s=5.0), sample_rate_hz=16_000).samples
+    both = write_audio("both.wav", samples=np.stack([voice, -0.9 * voice], axis=1))
+    left = predictor.predict([both], channel=0)[0]
+    assert left.notice == ""
+    for found in (predictor.predict([both])[0], predictor.follow(both, Walk(2.0, 2.0))[0]):
+        assert found.label() != SILENCE
+        assert "channel 0" in found.notice
+    np.testing.assert_allclose(predictor.predict([both])[0].probabilities, left.probabilities, atol=1e-9)
+
+
 def test_each_channel_has_its_own_windows(predictor: Predictor, write_audio: WriteAudio) -> None:
     left, right = write_audio("l.wav", f0_hz=90, duration_s=4.0), write_audio("r.wav", f0_hz=330, duration_s=4.0)
     sides = [audio.load(path, sample_rate_hz=16_000).samples for path in (left, right)]

@@ -123,7 +123,7 @@ def test_listing(store: Path) -> None:
         put(store, key)
     found = scan_remote("s3://calls/?scheme=http", {".wav"})
     assert found.files == tuple(f"s3://calls/{key}?scheme=http" for key in ("10/a.wav", "2/a.wav", "b.WAV"))
-    assert (found.hidden, found.other) == (2, 1)
+    assert (found.hidden, found.other) == (2, {".txt": 1})
     assert scan_remote("s3://calls/2", {".wav"}).files == ("s3://calls/2/a.wav",)
 
 

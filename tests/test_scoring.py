@@ -149,10 +149,10 @@ def test_labelled_rows_are_evaluated_and_doubt_changes_no_evaluation(
         tmp_path / "strict",
         weights=bundle.folder,
         execution=CHILD,
-        options=ScoreOptions(min_confidence=0.999, silence_dbfs=0.0),
+        options=ScoreOptions(min_confidence=0.999),
     )
     predicted = pd.read_parquet(tmp_path / "strict" / "predictions.parquet")["predicted"]
-    assert set(predicted) <= {"uncertain", "silence"}
+    assert set(predicted) == {"uncertain"}
     assert plain.evaluation is not None
     assert strict.evaluation is not None
     assert plain.evaluation["overall"] == strict.evaluation["overall"]

@@ -126,7 +126,32 @@ def test_min_confidence_and_silence_change_the_label_only(service: LocalService)
     quiet = io.BytesIO()
     soundfile.write(quiet, np.zeros(16_000), 16_000, format="WAV")
     silent = service.post("/v1/predict", **form(quiet.getvalue())).json()["files"][0]
-    assert silent["label"] == "silence"
+    assert (silent["status"], silent["label"], silent["scores"]) == ("ok", "silence", [])
+    assert silent.get("confidence") is None
+    (windowed,) = service.post("/v1/predict", **form(quiet.getvalue(), window_s=0.5)).json()["files"]
+    assert [(part["label"], part["scores"]) for part in windowed["segments"]] == [("silence", [])] * 2
+    body = service.post("/v1/audio-classification", content=quiet.getvalue())
+    assert (body.status_code, body.json()) == (200, [])
+    problem_of(service.post("/v1/predict", **form(wav(0.1))), 422, "too_short")
+    said = service.get("/v1/model").json()["other_answers"]
+    assert set(said) == {"uncertain", "silence"}
+    assert set(said).isdisjoint(service.get("/v1/model").json()["labels"])
+
+
+def test_a_notice_goes_with_the_answer(service: LocalService) -> None:
+    voice, rate_hz = soundfile.read(io.BytesIO(wav()))
+    both = io.BytesIO()
+    soundfile.write(both, np.stack([voice, -voice], axis=1), rate_hz, format="WAV")
+    answers = service.post("/v1/predict", **form(wav(), both.getvalue())).json()["files"]
+    assert answers[0].get("notice") is None
+    assert "cancel" in answers[1]["notice"]
+    assert answers[1]["label"] != "silence"
+
+
+def test_silence_has_a_level(service: LocalService) -> None:
+    quiet = io.BytesIO()
+    soundfile.write(quiet, np.zeros(16_000), 16_000, format="WAV")
+    silent = service.post("/v1/predict", **form(quiet.getvalue())).json()["files"][0]
     assert np.isfinite(silent["level_dbfs"])
 
 
@@ -216,7 +241,7 @@ def test_names_of_form_fields_are_told_in_part(service: LocalService) -> None:
         (b"", 400, "empty_file"),
         (wav()[:2000], 422, "truncated"),
         (wav(rate_hz=2000), 422, "bad_sample_rate"),
-        (b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\x55\0\1\0\x80\xbb\0\0\x80\xbb\0\0\1\0\x08\0data\0\0\0\0", 415, None),
+        (b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\x34\x12\1\0\x80\xbb\0\0\x80\xbb\0\0\1\0\x08\0data\0\0\0\0", 415, None),
     ],
 )
 def test_recordings_that_cannot_be_used(service: LocalService, data: bytes, status: int, code: str | None) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.audio import EXTENSIONS
+from pipeline.audio_formats import USUAL_ENDINGS
 from pipeline.data.corpora import CORPORA, Corpus, Told, by_name, recognised
 from pipeline.data.corpora.audiofolder import AUDIOFOLDER, Listed, listed
 from pipeline.data.corpora.ravdess import SONG, SPEECH
@@ -96,7 +97,7 @@ def scan_folder(
     root, found = Path(os.path.abspath(folder)), scan(folder, EXTENSIONS)
     paths = sorted((Path(local_path(text)) for text in found.files), key=lambda path: (path.stem, str(path)))
     if not paths:
-        raise ManifestError(f"no recordings in {folder}; expected files ending in {', '.join(sorted(EXTENSIONS))}")
+        raise ManifestError(f"no recordings in {folder}; expected files ending in {USUAL_ENDINGS}")
     wanted = CORPORA if corpus is None else tuple(known for known in CORPORA if known.name == corpus)
     metadata = listed(root, paths) if AUDIOFOLDER in wanted else Listed({})
     sorted_out = _Sorted()

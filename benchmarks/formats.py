@@ -1,0 +1,99 @@
+"""One recording in each format that is read here, scored as a folder of them: what ``docs/formats.md`` lists.
+
+    python -m benchmarks.formats            # prints the table; exit status 1 when a recording has no answer
+    python -m benchmarks.formats --write    # writes docs/formats.md
+
+Each is 2.5 s of synthetic speech, written by libsndfile or FFmpeg (``benchmarks.recordings``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.recordings import every_format
+from jobs.score import main as score
+from pipeline import audio
+
+OUT = Path(__file__).parents[1] / "docs" / "formats.md"
+HEAD = """# Formats
+
+Made by `python -m benchmarks.formats --write`, which writes one recording of each kind, scores the folder, and lists
+the rows of the result: every one has
+an answer. What a recording is, its content decides; its ending only says whether a folder scan takes it. `ser infer
+--file` reads any ending.
+
+Folder scans take these endings: {endings}. What they leave out they name, by ending and count.
+
+- **All that there is.** Lengths that a header only estimates, leaves open (0, 0xFFFFFFFF, 2e9) or counts wrongly are
+  measured; so are sounds shorter than their
+  picture. `truncated` is said where a stream breaks off: a last frame, page or box that is not all there.
+- **Joined files** (chained Ogg, MP3, FLAC, AAC, AMR, WAV, mp4, webm ... put end to end) are heard whole; what has
+  another rate or number of channels than
+  the first is left out, and a notice says so. MP3 and AAC are converted instead.
+- **Channels** are mixed. Where they cancel each other, the loudest is heard alone, and a notice says so.
+- **Not read**: raw samples without a header (`.raw`, `.pcm`, `.vox`, `.ul`: convert them, `ffmpeg -f mulaw -ar 8000
+  -ac 1 -i IN OUT.wav`), SPHERE with
+  shorten (`sph2pipe -f wav IN OUT.wav`), DSD, protected files.
+
+| ending | container | codec | rate, Hz | channels | read by | seconds |
+|---|---|---|---:|---:|---|---:|
+"""
+
+
+def measure() -> tuple[pd.DataFrame, list[str]]:
+    """A row a format, and the names of those without an answer."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, out = Path(name) / "recordings", Path(name) / "scores"
+        folder.mkdir()
+        for file_name, data in every_format().items():
+            (folder / file_name).write_bytes(data)
+        words = ["--input", str(folder), "--out", str(out), "--num_cpus", "0", "--no_report", "--tolerate_failures"]
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            score(words)
+        scores = pd.read_parquet(out / "predictions.parquet")
+        rows = [row_of(Path(path)) for path in scores["speech"]]
+    unanswered = scores["predicted"].isna() & (scores["status"] != "ok")
+    failed = [Path(path).name for path in scores.loc[unanswered, "speech"]]
+    return pd.DataFrame(rows).drop_duplicates().sort_values(["ending", "container", "codec", "rate_hz"]), failed
+
+
+def row_of(path: Path) -> dict[str, object]:
+    """What a recording is."""
+    info = audio.probe(path)
+    return {
+        "ending": path.suffix,
+        "container": info.container,
+        "codec": info.codec,
+        "rate_hz": info.sample_rate_hz,
+        "channels": info.channels,
+        "reader": "libsndfile" if info.codec.isupper() else "FFmpeg",
+        "seconds": f"{info.duration_s:.2f}",
+    }
+
+
+def main() -> int:
+    """Measure, print or write; 1 when a recording has no answer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/formats.md")
+    arguments = parser.parse_args()
+    table, failed = measure()
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
+    page = (
+        HEAD.format(endings=", ".join(sorted(f"`{ending}`" for ending in audio.EXTENSIONS))) + "\n".join(lines) + "\n"
+    )
+    if arguments.write:
+        OUT.write_text(page, encoding="utf-8")
+    print(page if not arguments.write else f"{OUT}: {len(table)} formats")
+    for name in failed:
+        print(f"no answer: {name}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
