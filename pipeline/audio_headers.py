@@ -27,7 +27,7 @@ _OGG_CODECS = (b"\x01vorbis", b"OpusHead")
 _MAX_CHUNKS = 4096
 _ZEROS_BYTES = 2**24  # so many may stand before an MP3
 _MAX_TAGS = 64
-_SEARCHED_BYTES = 2**25
+_SEARCHED_BYTES = 2**23
 
 
 @dataclass(frozen=True)
