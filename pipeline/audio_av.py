@@ -28,6 +28,13 @@ from pipeline.audio_lengths import cut_off
 
 _KEPT_BYTES = 2**24
 _BAD_PACKETS, _BAD_SHARE = 8, 0.02  # damaged ones that are passed over
+_BLOCK_SAMPLES = 2**14
+_SCALES = {  # sample formats: what full scale is divided by, and what silence is
+    **dict.fromkeys(("flt", "fltp", "dbl", "dblp"), (1.0, 0.0)),
+    **dict.fromkeys(("s16", "s16p"), (2.0**-15, 0.0)),
+    **dict.fromkeys(("s32", "s32p"), (2.0**-31, 0.0)),
+    **dict.fromkeys(("u8", "u8p"), (2.0**-7, 128.0)),
+}
 _OPTIONS = {"codec_whitelist": ",".join(sorted(CODECS))}  # nothing else is tried, pictures above all
 
 
@@ -70,12 +77,19 @@ class AvDecoder:
         try:
             opened = av.open(view, "r", format=self._demuxer, metadata_errors="ignore", options=_OPTIONS)
         except (av.FFmpegError, ValueError, OverflowError) as error:
-            raise self._broken("its header") from error
+            raise self.broken("its header") from error
         with opened:
-            converter = _Converter(self)
+            converter, held, size = _Converter(self), list[Block](), 0
             for frame in self._frames(opened, self._track(opened), view):
-                yield from converter.blocks(frame)
-            yield from converter.rest()
+                for block in converter.blocks(frame):
+                    held.append(block)
+                    size += block.size
+                    if size >= _BLOCK_SAMPLES:
+                        yield _together(held)
+                        held, size = [], 0
+            held += converter.rest()
+            if held:
+                yield _together(held)
 
     def _frames(self, opened: Any, stream: Any, view: FileView) -> Iterator[Any]:
         packets = bad = 0
@@ -89,16 +103,16 @@ class AvDecoder:
                 except (av.FFmpegError, ValueError) as error:
                     bad, frames = bad + 1, []
                     if bad > _BAD_PACKETS + _BAD_SHARE * packets:
-                        raise self._broken("its audio") from error
+                        raise self.broken("its audio") from error
                 yield from frames
-        except (av.FFmpegError, OverflowError) as error:
+        except (av.FFmpegError, OverflowError, IndexError) as error:  # IndexError: a stream that appears on the way
             if view.tell() >= self._file.size_bytes:
                 raise cut_off(self._file, "its last packet") from error
-            raise self._broken("its packets") from error
+            raise self.broken("its packets") from error
         if cut:
             raise cut_off(self._file, "its last packet")
         if bad and packets <= bad:
-            raise self._broken("its audio")
+            raise self.broken("its audio")
 
     def _track(self, opened: Any) -> Any:
         if not opened.streams.audio:
@@ -114,8 +128,12 @@ class AvDecoder:
                 other.discard = Discard.all
         return stream
 
-    def _broken(self, what: str) -> Corrupt:
+    def broken(self, what: str) -> Corrupt:
         return Corrupt(f"{self.name}: {what} cannot be decoded ({self.container}). Export it again.")
+
+
+def _together(blocks: list[Block]) -> Block:
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
 class _Converter:
@@ -123,32 +141,43 @@ class _Converter:
 
     def __init__(self, decoder: AvDecoder) -> None:
         self._decoder = decoder
+        self._first: tuple[str, int] | None = None
         self._shape: tuple[str, str, int] | None = None
         self._resampler: Any = None
-        self._layout = ""
 
-    def blocks(self, frame: Any) -> Iterator[Block]:
-        shape = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if shape != self._shape:
-            yield from self.rest()
-            self._shape, first = shape, not self._layout
-            if first:
-                self._layout, self._decoder.sample_rate_hz = frame.layout.name, frame.sample_rate
-                self._resampler = av.AudioResampler(format="fltp")
-            else:
-                rate_hz = self._decoder.sample_rate_hz
-                self._resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=rate_hz)
-        yield from self._resampled(frame)
+    def blocks(self, frame: Any) -> list[Block]:
+        name, layout, rate_hz = frame.format.name, frame.layout.name, frame.sample_rate
+        if self._first is None:
+            self._first, self._decoder.sample_rate_hz = (layout, rate_hz), rate_hz
+        rest: list[Block] = []
+        if self._shape != (name, layout, rate_hz):
+            rest, self._shape = self.rest(), (name, layout, rate_hz)
+            if (layout, rate_hz) != self._first or name not in _SCALES:
+                first_layout, first_hz = self._first
+                self._resampler = av.AudioResampler(format="fltp", layout=first_layout, rate=first_hz)
+        if self._resampler is not None:
+            return rest + self._resampled(frame)
+        return [*rest, _block(frame)]
 
-    def rest(self) -> Iterator[Block]:
+    def rest(self) -> list[Block]:
         """What the resampler still holds."""
-        if self._resampler is not None and self._shape is not None:
-            yield from self._resampled(None)
-            self._resampler = None
+        blocks = [] if self._resampler is None else self._resampled(None)
+        self._resampler = None
+        return blocks
 
-    def _resampled(self, frame: Any) -> Iterator[Block]:
+    def _resampled(self, frame: Any) -> list[Block]:
         try:
-            for converted in self._resampler.resample(frame):
-                yield np.ascontiguousarray(converted.to_ndarray().T, np.float32)
+            return [_block(converted) for converted in self._resampler.resample(frame)]
         except (av.FFmpegError, ValueError) as error:
-            raise self._decoder._broken("its audio") from error
+            raise self._decoder.broken("its audio") from error
+
+
+def _block(frame: Any) -> Block:
+    """Samples (n, channels) of a frame, planar or not, within +-1 where they are integers."""
+    name, samples = frame.format.name, frame.to_ndarray()
+    samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+    scale, offset = _SCALES[name]
+    if name in ("flt", "fltp"):
+        return np.ascontiguousarray(samples, np.float32)
+    block: Block = np.multiply(samples - np.float32(offset) if offset else samples, np.float32(scale), dtype=np.float32)
+    return block

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pipeline.audio_containers import asf_end, avi_end, mp4_end, webm_end
 from pipeline.audio_errors import Corrupt, NotAudio, Truncated, UnsupportedFormat
 from pipeline.audio_formats import REMEDY, what_else
-from pipeline.audio_guard import Opened, Splice
+from pipeline.audio_guard import Opened, Splice, printable
 from pipeline.audio_lengths import audio_bytes, left_open, next_flac
 from pipeline.audio_streams import Link, amr_end, check_adts, mp3_length, mpeg_start, ogg_link
 from pipeline.audio_wav import W64_RIFF, look_at_w64, look_at_wav
@@ -264,7 +264,8 @@ def _look_at_sphere(file: Opened) -> Container:
     encoding = {("pcm", size): size + 1, ("ulaw", 1): 1, ("mu-law", 1): 1, ("alaw", 1): 27}.get((coding, size))
     if encoding not in (1, 2, 3, 4, 5, 27):
         remedy = "Convert it, for example: sph2pipe -f wav IN OUT.wav"
-        raise UnsupportedFormat(f"{file.name}: SPHERE with {coding} of {size} bytes is not accepted. {remedy}")
+        problem = f"SPHERE with {printable(coding[:60])} of {size} bytes is not accepted"
+        raise UnsupportedFormat(f"{file.name}: {problem}. {remedy}")
     order = ">" if big or size == 1 else "<"
     real = audio_bytes(file, start, declared or 2**32 - 1, size * channels)
     header = struct.pack(order + "IIIII", 24, min(real, 2**32 - 1), encoding, rate_hz, channels)

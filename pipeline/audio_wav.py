@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pipeline.audio_errors import Corrupt, Truncated, UnsupportedFormat
 from pipeline.audio_formats import REMEDY
 from pipeline.audio_guard import Opened, Splice
-from pipeline.audio_lengths import audio_bytes, find, is_chunk_name, left_open
+from pipeline.audio_lengths import STREAMED, audio_bytes, find, is_chunk_name, left_open
 
 _BLOCK_TAGS = (2, 0x11)  # MS and IMA ADPCM, whose blocks say nothing of a sample's size
 _SNDFILE_TAGS = (1, 3, 6, 7, *_BLOCK_TAGS)  # PCM, float, A-law, mu-law
@@ -69,7 +69,7 @@ class _Layout:
     start: int
     declared: int
     regular: bool = True
-    streamed: int = 0x7FFF_F000
+    streamed: int = STREAMED
 
 
 def look_at_wav(file: Opened, order: str) -> Wav:
