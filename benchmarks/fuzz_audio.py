@@ -231,9 +231,8 @@ def print_summary(outcomes: list[Outcome], children: int, seconds: float) -> boo
     peak = max(outcome.peak_mib for outcome in measured)
     highest = next(outcome for outcome in measured if outcome.peak_mib == peak)
     slowest = max(measured, key=lambda outcome: outcome.cpu_s)
-    print(
-        f"memory held: {before:.0f} MiB after a tenth, {after:.0f} MiB at the end; peak {peak:.0f} MiB, case {highest.index} ({highest.name})"
-    )
+    print(f"memory held: {before:.0f} MiB after a tenth, {after:.0f} MiB at the end")
+    print(f"peak {peak:.0f} MiB, case {highest.index} ({highest.name})")
     print(f"slowest: {slowest.cpu_s:.2f} s of CPU, case {slowest.index} ({slowest.name}); child processes: {children}")
     failures = sum(counts[failure] for failure in _FAILURES)
     print(f"crashes {counts['crash']}, hangs {counts['hang']}, exceptions without a code {counts['uncoded']}")
