@@ -11,7 +11,10 @@ Limits: no seeking, so the middle of a long recording costs the decoding of all 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import av
@@ -26,7 +29,8 @@ from pipeline.audio_guard import FileView
 from pipeline.audio_headers import Container
 from pipeline.audio_lengths import cut_off
 
-_KEPT_BYTES = 2**24
+_KEPT_BYTES = 2**25
+_LARGEST_ALLOCATION = 2**27  # the index of ten hours of AAC takes half of it
 _BAD_PACKETS, _BAD_SHARE = 8, 0.02  # damaged ones that are passed over
 _BLOCK_SAMPLES = 2**14
 _SCALES = {  # sample formats: what full scale is divided by, and what silence is
@@ -45,7 +49,8 @@ class AvDecoder:
         self.name, self.container, self.codec = container.file.name, container.name, ""
         self.sample_rate_hz, self.channels, self.frames = 0, 0, 0
         self.notice, self.next_at = "", container.length
-        self._file, self._demuxer = container.file, container.demuxer
+        self._file, self._demuxer, self._splice = container.file, container.demuxer, container.splice
+        _limit_allocations()
         kept: list[Block] | None = []
         for block in self._decoded():
             if not self.channels:
@@ -73,7 +78,7 @@ class AvDecoder:
 
     def _decoded(self) -> Iterator[Block]:
         """All blocks from the start."""
-        view = FileView(self._file)
+        view = FileView(self._file, self._splice)
         try:
             opened = av.open(view, "r", format=self._demuxer, metadata_errors="ignore", options=_OPTIONS)
         except (av.FFmpegError, ValueError, OverflowError) as error:
@@ -130,6 +135,16 @@ class AvDecoder:
 
     def broken(self, what: str) -> Corrupt:
         return Corrupt(f"{self.name}: {what} cannot be decoded ({self.container}). Export it again.")
+
+
+@lru_cache(maxsize=1)
+def _limit_allocations() -> None:
+    """Have FFmpeg refuse to allocate what a forged header asks for; PyAV has no call for that.
+
+    Limits: not on Windows, where functions of libraries behind a library are not found.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(_LARGEST_ALLOCATION))
 
 
 def _together(blocks: list[Block]) -> Block:

@@ -37,7 +37,7 @@ class Container:
     Attributes:
         whole: the file's bytes from where the recording starts, behind tags.
         demuxer: FFmpeg's, to read it with; None where libsndfile reads it.
-        splice: a repair that libsndfile needs.
+        splice: a repair that its decoder needs.
         last_page_frames: samples a channel on the last Ogg page.
         length: bytes until another recording follows in the same file; 0 where none does.
         gain: what samples are to be multiplied with.
@@ -82,7 +82,7 @@ def _tell_uncompressed(file: Opened, head: bytes) -> Container | None:
         return Container(name, file, demuxer, found.splice, length=length, gain=found.gain)
     if head[:16] == W64_RIFF:
         found = look_at_w64(file)
-        demuxer, length = None if found.sndfile else "w64", _joined_at(file, found.end)
+        demuxer, length = None if found.sndfile else "wav", _joined_at(file, found.end)
         return Container("W64", file, demuxer, found.splice, length=length, gain=found.gain)
     if tag == b"RIFF" and kind == b"AVI ":
         return Container("AVI", file, "avi", length=avi_end(file))

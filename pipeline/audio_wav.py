@@ -37,7 +37,7 @@ class Wav:
     """What there is.
 
     Attributes:
-        splice: a header for libsndfile in place of the file's own, where that is wrong.
+        splice: a header for the decoder in place of the file's own, where that is wrong.
         sndfile: whether libsndfile reads its codec; else FFmpeg may.
         end: where the audio ends.
         gain: what samples are to be multiplied with.
@@ -175,8 +175,8 @@ def _settled(file: Opened, layout: _Layout, order: str, outer_end: int) -> Wav:
         streamed=layout.streamed,
         outer_end=outer_end if outer_end > 8 else None,
     )
-    if form.tag in _FFMPEG_TAGS:
-        return Wav(None, sndfile=False, end=start + size)
+    if form.tag in _FFMPEG_TAGS:  # always with a header of ours: FFmpeg allocates what the size of a format chunk says
+        return Wav(Splice(0, start, _header(form.body, size, order)), sndfile=False, end=start + size)
     gain = 1.0
     wide = form.tag == 1 and form.frame_bytes != form.channels * -(-form.bits // 8)
     if wide:
