@@ -17,8 +17,10 @@ import numpy as np
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
 from jobs._hearing import add_hearing, hearing
+from pipeline.audio import EXTENSIONS
 from pipeline.audio_guard import printable
 from pipeline.backends import BACKENDS
+from pipeline.folders import scan
 from pipeline.options import ScoreOptions
 from pipeline.predictor import Prediction, Predictor
 from pipeline.timeline import SILENCE, Floats, Timeline
@@ -39,7 +41,7 @@ def build_parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="recordings, or patterns of them; - reads one from stdin",
+        help="recordings, patterns or folders of them; - is stdin",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_hearing(parser)
@@ -83,12 +85,18 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def expanded(names: Sequence[str]) -> list[str]:
-    """``names`` with patterns (``*.wav``, ``**/*.wav``) as the files they stand for: not every shell does that.
+    """``names`` with patterns (``*.wav``, ``**/*.wav``) as the files they stand for, and folders as their recordings.
 
-    A name that is a file's, or that fits none, stays as it is.
+    Not every shell expands patterns. A name that is a file's, or that stands for none, stays as it is.
     """
     files: list[str] = []
     for name in names:
+        if os.path.isdir(name):
+            found = scan(Path(name), EXTENSIONS)
+            if skipped := found.skipped():
+                say(f"left out of {printable(name)}: {skipped}")
+            files += found.files or [name]
+            continue
         fitting = [] if os.path.lexists(name) or not glob.has_magic(name) else sorted(glob.glob(name, recursive=True))
         files += fitting or [name]
     return files

@@ -142,6 +142,8 @@ def tell(result: ScoreRun, bundle: Bundle) -> None:
     if result.failed:
         causes = ", ".join(f"{n:,} {code}" for code, n in sorted(result.statuses.items()) if code != "ok")
         say(f"{result.failed:,} of {result.rows:,} recordings could not be used: {causes}")
+    if result.noted:
+        say(f"{result.noted:,} recordings carry a notice of how they were read, in the column notice")
     if result.unheard:
         say(f"{result.unheard} scored; --window_s {bundle.features.window_s:g} scores all of it")
 

@@ -356,7 +356,7 @@ def _mono(decoder: Decoder, channel: Channel, start: int, count: int) -> Samples
 def _powers(block: Block) -> npt.NDArray[np.float64]:
     """Sum of squares of each channel of a block (n, channels): (channels,)."""
     with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` finds what is not finite
-        return np.einsum("nc,nc->c", block, block).astype(np.float64)
+        return np.asarray(np.einsum("nc,nc->c", block, block), dtype=np.float64)
 
 
 def _loudest(decoder: Decoder, powers: npt.NDArray[np.float64]) -> int:

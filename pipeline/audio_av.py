@@ -11,7 +11,10 @@ Limits: no seeking, so the middle of a long recording costs the decoding of all 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import av
@@ -26,9 +29,17 @@ from pipeline.audio_guard import FileView
 from pipeline.audio_headers import Container
 from pipeline.audio_lengths import cut_off
 
-_KEPT_BYTES = 2**24
+_KEPT_BYTES = 2**25
+_LARGEST_ALLOCATION = 2**27  # the index of ten hours of AAC takes half of it
 _BAD_PACKETS, _BAD_SHARE = 8, 0.02  # damaged ones that are passed over
 _LOST_SHARE = 0.1  # of a short recording, which eight are much of
+_BLOCK_SAMPLES = 2**14
+_SCALES = {  # sample formats: what full scale is divided by, and what silence is
+    **dict.fromkeys(("flt", "fltp", "dbl", "dblp"), (1.0, 0.0)),
+    **dict.fromkeys(("s16", "s16p"), (2.0**-15, 0.0)),
+    **dict.fromkeys(("s32", "s32p"), (2.0**-31, 0.0)),
+    **dict.fromkeys(("u8", "u8p"), (2.0**-7, 128.0)),
+}
 _OPTIONS = {"codec_whitelist": ",".join(sorted(CODECS))}  # nothing else is tried, pictures above all
 
 
@@ -39,7 +50,8 @@ class AvDecoder:
         self.name, self.container, self.codec = container.file.name, container.name, ""
         self.sample_rate_hz, self.channels, self.frames = 0, 0, 0
         self.notice, self.next_at = "", container.length
-        self._file, self._demuxer = container.file, container.demuxer
+        self._file, self._demuxer, self._splice = container.file, container.demuxer, container.splice
+        _limit_allocations()
         kept: list[Block] | None = []
         for block in self._decoded():
             if not self.channels:
@@ -67,16 +79,23 @@ class AvDecoder:
 
     def _decoded(self) -> Iterator[Block]:
         """All blocks from the start."""
-        view = FileView(self._file)
+        view = FileView(self._file, self._splice)
         try:
             opened = av.open(view, "r", format=self._demuxer, metadata_errors="ignore", options=_OPTIONS)
         except (av.FFmpegError, ValueError, OverflowError) as error:
-            raise self._broken("its header") from error
+            raise self.broken("its header") from error
         with opened:
-            converter = _Converter(self)
+            converter, held, size = _Converter(self), list[Block](), 0
             for frame in self._frames(opened, self._track(opened), view):
-                yield from converter.blocks(frame)
-            yield from converter.rest()
+                for block in converter.blocks(frame):
+                    held.append(block)
+                    size += block.size
+                    if size >= _BLOCK_SAMPLES:
+                        yield _together(held)
+                        held, size = [], 0
+            held += converter.rest()
+            if held:
+                yield _together(held)
 
     def _frames(self, opened: Any, stream: Any, view: FileView) -> Iterator[Any]:
         packets = bad = 0
@@ -90,16 +109,16 @@ class AvDecoder:
                 except (av.FFmpegError, ValueError) as error:
                     bad, frames = bad + 1, []
                     if bad > _BAD_PACKETS + _BAD_SHARE * packets:
-                        raise self._broken("its audio") from error
+                        raise self.broken("its audio") from error
                 yield from frames
-        except (av.FFmpegError, IndexError, OverflowError) as error:  # IndexError: a track that appears on the way
+        except (av.FFmpegError, OverflowError, IndexError) as error:  # IndexError: a stream that appears on the way
             if view.tell() >= self._file.size_bytes:
                 raise cut_off(self._file, "its last packet") from error
-            raise self._broken("its packets") from error
+            raise self.broken("its packets") from error
         if cut:
             raise cut_off(self._file, "its last packet")
         if bad and (bad == packets or bad > max(1, _LOST_SHARE * packets)):
-            raise self._broken("its audio")
+            raise self.broken("its audio")
         if bad:
             self.notice = f"{bad} of its {packets} packets are damaged and were left out"
 
@@ -117,8 +136,22 @@ class AvDecoder:
                 other.discard = Discard.all
         return stream
 
-    def _broken(self, what: str) -> Corrupt:
+    def broken(self, what: str) -> Corrupt:
         return Corrupt(f"{self.name}: {what} cannot be decoded ({self.container}). Export it again.")
+
+
+@lru_cache(maxsize=1)
+def _limit_allocations() -> None:
+    """Have FFmpeg refuse to allocate what a forged header asks for; PyAV has no call for that.
+
+    Limits: not on Windows, where functions of libraries behind a library are not found.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(_LARGEST_ALLOCATION))
+
+
+def _together(blocks: list[Block]) -> Block:
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
 class _Converter:
@@ -126,32 +159,43 @@ class _Converter:
 
     def __init__(self, decoder: AvDecoder) -> None:
         self._decoder = decoder
+        self._first: tuple[str, int] | None = None
         self._shape: tuple[str, str, int] | None = None
         self._resampler: Any = None
-        self._layout = ""
 
-    def blocks(self, frame: Any) -> Iterator[Block]:
-        shape = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if shape != self._shape:
-            yield from self.rest()
-            self._shape, first = shape, not self._layout
-            if first:
-                self._layout, self._decoder.sample_rate_hz = frame.layout.name, frame.sample_rate
-                self._resampler = av.AudioResampler(format="fltp")
-            else:
-                rate_hz = self._decoder.sample_rate_hz
-                self._resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=rate_hz)
-        yield from self._resampled(frame)
+    def blocks(self, frame: Any) -> list[Block]:
+        name, layout, rate_hz = frame.format.name, frame.layout.name, frame.sample_rate
+        if self._first is None:
+            self._first, self._decoder.sample_rate_hz = (layout, rate_hz), rate_hz
+        rest: list[Block] = []
+        if self._shape != (name, layout, rate_hz):
+            rest, self._shape = self.rest(), (name, layout, rate_hz)
+            if (layout, rate_hz) != self._first or name not in _SCALES:
+                first_layout, first_hz = self._first
+                self._resampler = av.AudioResampler(format="fltp", layout=first_layout, rate=first_hz)
+        if self._resampler is not None:
+            return rest + self._resampled(frame)
+        return [*rest, _block(frame)]
 
-    def rest(self) -> Iterator[Block]:
+    def rest(self) -> list[Block]:
         """What the resampler still holds."""
-        if self._resampler is not None and self._shape is not None:
-            yield from self._resampled(None)
-            self._resampler = None
+        blocks = [] if self._resampler is None else self._resampled(None)
+        self._resampler = None
+        return blocks
 
-    def _resampled(self, frame: Any) -> Iterator[Block]:
+    def _resampled(self, frame: Any) -> list[Block]:
         try:
-            for converted in self._resampler.resample(frame):
-                yield np.ascontiguousarray(converted.to_ndarray().T, np.float32)
+            return [_block(converted) for converted in self._resampler.resample(frame)]
         except (av.FFmpegError, ValueError) as error:
-            raise self._decoder._broken("its audio") from error
+            raise self._decoder.broken("its audio") from error
+
+
+def _block(frame: Any) -> Block:
+    """Samples (n, channels) of a frame, planar or not, within +-1 where they are integers."""
+    name, samples = frame.format.name, frame.to_ndarray()
+    samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+    scale, offset = _SCALES[name]
+    if name in ("flt", "fltp"):
+        return np.ascontiguousarray(samples, np.float32)
+    block: Block = np.multiply(samples - np.float32(offset) if offset else samples, np.float32(scale), dtype=np.float32)
+    return block

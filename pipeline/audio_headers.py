@@ -28,7 +28,7 @@ _OGG_CODECS = (b"\x01vorbis", b"OpusHead")
 _MAX_CHUNKS = 4096
 _ZEROS_BYTES = 2**24  # so many may stand before an MP3
 _MAX_TAGS = 64
-_SEARCHED_BYTES = 2**25
+_SEARCHED_BYTES = 2**23
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Container:
     Attributes:
         whole: the file's bytes from where the recording starts, behind tags.
         demuxer: FFmpeg's, to read it with; None where libsndfile reads it.
-        splice: a repair that libsndfile needs.
+        splice: a repair that its decoder needs.
         last_page_frames: samples a channel on the last Ogg page.
         length: bytes until another recording follows in the same file; 0 where none does.
         gain: what samples are to be multiplied with.
@@ -83,7 +83,7 @@ def _tell_uncompressed(file: Opened, head: bytes) -> Container | None:
         return Container(name, file, demuxer, found.splice, length=length, gain=found.gain)
     if head[:16] == W64_RIFF:
         found = look_at_w64(file)
-        demuxer, length = None if found.sndfile else "w64", _joined_at(file, found.end)
+        demuxer, length = None if found.sndfile else "wav", _joined_at(file, found.end)
         return Container("W64", file, demuxer, found.splice, length=length, gain=found.gain)
     if tag == b"RIFF" and kind == b"AVI ":
         return Container("AVI", file, "avi", length=avi_end(file))
@@ -271,8 +271,8 @@ def _look_at_sphere(file: Opened) -> Container:
     encoding = {("pcm", size): size + 1, ("ulaw", 1): 1, ("mu-law", 1): 1, ("alaw", 1): 27}.get((coding, size))
     if encoding not in (1, 2, 3, 4, 5, 27):
         remedy = "Convert it, for example: sph2pipe -f wav IN OUT.wav"
-        told = f"{printable(coding)[:40]} of {size} bytes"
-        raise UnsupportedFormat(f"{file.name}: SPHERE with {told} is not accepted. {remedy}")
+        problem = f"SPHERE with {printable(coding[:60])} of {size} bytes is not accepted"
+        raise UnsupportedFormat(f"{file.name}: {problem}. {remedy}")
     order = ">" if big or size == 1 else "<"
     real = audio_bytes(file, start, declared or 2**32 - 1, size * channels)
     header = struct.pack(order + "IIIII", 24, min(real, 2**32 - 1), encoding, rate_hz, channels)

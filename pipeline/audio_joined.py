@@ -3,6 +3,8 @@
 Method: each is opened in turn to learn its length, and again when its frames are asked for, so that a thousand of them
 hold no more memory than one. Those at another rate, or with another number of channels, than the first are left out,
 and a notice says so. (FFmpeg reads MP3 and AAC streams that are joined by itself, see ``audio_av``.)
+Limits: of FLAC files above 8 MiB only the part behind the last frame of the first is searched for another; one that is
+as long as the first, to the sample, may not be found there.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pipeline.audio_errors import Truncated
 from pipeline.audio_guard import Opened
 
-STREAMED = 0x7FFF_F000  # sox, arecord and ffmpeg write such a length or more when they cannot know it
+STREAMED = 0x7F00_0000  # sox, arecord and ffmpeg write such a length or more when they cannot know it
 _ROUND_FROM, _ROUND = 10**9, 10**6  # 2e9 is nobody's length
 _HEADER_BYTES = 128  # a length that is too large by this much or less counts the header
 

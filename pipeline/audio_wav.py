@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pipeline.audio_errors import Corrupt, Truncated, UnsupportedFormat
 from pipeline.audio_formats import REMEDY
 from pipeline.audio_guard import Opened, Splice
-from pipeline.audio_lengths import audio_bytes, find, is_chunk_name, left_open
+from pipeline.audio_lengths import STREAMED, audio_bytes, find, is_chunk_name, left_open
 
 _BLOCK_TAGS = (2, 0x11)  # MS and IMA ADPCM, whose blocks say nothing of a sample's size
 _SNDFILE_TAGS = (1, 3, 6, 7, *_BLOCK_TAGS)  # PCM, float, A-law, mu-law
@@ -37,7 +37,7 @@ class Wav:
     """What there is.
 
     Attributes:
-        splice: a header for libsndfile in place of the file's own, where that is wrong.
+        splice: a header for the decoder in place of the file's own, where that is wrong.
         sndfile: whether libsndfile reads its codec; else FFmpeg may.
         end: where the audio ends.
         gain: what samples are to be multiplied with.
@@ -69,7 +69,7 @@ class _Layout:
     start: int
     declared: int
     regular: bool = True
-    streamed: int = 0x7FFF_F000
+    streamed: int = STREAMED
 
 
 def look_at_wav(file: Opened, order: str) -> Wav:
@@ -175,8 +175,8 @@ def _settled(file: Opened, layout: _Layout, order: str, outer_end: int) -> Wav:
         streamed=layout.streamed,
         outer_end=outer_end if outer_end > 8 else None,
     )
-    if form.tag in _FFMPEG_TAGS:
-        return Wav(None, sndfile=False, end=start + size)
+    if form.tag in _FFMPEG_TAGS:  # always with a header of ours: FFmpeg allocates what the size of a format chunk says
+        return Wav(Splice(0, start, _header(form.body, size, order)), sndfile=False, end=start + size)
     gain = 1.0
     wide = form.tag == 1 and form.frame_bytes != form.channels * -(-form.bits // 8)
     if wide:

@@ -29,12 +29,15 @@ class Tally:
     duration_s: float = 0.0
     scored_s: float = 0.0
     long: int = 0
+    noted: int = 0
 
     def add(self, part: pa.Table) -> None:
         """Count the rows of a part."""
         self.statuses.update(part["status"].to_pylist())
         self.duration_s += pc.sum(part["duration_s"]).as_py() or 0.0
         self.scored_s += pc.sum(part["scored_s"]).as_py() or 0.0
+        if "notice" in part.column_names:
+            self.noted += len(part) - part["notice"].null_count
         self.long += pc.sum(pc.greater(part["duration_s"], LONG_S)).as_py() or 0
 
 
@@ -84,6 +87,7 @@ def record_of(
         "statuses": dict(sorted(tally.statuses.items())),
         "duration_s": round(tally.duration_s, 3),
         "scored_s": round(tally.scored_s, 3),
+        "noted": tally.noted,
         "unheard": unheard if options.window_s is None else None,
         "scored_now": scored,
         "seconds": round(seconds, 3),

@@ -79,6 +79,7 @@ class ScoreRun:
         unheard: ``"2 s of 184 s"`` when most recordings are long and little of them was heard; else None.
         evaluation: the content of ``metrics.json``, when a report was asked for.
         exports: further files and folders written.
+        noted: recordings with something to know of how they were read, in the column ``notice``.
     """
 
     out: Path
@@ -89,6 +90,7 @@ class ScoreRun:
     unheard: str | None
     evaluation: Mapping[str, Any] | None
     exports: Sequence[Path]
+    noted: int = 0
 
     @property
     def failed(self) -> int:
@@ -154,7 +156,8 @@ def score_manifest(
         if run is None:
             run = record_of(plan, block_rows, bundle, options, tally, scored, seconds)
             ledger.finish(run)
-    return ScoreRun(out, len(table), run["statuses"], scored, seconds, run["unheard"], evaluation, exported)
+    noted = run.get("noted", 0)
+    return ScoreRun(out, len(table), run["statuses"], scored, seconds, run["unheard"], evaluation, exported, noted)
 
 
 def _check(options: ScoreOptions, execution: Execution, bundle: Bundle, *, windows_needed: bool) -> None:

@@ -385,7 +385,8 @@ def test_the_model_is_told_with_figures_limits_and_law(fake: FakeService) -> Non
 
 def test_a_model_without_figures_is_told_without(fake: FakeService) -> None:
     page = model()
-    assert page.info and "accuracy" not in html(page)
+    assert page.info
+    assert "accuracy" not in html(page)
 
 
 def test_the_law_is_told_even_when_the_service_is_away(fake: FakeService) -> None:

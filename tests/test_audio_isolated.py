@@ -12,6 +12,7 @@ import pytest
 import soundfile
 from audio_recordings import ONE_SECOND, code_of, encoded, voice
 
+from benchmarks.recordings import encode_av
 from pipeline import audio
 from pipeline.audio import Limits, load, load_middle, load_once
 from pipeline.audio_isolated import decode_in_subprocess
@@ -94,3 +95,35 @@ def test_twenty_minutes_of_silence_take_little_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", script, path, short], cwd=root, capture_output=True, text=True, check=True
     ).stdout
     assert int(output) / 1024 < 64, "MiB"
+
+
+def test_forged_sizes_in_headers_take_little_memory(tmp_path: Path) -> None:
+    """FFmpeg allocates, and clears, what a codec's own header says that it needs, before it reads it."""
+    huge = (0x7000_0000).to_bytes(4, "big")
+    wav = encoded(voice(0.5, 8_000), 8_000, "WAV", "GSM610")
+    caf = encoded(voice(0.5, 44_100), 44_100, "CAF", "ALAC_16")
+    tta = encode_av(voice(0.5, 44_100), 44_100, "tta", "tta")
+    asf = encode_av(voice(0.5, 44_100), 44_100, "asf", "wmav2")
+    at = asf.index(bytes.fromhex("9107dcb7b7a9cf118ee600c00c205365")) + 16 + 8 + 16 + 16 + 8  # its stream properties
+    forged = {
+        "fmt.wav": wav[:16] + huge[::-1] + wav[20:],
+        "kuki.caf": caf[: caf.index(b"kuki") + 8] + huge + caf[caf.index(b"kuki") + 12 :],
+        "length.tta": tta[:14] + b"\xff\xff\xff\x7f" + tta[18:],
+        "type.asf": asf[:at] + huge[::-1] + asf[at + 4 :],
+    }
+    script = (
+        "import re, sys\n"
+        "from pipeline import audio\n"
+        "for path in sys.argv[1:]:\n"
+        "    try:\n        audio.load_middle(path)\n"
+        "    except audio.AudioError:\n        pass\n"
+        "    print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+    )
+    for name, data in forged.items():
+        (tmp_path / name).write_bytes(data)
+    paths = [tmp_path / name for name in forged]
+    root = Path(audio.__file__).parents[1]
+    output = subprocess.run(
+        [sys.executable, "-c", script, *paths], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    assert [int(line) / 1024 < 300 for line in output.split()] == [True] * len(paths)

@@ -105,6 +105,10 @@ def test_patterns_that_no_shell_expanded(call: Callable[..., tuple[int, str, str
     named = write_audio("[a].wav")  # a name, not a pattern
     code, out, _ = call("--json", "--file", named, folder / "?.wav", folder / "*.mp3")
     assert code == 4
+    (folder / "notes.txt").touch()
+    code, all_of_it, err = call("--json", "--file", folder)
+    assert (code, [answer["file"] for answer in json.loads(all_of_it)]) == (0, [str(named), str(folder / "b.wav")])
+    assert err == f"left out of {folder}: 1 .txt\n"
     assert [answer["file"] for answer in json.loads(out)] == [*map(str, (named, folder / "b.wav", folder / "*.mp3"))]
 
 
