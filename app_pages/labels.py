@@ -11,7 +11,7 @@ import pandas as pd
 
 FILE_COLUMNS = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_COLUMNS = ("label", "emotion", "label_name")
-# as in pipeline.labels, which the page does not load
+# as in pipeline.data.labels, which the page does not load
 ALIASES: Mapping[str, str] = {
     "anger": "angry",
     "ang": "angry",

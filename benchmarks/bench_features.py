@@ -28,8 +28,8 @@ import numpy.typing as npt
 import soundfile
 
 from benchmarks.recordings import synthetic_speech
-from pipeline.audio import load_middle
-from pipeline.features import FeatureConfig, log_mel
+from pipeline.audio.load import load_middle
+from pipeline.features.features import FeatureConfig, log_mel
 
 Picture = npt.NDArray[np.float32]
 CONFIG = FeatureConfig()

@@ -25,8 +25,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import accuracy_score, f1_score
 
-from pipeline.labels import RAVDESS_LABELS as LABELS
-from pipeline.report import write_report
+from pipeline.data.labels import RAVDESS_LABELS as LABELS
+from pipeline.reporting.report import write_report
 
 WANTED_S, WANTED_GIB = 60.0, 2.0
 

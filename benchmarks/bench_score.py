@@ -39,10 +39,10 @@ import soundfile
 from benchmarks.pool_score import open_pool
 from benchmarks.pool_score import run as run_pool
 from benchmarks.processes import descendants, linked_folder, machine, resident_bytes, sampled
-from pipeline.audio import EXTENSIONS
-from pipeline.checkpoint import Bundle, load_bundle
-from pipeline.folders import local_path, scan
-from pipeline.onnx_export import ensure_onnx
+from pipeline.audio.load import EXTENSIONS
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.onnx_export import ensure_onnx
+from pipeline.storage.files import local_path, scan
 
 PARTS = ("plain", "command", "slope", "scale", "call", "broken", "infer")
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,8 +133,8 @@ def run_inner(arguments: argparse.Namespace) -> None:
     else:
         import ray
 
-        from pipeline.runtime import start_ray
-        from pipeline.scoring import ScoreOptions, score_manifest
+        from pipeline.cluster.runtime import start_ray
+        from pipeline.scoring.scoring import ScoreOptions, score_manifest
 
         start_ray()
         cap = ray.cluster_resources()["object_store_memory"]

@@ -31,7 +31,7 @@ from benchmarks.load import Load, closed_loop, multipart, open_loop, request
 from benchmarks.processes import cpu_seconds, machine, watched
 from benchmarks.recordings import synthetic_speech
 from benchmarks.services import HOST, Running, no_op, ours, started
-from pipeline.predictor import Predictor
+from pipeline.inference.predictor import Predictor
 
 BATCH = 16
 BESIDE = "measured beside"

@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_train --features FEATURES [--repeats 3 --epochs 4 --batch_size 64]
 
-- loop: an epoch of ``fit.py`` (batches made on the way, with augmentation) against a bare PyTorch loop over the same
+- loop: an epoch of ``loop.py`` (batches made on the way, with augmentation) against a bare PyTorch loop over the same
   batches, made beforehand and fed from RAM: same model, optimiser, threads and memory format; the bare loop in a
-  process that keeps freed memory (``pipeline.memory``); and with plain NCHW tensors. And ``fit.py`` in bfloat16. Each
-  side has a process of its own; they take turns, an epoch each.
+  process that keeps freed memory (``pipeline.training.memory``); and with plain NCHW tensors. And ``loop.py`` in
+  bfloat16. Each side has a process of its own; they take turns, an epoch each.
 - ray: ``jobs.train`` with ``--num_workers 0`` on all threads, with one Ray worker on all threads, and with as many
   workers of one thread; seconds from one line of ``history.csv`` to the next, so validation, checkpoint and Ray's own
   exchanges count, and starting does not. Sides take turns, a run each; the first epoch of a run is left out.
@@ -35,20 +35,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.processes import machine
-from pipeline.arrays import load_features
-from pipeline.batches import TrainingData, from_arrays
-from pipeline.corpora import label_set
-from pipeline.fit import Run, batches_of
-from pipeline.fit_config import FitConfig
-from pipeline.losses import ClassificationLoss
-from pipeline.memory import keep_freed_memory
-from pipeline.models import build_model
+from pipeline.data.manifest import label_set
+from pipeline.features.store import load_features
+from pipeline.models.networks import build_model
+from pipeline.training.batches import TrainingData, from_arrays
+from pipeline.training.config import FitConfig
+from pipeline.training.loop import Run, batches_of
+from pipeline.training.losses import ClassificationLoss
+from pipeline.training.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 AUGMENT = ("crop", "stretch", "shift", "masks", "mixup")
 Batch = tuple[Tensor, Tensor]
 FIT, BF16, BARE, KEPT, NCHW = SIDES = (
-    "fit.py", "fit.py, bfloat16", "bare loop", "bare loop, memory kept", "bare loop, NCHW",
+    "loop.py", "loop.py, bfloat16", "bare loop", "bare loop, memory kept", "bare loop, NCHW",
 )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def fit_loop(data: TrainingData, config: FitConfig) -> Run:
-    """The same epoch through ``fit.py``."""
+    """The same epoch through ``loop.py``."""
     torch.manual_seed(config.seed)
     return Run(build_model("inception", {}, data.n_classes, data.config.input_shape), data, config)
 
@@ -151,10 +151,10 @@ def loop(arguments: argparse.Namespace) -> None:
     )
     for name, values in seconds.items():
         print(f"  {name:<24} {statistics.median(values):7.2f} s")
-    print(f"  {'making batches':<24} {making_s:7.2f} s of fit.py's, with {', '.join(AUGMENT)}")
-    result("fit.py against the bare loop", seconds[BARE], seconds[FIT], 0.95)
-    result("fit.py against the bare loop that keeps freed memory, as fit.py does", seconds[KEPT], seconds[FIT])
-    result("fit.py in bfloat16 against float32", seconds[FIT], seconds[BF16])
+    print(f"  {'making batches':<24} {making_s:7.2f} s of loop.py's, with {', '.join(AUGMENT)}")
+    result("loop.py against the bare loop", seconds[BARE], seconds[FIT], 0.95)
+    result("loop.py against the bare loop that keeps freed memory, as loop.py does", seconds[KEPT], seconds[FIT])
+    result("loop.py in bfloat16 against float32", seconds[FIT], seconds[BF16])
     result("channels-last against NCHW", seconds[NCHW], seconds[BARE])
     result("freed memory kept against given back", seconds[BARE], seconds[KEPT])
 
@@ -190,7 +190,7 @@ def ray(arguments: argparse.Namespace) -> None:
     """Print Ray Train's epoch times against those of the loop alone."""
     threads = arguments.threads
     sides = {
-        f"fit.py alone, {threads} threads": (0, threads),
+        f"loop.py alone, {threads} threads": (0, threads),
         f"Ray, 1 worker x {threads} threads": (1, threads),
         f"Ray, {threads} workers x 1 thread": (threads, 1),
     }
@@ -207,8 +207,8 @@ def ray(arguments: argparse.Namespace) -> None:
     for name, values in seconds.items():
         print(f"  {name:<28} {statistics.median(values):7.2f} s")
     alone, one, many = turns.values()
-    result("Ray, 1 worker, against fit.py alone", alone, one, 0.95)
-    result(f"Ray, {threads} workers, against fit.py alone", alone, many, 1.0)
+    result("Ray, 1 worker, against loop.py alone", alone, one, 0.95)
+    result(f"Ray, {threads} workers, against loop.py alone", alone, many, 1.0)
 
 
 def result(what: str, theirs: Sequence[float], ours: Sequence[float], wanted: float | None = None) -> None:

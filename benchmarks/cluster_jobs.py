@@ -15,8 +15,8 @@ import soundfile
 
 from benchmarks.hosts import ROOT, Hosts
 from benchmarks.recordings import synthetic_speech
-from pipeline.history import read_history
-from pipeline.labels import RAVDESS_LABELS
+from pipeline.data.labels import RAVDESS_LABELS
+from pipeline.training.history import read_history
 
 RATE_HZ = 16_000
 DEADLINE_S = 1800.0
@@ -79,7 +79,7 @@ def training(features: Path, epochs: int) -> Work:
         return float(max(done, epoch - 1 + batches / total) / epochs)
 
     def check(out: Path) -> tuple[int, int, int, int]:
-        from pipeline.checkpoint import load_bundle
+        from pipeline.models.bundle import load_bundle
 
         load_bundle(out).build_model()
         seen = [int(record["epoch"]) for record in read_history(out)]

@@ -18,7 +18,7 @@ import pandas as pd
 
 from benchmarks.recordings import every_format
 from jobs.score import main as score
-from pipeline import audio
+from pipeline.audio import load as audio
 
 OUT = Path(__file__).parents[1] / "docs" / "formats.md"
 HEAD = """# Formats

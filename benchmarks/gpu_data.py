@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment import AugmentConfig, Augmenter, Column, Draws
-from pipeline.features import FeatureConfig
+from pipeline.features.features import FeatureConfig
+from pipeline.training.augment import AugmentConfig, Augmenter, Column, Draws
 
 STEP_DB = 0.2
 STEP_COPY_DB = 0.4
@@ -33,8 +33,8 @@ def pack(features: Path, out: Path, copies: Path | None = None) -> None:
         copies: features of one changed copy of each recording, extracted from a manifest in the same order; the
             augmentation ``pitch`` takes them, whatever was changed.
     """
-    from pipeline.arrays import load_features
-    from pipeline.corpora import label_set
+    from pipeline.data.manifest import label_set
+    from pipeline.features.store import load_features
 
     arrays = load_features(features)
     stems = arrays.table["speech"].map(lambda path: Path(str(path)).stem)

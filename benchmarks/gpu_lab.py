@@ -18,7 +18,7 @@ benchmarks/answers has what an H100 answered in experiments 35 and 36 (logits, n
 ``five`` are the folds of the 80 %, ``six`` the actor folds, ``inner`` trains on train and answers inner_val, ``final``
 trains on the 80 % (``--keep``: and keeps them; ``--open_test``: answers the test part: write it in docs/LAB_LOG.md).
 Limits: one GPU; see ``benchmarks.gpu_data`` for what is rounded, ``benchmarks.gpu_training`` for what differs from
-``pipeline.fit``.
+``pipeline.training.loop``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_data import SPLITS, Data, pack
 from benchmarks.gpu_training import N_CLASSES, Recipe, Training, train_wave
-from pipeline.measures import reliability, scores, tally
+from pipeline.evaluation.measures import reliability, scores, tally
 
 FOLDS = {"five": range(1, 6), "six": range(1, 7), "inner": [1], "final": [1]}
 CROPS = (3, 5, 9)
@@ -163,8 +163,8 @@ def keep(training: Training, out: Path) -> None:
 
 def confidences(found: pd.DataFrame, names: Sequence[str]) -> str:
     """How sure the answers are beside how often they are right: as they are, as the shipped bundle scales, fitted."""
-    from pipeline.calibration import fit_temperature, scaled
-    from pipeline.checkpoint import load_bundle
+    from pipeline.models.bundle import load_bundle
+    from pipeline.models.calibration import fit_temperature, scaled
 
     truth = found["label_name"].map({name: i for i, name in enumerate(names)}).to_numpy(np.int64)
     p = found[[f"p_{name}" for name in names]].to_numpy(np.float64)
@@ -186,12 +186,12 @@ def report(arguments: argparse.Namespace) -> None:
     Of several seeds the mean log-probabilities: the answers of one model that joins their networks.
     """
     from jobs.protocols import labelled_recordings
-    from pipeline.arrays import load_features
-    from pipeline.corpora import label_set
-    from pipeline.folds import assignment, folds_of
-    from pipeline.joined import mean_answers
-    from pipeline.protocol_report import protocol_row, protocols_summary, write_protocols
-    from pipeline.report import write_report
+    from pipeline.data.folds import assignment, folds_of
+    from pipeline.data.manifest import label_set
+    from pipeline.features.store import load_features
+    from pipeline.models.ensemble import mean_answers
+    from pipeline.reporting.protocol_report import protocol_row, protocols_summary, write_protocols
+    from pipeline.reporting.report import write_report
 
     table, answers = labelled_recordings(arguments.features), np.load(arguments.answers)
     tested = assignment(table, SPLITS / "ravdess_split.csv", "split") == "test"

@@ -2,7 +2,7 @@
 
 Models, sampler, draws, losses, schedules and augmentation are the project's own; the step (bfloat16 forward and
 backward of the Inception, float32 of the CNN-BiLSTM; AdamW and EMA in float32) is captured once as a CUDA graph.
-Teachers answer a whole epoch's augmented views at once, before its steps, which is the same target as in ``fit.py``.
+Teachers answer a whole epoch's augmented views at once, before its steps, which is the same target as in ``loop.py``.
 Limits: one GPU; on a CPU the same steps run one by one. A drawn noise differs from that of the same seed on the CPU.
 """
 
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.gpu_data import Data
-from pipeline.augment import Augmenter, Column, Draws
-from pipeline.fit_config import FitConfig
-from pipeline.losses import ClassificationLoss
-from pipeline.models import build_model
-from pipeline.sampling import WeightedSampler
-from pipeline.schedules import learning_rates
+from pipeline.models.networks import build_model
+from pipeline.training.augment import Augmenter, Column, Draws
+from pipeline.training.config import FitConfig
+from pipeline.training.losses import ClassificationLoss
+from pipeline.training.sampling import WeightedSampler
+from pipeline.training.schedules import learning_rates
 
 N_CLASSES = 8
 DROPOUT = {"inception": 0.4, "cnn_bilstm": 0.3}
@@ -43,7 +43,7 @@ class Recipe:
     model: str = "inception"
     dropout: float | None = None
     teachers: list[str] = field(default_factory=list)  # recipes of an earlier wave
-    share: float = 0.7  # of the loss that is the teachers', as in pipeline.teachers
+    share: float = 0.7  # of the loss that is the teachers', as in pipeline.training.distillation
     like_best_of: list[str] = field(default_factory=list)
     folds: list[int] = field(default_factory=list)  # of these only
 

@@ -25,9 +25,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.processes import command_of, descendants, finish, machine
-from pipeline.checkpoint import load_bundle
-from pipeline.corpora import scan_folder
-from pipeline.history import read_history
+from pipeline.data.manifest import scan_folder
+from pipeline.models.bundle import load_bundle
+from pipeline.training.history import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "ray::RayTrainWorker"

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.arrays import load_features
-from pipeline.batches import from_arrays
-from pipeline.corpora import label_set, scan_folder
-from pipeline.features import FeatureConfig
-from pipeline.fit import Record, Run, fit
-from pipeline.fit_config import FitConfig
-from pipeline.models import build_model
-from pipeline.shards import ShardOptions, extract_shards
+from pipeline.data.manifest import label_set, scan_folder
+from pipeline.features.extract import ShardOptions, extract_shards
+from pipeline.features.features import FeatureConfig
+from pipeline.features.store import load_features
+from pipeline.models.networks import build_model
+from pipeline.training.batches import from_arrays
+from pipeline.training.config import FitConfig
+from pipeline.training.loop import Record, Run, fit
 
 KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
 

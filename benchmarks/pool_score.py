@@ -17,8 +17,8 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.predictions import to_table, write_tables
-from pipeline.predictor import Predictor
+from pipeline.inference.predictor import Predictor
+from pipeline.scoring.predictions import to_table, write_tables
 
 CHUNK = 256
 _predictor: Predictor
@@ -50,7 +50,7 @@ def main() -> None:
     folder, out, model = map(Path, sys.argv[1:4])
     processes = int(sys.argv[4]) if len(sys.argv) > 4 else os.cpu_count() or 1
     paths = sorted(str(path) for path in folder.rglob("*.*") if path.is_file())
-    from pipeline.checkpoint import load_bundle
+    from pipeline.models.bundle import load_bundle
 
     with open_pool(str(model), processes) as pool:
         run(pool, paths, out, load_bundle(model).labels)

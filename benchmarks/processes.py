@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.audio import EXTENSIONS
-from pipeline.folders import local_path, scan
+from pipeline.audio.load import EXTENSIONS
+from pipeline.storage.files import local_path, scan
 
 
 def linked_folder(source: Path, folder: Path, n: int) -> Path:

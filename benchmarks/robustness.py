@@ -19,9 +19,9 @@ import soxr
 from numpy.typing import NDArray
 from scipy.signal import butter, sosfiltfilt
 
-from pipeline.audio import load, probe
-from pipeline.corpora import read_manifest
-from pipeline.predictor import Predictor
+from pipeline.audio.load import load, probe
+from pipeline.data.manifest import read_manifest
+from pipeline.inference.predictor import Predictor
 
 Samples = NDArray[np.float32]
 AIM = 0.95

@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--metrics_port", type=int, required=True)
     parser.add_argument("--two_stages", action="store_true")
     arguments = parser.parse_args()
-    from pipeline.runtime import start_ray
+    from pipeline.cluster.runtime import start_ray
     from serve.ray_settings import IN_PROXY, prepare
     from serve.settings import Settings
 

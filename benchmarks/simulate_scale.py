@@ -27,15 +27,15 @@ import pandas as pd
 import pyarrow as pa
 
 from benchmarks.processes import command_of, descendants, machine
-from pipeline.audio import EXTENSIONS
-from pipeline.blocks import Task, make_block
-from pipeline.checkpoint import load_bundle
-from pipeline.folders import scan
-from pipeline.options import ScoreOptions
-from pipeline.predictions import to_table
-from pipeline.predictor import Prediction
-from pipeline.runtime import start_ray
-from pipeline.scoring import Execution, score_manifest
+from pipeline.audio.load import EXTENSIONS
+from pipeline.cluster.runtime import start_ray
+from pipeline.inference.predictor import Prediction
+from pipeline.models.bundle import load_bundle
+from pipeline.scoring.blocks import Task, make_block
+from pipeline.scoring.options import ScoreOptions
+from pipeline.scoring.predictions import to_table
+from pipeline.scoring.scoring import Execution, score_manifest
+from pipeline.storage.files import scan
 
 CLIP_S = 0.0076  # docs/benchmarks.md: slope between 5,000 and 20,000 files
 PHASES = ("list", "plan", "blocks", "tables")
@@ -103,7 +103,7 @@ def simulate(folder: Path, out: Path, num_cpus: int) -> tuple[int, Meter, float]
         if done in (0, total):  # before the first block, and after the last
             marks.append((time.process_time(), system_cpu_s()))
 
-    with patch("pipeline.scoring.score_block", sleeping_block):
+    with patch("pipeline.scoring.scoring.score_block", sleeping_block):
         run = score_manifest(
             table,
             out,

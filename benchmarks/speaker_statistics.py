@@ -33,16 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from jobs._common import Parser
-from pipeline.arrays import load_features
-from pipeline.checkpoint import load_bundle
-from pipeline.errors import SerError
-from pipeline.fit import StateDict
-from pipeline.folds import Fold
-from pipeline.metrics import evaluate
-from pipeline.plan import Plan, read_plan
-from pipeline.protocol_report import protocol_row, protocols_summary, write_protocols
-from pipeline.results import predict
-from pipeline.runs import read_splits, rows_of
+from pipeline.data.folds import Fold
+from pipeline.evaluation.metrics import evaluate
+from pipeline.features.store import load_features
+from pipeline.models.bundle import load_bundle
+from pipeline.reporting.protocol_report import protocol_row, protocols_summary, write_protocols
+from pipeline.storage.errors import SerError
+from pipeline.training.loop import StateDict
+from pipeline.training.plan import Plan, read_plan
+from pipeline.training.results import predict
+from pipeline.training.run import read_splits, rows_of
 
 Groups = Iterator[tuple[pd.DataFrame, pd.DataFrame]]  # what is heard first, and what is answered then
 

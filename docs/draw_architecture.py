@@ -39,7 +39,7 @@ BOXES = {
         200,
         190,
         "code",
-        "fit, train  [Ray Train]",
+        "training  [Ray Train]",
         ("sampling, augment, losses", "models; checkpoints, resume"),
     ),
     "predictor": (290, 350, 190, "code", "Predictor", ("the one path from audio", "to probabilities")),

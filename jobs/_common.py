@@ -21,8 +21,8 @@ from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from pipeline.errors import SerError, SerWarning
-from pipeline.labels import chained, parse_label_map
+from pipeline.data.labels import chained, parse_label_map
+from pipeline.storage.errors import SerError, SerWarning
 
 _REMEDIES = {
     errno.EACCES: "grant access to it, or name another",

@@ -7,7 +7,7 @@ import time
 from typing import Protocol
 
 from jobs._common import EXIT_INTERRUPTED, EXIT_OURS, say
-from pipeline.ray_jobs import ClusterError, JobClient, JobState
+from pipeline.cluster.submit import ClusterError, JobClient, JobState
 
 _PATIENCE_S = 60.0
 _LOOK_S = 0.5

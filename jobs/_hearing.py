@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from pipeline.options import ScoreOptions
-from pipeline.predictor import Channels
-from pipeline.timeline import SILENCE_DBFS
+from pipeline.inference.predictor import Channels
+from pipeline.inference.timeline import SILENCE_DBFS
+from pipeline.scoring.options import ScoreOptions
 
 
 def add_hearing(parser: argparse.ArgumentParser) -> None:

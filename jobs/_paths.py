@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from jobs._common import Parser, underscored
-from pipeline.checkpoint import DEFAULT_BUNDLE, load_bundle
-from pipeline.errors import SerError
-from pipeline.onnx_export import ensure_onnx
-from pipeline.remote import is_remote
+from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle
+from pipeline.models.onnx_export import ensure_onnx
+from pipeline.storage.errors import SerError
+from pipeline.storage.remote import is_remote
 
 RESULTS = ("--out",)
 TABLES = ("--data_csv", "--input")

@@ -8,7 +8,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline.checkpoint import Bundle
+from pipeline.models.bundle import Bundle
 
 _PACKAGES = ("torch", "onnxruntime", "ray", "numpy", "pandas", "librosa", "soundfile", "soxr")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs._common import Parser
-from pipeline.checkpoint import load_bundle
-from pipeline.errors import SerError
+from pipeline.models.bundle import load_bundle
+from pipeline.storage.errors import SerError
 
 _AS_THEY_ARE = (
     "epochs",

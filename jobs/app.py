@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jobs._common import EXIT_DONE, EXIT_OURS, Parser, check_free, run, say
 from jobs._terminal import Terminal
-from pipeline.errors import SerError
+from pipeline.storage.errors import SerError
 from serve.client import Client
 from serve.settings import key_from_environment
 

@@ -12,15 +12,15 @@ import numpy as np
 import pandas as pd
 
 from jobs._common import EXIT_DONE, Parser, run, say
-from pipeline.calibration import fit_temperature, scaled
-from pipeline.checkpoint import Bundle, load_bundle, set_temperature
-from pipeline.cpus import usable_cpus
-from pipeline.errors import SerError
-from pipeline.labels import LabelSet
-from pipeline.outcomes import failed_rows
-from pipeline.outputs import RUN
-from pipeline.predictions import read_predictions
-from pipeline.splits import add_hashes, leaked
+from pipeline.data.labels import LabelSet
+from pipeline.data.splits import add_hashes, leaked
+from pipeline.evaluation.outcomes import failed_rows
+from pipeline.models.bundle import Bundle, load_bundle, set_temperature
+from pipeline.models.calibration import fit_temperature, scaled
+from pipeline.scoring.predictions import read_predictions
+from pipeline.storage.cpus import usable_cpus
+from pipeline.storage.errors import SerError
+from pipeline.storage.outputs import RUN
 
 
 def build_parser() -> Parser:

@@ -19,16 +19,16 @@ from jobs import protocols
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, LabelMap, Parser, Progress, run, say
 from jobs._provenance import provenance
 from jobs._recipe import with_recipe
-from pipeline import leaks
-from pipeline.checkpoint import Bundle, load_bundle
-from pipeline.compare import comparison_summary
-from pipeline.corpora import label_counts, read_manifest
-from pipeline.cpus import usable_cpus
-from pipeline.errors import SerError
-from pipeline.predictions import read_predictions
-from pipeline.report import terminal_summary, write_comparison, write_report
-from pipeline.splits import HASH_COLUMN, add_hashes
-from pipeline.verdict import Targets, reached
+from pipeline.data.manifest import label_counts, read_manifest
+from pipeline.data.splits import HASH_COLUMN, add_hashes
+from pipeline.evaluation import leaks
+from pipeline.evaluation.compare import comparison_summary
+from pipeline.evaluation.verdict import Targets, reached
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.reporting.report import terminal_summary, write_comparison, write_report
+from pipeline.scoring.predictions import read_predictions
+from pipeline.storage.cpus import usable_cpus
+from pipeline.storage.errors import SerError
 
 
 def build_parser() -> Parser:
@@ -204,7 +204,7 @@ def _score(
     arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, out: Path
 ) -> tuple[pd.DataFrame, int]:
     """Predictions of every row, and how many failed."""
-    from pipeline.scoring import Execution, ScoreOptions, score_manifest
+    from pipeline.scoring.scoring import Execution, ScoreOptions, score_manifest
 
     say(f"scoring {len(manifest):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {out}")
     result = score_manifest(

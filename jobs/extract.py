@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
-from pipeline.corpora import label_counts, read_manifest, scan_folder
 from pipeline.data.corpora.voices import check_corpora
-from pipeline.errors import SerError
-from pipeline.features import KINDS, FeatureConfig
-from pipeline.labels import describe
+from pipeline.data.labels import describe
+from pipeline.data.manifest import label_counts, read_manifest, scan_folder
+from pipeline.features.features import KINDS, FeatureConfig
+from pipeline.storage.errors import SerError
 
 
 def build_parser() -> Parser:
@@ -125,7 +125,7 @@ def describe_labels(table: pd.DataFrame) -> None:
 
 def job(arguments: argparse.Namespace) -> int:
     """Extract, and say what came of it."""
-    from pipeline.shards import ShardOptions, extract_shards
+    from pipeline.features.extract import ShardOptions, extract_shards
 
     config = FeatureConfig(
         kind=arguments.features_kind,

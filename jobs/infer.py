@@ -17,13 +17,13 @@ import numpy as np
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
 from jobs._hearing import add_hearing, hearing
-from pipeline.audio import EXTENSIONS
-from pipeline.audio_guard import printable
-from pipeline.backends import BACKENDS
-from pipeline.folders import scan
-from pipeline.options import ScoreOptions
-from pipeline.predictor import Prediction, Predictor
-from pipeline.timeline import SILENCE, Floats, Timeline
+from pipeline.audio.load import EXTENSIONS
+from pipeline.audio.source import printable
+from pipeline.inference.predictor import Prediction, Predictor
+from pipeline.inference.timeline import SILENCE, Floats, Timeline
+from pipeline.models.backends import BACKENDS
+from pipeline.scoring.options import ScoreOptions
+from pipeline.storage.files import scan
 
 STDIN = "-"
 

@@ -25,7 +25,7 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Join, and say what came of it."""
-    from pipeline.joined import join
+    from pipeline.models.ensemble import join
 
     bundle = join(arguments.bundles, arguments.out)
     say(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jobs._common import EXIT_DONE, Parser, run, say
 from jobs.extract import add_label_map, describe_labels
-from pipeline.corpora import ManifestError, scan_folder
 from pipeline.data.corpora import CORPORA
-from pipeline.tables import write_csv
+from pipeline.data.manifest import ManifestError, scan_folder
+from pipeline.data.tables import write_csv
 
 
 def build_parser() -> Parser:

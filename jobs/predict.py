@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
-from pipeline.errors import SerError
+from pipeline.storage.errors import SerError
 from serve.client import DEFAULT_URL, Client
 from serve.client_errors import ClientError
 from serve.schema import Failure, Recording

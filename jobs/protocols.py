@@ -22,14 +22,14 @@ from jobs.train_options import (
     model_options,
     refuse_beside_features,
 )
-from pipeline.cpus import usable_cpus
-from pipeline.errors import SerError
-from pipeline.locks import only_one
-from pipeline.verdict import Targets, reached
+from pipeline.evaluation.verdict import Targets, reached
+from pipeline.storage.cpus import usable_cpus
+from pipeline.storage.errors import SerError
+from pipeline.storage.locks import only_one
 
 if TYPE_CHECKING:
-    from pipeline.folds import Fold
-    from pipeline.protocols import SideBySide
+    from pipeline.data.folds import Fold
+    from pipeline.training.cross_validation import SideBySide
 
 _NAMES = (
     "holdout",
@@ -133,7 +133,7 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
 
 def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     """``job``, in a folder that is held: ``--overwrite`` would remove the folds that another start is training."""
-    from pipeline.protocol_report import protocols_summary, write_protocols
+    from pipeline.reporting.protocol_report import protocols_summary, write_protocols
 
     features, failed = (tuple(arguments.features), 0) if arguments.features else _extracted(arguments)
     table = labelled_recordings(features)
@@ -165,9 +165,9 @@ def _extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
 def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
     """The labelled originals of feature folders, with content hashes."""
     from jobs.extract import describe_labels
-    from pipeline.arrays import load_features
-    from pipeline.shard_folder import known_hashes
-    from pipeline.splits import add_hashes, unknown_content
+    from pipeline.data.splits import add_hashes, unknown_content
+    from pipeline.features.shard_folder import known_hashes
+    from pipeline.features.store import load_features
 
     table = load_features(features).table
     if "label" not in table.columns:
@@ -182,7 +182,7 @@ def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
 
 def unread_note(features: Sequence[Path], read: int) -> str | None:
     """What the pages say where recordings could not be read when the features were made; ``read`` of them could."""
-    from pipeline.arrays import read_shard_manifest
+    from pipeline.features.store import read_shard_manifest
 
     failed = sum(int(read_shard_manifest(folder)["failed"]) for folder in features)
     if not failed:
@@ -191,8 +191,8 @@ def unread_note(features: Sequence[Path], read: int) -> str | None:
 
 
 def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) -> list[Fold]:
-    from pipeline.folds import assignment, folds_of
-    from pipeline.plan import SPLIT_SEED
+    from pipeline.data.folds import assignment, folds_of
+    from pipeline.training.plan import SPLIT_SEED
 
     assigned = None if arguments.folds_csv is None else assignment(table, arguments.folds_csv, "fold")
     found = folds_of(
@@ -219,12 +219,12 @@ def _run(
     meta: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train, test, report one protocol; its row in the comparison, and its verdict."""
-    from pipeline.corpora import label_set
-    from pipeline.joined import mean_answers
-    from pipeline.plan import Plan
-    from pipeline.protocol_report import protocol_row
-    from pipeline.protocols import train_folds
-    from pipeline.report import write_report
+    from pipeline.data.manifest import label_set
+    from pipeline.models.ensemble import mean_answers
+    from pipeline.reporting.protocol_report import protocol_row
+    from pipeline.reporting.report import write_report
+    from pipeline.training.cross_validation import train_folds
+    from pipeline.training.plan import Plan
 
     out: Path = arguments.out / protocol
     if arguments.overwrite:
@@ -279,7 +279,7 @@ def _run(
 def _side_by_side(folds: int, arguments: argparse.Namespace) -> SideBySide:
     import torch
 
-    from pipeline.protocols import SideBySide
+    from pipeline.training.cross_validation import SideBySide
 
     gpus = torch.cuda.device_count() if arguments.use_gpu is not False else 0
     if arguments.use_gpu and not gpus:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs._common import EXIT_DONE, Parser, Progress, run, say
-from pipeline.corpora import scan_folder
-from pipeline.download import download, md5_of
-from pipeline.errors import SerError
-from pipeline.locks import only_one
-from pipeline.unpack import unpack
+from pipeline.data.manifest import scan_folder
+from pipeline.storage.download import download, md5_of
+from pipeline.storage.errors import SerError
+from pipeline.storage.locks import only_one
+from pipeline.storage.unpack import unpack
 
 BASE_URL = "https://zenodo.org/records/1188976/files"
 ARCHIVE = "Audio_Speech_Actors_01-24.zip"

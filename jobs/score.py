@@ -14,17 +14,17 @@ import pandas as pd
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
 from jobs._hearing import add_hearing, hearing
 from jobs._provenance import provenance
-from pipeline.audio import EXTENSIONS
-from pipeline.audio_formats import USUAL_ENDINGS
-from pipeline.checkpoint import Bundle, load_bundle
-from pipeline.corpora import ManifestError, read_manifest
-from pipeline.errors import SerError
-from pipeline.exports import FORMATS
-from pipeline.folders import FolderScan, local_path, scan
-from pipeline.remote import is_remote, scan_remote
+from pipeline.audio.formats import USUAL_ENDINGS
+from pipeline.audio.load import EXTENSIONS
+from pipeline.data.manifest import ManifestError, read_manifest
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.scoring.exports import FORMATS
+from pipeline.storage.errors import SerError
+from pipeline.storage.files import FolderScan, local_path, scan
+from pipeline.storage.remote import is_remote, scan_remote
 
 if TYPE_CHECKING:
-    from pipeline.scoring import ScoreRun
+    from pipeline.scoring.scoring import ScoreRun
 
 
 def build_parser() -> Parser:
@@ -97,7 +97,7 @@ def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:
 
 def job(arguments: argparse.Namespace) -> int:
     """Score, and say what came of it."""
-    from pipeline.scoring import Execution, score_manifest
+    from pipeline.scoring.scoring import Execution, score_manifest
 
     bundle = load_bundle(arguments.model_weights)
     table, found = read_input(arguments, bundle)
@@ -123,7 +123,7 @@ def job(arguments: argparse.Namespace) -> int:
     )
     tell(result, bundle)
     if result.evaluation is not None and result.evaluation["labelled"]:
-        from pipeline.report import terminal_summary
+        from pipeline.reporting.report import terminal_summary
 
         print(terminal_summary(result.evaluation))
     for path in [arguments.out / ("predictions.csv" if arguments.no_report else "report.html"), *result.exports]:

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from jobs._common import EXIT_DONE, Parser, check_free, run, say
 from jobs._terminal import Terminal
-from pipeline.errors import SerError
-from pipeline.runtime import start_ray, stop_ray
+from pipeline.cluster.runtime import start_ray, stop_ray
+from pipeline.storage.errors import SerError
 from serve.bundles import open_bundles
 from serve.keys import API_KEY_VARIABLE
 from serve.ray_settings import prepare

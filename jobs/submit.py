@@ -17,8 +17,8 @@ from jobs._common import EXIT_DONE, Parser, run, say
 from jobs._follow import follow
 from jobs._package import describe, largest, pack
 from jobs._paths import Placed, place, read_words
-from pipeline.errors import SerError
-from pipeline.ray_jobs import connect, new_name
+from pipeline.cluster.submit import connect, new_name
+from pipeline.storage.errors import SerError
 
 JOBS = ("extract", "train", "evaluate", "score")
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")

@@ -25,15 +25,15 @@ from jobs.train_options import (
     model_options,
     refuse_beside_features,
 )
-from pipeline.checkpoint import file_sha256
-from pipeline.corpora import label_set
+from pipeline.cluster.runtime import joins_cluster
 from pipeline.data.corpora.voices import check_corpora, renewed, voice, voices
-from pipeline.errors import SerError
-from pipeline.locks import only_one
-from pipeline.runtime import joins_cluster
+from pipeline.data.manifest import label_set
+from pipeline.models.bundle import file_sha256
+from pipeline.storage.errors import SerError
+from pipeline.storage.locks import only_one
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
+    from pipeline.training.plan import Plan
 
 PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
 
@@ -85,8 +85,8 @@ def _job(arguments: argparse.Namespace, device: str) -> int:
 
 def _nothing_left(out: Path, resume: bool) -> bool:
     """Whether the run in `out` is done; refuses a folder that does not fit `--resume`."""
-    from pipeline.plan import read_plan
-    from pipeline.runs import refuse_begun
+    from pipeline.training.plan import read_plan
+    from pipeline.training.run import refuse_begun
 
     if not resume:
         refuse_begun(out)
@@ -97,9 +97,9 @@ def _nothing_left(out: Path, resume: bool) -> bool:
 
 def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
     """Features of the recordings, in ``--out``; how many could not be read."""
-    from pipeline.features import FeatureConfig
-    from pipeline.initial import check_start
-    from pipeline.shards import ShardOptions, extract_shards
+    from pipeline.features.extract import ShardOptions, extract_shards
+    from pipeline.features.features import FeatureConfig
+    from pipeline.training.initial import check_start
 
     table = _read_all(arguments)
     describe_labels(table)
@@ -139,8 +139,8 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     Raises:
         SerError: names the option and what there is.
     """
-    from pipeline.batches import corpora_of
-    from pipeline.sampling import shares_of
+    from pipeline.training.batches import corpora_of
+    from pipeline.training.sampling import shares_of
 
     check_corpora(table, (arguments.label_map or {}).values())
     table = renewed(table)  # as its features will be read
@@ -178,12 +178,12 @@ def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFram
 
 def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
-    from pipeline.arrays import load_features
-    from pipeline.plan import SPLIT_SEED, Plan
-    from pipeline.runs import begin, check, check_resumes, read_splits, refuse_changed
-    from pipeline.shard_folder import known_hashes
-    from pipeline.splits import add_hashes, check_disjoint, split_table, unknown_content
-    from pipeline.teachers import refuse_leaks
+    from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
+    from pipeline.features.shard_folder import known_hashes
+    from pipeline.features.store import load_features
+    from pipeline.training.distillation import refuse_leaks
+    from pipeline.training.plan import SPLIT_SEED, Plan
+    from pipeline.training.run import begin, check, check_resumes, read_splits, refuse_changed
 
     table = load_features(features).table
     if "label" not in table.columns:
@@ -245,7 +245,7 @@ def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _in_given_parts(table: pd.DataFrame, split_csv: Path | None) -> pd.DataFrame:
     """The table with the parts of ``--split_csv`` as its split column, without the rows it does not name."""
-    from pipeline.folds import assignment
+    from pipeline.data.folds import assignment
 
     if split_csv is None:
         return table
@@ -270,11 +270,11 @@ def _train(plan: Plan, arguments: argparse.Namespace, device: str) -> bool:
     show = _Show(plan.fit.epochs)
     try:
         if arguments.num_workers == 0:
-            from pipeline.runs import train_here
+            from pipeline.training.run import train_here
 
             result = train_here(plan, device=device, on_epoch=lambda record, _: show.epoch(record), on_batch=show.batch)
             return result.interrupted
-        from pipeline.train import train_on_ray
+        from pipeline.training.on_ray import train_on_ray
 
         train_on_ray(
             plan,
@@ -325,7 +325,7 @@ class _Show:
 
 def _finish(plan: Plan, report_split: str, interrupted: bool) -> None:
     """Write the bundle; evaluate it once on the chosen split; print the report. After Ctrl-C only keep the weights."""
-    from pipeline.results import keep_weights, write_results
+    from pipeline.training.results import keep_weights, write_results
 
     if interrupted:
         kept = keep_weights(plan)

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from jobs._common import LabelMap, Parser, true_or_false
-from pipeline.errors import SerError
-from pipeline.labels import LabelSet
+from pipeline.data.labels import LabelSet
+from pipeline.storage.errors import SerError
 
 if TYPE_CHECKING:
-    from pipeline.fit_config import FitConfig
+    from pipeline.training.config import FitConfig
 
 MODELS = ("inception", "cnn_bilstm")
 FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
@@ -154,7 +154,7 @@ def add_model_options(parser: Parser) -> None:
 
 def shares(text: str) -> dict[str, float]:
     """``ravdess_speech:0.4,crema_d:0.6`` as a mapping."""
-    from pipeline.sampling import pairs
+    from pipeline.training.sampling import pairs
 
     found: dict[str, float] = {}
     try:
@@ -259,7 +259,7 @@ def model_options(arguments: argparse.Namespace) -> dict[str, float]:
     Raises:
         SerError: one that the network does not have, or a value out of range.
     """
-    from pipeline.models import check_options
+    from pipeline.models.networks import check_options
 
     values = {name: getattr(arguments, name) for name in ("dropout", "width")}
     given = {name: value for name, value in values.items() if value is not None}
@@ -282,9 +282,9 @@ def fit_config(
     Raises:
         SerError: a value out of range, an unknown class or name.
     """
-    from pipeline.cluster import cpus_a_worker
-    from pipeline.fit_config import FitConfig
-    from pipeline.sampling import parse_class_values
+    from pipeline.cluster.nodes import cpus_a_worker
+    from pipeline.training.config import FitConfig
+    from pipeline.training.sampling import parse_class_values
 
     if threads is None:
         threads = arguments.threads or cpus_a_worker(arguments.num_workers)
@@ -316,7 +316,7 @@ def fit_config(
 
 def _loss_weights(wanted: str | Mapping[str, float], labels: LabelSet, train: pd.DataFrame) -> tuple[float, ...] | None:
     """`none`, `balanced`, or weights of classes, as `CLASS:WEIGHT,...` too, with 1 for those that are not named."""
-    from pipeline.sampling import class_weights, parse_class_values
+    from pipeline.training.sampling import class_weights, parse_class_values
 
     if wanted == "none":
         return None

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from jobs import score
-from pipeline.predictions import PARQUET
+from pipeline.scoring.predictions import PARQUET
 
 SAMPLES = Path(__file__).resolve().parent / "metadata.csv"
 SHOWN_ROWS = 20

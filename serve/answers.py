@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.picture import Picture
-from pipeline.predictor import Prediction
-from pipeline.timeline import SILENCE, SILENCE_DBFS, UNCERTAIN, Timeline
+from pipeline.inference.picture import Picture
+from pipeline.inference.predictor import Prediction
+from pipeline.inference.timeline import SILENCE, SILENCE_DBFS, UNCERTAIN, Timeline
 from serve import schema
 from serve.asks import Card, Explained, Heard
 from serve.problems import recording_error

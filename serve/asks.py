@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.audio import Channel
-from pipeline.explain import OcclusionMap
-from pipeline.features import FeatureConfig
-from pipeline.picture import Picture
-from pipeline.predictor import Channels, Prediction
-from pipeline.timeline import Timeline
+from pipeline.audio.load import Channel
+from pipeline.features.features import FeatureConfig
+from pipeline.inference.explain import OcclusionMap
+from pipeline.inference.picture import Picture
+from pipeline.inference.predictor import Channels, Prediction
+from pipeline.inference.timeline import Timeline
 
 
 @dataclass(frozen=True)

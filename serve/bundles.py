@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.checkpoint import Bundle, load_bundle
-from pipeline.errors import SerError
-from pipeline.onnx_export import ensure_onnx
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.onnx_export import ensure_onnx
+from pipeline.storage.errors import SerError
 
 
 def open_bundles(paths: Sequence[str]) -> list[Bundle]:

@@ -31,10 +31,10 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from ray.util import get_node_ip_address
 
-from pipeline.checkpoint import Bundle
-from pipeline.errors import SerError
-from pipeline.predictor import Predictor
-from pipeline.runtime import joins_cluster
+from pipeline.cluster.runtime import joins_cluster
+from pipeline.inference.predictor import Predictor
+from pipeline.models.bundle import Bundle
+from pipeline.storage.errors import SerError
 from serve.asks import Ask, Card, Explained, Heard
 from serve.bundles import open_bundles
 from serve.metrics import RequestMeter, WorkMeter

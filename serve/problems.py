@@ -1,6 +1,6 @@
 """Errors as RFC 9457 problem documents: a status, a stable ``code``, one sentence; never a path or a traceback.
 
-The codes of recordings are those of ``pipeline.audio`` (``AudioError.code``); the others are listed in ``KINDS``.
+The codes of recordings are those of ``pipeline.audio.load`` (``AudioError.code``); the others are listed in ``KINDS``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi.responses import JSONResponse
 
-from pipeline.audio_errors import ERRORS
+from pipeline.audio.errors import ERRORS
 from serve.request_scope import note, request_id
 from serve.schema import FieldError, Problem
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from fastapi import APIRouter, Request
 
-from pipeline.predictor import Channels
+from pipeline.inference.predictor import Channels
 from serve import answers, schema, uploads
 from serve.asks import Ask, Heard
 from serve.problems import ServiceError, retry_later

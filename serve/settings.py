@@ -10,8 +10,8 @@ import os
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.audio_errors import Limits
-from pipeline.errors import SerError
+from pipeline.audio.errors import Limits
+from pipeline.storage.errors import SerError
 from serve.keys import API_KEY_VARIABLE, checked_key, key_digest
 
 MIB = 2**20

@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline import audio
-from pipeline.checkpoint import Bundle
-from pipeline.excerpts import Excerpt, describe, failed
-from pipeline.explain import occlusion_map
-from pipeline.features import extract
-from pipeline.picture import Picture, draw, outline_part
-from pipeline.predictor import Prediction, Predictor
-from pipeline.timeline import Timeline
-from pipeline.windows import Walk
+from pipeline.audio import load as audio
+from pipeline.audio.windows import Walk
+from pipeline.features.features import extract
+from pipeline.inference.excerpts import Excerpt, describe, failed
+from pipeline.inference.explain import occlusion_map
+from pipeline.inference.picture import Picture, draw, outline_part
+from pipeline.inference.predictor import Prediction, Predictor
+from pipeline.inference.timeline import Timeline
+from pipeline.models.bundle import Bundle
 from serve.asks import Ask, Card, Explained, Heard, Timing
 from serve.batching import Batcher
 
@@ -255,6 +255,6 @@ def _refused(predictor: Predictor, error: audio.AudioError) -> Prediction:
 def _load(decode: Callable[..., audio.Clip], data: bytes, apart: bool, **options: Any) -> audio.Clip:
     if not apart:
         return decode(data, **options)
-    from pipeline.audio_isolated import decode_in_subprocess
+    from pipeline.audio.isolated import decode_in_subprocess
 
     return decode_in_subprocess(data, decode=decode, **options)

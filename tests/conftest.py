@@ -23,9 +23,9 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from pipeline.checkpoint import Bundle, save_bundle
-from pipeline.features import FeatureConfig, extract
-from pipeline.labels import RAVDESS_EMOTIONS, RAVDESS_LABELS
+from pipeline.data.labels import RAVDESS_EMOTIONS, RAVDESS_LABELS
+from pipeline.features.features import FeatureConfig, extract
+from pipeline.models.bundle import Bundle, save_bundle
 from serve.ray_settings import prepare
 from serve.settings import Settings
 
@@ -147,7 +147,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """
     import torch
 
-    from pipeline.models import build_model
+    from pipeline.models.networks import build_model
 
     config = FeatureConfig()
     voices = [dict(zip(("f0_hz", "syllables_hz", "peak"), voice, strict=True)) for voice in _VOICES.values()]
@@ -186,7 +186,7 @@ def ray_session() -> Iterator[None]:
     """
     import ray
 
-    from pipeline.runtime import start_ray
+    from pipeline.cluster.runtime import start_ray
 
     start_ray(num_cpus=2)
     yield

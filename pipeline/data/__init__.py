@@ -1,4 +1,4 @@
-"""What is learnt from: the known corpora (``corpora``), and folders of recordings as manifest tables (``folder``).
+"""Tables of recordings: manifests, labels, known corpora, splits and folds, CSV files that are safe to open.
 
-Reading audio and making features of it is elsewhere.
+Not here: decoding (``audio``), and figures over answers (``evaluation``).
 """

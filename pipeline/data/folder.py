@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.audio import EXTENSIONS
-from pipeline.audio_formats import USUAL_ENDINGS
+from pipeline.audio.formats import USUAL_ENDINGS
+from pipeline.audio.load import EXTENSIONS
 from pipeline.data.corpora import CORPORA, Corpus, Told, by_name, recognised
 from pipeline.data.corpora.audiofolder import AUDIOFOLDER, Listed, listed
 from pipeline.data.corpora.ravdess import SONG, SPEECH
 from pipeline.data.corpora.voices import check_corpora
-from pipeline.folders import FolderScan, local_path, path_text, scan
-from pipeline.labels import OTHER_CLASSES, as_integer, canonical_name, emotion_of, is_named
-from pipeline.manifest_csv import MISSING, ManifestError
+from pipeline.data.labels import OTHER_CLASSES, as_integer, canonical_name, emotion_of, is_named
+from pipeline.data.manifest_csv import MISSING, ManifestError
+from pipeline.storage.files import FolderScan, local_path, path_text, scan
 
 _COLUMNS = ("speech", "label", "speaker", "sex", "intensity", "statement", "repetition", "corpus")
 _SHOWN = 5

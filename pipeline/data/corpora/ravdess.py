@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import PurePath
 
 from pipeline.data.corpora.record import Corpus, Told, code_pattern
-from pipeline.labels import RAVDESS_EMOTIONS
+from pipeline.data.labels import RAVDESS_EMOTIONS
 
 _NAME = code_pattern(
     r"0[13]-(?P<code>(?P<channel>0[12])-(?P<emotion>0[1-8])-(?P<intensity>0[12])-(?P<statement>0[12])"

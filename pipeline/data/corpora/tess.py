@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from pipeline.data.corpora.record import Corpus, Told, code_pattern
-from pipeline.labels import canonical_name
+from pipeline.data.labels import canonical_name
 
 _NAME = code_pattern(
     r"(?P<speaker>OAF?|YAF)_(?P<word>[a-z]+(?:-[a-z]+)?)_"

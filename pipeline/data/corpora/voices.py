@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 import pandas as pd
 
 from pipeline.data.corpora import by_name, recognised
-from pipeline.labels import RAVDESS_LABELS
-from pipeline.manifest_csv import ManifestError
+from pipeline.data.labels import RAVDESS_LABELS
+from pipeline.data.manifest_csv import ManifestError
 
 _ACTOR = re.compile(r"Actor_(0[1-9]|1\d|2[0-4])")
 

@@ -1,0 +1,396 @@
+"""Recordings in: a path or `bytes` to float32 mono samples at the rate asked for, or an `AudioError`.
+
+Method: the header is checked (`audio_headers`), then the limits, and only then are samples decoded: libsndfile seeks to
+the frames needed plus the resampler's margin and reads them in blocks, mixed down as they pass, so that neither length
+nor channels of a recording decide how much memory is held. Where channels cancel in the mix, the loudest is taken.
+Resampling is soxr's HQ, librosa's default; a part equals that part of the whole recording resampled, for it starts
+where the two sample grids meet, with margin for the filter.
+Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` for conventions (mean of channels, ceil of lengths).
+Limits: what libsndfile does not read (m4a, mp4, webm, AMR ...) is decoded from its start by FFmpeg (PyAV).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import soxr
+
+from pipeline.audio.decoders import Block, Decoder
+from pipeline.audio.errors import (
+    DEFAULT_LIMITS,
+    ERRORS,
+    AudioError,
+    Limits,
+    NoSamples,
+    NoSuchChannel,
+    NotFinite,
+    OutOfRange,
+)
+from pipeline.audio.formats import EXTENSIONS
+from pipeline.audio.joined import open_recording
+from pipeline.audio.source import AudioSource, open_source
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "ERRORS",
+    "EXTENSIONS",
+    "AudioError",
+    "AudioInfo",
+    "AudioSource",
+    "Channel",
+    "Clip",
+    "Limits",
+    "Reading",
+    "content_hash",
+    "load",
+    "load_middle",
+    "load_once",
+    "probe",
+]
+
+Samples = npt.NDArray[np.float32]
+Channel = int | Literal["mix"]
+
+_MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
+_CANCELLED = 0.2  # of the power that channels with nothing in common keep
+_INEXACT_SEEKS = (
+    "MPEG",
+    "OPUS",
+)  # libsndfile's codecs whose samples after a seek may differ from those on the way there
+_LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a recording is: rate in Hz, channels, frames (samples a channel), seconds, container, codec.
+
+    `notice`: what users should know of how it was read, "" mostly.
+    """
+
+    sample_rate_hz: int
+    channels: int
+    frames: int
+    duration_s: float
+    container: str
+    codec: str
+    notice: str = ""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A part of a recording.
+
+    `samples`: float32 mono (n,) at `sample_rate_hz`; `start_s`: where in the recording its real audio starts;
+    `scored_s`: seconds of real audio in it, the rest is zero padding.
+    """
+
+    samples: Samples
+    sample_rate_hz: int
+    start_s: float
+    scored_s: float
+    info: AudioInfo
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `load_once` takes from a recording: `clips`, one for each length asked for, and `content_hash` (or "")."""
+
+    clips: tuple[Clip, ...]
+    content_hash: str
+
+
+def probe(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> AudioInfo:
+    """What `source` is, checked against `limits`. Decodes only where its header does not tell the length."""
+    with _decoder(source, limits) as decoder:
+        return _info(decoder)
+
+
+def load_middle(
+    source: AudioSource,
+    *,
+    window_s: float = 2.0,
+    sample_rate_hz: int = 48_000,
+    channel: Channel = "mix",
+    limits: Limits = DEFAULT_LIMITS,
+) -> Clip:
+    """The middle of a recording, as it would be cut from the whole recording resampled.
+
+    Args:
+        source: path or bytes.
+        window_s: length in seconds; the clip has exactly round(window_s * sample_rate_hz) samples, centred between
+            zeros when the recording is shorter.
+        sample_rate_hz: rate of the samples returned.
+        channel: "mix" (the mean of all channels), or one channel, counted from 0.
+        limits: what is refused before decoding.
+
+    Raises:
+        AudioError: the recording cannot be used; `code` says why.
+    """
+    window = _window(window_s, sample_rate_hz)
+    with _decoder(source, limits) as decoder:
+        return _middle(partial(_mono, decoder, channel), decoder, window, sample_rate_hz)
+
+
+def load_once(
+    source: AudioSource,
+    *,
+    windows_s: Sequence[float],
+    sample_rate_hz: int = 48_000,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Reading:
+    """What `load_middle` gives for each of `windows_s`, and what `content_hash` gives, from decoding once.
+
+    Decodes all of the recording and holds its longest middle. MP3 and Opus are decoded again for each middle, from
+    where `load_middle` starts, as their samples depend on that.
+
+    Args:
+        source: path or bytes.
+        windows_s: lengths of the middles in seconds, one or more.
+        sample_rate_hz: rate of the samples returned.
+        limits: what is refused before decoding.
+
+    Returns:
+        The clips, all channels mixed; the hash is "" where the recording is damaged, but not within its middles.
+
+    Raises:
+        AudioError: as `load_middle`.
+    """
+    windows = [_window(window_s, sample_rate_hz) for window_s in windows_s]
+    digest = ""
+    try:
+        with _decoder(source, limits) as decoder:
+            if not decoder.codec.startswith(_INEXACT_SEEKS):
+                return _read_once(decoder, windows, sample_rate_hz)
+            digest = _hashed(decoder, decoder.blocks(0, decoder.frames))
+    except AudioError:
+        pass  # if it is the middles' as well, they tell
+    clips = [load_middle(source, window_s=s, sample_rate_hz=sample_rate_hz, limits=limits) for s in windows_s]
+    return Reading(tuple(clips), digest)
+
+
+def load(
+    source: AudioSource,
+    *,
+    sample_rate_hz: int = 48_000,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    channel: Channel = "mix",
+    limits: Limits = DEFAULT_LIMITS,
+) -> Clip:
+    """A recording or a part of it, resampled, not padded: as `load_middle`, but where the caller says.
+
+    Holds what it returns, 4 bytes a sample: take long recordings in parts.
+
+    Args:
+        source: path or bytes.
+        sample_rate_hz: rate of the samples returned.
+        start_s: start of the part, in seconds.
+        duration_s: length of the part, in seconds, shortened at the recording's end; None for all that follows.
+        channel: "mix" (the mean of all channels), or one channel, counted from 0.
+        limits: what is refused before decoding.
+
+    Raises:
+        AudioError: the recording cannot be used; `NoSamples` when `start_s` lies at or past its end.
+    """
+    if start_s < 0 or (duration_s is not None and duration_s <= 0):
+        raise ValueError(f"expected start_s >= 0 and duration_s > 0, got {start_s} and {duration_s}")
+    with _decoder(source, limits) as decoder:
+        total = resampled_length(decoder.frames, decoder.sample_rate_hz, sample_rate_hz)
+        start = round(start_s * sample_rate_hz)
+        if start >= total:
+            length_s = decoder.frames / decoder.sample_rate_hz
+            raise NoSamples(f"{decoder.name}: start {start_s:g} s is past its end at {length_s:g} s. Start earlier.")
+        count = total - start
+        if duration_s is not None:
+            count = min(count, max(round(duration_s * sample_rate_hz), 1))
+        samples = _resampled(partial(_mono, decoder, channel), _info(decoder), start, count, sample_rate_hz)
+        return Clip(samples, sample_rate_hz, start / sample_rate_hz, count / sample_rate_hz, _info(decoder))
+
+
+def content_hash(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> str:
+    """sha256 (64 hex digits) of the decoded samples, the rate and the number of channels.
+
+    Samples count as little-endian float32, so a WAV and the FLAC made from it have one hash, whatever their names and
+    tags. Raises `AudioError`.
+    """
+    with _decoder(source, limits) as decoder:
+        return _hashed(decoder, decoder.blocks(0, decoder.frames))
+
+
+def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
+    """Samples that `frames` at `from_hz` become at `to_hz`: the ceiling of the exact ratio."""
+    return -(-frames * to_hz // from_hz)
+
+
+@contextmanager
+def _decoder(source: AudioSource, limits: Limits) -> Iterator[Decoder]:
+    with open_source(source) as file, open_recording(file, limits) as decoder:
+        yield decoder
+
+
+def _info(decoder: Decoder) -> AudioInfo:
+    rate_hz, frames = decoder.sample_rate_hz, decoder.frames
+    return AudioInfo(
+        rate_hz, decoder.channels, frames, frames / rate_hz, decoder.container, decoder.codec, decoder.notice
+    )
+
+
+def _hashed(decoder: Decoder, blocks: Iterator[Block]) -> str:
+    digest = hashlib.sha256(f"{decoder.sample_rate_hz} Hz, {decoder.channels} channels\n".encode())
+    for block in blocks:
+        digest.update(block.astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _window(window_s: float, rate_hz: int) -> int:
+    window = round(window_s * rate_hz)
+    if window < 1:
+        raise ValueError(f"window_s {window_s} at {rate_hz} Hz is {window} samples; expected 1 or more")
+    return window
+
+
+def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Reading:
+    """The middles of `windows` samples, and the hash, from one pass; the frames of the longest middle are held."""
+    info, notice = _info(decoder), decoder.notice
+    first, last = _frames_for(*_placed(max(windows), info, rate_hz), info, rate_hz)
+    held = np.empty((last - first, decoder.channels), np.float32)
+
+    def passing() -> Iterator[Block]:
+        position = 0
+        for block in decoder.blocks(0, decoder.frames):
+            part = block[max(first - position, 0) : max(last - position, 0)]
+            if len(part):
+                at = max(position - first, 0)
+                held[at : at + len(part)] = part
+            position += len(block)
+            yield block
+
+    digest = _hashed(decoder, passing())
+
+    def read(start: int, count: int) -> Samples:
+        decoder.notice = notice
+        part = held[start - first : start - first + count]
+        samples = _mixed(part).copy()
+        _check_values(samples, start, decoder)
+        if decoder.channels > 1 and _cancels(samples, powers := _powers(part)):
+            return part[:, _loudest(decoder, powers)].copy()
+        return samples
+
+    _check_values(_mixed(held), first, decoder)
+    return Reading(tuple(_middle(read, decoder, window, rate_hz) for window in windows), digest)
+
+
+def _placed(window: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
+    """(start, count) of the middle `window` samples of the recording resampled; all of it when it is shorter."""
+    total = resampled_length(info.frames, info.sample_rate_hz, rate_hz)
+    count = min(window, total)
+    return (total - count) // 2, count
+
+
+def _middle(read: Callable[[int, int], Samples], decoder: Decoder, window: int, rate_hz: int) -> Clip:
+    """The middle `window` samples, zeros around a shorter recording; `read` as for `_resampled`."""
+    info = _info(decoder)
+    start, count = _placed(window, info, rate_hz)
+    samples = _resampled(read, info, start, count, rate_hz)
+    if count < window:
+        before = (window - count) // 2
+        samples = np.pad(samples, (before, window - count - before))
+    return Clip(samples, rate_hz, start / rate_hz, count / rate_hz, _info(decoder))  # with what reading gave notice of
+
+
+def _frames_for(start: int, count: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
+    """[first, last) frames of which samples [start, start + count) of the whole recording resampled are made."""
+    from_hz = info.sample_rate_hz
+    if from_hz == rate_hz:
+        return start, start + count
+    down = from_hz // math.gcd(from_hz, rate_hz)  # every `down` frames the two grids meet
+    margin = _MARGIN * max(1, -(-from_hz // rate_hz))
+    first = max(start * from_hz // rate_hz - margin, 0) // down * down
+    return first, min(resampled_length(start + count, rate_hz, from_hz) + margin, info.frames)
+
+
+def _resampled(read: Callable[[int, int], Samples], info: AudioInfo, start: int, count: int, rate_hz: int) -> Samples:
+    """Samples [start, start + count) of the whole recording resampled to `rate_hz`, reading little more than them.
+
+    `read(first, count)` gives frames of one channel at the recording's own rate, (count,).
+    """
+    first, last = _frames_for(start, count, info, rate_hz)
+    frames = read(first, last - first)
+    if info.sample_rate_hz == rate_hz:
+        return frames
+    resampled = soxr.resample(frames, info.sample_rate_hz, rate_hz, quality="HQ")
+    skipped = start - first * rate_hz // info.sample_rate_hz  # without remainder: the grids meet there
+    samples = np.zeros(count, np.float32)
+    part = resampled[skipped : skipped + count]  # at the recording's end soxr may round down: a zero follows
+    samples[: len(part)] = part
+    return samples
+
+
+def _mono(decoder: Decoder, channel: Channel, start: int, count: int) -> Samples:
+    """Frames [start, start + count) as one channel, (count,) at the recording's own rate; finite."""
+    if channel != "mix" and not 0 <= channel < decoder.channels:
+        expected = f"0 to {decoder.channels - 1} or 'mix'"
+        raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
+    samples = np.empty(count, np.float32)
+    several = channel == "mix" and decoder.channels > 1
+    powers, filled = np.zeros(decoder.channels), 0
+    for block in decoder.blocks(start, count):
+        samples[filled : filled + len(block)] = _mixed(block) if channel == "mix" else block[:, channel]
+        filled += len(block)
+        if several:
+            powers += _powers(block)
+    _check_values(samples, start, decoder)
+    if several and _cancels(samples, powers):
+        return _mono(decoder, _loudest(decoder, powers), start, count)
+    return samples
+
+
+def _powers(block: Block) -> npt.NDArray[np.float64]:
+    """Sum of squares of each channel of a block (n, channels): (channels,)."""
+    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` finds what is not finite
+        return np.asarray(np.einsum("nc,nc->c", block, block), dtype=np.float64)
+
+
+def _loudest(decoder: Decoder, powers: npt.NDArray[np.float64]) -> int:
+    """The channel that is taken where all of them cancel in their mean; a notice says so."""
+    loudest = int((powers >= 0.999 * powers.max()).argmax())  # the first of equals
+    decoder.notice = f"its channels cancel each other when mixed: channel {loudest}, the loudest, was heard alone"
+    return loudest
+
+
+def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
+    """Whether channels of these powers (sums of squares) cancel in their mean.
+
+    One channel that sounds alone, or several that have nothing in common, keep the power of the loudest over the number
+    of channels squared, or more; a mean that lies 7 dB below that has lost what it should tell.
+    """
+    return float(mix @ mix) < _CANCELLED * float(powers.max()) / len(powers) ** 2
+
+
+def _mixed(block: Block) -> Samples:
+    """The mean of the channels of a block (n, channels): (n,)."""
+    channels = block.shape[1]
+    if channels == 1:
+        return block[:, 0]
+    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` finds what is not finite
+        mean: Samples = block @ np.full(channels, 1.0 / channels, np.float32)
+    return mean
+
+
+def _check_values(samples: Samples, start: int, decoder: Decoder) -> None:
+    peak = float(max(samples.max(), -samples.min()))  # NaN passes through both
+    if peak <= _LOUDEST:
+        return
+    frame = int(np.argmax(~(np.abs(samples) <= _LOUDEST)))
+    where = f"{decoder.name}: sample {samples[frame]} at {(start + frame) / decoder.sample_rate_hz:.3f} s"
+    if math.isfinite(peak):
+        raise OutOfRange(f"{where}; expected values within +-{_LOUDEST:g}. Export it again.")
+    raise NotFinite(f"{where}; expected finite values. Export it again.")

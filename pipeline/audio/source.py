@@ -1,0 +1,192 @@
+"""A path or `bytes` opened as one thing: a regular, non-empty file that is read at a place.
+
+Method: a path is opened once, without blocking where the system can, after a look at what it is, so that a pipe, a
+device or a folder ends in an error and never in a wait. On Linux `bytes` become an anonymous file in memory, so that
+decoders get a descriptor either way; where there is none (Windows, a part of a file) they read through a `FileView`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pipeline.audio.errors import (
+    EmptyFile,
+    NotAFile,
+    NotFound,
+    PermissionDenied,
+    Unreadable,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+AudioSource = str | os.PathLike[str] | bytes
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A regular file open for reading, or a part of one. For one thread.
+
+    Attributes:
+        name: how messages call it.
+        read_at: (offset in the file, count) -> up to so many bytes.
+        descriptor: of the whole file, where C code can read from it; else None.
+        base: where in the file the part starts.
+    """
+
+    name: str
+    size_bytes: int
+    read_at: Callable[[int, int], bytes]
+    descriptor: int | None = None
+    base: int = 0
+
+    def bytes_at(self, offset: int, count: int) -> bytes:
+        """Up to `count` bytes from `offset`; fewer at the end. Leaves the descriptor's position alone."""
+        if offset >= self.size_bytes:
+            return b""
+        try:
+            return self.read_at(self.base + offset, min(count, self.size_bytes - offset))
+        except OSError as error:
+            raise Unreadable(f"{self.name}: {error.strerror}. Check the disk or the network share.") from error
+
+    def part(self, start: int, end: int) -> Opened:
+        """The bytes [start, end) as a file of their own."""
+        return replace(self, size_bytes=end - start, base=self.base + start, descriptor=None)
+
+
+@dataclass(frozen=True)
+class Splice:
+    """A repair that a decoder sees and the file does not: `data` in place of `dropped_bytes` bytes at `position`."""
+
+    position: int
+    dropped_bytes: int
+    data: bytes
+
+
+class FileView(io.RawIOBase):
+    """`file`, with or without a repair, as a binary file object of its own position."""
+
+    def __init__(self, file: Opened, splice: Splice | None = None) -> None:
+        super().__init__()
+        self._file, self._splice = file, splice or Splice(0, 0, b"")
+        self._size = file.size_bytes + len(self._splice.data) - self._splice.dropped_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        filled = 0
+        while filled < len(view):
+            part = self._part(self._position, len(view) - filled)
+            if not part:
+                break
+            view[filled : filled + len(part)] = part
+            filled += len(part)
+            self._position += len(part)
+        return filled
+
+    def _part(self, position: int, count: int) -> bytes:
+        at, data = self._splice.position, self._splice.data
+        if position < at:
+            return self._file.bytes_at(position, min(count, at - position))
+        if position < at + len(data):
+            return data[position - at : position - at + count]
+        return self._file.bytes_at(position - len(data) + self._splice.dropped_bytes, count)
+
+
+@contextmanager
+def open_source(source: AudioSource) -> Iterator[Opened]:
+    """Open a path or `bytes` as a regular file, closed on leaving. Never blocks on a pipe or a device."""
+    with ExitStack() as stack:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            opened = _in_memory(bytes(source), name_of(source), stack)
+        else:
+            name = name_of(source)
+            file = stack.enter_context(_open_path(source, name))
+            status = os.fstat(file.fileno())
+            _refuse_irregular(status.st_mode, name)
+            opened = _on_disk(file, name, status.st_size)
+        if opened.size_bytes == 0:
+            raise EmptyFile(f"{opened.name}: 0 bytes. Record or copy it again.")
+        yield opened
+
+
+def name_of(source: AudioSource) -> str:
+    """How messages call a source."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"recording of {len(source)} bytes"
+    return printable(source)
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path for one line of text: control characters and undecodable bytes escaped, the middle of a long one cut."""
+    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-100:]}"
+
+
+def _in_memory(data: bytes, name: str, stack: ExitStack) -> Opened:
+    if not hasattr(os, "memfd_create"):
+        return Opened(name, len(data), lambda offset, count: data[offset : offset + count])
+    file = stack.enter_context(io.FileIO(os.memfd_create("recording"), "w+b"))
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) or 0 :]
+    return _on_disk(file, name, len(data))
+
+
+def _on_disk(file: io.FileIO, name: str, size_bytes: int) -> Opened:
+    if hasattr(os, "pread"):
+        descriptor = file.fileno()
+        return Opened(name, size_bytes, lambda offset, count: os.pread(descriptor, count, offset), descriptor)
+
+    def read_at(offset: int, count: int) -> bytes:
+        file.seek(offset)
+        return file.read(count)
+
+    return Opened(name, size_bytes, read_at)  # Windows: its C libraries do not share descriptors
+
+
+def _open_path(path: str | os.PathLike[str], name: str) -> io.FileIO:
+    def without_waiting(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+
+    try:
+        _refuse_irregular(os.stat(path).st_mode, name)  # before opening: to open a device can have effects
+        return open(path, "rb", buffering=0, opener=without_waiting)  # binary on Windows too
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
+        raise NotFound(
+            f"{name or 'empty path'}: no such file. Check the path and the folder it is read from."
+        ) from error
+    except PermissionError as error:
+        raise PermissionDenied(f"{name}: permission denied. Grant read access to it and its folders.") from error
+    except OSError as error:
+        reason = "too many open files" if error.errno == errno.EMFILE else error.strerror
+        raise Unreadable(f"{name}: {reason}. Check the path, the disk or the network share.") from error
+
+
+def _refuse_irregular(mode: int, name: str) -> None:
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise NotAFile(f"{name} is {kind}; expected a regular audio file. Give the path of a recording.")

@@ -1,0 +1,81 @@
+"""Which parts of a recording are heard: evenly spaced crops, or windows that walk over all of it. Plain arithmetic.
+
+A crop is as long as the model's window. ``K`` crops of a recording split what the window can slide over into ``K``
+equal parts and sit in their middles: one crop is the recording's middle, and no crop touches the very ends. Walking
+windows start every hop from the beginning; a last one ends where the recording ends. All times are in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.storage.errors import SerError
+
+MIN_WINDOW_S = 0.1
+MAX_CROPS = 100
+_TAIL_S = 0.001  # what may stay unheard at the end of a recording
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Windows of ``window_s`` that start every ``hop_s``."""
+
+    window_s: float
+    hop_s: float
+
+    def __post_init__(self) -> None:
+        for name, least_s in (("window_s", MIN_WINDOW_S), ("hop_s", MIN_WINDOW_S / 10)):
+            if not least_s <= getattr(self, name) < math.inf:
+                raise SerError(f"{name} must be {least_s} s or more, and finite, got {getattr(self, name)}")
+
+    def starts(self, duration_s: float) -> list[float]:
+        """Where the windows of a recording start; one only when it is not longer than the window.
+
+        >>> Walk(2.0, 1.0).starts(4.5), Walk(2.0, 2.0).starts(4.0), Walk(2.0, 1.0).starts(0.5)
+        ([0.0, 1.0, 2.0, 2.5], [0.0, 2.0], [0.0])
+        """
+        last_s = duration_s - self.window_s
+        if last_s <= 0:
+            return [0.0]
+        starts = [index * self.hop_s for index in range(int(last_s / self.hop_s + 1e-9) + 1)]
+        return starts if last_s - starts[-1] <= _TAIL_S else [*starts, last_s]
+
+
+def check_crops(crops: int) -> None:
+    """Refuse a number of crops that none would want.
+
+    Raises:
+        SerError: below 1 or above ``MAX_CROPS``.
+    """
+    if crops < 1:
+        raise SerError(f"crops must be 1 or more, got {crops}")
+    if crops > MAX_CROPS:
+        raise SerError(f"crops must be {MAX_CROPS} or fewer, got {crops}; to hear all of a recording use windows")
+
+
+def crop_starts(duration_s: float, window_s: float, crops: int) -> list[float]:
+    """Starts of ``crops`` windows; one only when the recording is not longer than the window.
+
+    >>> crop_starts(5.0, 2.0, 1), crop_starts(5.0, 2.0, 3), crop_starts(1.0, 2.0, 3)
+    ([1.5], [0.5, 1.5, 2.5], [0.0])
+    """
+    room_s = duration_s - window_s
+    if room_s <= 0:
+        return [0.0]
+    return [room_s * (index + 0.5) / crops for index in range(crops)]
+
+
+def covered_s(starts: Sequence[float], duration_s: float, window_s: float) -> float:
+    """Seconds of the recording that lie in at least one of the windows (``starts`` ascending).
+
+    >>> covered_s([0.0, 1.0, 6.0], 10.0, 2.0), covered_s([0.0], 1.5, 2.0)
+    (5.0, 1.5)
+    """
+    total, reached = 0.0, 0.0
+    for start in starts:
+        end = min(start + window_s, duration_s)
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

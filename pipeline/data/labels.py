@@ -1,0 +1,210 @@
+"""Ordered emotion label sets, the codes of known corpora, and the spellings people send.
+
+Source of the codes: Livingstone & Russo (2018), "The Ryerson Audio-Visual Database of Emotional Speech and Song
+(RAVDESS)", PLoS ONE 13(5): e0196391, table of file-name identifiers. The alias table collects the adjective and
+noun forms used by RAVDESS, TESS (``ps`` = pleasant surprise), CREMA-D (``ANG DIS FEA HAP NEU SAD``), SAVEE and EmoDB
+(``anxiety``).
+
+Class indices are positions in sorted order, nothing else: RAVDESS is angry 0 ... surprised 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.storage.errors import SerError
+
+RAVDESS_EMOTIONS: Mapping[str, str] = {
+    "01": "neutral",
+    "02": "calm",
+    "03": "happy",
+    "04": "sad",
+    "05": "angry",
+    "06": "fearful",
+    "07": "disgust",
+    "08": "surprised",
+}
+RAVDESS_LABELS: tuple[str, ...] = tuple(sorted(RAVDESS_EMOTIONS.values()))
+OTHER_CLASSES = ("boredom", "bored")  # known words for how people sound that no model here is trained to tell
+
+ALIASES: Mapping[str, str] = {
+    "anger": "angry",
+    "ang": "angry",
+    "mad": "angry",
+    "calmness": "calm",
+    "relaxed": "calm",
+    "disgusted": "disgust",
+    "dis": "disgust",
+    "fear": "fearful",
+    "fea": "fearful",
+    "afraid": "fearful",
+    "anxiety": "fearful",
+    "scared": "fearful",
+    "happiness": "happy",
+    "hap": "happy",
+    "joy": "happy",
+    "joyful": "happy",
+    "neu": "neutral",
+    "neutrality": "neutral",
+    "sadness": "sad",
+    "surprise": "surprised",
+    "sur": "surprised",
+    "ps": "surprised",
+    "pleasant_surprise": "surprised",
+    "pleasant_surprised": "surprised",
+}
+_KNOWN = frozenset((*RAVDESS_LABELS, *OTHER_CLASSES))
+
+
+class LabelError(SerError):
+    """A label that is none of the classes."""
+
+
+def normalise_name(text: str) -> str:
+    """One spelling of a label name: trimmed, lower case, inner blanks and hyphens as underscores.
+
+    >>> normalise_name(" Pleasant Surprise ")
+    'pleasant_surprise'
+    """
+    return "_".join(text.strip().lower().replace("-", " ").replace("_", " ").split())
+
+
+def canonical_name(text: str, label_map: Mapping[str, str] | None = None) -> str:
+    """The name a spelling stands for: what ``label_map`` makes of it, by the alias table, else the normalised text.
+
+    >>> canonical_name("Fear"), canonical_name("joy", {"joy": "calm"}), canonical_name("Bored")
+    ('fearful', 'calm', 'bored')
+    """
+    name = normalise_name(mapped(text, label_map or {}))
+    return ALIASES.get(name, name)
+
+
+def emotion_of(text: str, label_map: Mapping[str, str] | None = None) -> str | None:
+    """The class that a name stands for: a known emotion, or what ``label_map`` says; None for any other name.
+
+    >>> emotion_of("Fear"), emotion_of("bored"), emotion_of("train"), emotion_of("cough", {"cough": "cough"})
+    ('fearful', 'bored', None, 'cough')
+    """
+    name = ALIASES.get(normalise_name(text), normalise_name(text))
+    return canonical_name(text, label_map) if name in _KNOWN or is_named(text, label_map) else None
+
+
+def is_named(text: str, label_map: Mapping[str, str] | None) -> bool:
+    """Whether ``label_map`` says what a name stands for."""
+    given = _map_key(text)
+    return bool({given, ALIASES.get(given, given)} & set(label_map or ()))
+
+
+def mapped(text: str, label_map: Mapping[str, str], names: Sequence[str] = ()) -> str:
+    """What ``label_map`` (as ``parse_label_map`` gives it) wants for a label; the text itself where it says nothing.
+
+    The text as given is looked up first, then the name that it stands for, by the alias table or, an integer, by its
+    position in ``names``.
+
+    >>> wanted = parse_label_map("fear=sad,happy=calm,1=angry")
+    >>> [mapped(text, wanted, ("angry", "calm", "happy")) for text in ("Fear", "joy", "2", "1.0", "afraid")]
+    ['sad', 'calm', 'calm', 'angry', 'afraid']
+    """
+    given, number = _map_key(text), as_integer(text)
+    name = ALIASES.get(given, given)
+    if text not in names and number is not None and 0 <= number < len(names):
+        name = names[number]
+    return label_map.get(given, label_map.get(name, text))
+
+
+def parse_label_map(text: str) -> dict[str, str]:
+    """``"excited=happiness, 0=neutral"`` as ``{"excited": "happy", "0": "neutral"}``.
+
+    Raises:
+        LabelError: a part is not of the form ``given=wanted``.
+    """
+    mapping: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        given, separator, wanted = part.partition("=")
+        if not separator or not given.strip() or not wanted.strip():
+            raise LabelError(f"label map part {part!r} is not of the form given=wanted, as in excited=happy")
+        mapping[_map_key(given)] = canonical_name(wanted)
+    return mapping
+
+
+def chained(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    """The label map that does what ``first`` says and, with what comes of it, what ``second`` says.
+
+    >>> chained({"excited": "happy"}, {"happy": "sad", "calm": "neutral"})
+    {'happy': 'sad', 'calm': 'neutral', 'excited': 'sad'}
+    """
+    return {**second, **{given: second.get(wanted, wanted) for given, wanted in first.items()}}
+
+
+def _map_key(text: str) -> str:
+    """One spelling of what stands on the left in a label map: ``3``, ``"03"`` and ``"3.0"`` are one integer."""
+    number = as_integer(text)
+    return normalise_name(text) if number is None else str(number)
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Class names in index order (sorted, unique)."""
+
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2:
+            raise LabelError(f"a classifier needs two classes or more, got {list(self.names)}; add labelled recordings")
+        if list(self.names) != sorted(set(self.names)):
+            raise LabelError(f"class names must be unique and in sorted order, got {list(self.names)}")
+
+    @classmethod
+    def from_names(cls, names: Iterable[str]) -> LabelSet:
+        """The set of ``names``, in sorted order."""
+        return cls(tuple(sorted(set(names))))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, value: str | int) -> int:
+        """Class index of a name, an alias, or a 0-based integer (``3``, ``"3"``, ``"3.0"``) that is no class's name.
+
+        Raises:
+            LabelError: the value is no class of this set.
+        """
+        number = as_integer(value)
+        if number is not None and not (isinstance(value, str) and value.strip() in self.names):
+            if 0 <= number < len(self.names):
+                return number
+            raise LabelError(
+                f"label {value} is outside 0..{len(self.names) - 1}; the classes are {self.describe()}; "
+                f"translate other numbers with --label_map {number}=wanted,..."
+            )
+        name = canonical_name(str(value))
+        if name not in self.names:
+            raise LabelError(
+                f"unknown label {str(value)!r}; the classes are {self.describe()}; "
+                f"translate other names with --label_map {normalise_name(str(value)) or 'given'}=wanted"
+            )
+        return self.names.index(name)
+
+    def describe(self) -> str:
+        """``"0 angry, 1 calm, ..."``, one line."""
+        return describe(self.names)
+
+
+def describe(names: Sequence[str]) -> str:
+    """``"0 angry, 1 calm, ..."``: names with their indices, one line."""
+    return ", ".join(f"{i} {name}" for i, name in enumerate(names))
+
+
+def as_integer(value: object) -> int | None:
+    """The integer that a label cell holds, or None when it is a name.
+
+    >>> as_integer("3"), as_integer(3.0), as_integer("3.5"), as_integer("sad")
+    (3, 3, None, None)
+    """
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(str(value).strip())
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None

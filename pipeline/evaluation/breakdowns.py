@@ -1,0 +1,132 @@
+"""Figures by group: for every column of the manifest that divides the recordings into a few groups.
+
+The difference to the rest is accuracy in the group minus accuracy outside it, with the hybrid score interval of
+Newcombe (1998, "Interval estimation for the difference between independent proportions", method 10). With many groups
+some intervals miss zero by chance alone (one in twenty): read them as pointers, not as findings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.evaluation.intervals import newcombe
+from pipeline.evaluation.measures import Ints, scores
+from pipeline.evaluation.outcomes import Outcomes
+
+MAX_GROUPS = 60
+MAX_NUMBERS = 12  # different values of a column of numbers: more are a measurement, not groups
+SMALL_GROUP = 10
+MISSING = "(not given)"
+NAMELESS = "(no name)"
+GROUP_FIGURES = ("group", "n", "failed", "small", "accuracy", "uar", "difference", "difference_interval")
+_BANDS_S = (0, 1, 2, 3, 4, 6, 10, 30, 60, 600, np.inf)
+_FIRST = ("speaker", "sex", "intensity", "statement", "corpus", "duration band")
+_NOT_GROUPS = {
+    *("speech", "label", "label_name", "status", "error", "predicted", "confidence", "entropy", "margin"),
+    *("level_dbfs", "row_id", "parent_id", "n_frames", "content_hash", "scored_s", "start_s", "end_s"),
+}
+
+
+def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str, pd.Series], list[str]]:
+    """Columns to break down by, as ordered categories; and the names of those that have too many values.
+
+    A column whose cells all differ, as the index that pandas writes into a CSV, makes no groups.
+    """
+    ours = _NOT_GROUPS | {f"p_{label}" for label in labels}
+    columns: dict[str, pd.Series] = {}
+    left_out = []
+    for name in map(str, table.columns):
+        if name.removeprefix("in_") in ours:
+            continue
+        if name == "duration_s":
+            columns["duration band"] = _bands(table[name])
+        elif _too_many(table[name]):
+            left_out.append(name or NAMELESS)
+        else:
+            columns[name or NAMELESS] = _as_categories(table[name])
+    useful = {name: cells for name, cells in columns.items() if cells.nunique() > 1}
+    order = sorted(useful, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+    return {name: useful[name] for name in order}, left_out
+
+
+def breakdowns(found: Outcomes) -> tuple[list[dict[str, Any]], list[str]]:
+    """One entry a column, with its groups, and the columns left out; figures are of what could be read."""
+    columns, left_out = group_columns(found.table, found.labels)
+    n_classes = len(found.labels)
+    size = n_classes * (n_classes + 1)
+    cell = found.truth * (n_classes + 1) + found.answer
+    result = []
+    for name, cells in columns.items():
+        groups = [str(group) for group in cells.cat.categories]
+        tallies = np.bincount(cells.cat.codes.to_numpy(np.int64) * size + cell, minlength=len(groups) * size)
+        tallies = tallies.reshape(len(groups), n_classes, n_classes + 1)
+        whole = tallies.sum(axis=0)
+        rows = [_group(group, own, whole) for group, own in zip(groups, tallies, strict=True) if own.any()]
+        result.append({"column": name, "groups": [row for row in rows if row["n"] or row["group"] != MISSING]})
+    return result, left_out
+
+
+def _group(name: str, own: Ints, everything: Ints) -> dict[str, Any]:
+    n_classes = own.shape[0]
+    inside, outside = own[:, :n_classes], (everything - own)[:, :n_classes]
+    n, n_rest = int(inside.sum()), int(outside.sum())
+    row: dict[str, Any] = {"group": name, "n": n, "failed": int(own[:, n_classes].sum()), "small": n < SMALL_GROUP}
+    row |= {"accuracy": None, "uar": None, "difference": None, "difference_interval": None}
+    if n:
+        figures = scores(inside)
+        row |= {"accuracy": float(figures.accuracy), "uar": float(figures.uar)}
+    if n and n_rest:
+        right, right_rest = int(np.trace(inside)), int(np.trace(outside))
+        row["difference"] = right / n - right_rest / n_rest
+        row["difference_interval"] = list(newcombe(right, n, right_rest, n_rest))
+    return row
+
+
+def _too_many(cells: pd.Series) -> bool:
+    """Whether the cells have too many values to be groups."""
+    values = cells.nunique(dropna=False)
+    return values > (MAX_NUMBERS if _has_fractions(cells) else MAX_GROUPS) or 1 < values == len(cells)
+
+
+def _has_fractions(cells: pd.Series) -> bool:
+    """Whether the cells are numbers, some of them with a fraction."""
+    numbers = pd.to_numeric(cells.dropna(), errors="coerce").to_numpy(np.float64)
+    return bool(len(numbers) and np.isfinite(numbers).all() and (numbers % 1 != 0).any())
+
+
+def _as_categories(cells: pd.Series) -> pd.Series:
+    """The cells as text, in natural order; each different cell is looked at once."""
+    codes, values = pd.factorize(cells, use_na_sentinel=False)
+    texts = [_as_text(value) for value in values]
+    order = sorted(set(texts), key=_natural)
+    position = np.array([order.index(text) for text in texts])
+    return pd.Series(pd.Categorical.from_codes(position[codes], pd.Index(order), ordered=True), index=cells.index)
+
+
+def _as_text(cell: object) -> str:
+    if cell is None or cell is pd.NA or cell != cell or str(cell).strip() == "":
+        return MISSING
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell)
+
+
+def _natural(text: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts 2 before 10."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def _bands(durations_s: pd.Series) -> pd.Series:
+    names = [f"{low:g}-{high:g} s" for low, high in pairwise(_BANDS_S[:-1])]
+    names.append(f"{_BANDS_S[-2]:g} s and more")
+    seconds = pd.to_numeric(durations_s, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    index = np.searchsorted(_BANDS_S, seconds, side="right") - 1
+    known = np.isfinite(seconds) & (index >= 0)
+    text = np.array([*names, MISSING])[np.where(known, index, len(names))]
+    return pd.Series(text, index=durations_s.index).astype(pd.CategoricalDtype([*names, MISSING], ordered=True))

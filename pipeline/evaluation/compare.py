@@ -1,0 +1,204 @@
+"""Two sets of answers to the same recordings: paired differences with bootstrap intervals, and McNemar's test.
+
+Resampling draws recordings (or speakers) with both answers together, so that what makes a recording hard for both
+cancels. McNemar (1947) asks whether the recordings that only one of the two gets right are split evenly; the exact
+binomial form is used. Recordings that could not be read count as wrong, in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from pipeline.evaluation.intervals import LEVEL, MIN_SPEAKERS, percentile_interval, resample_groups, resample_recordings
+from pipeline.evaluation.measures import Floats, Ints, scores
+from pipeline.evaluation.metrics import speaker_groups
+from pipeline.evaluation.outcomes import Outcomes, has_labels, outcomes
+from pipeline.storage.errors import SerError
+
+FORMAT_VERSION = 1
+OVERALL = {"accuracy": "accuracy", "UAR": "uar", "weighted F1": "weighted_f1", "macro F1": "macro_f1"}
+
+
+def compare(
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    labels: Sequence[str],
+    *,
+    names: tuple[str, str] = ("A", "B"),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Differences ``second - first`` on the recordings that both tables hold.
+
+    Args:
+        first: scores table with ``label_name``.
+        second: another one of the same recordings, in any order.
+        labels: class names in index order, of both.
+        names: what to call them.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        SerError: no labels, other recordings, or other labels of the same recordings.
+    """
+    one, two = _paired(first, second, labels, names)
+    n_classes = len(labels)
+    shape = (n_classes, n_classes + 1, n_classes + 1)
+    cell = (one.truth * (n_classes + 1) + one.answer) * (n_classes + 1) + two.answer
+    counts = np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape).astype(np.int64)
+    rng = np.random.default_rng(seed)
+    drawn = {"over_recordings": resample_recordings(counts, resamples, rng)}
+    speakers, note = speaker_groups(one.table)
+    if speakers is not None:
+        drawn["over_speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
+    return {
+        "format_version": FORMAT_VERSION,
+        "names": list(names),
+        "labels": list(labels),
+        "n": len(one),
+        "bootstrap": {
+            "level": LEVEL,
+            "resamples": resamples,
+            "seed": seed,
+            "speakers": None if speakers is None else int(speakers.max()) + 1,
+            "speakers_note": note,
+        },
+        "figures": _figures(counts, drawn, labels, _voices(one, speakers)),
+        "mcnemar": mcnemar(one, two),
+    }
+
+
+def _voices(one: Outcomes, speakers: Ints | None) -> list[int]:
+    """How many speakers each class has."""
+    if speakers is None:
+        return [0] * len(one.labels)
+    return [len(set(speakers[one.truth == i])) for i in range(len(one.labels))]
+
+
+def mcnemar(one: Outcomes, two: Outcomes) -> dict[str, Any]:
+    """Exact two-sided McNemar test on paired outcomes."""
+    only_first = int((one.correct & ~two.correct).sum())
+    only_second = int((~one.correct & two.correct).sum())
+    discordant = only_first + only_second
+    return {
+        "both_right": int((one.correct & two.correct).sum()),
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "both_wrong": int((~one.correct & ~two.correct).sum()),
+        "p_value": float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0,
+    }
+
+
+def disagreements(first: pd.DataFrame, second: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """The recordings that the two answer differently: speech, label_name, first, second."""
+    one, two = _paired(first, second, labels, ("A", "B"))
+    words = np.array([*labels, "(not read)"], dtype=object)
+    differ = one.answer != two.answer
+    return pd.DataFrame(
+        {
+            "speech": one.table.loc[differ, "speech"].to_numpy(),
+            "label_name": words[one.truth[differ]],
+            "first": words[one.answer[differ]],
+            "second": words[two.answer[differ]],
+        }
+    )
+
+
+def comparison_summary(found: Mapping[str, Any]) -> str:
+    """The comparison as plain text of at most 80 columns."""
+    first, second = found["names"]
+    over = "over_speakers" if found["bootstrap"]["speakers"] else "over_recordings"
+    lines = [
+        f"A  {first[:75]}",
+        f"B  {second[:75]}",
+        f"{found['n']} recordings; B - A in points; {LEVEL:.0%} interval {over.replace('_', ' ')}",
+        "",
+        f"{'':<22} {'A':>8} {'B':>8} {'B - A':>8}  interval",
+    ]
+    for row in found["figures"]:
+        name = row["metric"] if row["label"] is None else f"recall {row['label'][:14]}"
+        if row["difference"] is None:
+            lines.append(f"{name:<22} {'n/a':>8} {'n/a':>8} {'n/a':>8}")
+            continue
+        low, high = row[over] or row["over_recordings"]
+        lines.append(
+            f"{name:<22} {row['first'] * 100:8.1f} {row['second'] * 100:8.1f} {row['difference'] * 100:+8.1f}"
+            f"  [{low * 100:+.1f}, {high * 100:+.1f}]"
+        )
+    if over == "over_speakers" and any(row["over_recordings"] and not row[over] for row in found["figures"]):
+        lines.append("Classes of few speakers: interval over recordings.")
+    test = found["mcnemar"]
+    lines += [
+        "",
+        f"right: both {test['both_right']}, only A {test['only_first_right']}, only B {test['only_second_right']}, "
+        f"neither {test['both_wrong']}",
+        f"McNemar's exact test: p = {test['p_value']:.3g}",
+    ]
+    return "\n".join(lines)
+
+
+def _paired(
+    first: pd.DataFrame, second: pd.DataFrame, labels: Sequence[str], names: tuple[str, str]
+) -> tuple[Outcomes, Outcomes]:
+    """Both as outcomes, rows matched by path and, for a path that occurs again, by its how-manieth occurrence."""
+    for name, table in zip(names, (first, second), strict=True):
+        if not has_labels(table):
+            raise SerError(f"{name} has no labels, so there is nothing to compare; score a CSV with a label column")
+    one, two = outcomes(first, labels), outcomes(second, labels)
+    keys = [pd.MultiIndex.from_arrays([o.table["speech"], o.table.groupby("speech").cumcount()]) for o in (one, two)]
+    order = keys[1].get_indexer(keys[0])
+    if len(one) != len(two) or (order < 0).any():
+        missing = int((order < 0).sum())
+        raise SerError(
+            f"{names[0]} has {len(one)} labelled recordings, {names[1]} {len(two)}, and {missing} of the first are not "
+            "in the second; score the same CSV with both"
+        )
+    two = two.where(order)
+    if (one.truth != two.truth).any():
+        row = int((one.truth != two.truth).argmax())
+        raise SerError(
+            f"{one.table['speech'].iloc[row]} is {labels[one.truth[row]]} in {names[0]} and "
+            f"{labels[two.truth[row]]} in {names[1]}; score the same CSV with both"
+        )
+    return one, two
+
+
+def _figures(
+    counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str], voices: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One row a metric; then the recall of every class, over speakers where it has enough of them."""
+    point = (scores(counts.sum(axis=2)), scores(counts.sum(axis=1)))
+    samples = {over: (scores(array.sum(axis=3)), scores(array.sum(axis=2))) for over, array in drawn.items()}
+
+    def row(
+        metric: str, label: str | None, pair: tuple[Floats, Floats], resampled: dict[str, Floats]
+    ) -> dict[str, Any]:
+        known = bool(np.isfinite(pair[0]))
+        bounds = {over: percentile_interval(array) if known else None for over, array in resampled.items()}
+        return {
+            "metric": metric,
+            "label": label,
+            "first": float(pair[0]) if known else None,
+            "second": float(pair[1]) if known else None,
+            "difference": float(pair[1] - pair[0]) if known else None,
+            "over_recordings": None,
+            "over_speakers": None,
+        } | {over: None if found is None else list(found) for over, found in bounds.items()}
+
+    rows = []
+    for name, field in OVERALL.items():
+        pair = (getattr(point[0], field), getattr(point[1], field))
+        rows.append(row(name, None, pair, {o: getattr(b, field) - getattr(a, field) for o, (a, b) in samples.items()}))
+    for i, label in enumerate(labels):
+        recalls = {
+            over: b.recall[:, i] - a.recall[:, i]
+            for over, (a, b) in samples.items()
+            if over == "over_recordings" or voices[i] >= MIN_SPEAKERS
+        }
+        rows.append(row("recall", label, (point[0].recall[i], point[1].recall[i]), recalls))
+    return rows

@@ -1,0 +1,278 @@
+"""Evaluation of predictions: metrics with intervals, breakdowns, hints, verdict, as one JSON-able dict.
+
+The formulas are in ``measures``, the bootstrap in ``intervals``, the targets in ``verdict``. The figures
+that the verdict judges come twice: on the recordings that were read, and ``with_failed``, where those that
+could not be read count as wrong. NaN does not occur: what is not defined is None (a class without
+recordings, probabilities that were not given).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.evaluation.breakdowns import breakdowns
+from pipeline.evaluation.hints import hints
+from pipeline.evaluation.intervals import LEVEL, MIN_SPEAKERS, interval, resample_groups, resample_recordings, wilson
+from pipeline.evaluation.measures import (
+    Floats,
+    Ints,
+    Scores,
+    brier,
+    in_top,
+    log_loss,
+    reliability,
+    risk_coverage,
+    scores,
+)
+from pipeline.evaluation.outcomes import Outcomes, failed_rows, has_labels, outcomes
+from pipeline.evaluation.restricted import restricted
+from pipeline.evaluation.verdict import Targets, verdict
+
+__all__ = ["FORMAT_VERSION", "Targets", "evaluate", "speaker_groups"]
+
+FORMAT_VERSION = 1
+OVERALL = ("accuracy", "uar", "weighted_f1", "macro_f1")
+PER_CLASS = ("recall", "precision", "f1")
+_CURVE_POINTS = 101
+
+
+def evaluate(
+    predictions: pd.DataFrame,
+    labels: Sequence[str],
+    *,
+    targets: Targets | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All figures on a table of predictions.
+
+    Args:
+        predictions: columns ``status label_name predicted confidence p_<label>``, perhaps ``speaker`` ...
+        labels: class names in index order.
+        targets: what the verdict asks for; 80 / 80 / 75 by default.
+        resamples: draws of the bootstrap.
+        seed: of its random numbers.
+
+    Returns:
+        A dict of plain Python values; without any label only ``labelled`` (False), ``n`` and ``answers``.
+
+    Raises:
+        LabelError: a label that is none of ``labels``.
+    """
+    failed = failed_rows(predictions)
+    result: dict[str, Any] = {"format_version": FORMAT_VERSION, "labels": list(labels), "labelled": False}
+    result["n"] = {"rows": len(predictions), "failed": int(failed.sum())}
+    result["answers"] = _answers(predictions[~failed], labels)
+    if not has_labels(predictions):
+        return result
+    found = outcomes(predictions, labels)
+    rng = np.random.default_rng(seed)
+    result["labelled"] = True
+    result["n"] |= {
+        "labelled": len(found),
+        "unlabelled": len(predictions) - len(found),
+        "read": int(found.read.sum()),
+        "labelled_failed": int((~found.read).sum()),
+    }
+    result |= _figures(found, resamples, seed, rng)
+    result["restricted"] = restricted(found)
+    result["hints"] = hints(found)
+    result["verdict"] = verdict(result, targets or Targets())
+    result["breakdowns"], result["breakdowns_left_out"] = breakdowns(found)
+    return result
+
+
+def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generator) -> dict[str, Any]:
+    n_classes = len(found.labels)
+    hits = _top2_hits(found)
+    shape = (n_classes, n_classes + 1, 2)
+    cell = (found.truth * (n_classes + 1) + found.answer) * 2 + (0 if hits is None else hits)
+    counts = np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape).astype(np.int64)
+    drawn = {"recordings": resample_recordings(counts, resamples, rng)}
+    speakers, note = speaker_groups(found.table)
+    if speakers is not None:
+        drawn["speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
+    voices = None if speakers is None else [len(set(speakers[found.truth == i])) for i in range(n_classes)]
+    overall = _overall(counts, drawn)
+    overall["top2_accuracy"] = None if hits is None else _top2(counts, drawn)
+    return {
+        "bootstrap": {
+            "method": "percentile",
+            "level": LEVEL,
+            "resamples": resamples,
+            "seed": seed,
+            "speakers": None if speakers is None else int(speakers.max()) + 1,
+            "speakers_note": note,
+        },
+        "overall": overall | _probability_figures(found),
+        "per_class": _per_class(found.labels, counts, drawn, voices),
+        "confusion": _confusion(found.labels, counts.sum(axis=-1)),
+    } | _curves(found)
+
+
+def _top2_hits(found: Outcomes) -> Ints | None:
+    """1 where the truth is among the two most probable classes, (n,); 0 for what was not read."""
+    if found.probabilities is None:
+        return None
+    hits = np.zeros(len(found), dtype=np.int64)
+    hits[found.read] = in_top(found.truth[found.read], found.probabilities[found.read], 2)
+    return hits
+
+
+def speaker_groups(table: pd.DataFrame) -> tuple[Ints | None, str | None]:
+    """Speaker index of each row, ``(n,)``, or the reason why there is no interval over speakers."""
+    if "speaker" not in table.columns:
+        return None, "no speaker column"
+    named = table["speaker"].notna() & (table["speaker"].astype(str).str.strip() != "")
+    codes, names = pd.factorize(table["speaker"].where(named))
+    if (codes < 0).any():
+        return None, f"recordings without a speaker: {int((codes < 0).sum())}"
+    if len(names) < MIN_SPEAKERS:
+        return None, f"too few: {len(names)} speakers, at least {MIN_SPEAKERS} are needed"
+    return codes.astype(np.int64), None
+
+
+def _views(array: Ints) -> dict[str, Scores]:
+    """Scores of tallies ``(..., C, C + 1, 2)``: of what was read, and with the failed as wrong."""
+    answered = array.sum(axis=-1)
+    return {"read": scores(answered[..., :-1]), "with_failed": scores(answered)}
+
+
+def _overall(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
+    point, samples = _views(counts), {over: _views(array) for over, array in drawn.items()}
+    support = {"read": counts[:, :-1].sum(axis=(1, 2)), "with_failed": counts.sum(axis=(1, 2))}
+    rarest = {view: int(n[n > 0].min(initial=n.sum())) for view, n in support.items()}
+
+    def figure(name: str, view: str) -> dict[str, Any]:
+        resampled = {over: getattr(s[view], name) for over, s in samples.items()}
+        n = rarest[view] if name in ("uar", "macro_f1") else int(support[view].sum())
+        return _figure(getattr(point[view], name), resampled, n, is_share=name == "accuracy")
+
+    return {name: figure(name, "read") | {"with_failed": figure(name, "with_failed")} for name in OVERALL}
+
+
+def _per_class(
+    labels: Sequence[str], counts: Ints, drawn: dict[str, Ints], voices: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    """``voices``: how many speakers each class has; too few give it no interval over speakers."""
+    point, samples = _views(counts), {over: _views(array) for over, array in drawn.items()}
+    support = {"read": counts[:, :-1].sum(axis=(1, 2)), "with_failed": counts.sum(axis=(1, 2))}
+
+    answered = {"read": counts[:, :-1].sum(axis=(0, 2)), "with_failed": counts[:, :-1].sum(axis=(0, 2))}
+
+    def figure(name: str, view: str, i: int) -> dict[str, Any]:
+        few = voices is not None and voices[i] < MIN_SPEAKERS
+        resampled = {
+            over: getattr(s[view], name)[:, i] for over, s in samples.items() if not (few and over == "speakers")
+        }
+        n = answered[view][i] if name == "precision" else support[view][i]
+        return _figure(getattr(point[view], name)[i], resampled, int(n), is_share=name != "f1")
+
+    rows = []
+    for i, label in enumerate(labels):
+        row: dict[str, Any] = {"label": label, "support": int(support["read"][i])}
+        row["failed"] = int(support["with_failed"][i] - support["read"][i])
+        for name in PER_CLASS:
+            row[name] = figure(name, "read", i)
+        row["recall"]["with_failed"] = figure("recall", "with_failed", i)
+        rows.append(row)
+    return rows
+
+
+def _figure(value: Floats, samples: dict[str, Floats], n: int, *, is_share: bool) -> dict[str, Any]:
+    """``{"value", "over_recordings", "over_speakers"}`` of ``n`` recordings; None where undefined."""
+    number = _number(value)
+    found: dict[str, Any] = {"value": number, "over_recordings": None, "over_speakers": None}
+    for over, array in samples.items():
+        if number is not None and is_share and over == "recordings" and n:
+            bounds: tuple[float, float] | None = wilson(round(number * n), n)
+        else:
+            bounds = None if number is None else interval(number, array, n)
+        found[f"over_{over}"] = None if bounds is None else list(bounds)
+    return found
+
+
+def _top2(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
+    def share(array: Ints) -> Floats:
+        read = array[..., :-1, :]
+        with np.errstate(invalid="ignore"):
+            return np.asarray(read[..., 1].sum(axis=(-1, -2)) / read.sum(axis=(-1, -2, -3)))
+
+    resampled = {over: share(array) for over, array in drawn.items()}
+    return _figure(share(counts), resampled, int(counts[:, :-1].sum()), is_share=True)
+
+
+def _probability_figures(found: Outcomes) -> dict[str, float | None]:
+    names = ("log_loss", "brier", "ece", "aurc")
+    seen = found.where(found.read)
+    if seen.probabilities is None or seen.confidence is None or not len(seen):
+        return dict.fromkeys(names)
+    ece = reliability(seen.confidence, seen.correct).ece
+    aurc = risk_coverage(seen.confidence, seen.correct).aurc
+    values = (log_loss(seen.truth, seen.probabilities), brier(seen.truth, seen.probabilities), ece, aurc)
+    return dict(zip(names, values, strict=True))
+
+
+def _curves(found: Outcomes) -> dict[str, Any]:
+    """Reliability bins and the risk-coverage curve at whole per cents of coverage."""
+    seen = found.where(found.read)
+    if seen.confidence is None or not len(seen) or not np.isfinite(seen.confidence).all():
+        return {"reliability": None, "risk_coverage": None}
+    bins = reliability(seen.confidence, seen.correct)
+    curve = risk_coverage(seen.confidence, seen.correct)
+    at = np.unique(np.ceil(np.linspace(0, 1, _CURVE_POINTS) * len(seen)).astype(int).clip(1) - 1)
+    return {
+        "reliability": [
+            {
+                "low": float(bins.edges[i]),
+                "high": float(bins.edges[i + 1]),
+                "n": int(bins.n[i]),
+                "confidence": _number(bins.confidence[i]),
+                "accuracy": _number(bins.accuracy[i]),
+            }
+            for i in range(len(bins.n))
+        ],
+        "risk_coverage": [
+            {
+                "coverage": float(curve.coverage[i]),
+                "risk": float(curve.risk[i]),
+                "threshold": float(curve.threshold[i]),
+            }
+            for i in at
+        ],
+    }
+
+
+def _confusion(labels: Sequence[str], counts: Ints) -> dict[str, Any]:
+    square = counts[:, :-1]
+    with np.errstate(invalid="ignore"):
+        shares = square / square.sum(axis=1, keepdims=True)
+    return {
+        "labels": list(labels),
+        "counts": square.tolist(),
+        "failed": counts[:, -1].tolist(),
+        "row_normalised": [[_number(cell) for cell in row] for row in shares],
+    }
+
+
+def _answers(read: pd.DataFrame, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """How often each class (or another word, as ``uncertain``) was answered, with the mean confidence."""
+    if "predicted" not in read.columns:
+        return []
+    named = read["predicted"].fillna("")
+    others = sorted(set(named.astype(str).unique()) - set(labels) - {""})
+    groups = read.groupby(named)
+    sizes = groups.size()
+    means = groups["confidence"].mean() if "confidence" in read.columns else pd.Series(dtype=float)
+    return [
+        {"label": name, "n": int(sizes.get(name, 0)), "confidence": _number(means.get(name, np.nan))}
+        for name in [*labels, *others]
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,256 @@
+"""Reading a feature folder: Parquet shards -> memory-mapped arrays, checked before use. No Ray, no torch.
+
+The first read copies the tensors into ``.npy`` files below the folder, so that every later run (and every worker on the
+machine) maps the same pages instead of decoding Parquet again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.data.corpora.voices import renewed
+from pipeline.data.splits import HASH_COLUMN
+from pipeline.features.features import FeatureConfig, normalise_power
+from pipeline.storage.errors import SerError
+
+SHARD_VERSION = 1
+MANIFEST = "manifest.json"
+NO_CROPS = "several crops need log_mel features with mel power; extract again with --mel_power_s 6, or give --crops 1"
+
+
+class ShardError(SerError):
+    """A feature folder that is missing, incomplete, damaged, or of another configuration."""
+
+
+class Stacked:
+    """Arrays of several folders read as one: rows are taken from where they lie, nothing is copied before.
+
+    Raises:
+        ShardError: rows of different shapes.
+    """
+
+    def __init__(self, arrays: Sequence[NDArray[np.float32]]) -> None:
+        shapes = {array.shape[1:] for array in arrays}
+        if len(shapes) > 1:
+            raise ShardError(
+                f"the feature folders hold rows of different shapes ({', '.join(map(str, sorted(shapes)))}); extract "
+                "all with the same --mel_power_s"
+            )
+        self.arrays = tuple(arrays)
+        self.starts = np.cumsum([0, *map(len, arrays)])
+        self.shape: tuple[int, ...] = (int(self.starts[-1]), *shapes.pop())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """A row, or the rows of a slice or of an array of row numbers, as an array of their own."""
+        wanted = np.arange(len(self))[index]
+        rows = np.atleast_1d(wanted)
+        found = np.empty((len(rows), *self.shape[1:]), np.float32)
+        folder = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(folder):
+            here = folder == number
+            found[here] = self.arrays[number][rows[here] - self.starts[number]]
+        return found if wanted.ndim else found[0]
+
+
+@dataclass(frozen=True)
+class FeatureArrays:
+    """Readable recordings of a feature folder, in ``row_id`` order.
+
+    ``features`` is float32 ``(n, *config.input_shape)``; ``mel_power`` is float32 ``(n, n_mels, max_frames)`` power of
+    the whole recording, zero beyond ``n_frames[i]`` frames, or None when it was not extracted. Of several folders both
+    are ``Stacked``, which reads rows alike.
+    """
+
+    config: FeatureConfig
+    table: pd.DataFrame
+    features: NDArray[np.float32] | Stacked
+    mel_power: NDArray[np.float32] | Stacked | None
+    n_frames: NDArray[np.int64]
+
+    def crops(self, row: int, crops: int) -> NDArray[np.float32]:
+        """Model input of evenly spaced windows of a recording, ``(crops, *config.input_shape)``; its middle for one.
+
+        As ``windows.crop_starts`` places them, but on the grid of ``mel_power``'s frames and within what it holds (6 s
+        around the middle by default). One window only when that is not longer.
+
+        Raises:
+            ShardError: several crops of features without mel power.
+        """
+        frames = self.config.n_frames
+        room = int(self.n_frames[row]) - frames
+        if crops == 1 or (self.mel_power is not None and room <= 0):
+            return np.array(self.features[row : row + 1])
+        if self.mel_power is None:
+            raise ShardError(NO_CROPS)
+        starts = [int((room + 1) * (index + 0.5) / crops) for index in range(crops)]
+        power = np.asarray(self.mel_power[row])
+        return np.stack([normalise_power(power[:, start : start + frames], self.config) for start in starts])
+
+
+def read_shard_manifest(folder: Path) -> dict[str, Any]:
+    """``manifest.json`` of a complete feature folder.
+
+    Raises:
+        ShardError: no folder, an unfinished extraction, an unknown version, or a part that is not there.
+    """
+    if not folder.is_dir():
+        raise ShardError(
+            f"no feature folder {folder}; make one with: python -m jobs.extract --data_dir ... --out {folder}"
+        )
+    if not (folder / MANIFEST).is_file():
+        raise ShardError(f"{folder} has no {MANIFEST}: the extraction did not finish; run the same jobs.extract again")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, parts = manifest["version"], [str(name) for name in manifest["parts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{folder / MANIFEST} is damaged ({error}); extract again with --overwrite") from error
+    if version != SHARD_VERSION:
+        raise ShardError(f"{folder} has shard version {version}, this code reads {SHARD_VERSION}; extract again")
+    missing = [name for name in parts if not (folder / name).is_file()]
+    if missing:
+        raise ShardError(f"{folder} lacks {len(missing)} parts, {missing[0]} first; extract again with --overwrite")
+    return dict(manifest)
+
+
+def load_features(
+    folder: str | os.PathLike[str] | Sequence[Path], config: FeatureConfig | None = None
+) -> FeatureArrays:
+    """Open a feature folder, or several as one: their recordings follow each other, ids begin with the folder's number.
+
+    Args:
+        config: what the features must be; None accepts what the (first) folder holds.
+
+    Raises:
+        ShardError: as ``read_shard_manifest``; another FeatureConfig; no readable recording; folders that do not fit
+            together.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        return _load_several(folder, config)
+    folder = Path(folder)
+    manifest = read_shard_manifest(folder)
+    found = FeatureConfig.from_dict(manifest["features"])
+    if config is not None and config.fingerprint() != found.fingerprint():
+        raise ShardError(
+            f"{folder} holds {found.kind} features {found.fingerprint()}, "
+            f"expected {config.kind} {config.fingerprint()}; extract again into another folder"
+        )
+    cache = folder / f"arrays-{manifest['plan']}"
+    if not (cache / "table.parquet").is_file():
+        _build_cache(folder, manifest, found, cache)
+    try:
+        table = renewed(_hashes_ours(pq.read_table(cache / "table.parquet")).to_pandas())
+        features = np.load(cache / "features.npy", mmap_mode="r")
+        power = np.load(cache / "mel_power.npy", mmap_mode="r") if manifest["mel_power_frames"] else None
+    except (OSError, ValueError, EOFError) as error:  # ValueError: also Arrow's
+        raise ShardError(
+            f"{cache} is damaged ({_reason(error)}); remove it: it is made anew from the shards"
+        ) from error
+    return FeatureArrays(found, table, features, power, table["n_frames"].to_numpy(np.int64))
+
+
+def _load_several(folders: Sequence[Path], config: FeatureConfig | None) -> FeatureArrays:
+    if len(folders) == 1:
+        return load_features(folders[0], config)
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise ShardError(f"a feature folder is given twice: {', '.join(map(str, folders))}")
+    found = [load_features(folders[0], config)]
+    found += [load_features(folder, found[0].config) for folder in folders[1:]]
+    tables = [
+        _numbered(arrays.table, n, folder.name) for n, (arrays, folder) in enumerate(zip(found, folders, strict=True))
+    ]
+    powers = [arrays.mel_power for arrays in found if arrays.mel_power is not None]
+    return FeatureArrays(
+        found[0].config,
+        pd.concat(tables, ignore_index=True),
+        Stacked([np.asarray(arrays.features) for arrays in found]),
+        Stacked([np.asarray(power) for power in powers]) if len(powers) == len(found) else None,
+        np.concatenate([arrays.n_frames for arrays in found]),
+    )
+
+
+def _numbered(table: pd.DataFrame, number: int, folder: str) -> pd.DataFrame:
+    """The table of a folder among several: ids that none of the others has, and the folder's name as a corpus's."""
+    ids = {name: table[name].map(lambda value: value and f"{number}:{value}") for name in ("row_id", "parent_id")}
+    return table.assign(**ids) if "corpus" in table.columns else table.assign(**ids, corpus=folder)
+
+
+def _build_cache(folder: Path, manifest: dict[str, Any], config: FeatureConfig, cache: Path) -> None:
+    """Write ``features.npy``, ``mel_power.npy`` and ``table.parquet`` beside the shards, whole or not at all."""
+    if int(manifest["rows"]) == int(manifest["failed"]):
+        raise ShardError(f"{folder} holds no readable recording; see the column error of its parts")
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{cache.name}."))
+        try:
+            temporary.chmod(0o755)
+            _write_arrays(folder, manifest, config, temporary)
+            try:
+                temporary.rename(cache)
+            except OSError:
+                if not (cache / "table.parquet").is_file():  # else another process was first: its cache is the same
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise ShardError(
+            f"cannot write {cache}: {_reason(error)}; free some space, or make the folder writable"
+        ) from error
+
+
+def _write_arrays(folder: Path, manifest: dict[str, Any], config: FeatureConfig, target: Path) -> None:
+    """The three files, in ``target``; written, not mapped: where the disk is full a process that maps is killed."""
+    total = int(manifest["rows"]) - int(manifest["failed"])
+    columns = {config.kind: "features"} | ({"mel_power": "mel_power"} if manifest["mel_power_frames"] else {})
+    tables: list[pa.Table] = []
+    with ExitStack() as stack:
+        files = {column: stack.enter_context((target / f"{name}.npy").open("wb")) for column, name in columns.items()}
+        for name in manifest["parts"]:
+            part = _readable_rows(folder / name)
+            for column, file in files.items() if len(part) else ():
+                values = part[column].combine_chunks().to_numpy_ndarray()
+                if not file.tell():
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (total, *values.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(values, "<f4").data)
+            tables.append(part.drop_columns([c for c in part.column_names if c in (config.kind, "mel_power")]))
+    pq.write_table(pa.concat_tables(tables, promote_options="permissive"), target / "table.parquet")
+
+
+def _readable_rows(path: Path) -> pa.Table:
+    """The rows of a part whose recordings could be read."""
+    try:
+        part = pq.read_table(path)
+        return _hashes_ours(part.filter(pa.compute.equal(part["status"], "ok")))
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ShardError(f"{path} is damaged ({_reason(error)}); extract again with --overwrite") from error
+
+
+def _hashes_ours(table: pa.Table) -> pa.Table:
+    """The table without a content hash that came with the manifest, as in shards that were made before ours was kept.
+
+    Ours stands behind the manifest's columns, as ``row_id`` does.
+    """
+    names = table.column_names
+    given = HASH_COLUMN in names and names.index(HASH_COLUMN) < names.index("row_id")
+    return table.drop_columns(HASH_COLUMN) if given else table
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without its number and file."""
+    return str(getattr(error, "strerror", None) or error)

@@ -1,0 +1,280 @@
+"""What is heard of a recording: its middle, its crops, or windows all over it, decoded and made into features.
+
+``listen`` gives the middle or the crops at once; its problems are told in the Excerpt, not raised. ``walk`` gives the
+windows of one channel in stretches, so that hours pass through little memory. With ``apart``, decoding happens in a
+process of its own, for a recording that may take its decoder, and with it the process, down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.audio import load as audio
+from pipeline.audio.source import name_of
+from pipeline.audio.windows import Walk, covered_s, crop_starts
+from pipeline.features.features import FeatureConfig, extract
+from pipeline.inference.timeline import SILENCE_DBFS
+from pipeline.storage.remote import source_of
+
+Array = NDArray[np.float32]
+LEAST_S = 0.25
+"""Seconds of sound that an answer needs: a syllable."""
+_SPAN_S = 60.0  # windows that lie within this are cut from one read
+_APART_LIMIT_S = 120.0
+_FAINTEST = 1e-20  # power of digital silence: -200 dBFS
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What is heard of one recording.
+
+    Attributes:
+        features: ``(windows, *input_shape)``; none when the recording cannot be used.
+        level_dbfs: RMS level of the loudest window, of the real audio in it.
+        notice: what users should know of how it was read, "" mostly.
+        status: ``ok`` or the code of an AudioError.
+    """
+
+    features: Array
+    duration_s: float = float("nan")
+    scored_s: float = 0.0
+    sample_rate_hz: int = 0
+    channels: int = 0
+    level_dbfs: float = float("nan")
+    notice: str = ""
+    status: str = "ok"
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive windows: features ``(n, *input_shape)``; start, end, RMS level and seconds of sound of each ``(n,)``.
+
+    ``notice``: as in Excerpt.
+    """
+
+    features: Array
+    start_s: NDArray[np.float64]
+    end_s: NDArray[np.float64]
+    level_dbfs: NDArray[np.float64]
+    sound_s: NDArray[np.float64]
+    notice: str
+
+
+def listen(
+    source: audio.AudioSource,
+    config: FeatureConfig,
+    crops: int = 1,
+    channel: audio.Channel = "mix",
+    *,
+    apart: bool = False,
+    limits: audio.Limits = audio.DEFAULT_LIMITS,
+) -> Excerpt:
+    """Decode ``crops`` windows of a recording and make their features, ``(crops, *config.input_shape)``.
+
+    A recording that is not longer than the window gives one, zero padded; ``file://`` paths are understood. Problems
+    are told in the Excerpt's ``status`` and ``error``; nothing is raised.
+    """
+    try:
+        hear = _middle if crops == 1 else _crops
+        return hear(_Recording(source, config, channel, apart, limits), crops)
+    except Exception as error:  # a recording must never end the job: what was not foreseen becomes a row as well
+        return failed(config, error)
+
+
+def failed(config: FeatureConfig, error: Exception) -> Excerpt:
+    """The Excerpt of a recording that cannot be used."""
+    if isinstance(error, audio.AudioError):
+        status, text = error.code, str(error)
+    else:
+        status, text = "internal_error", f"{type(error).__name__}: {error}"
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())  # names may be no text at all
+    return Excerpt(np.empty((0, *config.input_shape), np.float32), status=status, error=text)
+
+
+def describe(
+    source: audio.AudioSource, *, apart: bool = False, limits: audio.Limits = audio.DEFAULT_LIMITS
+) -> audio.AudioInfo:
+    """What a recording is: ``audio.probe``, perhaps ``apart``.
+
+    Raises:
+        AudioError: it cannot be used.
+    """
+    if apart:
+        return _decode_apart(audio.load_middle, _local(source), limits=limits).info
+    return audio.probe(_local(source), limits=limits)
+
+
+def walk(
+    source: audio.AudioSource,
+    config: FeatureConfig,
+    steps: Walk,
+    duration_s: float,
+    channel: audio.Channel = "mix",
+    *,
+    at_once: int = 16,
+    apart: bool = False,
+    limits: audio.Limits = audio.DEFAULT_LIMITS,
+) -> Iterator[Stretch]:
+    """The windows of a recording, ``at_once`` in a Stretch; never more than a minute of audio is held.
+
+    Args:
+        duration_s: length of the recording, as ``describe`` gives it.
+
+    Raises:
+        AudioError: the recording cannot be used; perhaps only after some stretches.
+    """
+    recording = _Recording(source, config, channel, apart, limits)
+    starts = steps.starts(duration_s)
+    for part in _parts(starts, steps.window_s):
+        cut = recording.reader(part, steps.window_s)
+        for begin in range(0, len(part), at_once):
+            start_s = np.array(part[begin : begin + at_once])
+            pieces = [cut(start) for start in start_s]
+            yield Stretch(
+                np.stack([extract(_centred(piece, config.window_samples), config) for piece in pieces]),
+                start_s,
+                np.minimum(start_s + steps.window_s, duration_s),
+                np.array([_level_dbfs(piece) for piece in pieces]),
+                np.array([_sound_s(piece, config.sample_rate_hz) for piece in pieces]),
+                recording.notice,
+            )
+
+
+def check_sound(source: audio.AudioSource, duration_s: float, level_dbfs: float, sound_s: float) -> None:
+    """Whether there is sound enough for an answer, or none at all, which is one.
+
+    Args:
+        duration_s: length of the recording; level_dbfs: of its loudest window; sound_s: sound in the fullest window.
+
+    Raises:
+        TooShort: there is less than ``LEAST_S`` of it.
+    """
+    length_s = sound_s if duration_s >= LEAST_S else duration_s
+    if length_s < LEAST_S and (duration_s < LEAST_S or level_dbfs >= SILENCE_DBFS):
+        what = "long" if duration_s < LEAST_S else "of sound, and silence"
+        error = f"{name_of(source)}: {1000 * length_s:.3g} ms {what}; {LEAST_S:g} s of sound are needed. Record longer."
+        raise audio.ERRORS["too_short"](error)
+
+
+@dataclass
+class _Recording:
+    """One channel of a recording, and how it is decoded; ``notice``: of what was decoded so far."""
+
+    source: audio.AudioSource
+    config: FeatureConfig
+    channel: audio.Channel
+    apart: bool
+    limits: audio.Limits
+    notice: str = ""
+
+    def middle(self) -> audio.Clip:
+        return self._decoded(audio.load_middle, window_s=self.config.window_s)
+
+    def reader(self, starts: Sequence[float], window_s: float) -> Callable[[float], Array]:
+        """A function from one of ``starts`` to the samples of its window, shorter at the recording's end."""
+        rate_hz = self.config.sample_rate_hz
+        size = round(window_s * rate_hz)
+        span = self._decoded(audio.load, start_s=starts[0], duration_s=starts[-1] - starts[0] + window_s).samples
+
+        def cut(start_s: float) -> Array:
+            first = round(start_s * rate_hz) - round(starts[0] * rate_hz)
+            return span[first : first + size]
+
+        return cut
+
+    def _decoded(self, load: Callable[..., audio.Clip], **part: float) -> audio.Clip:
+        decode = _decode_apart if self.apart else _decode
+        rate_hz = self.config.sample_rate_hz
+        clip = decode(
+            load, _local(self.source), sample_rate_hz=rate_hz, channel=self.channel, limits=self.limits, **part
+        )
+        self.notice = self.notice or clip.info.notice
+        return clip
+
+
+def _decode(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
+    return load(source, **options)
+
+
+def _decode_apart(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
+    from pipeline.audio.isolated import decode_in_subprocess
+
+    return decode_in_subprocess(source, decode=load, timeout_s=_APART_LIMIT_S, **options)
+
+
+def _local(source: audio.AudioSource) -> audio.AudioSource:
+    """What ``audio`` can open: paths for ``file://`` URIs, bytes for objects of a store."""
+    return source_of(source) if isinstance(source, str) else source
+
+
+def _middle(recording: _Recording, crops: int = 1) -> Excerpt:
+    """The middle alone, whatever ``crops`` says."""
+    clip = recording.middle()
+    real = round(clip.scored_s * clip.sample_rate_hz)
+    before = (len(clip.samples) - real) // 2
+    heard = clip.samples[before : before + real]
+    features = extract(clip.samples, recording.config)[np.newaxis]
+    return _excerpt(recording, features, clip.info, clip.scored_s, [heard])
+
+
+def _crops(recording: _Recording, crops: int) -> Excerpt:
+    config = recording.config
+    info = describe(recording.source, apart=recording.apart, limits=recording.limits)
+    starts = crop_starts(info.duration_s, config.window_s, crops)
+    if len(starts) == 1:
+        return _middle(recording)
+    pieces: list[Array] = []
+    for part in _parts(starts, config.window_s):
+        cut = recording.reader(part, config.window_s)
+        pieces += [_centred(cut(start), config.window_samples) for start in part]
+    features = np.stack([extract(piece, config) for piece in pieces])
+    heard_s = covered_s(starts, info.duration_s, config.window_s)
+    return _excerpt(recording, features, info, heard_s, pieces)
+
+
+def _parts(starts: Sequence[float], window_s: float) -> Iterator[list[float]]:
+    """Consecutive starts whose windows lie within ``_SPAN_S``, to be cut from one read."""
+    part: list[float] = []
+    for start in starts:
+        if part and start + window_s - part[0] > _SPAN_S:
+            yield part
+            part = []
+        part.append(start)
+    yield part
+
+
+def _centred(samples: Array, size: int) -> Array:
+    """``size`` samples: those given, between zeros."""
+    missing = size - len(samples)
+    return np.pad(samples, (missing // 2, missing - missing // 2)) if missing else samples
+
+
+def _level_dbfs(samples: Array) -> float:
+    """RMS level over full scale, in dB; an offset, which many microphones have when they are mute, is no sound."""
+    count = max(len(samples), 1)
+    power = float(samples @ samples) / count - (float(samples.sum(dtype=np.float64)) / count) ** 2
+    return float(10 * np.log10(max(power, _FAINTEST)))
+
+
+def _sound_s(samples: Array, rate_hz: int) -> float:
+    """Seconds of it that are no silence, in steps of 10 ms."""
+    step = max(rate_hz // 100, 1)
+    frames = (samples - samples.mean())[: len(samples) // step * step].reshape(-1, step)
+    power = np.einsum("fs,fs->f", frames, frames) / step
+    return float((power >= 10 ** (SILENCE_DBFS / 10)).sum() * step / rate_hz)
+
+
+def _excerpt(
+    recording: _Recording, features: Array, info: audio.AudioInfo, scored_s: float, pieces: Sequence[Array]
+) -> Excerpt:
+    level_dbfs = max(map(_level_dbfs, pieces))
+    sound_s = max(_sound_s(piece, recording.config.sample_rate_hz) for piece in pieces)
+    check_sound(recording.source, info.duration_s, level_dbfs, sound_s)
+    return Excerpt(
+        features, info.duration_s, scored_s, info.sample_rate_hz, info.channels, level_dbfs, recording.notice
+    )

@@ -1,0 +1,102 @@
+"""Which patches of a log-mel picture speak for a class: occlusion, the network as a black box.
+
+Method: a patch of 2 x 2 cells slides over the picture one cell at a time, past the borders too; it is replaced by 0,
+the picture's mean, which is also what masks were in training (SpecAugment), and the fall of the class's log-odds is
+noted. A cell's importance is the mean over the four patches that hid it. Source: Zeiler & Fergus 2014, "Visualizing and
+Understanding Convolutional Networks", section 4.2; log-odds, because probabilities near 1 hardly fall.
+Limits: shows what the network used, not what the speaker felt; patches that help each other are each undervalued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.features.features import FeatureConfig, FeatureError, mel_edges_hz
+
+Array = NDArray[np.float32]
+Floats = NDArray[np.float64]
+_HIDDEN = np.float32(0.0)
+
+
+@dataclass(frozen=True)
+class OcclusionMap:
+    """Importance of each cell of a picture for one class.
+
+    Attributes:
+        log_p: log-probabilities of the untouched picture, ``(classes,)``.
+        target: index of the class that is explained.
+        importance: fall of its log-odds in nats when the cell is hidden, ``(rows, columns)``; row 0 lowest bands.
+        band_edges: first band of each row, and the number of bands, ``(rows + 1,)``.
+        frame_edges: first frame of each column, and the number of frames, ``(columns + 1,)``.
+    """
+
+    log_p: Floats
+    target: int
+    importance: Floats
+    band_edges: NDArray[np.intp]
+    frame_edges: NDArray[np.intp]
+
+    def frequency_edges_hz(self, config: FeatureConfig) -> Floats:
+        """Where the rows begin and end, in Hz, ``(rows + 1,)``: middles between the centres of bands."""
+        return np.asarray(band_borders_hz(config)[self.band_edges])
+
+    def time_edges_s(self, config: FeatureConfig) -> Floats:
+        """Where the columns begin and end, in seconds from the start of the picture, ``(columns + 1,)``."""
+        step_s = config.hop_length / config.sample_rate_hz
+        return np.asarray(np.clip((self.frame_edges - 0.5) * step_s, 0.0, config.window_s))
+
+
+def band_borders_hz(config: FeatureConfig) -> Floats:
+    """Borders between neighbouring mel bands in Hz, ``(n_mels + 1,)``: band k lies between [k] and [k + 1]."""
+    corners_hz = mel_edges_hz(config)
+    return np.asarray((corners_hz[:-1] + corners_hz[1:]) / 2)
+
+
+def occlusion_map(
+    picture: Array,
+    log_probabilities: Callable[[Array], Floats],
+    *,
+    target: int | None = None,
+    rows: int = 8,
+    columns: int = 16,
+) -> OcclusionMap:
+    """Explain one picture.
+
+    Args:
+        picture: features, float32 ``(1, bands, frames)``.
+        log_probabilities: of pictures ``(n, 1, bands, frames)``, ``(n, classes)``: ``Predictor.log_probabilities``.
+        target: index of the class; the most probable one when None.
+        rows: cells over the bands. The network runs ``1 + (rows + 1) * (columns + 1)`` times.
+        columns: cells over the frames.
+
+    Raises:
+        FeatureError: the features are no picture, or have fewer bands or frames than cells.
+    """
+    if picture.ndim != 3 or len(picture) != 1:
+        raise FeatureError(f"only log-mel pictures (1, bands, frames) can be explained, got shape {picture.shape}")
+    bands, frames = picture.shape[1:]
+    if not (1 <= rows <= bands and 1 <= columns <= frames):
+        raise FeatureError(f"{rows} x {columns} cells do not fit a picture of {bands} bands x {frames} frames")
+    band_edges = np.linspace(0, bands, rows + 1).round().astype(np.intp)
+    frame_edges = np.linspace(0, frames, columns + 1).round().astype(np.intp)
+    hidden = np.repeat(picture[np.newaxis], (rows + 1) * (columns + 1), axis=0)
+    for index, (row, column) in enumerate(np.ndindex(rows + 1, columns + 1)):
+        low, high = band_edges[max(row - 1, 0)], band_edges[min(row + 1, rows)]
+        first, last = frame_edges[max(column - 1, 0)], frame_edges[min(column + 1, columns)]
+        hidden[index, 0, low:high, first:last] = _HIDDEN
+    log_p = log_probabilities(np.concatenate([picture[np.newaxis], hidden]))
+    target = int(log_p[0].argmax()) if target is None else target
+    odds = _log_odds(log_p, target)
+    fall = (odds[0] - odds[1:]).reshape(rows + 1, columns + 1)
+    importance = (fall[:-1, :-1] + fall[1:, :-1] + fall[:-1, 1:] + fall[1:, 1:]) / 4
+    return OcclusionMap(log_p[0], target, importance, band_edges, frame_edges)
+
+
+def _log_odds(log_p: Floats, target: int) -> Floats:
+    """log(p / (1 - p)) of a class, ``(n,)``, from log-probabilities ``(n, classes)``, also where p rounds to 1."""
+    others = np.delete(log_p, target, axis=1)
+    return np.asarray(log_p[:, target] - np.logaddexp.reduce(others, axis=1))

@@ -1,0 +1,270 @@
+"""The model bundle on disk: a folder with the weights and everything needed to use and to judge them.
+
+``NAME.pt`` is a plain state_dict, always loaded with ``weights_only=True`` (nothing is ever unpickled); ``config.json``
+holds the format version, the model's name and options, the labels in index order, the FeatureConfig, temperature and
+crops, and the sha256 of each file; ``metrics.json`` the measured numbers; ``training.csv`` which recordings were used
+(names and content hashes, no audio); ``README.md`` the model card. A version or a hash that does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from pipeline.data.labels import LabelError, LabelSet
+from pipeline.features.features import FeatureConfig, FeatureError
+from pipeline.storage.errors import SerError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+DEFAULT_BUNDLE = Path(__file__).resolve().parents[2] / "models" / "inception_ser_final"
+_CONFIG, _METRICS, _TRAINING, _CARD = "config.json", "metrics.json", "training.csv", "README.md"
+
+
+class BundleError(SerError):
+    """A model bundle that is missing, damaged, or of a version this code does not know."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. Weights are read only by ``state_dict`` and ``build_model``; opening needs no torch."""
+
+    folder: Path
+    name: str
+    model_name: str
+    model_options: Mapping[str, Any]
+    labels: tuple[str, ...]
+    features: FeatureConfig
+    temperature: float
+    crops: int
+    weights_sha256: str
+    corpora: Mapping[str, Sequence[str]] = field(default_factory=dict)  # trained on -> the classes that each has
+    created_by: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights_path(self) -> Path:
+        """The ``.pt`` file."""
+        return self.folder / f"{self.name}.pt"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The measured numbers of ``metrics.json``; empty when there are none."""
+        path = self.folder / _METRICS
+        return dict(_read_json(path)) if path.is_file() else {}
+
+    @property
+    def training(self) -> pd.DataFrame:
+        """Rows of ``training.csv`` (``id, content_hash, speaker, split``); empty when there are none."""
+        path = self.folder / _TRAINING
+        return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights, each of any shape, on the CPU.
+
+        Raises:
+            BundleError: the file cannot be read, or holds no weights.
+        """
+        import torch
+
+        try:
+            state = torch.load(self.weights_path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"cannot read the weights {self.weights_path}: {reason}; get the bundle again") from error
+        if not isinstance(state, dict):
+            raise BundleError(f"{self.weights_path} holds no state_dict; expected the weights that jobs.train wrote")
+        return state
+
+    def build_model(self) -> nn.Module:
+        """The network with its weights, in evaluation mode, on the CPU.
+
+        Raises:
+            BundleError: weights that cannot be read, or do not fit the model.
+        """
+        from pipeline.models.networks import build_model
+
+        model = build_model(self.model_name, dict(self.model_options), len(self.labels), self.features.input_shape)
+        try:
+            model.load_state_dict(self.state_dict())
+        except RuntimeError as error:
+            raise BundleError(
+                f"the weights in {self.weights_path} do not fit the model {self.model_name!r} of its config.json; "
+                "keep the files of one bundle together"
+            ) from error
+        return model.eval()
+
+
+def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
+    """Open a bundle: its folder, the ``.pt`` in it, or (None) the shipped one.
+
+    Raises:
+        BundleError: nothing there, a file missing or changed, a ``.pt`` that is not the bundle's, or an unknown
+            version, model or feature setting.
+    """
+    given = folder = Path(path) if path is not None else DEFAULT_BUNDLE
+    if given.suffix == ".pt":
+        if not given.is_file():
+            raise BundleError(f"no file {given}; give the folder that jobs.train wrote, or the .pt in it")
+        folder = given.parent
+    if path is None and not folder.is_dir():
+        raise BundleError(
+            f"the shipped model is not here (no {folder}): an installed copy has the code alone; name a model of yours "
+            "(--model_weights, serve: --bundles), or install the project's folder with pip install -e ."
+        )
+    if not folder.is_dir():
+        raise BundleError(f"no model bundle at {folder}; give the folder that jobs.train wrote, or the .pt in it")
+    if not (folder / _CONFIG).is_file():
+        raise BundleError(f"{folder} has no {_CONFIG}; is the training finished? (continue it with --resume)")
+    bundle, files = _parse(folder, _read_json(folder / _CONFIG))
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder} lacks {name}; keep the files of one bundle together")
+        if file_sha256(folder / name) != expected:
+            raise BundleError(f"{folder / name} is not the file its config.json describes; get the bundle again")
+    if given.suffix == ".pt" and not given.samefile(bundle.weights_path):
+        raise BundleError(f"{given} is not the weights of the bundle it lies in; give {bundle.weights_path}")
+    return bundle
+
+
+def _parse(folder: Path, config: Mapping[str, Any]) -> tuple[Bundle, dict[str, str]]:
+    if config.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} has format version {config.get('format_version')!r}, this code reads {FORMAT_VERSION}; "
+            "update the project, or train again"
+        )
+    try:
+        files = {str(name): str(digest) for name, digest in config["files"].items()}
+        name = str(config["name"])
+        if any(Path(n).name != n for n in [name, *files]):
+            raise BundleError(f"{folder / _CONFIG} names files outside its folder; get the bundle again")
+        bundle = Bundle(
+            folder=folder,
+            name=name,
+            model_name=str(config["model"]["name"]),
+            model_options=dict(config["model"]["options"]),
+            labels=LabelSet(tuple(config["labels"])).names,
+            features=FeatureConfig.from_dict(config["features"]),
+            temperature=float(config["temperature"]),
+            crops=int(config["crops"]),
+            weights_sha256=files[f"{name}.pt"],
+            corpora={str(name): tuple(classes) for name, classes in config.get("corpora", {}).items()},
+            created_by=dict(config.get("created_by", {})),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, FeatureError, LabelError) as error:
+        raise BundleError(f"{folder / _CONFIG} is damaged ({error}); get the bundle again") from error
+    if not bundle.temperature > 0 or bundle.crops < 1:
+        raise BundleError(
+            f"{folder / _CONFIG} has temperature {bundle.temperature}, crops {bundle.crops}; both must be > 0"
+        )
+    return bundle, files
+
+
+def save_bundle(
+    folder: str | os.PathLike[str],
+    *,
+    name: str,
+    state_dict: Mapping[str, Tensor],
+    model_name: str,
+    model_options: Mapping[str, Any],
+    labels: Sequence[str],
+    features: FeatureConfig,
+    metrics: Mapping[str, Any],
+    training: pd.DataFrame | None = None,
+    card: str | None = None,
+    temperature: float = 1.0,
+    crops: int = 1,
+    corpora: Mapping[str, Sequence[str]] | None = None,
+    created_by: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Write a bundle into ``folder`` (made when missing); ``config.json`` last, so that its presence means complete.
+
+    Every figure block of ``metrics`` (a value that is a mapping) is given ``model_sha256``.
+
+    Raises:
+        BundleError: the folder cannot be written.
+    """
+    import torch
+
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _CONFIG).unlink(missing_ok=True)
+        weights = folder / f"{name}.pt"
+        torch.save({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, weights)
+        digests = {weights.name: file_sha256(weights)}
+        if training is not None:
+            training.to_csv(folder / _TRAINING, index=False)
+            digests[_TRAINING] = file_sha256(folder / _TRAINING)
+        write_json(folder / _METRICS, stamped(metrics, digests[weights.name]))
+        if card is not None:
+            (folder / _CARD).write_text(card, encoding="utf-8")
+        config = {
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "model": {"name": model_name, "options": dict(model_options)},
+            "labels": list(labels),
+            "features": features.to_dict(),
+            "features_fingerprint": features.fingerprint(),
+            "temperature": temperature,
+            "crops": crops,
+            "corpora": {name: list(classes) for name, classes in (corpora or {}).items()},
+            "files": digests,
+            "created_by": dict(created_by or {}),
+        }
+        write_json(folder / _CONFIG, config)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it finds no room
+        reason = getattr(error, "strerror", None) or "no room"
+        raise BundleError(f"cannot write the bundle {folder}: {reason}; make room, or choose another --out") from error
+    return load_bundle(folder)
+
+
+def set_temperature(bundle: Bundle, temperature: float, figures: Mapping[str, Any]) -> None:
+    """Write another temperature into a bundle, and how it was found into its ``metrics.json`` (``calibration``)."""
+    config = dict(_read_json(bundle.folder / _CONFIG))
+    block = {"calibration": {"temperature": temperature, **figures}}
+    write_json(bundle.folder / _METRICS, bundle.metrics | stamped(block, bundle.weights_sha256))
+    write_json(bundle.folder / _CONFIG, config | {"temperature": temperature})
+
+
+def stamped(metrics: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]:
+    """``metrics`` with ``model_sha256`` in every block that is a mapping."""
+    return {
+        key: {**value, "model_sha256": weights_sha256} if isinstance(value, Mapping) else value
+        for key, value in metrics.items()
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all: into a temporary neighbour, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path}: {error}; get the bundle again") from error
+    if not isinstance(values, dict):
+        raise BundleError(f"{path} holds no JSON object; get the bundle again")
+    return values

@@ -1,0 +1,132 @@
+"""Several trained models as one: a bundle whose networks answer together with their mean log-probability.
+
+Networks of the same recipe and different seeds err differently; together they know voices never heard better than each
+alone (docs/LAB_LOG.md, experiment 37), at as many times the arithmetic (deep ensembles, Lakshminarayanan et al. 2017).
+Limits: models of one kind, with the same classes and features; the joined model's temperature is 1 until it is
+calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.data.corpora.voices import with_corpora
+from pipeline.data.splits import HASH_COLUMN
+from pipeline.models.bundle import Bundle, load_bundle, save_bundle
+from pipeline.models.model_card import model_card
+from pipeline.models.networks import MAX_MEMBERS, MEMBERS
+from pipeline.storage.errors import SerError
+
+_ORDER = ("train", "inner_val", "test")  # a recording that any member has learnt from, the joined model has
+
+
+def join(paths: Sequence[Path], out: Path) -> Bundle:
+    """Write the networks of the bundles ``paths`` as one bundle into the new folder ``out``.
+
+    Raises:
+        SerError: fewer than two bundles, the same one twice, bundles that do not fit together, or ``out`` is there.
+    """
+    bundles = [load_bundle(path) for path in paths]
+    _refuse_misfits(bundles)
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError as error:
+        raise SerError(f"{out} is there already; give another --out, or remove it") from error
+    first = bundles[0]
+    state = {
+        f"members.{number}.{name}": value
+        for number, bundle in enumerate(bundles)
+        for name, value in bundle.state_dict().items()
+    }
+    table = _training_table(bundles)
+    training = _training(bundles, table)
+    known = pd.DataFrame() if table is None else with_corpora(table)
+    return save_bundle(
+        out,
+        name=first.name,
+        state_dict=state,
+        model_name=first.model_name,
+        model_options=_own_options(first) | {MEMBERS: len(bundles)},
+        labels=first.labels,
+        features=first.features,
+        crops=first.crops,
+        metrics={"training": training},
+        training=table,
+        card=model_card(first.name, first.labels, first.features, training, {}, known),
+    )
+
+
+def mean_answers(tables: Sequence[pd.DataFrame], labels: Sequence[str]) -> pd.DataFrame:
+    """Score tables of the same recordings, in the same order, as the one of their models joined: (n) rows.
+
+    Raises:
+        SerError: tables of different recordings.
+    """
+    first = tables[0]
+    if any(list(table["row_id"]) != list(first["row_id"]) for table in tables):
+        raise SerError("the answers to be joined are about different recordings; train all on the same folds")
+    columns = [f"p_{name}" for name in labels]
+    log_p = np.mean([np.log(np.maximum(table[columns].to_numpy(np.float64), 1e-300)) for table in tables], axis=0)
+    p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    answered = dict(zip(columns, p.T, strict=True))
+    return first.assign(predicted=np.array(labels)[p.argmax(axis=1)], confidence=p.max(axis=1), **answered)
+
+
+def _own_options(bundle: Bundle) -> dict[str, Any]:
+    """What shapes a member's network; dropout does nothing once it is trained."""
+    return {name: value for name, value in bundle.model_options.items() if name != "dropout"}
+
+
+def _refuse_misfits(bundles: Sequence[Bundle]) -> None:
+    if not 2 <= len(bundles) <= MAX_MEMBERS:
+        raise SerError(f"{len(bundles)} models to join; give 2 to {MAX_MEMBERS}")
+    first, seen = bundles[0], dict[str, Path]()
+    for bundle in bundles:
+        if MEMBERS in bundle.model_options:
+            raise SerError(f"{bundle.folder} is a joined model itself; give the models that it was made of")
+        if bundle.weights_sha256 in seen:
+            raise SerError(f"{bundle.folder} and {seen[bundle.weights_sha256]} have the same weights; give one of them")
+        seen[bundle.weights_sha256] = bundle.folder
+        differences = {
+            "is another network": (bundle.model_name, _own_options(bundle)) != (first.model_name, _own_options(first)),
+            "knows other classes": bundle.labels != first.labels,
+            "hears other features": bundle.features.fingerprint() != first.features.fingerprint(),
+            "hears another number of crops": bundle.crops != first.crops,
+        }
+        for difference, there in differences.items():
+            if there:
+                raise SerError(f"{bundle.folder} {difference} than {first.folder}; join models of one kind")
+
+
+def _training_table(bundles: Sequence[Bundle]) -> pd.DataFrame | None:
+    """``training.csv``: every member's recordings once, in the part that says most; None where one has no list."""
+    tables = [bundle.training for bundle in bundles]
+    recording = ["id", HASH_COLUMN]
+    if any(not {*recording, "split"} <= set(table.columns) for table in tables):
+        return None
+    rows = pd.concat(tables, ignore_index=True)
+    place = rows["split"].map({name: place for place, name in enumerate(_ORDER)}).fillna(0).astype(int)
+    first = rows.assign(split=place).groupby(recording, sort=False)["split"].transform("min")
+    return rows.assign(split=first.map(dict(enumerate(_ORDER)))).drop_duplicates(recording).reset_index(drop=True)
+
+
+def _training(bundles: Sequence[Bundle], table: pd.DataFrame | None) -> dict[str, Any]:
+    """The `training` block of metrics.json: that of the first, and each member's weights, epochs and settings."""
+    told: list[Mapping[str, Any]] = [bundle.metrics.get("training", {}) for bundle in bundles]
+    clips = "unknown data" if table is None else f"{(table['split'] == 'train').sum()} clips (training.csv)"
+    return {
+        "model": bundles[0].model_name,
+        "trained_on": clips,
+        "settings": told[0].get("settings"),
+        "joined": [
+            {"model_sha256": bundle.weights_sha256}
+            | {name: block.get(name) for name in ("epochs", "best_epoch", "trained_on", "settings")}
+            for bundle, block in zip(bundles, told, strict=True)
+        ],
+    }

@@ -1,0 +1,185 @@
+"""The model card of a bundle, Markdown: what it is, data and licence, figures, recipe, limits, forbidden uses.
+
+The headings follow Mitchell et al. 2019, "Model Cards for Model Reporting", shortened. Every figure says what the model
+was trained on; nothing is written that the run does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from pipeline.data.corpora import Corpus, by_name
+from pipeline.features.features import FeatureConfig
+
+PARTS = {"test": "held-out test part", "inner_val": "inner validation part, which also chose the epoch"}
+_OWN = "{} are the user's own; the bundle holds no audio. Their licence may bind these weights."
+_ACTED_LIMIT = (
+    "Acted emotion: {}. Spontaneous speech, other languages, children, real noise and telephone lines were not heard "
+    "in training."
+)
+_LIMITS = (
+    "The model hears sound, not words, and always answers with one of its classes; a confidence is no proof.",
+    "A voice that is in the training part is recognised better than one never heard: where the figures come from a "
+    "random split, the same voices are on both sides of it.",
+)
+_FORBIDDEN = (
+    "Do not use it to infer the emotions of people at work or in education: the EU AI Act, Art. 5(1)(f), prohibits it "
+    "(medical and safety reasons apart).",
+    "Do not use it to judge, rank, hire, insure, police or diagnose people, nor on anybody who does not know of it.",
+)
+
+
+def model_card(
+    name: str,
+    labels: Sequence[str],
+    features: FeatureConfig,
+    training: Mapping[str, Any],
+    figures: Mapping[str, Mapping[str, Any]],
+    recordings: pd.DataFrame,
+) -> str:
+    """The card.
+
+    Args:
+        name: of the bundle.
+        labels: class names in index order.
+        features: what the model hears.
+        training: the `training` block of metrics.json.
+        figures: the block of metrics.json of each part that was measured.
+        recordings: manifest rows of all parts, for their number, speakers and corpus.
+    """
+    names = sorted(set(recordings["corpus"].fillna("").astype(str))) if "corpus" in recordings else [""]
+    corpora = [corpus for name in names if (corpus := by_name(name)) and corpus.heard]
+    acted = [_ACTED_LIMIT.format("; ".join(corpus.heard for corpus in corpora))] if len(corpora) == len(names) else []
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"Speech emotion classifier (`{training['model']}`), trained from scratch: no pretrained weights. "
+            f"Classes in index order: {', '.join(labels)}. {_hears(features)}",
+            "",
+            "## Data",
+            "",
+            f"{training['trained_on']}, of {_described(recordings)}. {_sources(corpora, len(corpora) == len(names))}",
+            "",
+            *_figures(figures),
+            *_recipe(training),
+            *_list("Limits", (*acted, *_LIMITS)),
+            *_list("Must not be used", _FORBIDDEN),
+        ]
+    )
+
+
+def _hears(features: FeatureConfig) -> str:
+    top_hz = features.sample_rate_hz / 2 if features.f_max_hz is None else features.f_max_hz
+    return (
+        f"It hears {features.window_s:g} s of a recording (by default the middle) at "
+        f"{features.sample_rate_hz / 1000:g} kHz: `{features.kind}` of {features.n_mels} mel bands up to "
+        f"{top_hz / 1000:g} kHz, {features.n_frames} frames."
+    )
+
+
+def _sources(corpora: Sequence[Corpus], whole: bool) -> str:
+    """Where the recordings are from, and on what terms; ``whole``: none is of another source."""
+    told = [f"{c.title} ({c.citation}, <{c.source}>), licence {c.licence}" for c in corpora]
+    if not told:
+        return _OWN.format("The recordings")
+    known = f"The recordings are {'; '.join(told)}."
+    return f"{known} The bundle holds no audio." if whole else f"{known} {_OWN.format('Others')}"
+
+
+def _described(recordings: pd.DataFrame) -> str:
+    speakers = recordings["speaker"].nunique() if "speaker" in recordings else 0
+    return f"{len(recordings)} recordings" + (f" of {speakers} speakers" if speakers else "")
+
+
+def _figures(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for part, found in figures.items():
+        intervals, confidence = found["intervals_95"], found["confidence"]
+        rows = {"accuracy": (found["accuracy"], intervals["accuracy"])}
+        rows["weighted F1"] = (found["weighted_f1"], intervals["weighted_f1"])
+        for label, recall in found["class_recall"].items():
+            rows[f"recall of {label}"] = (recall, intervals["class_recall"][label])
+        lines += [
+            "## Figures",
+            "",
+            f"On the {found['n']} recordings of the {PARTS[part]}; trained on {found['trained_on']}. Intervals: 95%, "
+            f"{intervals['method']}.",
+            "",
+            "| figure | value | interval |",
+            "|---|---|---|",
+            *(f"| {name} | {_percent(value)} | {_span(interval)} |" for name, (value, interval) in rows.items()),
+            "",
+            f"Confidences, at temperature 1: expected calibration error {_percent(confidence['ece'])}, Brier score "
+            f"{confidence['brier']:.3f}, log-loss {confidence['log_loss']:.3f}.",
+            "",
+        ]
+    return lines
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "n/a" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1%}"
+
+
+def _recipe(training: Mapping[str, Any]) -> list[str]:
+    if "joined" in training:
+        return _joined(training["joined"])
+    settings = training["settings"]
+    return [
+        "## Recipe",
+        "",
+        f"Weights of epoch {training['best_epoch']} of {training['epochs']}; {training['seconds']:.0f} s with PyTorch "
+        f"{training['torch']} on {training['machine']}; split seed {training['split_seed']}, seed {settings['seed']}.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items() if value not in (None, {}, ())),
+        "",
+        *_start(training),
+        *_teachers(training),
+    ]
+
+
+def _joined(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{len(members)} networks answer together, with their mean log-probability. No figure of one of them is a "
+        "figure of this model.",
+        "",
+    ]
+    return ["## Recipe", "", *lines, *map(_told, members), ""]
+
+
+def _told(model: Mapping[str, Any]) -> str:
+    """One line about a model that had a part in this one."""
+    settings = model.get("settings") or {}
+    told = "".join(f", {name} {settings[name]}" for name in ("epochs", "seed") if name in settings)
+    return f"- weights {model['model_sha256'][:12]}, trained on {model['trained_on'] or 'unknown data'}{told}"
+
+
+def _start(training: Mapping[str, Any]) -> list[str]:
+    if "init" not in training:
+        return []
+    told = "It began with the weights of an earlier model of this project, which was itself trained from scratch:"
+    return [told, "", _told(training["init"]), ""]
+
+
+def _teachers(training: Mapping[str, Any]) -> list[str]:
+    teachers = training.get("teachers", ())
+    if not teachers:
+        return []
+    told = (
+        f"It learnt from {len(teachers)} trained models too (knowledge distillation): their mean answers made up "
+        f"{training['distill']:.0%} of the loss."
+    )
+    return [told, "", *map(_told, teachers), ""]
+
+
+def _list(heading: str, items: Sequence[str]) -> list[str]:
+    return [f"## {heading}", "", *(f"- {item}" for item in items), ""]

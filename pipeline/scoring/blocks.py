@@ -1,0 +1,220 @@
+"""A block of a scoring run: what is asked of it, and scoring it in this process, whoever runs the process.
+
+A block is some rows of the manifest under one number. While a worker decodes, it notes the recording at hand
+(``ledger.Notes``), so that, when the process dies (out of memory, killed, a decoder that takes it down), the next
+attempt decodes that one in a process of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.inference.excerpts import Excerpt, listen
+from pipeline.inference.predictor import Prediction, Predictor
+from pipeline.inference.timeline import Timeline
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.scoring.options import ScoreOptions
+from pipeline.scoring.predictions import to_table
+from pipeline.storage.errors import SerError
+from pipeline.storage.ledger import RETRIES, Notes
+
+REFUSAL = "refusal"
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs to know.
+
+    Attributes:
+        notes: folder of ``ledger.Notes``.
+        run: name of this start of the job; attempts that died with another start are not held against a block.
+    """
+
+    weights: str
+    weights_sha256: str
+    options: ScoreOptions
+    batch_size: int
+    notes: str
+    run: str
+    device: str = "cpu"
+
+
+def make_block(number: int, paths: Sequence[str]) -> pa.Table:
+    """Columns ``block``, ``position`` in it, and ``speech``."""
+    return pa.table(
+        {
+            "block": pa.array([number] * len(paths), pa.int64()),
+            "position": pa.array(range(len(paths)), pa.int64()),
+            "speech": pa.array(paths, pa.string()),
+        }
+    )
+
+
+def score_block(rows: pa.Table, task: Task) -> pa.Table:
+    """Our columns (``predictions.to_table``), ``block`` and ``position``, a row per recording, in order."""
+    predictor, options = open_predictor(task), task.options
+    predictions: list[Prediction] = []
+    timelines: list[Timeline] | None = None
+    if options.steps is None:
+        excerpts: list[Excerpt] = []
+        for path, apart in _watched(rows, task):
+            excerpts.append(predictor.listen(path, channel=options.channel, apart=apart))
+            if len(excerpts) == task.batch_size:
+                predictions += predictor.classify(excerpts)
+                excerpts.clear()
+        predictions += predictor.classify(excerpts)
+    else:
+        timelines = []
+        for path, apart in _watched(rows, task):
+            prediction, timeline = predictor.follow(
+                path, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs, apart=apart
+            )
+            predictions.append(prediction)
+            timelines.append(timeline)
+    return _answer(rows, predictions, timelines, task, predictor)
+
+
+def listen_block(rows: pa.Table, task: Task) -> pa.Table:
+    """The first half of ``score_block``, where networks run elsewhere: a pickled ``excerpt`` a row."""
+    bundle = _bundle(task.weights)
+    crops, channel = task.options.crops or bundle.crops, task.options.channel
+    excerpts = [
+        pickle.dumps(listen(path, bundle.features, crops, channel, apart=apart), protocol=5)
+        for path, apart in _watched(rows, task)
+    ]
+    return rows.append_column("excerpt", pa.array(excerpts, pa.large_binary()))
+
+
+def classify_block(rows: pa.Table, task: Task) -> pa.Table:
+    """The second half: what ``score_block`` gives, of what ``listen_block`` gave."""
+    predictor = open_predictor(task)
+    excerpts = [pickle.loads(cell.as_py()) for cell in rows["excerpt"]]
+    return _answer(rows, predictor.classify(excerpts), None, task, predictor)
+
+
+def or_refusal(rows: pa.Table, work: Callable[[pa.Table, Task], pa.Table], task: Task) -> pa.Table:
+    """What ``work`` gives; its SerError as a column ``REFUSAL``, for Ray Data buries what a task raises."""
+    if REFUSAL in rows.column_names:
+        return rows
+    try:
+        return work(rows, task)
+    except SerError as error:
+        return pa.table({REFUSAL: [str(error)]})
+
+
+class Classifier:
+    """``classify_block``, as an actor that keeps its network on a device."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """See ``classify_block`` and ``or_refusal``."""
+        return or_refusal(rows, classify_block, self._task)
+
+
+def in_child(blocks: Sequence[pa.Table], task: Task) -> Iterator[pa.Table]:
+    """``score_block`` of each, in a child process, which is replaced when a decoder takes it down.
+
+    Raises:
+        SerError: a block that the child died at again and again, or an error of the child itself.
+    """
+    pending = list(blocks)
+    deaths = 0
+    while pending:
+        with _child(task) as connection:
+            try:
+                while pending:
+                    connection.send(pending[0])
+                    answer = connection.recv()
+                    if isinstance(answer, Exception):
+                        raise answer
+                    deaths = 0
+                    pending.pop(0)
+                    yield answer
+            except (EOFError, ConnectionError) as error:
+                deaths += 1
+                if deaths > RETRIES:
+                    raise SerError(f"the scoring process died {deaths} times at one block; is memory short?") from error
+
+
+@contextmanager
+def _child(task: Task) -> Iterator[Connection]:
+    """A process that answers blocks; it ends with the ``with`` block, and soon after this process if that is killed."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer_blocks, args=(theirs, task), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def _answer_blocks(connection: Connection, task: Task) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    with suppress(EOFError, ConnectionError):  # the parent has gone
+        while True:
+            rows = connection.recv()
+            try:
+                answer: object = score_block(rows, task)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = error
+            connection.send(answer)
+
+
+@lru_cache(maxsize=1)
+def open_predictor(task: Task) -> Predictor:
+    """The process's Predictor, one math thread: a task has one CPU.
+
+    Raises:
+        SerError: the bundle is another one than when scoring began.
+    """
+    predictor = Predictor.from_bundle(
+        task.weights, device=task.device, threads=1, batch_size=task.batch_size, crops=task.options.crops
+    )
+    if predictor.bundle.weights_sha256 != task.weights_sha256:
+        raise SerError(f"{task.weights} was replaced while its model was scoring; give the same command again")
+    return predictor
+
+
+@lru_cache(maxsize=1)
+def _bundle(weights: str) -> Bundle:
+    return load_bundle(weights)
+
+
+def _watched(rows: pa.Table, task: Task) -> Iterator[tuple[str, bool]]:
+    """The paths of a block, each noted down before it is given, and whether to decode it apart."""
+    notes = Notes(Path(task.notes), rows["block"][0].as_py(), task.run)
+    notes.check()
+    for position, path in enumerate(rows["speech"].to_pylist()):
+        notes.begin(position)
+        yield path, notes.apart(position)
+    notes.close()
+
+
+def _answer(
+    rows: pa.Table,
+    predictions: Sequence[Prediction],
+    timelines: Sequence[Timeline] | None,
+    task: Task,
+    predictor: Predictor,
+) -> pa.Table:
+    options = task.options
+    table = to_table(predictions, predictor.labels, options.min_confidence, options.silence_dbfs, timelines)
+    return table.append_column("block", rows["block"]).append_column("position", rows["position"])

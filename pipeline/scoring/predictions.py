@@ -1,0 +1,253 @@
+"""The tables of scores: their columns, and writing them from the finished blocks of a run, little in memory at a time.
+
+``predictions``: the manifest's columns, untouched (one that collides with ours becomes ``in_NAME``), then ``status``
+(``ok`` or an error code), ``error``, ``label_name`` when labels were given, ``predicted``, ``confidence``,
+``p_<label>`` per class, ``duration_s``, ``scored_s``, ``level_dbfs``, ``entropy`` (0 certain .. 1 uniform), ``margin``
+(best minus second), ``notice`` (what users should know of how it was read). One row per row of the manifest, in its
+order. Silence, and what could not be used, has no confidence and no probabilities.
+
+``segments``, for recordings heard window by window: ``row`` (from 0, of ``predictions``), ``speech``, ``channel``,
+``start_s``, ``end_s``, ``predicted`` (also ``silence``), ``confidence``, ``p_<label>``, ``level_dbfs``, ``entropy``,
+``margin``. ``channels``, when each was heard apart: all windows of one channel of a recording together.
+
+Each is written as ``.parquet``, which is exact, and as ``.csv``, whose text cells are guarded
+(``pipeline.data.tables``) and which ``read_predictions`` reads back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.data.table_files import table_files
+from pipeline.data.tables import read_csv
+from pipeline.inference.predictor import Prediction, entropy, margin
+from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, joined, nested, unnested
+from pipeline.storage.errors import SerError
+
+PARQUET, CSV = "predictions.parquet", "predictions.csv"
+_AFTER = ("duration_s", "scored_s", "level_dbfs", "entropy", "margin")
+_NOTICE = "notice"
+_WINDOWED = ("channel", "start_s", "end_s")
+_ROWS_AT_ONCE, _WINDOWS_AT_ONCE = 4096, 100_000
+
+
+def our_columns(labels: Sequence[str], *, labelled: bool) -> list[str]:
+    """The columns of ``predictions`` that follow the manifest's."""
+    name = ["label_name"] if labelled else []
+    return ["status", "error", *name, "predicted", "confidence", *(f"p_{label}" for label in labels), *_AFTER, _NOTICE]
+
+
+def to_table(
+    predictions: Sequence[Prediction],
+    labels: Sequence[str],
+    min_confidence: float = 0.0,
+    silence_dbfs: float = SILENCE_DBFS,
+    timelines: Sequence[Timeline] | None = None,
+) -> pa.Table:
+    """Predictions as our columns, ``label_name`` excepted; missing values are null.
+
+    Args:
+        timelines: the windows of each recording, kept in a nested column ``windows``.
+    """
+    predictions = [prediction.told(silence_dbfs) for prediction in predictions]
+    p = np.array([prediction.probabilities for prediction in predictions]).reshape(len(predictions), len(labels))
+    columns: dict[str, pa.Array] = {
+        "status": pa.array([x.status for x in predictions], pa.string()),
+        "error": pa.array([x.error for x in predictions], pa.string()),
+        "predicted": pa.array([x.label(min_confidence, silence_dbfs) for x in predictions], pa.string()),
+        "confidence": _numbers(x.confidence for x in predictions),
+        **_probabilities(p, labels),
+        "duration_s": _numbers(x.duration_s for x in predictions),
+        "scored_s": _numbers(x.scored_s for x in predictions),
+        "level_dbfs": _numbers(x.level_dbfs for x in predictions),
+        **_doubt(p),
+        _NOTICE: pa.array([x.notice or None for x in predictions], pa.string()),
+    }
+    if timelines is not None:
+        columns["windows"] = nested(timelines)
+    return pa.table(columns)
+
+
+def plain_manifest(manifest: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """The manifest with text that Parquet can hold, and colliding columns renamed to ``in_NAME``."""
+    taken = {*our_columns(labels, labelled=True), *_WINDOWED}
+    renamed: list[str] = []
+    for column in map(str, manifest.columns):
+        while column in taken or column in renamed:
+            column = f"in_{column}"
+        renamed.append(column)
+    table = manifest.reset_index(drop=True).set_axis(renamed, axis=1)
+    for column in table.columns:
+        try:
+            pa.array(table[column], from_pandas=True)
+        except (pa.ArrowException, UnicodeError):  # mixed types, or text that is not Unicode
+            table[column] = table[column].map(_text, na_action="ignore")
+    return table
+
+
+def write_tables(
+    manifest: pd.DataFrame,
+    parts: Iterable[pa.Table],
+    out: Path,
+    labels: Sequence[str],
+    *,
+    min_confidence: float = 0.0,
+    silence_dbfs: float = SILENCE_DBFS,
+    each_channel: bool = False,
+) -> None:
+    """Write ``predictions`` (and ``segments`` where the parts hold windows, ``channels`` where asked for).
+
+    Args:
+        manifest: as ``plain_manifest`` gives it; a ``label`` column becomes ``label_name`` as well.
+        parts: tables of ``to_table``, in order, together as long as the manifest; taken one at a time.
+        out: an existing folder. Every file appears in it whole or not at all; older tables there are removed.
+        labels: the model's, in its order.
+
+    Raises:
+        SerError: the disk is full or cannot be written.
+    """
+    labelled = "label" in manifest.columns
+    schema = pa.Schema.from_pandas(manifest, preserve_index=False)
+    begin = 0
+    with table_files(out) as files:
+        for part in _gathered(parts):
+            rows = manifest.iloc[begin : begin + len(part)]
+            table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False)
+            if labelled:
+                part = part.append_column("label_name", table["label"].cast(pa.string()))
+            for name in our_columns(labels, labelled=labelled):
+                known = name in part.column_names  # parts that an older version wrote have no notice
+                column = part[name] if known else pa.nulls(len(part), pa.string())
+                table = table.append_column(name, column)
+            files.write("predictions", table)
+            if "windows" in part.column_names:
+                found = unnested(part["windows"])
+                named = [t.names(labels, min_confidence, silence_dbfs) for t in found]
+                files.write("segments", segments_table(found, named, rows["speech"], labels, silence_dbfs))
+                if each_channel:
+                    sides = [t.sides(silence_dbfs) for t in found]
+                    named = [t.names(labels, min_confidence, silence_dbfs) for t in sides]
+                    files.write("channels", segments_table(sides, named, rows["speech"], labels, silence_dbfs))
+            begin += len(part)
+        if begin != len(manifest):
+            raise ValueError(f"parts hold {begin} rows, the manifest {len(manifest)}")
+
+
+def segments_table(
+    timelines: Sequence[Timeline],
+    names: Sequence[Sequence[str]],
+    speech: pd.Series[str],
+    labels: Sequence[str],
+    silence_dbfs: float = SILENCE_DBFS,
+) -> pa.Table:
+    """The table ``segments`` of some recordings.
+
+    Args:
+        names: what the windows of each recording are called.
+        speech: path of each recording; the index says which row of ``predictions`` it is.
+    """
+    lengths = [len(timeline) for timeline in timelines]
+    row = np.repeat(np.arange(len(timelines)), lengths)
+    whole = joined(timelines)
+    p = whole.told(silence_dbfs)
+    return pa.table(
+        {
+            "row": pa.array(speech.index.to_numpy()[row], pa.int64()),
+            "speech": pa.array(speech, pa.string()).take(pa.array(row)),
+            "channel": pa.array(whole.channel, pa.string()),
+            "start_s": whole.start_s,
+            "end_s": whole.end_s,
+            "predicted": pa.array([name for part in names for name in part], pa.string()),
+            "confidence": pa.array(p.max(axis=1, initial=0.0), from_pandas=True),
+            **_probabilities(p, labels),
+            "level_dbfs": whole.level_dbfs,
+            **_doubt(p),
+        }
+    )
+
+
+def read_segments(out: Path, labels: Sequence[str]) -> Iterator[tuple[int, str, Timeline, list[str]]]:
+    """(row, speech, windows, what they are called) of each recording in ``segments.parquet`` that has any, in order.
+
+    Raises:
+        SerError: the folder has no such table.
+    """
+    path = out / "segments.parquet"
+    if not path.is_file():
+        raise SerError(f"{out} has no segments: its recordings were not heard window by window; give --window_s")
+    with pq.ParquetFile(path) as file:  # a recording lies in one row group
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group).to_pandas()
+            log_p = np.log(np.maximum(table[[f"p_{label}" for label in labels]].to_numpy(), 1e-300))
+            times = {name: table[name].to_numpy() for name in ("start_s", "end_s", "level_dbfs")}
+            whole = Timeline(channel=table["channel"].to_numpy(dtype=object), log_p=log_p, **times)
+            for row, positions in table.groupby("row", sort=False).indices.items():
+                named = list(table["predicted"].iloc[positions])
+                yield int(row), str(table["speech"].iloc[positions[0]]), whole.where(positions), named
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """A table of scores: the folder of a run, its ``.parquet``, or its ``.csv`` with the guards taken off.
+
+    A CSV does not say what is a number: our columns that are become numbers again, those of the manifest stay text.
+
+    Raises:
+        SerError: nothing of that kind is there, or one of our columns holds other text than numbers.
+    """
+    if path.is_dir():
+        path = path / PARQUET
+    if not path.is_file():
+        raise SerError(f"no scores at {path}; give the --out folder of jobs.score, or a table in it")
+    return _with_numbers(read_csv(path), path) if path.suffix == ".csv" else pd.read_parquet(path)
+
+
+def _with_numbers(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The table with our columns as numbers: those of these names, and the ``p_`` columns after ``confidence``."""
+    names = list(table.columns)
+    ours = {"confidence", *_AFTER, *(["row", "start_s", "end_s"] if "start_s" in names else [])} & set(names)
+    begin = names.index("confidence") if "confidence" in names else 0
+    for name in [*ours, *(name for name in names[begin:] if name.startswith("p_"))]:
+        try:
+            table[name] = table[name].astype("int64" if name == "row" else "float64")
+        except ValueError as error:
+            raise SerError(f"{path}, column {name}: {error}; expected numbers, as jobs.score writes them") from error
+    return table
+
+
+def _text(cell: object) -> str:
+    return str(cell).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _numbers(values: Iterable[float]) -> pa.Array:
+    return pa.array(np.fromiter(values, np.float64), from_pandas=True)
+
+
+def _probabilities(p: Floats, labels: Sequence[str]) -> dict[str, pa.Array]:
+    return {f"p_{label}": pa.array(p[:, i], from_pandas=True) for i, label in enumerate(labels)}
+
+
+def _doubt(p: Floats) -> dict[str, pa.Array]:
+    return {"entropy": pa.array(entropy(p), from_pandas=True), "margin": pa.array(margin(p), from_pandas=True)}
+
+
+def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Parts joined to pieces of some thousand rows, or some ten thousand windows; columns that one lacks are null."""
+    held: list[pa.Table] = []
+    rows = windows = 0
+    for part in parts:
+        held.append(part)
+        rows += len(part)
+        if "windows" in part.column_names:
+            windows += pc.sum(pc.list_value_length(part["windows"])).as_py()
+        if rows >= _ROWS_AT_ONCE or windows >= _WINDOWS_AT_ONCE:
+            yield pa.concat_tables(held, promote_options="default")
+            held, rows, windows = [], 0, 0
+    if held:
+        yield pa.concat_tables(held, promote_options="default")

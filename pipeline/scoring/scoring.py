@@ -1,0 +1,312 @@
+"""Scoring a whole manifest with Ray Data: streamed, resumable, one row per recording whatever happens.
+
+The manifest is cut into blocks (``pipeline.storage.ledger``). On CPUs one stateless task scores one block: decode,
+features and network in one process, which keeps its Predictor from block to block; results travel to the driver, which
+commits them. With GPUs, tasks decode and make features, and an actor per GPU runs the network. When every block is
+there, the tables are written from the parts, a piece in memory at a time.
+
+A task that dies is run again by Ray, see ``pipeline.scoring.blocks`` on whom it suspects. Few recordings are scored in
+one child process without starting Ray, which takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cluster.nodes import check_nodes, cpus_here
+from pipeline.cluster.runtime import joins_cluster
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.onnx_export import ensure_onnx
+from pipeline.scoring.blocks import (
+    REFUSAL,
+    Classifier,
+    Task,
+    in_child,
+    listen_block,
+    make_block,
+    or_refusal,
+    score_block,
+)
+from pipeline.scoring.exports import restore_csv, write_exports
+from pipeline.scoring.options import ScoreOptions
+from pipeline.scoring.predictions import PARQUET, plain_manifest, write_tables
+from pipeline.scoring.run_record import Tally, plan_of, record_of
+from pipeline.storage.errors import SerError
+from pipeline.storage.ledger import Ledger, LedgerError, open_ledger
+
+__all__ = ["Execution", "ScoreOptions", "ScoreRun", "score_manifest"]
+
+FEW = 200  # recordings that are not worth starting Ray for
+_BLOCK_ROWS, _BLOCK_ROWS_WALKED = 256, 8
+_BLOCKS_A_CPU = 8  # smaller runs get smaller blocks, so that every CPU has some
+ProgressCallback = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is spread; changes no result, and may differ between a run and its resumption.
+
+    Attributes:
+        num_cpus: CPUs of the Ray that is started; all when None. 0 scores in one child process, without Ray.
+        num_gpus: GPUs to use, 0 for none.
+        batch_size: examples the network sees at once.
+        block_rows: recordings a block; chosen by their number and that of the CPUs when None.
+    """
+
+    num_cpus: int | None = None
+    num_gpus: int = 0
+    batch_size: int = 16
+    block_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_cpus", 0), ("num_gpus", 0), ("batch_size", 1), ("block_rows", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SerError(f"{name} must be {least} or more, got {value}")
+
+
+@dataclass(frozen=True)
+class ScoreRun:
+    """A finished run.
+
+    Attributes:
+        statuses: rows of each status.
+        scored: rows scored now, not by an earlier start of the same run; ``seconds`` they took.
+        unheard: ``"2 s of 184 s"`` when most recordings are long and little of them was heard; else None.
+        evaluation: the content of ``metrics.json``, when a report was asked for.
+        exports: further files and folders written.
+        noted: recordings with something to know of how they were read, in the column ``notice``.
+    """
+
+    out: Path
+    rows: int
+    statuses: Mapping[str, int]
+    scored: int
+    seconds: float
+    unheard: str | None
+    evaluation: Mapping[str, Any] | None
+    exports: Sequence[Path]
+    noted: int = 0
+
+    @property
+    def failed(self) -> int:
+        """Recordings that could not be used."""
+        return self.rows - self.statuses.get("ok", 0)
+
+
+def score_manifest(
+    manifest: pd.DataFrame,
+    out: Path,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    options: ScoreOptions | None = None,
+    execution: Execution | None = None,
+    overwrite: bool = False,
+    report: bool = True,
+    formats: Sequence[str] = (),
+    merge: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> ScoreRun:
+    """Score every recording of ``manifest`` into ``out``; a run that was cut off is continued.
+
+    Writes the tables (``pipeline.scoring.predictions``), report and exports, and ``run.json`` last. A finished run of
+    the same model, options and input is not scored again; a report or exports asked for now are added, CSV tables that
+    are gone are written again.
+
+    Args:
+        manifest: as ``pipeline.data.manifest`` makes it: ``speech``, perhaps ``label``, and further columns.
+        weights: a bundle, or the ``.pt`` in it; None for the shipped one.
+        overwrite: begin again whatever ``out`` holds.
+        report: also write ``report.html`` and what belongs to it.
+        formats: exports, and merge: merged segments, see ``pipeline.scoring.exports``.
+        meta: what the report says of the run (command, versions ...) beside the model.
+        on_progress: called with (rows done, rows in all, failed so far), in the driver.
+
+    Raises:
+        LedgerError: ``out`` holds a run of another model, options or input, or one whose tables are gone; is in use,
+            or cannot be written.
+        BundleError: no usable model.
+        SerError: an option out of range.
+    """
+    begin_s = time.monotonic()
+    options, execution = options or ScoreOptions(), execution or Execution()
+    bundle = load_bundle(weights)
+    _check(options, execution, bundle, windows_needed=merge or "audacity" in formats)
+    table = plain_manifest(manifest, bundle.labels)
+    if table.empty:
+        raise SerError("nothing to score: the input has no recordings")
+    plan = plan_of(table, bundle, options)
+    with open_ledger(out.absolute()) as ledger:
+        wanted = execution.block_rows or _block_rows(len(table), walked=options.steps is not None)
+        block_rows = ledger.claim(plan, wanted, overwrite=overwrite, tables=options.tables)
+        run, scored, tally = ledger.finished(), 0, Tally()
+        anew = run is None
+        if anew:
+            tally, scored = _score(table, ledger, block_rows, bundle, options, execution, on_progress)
+        else:
+            restore_csv(ledger.out)
+        evaluation = _report(ledger.out, bundle, meta or {}, anew=anew) if report else None
+        exported = write_exports(ledger.out, bundle.labels, formats, merge=merge)
+        seconds = time.monotonic() - begin_s
+        if run is None:
+            run = record_of(plan, block_rows, bundle, options, tally, scored, seconds)
+            ledger.finish(run)
+    noted = run.get("noted", 0)
+    return ScoreRun(out, len(table), run["statuses"], scored, seconds, run["unheard"], evaluation, exported, noted)
+
+
+def _check(options: ScoreOptions, execution: Execution, bundle: Bundle, *, windows_needed: bool) -> None:
+    """Refuse early what would be found out late."""
+    if options.window_s is not None and options.window_s > bundle.features.window_s:
+        longest = f"{bundle.features.window_s:g}"
+        raise SerError(
+            f"window_s {options.window_s:g} is more than the {longest} s that {bundle.name} hears at a time; "
+            f"give --window_s {longest}"
+        )
+    if options.window_s is None and windows_needed:
+        raise SerError("merged segments and Audacity labels are made of windows; give --window_s too")
+    if options.window_s is not None and execution.num_gpus:
+        raise SerError("windows are scored on CPUs only; leave --num_gpus out")
+
+
+def _score(
+    table: pd.DataFrame,
+    ledger: Ledger,
+    block_rows: int,
+    bundle: Bundle,
+    options: ScoreOptions,
+    execution: Execution,
+    on_progress: ProgressCallback | None,
+) -> tuple[Tally, int]:
+    """Score the blocks that are missing, and write the tables; returns what came of all rows, and the rows scored."""
+    starts = range(0, len(table), block_rows)
+    sizes = {block: min(block_rows, len(table) - start) for block, start in enumerate(starts)}
+    before = ledger.committed(sizes)
+    todo = {b: list(table["speech"].iloc[starts[b] :][:n]) for b, n in sizes.items() if b not in before}
+    scored = sum(map(len, todo.values()))
+    done, failed = len(table) - scored, sum(before.values())
+    if todo:
+        device = "cuda" if execution.num_gpus else "cpu"
+        if device == "cpu":
+            ensure_onnx(bundle)
+        weights, run = str(bundle.folder.absolute()), uuid.uuid4().hex
+        task = Task(weights, bundle.weights_sha256, options, execution.batch_size, str(ledger.notes), run, device)
+        if on_progress:
+            on_progress(done, len(table), failed)
+        for block, part in _score_blocks(todo, task, execution):
+            ledger.commit(block, part)
+            done, failed = done + len(part), failed + _failures(part)
+            if on_progress:
+                on_progress(done, len(table), failed)
+    tally = Tally()
+    write_tables(
+        table,
+        _parts(ledger, len(sizes), tally),
+        ledger.out,
+        bundle.labels,
+        min_confidence=options.min_confidence,
+        silence_dbfs=options.silence_dbfs,
+        each_channel=options.channels == "each",
+    )
+    return tally, scored
+
+
+def _block_rows(rows: int, *, walked: bool) -> int:
+    if walked:
+        return _BLOCK_ROWS_WALKED
+    return int(np.clip(-(-rows // (cpus_here() * _BLOCKS_A_CPU)), 16, _BLOCK_ROWS))
+
+
+def _score_blocks(
+    todo: Mapping[int, Sequence[str]], task: Task, execution: Execution
+) -> Iterator[tuple[int, pa.Table]]:
+    """Run the blocks; yields each as it is done, in any order."""
+    blocks = [make_block(number, paths) for number, paths in todo.items()]
+    few = sum(map(len, blocks)) <= FEW and execution.num_cpus is None and not execution.num_gpus
+    if execution.num_cpus == 0 or (few and not joins_cluster()):
+        results = in_child(blocks, task)
+    else:
+        results = _on_ray(blocks, task, execution)
+    pieces: dict[int, list[pa.Table]] = {}  # Ray Data cuts very large results
+    for result in results:
+        block = result["block"][0].as_py()
+        pieces.setdefault(block, []).append(result)
+        if sum(map(len, pieces[block])) == len(todo[block]):
+            part = pa.concat_tables(pieces.pop(block)).sort_by("position")
+            yield block, part.drop_columns(["block", "position"])
+
+
+def _on_ray(blocks: Sequence[pa.Table], task: Task, execution: Execution) -> Iterator[pa.Table]:
+    import ray
+
+    from pipeline.cluster.runtime import data_context, start_ray, task_pool
+
+    start_ray(execution.num_cpus)
+    recordings = [path for block in blocks for path in block["speech"].to_pylist()]
+    check_nodes(Path(task.notes), [load_bundle(task.weights).weights_path], some_of=recordings)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if execution.num_gpus > gpus and not joins_cluster():
+        raise SerError(f"num_gpus {execution.num_gpus}, but there are {gpus} here; leave --num_gpus out")
+    context: Any = data_context()
+    context.execution_options.preserve_order = False  # blocks carry their numbers
+    dataset: ray.data.Dataset = ray.data.from_arrow(list(blocks))
+    how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    if execution.num_gpus:
+        context.op_resource_reservation_enabled = True  # features between the stages must not fill the object store
+        actors = ray.data.ActorPoolStrategy(min_size=1, max_size=execution.num_gpus)
+        listen = partial(or_refusal, work=listen_block, task=task)
+        dataset = dataset.map_batches(listen, num_cpus=1, **how).map_batches(
+            Classifier, fn_constructor_args=(task,), num_gpus=1, compute=actors, **how
+        )
+    else:
+        dataset = dataset.map_batches(
+            partial(or_refusal, work=score_block, task=task), num_cpus=1, compute=task_pool(len(blocks)), **how
+        )
+    results: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    for result in results:
+        if REFUSAL in result.column_names:
+            raise SerError(result[REFUSAL][0].as_py())
+        yield result
+
+
+def _failures(part: pa.Table) -> int:
+    return sum(status != "ok" for status in part["status"].to_pylist())
+
+
+def _parts(ledger: Ledger, blocks: int, tally: Tally) -> Iterator[pa.Table]:
+    """The committed parts in order; tallies them on the way."""
+    for block in range(blocks):
+        try:
+            part = pq.read_table(ledger.part_path(block))
+        except (OSError, pa.ArrowException) as error:
+            raise LedgerError(f"{ledger.part_path(block)} is damaged; give the same command again") from error
+        tally.add(part)
+        yield part
+
+
+def _report(out: Path, bundle: Bundle, meta: Mapping[str, Any], *, anew: bool) -> Mapping[str, Any]:
+    """The content of ``metrics.json``; the report is made when it is not there yet, lacks a new note, or ``anew``."""
+    from pipeline.reporting.report import again, write_report
+
+    if not anew and (out / "metrics.json").is_file():
+        before: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        note = meta.get("note") or before["meta"].get("note")
+        if (out / "report.html").is_file() and note == before["meta"].get("note"):
+            return before
+        return again(before, pd.read_parquet(out / PARQUET), out, note)
+    model = {"model": bundle.name, "model_sha256": bundle.weights_sha256, "data": None}
+    return write_report(pd.read_parquet(out / PARQUET), bundle.labels, out, meta=model | dict(meta))

@@ -1,0 +1,337 @@
+"""The training loop in plain PyTorch: epochs, validation, early stopping, best weights, exact resume.
+
+Runs alone, or in each of several workers once `torch.distributed` is initialised (see `workers`). AdamW, cosine or
+one-cycle learning rate with warm-up, gradient clipping, an exponential moving average (EMA) of weights and buffers.
+Validation is shared among the workers; every decision is made from the gathered numbers, so that all take the same one.
+Every random choice is a function of (seed, epoch, worker), so that resuming from a checkpoint repeats nothing and loses
+nothing. Limits: the validation part is small enough to be gathered after every epoch; batch-norm statistics are each
+worker's own during an epoch, averaged at its end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.evaluation.measures import scores, tally
+from pipeline.storage.errors import SerError
+from pipeline.training.batches import Batches, TrainingData
+from pipeline.training.config import FitConfig
+from pipeline.training.distillation import Teachers
+from pipeline.training.distributed import Workers
+from pipeline.training.losses import ClassificationLoss
+from pipeline.training.memory import keep_freed_memory
+from pipeline.training.sampling import WeightedSampler, shares_of
+from pipeline.training.schedules import learning_rates
+
+CHECKPOINT_VERSION = 1
+_VALIDATION_BATCH = 64
+
+
+class DivergedError(SerError):
+    """The training loss is no longer a finite number. Every worker finds it at the same moment."""
+
+
+StateDict = dict[str, Tensor]
+Record = dict[str, Any]  # one epoch: a row of history.csv
+
+
+@dataclass
+class FitResult:
+    """What a run came to. `weights` are the best by validation weighted F1, or the last without a validation part."""
+
+    weights: StateDict
+    best_epoch: int
+    history: list[Record]
+    stopped_early: bool = False
+    interrupted: bool = False
+
+
+EpochCallback = Callable[[Record, "Run"], None]
+BatchCallback = Callable[[int, int, int], None]  # epoch, batches done, batches in all
+
+
+def fit(
+    model: nn.Module,
+    data: TrainingData,
+    config: FitConfig,
+    *,
+    device: str = "cpu",
+    teachers: Teachers | None = None,
+    state: dict[str, Any] | None = None,
+    on_epoch: EpochCallback | None = None,
+    on_batch: BatchCallback | None = None,
+) -> FitResult:
+    """Train `model` in place.
+
+    Args:
+        teachers: trained models, on `device`, whose answers are part of the targets.
+        state: a checkpoint made by `Run.state`, to go on from.
+        on_epoch: called in every worker after each epoch with its record and the run.
+        on_batch: called in every worker after each training step.
+
+    Returns:
+        The best weights and the history. On Ctrl-C (alone, not under several workers) the best so far.
+
+    Raises:
+        SerError: settings that do not fit the data or the number of workers.
+        DivergedError: a loss that is not finite.
+    """
+    run = Run(model, data, config, device, teachers)
+    if state is not None:
+        run.load_state(state)
+    interrupted = False
+    try:
+        while not run.finished:
+            record = run.epoch(on_batch)
+            if on_epoch is not None:
+                on_epoch(record, run)
+    except KeyboardInterrupt:
+        if run.workers.world > 1 or not run.history:
+            raise
+        interrupted = True
+    return FitResult(run.chosen_weights(), run.best_epoch, run.history, run.stopped_early, interrupted)
+
+
+def batches_of(data: TrainingData, config: FitConfig) -> Batches:
+    """The batches of a run, of all its workers.
+
+    Raises:
+        SerError: settings that do not fit the data.
+    """
+    rows = data.train_rows
+    corpora = None if data.corpus_of is None else data.corpus_of[rows]
+    trained = data.corpora if corpora is None else [data.corpora[k] for k in np.unique(corpora)]
+    sampler = WeightedSampler.balanced(
+        data.classes[rows],
+        data.n_classes,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        boosts=config.oversample_boost,
+        corpora=corpora,
+        shares=shares_of(config.corpus_share, data.corpora, trained),
+        n_draws=config.draws,
+    )
+    return Batches(data, sampler, config.augmentation(), mask_missing=config.mask_missing_classes)
+
+
+class Run:
+    """A training run between two epochs: all that a checkpoint holds."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        config: FitConfig,
+        device: str = "cpu",
+        teachers: Teachers | None = None,
+    ) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config, self.data, self.device = config, data, torch.device(device)
+        self.teachers = teachers
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.workers = Workers.current()
+        self.batches = batches_of(data, config)
+        self.loss = ClassificationLoss(
+            data.n_classes,
+            class_weights=config.class_weights,
+            label_smoothing=config.label_smoothing,
+            focal_gamma=config.focal_gamma if config.use_focal else 0.0,
+        ).to(self.device)
+        self.model = model.to(self.device)
+        if config.channels_last and len(data.config.input_shape) == 3:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.trained = self.workers.share_gradients(self.model, self.device)
+        self.ema = _averaged(self.model, config.ema) if config.ema else None
+        decay = config.weight_decay
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=decay, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            learning_rates(config.scheduler, len(self.batches), config.epochs, config.warmup_epochs),
+        )
+        self.history: list[Record] = []
+        self.best_epoch = 0
+        self.best_weights: StateDict | None = None
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are clips to choose the best epoch by."""
+        return len(self.data.valid_rows) > 0
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the patience ran out."""
+        waited = len(self.history) - self.best_epoch
+        return bool(self.validates and self.config.patience and self.history and waited >= self.config.patience)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left to do."""
+        return len(self.history) >= self.config.epochs or self.stopped_early
+
+    def epoch(self, on_batch: BatchCallback | None = None) -> Record:
+        """Train and validate one epoch; returns its record, the same in every worker but for the seconds."""
+        started = time.perf_counter()
+        number = len(self.history) + 1
+        torch.manual_seed(_epoch_seed(self.config.seed, number, self.workers.rank))
+        record: Record = {"epoch": number, "lr": self.scheduler.get_last_lr()[0]}
+        record["train_loss"] = self._train(number, on_batch)
+        trained = time.perf_counter()
+        record |= self._validate(number)
+        record["seconds"] = time.perf_counter() - started
+        record["train_seconds"] = trained - started
+        self.history.append(record)
+        return record
+
+    def _train(self, number: int, on_batch: BatchCallback | None) -> float:
+        self.trained.train()
+        total = torch.zeros((), device=self.device)
+        batches = self.batches.epoch(number, self.workers.rank, self.workers.world)
+        for step, (features, targets, allowed) in enumerate(batches, start=1):
+            self.optimizer.zero_grad(set_to_none=True)
+            inputs = features.to(self.device)
+            classes = None if allowed is None else allowed.to(self.device)
+            with self._autocast():
+                logits = self.trained(inputs).float()
+                loss = self.loss(logits, targets.to(self.device), classes)
+                if self.teachers is not None:
+                    loss = self.teachers.loss(inputs, logits, loss, classes)
+            loss.backward()
+            if self.config.clip_norm:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+            total += loss.detach()
+            if on_batch is not None:
+                on_batch(number, step, len(self.batches))
+        for module in filter(None, (self.model, self.ema)):
+            self.workers.average_buffers(module)
+        mean = float(self.workers.sum(total)) / (len(self.batches) * self.workers.world)
+        if not np.isfinite(mean):
+            raise DivergedError(f"the training loss became {mean} in epoch {number}; lower --lr or set --clip_norm 1")
+        return mean
+
+    def _autocast(self) -> torch.autocast:
+        on_cpu = self.device.type == "cpu"
+        enabled = self.config.cpu_bfloat16 if on_cpu else self.config.mixed_precision
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _validate(self, number: int) -> Record:
+        """Validation figures of the better of raw and averaged weights, which are kept when they are the best yet."""
+        candidates: dict[str, nn.Module] = {"raw": self.model}
+        if self.ema is not None:
+            candidates["ema"] = self.ema.module
+        if not self.validates:
+            self.best_epoch = number
+            return {"val_loss": None, "val_accuracy": None, "val_weighted_f1": None, "weights": list(candidates)[-1]}
+        found = {name: self._score(module) for name, module in candidates.items()}
+        name = max(found, key=lambda n: (found[n]["val_weighted_f1"], -found[n]["val_loss"]))
+        best_yet = max((record["val_weighted_f1"] for record in self.history), default=-1.0)
+        if found[name]["val_weighted_f1"] > best_yet:
+            self.best_epoch = number
+            self.best_weights = _copy(candidates[name])
+        return found[name] | {"weights": name}
+
+    def _score(self, module: nn.Module) -> Record:
+        rows = self.data.valid_rows
+        mine = self.logits(module, rows[self.workers.rank :: self.workers.world])
+        logits = self.workers.gather_rows(mine, len(rows), self.device)
+        allowed = self.data.allowed(rows) if self.config.mask_missing_classes else None
+        if allowed is not None:  # as in training: of the classes that the clip's corpus has
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        classes = self.data.classes[rows]
+        found = scores(tally(classes, logits.argmax(dim=1).numpy(), self.data.n_classes))
+        return {
+            "val_loss": float(functional.cross_entropy(logits, torch.from_numpy(classes))),
+            "val_accuracy": float(found.accuracy),
+            "val_weighted_f1": float(found.weighted_f1),
+        }
+
+    @torch.inference_mode()
+    def logits(self, module: nn.Module, rows: np.ndarray) -> Tensor:
+        """Logits of stored features, without augmentation: (len(rows), C) float32 on the CPU."""
+        module.eval()
+        parts = [torch.empty(0, self.data.n_classes)]
+        for start in range(0, len(rows), _VALIDATION_BATCH):
+            features = torch.from_numpy(self.data.features[rows[start : start + _VALIDATION_BATCH]])
+            with self._autocast():
+                parts.append(module(features.to(self.device)).float().cpu())
+        return torch.cat(parts)
+
+    def chosen_weights(self) -> StateDict:
+        """The best weights so far; without a validation part the last ones (the average, where there is one)."""
+        if self.best_weights is not None:
+            return self.best_weights
+        return _copy(self.model if self.ema is None else self.ema.module)
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint: tensors and plain values only, loadable with `torch.load(weights_only=True)`.
+
+        The random generators are not in it: they are seeded anew in every epoch from (seed, epoch, worker).
+        """
+        return {
+            "version": CHECKPOINT_VERSION,
+            "config": self.config.to_dict(),
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "best_weights": self.best_weights,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was made.
+
+        Raises:
+            SerError: a checkpoint of another version or of other settings.
+        """
+        if state.get("version") != CHECKPOINT_VERSION:
+            raise SerError(
+                f"the checkpoint has version {state.get('version')}, expected {CHECKPOINT_VERSION}; start a new run"
+            )
+        self.config.check_continues(FitConfig.from_dict(state["config"]))
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.history = list(state["history"])
+        self.best_epoch = state["best_epoch"]
+        self.best_weights = state["best_weights"]
+
+
+def weights_of(state: dict[str, Any]) -> StateDict:
+    """The weights a checkpoint stands for: the best by validation, else the average, else the last."""
+    if state["best_weights"] is not None:
+        return dict(state["best_weights"])
+    if state["ema"] is None:
+        return dict(state["model"])
+    prefix = "module."
+    return {name[len(prefix) :]: value for name, value in state["ema"].items() if name.startswith(prefix)}
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return average.requires_grad_(False)
+
+
+def _copy(module: nn.Module) -> StateDict:
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.state_dict().items()}
+
+
+def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])

@@ -1,0 +1,244 @@
+"""`loop.py` under Ray Train: 1..N workers, a failed worker replaced, the run resumed on purpose.
+
+Workers share one global stream of batches (`sampling`), average their gradients (gloo on CPU, nccl on GPU) and report
+every epoch equally often. The state after each epoch is the run folder's checkpoint: a replaced worker group and a
+new driver with `--resume` both go on from it. Limits: the run folder must be visible to every worker.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.nodes import alive_nodes, check_nodes
+from pipeline.cluster.runtime import compute_first, end_at_exit, joins_cluster, start_ray
+from pipeline.features.store import MANIFEST
+from pipeline.storage.errors import SerError
+from pipeline.training.history import HISTORY, read_history
+from pipeline.training.loop import DivergedError, Record, Run
+from pipeline.training.memory import IN_WORKERS
+from pipeline.training.plan import Plan
+from pipeline.training.run import LOCK_WAIT_NODES_S, LOCK_WAIT_S, train_here
+
+_BEAT_S = 0.5
+
+
+def train_on_ray(
+    plan: Plan,
+    *,
+    num_workers: int,
+    use_gpu: bool = False,
+    max_failures: int = 3,
+    on_epoch: Callable[[Record], None] | None = None,
+    on_batch: Callable[[int, int, int], None] | None = None,
+) -> None:
+    """Train a plan on Ray workers; the result is the run folder's checkpoint.
+
+    Args:
+        num_workers: processes that share each batch.
+        use_gpu: one GPU a worker, instead of an equal share of the CPUs.
+        max_failures: how often a failed group of workers is started again.
+        on_epoch: called in this process with each new epoch's record.
+        on_batch: called in this process, about twice a second, with (epoch, batches done, batches in all).
+
+    Raises:
+        SerError: what a worker found wrong with the settings or the data.
+        KeyboardInterrupt: Ctrl-C; the workers are gone, the checkpoint is that of the last finished epoch.
+    """
+    start_ray(lean=True)
+    check_nodes(plan.out, [*(folder / MANIFEST for folder in plan.features), *plan.teachers])
+    _check_gpus(num_workers if use_gpu else 0)
+    shutil.rmtree(_storage(plan), ignore_errors=True)  # of a driver that was killed
+    trainer = _trainer(plan, num_workers, use_gpu, max_failures)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with _Watch(plan.out, on_epoch, on_batch):
+            complaint = trainer.fit().return_value
+    except SystemExit as stop:  # how Ray's own Ctrl-C handler ends a run, once it has stopped the workers
+        raise KeyboardInterrupt from stop
+    except Exception as error:
+        complaint = _user_error(error)
+        if complaint is None:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if not joins_cluster():
+            end_at_exit("ray::TrainController")
+        shutil.rmtree(_storage(plan), ignore_errors=True)
+    if complaint is not None:
+        raise SerError(complaint)
+
+
+def _check_gpus(wanted: int) -> None:
+    """Refuse to wait for GPUs that will not come; a cluster that was joined may still bring some up."""
+    import ray
+
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if wanted > found and not joins_cluster():
+        raise SerError(f"{wanted} workers need a GPU each, this machine has {found}; train with fewer, or on CPUs")
+
+
+def _storage(plan: Plan) -> Path:
+    return plan.out.absolute() / "ray"
+
+
+def _progress(out: Path) -> Path:
+    return out / "ray" / "progress.json"
+
+
+def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> Any:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class Lean(TorchTrainer):  # here, because importing Ray takes seconds
+        """Without the helpers of a Ray that outlives its driver and of Ray data sets: they cost CPU time throughout."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees an older TorchTrainer
+            idle = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+            return [callback for callback in callbacks if type(callback).__name__ not in idle]
+
+    several = joins_cluster() and len(alive_nodes()) > 1
+    free = float(ray.cluster_resources().get("CPU", 1))
+    wanted = float(plan.fit.threads or 1)
+    if not several:
+        wanted = max(0.1, min(wanted, free / (2 * num_workers)))  # room for other tasks, even on few CPUs
+    resources = {"CPU": wanted} | ({"GPU": 1} if use_gpu else {})
+    memory: dict[str, Any] = {"worker_runtime_env": {"env_vars": IN_WORKERS}}  # mypy sees an older RunConfig
+    return (TorchTrainer if joins_cluster() else Lean)(
+        _worker,
+        train_loop_config={
+            "plan": plan.to_dict(),
+            "out": str(plan.out.absolute()),
+            "use_gpu": use_gpu,
+            "several": several,
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            placement_strategy="SPREAD"
+            if several and not use_gpu
+            else "PACK",  # CPUs are the bottleneck, GPUs the link
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{time.time_ns()}",  # never used twice: Ray would silently go on with the old one
+            storage_path=str(_storage(plan)),
+            failure_config=FailureConfig(max_failures=max_failures),
+            **memory,
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> Any:
+    """What each Ray Train worker runs; returns what is wrong when starting again would not help."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    compute_first(together=ray.train.get_context().get_world_size() > 1)
+    plan = Plan.from_dict(config["plan"], Path(config["out"]))
+    beat = _Beat(_progress(plan.out)) if ray.train.get_context().get_world_rank() == 0 else None
+
+    def report(record: Record, run: Run) -> None:
+        ray.train.report({name: value for name, value in record.items() if value is not None})
+
+    try:
+        train_here(
+            plan,
+            device=str(get_device()) if config["use_gpu"] else "cpu",
+            on_epoch=report,
+            on_batch=beat,
+            lock_wait_s=LOCK_WAIT_NODES_S if config["several"] else LOCK_WAIT_S,
+        )
+    except DivergedError as error:
+        return str(error)
+    return None
+
+
+def _user_error(error: BaseException) -> str | None:
+    """The message of a SerError that a worker raised, from Ray's wrapping of it."""
+    for cause in getattr(error, "worker_failures", {}).values():
+        inner: BaseException | None = cause
+        while inner is not None:
+            if isinstance(inner, SerError):
+                return str(inner)
+            inner = getattr(inner, "cause", None) or inner.__cause__
+    return None
+
+
+class _Beat:
+    """Writes how far the epoch is, at most twice a second."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last_s = 0.0
+
+    def __call__(self, epoch: int, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last_s >= _BEAT_S or done == total:
+            self.last_s = now
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            temporary.write_text(json.dumps([epoch, done, total]), encoding="utf-8")
+            temporary.replace(self.path)
+
+
+class _Watch:
+    """Follows a run folder from the driver: what workers print would not reach the user's terminal."""
+
+    def __init__(
+        self,
+        out: Path,
+        on_epoch: Callable[[Record], None] | None,
+        on_batch: Callable[[int, int, int], None] | None,
+    ) -> None:
+        self.out, self.on_epoch, self.on_batch = out, on_epoch, on_batch
+        self.seen = len(read_history(out))
+        self.read: tuple[int, ...] = ()  # what history.csv was when it was last read
+        self.last: list[int] = []
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._look()
+
+    def _run(self) -> None:
+        while not self.stop.wait(_BEAT_S):
+            self._look()
+
+    def _look(self) -> None:
+        for record in self._new_records():
+            self.seen += 1
+            if self.on_epoch is not None:
+                self.on_epoch(record)
+        path = _progress(self.out)
+        if self.on_batch is not None and path.is_file():
+            progress = json.loads(path.read_text(encoding="utf-8"))
+            if progress != self.last:
+                self.last = progress
+                self.on_batch(*progress)
+
+    def _new_records(self) -> list[Record]:
+        """Epochs not told yet; the file is read only after it was replaced, so that watching costs no CPU time."""
+        try:
+            status = (self.out / HISTORY).stat()
+        except FileNotFoundError:
+            return []
+        found = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if found == self.read:
+            return []
+        self.read = found
+        return read_history(self.out)[self.seen :]

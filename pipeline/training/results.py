@@ -1,0 +1,212 @@
+"""From a run's last checkpoint to its bundle: weights, predictions on the reported split, metrics, model card."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pipeline.evaluation.metrics import OVERALL
+from pipeline.features.store import load_features
+from pipeline.models.bundle import Bundle, load_bundle, save_bundle
+from pipeline.models.model_card import model_card
+from pipeline.models.networks import build_model
+from pipeline.reporting.report import terminal_summary, write_report
+from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.history import plot_curves
+from pipeline.training.initial import about_start, earlier_training
+from pipeline.training.loop import StateDict, weights_of
+from pipeline.training.plan import SPLIT_SEED, Plan
+from pipeline.training.run import read_splits, rows_of
+
+INTERRUPTED = "interrupted"
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was made of a run: its bundle, and the report with its text for the terminal where a split was reported."""
+
+    bundle: Bundle
+    best_epoch: int
+    summary: str = ""
+    report: Path | None = None
+
+
+def write_results(plan: Plan, report_split: str) -> Results:
+    """Make a bundle of a finished run's folder, with curves and a report.
+
+    Args:
+        report_split: `test`, `inner_val` or `none`; opened here, once.
+    """
+    state = load_checkpoint(plan.checkpoint)
+    plot_curves(state["history"], plan.out / "curves.png")
+    part = read_splits(plan.out).get(report_split)
+    if part is None or part.empty:
+        results = Results(_save(plan, plan.out, state, {}), state["best_epoch"])
+    else:
+        name, report = bundle_name(plan.model_name), plan.out / "report"
+        data = f"{plan.out / 'splits' / report_split}.csv"
+        meta = {
+            "model": name,
+            "data": data,
+            "epoch": state["best_epoch"],
+            "trained_on": ", ".join(map(str, plan.features)),
+        }
+        evaluation = write_report(predict(plan, weights_of(state), part), plan.labels, report, meta=meta)
+        bundle = _save(plan, plan.out, state, {report_split: headline(evaluation) | {"n": len(part)}})
+        results = Results(bundle, state["best_epoch"], terminal_summary(evaluation), report / "report.html")
+    shutil.rmtree(plan.out / INTERRUPTED, ignore_errors=True)
+    return results
+
+
+def keep_weights(plan: Plan) -> Results:
+    """Make a bundle of the best weights of an unfinished run, in a folder of its own: no split is opened for it."""
+    state = load_checkpoint(plan.checkpoint)
+    return Results(_save(plan, plan.out / INTERRUPTED, state, {}), state["best_epoch"])
+
+
+def bundle_name(model_name: str) -> str:
+    """What the bundle of a model is called."""
+    return f"{model_name}_ser_final"
+
+
+def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[str, dict[str, Any]]) -> Bundle:
+    splits, features = read_splits(plan.out), load_features(plan.features).config
+    name, training = bundle_name(plan.model_name), _training(plan, state, splits["train"])
+    table = training_table(splits)
+    if plan.init is not None:
+        table = pd.concat([table, earlier_training(plan.init, table)], ignore_index=True)
+    figures = {part: found | {"trained_on": training["trained_on"]} for part, found in figures.items()}
+    return save_bundle(
+        folder,
+        name=name,
+        state_dict=weights_of(dict(state)),
+        model_name=plan.model_name,
+        model_options=plan.model_options,
+        labels=plan.labels,
+        crops=plan.crops,
+        features=features,
+        metrics={"training": training, **figures},
+        training=table,
+        corpora={name: about["classes"] for name, about in training["corpora"].items()},
+        card=model_card(name, plan.labels, features, training, figures, pd.concat(splits.values())),
+    )
+
+
+def _training(plan: Plan, state: Mapping[str, Any], train: pd.DataFrame) -> dict[str, Any]:
+    """The `training` block of metrics.json; `train` are the manifest rows that were learnt from."""
+    return {
+        "model": plan.model_name,
+        "epochs": len(state["history"]),
+        "best_epoch": state["best_epoch"],
+        "seconds": round(sum(record["seconds"] for record in state["history"]), 1),
+        "trained_on": f"{len(train)} clips (splits/train.csv)",
+        "corpora": _corpora(plan, train),
+        "split_seed": SPLIT_SEED,
+        "settings": state["config"],
+        **_teachers(plan),
+        **about_start(plan.init),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def _corpora(plan: Plan, train: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Of each corpus that was learnt from: recordings, speakers, and the classes that it has (in any part)."""
+    table = load_features(plan.features).table
+    if "corpus" not in table.columns:
+        return {}
+    learnt = train["corpus"].fillna("").astype(str) if "corpus" in train.columns else pd.Series("", index=train.index)
+    return {
+        name: {
+            "recordings": len(rows),
+            "speakers": int(rows["speaker"].nunique()) if "speaker" in rows.columns else 0,
+            "classes": sorted(set(table.loc[table["corpus"].fillna("").astype(str) == name, "label"])),
+        }
+        for name, rows in train.groupby(learnt)
+    }
+
+
+def _teachers(plan: Plan) -> dict[str, Any]:
+    """Whom the model learnt from: how much, and each one's weights, epochs and settings."""
+    bundles = [load_bundle(path) for path in plan.teachers]
+    about = [
+        {"model_sha256": bundle.weights_sha256}
+        | {name: bundle.metrics.get("training", {}).get(name) for name in ("epochs", "trained_on", "settings")}
+        for bundle in bundles
+    ]
+    return {"teachers": about, "distill": plan.distill} if about else {}
+
+
+def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
+    """Predictions of one split from stored features, in the columns of a score table.
+
+    Raises:
+        SerError: a recording that the features do not hold, or several crops of features without mel power.
+    """
+    arrays = load_features(plan.features)
+    rows = rows_of(arrays.table, part, plan.features)
+    model = build_model(plan.model_name, plan.model_options, len(plan.labels), arrays.config.input_shape)
+    model.load_state_dict(weights)
+    model.eval()
+    with torch.inference_mode():
+        answers = []
+        for start in range(0, len(rows), _BATCH):
+            heard = [arrays.crops(int(row), plan.crops) for row in rows[start : start + _BATCH]]
+            told = model(torch.from_numpy(np.concatenate(heard))).double().log_softmax(dim=1)
+            answers += [each.mean(dim=0).softmax(dim=0) for each in told.split([len(windows) for windows in heard])]
+        probabilities = torch.stack(answers).numpy()
+    table = part.drop(columns=["status", "error", "parent_id", "n_frames"], errors="ignore").assign(
+        status="ok",
+        error="",
+        label_name=part["label"],
+        predicted=np.array(plan.labels)[probabilities.argmax(axis=1)],
+        confidence=probabilities.max(axis=1),
+    )
+    return table.assign(**{f"p_{name}": probabilities[:, i] for i, name in enumerate(plan.labels)})
+
+
+def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation that a bundle carries, with 95 % intervals (over speakers, where it knows them)."""
+    overall, per_class = evaluation["overall"], evaluation["per_class"]
+    totals = {name: overall[name] for name in OVERALL}
+    recalls = {row["label"]: row["recall"] for row in per_class}
+    over = "over_speakers" if evaluation["bootstrap"]["speakers"] else "over_recordings"
+    return {
+        **{name: figure["value"] for name, figure in totals.items()},
+        "class_recall": {label: figure["value"] for label, figure in recalls.items()},
+        "intervals_95": {
+            "method": "bootstrap over speakers; where every recording is right, the exact bound"
+            if over == "over_speakers"
+            else "over recordings: Wilson's score for shares, bootstrap for the rest",
+            **{name: figure[over] for name, figure in totals.items()},
+            "class_recall": {label: figure[over] or figure["over_recordings"] for label, figure in recalls.items()},
+        },
+        "confidence": {name: overall[name] for name in ("log_loss", "brier", "ece")},
+        "confusion": {"counts": evaluation["confusion"]["counts"]},
+        "verdict": evaluation["verdict"]["outcome"],
+    }
+
+
+def training_table(splits: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """`training.csv`: id (file stem), content hash, speaker and split of every recording; no audio, no path."""
+    tables = [
+        pd.DataFrame(
+            {
+                "id": [Path(path).stem for path in part["speech"]],
+                "content_hash": part.get("content_hash", ""),
+                "speaker": part.get("speaker", ""),
+                "split": split,
+            }
+        )
+        for split, part in splits.items()
+    ]
+    return pd.concat(tables, ignore_index=True)

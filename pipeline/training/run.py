@@ -1,0 +1,253 @@
+"""The folder of one training run: its plan, splits, checkpoint, growing history, and at last its bundle.
+
+`plan.json` says what the run is; `splits/` which recordings each part holds; `checkpoint.pt` is the full state after
+the last epoch (replaced in one step, never half written); `history.csv` is written anew from that state after each
+epoch, so it holds no epoch twice. `config.json` of the bundle comes last: its presence means finished. On several
+machines the folder must be on storage that all of them share.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from pipeline.audio.windows import check_crops
+from pipeline.data.splits import HASH_COLUMN, SPLITS
+from pipeline.features.store import NO_CROPS, load_features, read_shard_manifest
+from pipeline.models.bundle import write_json
+from pipeline.models.networks import build_model
+from pipeline.storage.errors import SerError
+from pipeline.storage.locks import try_lock
+from pipeline.training.batches import TrainingData, from_arrays
+from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.distillation import load_teachers
+from pipeline.training.distributed import Workers
+from pipeline.training.history import EventLog, write_history
+from pipeline.training.initial import start_from
+from pipeline.training.loop import BatchCallback, EpochCallback, FitResult, Record, Run, batches_of, fit
+from pipeline.training.plan import Plan, read_plan
+
+LOCK_WAIT_S = 15.0
+LOCK_WAIT_NODES_S = 120.0  # a file server frees the locks of a machine that died only after its lease: NFSv4's is 90 s
+_FINGERPRINT = "feature_fingerprint"
+_LEFT = (  # what a run leaves, but for splits/, which come before plan.json
+    *("plan.json", "config.json", "metrics.json", "training.csv", "README.md", "history.csv", "curves.png"),
+    *("report", "interrupted", "tensorboard", "ray"),
+)
+
+
+def begin(plan: Plan, splits: Mapping[str, pd.DataFrame]) -> None:
+    """Lay down a new run: splits, then `plan.json`. One that never finished an epoch is written over.
+
+    Raises:
+        SerError: the folder holds another run.
+    """
+    refuse_begun(plan.out)
+    (plan.out / "splits").mkdir(parents=True, exist_ok=True)
+    for name in SPLITS:
+        splits[name].to_csv(plan.out / "splits" / f"{name}.csv", index=False)
+    write_json(plan.out / "plan.json", plan.to_dict() | {_FINGERPRINT: _fingerprint(plan.features)})
+
+
+def check_resumes(plan: Plan) -> None:
+    """Refuse to go on with the run in `plan.out` with settings or features that it was not begun with.
+
+    Raises:
+        SerError: names what differs, or the folder holds no run.
+    """
+    plan.check_continues(read_plan(plan.out))
+    begun = json.loads((plan.out / "plan.json").read_text(encoding="utf-8")).get(_FINGERPRINT)
+    if begun not in (None, _fingerprint(plan.features)):  # None: begun before this was kept
+        raise SerError(
+            f"the run was started with features of other settings than those in {plan.features[0]}; "
+            "give the features the run began with"
+        )
+
+
+def _fingerprint(features: Sequence[Path]) -> str:
+    return str(read_shard_manifest(features[0])["fingerprint"])  # load_features refuses folders of which one differs
+
+
+def refuse_begun(out: Path) -> None:
+    """Raise SerError when `out` holds a run with at least one finished epoch, or what is of no run."""
+    ours = (out / "plan.json").is_file() and (out / "splits").is_dir()  # plan.json alone: of an extraction
+    if not ours and (foreign := next((out / name for name in _LEFT if (out / name).exists()), None)):
+        raise SerError(f"{foreign} is of no run known here; give another --out")
+    if (out / "checkpoint.pt").exists() or (out / "config.json").exists():
+        raise SerError(f"{out} already holds a run; continue it with --resume, or give another --out")
+
+
+def read_splits(out: Path) -> dict[str, pd.DataFrame]:
+    """The recordings of each part, as `begin` wrote them; every cell a string.
+
+    Raises:
+        SerError: the folder holds no run.
+    """
+    missing = [name for name in SPLITS if not (out / "splits" / f"{name}.csv").is_file()]
+    if missing:
+        raise SerError(f"{out} holds no run to resume (no splits/{missing[0]}.csv); leave --resume out to start one")
+    return {name: pd.read_csv(out / "splits" / f"{name}.csv", dtype=str, keep_default_na=False) for name in SPLITS}
+
+
+def training_data(plan: Plan) -> TrainingData:
+    """The arrays and rows that a plan trains and validates on.
+
+    Raises:
+        SerError: the features are not those that the splits were made from.
+    """
+    arrays = load_features(plan.features)
+    splits = read_splits(plan.out)
+    rows = {name: rows_of(arrays.table, splits[name], plan.features) for name in ("train", "inner_val")}
+    index = {name: i for i, name in enumerate(plan.labels)}
+    classes = np.array([index[name] for name in arrays.table["label"]], dtype=np.int64)
+    return from_arrays(arrays, classes, len(plan.labels), rows["train"], rows["inner_val"])
+
+
+def rows_of(table: pd.DataFrame, part: pd.DataFrame, folders: Sequence[Path]) -> np.ndarray:
+    """Positions in `table` of the recordings of a split, by `row_id`.
+
+    Raises:
+        SerError: the table lacks one of them, or has another file or another label there.
+    """
+    folder = ", ".join(map(str, folders))
+    position = {str(row_id): i for i, row_id in enumerate(table["row_id"])}
+    try:
+        rows = np.array([position[str(row_id)] for row_id in part["row_id"]], dtype=np.int64)
+    except KeyError as error:
+        raise SerError(f"row {error} of the splits is not in {folder}; give the features the run began with") from error
+    for begun, found in zip(part["speech"], table["speech"].iloc[rows], strict=True):
+        if _name(begun) != _name(found):  # folders may have moved
+            raise SerError(
+                f"the run began with {begun} where {folder} has {found}; give the features the run began with"
+            )
+    if "label" in part.columns and "label" in table.columns:
+        for path, begun, found in zip(part["speech"], part["label"], table["label"].iloc[rows], strict=True):
+            if str(begun) != str(found):
+                raise SerError(
+                    f"the run began with {path} as {begun}, {folder} has it as {found}; start a new run with this label"
+                )
+    return rows
+
+
+def refuse_changed(splits: Mapping[str, pd.DataFrame], table: pd.DataFrame) -> None:
+    """Refuse to go on with other recordings than the `splits` were made from.
+
+    Args:
+        table: the recordings as they are now, with `row_id` and `content_hash`; one that is gone has none.
+
+    Raises:
+        SerError: names one that has changed.
+    """
+    now = dict(zip(table["row_id"].astype(str), table[HASH_COLUMN], strict=True))
+    for part in (part for part in splits.values() if HASH_COLUMN in part.columns):
+        for row, path, begun in zip(part["row_id"], part["speech"], part[HASH_COLUMN], strict=True):
+            if begun and now.get(row) not in (None, "", begun):
+                raise SerError(f"{path} is not the recording that the run began with; start a new run with it")
+
+
+def _name(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def check(plan: Plan, num_workers: int = 1) -> None:
+    """Refuse, before any worker is started, settings that do not fit the data, the model or the workers.
+
+    Raises:
+        SerError: what is wrong.
+    """
+    check_crops(plan.crops)
+    data = training_data(plan)
+    if plan.crops > 1 and data.mel_power is None:
+        raise SerError(NO_CROPS)
+    examples = batches_of(data, plan.fit).sampler.part(num_workers)
+    model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+    if examples == 1:
+        _check_single(model, data.config.input_shape)
+    load_teachers(plan.teachers, plan.distill, plan.labels, data.config)
+    if plan.init is not None:
+        start_from(plan.init, model, plan.model_name, plan.labels, data.config)
+    if plan.checkpoint.is_file():
+        load_checkpoint(plan.checkpoint)
+
+
+def _check_single(model: nn.Module, input_shape: Sequence[int]) -> None:
+    """Refuse to train on single examples whose last layers have one value a channel: batch norm needs two."""
+    try:
+        model.train()(torch.zeros(1, *input_shape))
+    except ValueError as error:
+        raise SerError(
+            "one example a worker and step is too few for batch normalisation of features this small; "
+            "give a larger --batch_size"
+        ) from error
+
+
+def train_here(
+    plan: Plan,
+    *,
+    device: str = "cpu",
+    on_epoch: EpochCallback | None = None,
+    on_batch: BatchCallback | None = None,
+    lock_wait_s: float = LOCK_WAIT_S,
+) -> FitResult:
+    """Train in this process (one worker, or one of several), going on from the run's checkpoint when it has one.
+
+    The first worker saves the state and the history before `on_epoch` is called.
+
+    Raises:
+        SerError: as `fit.fit`; another process trains the same run.
+    """
+    first = Workers.current().rank == 0
+    with _only_writer(plan.out, lock_wait_s) if first else nullcontext():
+        Workers.current().wait_for_all()  # until the first has the lock, a killed group may still save an epoch
+        data = training_data(plan)
+        torch.manual_seed(plan.fit.seed)
+        model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
+        if plan.init is not None:
+            start_from(plan.init, model, plan.model_name, plan.labels, data.config)
+        teachers = load_teachers(plan.teachers, plan.distill, plan.labels, data.config, device)
+        state = load_checkpoint(plan.checkpoint) if plan.checkpoint.is_file() else None
+        done = state["history"] if state else []
+        with EventLog(plan.out / "tensorboard", len(done)) if first else nullcontext() as events:
+            if first:
+                write_history(plan.out, done)
+
+            def save_then_report(record: Record, run: Run) -> None:
+                if events is not None:
+                    save_checkpoint(plan.checkpoint, run.state())
+                    write_history(plan.out, run.history)
+                    events.add(record)
+                if on_epoch is not None:
+                    on_epoch(record, run)
+
+            return fit(
+                model,
+                data,
+                plan.fit,
+                device=device,
+                teachers=teachers,
+                state=state,
+                on_epoch=save_then_report,
+                on_batch=on_batch,
+            )
+
+
+@contextmanager
+def _only_writer(out: Path, wait_s: float) -> Iterator[None]:
+    """Hold the run's lock. A killed driver's workers may live on for some seconds: wait for them that long."""
+    with (out / ".lock").open("w") as lock:
+        deadline_s = time.monotonic() + wait_s
+        while not try_lock(lock):
+            if time.monotonic() > deadline_s:
+                raise SerError(f"another process trains the run in {out}; wait for it, or end it")
+            time.sleep(0.1)
+        for abandoned in out.glob(".*.tmp"):  # of a process that was killed while it wrote
+            abandoned.unlink(missing_ok=True)
+        yield

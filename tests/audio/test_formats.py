@@ -1,0 +1,172 @@
+"""Every format that a decoder here reads, whatever the file is called, and what files are that hold none.
+
+Each is written by libsndfile or FFmpeg; the oracle is what was written.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.signal
+from audio_recordings import Samples, code_of, encoded, voice
+
+from benchmarks.recordings import FFMPEG, encode_av
+from pipeline.audio import load as audio
+from pipeline.audio.load import load, load_middle, probe
+from pipeline.storage.files import scan
+
+SNDFILE = [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610"), ("CAF", "ALAC_16"), ("VOC", "PCM_16")]
+SNDFILE += [("NIST", "PCM_16"), ("NIST", "PCM_24"), ("NIST", "ULAW"), ("NIST", "ALAW"), ("MP3", "MPEG_LAYER_III")]
+
+
+def likeness(heard: Samples, said: Samples) -> float:
+    """Largest normalised correlation of the middle of what was said with what is heard."""
+    part = said[len(said) // 4 : -len(said) // 4]
+    products = scipy.signal.correlate(heard, part, "valid", "fft")
+    powers = scipy.signal.correlate(heard**2, np.ones_like(part), "valid", "fft")
+    return float((products / np.sqrt(np.maximum(powers * (part @ part), 1e-9))).max())
+
+
+@pytest.mark.parametrize(("container", "codec", "rate_hz", "ending", "name"), FFMPEG)
+def test_what_ffmpeg_wrote(container: str, codec: str, rate_hz: int, ending: str, name: str, tmp_path: Path) -> None:
+    said = voice(3.0, rate_hz)
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(encode_av(said, rate_hz, container, codec))
+    info = probe(path)
+    assert (info.container, info.notice) == (name, "")
+    assert info.sample_rate_hz == (48_000 if codec == "libopus" else rate_hz)
+    assert info.duration_s == pytest.approx(3.0, abs=0.12)  # encoders pad
+    assert likeness(load(path, sample_rate_hz=rate_hz).samples, said[:, 0]) > 0.9
+    assert np.array_equal(load_middle(path).samples, load_middle(path.read_bytes()).samples)
+    assert scan(tmp_path, audio.EXTENSIONS).files == (str(path),)
+
+
+@pytest.mark.parametrize(("container", "codec"), SNDFILE)
+@pytest.mark.parametrize("before", [b"", bytes(4_999), b"ID3\4\0\0\0\0\0\x14" + bytes(20), b"APE"])
+def test_what_libsndfile_wrote_behind_tags_and_zeros(container: str, codec: str, before: bytes) -> None:
+    said = voice(3.0, 8_000)
+    data = encoded(said, 8_000, container, codec)
+    if before == b"APE":
+        before = b"APETAGEX" + struct.pack("<III", 2000, 40, 1) + bytes(12) + bytes(8) + b"APETAGEX" + bytes(24)
+    clip = load(before + data, sample_rate_hz=8_000)
+    assert clip.info.duration_s == pytest.approx(3.0, abs=0.05)
+    assert likeness(clip.samples, said[:, 0]) > 0.9
+    part = load(before + data, sample_rate_hz=8_000, start_s=1.3, duration_s=0.2).samples
+    np.testing.assert_allclose(part, clip.samples[10_400:12_000], atol=1e-6)
+
+
+def sphere(samples: Samples, *, big: bool = False, **fields: str) -> bytes:
+    """As the LDC's tools write it, or with other fields."""
+    given = {
+        "sample_count": f"-i {len(samples)}",
+        "sample_rate": "-i 16000",
+        "channel_count": f"-i {samples.shape[1]}",
+        "sample_n_bytes": "-i 2",
+        "sample_byte_format": f"-s2 {'10' if big else '01'}",
+        "sample_coding": "-s3 pcm",
+    } | fields
+    lines = ["NIST_1A", "   1024", *(f"{name} {value}" for name, value in given.items() if value), "end_head", ""]
+    values = (samples * 32767).astype(">i2" if big else "<i2")
+    return "\n".join(lines).encode().ljust(1024) + values.tobytes()
+
+
+def test_sphere_headers() -> None:
+    said = voice(1.0, 16_000, 2)
+    expected = said.mean(axis=1)
+    for data in (
+        sphere(said),
+        sphere(said, big=True),
+        sphere(said, sample_rate="-r 16000.000", sample_coding="-s3 pcm"),
+        sphere(said, sample_coding=""),
+        sphere(said, sample_count="-i 0"),
+    ):
+        np.testing.assert_allclose(load(data, sample_rate_hz=16_000).samples, expected, atol=1e-4)
+    shortened = sphere(said, sample_coding="-s26 pcm,embedded-shorten-v2.00")
+    with pytest.raises(audio.AudioError, match=r"shorten.*sph2pipe") as caught:
+        probe(shortened)
+    assert caught.value.code == "unsupported_format"
+    assert code_of(sphere(said)[:-9_000]) == "truncated"
+    assert code_of(sphere(said, sample_rate="")) == "corrupt"
+
+
+def test_a_sphere_header_of_anything_is_told_in_one_short_line() -> None:
+    data = encoded(voice(0.3, 8_000), 8_000, "NIST", "ULAW")
+    for coding in (b"\x1b[31m\0\x9f", bytes(range(33, 255)) * 20):
+        changed = data.replace(b"-s4 ulaw", b"-s4 " + coding)
+        with pytest.raises(audio.AudioError) as caught:
+            probe(changed)
+        assert caught.value.code in ("unsupported_format", "corrupt")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 250
+
+
+def test_a_mov_without_file_type_box() -> None:
+    data = encode_av(voice(2.0, 44_100), 44_100, "mov", "pcm_s16le")
+    size = int.from_bytes(data[:4], "big")
+    assert data[4:8] == b"ftyp"
+    rest = struct.pack(">I4s", size, b"wide") + bytes(size - 8) + data[size:]  # its index counts from the beginning
+    np.testing.assert_array_equal(load(rest).samples, load(data).samples)
+
+
+def test_an_mp3_that_begins_within_a_frame() -> None:
+    """As radio streams are kept."""
+    said = voice(3.0, 44_100)
+    data = encoded(said, 44_100, "MP3", "MPEG_LAYER_III")
+    clip = load(data[1_300:], sample_rate_hz=44_100)
+    assert likeness(clip.samples, said[22_050:, 0]) > 0.9
+
+
+def test_bare_gsm_frames() -> None:
+    """Asterisk's .gsm: no header at all."""
+    frame = bytes([0xD0]) + bytes(32)
+    assert probe(frame * 100).duration_s == pytest.approx(2.0)
+    assert code_of(frame * 100 + bytes(33)) == "not_audio"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*git lfs pull"),
+        (b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\r\noid", "git lfs pull"),
+        (b"/annex/objects/SHA256E-s1--0.wav\n", "git annex get"),
+        (b"\n <!DOCTYPE HTML PUBLIC><title>Sign in", "web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied", "XML document"),
+        (b'{"message": "Not found"}', "JSON"),
+        (b"PK\3\4" + bytes(60), "ZIP archive. Unpack it"),
+        (b"\x1f\x8b\x08" + bytes(60), "gzip. Unpack it"),
+        (b"#EXTM3U\n1.mp3\n", "playlist"),
+        (b"MThd\0\0\0\6" + bytes(60), "MIDI"),
+        (b"hello there, this is text", "it holds text. Accepted are WAV"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(60), "no kind of recording.*Accepted are WAV"),
+    ],
+)
+def test_what_other_files_are_is_said(data: bytes, words: str) -> None:
+    with pytest.raises(audio.AudioError, match=words) as caught:
+        probe(data)
+    assert caught.value.code == "not_audio"
+    assert "b'" not in str(caught.value)
+
+
+RAW = ("errno", "avcodec", "avformat", "libsndfile", "Invalid data", "lost sync", "psf_", "Error :", "Unspecified")
+
+
+def test_decoders_own_words_are_not_shown() -> None:
+    rng = np.random.default_rng(0)
+    said = []
+    short = voice(0.5, 44_100)
+    whole = [encode_av(short, 44_100, *kind) for kind in (("mp4", "aac"), ("asf", "wmav2"), ("wv", "wavpack"))]
+    whole += [encoded(short, 44_100, *kind) for kind in (("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("CAF", "ALAC_16"))]
+    for data in whole:
+        for _ in range(12):
+            broken = bytearray(data)
+            for at in rng.integers(8, len(data), 40):
+                broken[at] ^= 0x5A
+            try:
+                audio.content_hash(bytes(broken))
+            except audio.AudioError as error:
+                said.append(str(error))
+    assert len(said) > 20
+    assert [text for text in said if any(word.lower() in text.lower() for word in RAW)] == []

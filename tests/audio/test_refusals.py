@@ -1,0 +1,359 @@
+"""What is refused, and under which code: forged, cut and hostile recordings, odd paths, anything at all.
+
+Headers are built here with struct, apart from the code that reads them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import re
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from audio_recordings import AV_FORMATS, FORMATS, ONE_SECOND, code_of, encoded, encoded_av, voice
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.audio import decoders, errors, source
+from pipeline.audio import load as audio
+from pipeline.audio.load import Limits, load, load_middle, probe
+from pipeline.features.features import FeatureConfig, log_mel
+
+CONFIG = FeatureConfig()
+
+# What is refused -------------------------------------------------------------------------------------------------
+
+
+def wav_bytes(
+    *,
+    tag: int = 1,
+    channels: int = 1,
+    rate_hz: int = 16_000,
+    bits: int = 16,
+    frame_bytes: int | None = None,
+    data: bytes = b"\1\0" * 8000,
+) -> bytes:
+    """A WAV header of our own making before `data`."""
+    frame_bytes = channels * bits // 8 if frame_bytes is None else frame_bytes
+    form = struct.pack("<HHIIHH", tag, channels, rate_hz, rate_hz * frame_bytes & 0xFFFF_FFFF, frame_bytes, bits)
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def test_our_own_header_is_fine_as_such() -> None:
+    assert probe(wav_bytes()).frames == 8000
+
+
+@pytest.mark.parametrize(
+    ("forged", "code"),
+    [
+        ({"rate_hz": 1}, "bad_sample_rate"),
+        ({"rate_hz": 2_000_000_000}, "bad_sample_rate"),
+        ({"rate_hz": 0}, "corrupt"),
+        ({"channels": 9, "data": bytes(18 * 100)}, "bad_channels"),
+        ({"channels": 1024, "data": bytes(2048 * 10)}, "bad_channels"),
+        ({"channels": 0, "frame_bytes": 2}, "corrupt"),
+        ({"frame_bytes": 7}, "corrupt"),
+        ({"bits": 13}, "corrupt"),
+        ({"data": b""}, "no_samples"),
+    ],
+)
+def test_forged_headers(forged: dict[str, Any], code: str) -> None:
+    assert code_of(wav_bytes(**forged)) == code
+
+
+@pytest.mark.parametrize("call", [probe, load_middle, load, audio.content_hash])
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        (Limits(max_duration_s=0.9), "too_long"),
+        (Limits(max_decoded_bytes=63_999), "too_large"),
+        (Limits(min_rate_hz=16_001), "bad_sample_rate"),
+        (Limits(max_rate_hz=15_999), "bad_sample_rate"),
+    ],
+)
+def test_limits_hold_before_decoding(
+    call: Callable[..., object], limits: Limits, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object, **__: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(decoders.SndfileDecoder, "blocks", decode)
+    assert code_of(ONE_SECOND, call, limits=limits) == code
+
+
+def test_what_just_keeps_to_the_limits_is_taken() -> None:
+    limits = Limits(
+        max_duration_s=1.0, max_decoded_bytes=64_000, min_rate_hz=16_000, max_rate_hz=16_000, max_channels=1
+    )
+    assert load_middle(ONE_SECOND, limits=limits).info.frames == 16_000
+
+
+def test_a_forged_rate_does_not_evade_the_limit_on_size() -> None:
+    samples = np.zeros((48_000 * 30, 1), np.float32)
+    data = bytearray(encoded(samples, 48_000, "FLAC"))
+    data[18:21] = (0x05DC00 << 4 | (data[20] & 0x0F)).to_bytes(3, "big")  # 384 kHz in STREAMINFO's 20 bits
+    limits = Limits(max_duration_s=10, max_decoded_bytes=4 * 48_000 * 10)
+    assert probe(bytes(data)).duration_s < 10
+    assert code_of(bytes(data), limits=limits) == "too_large"
+
+
+@pytest.mark.parametrize("values", [{"max_duration_s": 0.0}, {"min_rate_hz": 0}, {"min_rate_hz": 9, "max_rate_hz": 8}])
+def test_limits_that_make_no_sense(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="limits"):
+        Limits(**values)
+
+
+@pytest.mark.parametrize(("container", "codec", "rate_hz", "channels", "error"), FORMATS)
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.98])
+def test_truncation_is_found_and_named(
+    container: str, codec: str, rate_hz: int, channels: int, error: float | None, kept: float
+) -> None:
+    data = encoded(voice(1.0, rate_hz, channels), rate_hz, container, codec)
+    cut = data[: int(len(data) * kept)]
+    if codec == "MPEG_LAYER_III" and kept == 0.98:
+        cut = data[:-3]
+    for call in (load_middle, probe, audio.content_hash):
+        assert code_of(cut, call) == "truncated"
+
+
+@pytest.mark.parametrize(("container", "codec", "rate_hz", "name"), AV_FORMATS[:1])
+def test_a_cut_mp4_is_refused(container: str, codec: str, rate_hz: int, name: str) -> None:
+    data = encoded_av(voice(3.0, rate_hz), rate_hz, container, codec)
+    assert code_of(data[: len(data) // 2]) == "truncated"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("codec", ["FLOAT", "DOUBLE"])
+def test_values_that_are_not_finite(value: float, codec: str) -> None:
+    samples = voice(3.0, 44_100).copy()
+    samples[44_100 * 3 // 2] = value
+    data = encoded(samples, 44_100, codec=codec)
+    for call in (load_middle, load):
+        with pytest.raises(errors.NotFinite, match=r"at 1\.500 s"):
+            call(data)
+
+
+def test_a_value_whose_power_would_overflow() -> None:
+    samples = voice(3.0, 44_100).copy()
+    samples[44_100 * 3 // 2] = 1e30
+    assert code_of(encoded(samples, 44_100, codec="FLOAT")) == "out_of_range"
+    samples[44_100 * 3 // 2] = 32_768.0  # integers written as floats are common
+    clip = load_middle(encoded(samples, 44_100, codec="FLOAT"))
+    assert np.isfinite(log_mel(clip.samples, CONFIG)).all()
+
+
+@pytest.mark.parametrize(
+    ("tag", "code"), [(0, "unsupported_format"), (0x31, "corrupt"), (0x55, "corrupt"), (0x1234, "unsupported_format")]
+)
+def test_the_wav_format_tag_is_checked_before_a_decoder_opens_it(
+    tag: int, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("opened by libsndfile")
+
+    monkeypatch.setattr(decoders, "_Sound", opened)
+    assert code_of(wav_bytes(tag=tag), probe) == code
+    if code == "unsupported_format":
+        with pytest.raises(errors.UnsupportedFormat, match=f"0x{tag:04X}.*ffmpeg"):
+            probe(wav_bytes(tag=tag))
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "empty_file"),
+        (b"\0", "not_audio"),
+        (b"speech,label\na.wav,happy\n", "not_audio"),
+        (b"%PDF-1.7 ...", "not_audio"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not_audio"),
+        (b"PK\3\4" + bytes(100), "not_audio"),
+        (b"#EXTM3U\nhttp://example.org/a.mp3\n", "not_audio"),
+        (b"MATLAB 5.0 MAT-file" + bytes(200), "not_audio"),
+        (b"RIFF\4\0\0\0WAVE", "truncated"),
+        (b"RIFF\4\0\0\0AVI ", "corrupt"),
+        (b"fLaC", "corrupt"),
+        (b"OggS", "truncated"),
+        (b"ID3", "truncated"),
+        (b"ID3\4\0\0\0\0\0\1\0", "truncated"),
+        (b"\xff\xfb", "corrupt"),
+        (b"\xff\xfd\x90\0" + bytes(100), "corrupt"),
+        (b".snd" + bytes(8), "truncated"),
+        (b"caff\0\1\0\0", "truncated"),
+        (b"FORM\0\0\0\4AIFF", "truncated"),
+    ],
+)
+def test_what_is_no_recording(data: bytes, code: str) -> None:
+    assert code_of(data) == code
+
+
+def test_a_start_past_the_end() -> None:
+    assert code_of(ONE_SECOND, load, start_s=1.0) == "no_samples"
+    with pytest.raises(ValueError, match="start_s"):
+        load(ONE_SECOND, start_s=-1.0)
+    with pytest.raises(ValueError, match="window_s"):
+        load_middle(ONE_SECOND, window_s=0.0)
+
+
+def test_what_the_mp3_decoder_prints_on_damaged_files_is_not_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(encoded(voice(2.0, 44_100), 44_100, "MP3", "MPEG_LAYER_III"))
+    data[len(data) // 2 : len(data) // 2 + 900] = bytes(900)
+    with soundfile.SoundFile(io.BytesIO(bytes(data))) as file:
+        file.read()
+    assert "Note:" in capfd.readouterr().err, "libmpg123 remarks on this file"
+    c_library = ctypes.CDLL(None)
+    c_library.perror(b"before")
+    for call in (load_middle, probe, audio.content_hash):
+        with suppress(audio.AudioError):
+            call(bytes(data))
+    print("python", file=sys.stderr)
+    c_library.perror(b"after")
+    found = [line.split(":")[0] for line in capfd.readouterr().err.splitlines()]
+    assert found == ["before", "python", "after"]
+
+
+# Paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")  # to open it would wait for ever
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
+    (tmp_path / "dangling.wav").symlink_to("nowhere.wav")
+    expected = {
+        tmp_path: "not_a_file",
+        tmp_path / "pipe.wav": "not_a_file",
+        Path("/dev/zero"): "not_a_file",
+        tmp_path / "missing.wav": "not_found",
+        tmp_path / "dangling.wav": "not_found",
+        tmp_path / "loop.wav": "unreadable",
+        tmp_path / ("x" * 300 + ".wav"): "unreadable",
+        "": "not_found",
+        "a\0b.wav": "not_found",
+        "/dev/null/a.wav": "not_found",
+    }
+    assert {path: code_of(path, probe) for path in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.wav", "näïve 声.wav", "line\nbreak.wav", "\udcff\udc80.wav", "-rf", "x\x1b[31m.wav"]
+)
+def test_odd_names(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(ONE_SECOND)
+    assert probe(path).frames == 16_000
+    assert probe(str(path)).frames == 16_000
+    path.write_bytes(b"not audio")
+    assert code_of(path, probe) == "not_audio"
+
+
+def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "secret.wav"
+    path.write_bytes(ONE_SECOND)
+
+    def denied(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(source.os, "open", denied)  # the tests may run as root, who may read everything
+    assert code_of(path, probe) == "permission_denied"
+
+
+def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(ONE_SECOND)
+
+    def failed(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(source.os, "pread", failed)
+    assert code_of(path, probe) == "unreadable"
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
+    good.write_bytes(ONE_SECOND)
+    bad.write_bytes(ONE_SECOND[:1000])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        load_middle(good)
+        load_middle(ONE_SECOND)
+        code_of(bad)
+        code_of(ONE_SECOND[:1000])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Anything at all -------------------------------------------------------------------------------------------------
+
+MAGIC = [
+    b"",
+    b"RIFF\xff\xff\xff\xffWAVEfmt \x10\0\0\0",
+    b"fLaC\0\0\0\x22",
+    b"OggS\0\2",
+    b"\xff\xfb\x90\x64",
+    b"caff\0\1\0\0",
+]
+MAGIC += [
+    b"FORM\0\0\xff\xffAIFFCOMM\0\0\0\x12",
+    b".snd\0\0\0\x18",
+    b"ID3\4\0\0\0\0\0\0",
+    b"\x1aE\xdf\xa3",
+    b"\0\0\0\x20ftypM4A ",
+]
+MAGIC += [b"RF64\xff\xff\xff\xffWAVEds64", b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000"), b"#!AMR\n"]
+SEEDS = [encoded(voice(0.3, rate), rate, container, codec) for container, codec, rate, _, _ in FORMATS]
+
+
+def samples_or_coded_error(data: bytes) -> None:
+    refused = None
+    try:
+        clip = load_middle(data, window_s=0.2)
+    except audio.AudioError as error:
+        refused = error
+    if refused:
+        assert audio.ERRORS[refused.code] is type(refused)
+        assert str(refused).isprintable()
+    else:
+        assert clip.samples.shape == (9600,)
+        assert np.isfinite(clip.samples).all()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(magic=st.sampled_from(MAGIC), rest=st.binary(max_size=300))
+def test_any_bytes_give_samples_or_an_audio_error(magic: bytes, rest: bytes) -> None:
+    samples_or_coded_error(magic + rest)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.sampled_from(SEEDS),
+    changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=8),
+    kept=st.floats(0.0, 1.0),
+)
+def test_any_change_to_a_recording_gives_samples_or_an_audio_error(
+    seed: bytes, changes: list[tuple[int, int]], kept: float
+) -> None:
+    data = bytearray(seed)
+    for position, value in changes:
+        data[position % len(data)] = value
+    samples_or_coded_error(bytes(data[: round(len(data) * max(kept, 0.5))]))
+
+
+def test_codes_are_stable_and_unlike() -> None:
+    def below(error: type[audio.AudioError]) -> set[type[audio.AudioError]]:
+        return {error}.union(*(below(child) for child in error.__subclasses__()))
+
+    ours = {
+        error for error in below(audio.AudioError) if error.__module__.startswith("pipeline.")
+    }  # the service adds some
+    assert set(audio.ERRORS.values()) == ours
+    assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", code) for code in audio.ERRORS)
+    documented = set(re.findall(r"[├└]── \w+ +(\w+)", errors.__doc__ or ""))
+    assert documented | {"audio_error"} == set(audio.ERRORS) | {"code"}

@@ -1,0 +1,137 @@
+"""What is checked before work is spread over nodes: each node's answer is the real one, only the nodes are made up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster import nodes as cluster
+from pipeline.cluster.nodes import Node, NodeError, check_nodes
+
+TWO = [Node("aa", "one (10.0.0.1)", 2), Node("bb", "two (10.0.0.2)", 2)]
+Ask = Callable[[Sequence[Node], str, str, Sequence[str]], dict[Node, str | None]]
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``nodes(TWO, ask)``: a cluster that was joined; ``ask`` answers for the nodes, by default as we do."""
+
+    def here(found: Sequence[Node], probe: str, content: str, paths: Sequence[str]) -> dict[Node, str | None]:
+        return {node: cluster._look(probe, content, paths, node.id) for node in found}
+
+    def prepare(found: list[Node], ask: Ask = here) -> None:
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        monkeypatch.setattr(cluster, "start_ray", lambda: None)
+        monkeypatch.setattr(cluster, "alive_nodes", lambda: found)
+        monkeypatch.setattr(cluster, "_ask", ask)
+
+    return prepare
+
+
+def test_nodes_that_share_everything_pass_and_nothing_is_left(nodes: Callable[..., None], tmp_path: Path) -> None:
+    nodes(TWO)
+    (tmp_path / "a.wav").write_bytes(b"x")
+    out = tmp_path / "out"
+    out.mkdir()
+    check_nodes(out, [tmp_path / "a.wav"], some_of=[str(tmp_path / "missing.wav"), "s3://bucket/b.wav"])
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("differs", "words"),
+    [
+        ("unseen", "two (10.0.0.2) does not see {out} (No such file or directory)"),
+        ("other", "two (10.0.0.2) has another folder at {out}"),
+        ("data", "two (10.0.0.2) cannot read {data} (No such file or directory)"),
+        ("late", "what node two (10.0.0.2) writes into {out} is not seen here"),
+    ],
+)
+def test_one_line_names_the_node_the_path_and_the_remedy(
+    nodes: Callable[..., None], tmp_path: Path, differs: str, words: str
+) -> None:
+    out, data, elsewhere = tmp_path / "out", tmp_path / "a.wav", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    data.write_bytes(b"x")
+
+    def ask(found: Sequence[Node], probe: str, content: str, paths: Sequence[str]) -> dict[Node, str | None]:
+        assert str(data) in paths
+        answers: dict[Node, str | None] = {TWO[0]: cluster._look(probe, content, paths, "aa")}
+        if differs == "unseen":
+            Path(probe).unlink()
+        elif differs == "other":
+            Path(probe).write_text("another")
+        elif differs == "data":
+            data.unlink()
+        answers[TWO[1]] = cluster._look(probe, content, paths, "bb")
+        if differs == "late":
+            Path(f"{probe}.bb").unlink()
+        return answers
+
+    nodes(TWO, ask)
+    with pytest.raises(NodeError) as caught:
+        check_nodes(out, [data])
+    assert words.format(out=out, data=data) in str(caught.value)
+    assert "docs/cluster.md" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("found", [[], TWO[:1]])
+def test_one_node_is_not_asked(nodes: Callable[..., None], tmp_path: Path, found: list[Node]) -> None:
+    def ask(*_: object) -> dict[Node, str | None]:
+        raise AssertionError("asked")
+
+    nodes(found, ask)
+    check_nodes(tmp_path)
+
+
+def test_a_local_ray_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: 1 / 0)
+    check_nodes(tmp_path)
+
+
+def test_results_in_rays_copy_of_the_upload_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    out = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "out"
+    with pytest.raises(NodeError, match=r"would be lost.*give --out as an absolute path"):
+        check_nodes(out)
+
+
+def test_of_many_recordings_some_are_tried_and_the_last(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{i}.wav") for i in range(10_001)]
+    some = cluster._spread(paths)
+    assert len(some) < 40
+    assert some[0] == paths[0]
+    assert some[-1] == paths[-1]
+    assert cluster._spread([]) == []
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "each"),
+    [([1, 1, 1], 2, 1), ([4, 4], 2, 4), ([4, 4], 4, 2), ([16, 2], 2, 8), ([16, 2], 3, 5), ([1], 5, 1), ([], 2, 1)],
+)
+def test_cpus_of_a_worker_fit_on_one_node(nodes: Callable[..., None], cpus: list[int], workers: int, each: int) -> None:
+    nodes([Node(str(i), str(i), n) for i, n in enumerate(cpus)])
+    assert cluster.cpus_a_worker(workers) == each
+
+
+def test_cpus_of_a_worker_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster.cpus_a_worker(1) == len(os.sched_getaffinity(0))
+    assert cluster.cpus_a_worker(10_000) == 1
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://cluster"])
+def test_a_dashboard_is_no_address_to_join(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    from pipeline.cluster.runtime import start_ray
+    from pipeline.storage.errors import SerError
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(SerError, match="put 'ser submit' before the command"):
+        start_ray()

@@ -1,0 +1,224 @@
+"""Starting Ray: once, bound to loopback, again when a busy machine was too slow, without leftovers; errors are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+
+from pipeline.cluster import runtime
+from pipeline.storage.errors import SerError
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Replaces Ray's start: ``starts(errors...)`` raises them one after the other, then succeeds; returns the calls."""
+
+    def prepare(*errors: Exception) -> list[dict[str, Any]]:
+        left, calls = list(errors), []
+
+        def init(**options: Any) -> None:
+            calls.append(options)
+            if left:
+                raise left.pop(0)
+
+        monkeypatch.setattr(ray, "init", init)
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "shutdown", lambda: None)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        return calls
+
+    return prepare
+
+
+SLOW = "The current node timed out during startup."
+
+
+def test_a_slow_start_is_tried_once_more(starts: Callable[..., list[dict[str, Any]]]) -> None:
+    calls = starts(Exception(SLOW))
+    runtime.start_ray(2)
+    assert len(calls) == 2
+    assert calls[0] == calls[1]
+    assert calls[0]["address"] == "local"
+    assert calls[0]["num_cpus"] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux confines processes to CPUs")
+def test_ray_counts_no_cpus_that_this_process_may_not_use(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = starts()
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    runtime.start_ray()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    runtime.start_ray()
+    assert [call["num_cpus"] for call in calls] == [2, None]  # None: as Ray counts
+
+
+def test_always_too_slow_is_told_in_a_line(starts: Callable[..., list[dict[str, Any]]]) -> None:
+    calls = starts(*[Exception(SLOW)] * 3)
+    with pytest.raises(SerError, match="Ray was not up within 30 s, 3 times; the machine is too busy"):
+        runtime.start_ray()
+    assert len(calls) == 3
+
+
+def test_what_a_slow_start_left_is_ended_and_nothing_else(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's processes of the failed start go; those of before, and others, stay."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def sleeper(name: str) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()", name], stdin=subprocess.PIPE)
+        started.append(child)
+        return child
+
+    calls = starts(Exception(SLOW))
+    init = ray.init
+
+    def start_processes_and_fail(**options: Any) -> None:
+        if not calls:
+            sleeper("/somewhere/ray/gcs_server")
+            sleeper("other")
+        init(**options)
+
+    before = sleeper("/somewhere/ray/raylet")
+    monkeypatch.setattr(ray, "init", start_processes_and_fail)
+    try:
+        runtime.start_ray()
+        _, left, other = started
+        assert left.wait(30) == -signal.SIGKILL
+        assert (before.poll(), other.poll()) == (None, None)
+    finally:
+        for child in started:
+            child.kill()
+            child.communicate()
+
+
+def test_other_errors_are_not_tried_again(starts: Callable[..., list[dict[str, Any]]]) -> None:
+    calls = starts(ValueError("no such option"))
+    with pytest.raises(ValueError, match="no such option"):
+        runtime.start_ray()
+    assert len(calls) == 1
+
+
+def test_a_given_cluster_is_joined_as_it_is(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = starts()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    runtime.start_ray(2)
+    assert "num_cpus" not in calls[0]
+    assert "address" not in calls[0]
+
+
+def test_a_local_ray_is_bound_to_loopback(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts()
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+    runtime.start_ray()
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+
+
+def test_a_submitted_job_keeps_what_it_was_submitted_with(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray refuses a variable that both the job and its driver set, and puts the upload on the path itself."""
+    calls = starts()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    given = {"runtime_env": {"env_vars": {"RAY_COLOR_PREFIX": "1", "MINE": "x"}, "working_dir": "gcs://a.zip"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(given))
+    runtime.start_ray()
+    sent = calls[0]["runtime_env"]["env_vars"]
+    assert not set(sent) & {"RAY_COLOR_PREFIX", "MINE", "PYTHONPATH"}
+    assert sent["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert ray.runtime_env.runtime_env._merge_runtime_env(given["runtime_env"], {"env_vars": sent}) is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Could not find any running Ray instance."), "no Ray cluster answers at RAY_ADDRESS 10.0.0.1"),
+        (ray.exceptions.AuthenticationError("no token"), "wants its token; copy the head's"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    starts(error)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(SerError, match=words):
+        runtime.start_ray()
+
+
+LOOK = """
+from benchmarks.processes import command_of, descendants
+import os, ray
+from pipeline.cluster.runtime import compute_first, start_ray
+def of(pid):
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
+def policies():
+    before = os.sched_getscheduler(0)
+    compute_first(together=False)
+    after = os.sched_getscheduler(0), os.SCHED_BATCH in of(os.getpid())
+    compute_first(together=True)
+    return before, *after, of(os.getpid())
+if __name__ == "__main__":
+    start_ray(1, lean=True)
+    other, batch = os.SCHED_OTHER, os.SCHED_BATCH
+    found = ray.get(ray.remote(policies).remote())
+    assert found == (batch, other, True, {other}), found
+    ours = {command_of(pid): of(pid) for pid in descendants(os.getpid())}
+    assert [ours[name] for name in ours if "raylet/raylet" in name or "gcs_server" in name] == [{batch}] * 2, ours
+    assert os.sched_getscheduler(0) == other
+    print(list(ours))
+"""
+
+
+def test_a_lean_ray_works_without_the_processes_that_do_nothing_for_us() -> None:
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+    run = subprocess.run(
+        [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "raylet" in run.stdout
+    assert not [name for name in ("log_monitor.py", "dashboard.py", "monitor.py") if name in run.stdout]
+
+
+def test_only_a_local_ray_is_lean(starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    starts()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    for name in runtime._LEAN:
+        monkeypatch.delenv(name, raising=False)
+    runtime.start_ray(lean=True)
+    assert not set(runtime._LEAN) & set(os.environ)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux tells of all processes")
+def test_finished_workers_that_hang_are_ended_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_ray_children", lambda: {os.getpid()})
+    monkeypatch.setattr(runtime, "_finished", {})
+    names = ("ray::Finished", "ray::AtWork")
+    children = [subprocess.Popen([name, "60"], executable=shutil.which("sleep")) for name in names]
+    try:
+        runtime.end_at_exit("ray::Finished")
+        assert list(runtime._finished) == [children[0].pid]
+        runtime._end_finished()
+        assert children[0].wait(10) == -signal.SIGKILL
+        assert children[1].poll() is None
+        runtime._end_finished()  # its number may be another's by now
+        assert children[1].poll() is None
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()

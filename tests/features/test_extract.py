@@ -1,0 +1,211 @@
+"""Extraction to Parquet shards and reading them back: rows, order, content, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile as sf
+
+from pipeline.audio.errors import DecoderCrashed
+from pipeline.audio.load import Reading, load_middle, load_once
+from pipeline.features import extract as shards
+from pipeline.features import store
+from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
+from pipeline.features.features import FeatureConfig, extract, normalise_power
+from pipeline.features.shard_folder import NOTES
+from pipeline.features.store import ShardError, load_features
+
+CONFIG = FeatureConfig()
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> pd.DataFrame:
+    """Nine good recordings of several lengths and rates, and ten broken ones, mixed."""
+    rng = np.random.default_rng(7)
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    rows = []
+    for i in range(9):
+        rate = (48_000, 44_100, 16_000)[i % 3]
+        path = folder / f"good{i}.wav"
+        sf.write(path, 0.1 * rng.standard_normal(int(rate * (0.5 + 0.4 * i))), rate)
+        rows.append({"speech": str(path), "label": ("calm", "sad")[i % 2], "note": None if i else "first"})
+    whole = (folder / "good8.wav").read_bytes()
+    broken = {
+        "text.wav": b"this is no audio at all",
+        "empty.wav": b"",
+        "header.wav": whole[:44],
+        "cut.wav": whole[: len(whole) // 2],
+        "png.wav": b"\x89PNG\r\n\x1a\n" + bytes(100),
+        "zeros.wav": bytes(1000),
+        "text.flac": b"fLaC" + bytes(30),
+        "rate.wav": whole[:24] + b"\xff\xff\xff\xff" + whole[28:],
+    }
+    for name, content in broken.items():
+        (folder / name).write_bytes(content)
+    for name in [*broken, "missing.wav", "folder.wav"]:
+        rows.append({"speech": str(folder / name), "label": "calm", "note": None})
+    (folder / "folder.wav").mkdir()
+    return pd.DataFrame(rows).sample(frac=1, random_state=0).reset_index(drop=True)
+
+
+def read_parts(folder: Path) -> pd.DataFrame:
+    return pd.concat([pq.read_table(p).to_pandas() for p in sorted(folder.glob("part-*.parquet"))], ignore_index=True)
+
+
+def test_rows_out_equal_rows_in_with_reasons(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+    summary = extract_shards(
+        manifest,
+        tmp_path / "out",
+        CONFIG,
+        options=ShardOptions(block_rows=4),
+        on_progress=lambda *counts: seen.append(counts),
+    )
+    rows = read_parts(tmp_path / "out")
+    assert rows["speech"].tolist() == manifest["speech"].tolist()
+    assert summary.rows == len(rows) == 19
+    failed = rows[rows["status"] != "ok"]
+    assert summary.failed == len(failed) == 10
+    assert not failed["speech"].str.contains("good").any()
+    assert (failed["error"].str.len() > 0).all()
+    assert seen[-1] == (19, 19, 10)
+
+
+def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    extract_shards(manifest, tmp_path / "out", CONFIG, options=ShardOptions(block_rows=5))
+    loaded = load_features(tmp_path / "out", CONFIG)
+    good = manifest[manifest["speech"].str.contains("good")].reset_index(drop=True)
+    assert loaded.table["speech"].tolist() == good["speech"].tolist()
+    assert loaded.table["label"].tolist() == good["label"].tolist()
+    assert loaded.mel_power is not None
+    for i, path in enumerate(good["speech"]):
+        expected = extract(load_middle(path).samples, CONFIG)
+        np.testing.assert_array_equal(loaded.features[i], expected)
+        frames = int(loaded.n_frames[i])
+        duration_s = sf.info(path).duration
+        assert frames == 1 + max(96_000, round(min(duration_s, 6.0) * 48_000)) // 512
+        assert not loaded.mel_power[i, :, frames:].any()
+        if duration_s <= 2:
+            np.testing.assert_allclose(normalise_power(loaded.mel_power[i, :, :188], CONFIG), expected, atol=1e-4)
+
+
+def test_plain_pyarrow_reads_the_shape(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    extract_shards(manifest, tmp_path / "out", CONFIG)
+    column = pq.read_table(tmp_path / "out" / "part-00000.parquet")["log_mel"].combine_chunks()
+    assert column.to_numpy_ndarray().shape == (19, 1, 64, 188)
+
+
+def test_only_missing_parts_are_done_again(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ShardOptions(block_rows=4)
+    extract_shards(manifest, out, CONFIG, options=options)
+    before = read_parts(out)
+    assert extract_shards(manifest, out, CONFIG, options=options).reused == 5
+    kept = (out / "part-00000.parquet").stat().st_mtime_ns
+    (out / "manifest.json").unlink()
+    (out / "part-00003.parquet").unlink()
+    (out / ".part-00003.parquet.1.tmp").write_bytes(b"half written")
+    with pytest.raises(ShardError, match="did not finish"):
+        load_features(out)
+    assert extract_shards(manifest, out, CONFIG, options=options).reused == 4
+    assert (out / "part-00000.parquet").stat().st_mtime_ns == kept
+    after = read_parts(out)
+    assert after["row_id"].tolist() == before["row_id"].tolist()
+    assert np.array_equal(np.stack(after["log_mel"]), np.stack(before["log_mel"]))
+
+
+def test_other_recordings_settings_or_folders_are_refused(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_shards(manifest.iloc[:3], out, CONFIG)
+    with pytest.raises(ShardError, match="--overwrite"):
+        extract_shards(manifest.iloc[:4], out, CONFIG)
+    with pytest.raises(ShardError, match="--overwrite"):
+        extract_shards(manifest.iloc[:3], out, CONFIG, options=ShardOptions(mel_power_s=0))
+    assert extract_shards(manifest.iloc[:4], out, CONFIG, overwrite=True).rows == 4
+    with pytest.raises(ShardError, match="no feature shards"):
+        extract_shards(manifest, tmp_path / "audio", CONFIG, overwrite=True)
+    assert (tmp_path / "audio" / "good0.wav").is_file()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ShardError, match="is a file"):
+        extract_shards(manifest, tmp_path / "file", CONFIG)
+
+
+def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    good = manifest[manifest["speech"].str.contains("good[78]")]
+    frames = FeatureConfig(kind="frame_features")
+    extract_shards(good, tmp_path / "frames", frames)
+    loaded = load_features(tmp_path / "frames")
+    assert loaded.features.shape == (2, 188, 190)
+    assert loaded.mel_power is None
+    copies, options = tmp_path / "copies", ShardOptions(pitch_semitones=(-1.0, 1.0), block_rows=1)
+    assert extract_shards(good, copies, CONFIG, options=options).rows == 6
+    for name in ("manifest.json", "part-00001.parquet"):
+        (copies / name).unlink()
+    told: list[tuple[int, int, int]] = []
+    again = extract_shards(good, copies, CONFIG, options=options, on_progress=lambda *numbers: told.append(numbers))
+    assert (again.rows, again.failed, again.reused, told) == (6, 0, 1, [(2, 2, 0)])
+    assert store.read_shard_manifest(copies)["rows"] == 6
+    table = load_features(copies).table
+    assert table["row_id"].tolist() == ["0", "0-1", "0+1", "1", "1-1", "1+1"]
+    assert table["parent_id"].tolist() == ["", "0", "0", "", "1", "1"]
+    assert table["label"].tolist() == [label for label in good["label"] for _ in range(3)]
+
+
+def test_wrong_configuration_version_or_part_is_refused(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_shards(manifest[manifest["speech"].str.contains("good")], out, CONFIG)
+    with pytest.raises(ShardError, match="expected frame_features"):
+        load_features(out, FeatureConfig(kind="frame_features"))
+    values = json.loads((out / "manifest.json").read_text())
+    for change in ({"version": 99}, {"parts": ["part-00009.parquet"]}, {"parts": None}):
+        (out / "manifest.json").write_text(json.dumps({**values, **change}))
+        with pytest.raises(ShardError):
+            load_features(out)
+    with pytest.raises(ShardError, match="no feature folder"):
+        load_features(tmp_path / "nowhere")
+
+
+def test_nothing_readable(tmp_path: Path) -> None:
+    table = pd.DataFrame({"speech": [str(tmp_path / "a.wav")], "label": ["sad"]})
+    assert extract_shards(table, tmp_path / "out", CONFIG).failed == 1
+    with pytest.raises(ShardError, match="no readable recording"):
+        load_features(tmp_path / "out")
+    assert store.read_shard_manifest(tmp_path / "out")["rows"] == 1
+
+
+def test_a_decoder_that_kills_its_process_costs_one_row(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    good = manifest[manifest["speech"].str.contains("good")].reset_index(drop=True)
+    victim = good["speech"][4]
+
+    class Crashing(BlockWriter):
+        """Its decoder aborts the process at one recording, as C libraries do; decoded apart, it says so."""
+
+        def _rows(self, record: pd.Series, read: Callable[..., Reading]) -> list[dict[str, Any]]:
+            if record["speech"] != victim:
+                return super()._rows(record, read)
+            if read is load_once:
+                os.abort()
+
+            def crash(*_: object, **__: object) -> Reading:
+                raise DecoderCrashed("its decoder ended the process")
+
+            return super()._rows(record, crash)
+
+    out = tmp_path / "out"
+    (out / NOTES).mkdir(parents=True)
+    write = Crashing(out, pa.Schema.from_pandas(good, preserve_index=False), CONFIG, ShardOptions(mel_power_s=0))
+    blocks = [good.iloc[i : i + 3] for i in (0, 3, 6)]
+    assert sorted(shards._run_blocks(blocks, [0, 1, 2], write)) == [(3, 3, 0), (3, 3, 0), (3, 3, 1)]
+    rows = read_parts(out)
+    assert rows["speech"].tolist() == good["speech"].tolist()
+    assert rows["status"].tolist() == ["ok"] * 4 + ["decoder_crashed"] + ["ok"] * 4

@@ -1,0 +1,194 @@
+"""The log-mel contract against librosa's own calls, the frame features, and physics."""
+
+from __future__ import annotations
+
+import json
+
+import librosa
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.features.features import (
+    FeatureConfig,
+    FeatureError,
+    extract,
+    frame_features,
+    log_mel,
+    mel_power,
+    normalise_power,
+)
+
+CONFIG = FeatureConfig()
+FRAMES = FeatureConfig(kind="frame_features")
+
+
+def speech_like(seed: int, n: int = 96_000, rate_hz: int = 48_000) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    t = np.arange(n) / rate_hz
+    f0 = rng.uniform(90, 260) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(1, 5) * t))
+    voiced = sum(np.sin(2 * np.pi * k * np.cumsum(f0) / rate_hz) / k for k in range(1, 20))
+    envelope = np.clip(np.sin(2 * np.pi * 3 * t), 0, None) ** 2
+    return (0.1 * voiced * envelope + 0.001 * rng.standard_normal(n)).astype(np.float32)
+
+
+def librosa_log_mel(samples: np.ndarray) -> np.ndarray:
+    mel = librosa.feature.melspectrogram(y=samples, sr=48_000, n_fft=2048, hop_length=512, n_mels=64)
+    decibel = librosa.power_to_db(mel, ref=np.max)
+    return (decibel - decibel.mean()) / (decibel.std() + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_log_mel_equals_librosa(seed: int) -> None:
+    samples = speech_like(seed)
+    ours = log_mel(samples, CONFIG)
+    assert ours.shape == (1, 64, 188) == CONFIG.input_shape
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours[0], librosa_log_mel(samples), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "n_fft", "hop", "n_mels", "n"),
+    [(16_000, 512, 160, 40, 16_000), (48_000, 2048, 512, 64, 50_001), (22_050, 1024, 256, 80, 3_000)],
+)
+def test_mel_power_equals_librosa_at_other_settings(rate_hz: int, n_fft: int, hop: int, n_mels: int, n: int) -> None:
+    config = FeatureConfig(sample_rate_hz=rate_hz, n_fft=n_fft, hop_length=hop, n_mels=n_mels)
+    samples = speech_like(1, n, rate_hz)
+    expected = librosa.feature.melspectrogram(y=samples, sr=rate_hz, n_fft=n_fft, hop_length=hop, n_mels=n_mels)
+    ours = mel_power(samples, config)
+    assert ours.shape == expected.shape
+    np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_frame_features_columns_equal_librosa() -> None:
+    samples = speech_like(3)
+    ours = frame_features(samples, FRAMES)
+    assert ours.shape == (188, 190) == FRAMES.input_shape
+    mel = librosa.feature.melspectrogram(y=samples, sr=48_000, n_fft=2048, hop_length=512, n_mels=64)
+    decibel = librosa.power_to_db(mel, ref=np.max)
+    mfcc = librosa.feature.mfcc(S=decibel, n_mfcc=40)
+    cut = {"n_fft": 2048, "hop_length": 512, "pad_mode": "constant"}
+    expected = [
+        mfcc,
+        librosa.feature.delta(mfcc),
+        librosa.feature.delta(mfcc, order=2),
+        decibel,
+        librosa.feature.spectral_centroid(y=samples, sr=48_000, **cut),
+        librosa.feature.spectral_bandwidth(y=samples, sr=48_000, **cut),
+        librosa.feature.spectral_rolloff(y=samples, sr=48_000, roll_percent=0.85, **cut),
+        librosa.feature.spectral_flatness(y=samples, **cut),
+        librosa.feature.zero_crossing_rate(samples, frame_length=2048, hop_length=512),
+        librosa.feature.rms(S=np.abs(librosa.stft(samples, **cut)), frame_length=2048, hop_length=512),
+    ]
+    rows = np.concatenate(expected)
+    standard = (rows - rows.mean(1, keepdims=True)) / (rows.std(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(ours, standard.T, atol=1e-3)
+
+
+def test_louder_is_the_same_picture() -> None:
+    samples = speech_like(4)
+    np.testing.assert_allclose(log_mel(samples, CONFIG), log_mel(4 * samples, CONFIG), atol=1e-4)
+
+
+def test_a_tone_is_brightest_in_its_band() -> None:
+    tone = np.sin(2 * np.pi * 1_000 * np.arange(96_000) / 48_000).astype(np.float32)
+    centres_hz = librosa.mel_frequencies(n_mels=66, fmin=0, fmax=24_000)[1:-1]
+    band = int(mel_power(tone, CONFIG)[:, 50].argmax())
+    assert band == int(np.abs(centres_hz - 1_000).argmin())
+
+
+@pytest.mark.parametrize("config", [CONFIG, FRAMES])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1e-20])
+def test_silence_and_a_constant_stay_finite(config: FeatureConfig, value: float) -> None:
+    features = extract(np.full(96_000, value, np.float32), config)
+    assert np.isfinite(features).all()
+
+
+def test_silence_is_flat() -> None:
+    assert not log_mel(np.zeros(96_000, np.float32), CONFIG).any()
+
+
+@given(st.integers(1, 20_000))
+@settings(max_examples=40, deadline=None)
+def test_frames_follow_the_length(n: int) -> None:
+    assert mel_power(np.ones(n, np.float32), CONFIG).shape == (64, 1 + n // 512)
+
+
+def test_standardised() -> None:
+    picture = normalise_power(mel_power(speech_like(5), CONFIG), CONFIG)
+    assert abs(float(picture.mean())) < 1e-4
+    assert float(picture.std()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(95_999,), (1, 96_000), (0,)])
+def test_another_length_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(FeatureError, match="96000 mono samples"):
+        extract(np.zeros(shape, np.float32), CONFIG)
+
+
+def test_fingerprint_changes_with_every_setting_and_survives_json() -> None:
+    others = [
+        FeatureConfig(**{name: value})
+        for name, value in {
+            "n_mels": 80,
+            "window_s": 3.0,
+            "n_fft": 1024,
+            "top_db": 60.0,
+            "kind": "frame_features",
+            "f_max_hz": 8_000.0,
+        }.items()
+    ]
+    assert len({CONFIG.fingerprint(), *(c.fingerprint() for c in others)}) == 7
+    for config in (CONFIG, *others):
+        assert FeatureConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_default_contract_is_that_of_the_weights_in_circulation() -> None:
+    """Bundles and shards made before `f_max_hz` existed carry this fingerprint."""
+    assert FeatureConfig().fingerprint() == "37816ab17e87f83d"
+
+
+@pytest.mark.parametrize("f_max_hz", [4_000.0, 8_000.0, 24_000.0])
+def test_a_lower_top_of_the_bands_equals_librosa(f_max_hz: float) -> None:
+    samples = speech_like(4)
+    expected = librosa.feature.melspectrogram(
+        y=samples, sr=48_000, n_fft=2048, hop_length=512, n_mels=64, fmax=f_max_hz
+    )
+    ours = mel_power(samples, FeatureConfig(f_max_hz=f_max_hz))
+    np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_bands_up_to_8_khz_are_deaf_to_what_lies_above() -> None:
+    """Physics: a tone of 9 kHz beside the speech changes nothing but by its window's side lobes."""
+    low, t = FeatureConfig(f_max_hz=8_000.0), np.arange(96_000) / 48_000
+    speech = speech_like(5)
+    hissing = (speech + 0.1 * np.sin(2 * np.pi * 9_000 * t)).astype(np.float32)
+    assert np.abs(log_mel(hissing, low) - log_mel(speech, low)).mean() < 0.02
+    assert np.abs(log_mel(hissing, CONFIG) - log_mel(speech, CONFIG)).mean() > 0.1
+
+
+@pytest.mark.parametrize("f_max_hz", [0.0, -1.0, 24_000.5, float("nan")])
+def test_bands_beyond_half_the_rate_are_refused(f_max_hz: float) -> None:
+    with pytest.raises(FeatureError, match="at most half the sampling rate, 24000 Hz"):
+        FeatureConfig(f_max_hz=f_max_hz)
+
+
+def test_unknown_or_impossible_settings_are_refused() -> None:
+    with pytest.raises(FeatureError, match="n_chroma"):
+        FeatureConfig.from_dict({"n_chroma": 12})
+    with pytest.raises(FeatureError, match="positive"):
+        FeatureConfig(hop_length=0)
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(FeatureError, match="finite"):
+            FeatureConfig(window_s=number)
+    with pytest.raises(FeatureError, match="kind"):
+        FeatureConfig(kind="wavelet")
+    with pytest.raises(FeatureError, match="expected at most 60 s"):
+        FeatureConfig(window_s=1e6)
+    with pytest.raises(FeatureError, match="n_mfcc=40 needs as many mel bands, got n_mels=32"):
+        FeatureConfig(kind="frame_features", n_mels=32)
+    with pytest.raises(FeatureError, match="of n_mels=256 bands lie between two frequencies of n_fft=2048; use fewer"):
+        FeatureConfig(n_mels=256, f_max_hz=4_000.0)
+    with pytest.raises(FeatureError, match="is more than n_fft=2048 has frequencies for"):
+        FeatureConfig(n_mels=10**12)

@@ -1,0 +1,401 @@
+"""The folder of an extraction: one at a time, changed recordings, damaged parts, columns and options. Without Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.audio.load import content_hash
+from pipeline.cluster import nodes, runtime
+from pipeline.data import splits
+from pipeline.features import extract
+from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
+from pipeline.features.features import FeatureConfig
+from pipeline.features.shard_folder import NOTES, known_hashes
+from pipeline.features.store import ShardError, load_features
+from pipeline.storage.errors import SerError
+from pipeline.storage.stamps import stamps_of
+
+CONFIG = FeatureConfig()
+NO_POWER, ONE_EACH = ShardOptions(mel_power_s=0), ShardOptions(mel_power_s=0, block_rows=1)
+RUN_BLOCKS = extract._run_blocks
+OURS = ("row_id", "status", "error", "log_mel", "_row", "_block")
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block after the other, by the workers' own code."""
+
+    def run(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter) -> Iterator[tuple[int, int, int]]:
+        for i in todo:
+            first = int(blocks[i].index[0])
+            written, bad = write(blocks[i].assign(_block=i, _row=range(first, first + len(blocks[i]))))
+            yield len(blocks[i]), written, bad
+
+    monkeypatch.setattr(extract, "_run_blocks", run)
+
+
+@pytest.fixture
+def recordings(write_audio: Callable[..., Path]) -> pd.DataFrame:
+    """Four of 0.5 s."""
+    paths = [str(write_audio(f"audio/{i}.wav", duration_s=0.5, seed=i)) for i in range(4)]
+    return pd.DataFrame({"speech": paths, "label": ["calm", "sad"] * 2})
+
+
+def read_parts(folder: Path) -> pd.DataFrame:
+    return pd.concat([pq.read_table(p).to_pandas() for p in sorted(folder.glob("part-*.parquet"))], ignore_index=True)
+
+
+@contextmanager
+def no_file_above(size_bytes: int) -> Iterator[None]:
+    """A disk that is too small for the larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_two_extractions_into_one_folder_do_not_mix(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    out, refused = tmp_path / "out", []
+
+    def meanwhile(*_: int) -> None:
+        for table, overwrite in ((recordings.iloc[:3], False), (recordings.iloc[3:], True)):
+            with pytest.raises(SerError, match=r"another process is extracting into .*; wait for it") as caught:
+                extract_shards(table, out, CONFIG, options=ONE_EACH, overwrite=overwrite)
+            refused.append(str(caught.value))
+
+    assert extract_shards(recordings.iloc[:3], out, CONFIG, options=ONE_EACH, on_progress=meanwhile).rows == 3
+    assert len(refused) == 6
+    assert read_parts(out)["speech"].tolist() == recordings["speech"].tolist()[:3]
+
+
+def test_what_still_runs_of_a_killed_extraction_writes_nothing(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    (tmp_path / NOTES).mkdir()
+    rows = recordings.iloc[:1].assign(_block=0, _row=0)
+    write = BlockWriter(
+        tmp_path, pa.Schema.from_pandas(recordings, preserve_index=False), CONFIG, NO_POWER, run="first"
+    )
+    (tmp_path / NOTES / "run").write_text("first")
+    write(rows)
+    (tmp_path / "part-00000.parquet").unlink()
+    (tmp_path / NOTES / "run").write_text("second")
+    with pytest.raises(ShardError, match="taken over"):
+        write(rows)
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_changed_recordings_are_refused_and_those_that_are_gone_are_not(
+    recordings: pd.DataFrame, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first, second, third = (Path(path) for path in recordings["speech"][:3])
+    whole = first.read_bytes()
+    first.write_bytes(whole[:44])
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).failed == 1
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
+    second.unlink()
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
+    first.write_bytes(whole)
+    with pytest.raises(ShardError, match=f"features of {first}, which changed since; give --overwrite") as caught:
+        extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    assert "\n" not in str(caught.value)
+    os.utime(third, ns=(0, 1))
+    with pytest.raises(ShardError, match=f"{first} and 1 more"):
+        extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH, overwrite=True).failed == 1
+    assert read_parts(out)["status"].tolist() == ["ok", "not_found", "ok", "ok"]
+    (out / "manifest.json").unlink()
+    (out / "part-00002.parquet").unlink()
+    os.utime(third, ns=(0, 2))  # its part is to be made now
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 3
+    os.utime(third, ns=(0, 3))
+    with pytest.raises(ShardError, match=f"{third}"):
+        extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    (out / "stamps.npy").unlink()  # as folders were made before
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
+
+
+def test_a_recording_of_a_year_that_is_no_64_bit_number_has_a_stamp(write_audio: Callable[..., Path]) -> None:
+    path = write_audio("a.wav")
+    os.utime(path, ns=(0, 2**63 + 1))
+    if path.stat().st_mtime_ns < 2**63:
+        pytest.skip("this file system knows no such year")
+    assert stamps_of([str(path)]).tolist() == [[path.stat().st_size, 2**63 - 1]]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
+def test_a_damaged_part_is_done_again(recordings: pd.DataFrame, tmp_path: Path, content: bytes) -> None:
+    out = tmp_path / "out"
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    (out / "manifest.json").unlink()
+    (out / "part-00002.parquet").write_bytes(content)
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 3
+    assert read_parts(out)["status"].eq("ok").all()
+    before = load_features(out).features[2].copy()
+    for name in ("manifest.json", "part-00002.parquet"):
+        (out / name).unlink()
+    Path(recordings["speech"][2]).write_bytes(Path(recordings["speech"][3]).read_bytes())
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    features = load_features(out).features
+    assert (features[2] == features[3]).all()
+    assert (features[2] != before).any()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
+def test_a_damaged_part_of_a_finished_folder_is_told_in_one_line(
+    recordings: pd.DataFrame, tmp_path: Path, content: bytes | None
+) -> None:
+    out = tmp_path / "out"
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    part = out / "part-00002.parquet"
+    whole = part.read_bytes()
+    middle = len(whole) // 2
+    part.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :] if content is None else content)
+    with pytest.raises(
+        ShardError, match=r"part-00002.parquet is damaged \(.*\); extract again with --overwrite"
+    ) as told:
+        load_features(out)
+    assert "\n" not in str(told.value)
+    assert not list(out.glob("*arrays*"))
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "features.npy", "mel_power.npy"])
+def test_damaged_arrays_are_told_and_made_anew(recordings: pd.DataFrame, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    extract_shards(recordings, out, CONFIG, options=ShardOptions(mel_power_s=2.0))
+    assert load_features(out).mel_power is not None
+    (cache,) = out.glob("arrays-*")
+    (cache / name).write_bytes((cache / name).read_bytes()[:300])
+    with pytest.raises(ShardError, match=rf"{cache.name} is damaged \(.*\); remove it: it is made anew"):
+        load_features(out)
+    shutil.rmtree(cache)
+    assert len(load_features(out).features) == 4
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with no_file_above(100), pytest.raises(OSError, match="File too large"):
+        extract_shards(pd.concat([recordings] * 2), out, CONFIG, options=ONE_EACH)
+    with (
+        no_file_above(2_000),
+        pytest.raises(ShardError, match=r"cannot write .*part-00000.parquet: .*free some space"),
+    ):
+        extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).failed == 0
+    with no_file_above(100_000), pytest.raises(ShardError, match=r"cannot write .*arrays-.*File too large; free some"):
+        load_features(out)
+    assert not list(out.glob("*arrays*"))
+    assert len(load_features(out).features) == 4
+
+
+def test_what_a_task_refuses_ends_the_job_in_one_line(
+    recordings: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dataset:
+        """As Ray Data, in this process."""
+
+        def __init__(self, items: list[dict[str, Any]], **_: int) -> None:
+            self.items = items
+
+        def map_batches(self, work: Callable[[pa.Table], pa.Table], **_: Any) -> Dataset:
+            self.items = [row for item in self.items for row in work(pa.Table.from_pylist([item])).to_pylist()]
+            return self
+
+        def iter_rows(self) -> Iterator[dict[str, Any]]:
+            return iter(self.items)
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=SimpleNamespace(from_items=Dataset)))
+    monkeypatch.setattr(extract, "_run_blocks", RUN_BLOCKS)
+    monkeypatch.setattr(nodes, "check_nodes", lambda *_, **__: None)
+    for name in ("start_ray", "data_context", "task_pool"):
+        monkeypatch.setattr(runtime, name, lambda *_: None)
+    with no_file_above(2_000), pytest.raises(ShardError, match=r"^cannot write \S+part-00000.parquet"):
+        extract_shards(recordings, tmp_path / "out", CONFIG, options=ONE_EACH)
+    assert extract_shards(recordings, tmp_path / "out", CONFIG, options=ONE_EACH).rows == 4
+
+
+def test_training_runs_and_files_of_others_are_left_alone(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    (run / "plan.json").write_text('{"version": 1, "features": "out"}')  # as ser train writes it
+    (run / "run.pt").touch()
+    for overwrite in (False, True):
+        with pytest.raises(ShardError, match="holds no feature shards; give --out a new folder"):
+            extract_shards(recordings, run, CONFIG, options=NO_POWER, overwrite=overwrite)
+    assert sorted(path.name for path in run.iterdir()) == ["plan.json", "run.pt"]
+    extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    load_features(out)
+    (out / "runs").mkdir()
+    (out / "runs" / "notes.txt").touch()
+    extract_shards(recordings.iloc[:3], out, CONFIG, options=ONE_EACH, overwrite=True)
+    assert (out / "runs" / "notes.txt").is_file()
+    assert len(list(out.glob("part-*"))) == len(load_features(out).features) == 3
+    assert len(list(out.glob("arrays-*"))) == 1
+
+
+def test_attempts_that_died_with_other_starts_do_not_count(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_shards(recordings, out, CONFIG, options=NO_POWER)
+    for path in (out / "manifest.json", out / "part-00000.parquet"):
+        path.unlink()
+    (out / NOTES).mkdir()
+    for attempt in range(21):
+        for run in ("", "killed"):
+            (out / NOTES / f"000000.{run}.{attempt}").write_bytes((1).to_bytes(8, "little"))
+    assert extract_shards(recordings, out, CONFIG, options=NO_POWER).failed == 0
+    assert not (out / NOTES).exists()
+
+
+def test_columns_of_our_names_are_kept(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    given = recordings.assign(status="kept", in_status="too", error="e", row_id="r", log_mel="l", _row="7", _block="8")
+    extract_shards(given, tmp_path / "out", CONFIG, options=NO_POWER)
+    table = load_features(tmp_path / "out").table
+    assert table["status"].eq("ok").all()
+    for name, values in given.items():
+        found = table["in_in_status" if name == "in_status" else f"in_{name}" if name in OURS else str(name)]
+        assert found.tolist() == values.tolist()
+
+
+def test_mel_power_holds_the_window_at_least(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    options = ShardOptions(mel_power_s=1.0, pitch_semitones=(1.0,))
+    assert extract_shards(recordings.iloc[:1], tmp_path / "out", CONFIG, options=options).rows == 2
+    assert load_features(tmp_path / "out").n_frames.tolist() == [CONFIG.n_frames] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"block_rows": 0}, "block_rows must be 1 or more, got 0"),
+        ({"block_rows": -5}, "block_rows must be 1 or more, got -5"),
+        ({"mel_power_s": float("nan")}, "mel_power_s must be .* got nan"),
+        ({"mel_power_s": float("inf")}, "mel_power_s must be .* got inf"),
+        ({"mel_power_s": 121.0}, "mel_power_s must be .* got 121"),
+        ({"mel_power_s": -1.0}, "mel_power_s must be .* got -1"),
+        ({"pitch_semitones": (float("nan"),)}, "finite"),
+        ({"pitch_semitones": (1.0,), "mel_power_s": 0.0}, "give --mel_power_s 6, or no --pitch_semitones"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ShardError, match=complaint):
+        ShardOptions(**options)
+
+
+def test_what_cannot_be_extracted_there_is_refused(recordings: pd.DataFrame, tmp_path: Path) -> None:
+    frames, options = FeatureConfig(kind="frame_features"), ShardOptions(pitch_semitones=(1.0,))
+    with pytest.raises(ShardError, match="not of frame_features"):
+        extract_shards(recordings, tmp_path / "out", frames, options=options)
+    (tmp_path / "file").touch()
+    with pytest.raises(SerError, match="choose another --out"):
+        extract_shards(recordings, tmp_path / "file" / "out", CONFIG)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The recordings that are decoded for their hash alone."""
+    paths: list[str] = []
+    monkeypatch.setattr(splits, "content_hash", lambda path: paths.append(path) or content_hash(path))
+    return paths
+
+
+def hashed(*folders: Path) -> list[str]:
+    """Content hashes of the recordings of feature folders, as a training has them."""
+    table = load_features(folders).table
+    return list(splits.add_hashes(table, known=known_hashes(folders, table))["content_hash"])
+
+
+def rewrite(out: Path, number: int, change: Callable[[pa.Table], pa.Table]) -> None:
+    path = out / f"part-{number:05d}.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def test_content_hashes_are_those_of_the_shards_until_a_recording_changes(
+    recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    paths = [Path(path) for path in recordings["speech"]]
+    given = pd.concat([recordings.iloc[:1].assign(speech=str(tmp_path / "none.wav")), recordings], ignore_index=True)
+    extract_shards(given, out, CONFIG, options=NO_POWER)
+    extract_shards(recordings.iloc[[2]], other, CONFIG, options=NO_POWER)
+    hashes = [content_hash(path) for path in paths]
+    assert read_parts(out)["content_hash"].tolist() == ["", *hashes]
+    assert hashed(out) == hashes
+    assert hashed(other, out) == [hashes[2], *hashes]
+    assert decoded == []
+
+    os.utime(paths[0], ns=(0, 1))
+    paths[1].write_bytes(paths[3].read_bytes())
+    paths[2].unlink()
+    assert hashed(other, out) == [hashes[2], hashes[0], hashes[3], hashes[2], hashes[3]]
+    assert sorted(decoded) == [str(paths[0]), str(paths[1])]
+
+    (out / "stamps.npy").unlink()
+    assert hashed(out) == [hashes[0], hashes[3], hashes[2], hashes[3]]
+    assert sorted(decoded[2:]) == [str(paths[0]), str(paths[1]), str(paths[3])]
+
+
+def test_shards_without_hashes_are_read_and_their_recordings_decoded(
+    recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
+) -> None:
+    out, paths = tmp_path / "out", recordings["speech"].tolist()
+    hashes = [content_hash(path) for path in paths]
+    extract_shards(recordings, out, CONFIG, options=NO_POWER)
+    rewrite(out, 0, lambda part: part.drop_columns("content_hash"))
+    assert "content_hash" not in load_features(out).table
+    assert hashed(out) == hashes
+    assert sorted(decoded) == paths
+
+
+def test_hashes_that_came_with_a_manifest_are_not_heeded(
+    recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
+) -> None:
+    out, given = tmp_path / "out", recordings.assign(content_hash="of others")
+    paths, hashes = recordings["speech"].tolist(), [content_hash(path) for path in recordings["speech"]]
+    extract_shards(given, out, CONFIG, options=ONE_EACH)
+    assert hashed(out) == hashes
+    assert load_features(out).table["in_content_hash"].eq("of others").all()
+    assert decoded == []
+
+    plan = CONFIG.fingerprint() + json.dumps(asdict(ONE_EACH), sort_keys=True) + given.to_csv(index=False)
+    begun = hashlib.sha256(plan.encode()).hexdigest()[:16]  # as it was before shards had hashes
+    assert json.loads((out / "plan.json").read_text())["plan"] == begun
+    for number in range(4):
+        rewrite(
+            out,
+            number,
+            lambda part: part.drop_columns("content_hash").rename_columns({"in_content_hash": "content_hash"}),
+        )
+    shutil.rmtree(out / f"arrays-{begun}")
+    assert hashed(out) == hashes
+    assert sorted(decoded) == paths
+
+    decoded.clear()
+    cached = out / f"arrays-{begun}" / "table.parquet"
+    table = pd.read_parquet(cached)
+    table.insert(0, "content_hash", "of others")
+    table.to_parquet(cached)  # as it was made then
+    assert hashed(out) == hashes
+    assert sorted(decoded) == paths
+
+    decoded.clear()
+    for name in ("manifest.json", "part-00002.parquet"):
+        (out / name).unlink()
+    assert extract_shards(given, out, CONFIG, options=ONE_EACH).reused == 3
+    assert hashed(out) == hashes
+    assert sorted(decoded) == [*paths[:2], paths[3]]

@@ -1,0 +1,84 @@
+"""What the model sees, drawn: geometry, extremes, levels, padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+
+from pipeline.audio.load import load, load_middle
+from pipeline.features.features import FeatureConfig
+from pipeline.inference.picture import OUTLINE_S, Picture, draw, outline_part
+
+CONFIG = FeatureConfig()
+
+
+def drawn(path: Path, points: int = 600) -> Picture:
+    window = load_middle(path, window_s=CONFIG.window_s, sample_rate_hz=CONFIG.sample_rate_hz)
+    start_s, length_s = outline_part(window.info.duration_s)
+    return draw(window, load(path, start_s=start_s, duration_s=length_s, sample_rate_hz=8_000), CONFIG, points)
+
+
+def recording(folder: Path, duration_s: float, frequency_hz: float = 1_000.0, rate_hz: int = 48_000) -> Path:
+    path = folder / "tone.wav"
+    time_s = np.arange(round(duration_s * rate_hz)) / rate_hz
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * frequency_hz * time_s), rate_hz)
+    return path
+
+
+@pytest.mark.parametrize("frequency_hz", [300.0, 1_000.0, 5_000.0])
+def test_a_tone_is_loudest_in_its_band(tmp_path: Path, frequency_hz: float) -> None:
+    picture = drawn(recording(tmp_path, 3.0, frequency_hz))
+    band = int(picture.level_db.mean(axis=1).argmax())
+    assert band == np.abs(picture.frequency_hz - frequency_hz).argmin()
+    centres = librosa.mel_frequencies(CONFIG.n_mels + 2, fmin=0, fmax=CONFIG.sample_rate_hz / 2)[1:-1]
+    np.testing.assert_allclose(picture.frequency_hz, centres, rtol=1e-6)
+
+
+def test_levels_are_below_the_loudest(tmp_path: Path) -> None:
+    picture = drawn(recording(tmp_path, 3.0))
+    assert picture.level_db.max() == 0.0
+    assert picture.level_db.min() >= -CONFIG.top_db
+    assert picture.level_db.shape == (CONFIG.n_mels, CONFIG.n_frames)
+
+
+def test_the_window_is_the_middle(tmp_path: Path) -> None:
+    picture = drawn(recording(tmp_path, 5.0))
+    assert picture.window_start_s == pytest.approx(1.5)
+    assert picture.time_s[0] == pytest.approx(1.5)
+    assert picture.time_s[-1] == pytest.approx(3.5, abs=CONFIG.hop_length / CONFIG.sample_rate_hz)
+    assert (picture.outline_start_s, picture.outline_end_s) == (0.0, pytest.approx(5.0))
+
+
+def test_a_short_recording_lies_between_padding(tmp_path: Path) -> None:
+    picture = drawn(recording(tmp_path, 1.0))
+    assert picture.window_start_s == pytest.approx(-0.5)
+    silent = (picture.time_s < -0.05) | (picture.time_s > 1.05)
+    assert (picture.level_db[:, silent] == -CONFIG.top_db).all()
+    sounding = (picture.time_s > 0.05) & (picture.time_s < 0.95)
+    assert (picture.level_db[:, sounding].max(axis=0) > -10).all()
+
+
+def test_silence_is_dark(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "silence.wav", np.zeros(16_000), 16_000)
+    assert (drawn(tmp_path / "silence.wav").level_db == -CONFIG.top_db).all()
+
+
+def test_of_a_long_recording_the_middle_is_outlined(tmp_path: Path) -> None:
+    picture = drawn(recording(tmp_path, 50.0, rate_hz=8_000))
+    assert picture.outline_start_s == pytest.approx(10.0)
+    assert picture.outline_end_s - picture.outline_start_s == pytest.approx(OUTLINE_S)
+
+
+@pytest.mark.parametrize("points", [1, 7, 600, 10**6])
+def test_outline_holds_the_extremes(tmp_path: Path, points: int) -> None:
+    path = recording(tmp_path, 0.5, rate_hz=8_000)
+    picture = drawn(path, points)
+    samples = soundfile.read(path, dtype="float32")[0]
+    assert len(picture.low) == len(picture.high) == min(points, len(samples))
+    assert (picture.low <= picture.high).all()
+    assert picture.low.min() == pytest.approx(samples.min())
+    assert picture.high.max() == pytest.approx(samples.max())

@@ -1,0 +1,351 @@
+"""From audio to probabilities: against PyTorch by hand, the crop formula, temperature, bad recordings, windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from numpy.typing import NDArray
+
+from pipeline.audio import load as audio
+from pipeline.audio.windows import Walk
+from pipeline.features.features import FeatureConfig, extract
+from pipeline.inference.excerpts import listen
+from pipeline.inference.predictor import Prediction, Predictor
+from pipeline.inference.timeline import SILENCE, UNCERTAIN
+from pipeline.models.bundle import Bundle
+from pipeline.storage.errors import SerError
+
+WriteAudio = Callable[..., Path]
+Floats = NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_bundle: Bundle) -> Predictor:
+    return Predictor.from_bundle(tiny_bundle.folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def torch_model(tiny_bundle: Bundle) -> torch.nn.Module:
+    return tiny_bundle.build_model()
+
+
+def by_hand(model: torch.nn.Module, windows: list[NDArray[np.float32]], temperature: float = 1.0) -> Floats:
+    """Log-probabilities (windows, classes) of sample windows, with PyTorch's own functions."""
+    features = np.stack([extract(samples, FeatureConfig()) for samples in windows])
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(features)).double() / temperature
+    return torch.log_softmax(logits, dim=1).numpy()
+
+
+def whole(path: Path) -> NDArray[np.float32]:
+    return audio.load(path, sample_rate_hz=48_000).samples
+
+
+def together(log_p: Floats) -> Floats:
+    """Geometric mean of probabilities, renormalised."""
+    p = scipy.stats.gmean(np.exp(log_p), axis=0)
+    return p / p.sum()
+
+
+def test_one_crop_is_the_middle_two_seconds(
+    predictor: Predictor, torch_model: torch.nn.Module, write_audio: WriteAudio
+) -> None:
+    path = write_audio(duration_s=3.5, sample_rate_hz=48_000)
+    samples = whole(path)
+    middle = samples[(len(samples) - 96_000) // 2 :][:96_000]
+    prediction = predictor.predict([path])[0]
+    np.testing.assert_allclose(prediction.probabilities, np.exp(by_hand(torch_model, [middle]))[0], atol=1e-4)
+    assert prediction.predicted == predictor.labels[int(prediction.probabilities.argmax())]
+    assert prediction.confidence == prediction.probabilities.max()
+    assert (prediction.status, prediction.error) == ("ok", None)
+    assert (prediction.duration_s, prediction.scored_s) == (3.5, 2.0)
+    assert (prediction.sample_rate_hz, prediction.channels) == (48_000, 1)
+
+
+@pytest.mark.parametrize("crops", [2, 3])
+def test_crops_are_evenly_spaced_and_pooled_by_log_probability(
+    crops: int, tiny_bundle: Bundle, torch_model: torch.nn.Module, write_audio: WriteAudio
+) -> None:
+    path = write_audio(duration_s=5.0, sample_rate_hz=48_000)
+    samples = whole(path)
+    starts = [(5.0 - 2.0) * (k + 0.5) / crops for k in range(crops)]
+    windows = [samples[round(start * 48_000) :][:96_000] for start in starts]
+    expected = together(by_hand(torch_model, windows))
+    prediction = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=crops).predict([path])[0]
+    np.testing.assert_allclose(prediction.probabilities, expected, atol=1e-4)
+    single = np.exp(by_hand(torch_model, windows[:1]))[0]
+    assert np.abs(expected - single).max() > 1e-3, "the crops say the same: this test cannot fail"
+    assert prediction.scored_s == pytest.approx(min(5.0, starts[-1] - starts[0] + 2.0))
+
+
+def test_crops_of_a_short_recording_are_its_middle(tiny_bundle: Bundle, write_audio: WriteAudio) -> None:
+    path = write_audio(duration_s=1.2)
+    one, five = (Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=k).predict([path])[0] for k in (1, 5))
+    np.testing.assert_array_equal(one.probabilities, five.probabilities)
+    assert five.scored_s == pytest.approx(1.2)
+
+
+def test_crops_far_apart_equal_those_of_one_read(tiny_bundle: Bundle, write_audio: WriteAudio) -> None:
+    """Beyond a minute, windows are read one by one."""
+    path = write_audio(duration_s=70.0, sample_rate_hz=8_000)
+    excerpt = listen(path, tiny_bundle.features, crops=3)
+    samples = whole(path)
+    for features, start_s in zip(excerpt.features, [68 / 6, 34.0, 68 * 5 / 6], strict=True):
+        expected = extract(samples[round(start_s * 48_000) :][:96_000], tiny_bundle.features)
+        np.testing.assert_allclose(features, expected, atol=2e-2)  # soxr's float noise, in units of the clip's std
+        assert np.abs(features - expected).mean() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_temperature_divides_the_logits(
+    temperature: float,
+    tiny_bundle: Bundle,
+    predictor: Predictor,
+    torch_model: torch.nn.Module,
+    write_audio: WriteAudio,
+) -> None:
+    path = write_audio(duration_s=2.0, sample_rate_hz=48_000)
+    calibrated = Predictor(dataclasses.replace(tiny_bundle, temperature=temperature), predictor.backend)
+    p = calibrated.predict([path])[0].probabilities
+    np.testing.assert_allclose(p, np.exp(by_hand(torch_model, [whole(path)], temperature))[0], atol=1e-4)
+    assert p.argmax() == predictor.predict([path])[0].probabilities.argmax()
+    assert (p.max() > predictor.predict([path])[0].confidence) == (temperature < 1)
+
+
+def test_batches_do_not_matter_and_order_is_kept(
+    tiny_bundle: Bundle, predictor: Predictor, write_audio: WriteAudio
+) -> None:
+    paths = [write_audio(f"{i}.wav", f0_hz=100 + 60 * i, seed=i) for i in range(5)]
+    alone = [predictor.predict([path])[0].probabilities for path in paths]
+    batched = Predictor(tiny_bundle, predictor.backend, batch_size=2).predict(paths)
+    np.testing.assert_allclose([p.probabilities for p in batched], alone, atol=1e-5)
+    assert len({tuple(p.round(4)) for p in alone}) == 5, "the recordings sound the same: this test cannot fail"
+
+
+def test_probabilities_sum_to_one_and_take_many(predictor: Predictor) -> None:
+    features = np.random.default_rng(0).standard_normal((20, 1, 64, 188)).astype(np.float32)
+    p = predictor.probabilities(features)
+    assert p.shape == (20, 8)
+    assert p.dtype == np.float64
+    np.testing.assert_allclose(p.sum(axis=1), 1.0, atol=1e-12)
+    assert predictor.probabilities(features[:0]).shape == (0, 8)
+
+
+def test_bad_recordings_are_told_and_leave_the_good_ones_alone(
+    predictor: Predictor, write_audio: WriteAudio, tmp_path: Path
+) -> None:
+    good = write_audio("good.wav", duration_s=1.0)
+    (empty := tmp_path / "empty.wav").touch()
+    (text := tmp_path / "text.wav").write_text("this is no audio, but it is long enough to look at" * 10)
+    (cut := tmp_path / "cut.wav").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    (folder := tmp_path / "folder.wav").mkdir()
+    silent = write_audio("nan.wav", samples=np.full(16_000, np.nan, np.float32), subtype="FLOAT")
+    sources = [good, empty, text, cut, folder, tmp_path / "gone.wav", b"RIFF", silent, good.read_bytes()]
+    found = predictor.predict(sources)
+    assert [p.status for p in found] == [
+        *("ok", "empty_file", "not_audio", "truncated", "not_a_file", "not_found"),
+        *(found[6].status, "not_finite", "ok"),
+    ]
+    assert found[6].status in audio.ERRORS
+    alone = predictor.predict([good])[0].probabilities
+    for position, prediction in enumerate(found):
+        if position in (0, 8):
+            np.testing.assert_allclose(prediction.probabilities, alone, atol=1e-6)
+            continue
+        assert prediction.predicted is None
+        assert prediction.label() is None
+        assert np.isnan(prediction.probabilities).all()
+        assert prediction.probabilities.shape == (8,)
+        assert prediction.error is not None
+        assert "\n" not in prediction.error
+
+
+def test_an_unforeseen_error_is_a_status_too(
+    predictor: Predictor, write_audio: WriteAudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_audio()
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output\nerror", "caf\udce9.wav")
+
+    monkeypatch.setattr(audio, "load_middle", broken)
+    found = predictor.predict([path])[0]
+    assert (found.status, found.error) == ("internal_error", "OSError: [Errno 5] Input/output error: 'caf\\udce9.wav'")
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+def test_channels_are_heard_apart(channel: int, predictor: Predictor, write_audio: WriteAudio) -> None:
+    left, right = write_audio("l.wav", f0_hz=90), write_audio("r.wav", f0_hz=330, syllables_hz=8)
+    sides = [audio.load(path, sample_rate_hz=16_000).samples for path in (left, right)]
+    both = write_audio("both.wav", samples=np.stack(sides, axis=1))
+    expected = predictor.predict([(left, right)[channel]])[0].probabilities
+    np.testing.assert_allclose(predictor.predict([both], channel=channel)[0].probabilities, expected, atol=1e-4)
+    assert np.abs(predictor.predict([both])[0].probabilities - expected).max() > 1e-3
+    assert predictor.predict([both], channel=2)[0].status == "no_such_channel"
+
+
+def test_names_that_are_not_utf_8(predictor: Predictor, write_audio: WriteAudio, tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    os.rename(write_audio(), path)
+    by_path, by_uri = predictor.predict([path, f"file://{tmp_path}/caf%E9.wav"])
+    assert by_path.ok
+    np.testing.assert_array_equal(by_path.probabilities, by_uri.probabilities)
+
+
+def prediction(*p: float, level_dbfs: float = -30.0) -> Prediction:
+    probabilities = np.array(p)
+    return Prediction("ok", None, "abc"[probabilities.argmax()], max(p), probabilities, 1.0, 1.0, 16_000, 1, level_dbfs)
+
+
+def test_doubt_is_visible() -> None:
+    sure, unsure = prediction(0.9, 0.06, 0.04), prediction(0.4, 0.35, 0.25)
+    assert sure.entropy == pytest.approx(scipy.stats.entropy([0.9, 0.06, 0.04], base=3))
+    assert prediction(1 / 3, 1 / 3, 1 / 3).entropy == pytest.approx(1.0)
+    assert prediction(0.0, 1.0, 0.0).entropy == 0.0
+    assert sure.margin == pytest.approx(0.84)
+    assert [p.label(0.5) for p in (sure, unsure)] == ["a", UNCERTAIN]
+    assert unsure.label(0.4) == "a"
+    assert prediction(0.9, 0.06, 0.04, level_dbfs=-71.0).label(0.95) == SILENCE
+    assert prediction(0.9, 0.06, 0.04, level_dbfs=-71.0).label(silence_dbfs=-80.0) == "a"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"crops": 0}, "crops must be 1 or more"),
+        ({"backend": "tpu"}, "choose one of auto, onnx, torch"),
+        ({"backend": "onnx", "device": "cuda"}, "use --backend torch"),
+        ({"backend": "torch", "device": "warp"}, "use --device cpu"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, object], words: str, tiny_bundle: Bundle) -> None:
+    with pytest.raises(SerError, match=words):
+        Predictor.from_bundle(tiny_bundle.folder, threads=1, **options)  # type: ignore[arg-type]
+
+
+def test_features_of_another_shape_are_refused(predictor: Predictor) -> None:
+    with pytest.raises(SerError, match=r"expected features \(n, 1, 64, 188\), got \(1, 1, 64, 100\)"):
+        predictor.probabilities(np.zeros((1, 1, 64, 100), np.float32))
+
+
+# --- windows all over a recording ------------------------------------------------------------------------------------
+
+
+def test_windows_are_those_of_the_whole_recording(
+    predictor: Predictor, torch_model: torch.nn.Module, write_audio: WriteAudio
+) -> None:
+    path = write_audio(duration_s=4.5, sample_rate_hz=48_000)
+    samples = whole(path)
+    starts = [0.0, 1.0, 2.0, 2.5]
+    expected = by_hand(torch_model, [samples[round(s * 48_000) :][:96_000] for s in starts])
+    found, timeline = predictor.follow(path, Walk(2.0, 1.0))
+    np.testing.assert_array_equal(timeline.start_s, starts)
+    np.testing.assert_array_equal(timeline.end_s, [2.0, 3.0, 4.0, 4.5])
+    assert list(timeline.channel) == ["mix"] * 4
+    np.testing.assert_allclose(timeline.probabilities, np.exp(expected), atol=1e-4)
+    np.testing.assert_allclose(found.probabilities, together(expected), atol=1e-4)
+    rms = [np.sqrt(np.mean(np.square(samples[round(s * 48_000) :][:96_000], dtype=float))) for s in starts]
+    np.testing.assert_allclose(timeline.level_dbfs, 20 * np.log10(rms), atol=1e-3)
+    assert (found.status, found.duration_s, found.scored_s) == ("ok", 4.5, 4.5)
+
+
+def test_reading_in_parts_changes_nothing(
+    predictor: Predictor, write_audio: WriteAudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_audio(duration_s=9.7, sample_rate_hz=44_100)
+    at_once = predictor.follow(path, Walk(2.0, 0.7))[1]
+    monkeypatch.setattr("pipeline.inference.excerpts._SPAN_S", 3.0)
+    in_parts = predictor.follow(path, Walk(2.0, 0.7))[1]
+    np.testing.assert_array_equal(in_parts.start_s, at_once.start_s)
+    np.testing.assert_allclose(in_parts.probabilities, at_once.probabilities, atol=1e-4)
+
+
+def test_a_recording_shorter_than_the_window_is_heard_as_ever(predictor: Predictor, write_audio: WriteAudio) -> None:
+    path = write_audio(duration_s=1.3)
+    found, timeline = predictor.follow(path, Walk(2.0, 1.0))
+    assert (list(timeline.start_s), list(timeline.end_s)) == ([0.0], [1.3])
+    np.testing.assert_allclose(found.probabilities, predictor.predict([path])[0].probabilities, atol=1e-5)
+
+
+def test_silence_is_marked_and_not_pooled(predictor: Predictor, write_audio: WriteAudio) -> None:
+    voice = audio.load(write_audio(duration_s=2.0, sample_rate_hz=48_000), sample_rate_hz=48_000).samples
+    pause = np.zeros(96_000, np.float32)
+    path = write_audio("pause.wav", samples=np.concatenate([pause, voice, pause]), sample_rate_hz=48_000)
+    found, timeline = predictor.follow(path, Walk(2.0, 2.0))
+    assert timeline.names(predictor.labels) == [SILENCE, found.predicted, SILENCE]
+    np.testing.assert_allclose(found.probabilities, timeline.probabilities[1], atol=1e-12)
+    assert found.label() == found.predicted
+    nothing, _ = predictor.follow(write_audio("nothing.wav", samples=pause, sample_rate_hz=48_000), Walk(2.0, 2.0))
+    assert (nothing.status, nothing.label()) == ("ok", SILENCE)
+    assert predictor.predict([write_audio("nothing.wav", samples=pause)])[0].label() == SILENCE
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 48_000])
+@pytest.mark.parametrize("steps", [None, Walk(2.0, 2.0), Walk(0.5, 0.25), Walk(0.1, 0.1)])
+def test_too_little_sound_has_no_answer(
+    predictor: Predictor, write_audio: WriteAudio, rate_hz: int, steps: Walk | None
+) -> None:
+    voice = audio.load(write_audio(duration_s=3.0, sample_rate_hz=rate_hz), sample_rate_hz=rate_hz).samples
+
+    def status(samples: np.ndarray) -> tuple[str, str | None]:
+        path = write_audio("cut.wav", samples=samples, sample_rate_hz=rate_hz)
+        found = predictor.predict([path])[0] if steps is None else predictor.follow(path, steps)[0]
+        if found.status == "too_short":
+            assert (found.predicted, np.isnan(found.confidence)) == (None, True)
+            assert "cut.wav" in (found.error or "")
+            assert "0.25 s" in (found.error or "")
+        return found.status, found.label()
+
+    for seconds in (1 / rate_hz, 0.001, 0.1, 0.249):
+        assert status(voice[: max(round(seconds * rate_hz), 1)]) == ("too_short", None)
+    assert status(voice[: round(0.26 * rate_hz)])[0] == "ok"
+    click = np.zeros(3 * rate_hz, np.float32)
+    click[rate_hz : rate_hz + round(0.02 * rate_hz)] = 0.9
+    if steps is None or steps.window_s >= 0.25:
+        assert status(click)[0] == "too_short"
+    assert status(np.zeros(3 * rate_hz, np.float32)) == ("ok", SILENCE)
+    assert status(voice * 1e-5) == ("ok", SILENCE)
+
+
+def test_channels_that_cancel_are_heard_and_said(predictor: Predictor, write_audio: WriteAudio) -> None:
+    voice = audio.load(write_audio(duration_s=5.0), sample_rate_hz=16_000).samples
+    both = write_audio("both.wav", samples=np.stack([voice, -0.9 * voice], axis=1))
+    left = predictor.predict([both], channel=0)[0]
+    assert left.notice == ""
+    for found in (predictor.predict([both])[0], predictor.follow(both, Walk(2.0, 2.0))[0]):
+        assert found.label() != SILENCE
+        assert "channel 0" in found.notice
+    np.testing.assert_allclose(predictor.predict([both])[0].probabilities, left.probabilities, atol=1e-9)
+
+
+def test_each_channel_has_its_own_windows(predictor: Predictor, write_audio: WriteAudio) -> None:
+    left, right = write_audio("l.wav", f0_hz=90, duration_s=4.0), write_audio("r.wav", f0_hz=330, duration_s=4.0)
+    sides = [audio.load(path, sample_rate_hz=16_000).samples for path in (left, right)]
+    both = write_audio("both.wav", samples=np.stack(sides, axis=1))
+    found, timeline = predictor.follow(both, Walk(2.0, 2.0), channels="each")
+    assert list(timeline.channel) == ["0", "0", "1", "1"]
+    alone = [predictor.follow(path, Walk(2.0, 2.0))[1].log_p for path in (left, right)]
+    np.testing.assert_allclose(timeline.log_p, np.concatenate(alone), atol=1e-3)
+    np.testing.assert_allclose(found.probabilities, together(timeline.log_p), atol=1e-9)
+    np.testing.assert_allclose(
+        predictor.follow(both, Walk(2.0, 2.0), channels=1)[1].log_p, timeline.log_p[2:], atol=1e-9
+    )
+
+
+def test_a_bad_recording_has_no_windows(predictor: Predictor, tmp_path: Path) -> None:
+    found, timeline = predictor.follow(tmp_path / "gone.wav", Walk(2.0, 1.0))
+    assert (found.status, len(timeline)) == ("not_found", 0)
+    assert timeline.names(predictor.labels) == []
+
+
+def test_windows_longer_than_the_models_are_refused(predictor: Predictor, tmp_path: Path) -> None:
+    with pytest.raises(SerError, match="window_s 3 is more than the 2 s that tiny hears at a time; give --window_s 2"):
+        predictor.follow(tmp_path / "any.wav", Walk(3.0, 1.0))

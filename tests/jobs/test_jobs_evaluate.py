@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_predictions import LABELS, made_predictions, with_failed
+
+from jobs import evaluate as job
+from pipeline.data import splits
+from pipeline.data.manifest import scan_folder
+from pipeline.features.features import FeatureConfig
+from pipeline.models.bundle import Bundle, save_bundle
+from pipeline.reporting import figures
+
+DONE, USAGE, MISSED, SOME_FAILED = 0, 2, 3, 4
+
+
+class Scorer:
+    """Stands for ``score_manifest``: answers as told instead of listening."""
+
+    def __init__(self, right: float = 1.0, failed: int = 0) -> None:
+        self.right, self.failed = right, failed
+        self.hears: dict[str, str] = {}  # what is answered for a path, whatever its label says
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, manifest: pd.DataFrame, out: Path, **options: Any) -> SimpleNamespace:
+        self.calls.append({"manifest": manifest, "out": out, **options})
+        labelled = "label" in manifest.columns
+        truth = list(manifest["label"]) if labelled else ["sad"] * len(manifest)
+        wrong = round((1 - self.right) * len(truth))
+        answers = [LABELS[(LABELS.index(t) + (i < wrong)) % 8] if t else "sad" for i, t in enumerate(truth)]
+        answers = [self.hears.get(path, answer) for path, answer in zip(manifest["speech"], answers, strict=True)]
+        table = manifest.assign(status="ok", error=None, predicted=answers, confidence=0.9)
+        if labelled:
+            table["label_name"] = table["label"]
+        for label in LABELS:
+            table[f"p_{label}"] = np.where(np.array(answers) == label, 0.9, 0.1 / 7)
+        table = with_failed(table, range(len(table) - self.failed, len(table)))
+        out.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(out / "predictions.parquet")
+        (out / "run.json").write_text(json.dumps({"labels": LABELS, "seconds": 97.8}))
+        return SimpleNamespace(failed=self.failed)
+
+
+@pytest.fixture
+def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
+    """No listening and no drawing; the scorer's ``right`` and ``failed`` can be set."""
+    fake = Scorer()
+    monkeypatch.setattr("pipeline.scoring.scoring.score_manifest", fake)
+    monkeypatch.setattr(figures, "drawings", lambda evaluation: [])
+    return fake
+
+
+@pytest.fixture
+def csv(tmp_path: Path, ravdess_like: Path) -> Path:
+    path = tmp_path / "val.csv"
+    scan_folder(ravdess_like).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def run(tiny_bundle: Bundle, csv: Path, tmp_path: Path) -> Callable[..., int]:
+    """``run("--enforce", ...)``: the job on the CSV with the tiny bundle, without the leak check unless asked for."""
+
+    def call(*words: str, data: Path = csv, weights: Path = tiny_bundle.folder) -> int:
+        start = ["--model_weights", str(weights), "--data_csv", str(data), "--out", str(tmp_path / "out")]
+        return job.main([*start, *([] if "--leak_check" in words else ["--leak_check", "off"]), *words])
+
+    return call
+
+
+def test_recordings_in_report_out(
+    run: Callable[..., int], ravdess_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.wav").write_text("no audio at all")
+    table = scan_folder(ravdess_like).iloc[::4]
+    table = pd.concat([table, pd.DataFrame({"speech": ["broken.wav"], "label": ["sad"]})])
+    table.to_csv(tmp_path / "few.csv", index=False)
+    assert run(data=tmp_path / "few.csv") == SOME_FAILED
+    printed = capsys.readouterr()
+    assert "weighted avg" in printed.out
+    assert "verdict: NOT MET" in printed.out
+    assert printed.out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+    assert "labels: 0 angry, 1 calm" in printed.err
+    assert "counts: angry 2, calm 2, disgust 2, fearful 2, happy 2, neutral 2, sad 3, surprised 2" in printed.err
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert saved["n"] == {"rows": 17, "failed": 1, "labelled": 17, "unlabelled": 0, "read": 16, "labelled_failed": 1}
+    assert saved["meta"]["model_sha256"] == json.loads((tmp_path / "out" / "run.json").read_text())["model_sha256"]
+    assert "jobs.evaluate --model_weights" in saved["meta"]["command"]
+    assert (tmp_path / "out" / "confusion_matrix.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("right", "failed", "words", "code"),
+    [
+        (1.0, 0, ["--min_class_accuracy", "0.5"], DONE),
+        (1.0, 0, ["--min_class_accuracy", "0.5", "--enforce"], DONE),
+        (0.5, 0, [], DONE),
+        (0.5, 0, ["--enforce"], MISSED),
+        (0.5, 3, ["--enforce"], MISSED),
+        (0.5, 3, ["--enforce", "--tolerate_failures"], MISSED),
+        (1.0, 3, [], SOME_FAILED),
+        (1.0, 3, ["--tolerate-failures"], DONE),
+        (0.5, 0, ["--enforce", "--min-accuracy", "40", "--min_weighted_f1", "30%", "--min_class_accuracy", "0"], DONE),
+        (
+            0.5,
+            0,
+            ["--enforce", "--min_accuracy", "60", "--min_weighted_f1", "0.3", "--min_class_accuracy", "0"],
+            MISSED,
+        ),
+    ],
+)
+def test_exit_codes(
+    run: Callable[..., int], scorer: Scorer, right: float, failed: int, words: list[str], code: int
+) -> None:
+    scorer.right, scorer.failed = right, failed
+    assert run(*words) == code
+
+
+def test_a_class_without_recordings_is_named_and_not_judged(
+    run: Callable[..., int], scorer: Scorer, csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(csv)
+    table[table["label"] != "calm"].to_csv(csv, index=False)
+    assert run("--min_class_accuracy", "0.5") == DONE
+    assert "no recordings for: recall of calm" in capsys.readouterr().out
+    assert run("--min_class_accuracy", "0.0", "--min_accuracy", "0", "--min_weighted_f1", "0", "--enforce") == DONE
+
+
+def test_without_labels_it_scores_and_says_so(
+    run: Callable[..., int], scorer: Scorer, csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pd.read_csv(csv)[["speech"]].to_csv(csv, index=False)
+    assert run() == DONE
+    printed = capsys.readouterr()
+    assert "has no labels" in printed.err
+    assert "No labels were given: 64 rows, 0 failed, no metrics" in printed.out
+    assert run("--enforce") == MISSED
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_other_spreadsheets_are_read(
+    run: Callable[..., int], scorer: Scorer, csv: Path, tmp_path: Path, encoding: str, separator: str
+) -> None:
+    table = pd.read_csv(csv).rename(columns={"speech": "File", "label": "Emotion"}).assign(note="é")
+    table.to_csv(csv, index=False, encoding=encoding, sep=separator)
+    assert run() == DONE
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert saved["overall"]["accuracy"]["value"] == 1.0
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_input_is_one_line(
+    run: Callable[..., int], scorer: Scorer, csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(data=tmp_path / "none.csv") == USAGE
+    assert "none.csv" in error_of(capsys)
+    assert run(weights=tmp_path / "none") == USAGE
+    assert "none" in error_of(capsys)
+    table = pd.read_csv(csv)
+    table.assign(label=["bored", *table["label"][1:]]).to_csv(csv, index=False)
+    assert run() == USAGE
+    assert "unknown label 'bored'" in error_of(capsys)
+    assert run("--label_map", "bored=calm") == DONE
+    table.rename(columns={"speech": "what"}).to_csv(csv, index=False)
+    assert run() == USAGE
+    assert "path column" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--min_accuracy", "many"],
+        ["--min_accuracy", "101"],
+        ["--min_accuracy", "-1"],
+        ["--min_accuracy", "nan"],
+        ["--embed_audio", "-1"],
+        ["--embed_audio", "1000"],
+        ["--leak_check", "maybe"],
+        ["--compare", "only-one"],
+    ],
+)
+def test_bad_options_are_one_line(
+    run: Callable[..., int], scorer: Scorer, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words) == USAGE
+    error_of(capsys)
+    assert scorer.calls == []
+
+
+def test_without_a_csv_it_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["--out", str(tmp_path)]) == USAGE
+    assert "--data_csv" in error_of(capsys)
+
+
+CODES = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # the order of RAVDESS
+GIVEN = {
+    "integers in another order": range(8),
+    "integers with zeros": [f"{i:02d}" for i in range(8)],
+    "names": [*LABELS[1:], LABELS[0]],
+    "names that need a map themselves": [f"n{i}" for i in range(8)],
+    "aliases": ["calmness", "Anger", "sadness", "HAP", "neu", "dis", "fear", "ps"],
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_the_label_map_that_is_printed_gives_what_it_promises(
+    run: Callable[..., int], scorer: Scorer, csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    table = pd.read_csv(csv)
+    scorer.hears = dict(zip(table["speech"], table["label"], strict=True))
+    for path in table["speech"][:6]:
+        scorer.hears[path] = "sad"
+    renamed = dict(zip(CODES, GIVEN[case], strict=True))
+    table.assign(label=table["label"].map(renamed)).to_csv(csv, index=False)
+    before = ["--label_map", ",".join(f"n{i}={label}" for i, label in enumerate(LABELS))] if "map" in case else []
+    assert run(*before) == DONE
+    printed = capsys.readouterr().out
+    words = printed[printed.index("labels look permuted") :].split()
+    promised = words[words.index("--label_map") - 2]
+    begin, end = words.index("--label_map"), words.index("added")
+    assert run(*before, *shlex.split(" ".join(words[begin:end]))) == DONE
+    assert scorer.calls[-1]["overwrite"], "the labels belong to the input: without it the folder would be refused"
+    printed = capsys.readouterr().out
+    assert "permuted" not in printed
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert f"{saved['overall']['accuracy']['value']:.0%}" == promised
+
+
+# --- leaks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained_bundle(ravdess_like: Path, tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """A bundle that says it was trained on eight of the recordings."""
+    table = splits.add_hashes(scan_folder(ravdess_like).iloc[::8])
+    training = table.assign(id="x", split=["train"] * 6 + ["inner_val", "test"])
+    training = training[["id", "content_hash", "speaker", "split"]]
+    save_bundle(
+        tmp_path / "trained",
+        name="trained",
+        state_dict=tiny_bundle.state_dict(),
+        model_name="inception",
+        model_options={},
+        labels=LABELS,
+        features=FeatureConfig(),
+        metrics={},
+        training=training,
+    )
+    return tmp_path / "trained"
+
+
+def test_leaks_are_counted_named_and_taken_out(
+    run: Callable[..., int], scorer: Scorer, trained_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--leak_check", "warn", weights=trained_bundle) == DONE
+    err = capsys.readouterr().err
+    assert "leak check: 7 of 64 recordings were used in training" in err
+    assert "without them (57): accuracy 100.0%" in err
+    assert "speakers also heard in training: RAVDESS_01" in err
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["leak_check"]
+    assert (saved["leaked"], saved["checked"], saved["unseen"]["n"]) == (7, 64, 57)
+    assert "7 of 64 recordings were used in training" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_leaks_can_be_an_error_before_anything_is_scored(
+    run: Callable[..., int], scorer: Scorer, trained_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--leak_check", "error", weights=trained_bundle) == USAGE
+    assert "7 of 64 recordings were used to train trained" in error_of(capsys)
+    assert scorer.calls == []
+
+
+def test_the_check_can_be_left_out(
+    run: Callable[..., int], scorer: Scorer, trained_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.evaluation.leaks.add_hashes", lambda *_, **__: pytest.fail("read the recordings"))
+    assert run("--leak_check", "off", weights=trained_bundle) == DONE
+
+
+# --- compare -------------------------------------------------------------------------------------------------------
+
+
+def scores(folder: Path, table: pd.DataFrame) -> str:
+    folder.mkdir()
+    table.to_parquet(folder / "predictions.parquet")
+    return str(folder)
+
+
+def test_two_folders_of_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = made_predictions(80, accuracy=0.6), made_predictions(80, accuracy=0.9)
+    pair = [scores(tmp_path / "a", first), scores(tmp_path / "b", second)]
+    assert job.main(["--compare", *pair, "--out", str(tmp_path / "out")]) == DONE
+    out = capsys.readouterr().out
+    assert "McNemar's exact test: p = " in out
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    want = (second["predicted"] == second["label_name"]).mean() - (first["predicted"] == first["label_name"]).mean()
+    assert found["figures"][0]["difference"] == pytest.approx(want)
+
+
+def test_two_bundles_on_one_csv(
+    scorer: Scorer, tiny_bundle: Bundle, csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--compare", str(tiny_bundle.folder), str(tiny_bundle.weights_path), "--out", str(tmp_path / "out")]
+    assert job.main([*words, "--data_csv", str(csv)]) == DONE
+    assert [call["out"] for call in scorer.calls] == [tmp_path / "out" / "A", tmp_path / "out" / "B"]
+    assert "only A 0, only B 0" in capsys.readouterr().out
+    assert job.main(words) == USAGE
+    assert "--data_csv" in error_of(capsys)
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = made_predictions(40)
+    whole, part = scores(tmp_path / "whole", table), scores(tmp_path / "part", table.head(30))
+    others = scores(tmp_path / "others", made_predictions(40, ("no", "yes")))
+    for second, reason in ((part, "score the same CSV"), (others, "same classes"), ("none", "no scores at none")):
+        assert job.main(["--compare", whole, second, "--out", str(tmp_path / "out")]) == USAGE
+        assert reason in error_of(capsys)
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_scored(
+    scorer: Scorer, csv: Path, tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = scores(tmp_path / "others", made_predictions(40, ("no", "yes")))
+    words = ["--compare", str(tiny_bundle.folder), "--data_csv", str(csv), "--out", str(tmp_path / "out")]
+    for second, reason in ((others, "same classes"), (str(tmp_path / "none"), "no scores at")):
+        assert job.main([*words[:2], second, *words[2:]]) == USAGE
+        assert reason in error_of(capsys)
+    assert scorer.calls == []
+
+
+def test_models_that_know_the_recordings_are_not_compared_without_a_word(
+    scorer: Scorer,
+    csv: Path,
+    tiny_bundle: Bundle,
+    trained_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    words = ["--compare", str(trained_bundle), str(tiny_bundle.folder), "--data_csv", str(csv)]
+    read: list[int] = []
+    for module in (job, job.leaks):
+        monkeypatch.setattr(module, "add_hashes", lambda t, **_: read.append(len(t)) or splits.add_hashes(t))
+    assert job.main([*words, "--out", str(tmp_path / "out")]) == DONE
+    said = capsys.readouterr().err
+    assert "leak check: 7 of 64 recordings were used in training" in said
+    assert "what it has heard cannot be told" in said  # the other lists nothing
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))["leak_checks"]
+    assert read == [64]  # every recording once, not once a model
+    assert [(check["name"], check["leaked"]) for check in found] == [
+        (str(trained_bundle), 7),
+        (str(tiny_bundle.folder), 0),
+    ]
+    assert "7 of 64 recordings were used in its training" in (tmp_path / "out" / "comparison.html").read_text()
+    assert job.main([*words, "--out", str(tmp_path / "again"), "--leak_check", "error"]) == USAGE
+    assert "7 of 64 recordings were used to train trained" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--enforce"], ["--protocol", "loso"], ["--model_weights", "m"], ["--embed_audio", "2"], ["--epochs", "3"]),
+        *(["--min_accuracy", "90"], ["--min_class_accuracy", "0.5"]),
+        *(["--crops", "3"], ["--root", "r"], ["--label_map", "a=sad"]),  # of tables
+    ],
+)
+def test_what_a_comparison_does_not_heed_is_refused(words: list[str], tmp_path: Path, capsys: Any) -> None:
+    assert job.main(["--compare", "a", "b", "--out", str(tmp_path), *words]) == USAGE
+    told = error_of(capsys)
+    assert "--compare" in told
+    assert words[0] in told
+
+
+def test_what_is_refused_is_refused_before_every_recording_is_read(
+    csv: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(job.leaks, "find", lambda *_, **__: pytest.fail("the recordings were read"))
+    (tmp_path / "out").write_text("a file")
+    words = ["--model_weights", str(tiny_bundle.folder), "--data_csv", str(csv), "--out", str(tmp_path / "out")]
+    for wrong in (["--num_cpus", "-1"], ["--crops", "0"], ["--num_cpus", "0"]):
+        assert job.main([*words, *wrong]) == USAGE
+        error_of(capsys)
+
+
+def test_the_page_tells_how_long_the_scoring_took(run: Callable[..., int], scorer: Scorer, tmp_path: Path) -> None:
+    assert run() == DONE
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["meta"]["seconds"] == 97.8
+
+
+def test_speakers_of_ravdess_are_known_by_the_files_names(
+    run: Callable[..., int], scorer: Scorer, csv: Path, trained_bundle: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A CSV of judges has two columns; voices decide the intervals and what the model has heard."""
+    table = pd.read_csv(csv, dtype=str)[["speech", "label"]]
+    table.to_csv(tmp_path / "judges.csv", index=False)
+    assert run("--leak_check", "warn", data=tmp_path / "judges.csv", weights=trained_bundle) == DONE
+    assert "speakers also heard in training: RAVDESS_01" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert "no speaker column" not in str(found["bootstrap"]["speakers_note"])
+    assert "speaker" in [part["column"] for part in found["breakdowns"]]
+    assert "speaker" not in pd.read_parquet(tmp_path / "out" / "predictions.parquet").columns
+    (tmp_path / "other.wav").touch()
+    pd.concat([table, pd.DataFrame({"speech": ["other.wav"], "label": ["sad"]})]).to_csv(
+        tmp_path / "mixed.csv", index=False
+    )
+    assert run("--overwrite", data=tmp_path / "mixed.csv") == DONE
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert found["bootstrap"]["speakers_note"] == "no speaker column"

@@ -1,0 +1,201 @@
+"""``infer``: light start, table and JSON, stdin, bad files, exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs import infer
+from pipeline.inference.predictor import Predictor
+from pipeline.models import bundle as checkpoint
+from pipeline.models.bundle import Bundle
+from pipeline.models.onnx_export import ensure_onnx
+
+ROOT = Path(__file__).resolve().parents[2]
+WriteAudio = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Bundle) -> Bundle:
+    ensure_onnx(tiny_bundle)
+    return tiny_bundle
+
+
+@pytest.fixture
+def call(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the job on some words; (exit code, stdout, stderr)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = infer.main(["--model_weights", str(bundle.folder), *map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_table(call: Callable[..., tuple[int, str, str]], bundle: Bundle, write_audio: WriteAudio) -> None:
+    paths = [write_audio("one.wav"), write_audio("two three.wav", f0_hz=300)]
+    code, out, err = call("--file", *paths)
+    expected = Predictor.from_bundle(bundle.folder, threads=1).predict(paths)
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[0].split() == ["file", "emotion", "confidence", "then"]
+    for line, path, prediction in zip(lines[1:], paths, expected, strict=True):
+        assert line.startswith(f"{path}  ")
+        assert prediction.predicted is not None
+        assert prediction.predicted in line
+        assert f"{prediction.confidence:.1%}" in line
+
+
+def test_json(call: Callable[..., tuple[int, str, str]], bundle: Bundle, write_audio: WriteAudio) -> None:
+    path = write_audio("é.wav", duration_s=3.0, sample_rate_hz=44_100, channels=2)
+    code, out, _ = call("--json", "--file", path)
+    assert code == 0
+    assert out.isascii()
+    (answer,) = json.loads(out)
+    assert list(answer["probabilities"]) == list(bundle.labels)
+    assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
+    assert answer["confidence"] == max(answer["probabilities"].values())
+    assert (answer["file"], answer["status"], answer["error"]) == (str(path), "ok", None)
+    assert (answer["duration_s"], answer["scored_s"]) == (3.0, 2.0)
+    assert (answer["sample_rate_hz"], answer["channels"]) == (44_100, 2)
+
+
+def test_stdin(
+    call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_audio()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    code, out, _ = call("--json", "--file", "-", path)
+    assert code == 0
+    piped, read = json.loads(out)
+    assert piped["file"] == "-"
+    assert piped["probabilities"] == read["probabilities"]
+
+
+def test_bad_files_are_rows_and_exit_4(
+    call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio, tmp_path: Path
+) -> None:
+    (text := tmp_path / "a\nb.wav").write_text("no audio " * 50)
+    code, out, err = call("--file", text, write_audio("good.wav"), tmp_path / "gone.wav")
+    assert code == 4
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert lines[1].endswith("  not_audio")
+    assert "good.wav" in lines[2]
+    assert lines[3].endswith("  not_found")
+    assert len(err.splitlines()) == 2
+    code, out, _ = call("--json", "--file", tmp_path / "gone.wav")
+    (answer,) = json.loads(out)
+    assert (code, answer["status"], answer["predicted"]) == (4, "not_found", None)
+    assert "probabilities" not in answer
+
+
+def test_patterns_that_no_shell_expanded(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
+    folder = write_audio("b.wav").parent
+    named = write_audio("[a].wav")  # a name, not a pattern
+    code, out, _ = call("--json", "--file", named, folder / "?.wav", folder / "*.mp3")
+    assert code == 4
+    (folder / "notes.txt").touch()
+    code, all_of_it, err = call("--json", "--file", folder)
+    assert (code, [answer["file"] for answer in json.loads(all_of_it)]) == (0, [str(named), str(folder / "b.wav")])
+    assert err == f"left out of {folder}: 1 .txt\n"
+    assert [answer["file"] for answer in json.loads(out)] == [*map(str, (named, folder / "b.wav", folder / "*.mp3"))]
+
+
+def test_doubt_and_silence(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
+    voice, silence = write_audio("voice.wav"), write_audio("silence.wav", samples=np.zeros(16_000, np.float32))
+    answers = json.loads(call("--json", "--min_confidence", 0.999, "--file", voice, silence)[1])
+    assert [answer["predicted"] for answer in answers] == ["uncertain", "silence"]
+    assert answers[0]["confidence"] < 0.999
+    assert [answers[1][name] for name in ("confidence", "probabilities", "entropy", "margin")] == [None] * 4
+    assert call("--file", silence)[1].splitlines()[1].split()[1:] == ["silence"]
+    lines = call("--window_s", 0.5, "--file", silence)[1].splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["silence"] * 3
+
+
+def test_channels_that_cancel_are_said(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
+    rng = np.random.default_rng(0)
+    noise = 0.1 * rng.standard_normal(16_000).astype(np.float32)
+    code, _, err = call("--file", write_audio("both.wav", samples=np.stack([noise, -noise], axis=1)))
+    assert code == 0
+    assert re.fullmatch(r"notice: .*both\.wav: its channels cancel .* channel [01],.*\n", err)
+
+
+def test_too_short_is_a_row(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
+    code, out, err = call("--file", write_audio("short.wav", duration_s=0.1))
+    assert code == 4
+    assert out.splitlines()[1].endswith("  too_short")
+    assert "0.25 s" in err
+
+
+def test_windows(call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio) -> None:
+    path = write_audio("call.wav", duration_s=5.0, channels=2)
+    words = ("--window_s", 2, "--hop_s", 1.5, "--channels", "each", "--file", path)
+    (answer,) = json.loads(call("--json", *words)[1])
+    found = [(s["channel"], s["start_s"], s["end_s"]) for s in answer["segments"]]
+    assert found == [(c, a, a + 2.0) for c in "01" for a in (0.0, 1.5, 3.0)]
+    lines = call(*words)[1].splitlines()
+    assert len(lines) == 8
+    assert lines[2].split()[:6] == ["channel", "0", "0.00", "-", "2.00", "s"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "--file"),
+        (["--file"], "--file"),
+        (["--file", "a.wav", "--crops", "0"], "crops must be 1 or more"),
+        (["--file", "a.wav", "--channels", "left"], "expected mix, each or a channel number"),
+        (["--file", "a.wav", "--channels", "each"], "give --window_s too"),
+        (["--file", "a.wav", "--window_s", "3"], "give --window_s 2"),
+        (["--file", "a.wav", "--threads", "-5"], "threads must be 1 or more, got -5; leave it out for all CPUs"),
+        (["--file", "a.wav", "--threads", "0"], "threads must be 1 or more, got 0"),
+        (["--file", "a.wav", "--silence_dbfs=-inf"], "silence_dbfs must be a finite number, got -inf"),
+        (["--file", "a.wav", "--backend", "torch", "--device", "warp"], "use --device cpu"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(
+    words: list[str], text: str, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_a_missing_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer.main(["--model_weights", str(tmp_path / "gone"), "--file", "a.wav"]) == 2
+    assert "no model bundle at" in capsys.readouterr().err
+
+
+def test_a_copy_without_the_shipped_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "DEFAULT_BUNDLE", tmp_path / "site-packages/models/inception_ser_final")
+    assert infer.main(["--file", "a.wav"]) == 2
+    told = capsys.readouterr().err
+    assert "the shipped model is not here" in told
+    assert "--model_weights" in told
+    assert "pip install -e ." in told
+
+
+def test_no_torch_no_ray_no_librosa(bundle: Bundle, write_audio: WriteAudio) -> None:
+    """In a fresh process, by what was imported."""
+    words = ["--model_weights", str(bundle.folder), "--file", str(write_audio())]
+    code = (
+        f"import sys\nfrom jobs.infer import main\ncode = main({words!r})\n"
+        "heavy = {'torch', 'ray', 'librosa', 'matplotlib', 'sklearn', 'onnx'} & set(sys.modules)\n"
+        "print(code, sorted(heavy), 'onnxruntime' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert run.stdout.splitlines()[-1] == "0 [] True", run.stderr

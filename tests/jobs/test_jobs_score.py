@@ -1,0 +1,420 @@
+"""``score`` as a command: inputs, exit codes, kills of the driver, full disks, odd names, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from jobs import evaluate, score
+from pipeline.models.bundle import Bundle
+from pipeline.models.onnx_export import ensure_onnx
+from pipeline.reporting import figures
+from pipeline.scoring import scoring
+from pipeline.scoring.blocks import score_block
+from pipeline.scoring.predictions import read_predictions
+
+ROOT = Path(__file__).resolve().parents[2]
+WriteAudio = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Bundle) -> Bundle:
+    ensure_onnx(tiny_bundle)
+    return tiny_bundle
+
+
+@pytest.fixture
+def call(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the job in this process, blocks and all; (exit code, stdout, stderr)."""
+    monkeypatch.setattr(scoring, "in_child", lambda blocks, task: (score_block(block, task) for block in blocks))
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = score.main(["--model_weights", str(bundle.folder), "--num_cpus", "0", *map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def folder(write_audio: WriteAudio, tmp_path: Path) -> Path:
+    """Four recordings, a text file, a hidden one."""
+    for i in range(4):
+        write_audio(f"in/{i}.wav", f0_hz=100 + 60 * i, seed=i, duration_s=0.5)
+    (tmp_path / "in" / "notes.txt").touch()
+    (tmp_path / "in" / ".hidden.wav").touch()
+    return tmp_path / "in"
+
+
+def test_a_folder(call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    code, out, err = call("--input", folder, "--out", tmp_path / "out")
+    assert code == 0
+    assert out == f"{tmp_path / 'out' / 'report.html'}\n"
+    assert "left out: 1 hidden, 1 .txt\n" in err
+    assert "labels: 0 angry, 1 calm, 2 disgust" in err
+    assert "score: 4/4 files" in err
+    assert list(read_predictions(tmp_path / "out")["speech"]) == [str(folder / f"{i}.wav") for i in range(4)]
+    code, out, err = call("--input", folder, "--out", tmp_path / "out")
+    assert code == 0
+    assert "nothing left to score" in err
+
+
+def test_a_labelled_csv_gives_figures(call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "judges.csv").write_bytes(
+        b"\xef\xbb\xbffile;emotion;note\r\nin\\0.wav;fear;=1\r\nin\\1.wav;ANGRY;x\r\nin\\2.wav;;y\r\n"
+    )
+    code, out, _ = call("--input", tmp_path / "judges.csv", "--out", tmp_path / "out")
+    assert code == 0
+    assert "accuracy" in out.lower()
+    table = read_predictions(tmp_path / "out" / "predictions.csv")
+    assert list(table["label_name"].fillna("-")) == ["fearful", "angry", "-"]
+    assert list(table["note"]) == ["=1", "x", "y"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["labelled"]
+
+
+def test_what_a_finished_run_lacks_is_added(
+    call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ("--input", folder, "--out", out, "--window_s", "2", "--channels", "each")
+    assert call(*words, "--note", "from the first day")[0] == 0
+    tables = [out / f"{name}.csv" for name in ("predictions", "segments", "channels")]
+    before = [path.read_bytes() for path in tables]
+    for path in tables:
+        path.unlink()
+    assert call(*words, "--no_report")[0] == 0
+    assert [path.read_bytes() for path in tables] == before
+    page = out / "report.html"
+    written = page.stat().st_mtime_ns
+    assert call(*words)[0] == call(*words, "--note", "from the first day")[0] == 0
+    assert page.stat().st_mtime_ns == written
+    assert call(*words, "--note", "from the second day")[0] == 0
+    assert "from the second day" in page.read_text(encoding="utf-8")
+    page.unlink()
+    (out / "predictions.parquet").unlink()
+    code, _, err = call(*words)
+    assert code == 2
+    assert "predictions.parquet is gone" in err
+    assert call(*words, "--overwrite", "--no_report")[0] == 0
+    assert (out / "predictions.parquet").is_file()
+    assert not (out / "failures.csv").exists()
+
+
+@pytest.mark.parametrize("words", [("--note", "for the jury"), ()])
+def test_the_page_of_an_evaluation_stays_one_when_it_is_made_again(
+    call: Callable[..., tuple[int, str, str]],
+    bundle: Bundle,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    """Its leak check, targets, players and account stay, with a note on it and where only the page is gone."""
+    monkeypatch.setattr(figures, "drawings", lambda _: [])
+    csv, out = tmp_path / "judges.csv", tmp_path / "out"
+    csv.write_text("speech,label\nin/0.wav,sad\nin/1.wav,angry\nin/2.wav,calm\nin/3.wav,happy\n", encoding="utf-8")
+    where = ["--model_weights", str(bundle.folder), "--data_csv", str(csv), "--out", str(out), "--num_cpus", "0"]
+    assert evaluate.main([*where, "--min_accuracy", "12", "--embed_audio", "2"]) == 0
+    before = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<audio ") == 2
+    assert "what it has heard cannot be told" in page
+    if not words:
+        (out / "report.html").unlink()
+    assert call("--input", csv, "--out", out, *words)[0] == 0
+    after = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert after["meta"].pop("note") == (words[1] if words else None)
+    assert after == before
+    again = (out / "report.html").read_text(encoding="utf-8")
+    for noted in ('<p class="note">for the jury</p>', '<dt>note</dt><dd class="path">for the jury</dd>'):
+        assert (noted in again) == bool(words)
+        again = again.replace(noted, "")
+    assert "".join(again.split()) == "".join(page.split())
+
+
+def test_failures_exit_4_unless_tolerated(
+    call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
+    (folder / "x.wav").write_text("no audio " * 50)
+    words = ("--input", folder, "--out", tmp_path / "out", "--no_report")
+    code, out, err = call(*words)
+    assert (code, out) == (4, f"{tmp_path / 'out' / 'predictions.csv'}\n")
+    assert "1 of 5 recordings could not be used: 1 not_audio\n" in err
+    assert call(*words, "--tolerate_failures")[0] == 0
+
+
+def test_a_folder_that_could_not_be_read_exits_4(
+    call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "locked").mkdir()
+    listed = os.scandir
+
+    def scandir(path: str | bytes | int) -> object:
+        if isinstance(path, bytes) and path.endswith(b"locked"):
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr("pipeline.storage.files.os.scandir", scandir)
+    code, _, err = call("--input", folder, "--out", tmp_path / "out", "--no_report")
+    assert code == 4
+    assert "1 folders that cannot be read (first: " in err
+
+
+def test_long_recordings_are_noticed(
+    call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio, tmp_path: Path
+) -> None:
+    write_audio("in/call.wav", duration_s=10.0)
+    code, _, err = call("--input", tmp_path / "in", "--out", tmp_path / "out", "--no_report")
+    assert code == 0
+    assert "2 s of 10 s scored; --window_s 2 scores all of it\n" in err
+    words = ("--input", tmp_path / "in", "--out", tmp_path / "all", "--no_report", "--window-s", "2", "--hop-s=1")
+    code, out, err = call(*words, "--merge", "--export", "jsonl", "audacity")
+    assert code == 0
+    assert "scores all of it" not in err
+    assert out.splitlines()[1:] == [
+        str(tmp_path / "all" / name)
+        for name in (
+            "timeline.parquet",
+            "timeline.csv",
+            "predictions.jsonl",
+            "segments.jsonl",
+            "timeline.jsonl",
+            "audacity",
+        )
+    ]
+    assert len(pd.read_parquet(tmp_path / "all" / "segments.parquet")) == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--out", "o"], "--input"),
+        (["--input", "gone", "--out", "o"], "gone"),
+        (["--input", "empty", "--out", "o"], "no recordings in"),
+        (["--input", "in", "--out", "in/0.wav"], "cannot write into"),
+        (["--input", "in", "--out", "o", "--batch_size", "0"], "batch_size must be 1 or more"),
+        (["--input", "in", "--out", "o", "--export", "pdf"], "invalid choice"),
+        (["--input", "in", "--out", "o", "--merge"], "give --window_s too"),
+        (["--input", "in", "--out", "o", "--model_weights", "nowhere"], "no model bundle at nowhere"),
+        (["--input", "in", "--out", "o", "--root", "/r"], "--root is for a CSV; leave it out beside the folder in"),
+        (["--input", "in", "--out", "o", "--label_map", "a=sad"], "--label_map is for a CSV; leave it out beside"),
+        pytest.param(
+            ["--input", "in", "--out", "o", "--num_cpus", "0", "--num_gpus", "1"],
+            "jobs.score: leave --num_gpus out",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(
+    words: list[str],
+    text: str,
+    call: Callable[..., tuple[int, str, str]],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert text in err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in err
+    assert not (tmp_path / "o" / "predictions.csv").exists()
+
+
+def test_odd_names_end_in_the_tables(
+    call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio, tmp_path: Path
+) -> None:
+    names = [
+        b"a b.wav",
+        b"line\nbreak.wav",
+        b"return\rcarriage.wav",
+        "😀.wav".encode(),
+        b"caf\xe9.wav",
+        b"=1+1.wav",
+        b"'q'.wav",
+    ]
+    original = write_audio(duration_s=0.3).read_bytes()
+    (tmp_path / "in").mkdir()
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_bytes(original)
+    assert call("--input", tmp_path / "in", "--out", tmp_path / "out")[0] == 0
+    by_csv, by_parquet = read_predictions(tmp_path / "out" / "predictions.csv"), read_predictions(tmp_path / "out")
+    assert len(by_parquet) == len(names)
+    assert list(by_csv["speech"]) == list(by_parquet["speech"])
+    assert set(by_parquet["status"]) == {"ok"}
+    assert f"file://{tmp_path}/in/caf%E9.wav" in set(by_parquet["speech"])
+
+
+# --- what dies -------------------------------------------------------------------------------------------------------
+
+
+def run_dying(death: str, bundle: Bundle, folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """The command in its own process, into which ``death`` is patched: code that sees ``Ledger`` and ``os``."""
+    words = ["--model_weights", str(bundle.folder), "--num_cpus", "0", "--block_rows", "2", "--no_report"]
+    code = "\n".join(
+        [
+            "import os, resource, signal, sys",
+            "from pathlib import Path",
+            "from jobs.score import main",
+            "from pipeline.storage.ledger import Ledger",
+            "commit, replace = Ledger.commit, Path.replace",
+            textwrap.dedent(death),
+            "if __name__ == '__main__':",
+            f"    sys.exit(main({[*words, '--input', str(folder), '--out', str(out)]!r}))",
+        ]
+    )
+    script = out.parent / "dying.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+@pytest.fixture
+def eight(write_audio: WriteAudio, tmp_path: Path) -> Path:
+    for i in range(8):
+        write_audio(f"eight/{i}.wav", f0_hz=100 + 30 * i, seed=i, duration_s=0.3)
+    return tmp_path / "eight"
+
+
+@pytest.fixture
+def undisturbed(call: Callable[..., tuple[int, str, str]], eight: Path, tmp_path: Path) -> pd.DataFrame:
+    words = ("--input", eight, "--out", tmp_path / "undisturbed", "--block_rows", 2, "--no_report")
+    assert call(*words)[0] == 0
+    return read_predictions(tmp_path / "undisturbed")
+
+
+KILLED_AFTER_A_PART = """
+def dying(self, block, part):
+    commit(self, block, part)
+    if block == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+Ledger.commit = dying
+"""
+KILLED_WITHIN_A_PART = """
+def dying(self, target):
+    if str(target).endswith("part-000001.parquet"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+Path.replace = dying
+"""
+KILLED_BEFORE_THE_RECORD = """
+def dying(self, run):
+    os.kill(os.getpid(), signal.SIGKILL)
+Ledger.finish = dying
+"""
+INTERRUPTED = """
+def dying(self, block, part):
+    commit(self, block, part)
+    if block == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+Ledger.commit = dying
+"""
+FULL_DISK = """
+def dying(self, block, part):
+    if block == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    commit(self, block, part)
+Ledger.commit = dying
+"""
+
+
+@pytest.mark.parametrize(
+    ("death", "code", "left"),
+    [
+        (KILLED_AFTER_A_PART, -9, 2),
+        (KILLED_WITHIN_A_PART, -9, 1),
+        (KILLED_BEFORE_THE_RECORD, -9, 4),
+        (INTERRUPTED, 130, 2),
+        (FULL_DISK, 2, 1),
+    ],
+    ids=["killed after a part", "killed within a part", "killed before the record", "Ctrl-C", "full disk"],
+)
+def test_whatever_dies_the_same_command_finishes_the_run(
+    death: str,
+    code: int,
+    left: int,
+    call: Callable[..., tuple[int, str, str]],
+    bundle: Bundle,
+    eight: Path,
+    undisturbed: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    dead = run_dying(death, bundle, eight, out)  # returns once the child has gone too: it holds the pipes
+    assert dead.returncode == code, dead.stderr
+    assert "Traceback" not in dead.stderr
+    assert not (out / "run.json").exists()
+    assert len(list((out / ".score").glob("part-*.parquet"))) == left
+    returned, _, err = call("--input", eight, "--out", out, "--block_rows", 5, "--no_report")
+    assert returned == 0
+    if left < 4:
+        assert f"score: {2 * left}/8 files" in err
+    found = read_predictions(out)
+    assert list(found["speech"]) == list(undisturbed["speech"])
+    p = [name for name in found.columns if name.startswith("p_")]
+    np.testing.assert_allclose(found[p], undisturbed[p], atol=1e-6)
+    pd.testing.assert_frame_equal(found.drop(columns=p), undisturbed.drop(columns=p), atol=1e-5)
+    assert json.loads((out / "run.json").read_text())["scored_now"] == 8 - 2 * left
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(".score.lock", "predictions.csv", "predictions.parquet", "run.json")
+    ]
+
+
+def test_a_replaced_recording_is_another_input(
+    call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
+    words = ("--input", folder, "--out", tmp_path / "out", "--no_report")
+    assert call(*words)[0] == 0
+    shutil.copy(folder / "1.wav", folder / "0.wav")
+    code, _, err = call(*words)
+    assert code == 2
+    assert "holds a run with another recordings" in err
+    assert call(*words, "--overwrite")[0] == 0
+
+
+@pytest.mark.slow
+def test_ray_workers_that_crash_cost_one_row_each(bundle: Bundle, write_audio: WriteAudio, tmp_path: Path) -> None:
+    """libsndfile aborts the worker at two recordings of 40; Ray runs the blocks again, and the others are scored."""
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "sitecustomize.py").write_text(
+        "import os, soundfile\nread = soundfile.SoundFile.read\n"
+        "def crash(self, *args, **options):\n"
+        "    if self.samplerate == 12345:\n        os.abort()\n"
+        "    return read(self, *args, **options)\n"
+        "soundfile.SoundFile.read = crash\n"
+    )
+    for i in range(40):
+        write_audio(f"in/{i:02d}.wav", seed=i, duration_s=0.3, sample_rate_hz=12_345 if i in (7, 23) else 16_000)
+    words = ["--model_weights", bundle.folder, "--num_cpus", "2", "--input", tmp_path / "in", "--out", tmp_path / "out"]
+    run = subprocess.run(
+        [sys.executable, "-m", "jobs.score", *map(str, words), "--block_rows", "5"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        | {"PYTHONPATH": str(tmp_path / "patch")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 4, run.stderr
+    table = read_predictions(tmp_path / "out")
+    assert list(table["status"] == "ok") == [i not in (7, 23) for i in range(40)]
+    assert set(table["status"]) == {"ok", "decoder_crashed"}

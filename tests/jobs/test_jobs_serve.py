@@ -1,0 +1,152 @@
+"""Starting the service: what is refused in one line before Ray starts, settings in both spellings, the builder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from jobs import serve as job
+from pipeline.models.bundle import Bundle
+from serve.keys import checked_key, key_digest
+from serve.settings import Settings, is_loopback, key_digest_from_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SER_API_KEY", raising=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line on stderr of a start that does not happen."""
+    assert job.main([*words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_missing_or_damaged_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_bundle: Bundle) -> None:
+    assert "no model bundle" in refused(capsys, "--port", "0", "--bundles", str(tmp_path / "missing"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_bundle.folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "tiny.pt").write_bytes(b"other weights")
+    assert "tiny.pt" in refused(capsys, "--port", "0", "--bundles", str(broken))
+    config = json.loads((tiny_bundle.folder / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    assert "99" in refused(capsys, "--port", "0", "--bundles", str(broken))
+
+
+def test_two_bundles_of_one_name(capsys: pytest.CaptureFixture[str], tiny_bundle: Bundle) -> None:
+    pair = f"{tiny_bundle.folder},{tiny_bundle.folder}"
+    assert "names of their own" in refused(capsys, "--port", "0", "--bundles", pair)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
+def test_others_are_let_in_only_with_a_key(capsys: pytest.CaptureFixture[str], host: str) -> None:
+    assert "SER_API_KEY" in refused(capsys, "--host", host)
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "choose another --port" in refused(capsys, "--port", str(taken.getsockname()[1]))
+    assert "--port" in refused(capsys, "--port", "70000")
+
+
+def test_a_metrics_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "open_bundles", lambda _: [])
+    monkeypatch.setattr(job, "start_ray", lambda **_: pytest.fail("Ray is started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = refused(capsys, "--port", "0", "--metrics_port", str(taken.getsockname()[1]))
+    assert "choose another --metrics_port" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--threads", "0"],
+        ["--max-body-mib", "-1"],
+        ["--replicas", "0"],
+        ["--deadline_s", "inf"],
+        ["--max_held_mib", "inf"],
+    ],
+)
+def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert words[0].replace("-", "_").replace("__", "--") in refused(capsys, *words)
+
+
+def test_settings_know_their_names_and_lists() -> None:
+    assert Settings(bundles="a,b", cors_origins="").bundles == ("a", "b")  # type: ignore[arg-type]
+    assert Settings(**{"threads": "2"}).threads == 2  # as a command line gives it
+    with pytest.raises(ValidationError):
+        Settings(thread=2)  # type: ignore[call-arg]
+
+
+def test_every_limit_is_public() -> None:
+    limits = {name for name in Settings.model_fields if name.startswith("max_") or name.endswith("_s")}
+    assert limits - set(Settings().public_limits) == {"max_replicas", "max_ongoing", "max_queued", "max_held_mib"}
+
+
+def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert key_digest_from_environment() is None
+    monkeypatch.setenv("SER_API_KEY", "")
+    assert key_digest_from_environment() is None
+    monkeypatch.setenv("SER_API_KEY", "k")
+    assert key_digest_from_environment() == key_digest("k") != key_digest("K")
+    monkeypatch.setenv("SER_API_KEY", " k\r\n")  # as a file holds it
+    assert key_digest_from_environment() == key_digest("k")
+    assert checked_key("correct horse battery staple") == "correct horse battery staple"
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "a\nb", "a\x7f"])
+def test_a_key_that_no_header_carries(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("SER_API_KEY", key)
+    line = refused(capsys, "--port", "0")
+    assert "no printable ASCII" in line
+    assert key not in line
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_the_configuration_file_fits(tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve.deployment import http_options
+
+    config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    (application,) = ServeDeploySchema.model_validate(config).applications
+    settings = Settings(**application.args)
+    assert application.import_path == "serve.deployment:build"
+    ours = http_options("127.0.0.1", 8000, settings)
+    assert config["http_options"] == ours
+
+
+def test_ray_s_command_line_tells_a_bad_bundle_in_one_line(tmp_path: Path) -> None:
+    words = ["run", "serve.deployment:build", f"bundles={tmp_path / 'missing'}"]
+    command = Path(sys.executable).with_name("serve")
+    found = subprocess.run(
+        [str(command), *words], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ}
+    )
+    assert found.returncode == 1
+    assert "Traceback" not in found.stderr
+    assert found.stderr.splitlines()[-1].startswith("Error: no model bundle at ")

@@ -1,0 +1,455 @@
+"""`jobs.train` as a command: from recordings to a bundle on Ray, usage errors, resume, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from toy_data import LABELS, write_features
+
+from jobs import train
+from jobs.extract import build_parser as extract_parser
+from jobs.train import build_parser, main
+from jobs.train_options import fit_config
+from pipeline.audio.load import content_hash
+from pipeline.data.labels import LabelSet
+from pipeline.features.extract import ShardOptions, ShardSummary
+from pipeline.features.store import load_features
+from pipeline.models.bundle import load_bundle
+from pipeline.storage.errors import SerError
+from pipeline.storage.stamps import stamps_of
+from pipeline.training.history import read_history
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ["--num_workers", "0", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--threads", "1"]
+NARROW = [*FAST, "--width", "0.125"]
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_features(tmp_path_factory.mktemp("toy") / "features", n=45)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_recordings_to_bundle_and_report_with_two_ray_workers(
+    ravdess_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["--data_dir", str(ravdess_like), "--model", "cnn_bilstm", "--num_workers", "2", "--epochs", "1"]
+    assert main([*words, "--batch_size", "16", "--use_focal", "True", "--out", str(out)]) == 0
+    printed, said = capsys.readouterr()
+    assert "labels: 0 angry, 1 calm" in said
+    assert "parts: train 40, inner_val 11, test 13" in said
+    assert "epoch 1/1  loss " in said
+    assert "weighted F1" in said
+    assert f"report: {out}/report/report.html" in printed
+    assert "confusion matrix" in printed
+    assert "verdict" in printed
+    bundle = load_bundle(out)
+    assert (bundle.name, bundle.model_name) == ("cnn_bilstm_ser_final", "cnn_bilstm")
+    with torch.inference_mode():
+        assert bundle.build_model()(torch.zeros(1, 188, 190)).shape == (1, 8)
+    assert len(read_history(out)) == 1
+    parts = {name: pd.read_csv(out / "splits" / f"{name}.csv") for name in ("train", "inner_val", "test")}
+    assert sum(map(len, parts.values())) == 64
+    assert set(parts["test"]["label"]) == set(bundle.labels)
+    for name in ("curves.png", "metrics.json", "README.md", "training.csv", "report/confusion_matrix.png"):
+        assert (out / name).is_file(), name
+    assert bundle.metrics["training"]["settings"]["use_focal"] is True
+
+
+def test_without_ray_and_again(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ["--features", str(features), *NARROW, "--class-weights", "balanced", "--oversample_boost", "sad:2"]
+    assert main([*words, "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "counts: calm 15, happy 15, sad 15" in said
+    assert said.count("epoch ") >= 2
+    settings = load_bundle(out).metrics["training"]["settings"]
+    assert settings["oversample_boost"] == {"2": 2.0}
+    assert settings["class_weights"] == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert main([*words, "--out", str(out), "--resume"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert main([*words, "--out", str(out)]) == 2
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_ctrl_c_keeps_the_best_weights_and_resume_goes_on(features: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "jobs.train", "--features", str(features), *NARROW, "--out", str(out)]
+    words[words.index("--epochs") + 1] = "3"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        told = ""
+        for line in process.stderr:
+            told += line
+            if line.startswith("epoch 1/"):
+                process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, told
+    kept = out / "interrupted" / "inception_ser_final.pt"
+    assert f"the best weights so far, of epoch 1, are in {kept}" in told
+    assert "--resume" in told
+    assert load_bundle(kept).metrics["training"]["epochs"] == 1
+    assert main([*words[3:], "--resume"]) == 0
+    assert [record["epoch"] for record in read_history(out)] == [1, 2, 3]
+    assert load_bundle(out).metrics["training"]["epochs"] == 3
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch_size", "0"], "at least 1"),
+        (["--epochs", "0"], "at least 1"),
+        (["--num_workers", "-1"], "0 or more"),
+        (["--num_workers", "3"], "batch size 16 cannot be shared by 3 workers"),
+        (["--lr", "-1"], "learning rate"),
+        (["--lr", "fast"], "invalid float value"),
+        (["--lr", "inf"], "lr must be a finite number, got inf"),
+        (["--weight_decay", "nan"], "weight_decay must be a finite number"),
+        (["--warmup_epochs", "inf"], "warmup_epochs must be a finite number"),
+        (["--seed", str(2**64)], "below 2**64"),
+        (["--dropout", "1.5"], "the dropout is 1.5; it must be at least 0 and below 1"),
+        (["--width", "nan"], "the width is nan; it must lie between 0.125 and 2"),
+        (["--width", "0.5", "--model", "cnn_bilstm"], "model 'cnn_bilstm' has no option 'width'"),
+        (["--oversample_boost", "bored:2"], "unknown label 'bored'"),
+        (["--oversample_boost", "9:2"], "outside 0..2"),
+        (["--class_weights", "sad"], "--class_weights: got 'sad'"),
+        (["--augment", "echo"], "unknown augmentation 'echo'"),
+        (["--augment", "pitch"], "--pitch_semitones"),
+        (["--model", "cnn_bilstm"], "--features_kind frame_features"),
+        (["--model", "resnet"], "invalid choice: 'resnet'"),
+        (["--use_focal", "maybe"], "expected True or False"),
+        (["--use_gpu", "True"], "PyTorch sees no GPU"),
+        (["--test_size", "1.5"], "share of the test part"),
+        (["--split", "speaker", "--inner_val", "0.9"], "add speakers"),
+        (["--resume"], "holds no run to resume"),
+        (["--data_csv", "x.csv"], "not allowed with"),
+    ],
+)
+def test_usage_errors_exit_with_two_in_one_line(
+    words: list[str], message: str, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if message == "PyTorch sees no GPU" and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    given = ["--features", str(features), *FAST, "--out", str(tmp_path / "run"), *words]
+    assert main(given) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_refused_start_does_not_claim_the_folder(features: Path, tmp_path: Path) -> None:
+    words = ["--features", str(features), *FAST, "--out", str(tmp_path / "run")]
+    assert main([*words, "--augment", "pitch"]) == 2
+    assert main([*words, "--report_split", "none", "--epochs", "1"]) == 0
+
+
+def test_missing_features_and_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    for source in (["--features", "nowhere"], ["--data_csv", "nowhere.csv"], ["--data_dir", "nowhere"]):
+        assert main([*source, *out]) == 2
+        assert "nowhere" in capsys.readouterr().err
+    assert main(out) == 2
+    assert "--data_csv" in capsys.readouterr().err
+
+
+def extracted(words: list[str], monkeypatch: pytest.MonkeyPatch, failed: int = 0) -> Any:
+    """What `jobs.train` asks the extraction for."""
+    asked: dict[str, Any] = {}
+
+    def note(table: pd.DataFrame, out: Path, config: Any, *, options: ShardOptions, **_: Any) -> ShardSummary:
+        asked.update(rows=len(table), out=out, config=config, options=options)
+        return ShardSummary(out, len(table), failed, 0)
+
+    monkeypatch.setattr("pipeline.features.extract.extract_shards", note)
+    asked["answer"] = train.extracted(build_parser().parse_args(words))
+    return asked
+
+
+def test_pitch_copies_are_extracted_when_they_are_asked_for(
+    ravdess_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--data_dir", str(ravdess_like), "--out", str(tmp_path)]
+    plain = extracted(words, monkeypatch)
+    assert plain["options"].pitch_semitones == ()
+    assert plain["config"].kind == "log_mel"
+    assert plain["answer"] == ((tmp_path / "features",), 0)
+    assert extracted([*words, "--augment", "crop, pitch"], monkeypatch)["options"].pitch_semitones == (-1.0, 1.0)
+    assert extracted([*words, "--model", "cnn_bilstm"], monkeypatch)["config"].kind == "frame_features"
+    assert extracted(words, monkeypatch, failed=3)["answer"][1] == 3
+
+
+@pytest.mark.parametrize(("text", "expected"), [("-1,1", (-1.0, 1.0)), ("2", (2.0,)), ("", ())])
+def test_pitch_copies_by_the_extraction_job(text: str, expected: tuple[float, ...]) -> None:
+    words = ["--data_dir", "x", "--out", "y", f"--pitch_semitones={text}"]
+    assert extract_parser().parse_args(words).pitch_semitones == expected
+
+
+def test_options_reach_the_settings() -> None:
+    labels, rows = LabelSet(LABELS), pd.DataFrame({"label": ["calm", "calm", "calm", "happy"]})
+
+    def settings(*words: str) -> Any:
+        return fit_config(build_parser().parse_args(["--features", "x", "--out", "y", *words]), labels, rows)
+
+    plain = settings()
+    assert (plain.epochs, plain.batch_size, plain.lr, plain.weight_decay) == (50, 64, 1e-4, 1e-5)
+    assert (plain.scheduler, plain.patience, plain.seed, plain.class_weights) == ("cosine", 7, 42, None)
+    assert settings("--class_weights", "sad:2,0:0.5").class_weights == (0.5, 1.0, 2.0)
+    assert settings("--class_weights", "balanced").class_weights == pytest.approx((2 / 3, 2.0, 1.0))
+    assert settings("--oversample-boost", "1:2.0,sad:3").oversample_boost == {1: 2.0, 2: 3.0}
+    assert settings("--augment", "crop, mixup,").augment == ("crop", "mixup")
+    every = "crop,pitch,stretch,noise,gain,band,masks,mixup"
+    assert settings("--augment", every).augment == tuple(every.split(","))
+    assert settings("--use_focal", "False").use_focal is False
+    given = settings(
+        "--scheduler", "onecycle", "--ema", "0.9", "--clip_norm", "1", "--warmup_epochs", "2", "--threads", "3"
+    )
+    assert (given.scheduler, given.ema, given.clip_norm, given.warmup_epochs, given.threads) == (
+        "onecycle",
+        0.9,
+        1,
+        2,
+        3,
+    )
+    with pytest.raises(SerError, match="given twice"):
+        settings("--oversample_boost", "sad:2,2:3")
+
+
+def test_failed_recordings_make_the_exit_code_four(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ravdess_like: Path
+) -> None:
+    monkeypatch.setattr(train, "extracted", lambda arguments: ((features,), 2))
+    words = ["--data_dir", str(ravdess_like), *NARROW, "--epochs", "1", "--report_split", "none"]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 4
+    assert main([*words, "--out", str(tmp_path / "b"), "--tolerate_failures"]) == 0
+
+
+def test_a_committed_split_is_kept_and_unnamed_recordings_are_left_out(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{number:03d}" for number in range(40)]  # of 45
+    pd.DataFrame({"id": names, "split": ["train"] * 24 + ["inner_val"] * 6 + ["test"] * 10}).to_csv(
+        tmp_path / "split.csv", index=False
+    )
+    words = ["--features", str(features), *NARROW, "--epochs", "1", "--report_split", "none", "--inner_val", "0"]
+    assert main([*words, "--split_csv", str(tmp_path / "split.csv"), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert "5 recordings are not named in" in said
+    assert "parts: train 30, inner_val 0, test 10" in said
+    test = pd.read_csv(tmp_path / "run" / "splits" / "test.csv")
+    assert sorted(Path(p).stem for p in test["speech"]) == names[30:]
+
+
+def test_another_start_does_not_change_what_is_reported_on(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first epoch is done there is no checkpoint that would refuse it."""
+    out = tmp_path / "run"
+    words = ["--features", str(features), *NARROW, "--epochs", "1", "--out", str(out)]
+    begun: list[dict[str, bytes]] = []
+    alone = train._train
+
+    def beside(*given: Any) -> bool:
+        if not begun:
+            begun.append({path.name: path.read_bytes() for path in (out / "splits").iterdir()})
+            assert main([*words, "--split", "speaker", "--seed", "7"]) == 2
+            assert f"another process is training into {out}; wait for it" in capsys.readouterr().err
+        return alone(*given)
+
+    monkeypatch.setattr(train, "_train", beside)
+    assert main(words) == 0
+    assert {path.name: path.read_bytes() for path in (out / "splits").iterdir()} == begun[0]
+    assert load_bundle(out).metrics["training"]["settings"]["seed"] == 42
+
+
+def test_what_is_of_no_run_is_not_written_over(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    assert main(["--features", str(features), *FAST, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'README.md'} is of no run known here; give another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    shutil.copytree(features, tmp_path / "features")
+    (tmp_path / "features" / "plan.json").write_text("an extraction's")
+    assert main(["--features", str(tmp_path / "features"), *FAST, "--out", str(tmp_path / "features")]) == 2
+    assert "plan.json is of no run known here" in capsys.readouterr().err
+    assert main(["--features", str(features), *FAST, "--out", str(tmp_path / "README.md")]) == 2
+    assert "cannot write into" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["--features", str(features), *NARROW, "--report_split", "none", "--out", str(out)]
+
+    def hashed(digest: str) -> None:
+        monkeypatch.setattr(
+            "pipeline.data.splits.add_hashes", lambda t, **_: t.assign(content_hash=digest + t["row_id"])
+        )
+
+    hashed("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train", lambda *_: True)
+        assert main(words) == 130
+    for other in (["--split", "speaker"], ["--test_size", "0.5"], ["--inner_val", "0"]):
+        assert main([*words, *other, "--resume"]) == 2
+        assert "the run was started with split {'split': 'random', 'test_size': 0.2" in capsys.readouterr().err
+    hashed("b")
+    assert main([*words, "--resume"]) == 2
+    assert "is not the recording that the run began with" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "pipeline.data.splits.add_hashes", lambda t, **_: t.assign(content_hash="")
+    )  # the recordings are gone
+    assert main([*words, "--resume"]) == 0
+
+
+def test_a_replaced_recording_is_noticed_though_the_features_tell_the_hashes(
+    tmp_path: Path,
+    write_audio: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = [write_audio(f"{number:03d}.wav", duration_s=0.1, seed=number) for number in range(30)]
+    features = with_column(write_features(tmp_path / "features", n=30), speech=[str(path) for path in paths])
+    part = pq.read_table(features / "part-00000.parquet")
+    hashes = [content_hash(path) for path in paths]
+    pq.write_table(part.append_column("content_hash", pa.array(hashes)), features / "part-00000.parquet")
+    np.save(features / "stamps.npy", stamps_of([str(path) for path in paths]))
+    decoded: list[str] = []
+    monkeypatch.setattr("pipeline.data.splits.content_hash", lambda path: decoded.append(path) or content_hash(path))
+    words = ["--features", str(features), *NARROW, "--report_split", "none", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train", lambda *_: True)
+        assert main(words) == 130
+        assert main([*words, "--resume"]) == 130
+    parts = [pd.read_csv(path) for path in (tmp_path / "run" / "splits").iterdir()]
+    assert sorted(pd.concat(parts)["content_hash"]) == sorted(hashes)
+    assert decoded == []
+    whole = paths[7].read_bytes()
+    paths[7].write_bytes(paths[8].read_bytes())
+    assert main([*words, "--resume"]) == 2
+    assert f"{paths[7]} is not the recording that the run began with" in capsys.readouterr().err
+    paths[7].write_bytes(whole)  # at another time
+    assert main([*words, "--resume"]) == 0
+    assert decoded == [str(paths[7])] * 2
+
+
+def with_column(folder: Path, **columns: list[str]) -> Path:
+    """The feature folder, some columns of its recordings replaced."""
+    table = pq.read_table(folder / "part-00000.parquet")
+    for name, cells in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(cells))
+    pq.write_table(table, folder / "part-00000.parquet")
+    return folder
+
+
+@pytest.fixture
+def three_corpora(tmp_path: Path) -> list[str]:
+    """Two feature folders of three corpora; those of the second have no class `sad`."""
+    corpora = ["a", "b", "a"] * 15
+    speakers = [f"{corpus}_{i % 4}" for i, corpus in enumerate(corpora)]
+    one = with_column(write_features(tmp_path / "one", n=45), corpus=corpora, speaker=speakers)
+    paths = [f"/audio/two/c{i}.wav" for i in range(30)]
+    two = with_column(
+        write_features(tmp_path / "two", n=30),
+        corpus=["c"] * 30,
+        label=["calm", "happy"] * 15,
+        speech=paths,
+        speaker=[f"c_{i % 4}" for i in range(30)],
+    )
+    return ["--features", str(one), str(two), *NARROW]
+
+
+def test_corpora_of_several_folders_in_one_training(three_corpora: list[str], tmp_path: Path, capsys: Any) -> None:
+    words = [*three_corpora, "--draws", "40", "--corpus_share", "a:1,b:1,c:2", "--report_split", "none"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "corpora: a 30, b 15, c 30" in capsys.readouterr().err
+    bundle = load_bundle(tmp_path / "run")
+    assert bundle.corpora == {"a": ("calm", "sad"), "b": ("happy",), "c": ("calm", "happy")}
+    learnt = pd.read_csv(tmp_path / "run" / "splits" / "train.csv")["corpus"]
+    assert bundle.metrics["training"]["corpora"]["c"]["recordings"] == (learnt == "c").sum()
+    assert bundle.metrics["training"]["settings"]["draws"] == 40
+    assert main([*words, "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
+def test_named_corpora_and_speakers_are_scored_and_not_trained_on(
+    three_corpora: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*three_corpora, "--epochs", "1", "--out", str(tmp_path / "run"), "--inner_val", "0"]
+    assert main([*words, "--test_corpora", "c", "--test_speakers", "a_2"]) == 0
+    training = load_bundle(tmp_path / "run").training
+    table = load_features([Path(folder) for folder in three_corpora[1:3]]).table
+    held = (table["corpus"] == "c") | (table["speaker"] == "a_2")
+    assert (training["split"] == "test").sum() == held.sum()
+    assert set(training.loc[training["split"] == "train", "speaker"]) == set(table["speaker"][~held])
+    for option, message in (
+        (["--test_corpora", "d"], "no recording has corpus 'd'; there are a, b, c"),
+        (["--test_corpora", "a,b,c"], "leave nothing to train on"),
+        (["--test_speakers", "nobody"], "no recording has speaker 'nobody'"),
+        (["--test_corpora", "a", "--corpus_share", "a:1,b:1,c:1"], "--corpus_share: no corpus 'a'"),
+        (["--corpus_share", "a:1"], "gives b none"),
+        (["--corpus_share", "a:0"], "expected CORPUS:SHARE"),
+    ):
+        assert main([*three_corpora, "--out", str(tmp_path / "refused"), *option]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_corpora_that_do_not_go_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [with_column(write_features(tmp_path / name, n=12), corpus=[name] * 12) for name in ("a", "b")]
+    own = with_column(
+        write_features(tmp_path / "c", n=12),
+        **{"corpus": ["c"] * 12, "label": ["bark", "meow"] * 6, "speaker": ["dog", "cat"] * 6},
+    )
+    for two, message in (
+        (folders, "speaker RAVDESS_01 is in a and in b"),
+        ([folders[0], own], "the corpus c has no known class: its labels are bark, meow"),
+    ):
+        assert main(["--features", *map(str, two), *NARROW, "--out", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_a_training_starts_from_an_earlier_model(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--features", str(features), *NARROW, "--report_split", "none"]
+    assert main([*words, "--out", str(tmp_path / "first")]) == 0
+    first = load_bundle(tmp_path / "first")
+    started = [*words, "--init", str(first.folder), "--epochs", "1"]
+    assert main([*started, "--out", str(tmp_path / "same"), "--lr", "1e-30"]) == 0
+    weights, before = load_bundle(tmp_path / "same").state_dict(), first.state_dict()
+    learnt = [name for name, value in before.items() if "running" not in name and value.is_floating_point()]
+    assert all(torch.equal(weights[name], before[name]) for name in learnt)
+    about = load_bundle(tmp_path / "same").metrics["training"]["init"]
+    assert about["model_sha256"] == first.weights_sha256
+    assert first.weights_sha256[:12] in (tmp_path / "same" / "README.md").read_text(encoding="utf-8")
+    assert main([*started, "--out", str(tmp_path / "refused"), "--width", "0.25"]) == 2
+    assert "give the same --width" in capsys.readouterr().err
+    labels, paths = ["calm", "happy", "angry"] * 15, [f"/audio/other/o{i}.wav" for i in range(45)]
+    other = with_column(write_features(tmp_path / "other", n=45), label=labels, speech=paths)
+    words = ["--features", str(other), *NARROW, "--epochs", "1", "--lr", "1e-30", "--report_split", "none"]
+    assert main([*words, "--init", str(first.folder), "--out", str(tmp_path / "other_classes")]) == 0
+    changed = load_bundle(tmp_path / "other_classes")
+    assert changed.labels == ("angry", "calm", "happy")
+    for row, label in enumerate(changed.labels):
+        kept = label in first.labels
+        theirs = before["head.3.weight"][first.labels.index(label)] if kept else None
+        assert not kept or torch.equal(changed.state_dict()["head.3.weight"][row], theirs)

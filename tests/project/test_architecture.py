@@ -1,0 +1,290 @@
+"""The rules of the house: imports point one way, Ray and torch stay where they belong, importing does no work.
+
+Read from the source with ``ast``, so that imports inside functions count as well, except where a test says otherwise.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("pipeline", "jobs", "serve", "app_pages")
+
+# Who may import Ray at all. Everybody else reaches it through these.
+RAY_MODULES = {
+    "pipeline.cluster.runtime",
+    "pipeline.cluster.nodes",
+    "pipeline.cluster.submit",
+    "pipeline.features.extract",
+    "pipeline.training.on_ray",
+    "pipeline.scoring.scoring",
+    "pipeline.training.cross_validation",
+    "serve.deployment",
+    "serve.offer",
+    "serve.metrics",
+    "serve.remote",
+}
+# Layers of the pipeline, lowest first. A module must not reach, by any chain of imports, a module of a higher layer.
+# Modules that are not named here are parts of those that import them, and so fall under the same rule.
+LAYERS = (
+    {
+        "storage.errors",
+        "data.labels",
+        "audio.load",
+        "features.features",
+        "training.augment",
+        "training.sampling",
+        "models.networks",
+        "training.losses",
+        "evaluation.metrics",
+    },
+    {"data.manifest", "data.splits", "features.store", "models.bundle", "reporting.report"},
+    {"training.loop", "models.onnx_export", "inference.predictor"},
+    {
+        "cluster.runtime",
+        "cluster.nodes",
+        "cluster.submit",
+        "features.extract",
+        "training.on_ray",
+        "scoring.scoring",
+        "training.cross_validation",
+    },
+)
+
+
+def _sources() -> dict[str, Path]:
+    """Module name -> file, for every module of the project."""
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    files += [path for path in (ROOT / "app.py",) if path.is_file()]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return {name.removesuffix(".__init__"): path for name, path in zip(names, files, strict=True)}
+
+
+SOURCES = _sources()
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(SOURCES[module].read_text(encoding="utf-8"), filename=str(SOURCES[module]))
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _nodes(node: ast.AST, *, lazy: bool) -> Iterable[ast.AST]:
+    """Nodes below ``node``, without ``if TYPE_CHECKING``; ``lazy`` goes into functions too."""
+    for child in ast.iter_child_nodes(node):
+        if _type_checking(child) or (not lazy and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)):
+            continue
+        yield child
+        yield from _nodes(child, lazy=lazy)
+
+
+@cache
+def imports(module: str, lazy: bool = True) -> frozenset[str]:
+    """Dotted names that ``module`` imports; ``from a import b`` gives ``a`` and ``a.b``."""
+    found: set[str] = set()
+    for node in _nodes(_tree(module), lazy=lazy):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import, line {node.lineno}; write the package's name"
+            assert node.module is not None
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(found)
+
+
+def ours(module: str, lazy: bool = True) -> frozenset[str]:
+    """Modules of this project that ``module`` imports itself."""
+    return frozenset(name for name in imports(module, lazy) if name in SOURCES) - {module}
+
+
+def reach(module: str) -> set[str]:
+    """Modules of this project that ``module`` imports, directly or by others."""
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        new = ours(todo.pop()) - seen
+        seen |= new
+        todo += new
+    return seen
+
+
+def distributions(module: str, lazy: bool = True) -> set[str]:
+    """First parts of the names that ``module`` imports."""
+    return {name.split(".")[0] for name in imports(module, lazy)}
+
+
+def test_the_scanner_sees_imports_in_all_their_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "probe.py"
+    source.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n"
+        "try:\n    import av\nexcept ImportError:\n    av = None\n"
+        "class A:\n    from os import path as p\n    def f(self):\n        from ray import data\n"
+    )
+    monkeypatch.setitem(SOURCES, "probe_module", source)
+    assert distributions("probe_module") == {"typing", "av", "os", "ray"}
+    assert distributions("probe_module", lazy=False) == {"typing", "av", "os"}
+    assert {"os.path", "ray.data"} <= imports("probe_module")
+
+
+def test_pipeline_knows_neither_jobs_nor_serve() -> None:
+    for module in SOURCES:
+        if module.split(".")[0] == "pipeline":
+            assert not distributions(module) & {"jobs", "serve", "app"}, module
+
+
+def test_serve_and_jobs_are_strangers() -> None:
+    for module in SOURCES:
+        if module.split(".")[0] == "serve":
+            assert not distributions(module) & {"jobs", "app"}, module
+    assert "app" not in {name for module in SOURCES for name in distributions(module)}
+
+
+def test_ray_stays_in_its_modules() -> None:
+    users = {module for module in SOURCES if "ray" in distributions(module)}
+    assert users <= RAY_MODULES
+    assert users, "no module uses Ray: is the scanner blind?"
+
+
+def test_no_module_needs_posix_to_be_imported() -> None:
+    """Windows has none of these; a function that uses one asks for the platform first."""
+    for module in SOURCES:
+        assert not distributions(module, lazy=False) & {"fcntl", "resource", "pwd", "grp", "termios", "pty"}, module
+
+
+def test_layers_import_downwards() -> None:
+    for level, layer in enumerate(LAYERS):
+        above = {f"pipeline.{name}" for higher in LAYERS[level + 1 :] for name in higher}
+        for name in layer & {module.removeprefix("pipeline.") for module in SOURCES}:
+            wrong = reach(f"pipeline.{name}") & above
+            assert not wrong, f"pipeline.{name} reaches {sorted(wrong)}"
+
+
+def test_no_import_cycles() -> None:
+    """Imports of the head of a module form no circle; those inside functions may look back."""
+    try:
+        TopologicalSorter({module: ours(module, lazy=False) for module in SOURCES}).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_pages_and_clients_need_neither_torch_nor_ray() -> None:
+    pages = {module for module in SOURCES if module.split(".")[0] in ("app", "app_pages")}
+    for module in pages | {"serve.client", "serve.schema"}:
+        used = {name for part in {module, *reach(module)} for name in distributions(part)}
+        assert not used & {"torch", "ray", "librosa", "soundfile"}, module
+        assert not any(name.split(".")[0] == "pipeline" for name in reach(module)), module
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_the_head_of_a_module_only_defines(module: str) -> None:
+    """No call for its effect, no loop, no ``with`` outside functions: importing reads, writes, starts nothing."""
+    allowed = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in _tree(module).body:
+        if isinstance(node, allowed | ast.ClassDef) or _type_checking(node) or _guards_imports(node):
+            continue
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
+        pytest.fail(f"{SOURCES[module]}:{node.lineno}: works at import: {ast.unparse(node)[:80]}")
+
+
+def _guards_imports(node: ast.stmt) -> bool:
+    """``try: import x`` with nothing but imports and assignments in all its branches."""
+    if not isinstance(node, ast.Try):
+        return False
+    parts = [*node.body, *(s for h in node.handlers for s in h.body), *node.orelse, *node.finalbody]
+    return all(isinstance(s, ast.Import | ast.ImportFrom | ast.Assign) for s in parts)
+
+
+def _import_all(names: Iterable[str], folder: Path) -> list[str]:
+    """Import the modules in a fresh interpreter that stands in an empty folder; returns the keys of sys.modules."""
+    code = (
+        f"import sys\nfor name in {sorted(names)!r}: __import__(name)\n"
+        "import threading\nassert threading.active_count() == 1, threading.enumerate()\n"
+        "print('\\n'.join(sys.modules))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout, "imported nothing"
+    return run.stdout.split()
+
+
+def test_importing_every_module_writes_nothing_and_starts_nothing(tmp_path: Path) -> None:
+    names = [name for name in SOURCES if name not in RAY_MODULES and name != "app"]
+    loaded = _import_all(names, tmp_path)
+    assert "ray" not in loaded
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "module", ["jobs.cli", "jobs.infer", "jobs.manifest", "jobs.ravdess", "pipeline.inference.predictor"]
+)
+def test_light_commands_load_neither_ray_nor_torch(module: str, tmp_path: Path) -> None:
+    loaded = set(_import_all([module], tmp_path))
+    assert not loaded & {"ray", "torch", "matplotlib", "sklearn"}
+
+
+def test_sklearn_is_imported_where_something_is_drawn(tmp_path: Path) -> None:
+    """It takes seconds, and a help text draws no split."""
+    assert "sklearn" not in _import_all(["jobs.evaluate", "jobs.train", "jobs.calibrate"], tmp_path)
+
+
+REQUIREMENTS = ("requirements.txt", "requirements-app.txt", "requirements-dev.txt")
+
+
+def _pins(name: str) -> list[str]:
+    """Names that a requirements file pins."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith(("#", "-r "))]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .+)?", pin) for pin in pins), "every line pins one exact version"
+    return [_normalised(pin.split("==")[0]) for pin in pins]
+
+
+def _pinned() -> set[str]:
+    return {name for file in REQUIREMENTS for name in _pins(file)}
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_dependency_is_pinned_once_in_the_file_that_needs_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = ([*project["dependencies"], *extras["serve"]], extras["app"], [d for e in extras.values() for d in e])
+    available: set[str] = set()
+    for file, wanted in zip(REQUIREMENTS, needed, strict=True):
+        available |= set(_pins(file))
+        assert {_normalised(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted} <= available, file
+    every = [name for file in REQUIREMENTS for name in _pins(file)]
+    assert len(every) == len(set(every)), "pinned twice"
+
+
+def test_every_third_party_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    declared = {_normalised(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
+    provided_by = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "multipart": "python-multipart"}
+    used = {name for module in SOURCES for name in distributions(module)}
+    foreign = used - set(sys.stdlib_module_names) - set(PACKAGES) - {"app"}
+    undeclared = {name for name in foreign if _normalised(provided_by.get(name, name)) not in declared}
+    assert not undeclared

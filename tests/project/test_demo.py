@@ -1,0 +1,87 @@
+"""``make demo``: samples and a folder of the user's own, twice into one folder, broken recordings among good ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline.models.bundle import Bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def demo(tiny_bundle: Bundle, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run samples/demo.py in an empty folder, in one process without Ray, with an untrained model."""
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "samples/demo.py"), "--num_cpus", "0"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        given = [*command, "--model_weights", str(tiny_bundle.folder), *options]
+        (tmp_path / "cwd").mkdir(exist_ok=True)
+        return subprocess.run(given, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True, timeout=100)
+
+    return run
+
+
+def table_rows(stdout: str) -> list[list[str]]:
+    """The cells of the printed table, its heading left out."""
+    lines = stdout.strip().splitlines()
+    return [line.split() for line in lines[1 : lines.index("")]]
+
+
+def test_samples_twice(demo: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    first = demo()
+    assert first.returncode == 0, first.stderr
+    out = tmp_path / "cwd" / "demo_report"
+    predictions = pd.read_parquet(out / "predictions.parquet")
+    samples = pd.read_csv(ROOT / "samples/metadata.csv")
+    assert [Path(p).name for p in predictions["speech"]] == samples["speech"].tolist()
+    assert predictions["status"].eq("ok").all()
+    expected = [
+        [Path(row.speech).name, row.label_name, row.predicted, f"{row.confidence:.0%}"]
+        for row in predictions.itertuples()
+    ]
+    assert table_rows(first.stdout) == expected
+    assert "synthetic" in first.stdout
+    assert f"Report: {out / 'report.html'}" in first.stdout
+    assert "synthetic speech" in (out / "report.html").read_text(encoding="utf-8")
+    (out / "predictions.parquet").unlink()  # whatever state the folder is in, a second run makes it whole
+    second = demo()
+    assert second.returncode == 0, second.stderr
+    assert second.stdout == first.stdout
+
+
+def test_own_folder_with_a_broken_recording(
+    demo: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    calls = tmp_path / "my calls"
+    calls.mkdir()
+    shutil.copy(ROOT / "samples/ben_calm_train.wav", calls / "a b.wav")
+    (calls / "broken.wav").write_text("not audio at all")
+    result = demo("--data", str(calls), "--out", "elsewhere")
+    assert result.returncode == 0, result.stderr
+    good, broken = result.stdout.strip().splitlines()[1:3]
+    assert good.startswith("a b.wav ")
+    assert good.endswith("%")
+    assert broken.split() == ["broken.wav", "-", "not_audio"]
+    assert result.stdout.split()[:3] == ["recording", "answer", "confidence"]
+    assert "synthetic" not in result.stdout
+    assert "synthetic" not in (tmp_path / "cwd/elsewhere/report.html").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_is_not_there_is_one_line(demo: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    result = demo("--data", "nowhere")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "nowhere" in errors[0]
+    assert "Traceback" not in result.stderr

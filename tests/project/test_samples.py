@@ -1,0 +1,129 @@
+"""The committed sample clips: what they are, and that the script beside them makes them."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import soundfile
+
+from pipeline.data.labels import RAVDESS_LABELS
+from pipeline.data.manifest import read_manifest
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+AUDIO = {".wav", ".flac", ".ogg"}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    with (SAMPLES / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_samples", SAMPLES / "make_samples.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_manifest_lists_every_clip_and_nothing_else(rows: list[dict[str, str]]) -> None:
+    on_disk = {path.name for path in SAMPLES.iterdir() if path.suffix in AUDIO}
+    assert {row["speech"] for row in rows} == on_disk
+    assert len(rows) == len(on_disk) >= 8
+    assert {row["label"] for row in rows} == set(RAVDESS_LABELS)
+    assert {row["corpus"] for row in rows} == {"synthetic"}
+    assert read_manifest(SAMPLES / "metadata.csv")["label"].tolist() == [row["label"] for row in rows]
+
+
+def test_clips_are_short_small_and_varied(rows: list[dict[str, str]]) -> None:
+    infos = [soundfile.info(SAMPLES / row["speech"]) for row in rows]
+    assert all(1.5 <= info.duration <= 4.0 for info in infos)
+    rates_hz = {info.samplerate for info in infos}
+    assert len(rates_hz) >= 6
+    assert (min(rates_hz), max(rates_hz)) == (8_000, 48_000)
+    assert {info.channels for info in infos} == {1, 2}
+    assert {info.format for info in infos} == {"WAV", "FLAC", "OGG"}
+    assert sum(path.stat().st_size for path in SAMPLES.iterdir() if path.is_file()) < 1_500_000
+
+
+def test_clips_hold_sound_with_quiet_ends_and_the_loudness_of_their_style(
+    rows: list[dict[str, str]], maker: ModuleType
+) -> None:
+    for row in rows:
+        samples, rate_hz = soundfile.read(SAMPLES / row["speech"], always_2d=True)
+        edge = round(0.1 * rate_hz)
+        peak = np.abs(samples).max()
+        assert np.abs(samples[:edge]).max() < 0.05 * peak, row["speech"]
+        assert np.abs(samples[-edge:]).max() < 0.05 * peak, row["speech"]
+        wanted_dbfs = maker.STYLES[row["label"]].peak_dbfs
+        assert 20 * np.log10(peak) == pytest.approx(wanted_dbfs, abs=1.0), row["speech"]
+
+
+def test_the_two_channels_of_a_stereo_clip_differ(rows: list[dict[str, str]]) -> None:
+    clips = [soundfile.read(SAMPLES / row["speech"], always_2d=True)[0] for row in rows]
+    levels = [np.sqrt((clip**2).mean(axis=0)) for clip in clips if clip.shape[1] == 2]
+    assert len(levels) >= 2
+    assert all(max(level) > 1.2 * min(level) for level in levels)
+
+
+needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
+
+
+@needs_espeak
+def test_the_script_makes_the_same_clips_again(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    """Of three times at least two agree: espeak-ng itself once spoke a clip otherwise, and not again in 1,500 times."""
+    for name in ("first", "second", "third"):
+        command = [sys.executable, str(SAMPLES / "make_samples.py"), "--out", str(tmp_path / name)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert len(printed.splitlines()) == len(rows)
+    assert (tmp_path / "first/metadata.csv").read_bytes() == (SAMPLES / "metadata.csv").read_bytes()
+    for row in rows:
+        committed = soundfile.info(SAMPLES / row["speech"])
+        first, rate_hz = soundfile.read(tmp_path / "first" / row["speech"])
+        second, third = (soundfile.read(tmp_path / name / row["speech"])[0] for name in ("second", "third"))
+        assert any(np.array_equal(a, b) for a, b in ((first, second), (first, third), (second, third)))
+        assert (rate_hz, first.ndim) == (committed.samplerate, committed.channels)
+        # Another version of espeak-ng may speak a little faster or slower than the one behind the committed clips.
+        assert len(first) / rate_hz == pytest.approx(committed.duration, rel=0.15)
+
+
+@needs_espeak
+def test_a_style_is_heard(maker: ModuleType) -> None:
+    import librosa
+
+    def median_pitch_hz(label: str) -> float:
+        samples, rate_hz = maker.speak(maker.SENTENCES["kettle"], "en-us+f3", maker.STYLES[label])
+        pitch, voiced, _ = librosa.pyin(samples, fmin=60, fmax=600, sr=rate_hz)
+        return float(np.median(pitch[voiced]))
+
+    def duration_s(label: str) -> float:
+        samples, rate_hz = maker.speak(maker.SENTENCES["kettle"], "en-us+f3", maker.STYLES[label])
+        return len(samples) / rate_hz
+
+    assert median_pitch_hz("fearful") > 1.5 * median_pitch_hz("sad")
+    assert duration_s("sad") > 1.5 * duration_s("fearful")
+
+
+def test_without_espeak_the_script_says_what_to_do(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(SAMPLES / "make_samples.py"), "--out", str(tmp_path / "none")],
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "apt-get install espeak-ng" in result.stderr
+    assert not (tmp_path / "none").exists()

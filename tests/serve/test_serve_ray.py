@@ -1,0 +1,359 @@
+"""The service as it runs: Ray Serve's proxy, ingress and a model worker, over real sockets, started once.
+
+Limits are low here, so that they can be reached quickly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from ipaddress import IPv6Address
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SERVICE_LIMITS
+from ray.serve.generated import serve_pb2, serve_pb2_grpc
+from serving import form, wav
+
+from benchmarks.processes import command_of, descendants
+from jobs import infer
+from pipeline.features.store import load_features
+from pipeline.inference.predictor import Predictor
+from pipeline.models.bundle import Bundle, save_bundle
+from serve.client import Client
+from serve.client_errors import Busy
+from serve.client_wire import single
+from serve.schema import Problem, Recording
+from serve.settings import Settings
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def url(ray_session: None, tiny_bundle: Bundle) -> Iterator[str]:
+    from serve import deployment
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    deployment.run(Settings(bundles=(str(tiny_bundle.folder),), **SERVICE_LIMITS), "127.0.0.1", port)
+    yield f"http://127.0.0.1:{port}"
+    deployment.stop()
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def problem_of(response: httpx.Response, status: int, code: str) -> Problem:
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    problem = Problem.model_validate_json(response.content)
+    assert (response.status_code, problem.code) == (status, code)
+    assert problem.request_id == response.headers["x-request-id"]
+    return problem
+
+
+def test_shard_infer_score_and_service_agree(
+    url: str, tiny_bundle: Bundle, write_audio: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.features.extract import ShardOptions, extract_shards
+    from pipeline.scoring.scoring import Execution, score_manifest
+
+    paths = [
+        write_audio("a.wav", duration_s=3.0, sample_rate_hz=44_100, channels=2),
+        write_audio("b.flac", duration_s=1.0, f0_hz=300),
+        write_audio("c.ogg", duration_s=4.0, sample_rate_hz=48_000, f0_hz=90),
+    ]
+    with Client(url) as client:
+        served = [answer for answer in client.predict_each(paths) if isinstance(answer, Recording)]
+        raw = [client.classify(path) for path in paths]
+    assert infer.main(["--json", "--model_weights", str(tiny_bundle.folder), "--file", *map(str, paths)]) == 0
+    inferred = json.loads(capsys.readouterr().out)
+    manifest = pd.DataFrame({"speech": list(map(str, paths)), "label": ["calm", "sad", "calm"]})
+    extract_shards(manifest, tmp_path / "features", tiny_bundle.features, options=ShardOptions(mel_power_s=0))
+    pictures = np.asarray(load_features(tmp_path / "features").features)
+    by_shard = Predictor.from_bundle(tiny_bundle.folder, threads=1).probabilities(pictures)
+    score_manifest(manifest, tmp_path / "scores", weights=tiny_bundle.folder, execution=Execution(num_cpus=1))
+    scored = pd.read_parquet(tmp_path / "scores" / "predictions.parquet")
+    by_score = scored[[f"p_{name}" for name in tiny_bundle.labels]].to_numpy()
+    for answer, scores, one, shard, score in zip(served, raw, inferred, by_shard, by_score, strict=True):
+        by_label = {item.label: item.score for item in answer.scores}
+        found = [by_label[name] for name in tiny_bundle.labels]
+        np.testing.assert_allclose(found, [one["probabilities"][name] for name in tiny_bundle.labels], atol=1e-5)
+        np.testing.assert_allclose(found, shard, atol=1e-5)
+        np.testing.assert_allclose(found, score, atol=1e-5)
+        assert answer.label == one["predicted"] == scores[0].label
+        assert (answer.duration_s, answer.channels) == (one["duration_s"], one["channels"])
+
+
+def test_every_answer_has_one_request_id(http: httpx.Client) -> None:
+    asked = (("GET", "/v2/health/live"), ("GET", "/nothing"), ("GET", "/v1/predict"), ("POST", "/v1/explain"))
+    for method, path in asked:
+        made = http.request(method, path)
+        assert len(made.headers.get_list("x-request-id")) == 1
+        given = http.request(method, path, headers={"x-request-id": "mine-1"})
+        assert given.headers.get_list("x-request-id") == ["mine-1"]
+    answer = http.post("/v1/predict", **form(wav()))
+    assert answer.json()["id"] == answer.headers["x-request-id"]
+
+
+def test_no_version_of_ours_is_told(http: httpx.Client) -> None:
+    for answer in (http.get("/v2/health/live"), http.get("/nothing"), http.post("/v1/predict", **form(b"words"))):
+        told = " ".join([*map(": ".join, answer.headers.items()), answer.text]).lower()
+        assert not any(word in told for word in ("ray", "python", "fastapi", "starlette", "/home", "/tmp"))
+
+
+def test_the_task_as_hugging_face_s_client_speaks_it(url: str, tmp_path: Path) -> None:
+    from huggingface_hub import InferenceClient
+
+    path = tmp_path / "speech.wav"
+    path.write_bytes(wav(3.0))
+    client = InferenceClient(model=f"{url}/v1/audio-classification", token="none", timeout=60)
+    every = client.audio_classification(path.read_bytes())
+    assert [item.label for item in client.audio_classification(str(path))] == [item.label for item in every]
+    first = client.audio_classification(path.read_bytes(), top_k=3)
+    assert [(item.label, item.score) for item in first] == [(item.label, item.score) for item in every[:3]]
+    with Client(url) as ours:
+        assert [(score.label, score.score) for score in ours.classify(path)] == [(i.label, i.score) for i in every]
+
+
+def test_declared_lengths_are_refused_at_once(url: str) -> None:
+    answer, sent = _upload(url, [b"x"], declared=10**9, chunked=False)
+    assert b" 413 " in answer.split(b"\r\n", 1)[0]
+    assert b'"code":"body_too_large"' in answer
+    assert sent < 10
+
+
+def test_chunked_uploads_are_cut_off(url: str) -> None:
+    answer, sent = _upload(url, [bytes(MIB)] * 200, chunked=True)
+    assert b" 413 " in answer.split(b"\r\n", 1)[0]
+    assert b'"code":"body_too_large"' in answer
+    assert sent < 100 * MIB  # what the sockets and the proxy held; the connection is closed
+
+
+def test_slow_uploads_are_given_up(url: str) -> None:
+    started_s = time.monotonic()
+    answer, _ = _upload(url, [b"x"], declared=1000, chunked=False)
+    assert b" 408 " in answer.split(b"\r\n", 1)[0]
+    assert b'"code":"body_timeout"' in answer
+    assert 3.0 < time.monotonic() - started_s < 30.0
+
+
+def _upload(url: str, parts: list[bytes], *, chunked: bool, declared: int = 0) -> tuple[bytes, int]:
+    """Send a body by hand; (the answer, bytes of the body that could be sent)."""
+    address = httpx.URL(url)
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {declared}"
+    head = (
+        f"POST /v1/audio-classification HTTP/1.1\r\nHost: {address.host}\r\nContent-Type: audio/wav\r\n{length}\r\n\r\n"
+    )
+    sent, answer = 0, bytearray()
+    with socket.create_connection((address.host, address.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+
+        def read() -> None:
+            try:
+                while part := connection.recv(65536):
+                    answer.extend(part)
+            except OSError:
+                return  # the service has hung up
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for part in parts:
+                connection.sendall(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+                sent += len(part)
+        except OSError:
+            pass
+        reader.join(30)
+    return bytes(answer), sent
+
+
+def test_up_to_the_limit_bodies_pass(http: httpx.Client) -> None:
+    large = wav(60.0, 48_000)
+    assert 5 * MIB < len(large) < SERVICE_LIMITS["max_body_mib"] * MIB
+    assert http.post("/v1/predict", **form(large)).json()["files"][0]["duration_s"] == 60.0
+    task = http.post("/v1/audio-classification", content=large, headers={"content-type": "audio/wav"})
+    assert task.status_code == 200
+
+
+def test_ports_of_workers_are_not_open_everywhere_and_need_ray_s_token(url: str) -> None:
+    request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps({}))
+    replicas = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::ServeReplica:ser:")]
+    assert len(replicas) >= 2
+    for replica in replicas:
+        answers = {}
+        for address, port in _listening(replica):
+            host = "127.0.0.1" if address == IPv6Address("::") else str(address.ipv4_mapped or f"[{address}]")
+            with grpc.insecure_channel(f"{host}:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+                serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=60)
+            answers[address, port] = refused.value.code()
+        (serve_s,) = (address for (address, _), code in answers.items() if code is grpc.StatusCode.UNAUTHENTICATED)
+        assert serve_s != IPv6Address("::")  # Ray Serve's own choice
+
+
+def _listening(pid: int) -> list[tuple[IPv6Address, int]]:
+    """Addresses (IPv4 ones mapped) and ports at which a process listens, as Linux tells."""
+    held, found = set(), []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            held.add(os.readlink(entry))
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                text, port = fields[1].split(":")
+                words = [int(text[at : at + 8], 16).to_bytes(4, "little") for at in range(0, len(text), 8)]
+                raw = b"".join(words) if table == "tcp6" else bytes(10) + b"\xff\xff" + words[0]
+                found.append((IPv6Address(raw), int(port, 16)))
+    return found
+
+
+def test_many_files_at_once(http: httpx.Client) -> None:
+    problem_of(http.post("/v1/predict", **form(*[wav(0.2)] * 9)), 422, "too_many_files")
+    answer = http.post("/v1/predict", **form(*[wav(0.2)] * 5, b"words"))
+    if answer.status_code == 200:
+        assert [file["status"] for file in answer.json()["files"]] == ["ok"] * 5 + ["failed"]
+    else:  # 4 in work, 2 waiting: one request may fill the service
+        problem_of(answer, 429, "overloaded")
+
+
+def test_overload_is_told_and_retries_get_through(url: str) -> None:
+    body = form(wav(20.0), window_s=2, hop_s=0.2)
+
+    async def flood() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            return await asyncio.gather(*(client.post("/v1/predict", **body) for _ in range(24)))
+
+    answers = asyncio.run(flood())
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < len(answers)
+    for answer in refused:
+        problem_of(answer, 429, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+    with Client(url, retries=20) as client, ThreadPoolExecutor(12) as threads:
+        found = list(threads.map(lambda _: client.predict(wav(1.0)).label, range(24)))
+    assert len(set(found)) == 1
+    with Client(url, retries=0) as client, ThreadPoolExecutor(24) as threads:
+        tries = list(threads.map(lambda _: _code(client, wav(20.0)), range(24)))
+    assert set(tries) == {"ok", "overloaded"}
+
+
+def _code(client: Client, data: bytes) -> str:
+    try:
+        client.predict(data, window_s=2, hop_s=0.2)
+    except Busy as busy:
+        return busy.code
+    return "ok"
+
+
+def _workers() -> list[int]:
+    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::ServeReplica:ser:Model")]
+
+
+def test_every_metric_of_ours_is_exported_with_its_help(http: httpx.Client) -> None:
+    import ray
+
+    problem_of(http.post("/v1/predict", **form(b"words")), 400, "not_audio")
+    (node,) = ray.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    wanted = ("requests_total", "request_seconds", "recordings_total", "stage_seconds", "batch_size")
+    until_s = time.monotonic() + 60
+    while True:  # Ray exports every few seconds
+        lines = httpx.get(address, timeout=30).text.splitlines()
+        helped = {line.split()[2] for line in lines if line.startswith("# HELP ray_ser_") and len(line.split()) > 5}
+        codes = [line for line in lines if line.startswith("ray_ser_requests_total{") and 'code="not_audio"' in line]
+        if {f"ray_ser_{name}" for name in (*wanted, "waiting_recordings")} <= helped and codes:
+            break
+        assert time.monotonic() < until_s, f"exported are only {sorted(helped)}"
+        time.sleep(0.5)
+    assert all('status="400"' in line and 'route="/v1/predict"' in line for line in codes)
+
+
+def test_a_killed_worker_costs_no_request(url: str) -> None:
+    (victim,) = _workers()
+    with Client(url, retries=20) as client, ThreadPoolExecutor(3) as threads:
+        before = client.predict(wav(20.0), window_s=2, hop_s=0.1)
+        running = [threads.submit(client.predict, wav(20.0), window_s=2, hop_s=0.1) for _ in range(3)]
+        while not any(future.running() for future in running):
+            time.sleep(0.01)
+        os.kill(victim, signal.SIGKILL)
+        for future in running:
+            assert future.result(timeout=120).scores == before.scores
+        assert client.ready()
+    assert victim not in _workers()
+
+
+def test_new_weights_take_over_between_requests_and_several_models_answer_by_name(
+    url: str, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    from serve import deployment
+
+    state = tiny_bundle.state_dict()
+    last = [name for name in state if name.endswith("bias")][-1]
+    state[last] = state[last].flip(0)
+    better, second = (
+        save_bundle(
+            tmp_path / name,
+            name=name,
+            state_dict=weights,
+            model_name=tiny_bundle.model_name,
+            model_options=tiny_bundle.model_options,
+            labels=tiny_bundle.labels,
+            features=tiny_bundle.features,
+            metrics={},
+        )
+        for name, weights in (("tiny", state), ("second", tiny_bundle.state_dict()))
+    )
+    data, stop, seen, failed = wav(1.0), threading.Event(), [], []
+
+    def load() -> None:
+        with Client(url, retries=10) as client:
+            while not stop.is_set():
+                try:
+                    seen.append(client.predict_together([data]).version)
+                except Exception as error:
+                    failed.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        deployment.roll_out(Settings(bundles=(str(better.folder), str(second.folder)), **SERVICE_LIMITS))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    versions = [bundle.weights_sha256[:12] for bundle in (tiny_bundle, better)]
+    assert seen[0] == versions[0]
+    assert set(seen) <= set(versions)
+    with Client(url) as client:
+        assert client.model().models == ["tiny", "second"]
+        assert client.model().version == versions[1]
+        answers = {name: client.predict_together([data], model=name) for name in (None, "tiny", "second")}
+        assert {name: (found.model, found.version) for name, found in answers.items()} == {
+            None: ("tiny", versions[1]),
+            "tiny": ("tiny", versions[1]),
+            "second": ("second", second.weights_sha256[:12]),
+        }
+        by_name = {name: {item.label: item.score for item in single(found).scores} for name, found in answers.items()}
+        assert by_name[None] == by_name["tiny"] != by_name["second"]
+        (expected,) = Predictor.from_bundle(tiny_bundle.folder, threads=1).predict([data])
+        found = [by_name["second"][label] for label in tiny_bundle.labels]
+        np.testing.assert_allclose(found, expected.probabilities, atol=1e-5)

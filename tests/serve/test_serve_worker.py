@@ -1,0 +1,212 @@
+"""A model worker without HTTP and Ray: the predictor's answers, batches, decoders that hang or crash, health."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import speech_like
+from serving import run, wav
+
+from pipeline.audio import isolated
+from pipeline.audio.errors import DecoderCrashed
+from pipeline.audio.windows import Walk
+from pipeline.inference.predictor import Predictor
+from pipeline.models.bundle import Bundle
+from serve import worker as worker_module
+from serve.asks import Ask
+from serve.worker import Worker, version_of
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_bundle: Bundle) -> Predictor:
+    return Predictor.from_bundle(tiny_bundle.folder, threads=1)
+
+
+def test_many_at_once_get_the_predictor_s_answers(predictor: Predictor) -> None:
+    voices = [wav(0.3 + 0.1 * number, f0_hz=80 + 20 * number) for number in range(20)] + [b"words", b""]
+
+    async def scenario() -> list[Any]:
+        worker = Worker(predictor)
+        worker.warm_up()
+        return await asyncio.gather(*(worker.predict(data, Ask()) for data in voices))
+
+    answers = run(scenario())
+    for heard, expected in zip(answers, predictor.predict(voices), strict=True):
+        assert heard.prediction.status == expected.status
+        np.testing.assert_allclose(heard.prediction.probabilities, expected.probabilities, atol=1e-6)
+        assert (heard.model, heard.version) == ("tiny", version_of(predictor.bundle))
+        assert 1 <= heard.timing.batch <= predictor.batch_size
+        assert min(heard.timing.decode_s, heard.timing.wait_s, heard.timing.network_s) >= 0
+    assert max(heard.timing.batch for heard in answers) > 1
+
+
+def test_the_bundle_s_crops_are_pooled(tiny_bundle: Bundle) -> None:
+    several = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=3)
+    data = wav(6.0)
+    heard = run(Worker(several).predict(data, Ask()))
+    (expected,) = several.predict([data])
+    np.testing.assert_allclose(heard.prediction.probabilities, expected.probabilities, atol=1e-6)
+    assert heard.prediction.scored_s == expected.scored_s == pytest.approx(14 / 3, abs=0.01)
+
+
+def test_windows_are_those_of_follow(predictor: Predictor) -> None:
+    data = wav(5.0, channels=2)
+    heard = run(Worker(predictor).predict(data, Ask(1.5, 0.5, "each")))
+    prediction, timeline = predictor.follow(data, Walk(1.5, 0.5), channels="each")
+    assert heard.timeline is not None
+    np.testing.assert_array_equal(heard.timeline.start_s, timeline.start_s)
+    np.testing.assert_allclose(heard.timeline.log_p, timeline.log_p, atol=1e-6)
+    np.testing.assert_allclose(heard.prediction.probabilities, prediction.probabilities, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ask", "status"),
+    [
+        (Ask(window_s=2.5), "invalid_request"),
+        (Ask(hop_s=0.01), "too_many_windows"),
+        (Ask(channels=1), "no_such_channel"),
+        (Ask(channels=1, hop_s=1.0), "no_such_channel"),
+    ],
+)
+def test_what_is_not_granted_is_a_status(predictor: Predictor, ask: Ask, status: str) -> None:
+    heard = run(Worker(predictor, max_windows=100).predict(wav(4.0), ask))
+    assert heard.prediction.status == status
+    assert not heard.prediction.ok
+    assert heard.picture is None
+
+
+def test_explanations_are_of_the_label_that_was_predicted(predictor: Predictor) -> None:
+    data = wav(4.0, f0_hz=200)
+    explained = run(Worker(predictor).explain(data, Ask()))
+    (expected,) = predictor.predict([data])
+    assert explained.occlusion is not None
+    assert explained.labels[explained.occlusion.target] == expected.predicted
+    np.testing.assert_allclose(np.exp(explained.occlusion.log_p), expected.probabilities, atol=1e-5)
+    assert run(Worker(predictor).explain(b"words", Ask())).prediction.status == "not_audio"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Predictor, apart: bool) -> None:
+    samples = speech_like(duration_s=10.0)
+    samples[16_000] = np.nan
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="WAV", subtype="FLOAT")
+    data = buffer.getvalue()
+    (expected,) = predictor.predict([data])
+    heard = run(Worker(predictor).predict(data, Ask(picture=True), apart=apart))
+    explained = run(Worker(predictor).explain(data, Ask(), apart=apart))
+    assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
+    for picture in (heard.picture, explained.picture):
+        assert picture is not None
+        assert (picture.outline_start_s, picture.outline_end_s) == (4.0, 6.0)
+        assert np.isfinite(picture.low).all()
+
+
+def test_what_cannot_be_drawn_is_a_status(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: object) -> None:
+        raise DecoderCrashed("recording: its decoder ended the process with SIGSEGV.")
+
+    monkeypatch.setattr(Worker, "_look", look)
+    worker = Worker(predictor)
+    assert run(worker.predict(wav(), Ask(picture=True))).prediction.status == "decoder_crashed"
+    assert run(worker.explain(wav(), Ask())).prediction.status == "decoder_crashed"
+
+
+def test_a_recording_under_suspicion_is_decoded_apart(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = []
+
+    def crash(source: bytes, **options: object) -> None:
+        apart.append(source)
+        raise DecoderCrashed("recording: its decoder ended the process with SIGSEGV.")
+
+    monkeypatch.setattr(isolated, "decode_in_subprocess", crash)
+    worker = Worker(predictor)
+    assert run(worker.predict(b"evil", Ask(), apart=True)).prediction.status == "decoder_crashed"
+    assert run(worker.predict(b"evil", Ask(window_s=1.0), apart=True)).prediction.status == "decoder_crashed"
+    assert run(worker.explain(b"evil", Ask(), apart=True)).prediction.status == "decoder_crashed"
+    assert len(apart) == 3
+
+
+def test_apart_gives_the_same(predictor: Predictor) -> None:
+    data = wav(3.0)
+    here = run(Worker(predictor).predict(data, Ask(picture=True)))
+    there = run(Worker(predictor).predict(data, Ask(picture=True), apart=True))
+    np.testing.assert_allclose(there.prediction.probabilities, here.prediction.probabilities, atol=1e-6)
+    assert here.picture is not None
+    assert there.picture is not None
+    np.testing.assert_array_equal(there.picture.level_db, here.picture.level_db)
+
+
+def test_a_decoder_that_hangs_is_given_up_and_told_by_the_health_check(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(Predictor, "listen", lambda *_, **__: release.wait(30))
+
+    async def scenario() -> None:
+        worker = Worker(predictor, decode_timeout_s=0.05)
+        worker.check()
+        heard = await worker.predict(b"data", Ask())
+        assert heard.prediction.status == "decode_timeout"
+        worker.check()  # not for so long that the worker should go
+        later_s = time.monotonic() + 1000
+        monkeypatch.setattr(worker_module.time, "monotonic", lambda: later_s)
+        with pytest.raises(RuntimeError, match="not been decoded"):
+            worker.check()
+        release.set()
+        while worker._running:
+            await asyncio.sleep(0)
+        worker.check()
+
+    run(scenario())
+
+
+def test_waiting_for_a_thread_is_not_hanging(predictor: Predictor) -> None:
+    release = threading.Event()
+
+    async def scenario() -> None:
+        worker = Worker(predictor, decode_timeout_s=1.0)
+        busy = [worker._decoders.submit(release.wait, 60) for _ in range(2)]
+        waiting = asyncio.create_task(worker._in(worker._decoders, lambda: "done"))
+        gone = asyncio.create_task(worker._in(worker._decoders, lambda: pytest.fail("nobody waits for it")))
+        await asyncio.wait([waiting], timeout=1.5)  # longer than the limit
+        gone.cancel()
+        await asyncio.wait([gone])
+        release.set()
+        assert await waiting == "done"
+        assert all(future.result() for future in busy)
+
+    run(scenario())
+
+
+def test_long_work_does_not_stand_in_the_way_of_short(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, entered = threading.Event(), threading.Event()
+
+    def follow(*_: object, **__: object) -> None:
+        entered.set()
+        release.wait(30)
+
+    monkeypatch.setattr(Predictor, "follow", follow)
+
+    async def scenario() -> None:
+        worker = Worker(predictor)
+        long = [asyncio.create_task(worker.predict(wav(), Ask(hop_s=1.0))) for _ in range(3)]
+        await asyncio.to_thread(entered.wait, 30)
+        assert (await worker.predict(wav(), Ask())).prediction.ok
+        release.set()
+        await asyncio.gather(*long, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_card(predictor: Predictor) -> None:
+    card = Worker(predictor).card()
+    assert (card.name, card.labels, card.crops, card.backend) == ("tiny", predictor.labels, 1, "onnx")
+    assert card.text == ""

@@ -1,0 +1,201 @@
+"""The ledger: claims, locks, parts that are whole or not there, a full disk, notes of attempts that died."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.storage.errors import SerError
+from pipeline.storage.ledger import Ledger, LedgerError, Notes, open_ledger
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAN: dict[str, Any] = {"model": "a" * 64, "crops": 1, "rows": 4, "input": "c" * 64}
+PART = pa.table({"status": ["ok", "not_audio"], "p": [0.5, None]})
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with open_ledger(tmp_path / "out") as opened:
+        yield opened
+
+
+def test_a_begun_run_goes_on_with_its_own_block_size(ledger: Ledger) -> None:
+    assert ledger.claim(PLAN, 2, overwrite=False) == 2
+    ledger.commit(0, PART)
+    assert ledger.claim(dict(PLAN), 99, overwrite=False) == 2
+    assert ledger.committed({0: 2, 1: 2}) == {0: 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"crops": 3}, "crops 1 instead of 3"),
+        ({"model": "b" * 64}, "another model"),
+        ({"rows": 5, "input": "d" * 64}, "rows 4 instead of 5, another input"),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_run_is_refused_or_overwritten(
+    change: dict[str, Any], words: str, finished: bool, ledger: Ledger
+) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.commit(0, PART)
+    leftovers = [ledger.out / name for name in ("predictions.csv", "segments.parquet", "report.html")]
+    for path in leftovers:
+        path.touch()
+    if finished:
+        ledger.finish({"plan": PLAN, "block_rows": 2})
+    with pytest.raises(LedgerError, match=f"holds a run with {words}.* or --overwrite to begin again"):
+        ledger.claim({**PLAN, **change}, 2, overwrite=False)
+    assert all(path.exists() for path in leftovers), "a refusal changes nothing"
+    assert ledger.claim({**PLAN, **change}, 3, overwrite=True) == 3
+    assert ledger.finished() is None
+    assert ledger.committed({0: 2}) == {}
+    assert not any(path.exists() for path in leftovers)
+
+
+def test_nothing_of_a_report_or_of_exports_outlives_the_run_that_is_overwritten(ledger: Ledger) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.finish({"plan": PLAN, "block_rows": 2})
+    (ledger.out / "mine.csv").touch()
+    (ledger.out / "audacity").mkdir()
+    names = ("audacity/000000-a.txt", "confusion_matrix.png", "verdict.csv", "mistakes.csv", "failures.csv")
+    for name in names:
+        (ledger.out / name).touch()
+    ledger.claim(PLAN, 2, overwrite=True)
+    assert sorted(path.name for path in ledger.out.iterdir()) == [".score", ".score.lock", "mine.csv"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_half_written_files_of_runs_that_were_killed_are_swept(finished: bool, ledger: Ledger) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    if finished:
+        ledger.finish({"plan": PLAN, "block_rows": 2})
+    for name in (".predictions.parquet.77.tmp", ".run.json.77.tmp", ".mine.tmp"):
+        (ledger.out / name).touch()
+    ledger.claim(PLAN, 2, overwrite=False)
+    assert [path.name for path in ledger.out.glob(".*.tmp")] == [".mine.tmp"]
+
+
+def test_a_finished_run_whose_tables_are_gone_is_not_taken_for_done(ledger: Ledger) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.finish({"plan": PLAN, "block_rows": 2})
+    (ledger.out / "predictions.parquet").touch()
+    assert ledger.claim(PLAN, 2, overwrite=False, tables=["predictions"]) == 2
+    with pytest.raises(LedgerError, match=r"segments\.parquet is gone; put it back, or --overwrite to score again"):
+        ledger.claim(PLAN, 2, overwrite=False, tables=["predictions", "segments"])
+    assert ledger.claim(PLAN, 3, overwrite=True, tables=["predictions", "segments"]) == 3
+
+
+def test_tables_of_nobody_are_not_overwritten_unasked(ledger: Ledger) -> None:
+    (ledger.out / "predictions.csv").write_text("mine")
+    with pytest.raises(LedgerError, match="is of no run known here"):
+        ledger.claim(PLAN, 2, overwrite=False)
+    assert (ledger.out / "predictions.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_half_written_plan_or_record_counts_as_none(content: str, ledger: Ledger) -> None:
+    (ledger.out / "run.json").write_text(content)
+    assert ledger.finished() is None
+
+
+def test_parts_that_are_cut_or_of_another_size_are_done_again(ledger: Ledger) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    for block in range(4):
+        ledger.commit(block, PART)
+    whole = ledger.part_path(0).read_bytes()
+    ledger.part_path(1).write_bytes(whole[: len(whole) // 2])
+    ledger.part_path(2).write_bytes(b"")
+    (ledger.work / ".part-000005.parquet.77.tmp").write_bytes(whole)
+    assert ledger.committed({0: 2, 1: 2, 2: 2, 3: 1, 4: 2, 5: 2}) == {0: 1}
+    assert not any(ledger.part_path(block).exists() for block in (1, 2, 3)), "what is damaged is removed"
+    ledger.claim(PLAN, 2, overwrite=False)
+    assert list(ledger.work.glob(".*.tmp")) == []
+
+
+def test_a_full_disk_leaves_no_part_and_says_what_to_do(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.commit(0, PART)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LedgerError, match="No space left on device; free some space and give the same command again"):
+        ledger.commit(1, PART)
+    monkeypatch.undo()
+    assert sorted(path.name for path in ledger.work.iterdir()) == ["notes", "part-000000.parquet", "plan.json"]
+    assert ledger.committed({0: 2, 1: 2}) == {0: 1}
+
+
+def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom pipeline.storage.ledger import open_ledger\n"
+        "with open_ledger(Path(sys.argv[1])):\n    print('locked', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(LedgerError, match="another run is writing into"), open_ledger(tmp_path / "out"):
+            pytest.fail("two runs hold one folder")
+        other.kill()
+    with open_ledger(tmp_path / "out") as ledger:
+        assert ledger.finished() is None
+
+
+def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LedgerError, match="cannot write into"), open_ledger(tmp_path / "file"):
+        pytest.fail("a file was taken for a folder")
+
+
+def test_notes_name_the_recording_at_hand_of_attempts_that_died(tmp_path: Path) -> None:
+    dead = Notes(tmp_path, 7, "run")
+    dead.begin(3)
+    dead.begin(300)
+    good = Notes(tmp_path, 7, "run")
+    assert (good.suspects, good.attempts) == (frozenset({300}), 1)
+    good.begin(1)
+    good.close()
+    again = Notes(tmp_path, 7, "run")
+    assert (again.suspects, again.attempts) == (frozenset({300}), 1), "an attempt that ended well is no suspect"
+    assert Notes(tmp_path, 8, "run").suspects == frozenset()
+
+
+def test_attempts_that_die_again_and_again_suspect_all_and_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.ledger.RETRIES", 5)
+    suspected = []
+    for _ in range(6):
+        notes = Notes(tmp_path, 7, "run")
+        notes.check()
+        suspected.append((notes.apart(3), notes.apart(4)))
+        notes.begin(3)
+    assert suspected == [(False, False), *[(True, False)] * 3, *[(True, True)] * 2]
+    with pytest.raises(SerError, match="block 7 took its process down 6 times"):
+        Notes(tmp_path, 7, "run").check()
+    Notes(tmp_path, 7, "another start").check()
+
+
+def test_attempts_of_an_earlier_start_are_suspects_but_do_not_count(tmp_path: Path) -> None:
+    Notes(tmp_path, 7, "first").begin(5)
+    later = Notes(tmp_path, 7, "second")
+    assert (later.suspects, later.attempts) == (frozenset({5}), 0)
+
+
+def test_notes_where_nothing_can_be_written(tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "gone", 0, "run")
+    notes.begin(1)
+    notes.close()
+    assert (notes.suspects, notes.attempts) == (frozenset(), 0)

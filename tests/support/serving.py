@@ -1,0 +1,138 @@
+"""The service without Ray: its ASGI application over a worker in this process, and a meter that remembers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import soundfile
+from conftest import speech_like
+
+from pipeline.inference.predictor import Predictor
+from pipeline.models.bundle import Bundle
+from serve.api import create_app
+from serve.asks import Ask, Card, Explained, Heard
+from serve.keys import key_digest
+from serve.service import Service
+from serve.settings import Settings
+from serve.worker import Worker
+
+Result = TypeVar("Result")
+
+
+def wav(duration_s: float = 1.0, rate_hz: int = 16_000, channels: int = 1, **voice: Any) -> bytes:
+    """A recording, 16-bit PCM."""
+    samples = np.stack([speech_like(duration_s=duration_s, sample_rate_hz=rate_hz, **voice)] * channels, axis=1)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate_hz, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def form(*recordings: bytes, **fields: object) -> dict[str, Any]:
+    """Arguments of httpx for a multipart form; the recordings are called 0.wav, 1.wav, ..."""
+    files = [("file", (f"{number}.wav", data)) for number, data in enumerate(recordings)]
+    return {"files": files, "data": {name: str(value) for name, value in fields.items()}}
+
+
+class LocalModels:
+    """``asks.Models`` of one worker in this process. ``error`` is raised instead of an answer when it is set."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.error: Exception | None = None
+        self.full: Exception | None = None
+        self.asked = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.worker.predictor.bundle.name,)
+
+    def check_room(self, model: str) -> None:
+        if self.full:
+            raise self.full
+
+    async def predict(self, model: str, data: bytes, ask: Ask) -> Heard:
+        self.asked += 1
+        if self.error:
+            raise self.error
+        return await self.worker.predict(data, ask)
+
+    async def explain(self, model: str, data: bytes, ask: Ask) -> Explained:
+        if self.error:
+            raise self.error
+        return await self.worker.explain(data, ask)
+
+    async def card(self, model: str) -> Card:
+        return self.worker.card()
+
+    async def ready(self, model: str) -> bool:
+        return self.error is None
+
+
+class KeptFigures:
+    """``access.Meter`` that remembers."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, int, str]] = []
+        self.recordings: list[tuple[str, str]] = []
+
+    def request(self, route: str, status: int, code: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.requests.append((route, status, code))
+
+    def recording(self, model: str, code: str) -> None:
+        self.recordings.append((model, code))
+
+
+class LocalService:
+    """The service over ``bundle``; ``request`` sends one HTTP request to it, as from this machine."""
+
+    def __init__(self, bundle: Bundle, *, key: str | None = None, **settings: Any) -> None:
+        self.settings = Settings(**settings)
+        predictor = Predictor.from_bundle(bundle.folder, threads=1, limits=self.settings.audio_limits)
+        self.models = LocalModels(Worker(predictor, max_windows=self.settings.max_windows))
+        self.meter = KeptFigures()
+        digest = key_digest(key) if key else None
+        self.app = create_app(Service(self.models, self.settings, self.meter, bundle.features.window_s, digest))
+
+    def request(self, method: str, path: str, *, host: str = "127.0.0.1", **content: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            async with self.client(host) as client:
+                return await client.request(method, path, **content)
+
+        return run(send())
+
+    def client(self, host: str = "127.0.0.1") -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self.app)
+        return httpx.AsyncClient(transport=transport, base_url=f"http://{host}", timeout=60)
+
+    def post(self, path: str, **content: Any) -> httpx.Response:
+        return self.request("POST", path, **content)
+
+    def get(self, path: str, **content: Any) -> httpx.Response:
+        return self.request("GET", path, **content)
+
+
+def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run to the end in a loop of its own."""
+    return asyncio.run(coroutine)
+
+
+class Bridge(httpx.BaseTransport):
+    """A synchronous way into an ASGI application."""
+
+    def __init__(self, service: LocalService) -> None:
+        self.service = service
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(self.service.app)
+            copied = httpx.Request(request.method, request.url, headers=request.headers, content=request.read())
+            response = await transport.handle_async_request(copied)
+            return httpx.Response(response.status_code, headers=response.headers, content=await response.aread())
+
+        return asyncio.run(send())

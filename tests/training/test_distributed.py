@@ -1,0 +1,128 @@
+"""Two real processes that train together over gloo, without Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import distributed as dist
+from torch import multiprocessing, nn
+from toy_data import toy_data, toy_model
+
+from pipeline.storage.errors import SerError
+from pipeline.training.batches import Batches
+from pipeline.training.config import FitConfig
+from pipeline.training.distributed import Workers
+from pipeline.training.loop import Run, fit
+
+WORLD = 2
+# 40, 8 and 12 clips of the three classes: far from balanced
+CLASSES = np.repeat([0, 1, 2, 0, 1, 2], [40, 8, 12, 3, 3, 3])
+
+
+def settings(**changes: Any) -> FitConfig:
+    return FitConfig(**{"epochs": 3, "batch_size": 20, "lr": 1e-2, "threads": 1, "patience": 0, **changes})
+
+
+def train(rank: int, port: int, out: str) -> None:
+    """One of the two workers: trains, and writes down what it saw and what it ended with."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    data = toy_data(60, 9, classes=CLASSES)
+    config = settings(ema=0.9, augment=("crop", "mixup"))
+    torch.manual_seed(rank)  # other weights in each worker at first: DDP must make them one
+    result = fit(toy_model(), data, config)
+    plain = Run(nn.Sequential(nn.Flatten(), nn.Linear(512, 3)), data, settings())
+    seen: dict[str, Any] = {"positions": [], "classes": [], "features": []}
+    for epoch in range(1, 11):
+        for features, classes, _ in plain.batches.epoch(epoch, rank, WORLD):
+            seen["classes"].append(classes)
+            seen["features"].append(features.flatten(1))
+    torch.save(
+        {
+            "weights": result.weights,
+            "history": [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in result.history],
+            "classes": torch.cat(seen["classes"]),
+            "features": torch.cat(seen["features"]),
+            "gathered": Workers.current().gather_rows(
+                torch.arange(rank, 5, WORLD).float()[:, None], 5, torch.device("cpu")
+            ),
+            "sum": Workers.current().sum(torch.tensor(float(rank + 1))),
+        },
+        Path(out) / f"{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each worker wrote down."""
+    out = tmp_path_factory.mktemp("workers")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(train, (port, str(out)), nprocs=WORLD)
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def test_workers_end_with_identical_weights_and_figures(both: list[dict[str, Any]]) -> None:
+    first, second = both
+    assert first["history"] == second["history"]
+    assert len(first["history"]) == 3
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+
+
+def test_workers_see_different_clips_and_together_the_balanced_classes(both: list[dict[str, Any]]) -> None:
+    first, second = both
+    assert first["features"].shape == second["features"].shape
+    assert not torch.equal(first["features"], second["features"])
+    counts = torch.bincount(torch.cat([first["classes"], second["classes"]]), minlength=3).numpy()
+    assert counts.sum() == 10 * 60
+    assert chisquare(counts).pvalue > 0.01
+    data = toy_data(60, 9, classes=CLASSES)
+    alone = Run(toy_model(), data, settings()).batches
+    for_one = torch.cat([f.flatten(1) for epoch in range(1, 11) for f, *_ in alone.epoch(epoch)])
+    together = torch.cat([first["features"], second["features"]])
+    assert torch.equal(for_one.sum(dim=1).sort().values, together.sum(dim=1).sort().values)  # the same multiset
+
+
+def test_exchanges(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert found["gathered"].flatten().tolist() == [0, 1, 2, 3, 4]
+        assert float(found["sum"]) == 3
+
+
+def test_two_workers_take_the_step_of_one(both: list[dict[str, Any]]) -> None:
+    """Without batch norm and dropout, gradients averaged over halves of a batch are those of the batch."""
+    del both
+    data = toy_data(60, 0, classes=CLASSES)
+    batches: Batches = Run(toy_model(), data, settings()).batches
+    model = nn.Sequential(nn.Flatten(), nn.Linear(512, 3))
+    whole = [nn.functional.cross_entropy(model(x), y) for x, y, _ in batches.epoch(1)]
+    halves = [
+        [nn.functional.cross_entropy(model(x), y) for x, y, _ in batches.epoch(1, rank, WORLD)] for rank in range(WORLD)
+    ]
+    for one, *two in zip(whole, *halves, strict=True):
+        torch.testing.assert_close(sum(two) / WORLD, one)
+
+
+def test_alone_every_exchange_gives_back_what_it_got() -> None:
+    alone, value = Workers.current(), torch.tensor([[1.0], [2.0]])
+    assert (alone.rank, alone.world) == (0, 1)
+    assert alone.sum(value) is value
+    assert alone.gather_rows(value, 2, torch.device("cpu")) is value
+    model = toy_model()
+    assert alone.share_gradients(model, torch.device("cpu")) is model
+
+
+def test_workers_that_cannot_share_a_batch_are_refused() -> None:
+    batches = Run(toy_model(), toy_data(), settings(batch_size=9)).batches
+    with pytest.raises(SerError, match="multiple of 2"):
+        next(batches.epoch(1, 0, 2))

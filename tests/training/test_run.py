@@ -1,0 +1,469 @@
+"""The folder of a run: laid down, trained in, resumed, refused, and at last a bundle. In this process, without Ray."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss
+from torch import nn
+from toy_data import CONFIG, LABELS, mel_powers, toy_model, write_features
+
+from pipeline.data.splits import split_table
+from pipeline.features.features import normalise_power
+from pipeline.features.store import load_features
+from pipeline.models import bundle as checkpoint
+from pipeline.models.bundle import load_bundle
+from pipeline.models.networks import build_model
+from pipeline.storage.errors import SerError
+from pipeline.training import results
+from pipeline.training import run as runs
+from pipeline.training.checkpoint import save_checkpoint
+from pipeline.training.config import FitConfig
+from pipeline.training.history import read_history
+from pipeline.training.loop import Run
+from pipeline.training.plan import Plan, read_plan
+from pipeline.training.results import keep_weights, write_results
+from pipeline.training.run import begin, check, check_resumes, read_splits, rows_of, train_here, training_data
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_features(tmp_path_factory.mktemp("toy") / "features", copies=1)
+
+
+@pytest.fixture
+def plan(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A new run of a tiny model in the Inception's place."""
+
+    def build(name: str, options: Any, n_classes: int, input_shape: Any) -> nn.Module:
+        assert name == "inception"
+        return toy_model(n_classes)
+
+    for module in (runs, results, checkpoint):
+        if hasattr(module, "build_model"):
+            monkeypatch.setattr(module, "build_model", build)
+    monkeypatch.setattr("pipeline.models.networks.build_model", build)
+    config = FitConfig(epochs=3, batch_size=8, lr=1e-2, ema=0.5, augment=("crop", "mixup", "pitch"), threads=1)
+    made = Plan(tmp_path / "run", (features,), LABELS, "inception", {}, config)
+    begin(made, split_of(features))
+    return made
+
+
+def split_of(features: Path) -> dict[str, pd.DataFrame]:
+    table = load_features(features).table
+    return split_table(table[table["parent_id"] == ""])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupt_after(epochs: int) -> Callable[[dict[str, Any], Run], None]:
+    def stop(record: dict[str, Any], run: Run) -> None:
+        if record["epoch"] == epochs:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_splits_hold_every_clip_once_and_no_copy(plan: Plan) -> None:
+    data, parts = training_data(plan), read_splits(plan.out)
+    assert [len(parts[name]) for name in ("train", "inner_val", "test")] == [38, 10, 12]
+    ids = [int(row) for part in parts.values() for row in part["row_id"]]
+    assert sorted(ids) == list(range(60))
+    table = load_features(plan.features).table
+    for rows, name in ((data.train_rows, "train"), (data.valid_rows, "inner_val")):
+        assert table["row_id"].iloc[rows].tolist() == parts[name]["row_id"].tolist()
+        assert [LABELS[c] for c in data.classes[rows]] == parts[name]["label"].tolist()
+    assert data.copies is not None
+    assert set(data.copies) == set(np.flatnonzero(table["parent_id"] == ""))
+
+
+def test_a_run_from_the_start_to_its_bundle(plan: Plan) -> None:
+    seen: list[list[int]] = []
+    result = train_here(plan, on_epoch=lambda record, run: seen.append([r["epoch"] for r in read_history(plan.out)]))
+    assert seen == [[1], [1, 2], [1, 2, 3]]  # history.csv grows as it runs
+    made = write_results(plan, "test")
+    bundle = load_bundle(plan.out)
+    assert bundle.name == "inception_ser_final"
+    assert bundle.labels == LABELS
+    for name, value in bundle.state_dict().items():
+        assert torch.equal(value, result.weights[name])
+    table = pd.read_csv(plan.out / "training.csv", dtype=str)
+    assert table["split"].value_counts().to_dict() == {"train": 38, "inner_val": 10, "test": 12}
+    training, test = bundle.metrics["training"], bundle.metrics["test"]
+    assert training["epochs"] == 3
+    assert training["settings"]["seed"] == 42
+    assert test["trained_on"] == training["trained_on"] == "38 clips (splits/train.csv)"
+    assert test["model_sha256"] == bundle.weights_sha256
+    assert test["n"] == 12
+    assert "accuracy" in made.summary
+    assert {"curves.png", "history.csv", "README.md", "report/report.html", "report/metrics.json"} <= set(
+        files(plan.out)
+    )
+    assert not (plan.out / "interrupted").exists()
+
+
+def test_the_reported_figures_are_those_of_the_weights(plan: Plan) -> None:
+    result = train_here(plan)
+    write_results(plan, "test")
+    arrays, part = load_features(plan.features), read_splits(plan.out)["test"]
+    model = toy_model()
+    model.load_state_dict(result.weights)
+    rows = [arrays.table["row_id"].tolist().index(row) for row in part["row_id"]]
+    with torch.inference_mode():
+        p = model.eval()(torch.from_numpy(arrays.features[rows])).double().softmax(dim=1).numpy()
+    expected = accuracy_score(part["label"], np.array(LABELS)[p.argmax(axis=1)])
+    found = load_bundle(plan.out).metrics["test"]
+    assert found["accuracy"] == pytest.approx(expected)
+    truth = part["label"].map(LABELS.index)
+    assert found["confidence"]["log_loss"] == pytest.approx(log_loss(truth, p, labels=range(len(LABELS))))
+    assert (
+        found["intervals_95"]["method"] == "over recordings: Wilson's score for shares, bootstrap for the rest"
+    )  # 4 speakers are too few
+    for name in ("accuracy", "uar", "weighted_f1", "macro_f1"):
+        low, high = found["intervals_95"][name]
+        assert low <= found[name] <= high
+        assert high - low > 0.1  # few recordings: nothing is certain
+    for label, interval in found["intervals_95"]["class_recall"].items():
+        assert interval is None or interval[0] <= found["class_recall"][label] <= interval[1]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(plan: Plan, tmp_path: Path) -> None:
+    whole = replace(plan, out=tmp_path / "whole")
+    begin(whole, split_of(plan.features[0]))
+    expected = train_here(whole)
+    stopped = train_here(plan, on_epoch=interrupt_after(2))
+    assert stopped.interrupted
+    kept = keep_weights(plan)
+    assert kept.bundle.folder == plan.out / "interrupted"
+    assert load_bundle(plan.out / "interrupted").metrics["training"]["epochs"] == 2
+    assert "test" not in kept.bundle.metrics  # no split is opened before the end
+    assert not (plan.out / "config.json").exists()
+    resumed = train_here(plan)
+    for name, value in resumed.weights.items():
+        assert torch.equal(value, expected.weights[name])
+    assert [r["epoch"] for r in read_history(plan.out)] == [1, 2, 3]
+    losses = [[r["train_loss"] for r in read_history(out)] for out in (plan.out, whole.out)]
+    assert losses[0] == losses[1]
+    write_results(plan, "none")
+    assert not (plan.out / "interrupted").exists()
+
+
+def test_a_finished_run_is_not_trained_again(plan: Plan) -> None:
+    train_here(plan)
+    before = plan.checkpoint.read_bytes()
+    again = train_here(plan, on_epoch=lambda *_: pytest.fail("an epoch too many"))
+    assert len(again.history) == 3
+    assert plan.checkpoint.read_bytes() == before
+
+
+def test_history_is_mended_from_the_checkpoint(plan: Plan) -> None:
+    """A kill between the checkpoint and the history leaves the history one epoch short."""
+    train_here(plan)
+    text = (plan.out / "history.csv").read_text()
+    (plan.out / "history.csv").write_text("\n".join(text.splitlines()[:3]) + "\n")
+    (plan.out / ".checkpoint.pt.1.tmp").write_bytes(b"half")
+    train_here(plan)
+    assert (plan.out / "history.csv").read_text() == text
+    assert not list(plan.out.glob(".*.tmp"))
+
+
+def test_no_validation_part(plan: Plan, tmp_path: Path) -> None:
+    table = load_features(plan.features).table
+    bare = replace(plan, out=tmp_path / "bare")
+    begin(bare, split_table(table[table["parent_id"] == ""], inner_val=0))
+    result = train_here(bare)
+    assert result.best_epoch == 3
+    assert write_results(bare, "inner_val").report is None  # nothing to report on
+    bundle = load_bundle(bare.out)
+    assert set(bundle.metrics) == {"training"}
+    for name, value in bundle.state_dict().items():
+        assert torch.equal(value, result.weights[name])
+
+
+def test_the_card_says_data_licence_recipe_limits_and_forbidden_uses(plan: Plan) -> None:
+    train_here(plan)
+    write_results(plan, "test")
+    text = (plan.out / "README.md").read_text()
+    for words in (
+        "CC BY-NC-SA 4.0",
+        "38 clips (splits/train.csv), of 60 recordings of 4 speakers",
+        "held-out test part; trained on 38 clips",
+        "| recall of calm |",
+        "Intervals: 95%, over recordings: Wilson's score for shares, bootstrap for the rest.",
+        "expected calibration error",
+        "| lr | 0.01 |",
+        "split seed 42, seed 42",
+        "Acted emotion",
+        "Art. 5(1)(f)",
+        "no pretrained weights",
+        "hears 0.5 s of a recording (by default the middle) at 8 kHz: `log_mel` of 16 mel bands up to 4 kHz",
+    ):
+        assert words in text
+    splits = {name: part.assign(corpus="mine") for name, part in split_of(plan.features[0]).items()}
+    begin(other := replace(plan, out=plan.out.parent / "other"), splits)
+    train_here(other)
+    write_results(other, "none")
+    text = (other.out / "README.md").read_text()
+    assert "CC BY-NC-SA" not in text
+    assert "## Figures" not in text
+
+
+def test_two_processes_cannot_train_one_run(plan: Plan) -> None:
+    with (plan.out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SerError, match="another process trains the run"):
+            train_here(plan, lock_wait_s=0.2)
+    train_here(plan)
+
+
+def test_a_run_is_not_written_over(plan: Plan) -> None:
+    begin(plan, split_of(plan.features[0]))  # no epoch is done yet
+    train_here(plan, on_epoch=interrupt_after(1))
+    before = files(plan.out)
+    with pytest.raises(SerError, match="already holds a run; continue it with --resume"):
+        begin(plan, split_of(plan.features[0]))
+    assert files(plan.out) == before
+
+
+def test_other_settings_are_refused(plan: Plan) -> None:
+    started = read_plan(plan.out)
+    plan.check_continues(started)
+    replace(plan, fit=replace(plan.fit, threads=2, patience=1)).check_continues(started)
+    for other, message in (
+        (replace(plan, model_name="cnn_bilstm"), "started with model"),
+        (replace(plan, model_options={"dropout": 0.1}), "started with model"),
+        (replace(plan, labels=("calm", "sad")), "started with labels"),
+        (replace(plan, fit=replace(plan.fit, seed=1)), "seed=42, got 1"),
+    ):
+        with pytest.raises(SerError, match=message):
+            other.check_continues(started)
+
+
+def test_single_examples_are_too_few_where_the_last_stage_is_one_pixel(features: Path, tmp_path: Path) -> None:
+    """It is of features of 16 x 32; of the brief's 64 x 188 it is 2 x 6, and there one example is enough."""
+    config = FitConfig(epochs=1, batch_size=1)
+    plan = Plan(tmp_path / "run", (features,), LABELS, "inception", {"width": 0.125}, config)
+    begin(plan, split_of(features))
+    message = "one example a worker and step is too few .* give a larger --batch_size"
+    with pytest.raises(SerError, match=message):
+        check(plan)
+    pairs = replace(plan, fit=replace(config, batch_size=2))
+    check(pairs)
+    with pytest.raises(SerError, match=message):
+        check(pairs, 2)
+    runs._check_single(build_model("inception", {"width": 0.125}, 8, (1, 64, 188)), (1, 64, 188))
+
+
+def test_what_cannot_be_trained_is_found_before_the_start(plan: Plan, tmp_path: Path) -> None:
+    check(plan, 2)
+    with pytest.raises(SerError, match="multiple of 3"):
+        check(plan, 3)
+    plan.checkpoint.write_bytes(b"PK no checkpoint")
+    with pytest.raises(SerError, match="cannot read the checkpoint"):
+        check(plan)
+    with pytest.raises(SerError, match=r"holds no run to resume \(no plan.json\)"):
+        read_plan(tmp_path)
+    with pytest.raises(SerError, match="holds no run to resume"):
+        read_splits(tmp_path)
+    path = plan.out / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 9}))
+    with pytest.raises(SerError, match="version 9, expected 1"):
+        read_plan(plan.out)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"version":', "[]", '{"version": 1}', '{"version": 1, "features": 3, "labels": null}']
+)
+def test_a_damaged_plan_is_told_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(SerError, match=r"plan.json is damaged .*; start anew in another --out"):
+        read_plan(tmp_path)
+
+
+def test_splits_of_other_features_are_refused(plan: Plan, tmp_path: Path) -> None:
+    fewer = write_features(tmp_path / "fewer", n=30)
+    with pytest.raises(SerError, match="give the features the run began with"):
+        train_here(replace(plan, features=(fewer,)))
+
+
+def test_features_of_other_settings_are_refused_even_with_the_same_recordings(plan: Plan, tmp_path: Path) -> None:
+    """A fold of pictures of 2 s and one of 3 s would pass for one run."""
+    check_resumes(plan)
+    moved = tmp_path / "moved"
+    shutil.copytree(plan.features[0], moved)
+    check_resumes(replace(plan, features=(moved,)))
+    manifest = json.loads((moved / "manifest.json").read_text())
+    longer = replace(CONFIG, window_s=2 * CONFIG.window_s)
+    manifest |= {"features": longer.to_dict(), "fingerprint": longer.fingerprint()}
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SerError, match=r"features of other settings than those in .*moved"):
+        check_resumes(replace(plan, features=(moved,)))
+
+    path = plan.out / "plan.json"
+    older = {name: value for name, value in json.loads(path.read_text()).items() if name != "feature_fingerprint"}
+    path.write_text(json.dumps(older))
+    check_resumes(replace(plan, features=(moved,)))  # begun before this was kept: nothing is known
+
+
+def test_other_recordings_under_the_same_numbers_are_refused(plan: Plan) -> None:
+    table, part = load_features(plan.features).table, read_splits(plan.out)["train"]
+    elsewhere = part.assign(speech=[speech.replace("/audio/", "D:\\copies\\") for speech in part["speech"]])
+    assert (rows_of(table, elsewhere, plan.features) == rows_of(table, part, plan.features)).all()
+    other = part.assign(speech=["/audio/other.wav", *part["speech"][1:]])
+    with pytest.raises(SerError, match=r"began with /audio/other.wav where .* has /audio/\d+.wav; give the features"):
+        rows_of(table, other, plan.features)
+
+
+def test_checkpoints_hold_no_code(plan: Plan, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tmp_path.joinpath("touched").touch, ())
+
+    save_checkpoint(plan.checkpoint, {"version": 1, "evil": Evil()})
+    with pytest.raises(SerError, match="cannot read the checkpoint"):
+        train_here(plan)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_a_damaged_checkpoint_is_told_in_one_line(content: bytes | None, plan: Plan) -> None:
+    if content is None:
+        torch.save({"weights": torch.zeros(1)}, plan.checkpoint)
+    else:
+        plan.checkpoint.write_bytes(content)
+    with pytest.raises(SerError, match="start a new run"):
+        check(plan)
+
+
+def test_a_full_disk_is_told_and_leaves_the_epochs_before(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6245056 vs 6244952")  # torch's
+
+    train_here(plan, on_epoch=interrupt_after(1))
+    before = plan.checkpoint.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", no_room)
+        with pytest.raises(SerError, match=r"is the disk full\? Make room, then go on with .* --resume"):
+            train_here(plan)
+    assert plan.checkpoint.read_bytes() == before
+    assert [path.name for path in plan.out.glob(".*.tmp")] == []
+    train_here(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", no_room)
+        with pytest.raises(SerError, match=r"cannot write the bundle .*: no room"):
+            write_results(plan, "none")
+    write_results(plan, "none")
+    assert load_bundle(plan.out)
+
+
+def test_all_that_a_run_leaves_is_known(plan: Plan) -> None:
+    train_here(plan)
+    write_results(plan, "test")
+    unknown = {path.name for path in plan.out.iterdir()} - set(runs._LEFT)
+    assert unknown == {".lock", "checkpoint.pt", "inception_ser_final.pt", "splits"}
+
+
+def test_several_crops_are_the_mean_of_their_log_probabilities(plan: Plan) -> None:
+    """By hand: 96 frames and a window of 32 leave room for 65 starts, of which 10, 32 and 54 lie mid-way in thirds."""
+    torch.manual_seed(0)
+    model, power = toy_model(len(LABELS)).eval(), mel_powers(60)[0]
+    part = read_splits(plan.out)["test"]
+    found = results.predict(replace(plan, crops=3), model.state_dict(), part)
+    for row_id, *told in found[["row_id", *(f"p_{label}" for label in LABELS)]].itertuples(index=False):
+        windows = [normalise_power(power[int(row_id)][:, start : start + 32], CONFIG) for start in (10, 32, 54)]
+        with torch.inference_mode():
+            p = model(torch.from_numpy(np.stack(windows))).double().softmax(dim=1).numpy()
+        pooled = np.prod(p, axis=0) ** (1 / 3)
+        np.testing.assert_allclose(told, pooled / pooled.sum(), rtol=1e-5)
+    assert (found["confidence"] > 1 / 3).all()
+
+
+def test_a_recording_as_long_as_the_window_has_one_crop(features: Path) -> None:
+    loaded = load_features(features)
+    short = replace(loaded, n_frames=np.full(len(loaded.table), CONFIG.n_frames))
+    np.testing.assert_array_equal(short.crops(3, 5), loaded.features[3:4])
+    np.testing.assert_array_equal(loaded.crops(3, 1), loaded.features[3:4])
+    assert loaded.crops(3, 5).shape == (5, *CONFIG.input_shape)
+
+
+def test_crops_that_the_features_cannot_give_are_refused_before_training(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SerError, match="crops must be 1 or more, got 0"):
+        check(replace(plan, crops=0))
+    with pytest.raises(SerError, match="started with crops 1, got 3"):
+        replace(plan, crops=3).check_continues(plan)
+    without = replace(load_features(plan.features), mel_power=None)
+    monkeypatch.setattr(runs, "load_features", lambda _folder: without)
+    plain = replace(plan, fit=replace(plan.fit, augment=()))
+    check(plain)
+    with pytest.raises(SerError, match="extract again with --mel_power_s 6, or give --crops 1"):
+        check(replace(plain, crops=3))
+    with pytest.raises(SerError, match="extract again with --mel_power_s 6"):
+        without.crops(0, 3)
+
+
+def test_a_worker_goes_on_from_the_epoch_that_the_first_one_goes_on_from(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that was killed may save one more epoch until the first of its successors has the lock."""
+    train_here(plan, on_epoch=interrupt_after(1))
+    older = plan.checkpoint.read_bytes()
+    train_here(plan, on_epoch=interrupt_after(2))
+    newer = plan.checkpoint.read_bytes()
+    plan.checkpoint.write_bytes(older)
+
+    class Second(runs.Workers):
+        def wait_for_all(self) -> None:
+            plan.checkpoint.write_bytes(newer)
+
+    monkeypatch.setattr(runs.Workers, "current", classmethod(lambda _: Second(rank=1)))
+    epochs: list[int] = []
+    monkeypatch.setattr(runs, "fit", lambda *_, state, **__: epochs.append(len(state["history"])))
+    train_here(plan)
+    assert epochs == [2]
+
+
+def test_features_with_other_labels_are_not_gone_on_with(plan: Plan) -> None:
+    table, part = load_features(plan.features).table, read_splits(plan.out)["train"]
+    rows_of(table, part, plan.features)
+    other = table.assign(label=table["label"].map(dict(zip(LABELS, (*LABELS[1:], LABELS[0]), strict=True))))
+    with pytest.raises(SerError, match=r"the run began with .* as \w+, .* has it as \w+; start a new run"):
+        rows_of(other, part, plan.features)
+
+
+def test_several_folders_are_read_as_one(features: Path, tmp_path: Path) -> None:
+    other = write_features(tmp_path / "other", n=9)
+    loaded, first, second = load_features((features, other)), load_features(features), load_features(other)
+    assert len(loaded.table) == len(loaded.features) == len(first.features) + 9
+    assert loaded.table["row_id"].is_unique
+    last = len(loaded.features) - 1
+    np.testing.assert_array_equal(loaded.features[last], second.features[8])
+    rows = np.array([last, 0, len(first.features), 3])
+    expected = np.stack([second.mel_power[8], first.mel_power[0], second.mel_power[0], first.mel_power[3]])
+    np.testing.assert_array_equal(loaded.mel_power[rows], expected)
+    np.testing.assert_array_equal(loaded.features[1:3], first.features[1:3])
+    np.testing.assert_array_equal(loaded.crops(last, 3), second.crops(8, 3))
+    copies = loaded.table[loaded.table["parent_id"] != ""]
+    parents = loaded.table.set_index("row_id")["speech"]
+    assert (parents[copies["parent_id"]].to_numpy() == copies["speech"].to_numpy()).all()
+    with pytest.raises(SerError, match="given twice"):
+        load_features((features, features))
+
+
+def test_a_plan_of_one_folder_as_it_was_written_before_there_were_several(plan: Plan) -> None:
+    values = plan.to_dict()
+    assert Plan.from_dict(values | {"features": values["features"][0]}, plan.out) == Plan.from_dict(values, plan.out)

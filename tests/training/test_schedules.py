@@ -1,0 +1,53 @@
+"""Learning-rate factors against torch's own schedulers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+
+from pipeline.training.schedules import learning_rates
+
+STEPS, EPOCHS = 10, 20
+
+
+def followed(scheduler: LRScheduler) -> list[float]:
+    rates = []
+    for _ in range(STEPS * EPOCHS):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+def test_cosine_is_torchs() -> None:
+    factor = learning_rates("cosine", STEPS, EPOCHS)
+    expected = followed(CosineAnnealingLR(optimizer(), T_max=STEPS * EPOCHS))
+    assert [factor(step) for step in range(STEPS * EPOCHS)] == pytest.approx(expected, abs=1e-9)
+    assert factor(STEPS * EPOCHS) == 0
+
+
+@pytest.mark.parametrize(("warmup_epochs", "rise"), [(0.0, 0.15), (6.0, 0.3)])
+def test_onecycle_is_torchs(warmup_epochs: float, rise: float) -> None:
+    factor = learning_rates("onecycle", STEPS, EPOCHS, warmup_epochs)
+    expected = followed(OneCycleLR(optimizer(), max_lr=1.0, total_steps=STEPS * EPOCHS, pct_start=rise))
+    assert [factor(step) for step in range(STEPS * EPOCHS)] == pytest.approx(expected, abs=1e-9)
+
+
+def test_cosine_warms_up_linearly_and_then_falls() -> None:
+    factor = learning_rates("cosine", STEPS, EPOCHS, 2.0)
+    assert [factor(step) for step in range(20)] == pytest.approx([(i + 1) / 21 for i in range(20)])
+    assert factor(20) == 1
+    assert all(factor(step) > factor(step + 1) for step in range(20, STEPS * EPOCHS))
+
+
+@pytest.mark.parametrize("name", ["cosine", "onecycle"])
+@pytest.mark.parametrize("warmup_epochs", [0.0, 1.0, 5.0])
+def test_one_step_runs_and_long_warm_ups_stay_in_range(name: str, warmup_epochs: float) -> None:
+    for epochs in (1, 2):
+        factor = learning_rates(name, 1, epochs, warmup_epochs)
+        assert all(0 <= factor(step) <= 1 for step in range(epochs + 2))
