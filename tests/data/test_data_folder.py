@@ -255,7 +255,7 @@ def test_what_a_scan_leaves_out_is_told(tmp_path: Path) -> None:
     for part in (
         "03-01-05-01-01-01-02.wav (found twice)",
         "03-02-05-01-01-01-02.wav (songs",
-        "1 not audio",
+        "1 .txt",
         "2 hidden",
     ):
         assert part in told[-1]
