@@ -4,7 +4,7 @@
 
 - loop: an epoch of ``loop.py`` (batches made on the way, with augmentation) against a bare PyTorch loop over the same
   batches, made beforehand and fed from RAM: same model, optimiser, threads and memory format; the bare loop in a
-  process that keeps freed memory (``pipeline.training.memory``); and with plain NCHW tensors. And ``loop.py`` in
+  process that keeps freed memory (``pipeline.training.loop``); and with plain NCHW tensors. And ``loop.py`` in
   bfloat16. Each side has a process of its own; they take turns, an epoch each.
 - ray: ``jobs.train`` with ``--num_workers 0`` on all threads, with one Ray worker on all threads, and with as many
   workers of one thread; seconds from one line of ``history.csv`` to the next, so validation, checkpoint and Ray's own
@@ -40,9 +40,8 @@ from pipeline.features.store import load_features
 from pipeline.models.networks import build_model
 from pipeline.training.batches import TrainingData, from_arrays
 from pipeline.training.config import FitConfig
-from pipeline.training.loop import Run, batches_of
+from pipeline.training.loop import Run, batches_of, keep_freed_memory
 from pipeline.training.losses import ClassificationLoss
-from pipeline.training.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 AUGMENT = ("crop", "stretch", "shift", "masks", "mixup")

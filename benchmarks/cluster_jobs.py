@@ -16,7 +16,7 @@ import soundfile
 from benchmarks.hosts import ROOT, Hosts
 from benchmarks.recordings import synthetic_speech
 from pipeline.data.labels import RAVDESS_LABELS
-from pipeline.training.history import read_history
+from pipeline.training.run import read_history
 
 RATE_HZ = 16_000
 DEADLINE_S = 1800.0

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_data import SPLITS, Data, pack
 from benchmarks.gpu_training import N_CLASSES, Recipe, Training, train_wave
-from pipeline.evaluation.measures import reliability, scores, tally
+from pipeline.evaluation.outcomes import reliability, scores, tally
 
 FOLDS = {"five": range(1, 6), "six": range(1, 7), "inner": [1], "final": [1]}
 CROPS = (3, 5, 9)
@@ -186,8 +186,8 @@ def report(arguments: argparse.Namespace) -> None:
     Of several seeds the mean log-probabilities: the answers of one model that joins their networks.
     """
     from jobs.protocols import labelled_recordings
-    from pipeline.data.folds import assignment, folds_of
     from pipeline.data.manifest import label_set
+    from pipeline.data.splits import assignment, folds_of
     from pipeline.features.store import load_features
     from pipeline.models.ensemble import mean_answers
     from pipeline.reporting.protocol_report import protocol_row, protocols_summary, write_protocols

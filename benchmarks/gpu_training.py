@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from benchmarks.gpu_data import Data
 from pipeline.models.networks import build_model
 from pipeline.training.augment import Augmenter, Column, Draws
+from pipeline.training.batches import WeightedSampler
 from pipeline.training.config import FitConfig
-from pipeline.training.losses import ClassificationLoss
-from pipeline.training.sampling import WeightedSampler
-from pipeline.training.schedules import learning_rates
+from pipeline.training.losses import ClassificationLoss, learning_rates
 
 N_CLASSES = 8
 DROPOUT = {"inception": 0.4, "cnn_bilstm": 0.3}

@@ -27,7 +27,7 @@ import pandas as pd
 from benchmarks.processes import command_of, descendants, finish, machine
 from pipeline.data.manifest import scan_folder
 from pipeline.models.bundle import load_bundle
-from pipeline.training.history import read_history
+from pipeline.training.run import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "ray::RayTrainWorker"

@@ -33,14 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from jobs._common import Parser
-from pipeline.data.folds import Fold
+from pipeline.data.splits import Fold
 from pipeline.evaluation.metrics import evaluate
 from pipeline.features.store import load_features
 from pipeline.models.bundle import load_bundle
 from pipeline.reporting.protocol_report import protocol_row, protocols_summary, write_protocols
 from pipeline.storage.errors import SerError
+from pipeline.training.config import Plan, read_plan
 from pipeline.training.loop import StateDict
-from pipeline.training.plan import Plan, read_plan
 from pipeline.training.results import predict
 from pipeline.training.run import read_splits, rows_of
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from jobs._common import Parser, underscored
+from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle
-from pipeline.models.onnx_export import ensure_onnx
 from pipeline.storage.errors import SerError
 from pipeline.storage.remote import is_remote
 

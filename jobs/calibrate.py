@@ -20,7 +20,7 @@ from pipeline.models.calibration import fit_temperature, scaled
 from pipeline.scoring.predictions import read_predictions
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
-from pipeline.storage.outputs import RUN
+from pipeline.storage.journal import RUN
 
 
 def build_parser() -> Parser:

@@ -23,7 +23,7 @@ from pipeline.data.manifest import label_counts, read_manifest
 from pipeline.data.splits import HASH_COLUMN, add_hashes
 from pipeline.evaluation import leaks
 from pipeline.evaluation.compare import comparison_summary
-from pipeline.evaluation.verdict import Targets, reached
+from pipeline.evaluation.metrics import Targets, reached
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.reporting.report import terminal_summary, write_comparison, write_report
 from pipeline.scoring.predictions import read_predictions

@@ -22,14 +22,14 @@ from jobs.train_options import (
     model_options,
     refuse_beside_features,
 )
-from pipeline.evaluation.verdict import Targets, reached
+from pipeline.evaluation.metrics import Targets, reached
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 from pipeline.storage.locks import only_one
 
 if TYPE_CHECKING:
-    from pipeline.data.folds import Fold
-    from pipeline.training.cross_validation import SideBySide
+    from pipeline.data.splits import Fold
+    from pipeline.training.cross_validation import FoldConcurrency
 
 _NAMES = (
     "holdout",
@@ -191,8 +191,8 @@ def unread_note(features: Sequence[Path], read: int) -> str | None:
 
 
 def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) -> list[Fold]:
-    from pipeline.data.folds import assignment, folds_of
-    from pipeline.training.plan import SPLIT_SEED
+    from pipeline.data.splits import assignment, folds_of
+    from pipeline.training.config import SPLIT_SEED
 
     assigned = None if arguments.folds_csv is None else assignment(table, arguments.folds_csv, "fold")
     found = folds_of(
@@ -223,8 +223,8 @@ def _run(
     from pipeline.models.ensemble import mean_answers
     from pipeline.reporting.protocol_report import protocol_row
     from pipeline.reporting.report import write_report
+    from pipeline.training.config import Plan
     from pipeline.training.cross_validation import train_folds
-    from pipeline.training.plan import Plan
 
     out: Path = arguments.out / protocol
     if arguments.overwrite:
@@ -276,10 +276,10 @@ def _run(
     return protocol_row(protocol, folds, answers, labels.names, evaluation), evaluation["verdict"]
 
 
-def _side_by_side(folds: int, arguments: argparse.Namespace) -> SideBySide:
+def _side_by_side(folds: int, arguments: argparse.Namespace) -> FoldConcurrency:
     import torch
 
-    from pipeline.training.cross_validation import SideBySide
+    from pipeline.training.cross_validation import FoldConcurrency
 
     gpus = torch.cuda.device_count() if arguments.use_gpu is not False else 0
     if arguments.use_gpu and not gpus:
@@ -287,4 +287,4 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> SideBySide:
     cpus = usable_cpus() if arguments.num_cpus is None else arguments.num_cpus
     if cpus < 1:
         raise SerError(f"--num_cpus {cpus}: folds are trained on Ray; give 1 or more, or leave it out for all CPUs")
-    return SideBySide.of(folds, arguments.folds_at_once, cpus, gpus)
+    return FoldConcurrency.of(folds, arguments.folds_at_once, cpus, gpus)

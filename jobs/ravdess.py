@@ -12,10 +12,9 @@ from pathlib import Path
 
 from jobs._common import EXIT_DONE, Parser, Progress, run, say
 from pipeline.data.manifest import scan_folder
-from pipeline.storage.download import download, md5_of
+from pipeline.storage.download import download, md5_of, unpack
 from pipeline.storage.errors import SerError
 from pipeline.storage.locks import only_one
-from pipeline.storage.unpack import unpack
 
 BASE_URL = "https://zenodo.org/records/1188976/files"
 ARCHIVE = "Audio_Speech_Actors_01-24.zip"

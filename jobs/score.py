@@ -18,7 +18,7 @@ from pipeline.audio.formats import USUAL_ENDINGS
 from pipeline.audio.load import EXTENSIONS
 from pipeline.data.manifest import ManifestError, read_manifest
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.scoring.exports import FORMATS
+from pipeline.scoring.predictions import FORMATS
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import FolderScan, local_path, scan
 from pipeline.storage.remote import is_remote, scan_remote

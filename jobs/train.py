@@ -26,14 +26,14 @@ from jobs.train_options import (
     refuse_beside_features,
 )
 from pipeline.cluster.runtime import joins_cluster
-from pipeline.data.corpora.voices import check_corpora, renewed, voice, voices
+from pipeline.data.corpora.record import check_corpora, renewed, voice, voices
 from pipeline.data.manifest import label_set
 from pipeline.models.bundle import file_sha256
 from pipeline.storage.errors import SerError
 from pipeline.storage.locks import only_one
 
 if TYPE_CHECKING:
-    from pipeline.training.plan import Plan
+    from pipeline.training.config import Plan
 
 PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
 
@@ -85,7 +85,7 @@ def _job(arguments: argparse.Namespace, device: str) -> int:
 
 def _nothing_left(out: Path, resume: bool) -> bool:
     """Whether the run in `out` is done; refuses a folder that does not fit `--resume`."""
-    from pipeline.training.plan import read_plan
+    from pipeline.training.config import read_plan
     from pipeline.training.run import refuse_begun
 
     if not resume:
@@ -99,7 +99,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
     """Features of the recordings, in ``--out``; how many could not be read."""
     from pipeline.features.extract import ShardOptions, extract_shards
     from pipeline.features.features import FeatureConfig
-    from pipeline.training.initial import check_start
+    from pipeline.training.config import check_start
 
     table = _read_all(arguments)
     describe_labels(table)
@@ -139,8 +139,7 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     Raises:
         SerError: names the option and what there is.
     """
-    from pipeline.training.batches import corpora_of
-    from pipeline.training.sampling import shares_of
+    from pipeline.training.batches import corpora_of, shares_of
 
     check_corpora(table, (arguments.label_map or {}).values())
     table = renewed(table)  # as its features will be read
@@ -181,8 +180,8 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.features.shard_folder import known_hashes
     from pipeline.features.store import load_features
+    from pipeline.training.config import SPLIT_SEED, Plan
     from pipeline.training.distillation import refuse_leaks
-    from pipeline.training.plan import SPLIT_SEED, Plan
     from pipeline.training.run import begin, check, check_resumes, read_splits, refuse_changed
 
     table = load_features(features).table
@@ -245,7 +244,7 @@ def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _in_given_parts(table: pd.DataFrame, split_csv: Path | None) -> pd.DataFrame:
     """The table with the parts of ``--split_csv`` as its split column, without the rows it does not name."""
-    from pipeline.data.folds import assignment
+    from pipeline.data.splits import assignment
 
     if split_csv is None:
         return table

@@ -154,7 +154,7 @@ def add_model_options(parser: Parser) -> None:
 
 def shares(text: str) -> dict[str, float]:
     """``ravdess_speech:0.4,crema_d:0.6`` as a mapping."""
-    from pipeline.training.sampling import pairs
+    from pipeline.training.batches import pairs
 
     found: dict[str, float] = {}
     try:
@@ -283,8 +283,8 @@ def fit_config(
         SerError: a value out of range, an unknown class or name.
     """
     from pipeline.cluster.nodes import cpus_a_worker
+    from pipeline.training.batches import parse_class_values
     from pipeline.training.config import FitConfig
-    from pipeline.training.sampling import parse_class_values
 
     if threads is None:
         threads = arguments.threads or cpus_a_worker(arguments.num_workers)
@@ -316,7 +316,7 @@ def fit_config(
 
 def _loss_weights(wanted: str | Mapping[str, float], labels: LabelSet, train: pd.DataFrame) -> tuple[float, ...] | None:
     """`none`, `balanced`, or weights of classes, as `CLASS:WEIGHT,...` too, with 1 for those that are not named."""
-    from pipeline.training.sampling import class_weights, parse_class_values
+    from pipeline.training.batches import class_weights, parse_class_values
 
     if wanted == "none":
         return None

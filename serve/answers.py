@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.inference.picture import Picture
+from pipeline.inference.explain import Picture
 from pipeline.inference.predictor import Prediction
 from pipeline.inference.timeline import SILENCE, SILENCE_DBFS, UNCERTAIN, Timeline
 from serve import schema

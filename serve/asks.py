@@ -7,8 +7,7 @@ from typing import Protocol
 
 from pipeline.audio.load import Channel
 from pipeline.features.features import FeatureConfig
-from pipeline.inference.explain import OcclusionMap
-from pipeline.inference.picture import Picture
+from pipeline.inference.explain import OcclusionMap, Picture
 from pipeline.inference.predictor import Channels, Prediction
 from pipeline.inference.timeline import Timeline
 

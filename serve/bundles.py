@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.models.onnx_export import ensure_onnx
 from pipeline.storage.errors import SerError
 
 

@@ -20,11 +20,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipeline.audio import load as audio
-from pipeline.audio.windows import Walk
+from pipeline.audio.windows import SlidingWindow
 from pipeline.features.features import extract
 from pipeline.inference.excerpts import Excerpt, describe, failed
-from pipeline.inference.explain import occlusion_map
-from pipeline.inference.picture import Picture, draw, outline_part
+from pipeline.inference.explain import Picture, draw, occlusion_map, outline_part
 from pipeline.inference.predictor import Prediction, Predictor
 from pipeline.inference.timeline import Timeline
 from pipeline.models.bundle import Bundle
@@ -187,7 +186,7 @@ class Worker:
     def _follow(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> tuple[Prediction, Timeline | None]:
         config = predictor.bundle.features
         window_s = config.window_s if ask.window_s is None else ask.window_s
-        steps = Walk(window_s, window_s if ask.hop_s is None else ask.hop_s)
+        steps = SlidingWindow(window_s, window_s if ask.hop_s is None else ask.hop_s)
         try:
             if window_s > config.window_s:
                 raise WindowTooLong(f"window_s {window_s:g} is more than the {config.window_s:g} s the model hears.")

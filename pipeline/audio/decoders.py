@@ -5,13 +5,31 @@ seeks; `audio_av.AvDecoder` (PyAV) decodes from the start and drops what comes b
 one by `audio_joined`. A block holds at most 2^16 samples over all channels.
 Limits: libsndfile 1.2.2 serves MPEG audio from version 1.1 on; what it cannot open becomes `Corrupt`. What its MP3
 decoder prints on damaged files is swallowed (`audio_quiet`). Neither's own messages are shown to users.
+
+libmpg123's remarks on damaged MP3 files kept off the terminal: libsndfile gives no way to ask for that.
+
+Method: C's ``stderr`` stream is pointed at /dev/null while an MP3 is open. The file descriptor 2 is left alone, so
+Python's ``sys.stderr`` and faulthandler go on as before; what C code of other threads prints meanwhile is lost.
+Limits: GNU libc only, whose ``stderr`` is a variable; elsewhere the remarks are printed.
+
+Recordings put end to end in one file, read as one: chained Ogg streams, and files joined by ``cat``.
+
+Method: each is opened in turn to learn its length, and again when its frames are asked for, so that a thousand of them
+hold no more memory than one. Those at another rate, or with another number of channels, than the first are left out,
+and a notice says so. (FFmpeg reads MP3 and AAC streams that are joined by itself, see ``audio_av``.)
+Limits: of FLAC files above 8 MiB only the part behind the last frame of the first is searched for another; one that is
+as long as the first, to the sample, may not be found there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -20,10 +38,48 @@ import soundfile
 
 from pipeline.audio.errors import Corrupt, ExtraNeeded, Limits, NoSamples, Truncated
 from pipeline.audio.formats import SNDFILE
-from pipeline.audio.headers import Container
+from pipeline.audio.headers import Container, inspect
 from pipeline.audio.lengths import next_flac
-from pipeline.audio.quiet import quiet_c_stderr
-from pipeline.audio.source import FileView
+from pipeline.audio.source import FileView, Opened
+
+_lock = threading.Lock()
+_open = 0  # how many are inside `quiet_c_stderr`
+
+
+@contextmanager
+def quiet_c_stderr() -> Iterator[None]:
+    """Nothing that C code prints to its ``stderr`` is seen inside."""
+    _count(1)
+    try:
+        yield
+    finally:
+        _count(-1)
+
+
+def _count(step: int) -> None:
+    """Swap the stream when the first enters and when the last leaves."""
+    global _open
+    with _lock:
+        _open += step
+        if (streams := _streams()) is not None:
+            variable, loud, silent = streams
+            variable.value = silent if _open else loud
+
+
+@lru_cache(maxsize=1)
+def _streams() -> tuple[ctypes.c_void_p, int | None, int] | None:
+    """The variable ``stderr``, its stream, and one to /dev/null; None where that cannot be had."""
+    try:
+        library = ctypes.CDLL(None)
+    except TypeError:  # Windows wants a name
+        return None
+    if not hasattr(library, "gnu_get_libc_version"):
+        return None
+    library.fopen.restype = ctypes.c_void_p
+    silent = library.fopen(b"/dev/null", b"we")
+    variable = ctypes.c_void_p.in_dll(library, "stderr")
+    return (variable, variable.value, silent) if silent else None
+
 
 Block = npt.NDArray[np.float32]
 BLOCK_SAMPLES = 2**16
@@ -196,3 +252,69 @@ class SndfileDecoder:
             return self._view.tell()
         assert self._file.descriptor is not None
         return os.lseek(self._file.descriptor, 0, os.SEEK_CUR)
+
+
+_MOST = 10_000
+
+
+@dataclass(frozen=True)
+class _Part:
+    container: Container
+    frames: int
+
+
+class JoinedDecoder:
+    """Several recordings in a row; rate, channels, container and codec are those of the first."""
+
+    next_at = 0
+
+    def __init__(self, first: Decoder, parts: list[_Part], left_out: list[str], limits: Limits) -> None:
+        self.name, self.container, self.codec = first.name, first.container, first.codec
+        self.sample_rate_hz, self.channels = first.sample_rate_hz, first.channels
+        self.frames = sum(part.frames for part in parts)
+        self._parts, self._limits = parts, limits
+        self.notice = ""
+        if left_out:
+            total = len(parts) + len(left_out)
+            these = f"{len(left_out)} of {total} recordings in this file were left out ({left_out[0]}"
+            self.notice = f"{these}; the first has {self.sample_rate_hz} Hz and {self.channels} channels)"
+
+    def blocks(self, start: int, count: int) -> Iterator[Block]:
+        for part in self._parts:
+            if start < part.frames and count:
+                here = min(count, part.frames - start)
+                with open_decoder(part.container, self._limits) as decoder:
+                    yield from decoder.blocks(start, here)
+                start, count = 0, count - here
+            else:
+                start -= part.frames
+
+
+def _part(container: Container, decoder: Decoder) -> _Part:
+    return _Part(replace(container, length=decoder.next_at), decoder.frames)
+
+
+@contextmanager
+def open_recording(file: Opened, limits: Limits) -> Iterator[Decoder]:
+    """The decoder for all that `file` holds, its limits checked, at least one frame long."""
+    container = inspect(file)
+    with open_decoder(container, limits) as first:
+        if not first.next_at:
+            yield first
+            return
+        parts, left_out = [_part(container, first)], list[str]()
+        rest, place = container.whole, first.next_at
+    while place:
+        if len(parts) + len(left_out) >= _MOST:
+            raise Corrupt(f"{file.name}: more than {_MOST} recordings in one file. Split it.")
+        rest = rest.part(place, rest.size_bytes)
+        container = inspect(rest)
+        with open_decoder(container, limits) as decoder:
+            if (decoder.sample_rate_hz, decoder.channels) == (first.sample_rate_hz, first.channels):
+                parts.append(_part(container, decoder))
+                frames = sum(part.frames for part in parts)
+                limits.check(file.name, rate_hz=first.sample_rate_hz, channels=first.channels, frames=frames)
+            else:
+                left_out.append(f"{decoder.sample_rate_hz} Hz, {decoder.channels} channels")
+            rest, place = container.whole, decoder.next_at
+    yield JoinedDecoder(first, parts, left_out, limits)

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
-from pipeline.audio.decoders import Block, Decoder
+from pipeline.audio.decoders import Block, Decoder, open_recording
 from pipeline.audio.errors import (
     DEFAULT_LIMITS,
     ERRORS,
@@ -35,7 +35,6 @@ from pipeline.audio.errors import (
     OutOfRange,
 )
 from pipeline.audio.formats import EXTENSIONS
-from pipeline.audio.joined import open_recording
 from pipeline.audio.source import AudioSource, open_source
 
 __all__ = [

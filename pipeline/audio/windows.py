@@ -19,7 +19,7 @@ _TAIL_S = 0.001  # what may stay unheard at the end of a recording
 
 
 @dataclass(frozen=True)
-class Walk:
+class SlidingWindow:
     """Windows of ``window_s`` that start every ``hop_s``."""
 
     window_s: float
@@ -33,8 +33,10 @@ class Walk:
     def starts(self, duration_s: float) -> list[float]:
         """Where the windows of a recording start; one only when it is not longer than the window.
 
-        >>> Walk(2.0, 1.0).starts(4.5), Walk(2.0, 2.0).starts(4.0), Walk(2.0, 1.0).starts(0.5)
-        ([0.0, 1.0, 2.0, 2.5], [0.0, 2.0], [0.0])
+        >>> SlidingWindow(2.0, 1.0).starts(4.5), SlidingWindow(2.0, 2.0).starts(4.0)
+        ([0.0, 1.0, 2.0, 2.5], [0.0, 2.0])
+        >>> SlidingWindow(2.0, 1.0).starts(0.5)
+        [0.0]
         """
         last_s = duration_s - self.window_s
         if last_s <= 0:

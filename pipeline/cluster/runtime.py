@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.ray_token import make_token, use_token
+from pipeline.cluster.submit import make_token, use_token
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 
@@ -181,7 +181,7 @@ def _yield_to_computation() -> None:
             _schedule(child, os.SCHED_BATCH)
 
 
-def compute_first(*, together: bool) -> None:
+def restore_priority(*, together: bool) -> None:
     """In a worker of a local Ray: take this thread, and those it starts, out of what `_yield_to_computation` set.
 
     ``together``: all threads of the process, as those that exchange gradients have been started before.

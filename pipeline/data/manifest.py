@@ -23,8 +23,8 @@ from pipeline.data.labels import (
     mapped,
     normalise_name,
 )
-from pipeline.data.manifest_csv import MISSING, read_cells
-from pipeline.data.manifest_csv import ManifestError as ManifestError
+from pipeline.data.tables import MISSING, read_cells
+from pipeline.data.tables import ManifestError as ManifestError
 from pipeline.storage.remote import is_remote
 
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")

@@ -14,10 +14,20 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from pipeline.evaluation.intervals import LEVEL, MIN_SPEAKERS, percentile_interval, resample_groups, resample_recordings
-from pipeline.evaluation.measures import Floats, Ints, scores
 from pipeline.evaluation.metrics import speaker_groups
-from pipeline.evaluation.outcomes import Outcomes, has_labels, outcomes
+from pipeline.evaluation.outcomes import (
+    LEVEL,
+    MIN_SPEAKERS,
+    Floats,
+    Ints,
+    Outcomes,
+    has_labels,
+    outcomes,
+    percentile_interval,
+    resample_groups,
+    resample_recordings,
+    scores,
+)
 from pipeline.storage.errors import SerError
 
 FORMAT_VERSION = 1

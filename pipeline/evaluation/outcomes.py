@@ -2,21 +2,180 @@
 
 The one place that reads the columns of a scores table (``status error label_name predicted confidence
 p_<label> speaker ...``), so that metrics, breakdowns and comparisons mean the same rows.
+
+Formulas of classification quality on arrays: what scikit-learn has too, but from counts and vectorised.
+
+Everything that depends on counts takes a *tally*: integers of shape ``(..., C, C + 1)``, rows the true
+class, columns the answer, the last column the recordings that got no answer (they could not be read).
+Leading axes are resamples, so that a bootstrap of 1,000 draws is one call. Without the last column, ``(...,
+C, C)``, it is a plain confusion matrix.
+
+Sources: ECE and reliability bins, Naeini et al. (AAAI 2015) and Guo et al. (ICML 2017); Brier (1950), the
+sum over classes (0 best, 2 worst); AURC, Geifman, Uziel & El-Yaniv (ICLR 2019); the rest as scikit-learn
+defines it.
+
+Bootstrap confidence intervals over recordings and over speakers, from tallies instead of rows.
+
+Resampling n recordings with replacement is drawing cell counts from a multinomial: the cost is that of the
+cells, not of the recordings. Recordings of one speaker are not independent; resampling whole speakers (the
+cluster bootstrap, Field & Welsh 2007) says how far a figure may move with other voices. Intervals are
+percentile intervals (Efron 1979); those of plain shares over recordings are score intervals (Wilson 1927),
+which are right for few recordings too.
+
+Limits: a percentile interval knows only the recordings it has. Where every one is right (or wrong) all
+resamples are alike; the exact binomial bound (Clopper & Pearson 1934) on the number of recordings then
+stands in. Over few speakers percentile intervals are too narrow: those of 95 % held the truth in 83 to 85 of
+100 simulations with 5 or 6 speakers, in 91 with 12 and in 92 with 22.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.stats import beta, norm
 
-from pipeline.data.corpora.voices import given, with_speakers
+from pipeline.data.corpora.record import given, with_speakers
 from pipeline.data.labels import LabelError
-from pipeline.evaluation.measures import Floats, Ints, tally
 from pipeline.storage.errors import SerError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+CALIBRATION_BINS = 10
+
+
+def tally(truth: Ints, answer: Ints, n_classes: int) -> Ints:
+    """Counts ``(C, C + 1)`` of (true class, answer) pairs; answer ``C`` stands for "no answer"."""
+    cells = truth * (n_classes + 1) + answer
+    counts = np.bincount(cells, minlength=n_classes * (n_classes + 1)).astype(np.int64)
+    return counts.reshape(n_classes, n_classes + 1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Point metrics of a tally: overall ones of its leading shape, per-class ones with a further axis C.
+
+    A class without recordings has NaN throughout and is left out of UAR and macro F1. Precision of a class
+    that was never answered is 0, as scikit-learn's ``zero_division=0``.
+    """
+
+    accuracy: Floats
+    uar: Floats
+    weighted_f1: Floats
+    macro_f1: Floats
+    recall: Floats
+    precision: Floats
+    f1: Floats
+
+
+def scores(counts: NDArray[Any]) -> Scores:
+    """All metrics of a tally ``(..., C, C + 1)`` or confusion matrix ``(..., C, C)``."""
+    n_classes = counts.shape[-2]
+    square = counts[..., :n_classes].astype(np.float64)
+    right = np.diagonal(square, axis1=-2, axis2=-1)
+    support = counts.sum(axis=-1).astype(np.float64)
+    answered = square.sum(axis=-2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        absent = support == 0
+        recall = right / support
+        precision = np.where(absent, np.nan, np.where(answered == 0, 0.0, right / answered))
+        f1 = np.where(absent, np.nan, 2 * right / (support + answered))
+        total = support.sum(axis=-1)
+        present = (~absent).sum(axis=-1)
+        return Scores(
+            accuracy=right.sum(axis=-1) / total,
+            uar=np.nansum(recall, axis=-1) / present,
+            weighted_f1=np.nansum(f1 * support, axis=-1) / total,
+            macro_f1=np.nansum(f1, axis=-1) / present,
+            recall=recall,
+            precision=precision,
+            f1=f1,
+        )
+
+
+def in_top(truth: Ints, probabilities: Floats, k: int) -> NDArray[np.bool_]:
+    """Whether the true class is among the ``k`` most probable, (n,): of equals the lower index first."""
+    own = np.take_along_axis(probabilities, truth[:, None], axis=1)
+    earlier = np.arange(probabilities.shape[1]) < truth[:, None]
+    rank = ((probabilities > own) | ((probabilities == own) & earlier)).sum(axis=1)
+    return np.asarray(rank < k)
+
+
+def log_loss(truth: Ints, probabilities: Floats) -> float:
+    """Mean ``-ln p(true class)``, in nats; probabilities clipped at float64's epsilon like scikit-learn.
+
+    ``truth`` is ``(n,)`` class indices, ``probabilities`` ``(n, classes)``.
+    """
+    own = np.take_along_axis(probabilities, truth[:, None], axis=1)
+    epsilon = np.finfo(np.float64).eps
+    return float(-np.log(np.clip(own, epsilon, 1 - epsilon)).mean())
+
+
+def brier(truth: Ints, probabilities: Floats) -> float:
+    """Mean over recordings of the squared distance to the one-hot truth, summed over classes (0 to 2).
+
+    ``truth`` is ``(n,)`` class indices, ``probabilities`` ``(n, classes)``.
+    """
+    own = np.take_along_axis(probabilities, truth[:, None], axis=1)[:, 0]
+    return float(((probabilities**2).sum(axis=1) - 2 * own + 1).mean())
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence bins ``(low, high]`` of equal width over 0..1; means are NaN in an empty bin."""
+
+    edges: Floats
+    n: Ints
+    confidence: Floats
+    accuracy: Floats
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the bins' mean |accuracy - confidence|, weighted by their counts."""
+        gap = np.abs(self.accuracy - self.confidence)
+        return float(np.nansum(gap * self.n) / self.n.sum())
+
+
+def reliability(confidence: Floats, correct: NDArray[np.bool_], n_bins: int = CALIBRATION_BINS) -> Reliability:
+    """Accuracy against confidence in ``n_bins`` equal bins, of ``(n,)`` recordings."""
+    edges = np.linspace(0, 1, n_bins + 1)
+    index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)
+    n = np.bincount(index, minlength=n_bins).astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        mean_confidence = np.bincount(index, weights=confidence, minlength=n_bins) / n
+        accuracy = np.bincount(index, weights=correct, minlength=n_bins) / n
+    return Reliability(edges, n, mean_confidence, accuracy)
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """Risk (share wrong) among the most confident ``coverage`` of all; and the confidence that cuts there."""
+
+    coverage: Floats
+    risk: Floats
+    threshold: Floats
+
+    @property
+    def aurc(self) -> float:
+        """Area under the risk-coverage curve: the mean risk over coverages 1/n, 2/n, ... 1."""
+        return float(self.risk.mean())
+
+
+def risk_coverage(confidence: Floats, correct: NDArray[np.bool_]) -> RiskCoverage:
+    """Risk at every coverage k/n, ``(n,)``; recordings of equal confidence share their errors, whatever their order."""
+    values, group, sizes = np.unique(-confidence, return_inverse=True, return_counts=True)
+    wrong = np.bincount(group, weights=~correct, minlength=len(values))
+    errors = np.cumsum(np.repeat(wrong / sizes, sizes))
+    n = len(confidence)
+    kept = np.arange(1, n + 1)
+    return RiskCoverage(kept / n, errors / kept, -np.repeat(values, sizes))
 
 
 @dataclass(frozen=True)
@@ -138,3 +297,91 @@ def _confidence(table: pd.DataFrame, probabilities: Floats | None) -> Floats | N
     if "confidence" in table.columns:
         return table["confidence"].to_numpy(dtype=np.float64, na_value=np.nan)
     return None
+
+
+LEVEL = 0.95
+MIN_SPEAKERS = 5
+_DRAWS_AT_ONCE = 4_000_000
+
+Interval = tuple[float, float]
+
+
+def resample_recordings(counts: Ints, resamples: int, rng: np.random.Generator) -> Ints:
+    """Tallies ``(resamples, *counts.shape)`` of recordings drawn with replacement from ``counts``."""
+    total = int(counts.sum())
+    if total == 0:
+        return np.zeros((resamples, *counts.shape), dtype=np.int64)
+    drawn = rng.multinomial(total, counts.ravel() / total, size=resamples)
+    return drawn.reshape(resamples, *counts.shape)
+
+
+def resample_groups(group: Ints, cell: Ints, shape: tuple[int, ...], resamples: int, rng: np.random.Generator) -> Ints:
+    """Tallies ``(resamples, *shape)`` of whole groups (speakers) drawn with replacement.
+
+    Args:
+        group: group of each recording, 0..G-1, shape (n,).
+        cell: flat index into ``shape`` of each recording, shape (n,).
+        shape: of one tally.
+        resamples: how many tallies to draw.
+        rng: source of the draws.
+    """
+    n_groups = int(group.max()) + 1
+    n_cells = int(np.prod(shape))
+    tallies = csr_matrix((np.ones(len(cell)), (cell, group)), shape=(n_cells, n_groups))
+    tallies.sum_duplicates()
+    parts = []
+    step = max(1, _DRAWS_AT_ONCE // n_groups)
+    for start in range(0, resamples, step):
+        drawn = rng.integers(0, n_groups, size=(min(step, resamples - start), n_groups))
+        weights = np.stack([np.bincount(row, minlength=n_groups) for row in drawn], axis=1)
+        parts.append((tallies @ weights).T)
+    drawn_tallies: Ints = np.rint(np.concatenate(parts)).astype(np.int64)
+    return drawn_tallies.reshape(resamples, *shape)
+
+
+def percentile_interval(samples: NDArray[Any]) -> Interval | None:
+    """Central ``LEVEL`` interval of resampled values ``(resamples,)``; None when none of them is defined."""
+    values = samples[np.isfinite(samples)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def clopper_pearson(right: int, n: int) -> Interval:
+    """Exact binomial ``LEVEL`` interval of ``right`` out of ``n``."""
+    tail = (1 - LEVEL) / 2
+    low = 0.0 if right == 0 else float(beta.ppf(tail, right, n - right + 1))
+    high = 1.0 if right == n else float(beta.ppf(1 - tail, right + 1, n - right))
+    return low, high
+
+
+def newcombe(right: int, n: int, right_rest: int, n_rest: int) -> Interval:
+    """Hybrid score ``LEVEL`` interval of ``right/n - right_rest/n_rest``, independent samples."""
+    share, rest = right / n, right_rest / n_rest
+    (low, high), (low_rest, high_rest) = wilson(right, n), wilson(right_rest, n_rest)
+    below = math.hypot(share - low, high_rest - rest)
+    above = math.hypot(high - share, rest - low_rest)
+    return share - rest - below, share - rest + above
+
+
+def wilson(right: int, n: int) -> Interval:
+    """Score ``LEVEL`` interval of the share ``right`` of ``n``."""
+    z = float(norm.ppf((1 + LEVEL) / 2))
+    share = right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def interval(value: float, samples: Floats, n: int) -> Interval | None:
+    """Interval of a metric in 0..1 measured on ``n`` recordings, from its resampled values ``(resamples,)``.
+
+    A value of exactly 0 or 1 that no resample moved gets the exact binomial bound instead.
+    """
+    found = percentile_interval(samples)
+    if found is None or n == 0:
+        return None
+    if value in (0.0, 1.0) and found[0] == found[1] == value:
+        return clopper_pearson(round(value * n), n)
+    return found

@@ -3,11 +3,16 @@
 Log-mel: ``librosa.feature.melspectrogram`` (Hann window, centred frames, zero padding, power 2, Slaney mel scale and
 norm), then ``power_to_db(ref=max, top_db=80)``, then per-clip standardisation ``(x - mean) / (std + 1e-6)``.
 Everything here works in float32 on mono samples at ``FeatureConfig.sample_rate_hz``; nothing reads files.
+
+Mel filters: triangles of unit area (Slaney norm), evenly spaced on Slaney's mel scale, as librosa has them.
+
+Malcolm Slaney, "Auditory Toolbox", 1998: linear below 1 kHz (200/3 Hz a mel), logarithmic above.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,8 +23,61 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
-from pipeline.features import mel
 from pipeline.storage.errors import SerError
+
+_LINEAR_HZ_PER_MEL = 200.0 / 3.0
+_BREAK_HZ = 1000.0
+_LOG_STEP = np.log(6.4) / 27.0
+
+
+def edges_hz(n_mels: int, top_hz: float) -> NDArray[np.float64]:
+    """Corners of the filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from k to k + 1, falls to k + 2."""
+    return _mel_to_hz(np.linspace(0.0, _hz_to_mel(top_hz), n_mels + 2))
+
+
+@lru_cache(maxsize=8)
+def filters(n_mels: int, top_hz: float, n_fft: int, sample_rate_hz: int) -> Array:
+    """Filters of a power spectrum, ``(n_mels, 1 + n_fft // 2)``; a row of zeros where no frequency lies in the band."""
+    corners_hz = edges_hz(n_mels, top_hz)
+    bins_hz = np.fft.rfftfreq(n_fft, 1.0 / sample_rate_hz)
+    ramps = corners_hz[:, np.newaxis] - bins_hz[np.newaxis]
+    widths = np.diff(corners_hz)[:, np.newaxis]
+    rising, falling = -ramps[:-2] / widths[:-1], ramps[2:] / widths[1:]
+    triangles = np.maximum(0.0, np.minimum(rising, falling))
+    area = 2.0 / (corners_hz[2:] - corners_hz[:-2])
+    return (triangles * area[:, np.newaxis]).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def filter_groups(
+    n_mels: int, top_hz: float, n_fft: int, sample_rate_hz: int
+) -> tuple[tuple[slice, slice, Array], ...]:
+    """``filters`` cut into three groups of neighbours, each with the bins it touches: a quarter of the work.
+
+    Returns:
+        For each group its bands, its bins, and its filters ``(bands, bins)``.
+    """
+    every = filters(n_mels, top_hz, n_fft, sample_rate_hz)
+    bands = []
+    for first, last in itertools.pairwise((0, n_mels // 2, 3 * n_mels // 4, n_mels)):
+        touched = np.flatnonzero(every[first:last].any(axis=0))
+        bins = slice(touched[0], touched[-1] + 1) if touched.size else slice(0, 0)
+        bands.append((slice(first, last), bins, np.ascontiguousarray(every[first:last, bins])))
+    return tuple(bands)
+
+
+def _hz_to_mel(frequency_hz: float) -> float:
+    if frequency_hz < _BREAK_HZ:
+        return frequency_hz / _LINEAR_HZ_PER_MEL
+    return float(_BREAK_HZ / _LINEAR_HZ_PER_MEL + np.log(frequency_hz / _BREAK_HZ) / _LOG_STEP)
+
+
+def _mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
+    break_mel = _BREAK_HZ / _LINEAR_HZ_PER_MEL
+    linear = mel * _LINEAR_HZ_PER_MEL
+    logarithmic = _BREAK_HZ * np.exp(_LOG_STEP * (mel - break_mel))
+    return np.asarray(np.where(mel < break_mel, linear, logarithmic))
+
 
 Array = NDArray[np.float32]
 KINDS = ("log_mel", "frame_features")
@@ -76,7 +134,7 @@ class FeatureConfig:
             )
         if self.n_mels > self.n_fft // 2:  # before filters of any size are made
             raise FeatureError(f"n_mels={self.n_mels} is more than n_fft={self.n_fft} has frequencies for; use fewer")
-        deaf = int((~mel.filters(*_bands(self)).any(axis=1)).sum())
+        deaf = int((~filters(*_bands(self)).any(axis=1)).sum())
         if deaf:
             raise FeatureError(
                 f"{deaf} of n_mels={self.n_mels} bands lie between two frequencies of n_fft={self.n_fft}; use fewer"
@@ -161,7 +219,7 @@ def log_mel(samples: Array, config: FeatureConfig) -> Array:
 
 def mel_power(samples: Array, config: FeatureConfig) -> Array:
     """Mel-band power, float32 ``(n_mels, 1 + n // hop_length)``, of mono ``samples (n,)`` of any length."""
-    groups = mel.groups(*_bands(config))
+    groups = filter_groups(*_bands(config))
     power = np.empty((config.n_mels, _count_frames(samples, config)), np.float32)
     for first, block in _power_blocks(samples, config):
         for mels, bins, filters in groups:
@@ -181,11 +239,11 @@ def normalise_power(power: Array, config: FeatureConfig) -> Array:
 
 def mel_edges_hz(config: FeatureConfig) -> NDArray[np.float64]:
     """Corners of the mel filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from k to k + 1, falls to k + 2."""
-    return mel.edges_hz(config.n_mels, config.top_hz)
+    return edges_hz(config.n_mels, config.top_hz)
 
 
 def _bands(config: FeatureConfig) -> tuple[int, float, int, int]:
-    """What the filters of ``pipeline.features.mel`` depend on."""
+    """What the filters of ``pipeline.features.features`` depend on."""
     return config.n_mels, config.top_hz, config.n_fft, config.sample_rate_hz
 
 
@@ -198,7 +256,7 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
     import librosa
 
     magnitude = np.sqrt(_stft_power(samples, config))
-    power = mel.filters(*_bands(config)) @ (magnitude * magnitude)
+    power = filters(*_bands(config)) @ (magnitude * magnitude)
     decibel = librosa.power_to_db(power, ref=np.max, top_db=config.top_db)
     mfcc = scipy.fft.dct(decibel, axis=0, type=2, norm="ortho")[: config.n_mfcc]
     spectral: dict[str, Any] = {

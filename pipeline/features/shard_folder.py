@@ -26,7 +26,7 @@ from pipeline.data.splits import HASH_COLUMN
 from pipeline.features.store import MANIFEST, ShardError
 from pipeline.models.bundle import write_json
 from pipeline.storage.locks import only_one
-from pipeline.storage.stamps import stamps_of
+from pipeline.storage.remote import stamps_of
 
 PLAN, STAMPS, NOTES = "plan.json", "stamps.npy", ".notes"
 _LOCK, _RUN = ".extract.lock", "run"
@@ -41,7 +41,7 @@ def part_name(block: int) -> str:
 
 
 @contextmanager
-def hold(out: Path) -> Iterator[None]:
+def lock(out: Path) -> Iterator[None]:
     """Hold the folder, made where missing, until the end of the ``with`` block or of the process.
 
     Raises:
@@ -56,7 +56,9 @@ def hold(out: Path) -> Iterator[None]:
         yield
 
 
-def claim(out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_rows: int, *, overwrite: bool) -> None:
+def check_or_init(
+    out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_rows: int, *, overwrite: bool
+) -> None:
     """Make the folder that of ``plan``, or find that it already is.
 
     Args:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.corpora.voices import renewed
+from pipeline.data.corpora.record import renewed
 from pipeline.data.splits import HASH_COLUMN
 from pipeline.features.features import FeatureConfig, normalise_power
 from pipeline.storage.errors import SerError

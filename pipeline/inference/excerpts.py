@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
 from pipeline.audio.source import name_of
-from pipeline.audio.windows import Walk, covered_s, crop_starts
+from pipeline.audio.windows import SlidingWindow, covered_s, crop_starts
 from pipeline.features.features import FeatureConfig, extract
 from pipeline.inference.timeline import SILENCE_DBFS
 from pipeline.storage.remote import source_of
@@ -51,7 +51,7 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class WindowBatch:
     """Consecutive windows: features ``(n, *input_shape)``; start, end, RMS level and seconds of sound of each ``(n,)``.
 
     ``notice``: as in Excerpt.
@@ -112,15 +112,15 @@ def describe(
 def walk(
     source: audio.AudioSource,
     config: FeatureConfig,
-    steps: Walk,
+    steps: SlidingWindow,
     duration_s: float,
     channel: audio.Channel = "mix",
     *,
     at_once: int = 16,
     apart: bool = False,
     limits: audio.Limits = audio.DEFAULT_LIMITS,
-) -> Iterator[Stretch]:
-    """The windows of a recording, ``at_once`` in a Stretch; never more than a minute of audio is held.
+) -> Iterator[WindowBatch]:
+    """The windows of a recording, ``at_once`` in a WindowBatch; never more than a minute of audio is held.
 
     Args:
         duration_s: length of the recording, as ``describe`` gives it.
@@ -135,7 +135,7 @@ def walk(
         for begin in range(0, len(part), at_once):
             start_s = np.array(part[begin : begin + at_once])
             pieces = [cut(start) for start in start_s]
-            yield Stretch(
+            yield WindowBatch(
                 np.stack([extract(_centred(piece, config.window_samples), config) for piece in pieces]),
                 start_s,
                 np.minimum(start_s + steps.window_s, duration_s),

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
-from pipeline.audio.windows import Walk, check_crops, covered_s
+from pipeline.audio.windows import SlidingWindow, check_crops, covered_s
 from pipeline.inference.excerpts import LEAST_S, Excerpt, check_sound, describe, failed, listen, walk
 from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, joined, log_softmax, named, no_windows, pool
 from pipeline.models.backends import Backend, open_backend
@@ -194,7 +194,7 @@ class Predictor:
     def follow(
         self,
         source: audio.AudioSource,
-        steps: Walk,
+        steps: SlidingWindow,
         *,
         channels: Channels = "mix",
         silence_dbfs: float = SILENCE_DBFS,
@@ -241,7 +241,7 @@ class Predictor:
         return self._prediction(heard, timeline.pooled(silence_dbfs)), timeline
 
     def _track(
-        self, source: audio.AudioSource, steps: Walk, duration_s: float, channel: audio.Channel, apart: bool
+        self, source: audio.AudioSource, steps: SlidingWindow, duration_s: float, channel: audio.Channel, apart: bool
     ) -> tuple[Timeline, float, str]:
         """The windows of a channel, seconds of sound in the fullest, and what users should know."""
         config, size = self.bundle.features, self.batch_size

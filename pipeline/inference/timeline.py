@@ -80,7 +80,7 @@ class Timeline:
         heard = self.level_dbfs >= silence_dbfs
         return pool(self.log_p[heard] if heard.any() else self.log_p)
 
-    def sides(self, silence_dbfs: float = SILENCE_DBFS) -> Timeline:
+    def per_channel(self, silence_dbfs: float = SILENCE_DBFS) -> Timeline:
         """All windows of a channel as one, for each channel."""
         channels = [self.where(self.channel == name) for name in dict.fromkeys(self.channel)]
         return Timeline(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from pipeline.evaluation.measures import Floats, Ints, brier, log_loss, reliability
+from pipeline.evaluation.outcomes import Floats, Ints, brier, log_loss, reliability
 from pipeline.storage.errors import SerError
 
 _RANGE = (0.05, 20.0)

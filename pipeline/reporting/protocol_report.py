@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.data.folds import UNSEEN_SPEAKERS, Fold, sharing
+from pipeline.data.splits import UNSEEN_SPEAKERS, Fold, sharing
 from pipeline.data.tables import write_csv
-from pipeline.evaluation.measures import scores, tally
-from pipeline.reporting.report_html import meta_rows, percent, points, render, span
+from pipeline.evaluation.outcomes import scores, tally
+from pipeline.reporting.report import meta_rows, percent, points, render, span
 
 FIGURES = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "uar": "UAR"}
 

@@ -1,7 +1,7 @@
 """A block of a scoring run: what is asked of it, and scoring it in this process, whoever runs the process.
 
 A block is some rows of the manifest under one number. While a worker decodes, it notes the recording at hand
-(``ledger.Notes``), so that, when the process dies (out of memory, killed, a decoder that takes it down), the next
+(``journal.CrashLog``), so that, when the process dies (out of memory, killed, a decoder that takes it down), the next
 attempt decodes that one in a process of its own.
 """
 
@@ -27,7 +27,7 @@ from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import to_table
 from pipeline.storage.errors import SerError
-from pipeline.storage.ledger import RETRIES, Notes
+from pipeline.storage.journal import RETRIES, CrashLog
 
 REFUSAL = "refusal"
 
@@ -37,7 +37,7 @@ class Task:
     """All that a worker needs to know.
 
     Attributes:
-        notes: folder of ``ledger.Notes``.
+        notes: folder of ``journal.CrashLog``.
         run: name of this start of the job; attempts that died with another start are not held against a block.
     """
 
@@ -200,7 +200,7 @@ def _bundle(weights: str) -> Bundle:
 
 def _watched(rows: pa.Table, task: Task) -> Iterator[tuple[str, bool]]:
     """The paths of a block, each noted down before it is given, and whether to decode it apart."""
-    notes = Notes(Path(task.notes), rows["block"][0].as_py(), task.run)
+    notes = CrashLog(Path(task.notes), rows["block"][0].as_py(), task.run)
     notes.check()
     for position, path in enumerate(rows["speech"].to_pylist()):
         notes.begin(position)

@@ -1,6 +1,6 @@
 """Scoring a whole manifest with Ray Data: streamed, resumable, one row per recording whatever happens.
 
-The manifest is cut into blocks (``pipeline.storage.ledger``). On CPUs one stateless task scores one block: decode,
+The manifest is cut into blocks (``pipeline.storage.journal``). On CPUs one stateless task scores one block: decode,
 features and network in one process, which keeps its Predictor from block to block; results travel to the driver, which
 commits them. With GPUs, tasks decode and make features, and an actor per GPU runs the network. When every block is
 there, the tables are written from the parts, a piece in memory at a time.
@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 
 from pipeline.cluster.nodes import check_nodes, cpus_here
 from pipeline.cluster.runtime import joins_cluster
+from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.models.onnx_export import ensure_onnx
 from pipeline.scoring.blocks import (
     REFUSAL,
     Classifier,
@@ -40,12 +40,10 @@ from pipeline.scoring.blocks import (
     or_refusal,
     score_block,
 )
-from pipeline.scoring.exports import restore_csv, write_exports
-from pipeline.scoring.options import ScoreOptions
-from pipeline.scoring.predictions import PARQUET, plain_manifest, write_tables
-from pipeline.scoring.run_record import Tally, plan_of, record_of
+from pipeline.scoring.options import ScoreOptions, Tally, plan_of, record_of
+from pipeline.scoring.predictions import PARQUET, plain_manifest, restore_csv, write_exports, write_tables
 from pipeline.storage.errors import SerError
-from pipeline.storage.ledger import Ledger, LedgerError, open_ledger
+from pipeline.storage.journal import Ledger, LedgerError, open_ledger
 
 __all__ = ["Execution", "ScoreOptions", "ScoreRun", "score_manifest"]
 
@@ -132,7 +130,7 @@ def score_manifest(
         weights: a bundle, or the ``.pt`` in it; None for the shipped one.
         overwrite: begin again whatever ``out`` holds.
         report: also write ``report.html`` and what belongs to it.
-        formats: exports, and merge: merged segments, see ``pipeline.scoring.exports``.
+        formats: exports, and merge: merged segments, see ``pipeline.scoring.predictions``.
         meta: what the report says of the run (command, versions ...) beside the model.
         on_progress: called with (rows done, rows in all, failed so far), in the driver.
 
@@ -152,7 +150,7 @@ def score_manifest(
     plan = plan_of(table, bundle, options)
     with open_ledger(out.absolute()) as ledger:
         wanted = execution.block_rows or _block_rows(len(table), walked=options.steps is not None)
-        block_rows = ledger.claim(plan, wanted, overwrite=overwrite, tables=options.tables)
+        block_rows = ledger.check_or_init(plan, wanted, overwrite=overwrite, tables=options.tables)
         run, scored, tally = ledger.finished(), 0, Tally()
         anew = run is None
         if anew:
@@ -300,13 +298,13 @@ def _parts(ledger: Ledger, blocks: int, tally: Tally) -> Iterator[pa.Table]:
 
 def _report(out: Path, bundle: Bundle, meta: Mapping[str, Any], *, anew: bool) -> Mapping[str, Any]:
     """The content of ``metrics.json``; the report is made when it is not there yet, lacks a new note, or ``anew``."""
-    from pipeline.reporting.report import again, write_report
+    from pipeline.reporting.report import rerender, write_report
 
     if not anew and (out / "metrics.json").is_file():
         before: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         note = meta.get("note") or before["meta"].get("note")
         if (out / "report.html").is_file() and note == before["meta"].get("note"):
             return before
-        return again(before, pd.read_parquet(out / PARQUET), out, note)
+        return rerender(before, pd.read_parquet(out / PARQUET), out, note)
     model = {"model": bundle.name, "model_sha256": bundle.weights_sha256, "data": None}
     return write_report(pd.read_parquet(out / PARQUET), bundle.labels, out, meta=model | dict(meta))

@@ -17,17 +17,13 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.data.folds import Fold
-from pipeline.data.splits import HASH_COLUMN
+from pipeline.data.splits import HASH_COLUMN, Fold
 from pipeline.features.store import MANIFEST
 from pipeline.storage.errors import SerError
-from pipeline.training.checkpoint import load_checkpoint
-from pipeline.training.config import FitConfig
+from pipeline.training.config import FitConfig, Plan
 from pipeline.training.distillation import refuse_leaks
-from pipeline.training.history import read_history
 from pipeline.training.loop import Record
-from pipeline.training.plan import Plan
-from pipeline.training.run import begin, check, check_resumes, read_splits, train_here
+from pipeline.training.run import begin, check, check_resumes, load_checkpoint, read_history, read_splits, train_here
 
 PREDICTIONS = "predictions.parquet"
 _BUNDLE = "config.json"  # what a folder with a finished bundle holds
@@ -37,7 +33,7 @@ FoldCallback = Callable[[str, Record], None]  # the fold's name, and the epoch's
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class FoldConcurrency:
     """How many folds train at once, each with how many CPUs and what share of a GPU."""
 
     folds: int
@@ -45,7 +41,7 @@ class SideBySide:
     gpus: float = 0.0
 
     @classmethod
-    def of(cls, folds: int, at_once: int | None, cpus: int, gpus: int) -> SideBySide:
+    def of(cls, folds: int, at_once: int | None, cpus: int, gpus: int) -> FoldConcurrency:
         """``at_once`` folds (as many as there are GPUs, or CPUs, when None) of ``folds`` on what there is.
 
         Raises:
@@ -61,7 +57,7 @@ class SideBySide:
 def train_folds(
     folds: Sequence[Fold],
     base: Plan,
-    side: SideBySide,
+    side: FoldConcurrency,
     *,
     fits: Mapping[str, FitConfig] | None = None,
     keep_weights: bool = False,
@@ -142,7 +138,7 @@ def _same_recordings(begun: pd.DataFrame, found: pd.DataFrame) -> bool:
 
 
 def _run(
-    todo: dict[str, Plan], side: SideBySide, keep_weights: bool, max_failures: int, on_epoch: FoldCallback
+    todo: dict[str, Plan], side: FoldConcurrency, keep_weights: bool, max_failures: int, on_epoch: FoldCallback
 ) -> None:
     import ray
 

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.nodes import alive_nodes, check_nodes
-from pipeline.cluster.runtime import compute_first, end_at_exit, joins_cluster, start_ray
+from pipeline.cluster.runtime import end_at_exit, joins_cluster, restore_priority, start_ray
 from pipeline.features.store import MANIFEST
 from pipeline.storage.errors import SerError
-from pipeline.training.history import HISTORY, read_history
-from pipeline.training.loop import DivergedError, Record, Run
-from pipeline.training.memory import IN_WORKERS
-from pipeline.training.plan import Plan
-from pipeline.training.run import LOCK_WAIT_NODES_S, LOCK_WAIT_S, train_here
+from pipeline.training.config import Plan
+from pipeline.training.loop import IN_WORKERS, DivergedError, Record, Run
+from pipeline.training.run import HISTORY, LOCK_WAIT_NODES_S, LOCK_WAIT_S, read_history, train_here
 
 _BEAT_S = 0.5
 
@@ -143,7 +141,7 @@ def _worker(config: dict[str, Any]) -> Any:
     import ray.train
     from ray.train.torch import get_device
 
-    compute_first(together=ray.train.get_context().get_world_size() > 1)
+    restore_priority(together=ray.train.get_context().get_world_size() > 1)
     plan = Plan.from_dict(config["plan"], Path(config["out"]))
     beat = _Beat(_progress(plan.out)) if ray.train.get_context().get_world_rank() == 0 else None
 

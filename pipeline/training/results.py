@@ -19,12 +19,9 @@ from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.model_card import model_card
 from pipeline.models.networks import build_model
 from pipeline.reporting.report import terminal_summary, write_report
-from pipeline.training.checkpoint import load_checkpoint
-from pipeline.training.history import plot_curves
-from pipeline.training.initial import about_start, earlier_training
+from pipeline.training.config import SPLIT_SEED, Plan, about_start, earlier_training
 from pipeline.training.loop import StateDict, weights_of
-from pipeline.training.plan import SPLIT_SEED, Plan
-from pipeline.training.run import read_splits, rows_of
+from pipeline.training.run import load_checkpoint, plot_curves, read_splits, rows_of
 
 INTERRUPTED = "interrupted"
 _BATCH = 64

@@ -4,15 +4,25 @@
 the last epoch (replaced in one step, never half written); `history.csv` is written anew from that state after each
 epoch, so it holds no epoch twice. `config.json` of the bundle comes last: its presence means finished. On several
 machines the folder must be on storage that all of them share.
+
+The state of a run on disk, `checkpoint.pt`: written whole or not at all, read without running code in it.
+
+The history of a run, epoch by epoch: `history.csv`, curves as a picture, TensorBoard event files.
+
+All three are drawn from the records of `fit.Run.epoch`. TensorBoard is optional (extra `tensorboard`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,13 +37,127 @@ from pipeline.models.networks import build_model
 from pipeline.storage.errors import SerError
 from pipeline.storage.locks import try_lock
 from pipeline.training.batches import TrainingData, from_arrays
-from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.config import Plan, read_plan, start_from
 from pipeline.training.distillation import load_teachers
 from pipeline.training.distributed import Workers
-from pipeline.training.history import EventLog, write_history
-from pipeline.training.initial import start_from
 from pipeline.training.loop import BatchCallback, EpochCallback, FitResult, Record, Run, batches_of, fit
-from pipeline.training.plan import Plan, read_plan
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+HISTORY = "history.csv"
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "val_loss",
+    "val_accuracy",
+    "val_weighted_f1",
+    "weights",
+    "seconds",
+    "train_seconds",
+)
+_PANELS = (("train_loss", "val_loss"), ("val_accuracy", "val_weighted_f1"), ("lr",))
+
+
+def write_history(folder: Path, records: Sequence[Record]) -> None:
+    """Write `history.csv`, one row an epoch, replaced in one step."""
+    temporary = folder / f".{HISTORY}.{os.getpid()}.tmp"
+    pd.DataFrame(records, columns=list(COLUMNS)).to_csv(temporary, index=False, float_format="%.6g")
+    temporary.replace(folder / HISTORY)
+
+
+def read_history(folder: Path) -> list[Record]:
+    """The records of `history.csv`, missing figures as None; empty when there is no such file yet."""
+    path = folder / HISTORY
+    if not path.is_file():
+        return []
+    table = pd.read_csv(path).astype(object)
+    rows = table.where(table.notna(), None).to_dict("records")
+    return [{str(name): cell for name, cell in row.items()} for row in rows]
+
+
+def plot_curves(records: Sequence[Record], path: Path) -> None:
+    """Loss, validation figures and learning rate over the epochs, as a PNG."""
+    from matplotlib.figure import Figure
+
+    table = pd.DataFrame(records, columns=list(COLUMNS))
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axis, names in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+        for name in names:
+            if table[name].notna().any():
+                axis.plot(table["epoch"], table[name].astype(float), label=name, marker="." if len(table) == 1 else "")
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+class EventLog:
+    """Numbers of each epoch as TensorBoard events in `folder`; does nothing where tensorboard is not installed.
+
+    Args:
+        done: epochs already finished; events of later ones that an interrupted run left are hidden.
+    """
+
+    def __init__(self, folder: Path, done: int = 0) -> None:
+        self._writer: SummaryWriter | None = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=done + 1)
+
+    def add(self, record: Record) -> None:
+        """Write one epoch."""
+        if self._writer is None:
+            return
+        for name in COLUMNS[1:]:
+            if isinstance(record[name], float):
+                self._writer.add_scalar(name, record[name], record["epoch"])
+        self._writer.flush()
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write the state; the one before it stays until the new one is whole.
+
+    Raises:
+        SerError: the disk is full or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes
+    try:
+        torch.save(state, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it finds no room
+        temporary.unlink(missing_ok=True)
+        raise SerError(
+            f"cannot write {path}, is the disk full? Make room, then go on with the same command and --resume"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Tensors and plain values only (`weights_only=True`), on the CPU.
+
+    Raises:
+        SerError: no readable checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SerError(f"cannot read the checkpoint {path}: {reason}; start a new run") from error
+    if not isinstance(state, dict) or not {"version", "history"} <= state.keys():
+        raise SerError(f"{path} is no checkpoint of a run; start a new run")
+    return state
+
 
 LOCK_WAIT_S = 15.0
 LOCK_WAIT_NODES_S = 120.0  # a file server frees the locks of a machine that died only after its lease: NFSv4's is 90 s

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.audio.windows import MAX_CROPS, Walk, check_crops, covered_s, crop_starts
+from pipeline.audio.windows import MAX_CROPS, SlidingWindow, check_crops, covered_s, crop_starts
 from pipeline.storage.errors import SerError
 
 durations = st.floats(0.01, 400.0)
@@ -31,7 +31,7 @@ def test_crops_lie_within_and_evenly(duration_s: float, window_s: float, crops: 
 @given(durations, st.floats(0.1, 4.0), st.floats(0.1, 1.0))
 def test_walks_hear_everything(duration_s: float, window_s: float, share: float) -> None:
     hop_s = window_s * share
-    starts = Walk(window_s, hop_s).starts(duration_s)
+    starts = SlidingWindow(window_s, hop_s).starts(duration_s)
     assert starts[0] == 0.0
     assert np.all(np.diff(starts) > 0)
     assert np.all(np.diff(starts) <= hop_s * (1 + 1e-9))
@@ -41,7 +41,7 @@ def test_walks_hear_everything(duration_s: float, window_s: float, share: float)
 
 
 def test_walks_may_leave_gaps() -> None:
-    assert Walk(2.0, 10.0).starts(25.0) == [0.0, 10.0, 20.0, 23.0]
+    assert SlidingWindow(2.0, 10.0).starts(25.0) == [0.0, 10.0, 20.0, 23.0]
     assert covered_s([0.0, 10.0, 20.0, 23.0], 25.0, 2.0) == 8.0
 
 
@@ -58,7 +58,7 @@ def test_covered_is_the_measure_of_the_union(duration_s: float, window_s: float,
 @pytest.mark.parametrize(("window_s", "hop_s"), [(0.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (2.0, 0.0), (2.0, -1.0)])
 def test_impossible_walks_are_refused(window_s: float, hop_s: float) -> None:
     with pytest.raises(SerError, match=r"must be 0\.\d+ s or more"):
-        Walk(window_s, hop_s)
+        SlidingWindow(window_s, hop_s)
 
 
 def test_more_crops_than_anybody_wants_are_refused() -> None:

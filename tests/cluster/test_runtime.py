@@ -164,14 +164,14 @@ def test_a_cluster_that_cannot_be_joined(
 LOOK = """
 from benchmarks.processes import command_of, descendants
 import os, ray
-from pipeline.cluster.runtime import compute_first, start_ray
+from pipeline.cluster.runtime import restore_priority, start_ray
 def of(pid):
     return {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
 def policies():
     before = os.sched_getscheduler(0)
-    compute_first(together=False)
+    restore_priority(together=False)
     after = os.sched_getscheduler(0), os.SCHED_BATCH in of(os.getpid())
-    compute_first(together=True)
+    restore_priority(together=True)
     return before, *after, of(os.getpid())
 if __name__ == "__main__":
     start_ray(1, lean=True)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.folds import PROTOCOLS, Fold, assignment, folds_of, sharing
 from pipeline.data.manifest import ManifestError
+from pipeline.data.splits import PROTOCOLS, Fold, assignment, folds_of, sharing
 
 LABELS = ("calm", "happy", "sad")
 

@@ -14,12 +14,32 @@ from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from pipeline.data.labels import LabelError
-from pipeline.evaluation.hints import permutation_hint
-from pipeline.evaluation.intervals import clopper_pearson, interval, newcombe, resample_groups, resample_recordings
-from pipeline.evaluation.measures import brier, in_top, log_loss, reliability, risk_coverage, scores, tally
-from pipeline.evaluation.metrics import evaluate
-from pipeline.evaluation.outcomes import outcomes
-from pipeline.evaluation.verdict import CROSSES, MET, NOT_DECIDABLE, NOT_MET, Targets, judge, reached
+from pipeline.evaluation.metrics import (
+    CROSSES,
+    MET,
+    NOT_DECIDABLE,
+    NOT_MET,
+    Targets,
+    evaluate,
+    judge,
+    permutation_hint,
+    reached,
+)
+from pipeline.evaluation.outcomes import (
+    brier,
+    clopper_pearson,
+    in_top,
+    interval,
+    log_loss,
+    newcombe,
+    outcomes,
+    reliability,
+    resample_groups,
+    resample_recordings,
+    risk_coverage,
+    scores,
+    tally,
+)
 from pipeline.reporting.terminal import terminal_summary
 from pipeline.storage.errors import SerError
 

@@ -29,7 +29,7 @@ from pipeline.features.features import FeatureConfig
 from pipeline.features.shard_folder import NOTES, known_hashes
 from pipeline.features.store import ShardError, load_features
 from pipeline.storage.errors import SerError
-from pipeline.storage.stamps import stamps_of
+from pipeline.storage.remote import stamps_of
 
 CONFIG = FeatureConfig()
 NO_POWER, ONE_EACH = ShardOptions(mel_power_s=0), ShardOptions(mel_power_s=0, block_rows=1)

@@ -11,7 +11,7 @@ import soundfile
 
 from pipeline.audio.load import load, load_middle
 from pipeline.features.features import FeatureConfig
-from pipeline.inference.picture import OUTLINE_S, Picture, draw, outline_part
+from pipeline.inference.explain import OUTLINE_S, Picture, draw, outline_part
 
 CONFIG = FeatureConfig()
 

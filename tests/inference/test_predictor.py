@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
-from pipeline.audio.windows import Walk
+from pipeline.audio.windows import SlidingWindow
 from pipeline.features.features import FeatureConfig, extract
 from pipeline.inference.excerpts import listen
 from pipeline.inference.predictor import Prediction, Predictor
@@ -246,7 +246,7 @@ def test_windows_are_those_of_the_whole_recording(
     samples = whole(path)
     starts = [0.0, 1.0, 2.0, 2.5]
     expected = by_hand(torch_model, [samples[round(s * 48_000) :][:96_000] for s in starts])
-    found, timeline = predictor.follow(path, Walk(2.0, 1.0))
+    found, timeline = predictor.follow(path, SlidingWindow(2.0, 1.0))
     np.testing.assert_array_equal(timeline.start_s, starts)
     np.testing.assert_array_equal(timeline.end_s, [2.0, 3.0, 4.0, 4.5])
     assert list(timeline.channel) == ["mix"] * 4
@@ -261,16 +261,16 @@ def test_reading_in_parts_changes_nothing(
     predictor: Predictor, write_audio: WriteAudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_audio(duration_s=9.7, sample_rate_hz=44_100)
-    at_once = predictor.follow(path, Walk(2.0, 0.7))[1]
+    at_once = predictor.follow(path, SlidingWindow(2.0, 0.7))[1]
     monkeypatch.setattr("pipeline.inference.excerpts._SPAN_S", 3.0)
-    in_parts = predictor.follow(path, Walk(2.0, 0.7))[1]
+    in_parts = predictor.follow(path, SlidingWindow(2.0, 0.7))[1]
     np.testing.assert_array_equal(in_parts.start_s, at_once.start_s)
     np.testing.assert_allclose(in_parts.probabilities, at_once.probabilities, atol=1e-4)
 
 
 def test_a_recording_shorter_than_the_window_is_heard_as_ever(predictor: Predictor, write_audio: WriteAudio) -> None:
     path = write_audio(duration_s=1.3)
-    found, timeline = predictor.follow(path, Walk(2.0, 1.0))
+    found, timeline = predictor.follow(path, SlidingWindow(2.0, 1.0))
     assert (list(timeline.start_s), list(timeline.end_s)) == ([0.0], [1.3])
     np.testing.assert_allclose(found.probabilities, predictor.predict([path])[0].probabilities, atol=1e-5)
 
@@ -279,19 +279,21 @@ def test_silence_is_marked_and_not_pooled(predictor: Predictor, write_audio: Wri
     voice = audio.load(write_audio(duration_s=2.0, sample_rate_hz=48_000), sample_rate_hz=48_000).samples
     pause = np.zeros(96_000, np.float32)
     path = write_audio("pause.wav", samples=np.concatenate([pause, voice, pause]), sample_rate_hz=48_000)
-    found, timeline = predictor.follow(path, Walk(2.0, 2.0))
+    found, timeline = predictor.follow(path, SlidingWindow(2.0, 2.0))
     assert timeline.names(predictor.labels) == [SILENCE, found.predicted, SILENCE]
     np.testing.assert_allclose(found.probabilities, timeline.probabilities[1], atol=1e-12)
     assert found.label() == found.predicted
-    nothing, _ = predictor.follow(write_audio("nothing.wav", samples=pause, sample_rate_hz=48_000), Walk(2.0, 2.0))
+    nothing, _ = predictor.follow(
+        write_audio("nothing.wav", samples=pause, sample_rate_hz=48_000), SlidingWindow(2.0, 2.0)
+    )
     assert (nothing.status, nothing.label()) == ("ok", SILENCE)
     assert predictor.predict([write_audio("nothing.wav", samples=pause)])[0].label() == SILENCE
 
 
 @pytest.mark.parametrize("rate_hz", [8_000, 48_000])
-@pytest.mark.parametrize("steps", [None, Walk(2.0, 2.0), Walk(0.5, 0.25), Walk(0.1, 0.1)])
+@pytest.mark.parametrize("steps", [None, SlidingWindow(2.0, 2.0), SlidingWindow(0.5, 0.25), SlidingWindow(0.1, 0.1)])
 def test_too_little_sound_has_no_answer(
-    predictor: Predictor, write_audio: WriteAudio, rate_hz: int, steps: Walk | None
+    predictor: Predictor, write_audio: WriteAudio, rate_hz: int, steps: SlidingWindow | None
 ) -> None:
     voice = audio.load(write_audio(duration_s=3.0, sample_rate_hz=rate_hz), sample_rate_hz=rate_hz).samples
 
@@ -320,7 +322,7 @@ def test_channels_that_cancel_are_heard_and_said(predictor: Predictor, write_aud
     both = write_audio("both.wav", samples=np.stack([voice, -0.9 * voice], axis=1))
     left = predictor.predict([both], channel=0)[0]
     assert left.notice == ""
-    for found in (predictor.predict([both])[0], predictor.follow(both, Walk(2.0, 2.0))[0]):
+    for found in (predictor.predict([both])[0], predictor.follow(both, SlidingWindow(2.0, 2.0))[0]):
         assert found.label() != SILENCE
         assert "channel 0" in found.notice
     np.testing.assert_allclose(predictor.predict([both])[0].probabilities, left.probabilities, atol=1e-9)
@@ -330,22 +332,22 @@ def test_each_channel_has_its_own_windows(predictor: Predictor, write_audio: Wri
     left, right = write_audio("l.wav", f0_hz=90, duration_s=4.0), write_audio("r.wav", f0_hz=330, duration_s=4.0)
     sides = [audio.load(path, sample_rate_hz=16_000).samples for path in (left, right)]
     both = write_audio("both.wav", samples=np.stack(sides, axis=1))
-    found, timeline = predictor.follow(both, Walk(2.0, 2.0), channels="each")
+    found, timeline = predictor.follow(both, SlidingWindow(2.0, 2.0), channels="each")
     assert list(timeline.channel) == ["0", "0", "1", "1"]
-    alone = [predictor.follow(path, Walk(2.0, 2.0))[1].log_p for path in (left, right)]
+    alone = [predictor.follow(path, SlidingWindow(2.0, 2.0))[1].log_p for path in (left, right)]
     np.testing.assert_allclose(timeline.log_p, np.concatenate(alone), atol=1e-3)
     np.testing.assert_allclose(found.probabilities, together(timeline.log_p), atol=1e-9)
     np.testing.assert_allclose(
-        predictor.follow(both, Walk(2.0, 2.0), channels=1)[1].log_p, timeline.log_p[2:], atol=1e-9
+        predictor.follow(both, SlidingWindow(2.0, 2.0), channels=1)[1].log_p, timeline.log_p[2:], atol=1e-9
     )
 
 
 def test_a_bad_recording_has_no_windows(predictor: Predictor, tmp_path: Path) -> None:
-    found, timeline = predictor.follow(tmp_path / "gone.wav", Walk(2.0, 1.0))
+    found, timeline = predictor.follow(tmp_path / "gone.wav", SlidingWindow(2.0, 1.0))
     assert (found.status, len(timeline)) == ("not_found", 0)
     assert timeline.names(predictor.labels) == []
 
 
 def test_windows_longer_than_the_models_are_refused(predictor: Predictor, tmp_path: Path) -> None:
     with pytest.raises(SerError, match="window_s 3 is more than the 2 s that tiny hears at a time; give --window_s 2"):
-        predictor.follow(tmp_path / "any.wav", Walk(3.0, 1.0))
+        predictor.follow(tmp_path / "any.wav", SlidingWindow(3.0, 1.0))

@@ -72,12 +72,12 @@ def test_nothing_merges_to_nothing() -> None:
 def test_sides_are_pooled_without_silence() -> None:
     whole = joined([timeline([0, 1], channel="0"), timeline([2, 2, 1], channel="1", seed=1)])
     whole.level_dbfs[1] = -100.0
-    sides = whole.sides()
+    sides = whole.per_channel()
     assert list(sides.channel) == ["0", "1"]
     np.testing.assert_allclose(sides.log_p[0], whole.log_p[0])
     np.testing.assert_allclose(sides.log_p[1], log_softmax(whole.log_p[2:].mean(axis=0, keepdims=True))[0])
     np.testing.assert_array_equal(sides.end_s, [3.0, 4.0])
-    assert len(no_windows(3).sides()) == 0
+    assert len(no_windows(3).per_channel()) == 0
 
 
 def test_arrow_and_back() -> None:

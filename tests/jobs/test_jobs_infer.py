@@ -16,8 +16,8 @@ import pytest
 from jobs import infer
 from pipeline.inference.predictor import Predictor
 from pipeline.models import bundle as checkpoint
+from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle
-from pipeline.models.onnx_export import ensure_onnx
 
 ROOT = Path(__file__).resolve().parents[2]
 WriteAudio = Callable[..., Path]

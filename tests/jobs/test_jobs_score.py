@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from jobs import evaluate, score
+from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle
-from pipeline.models.onnx_export import ensure_onnx
 from pipeline.reporting import figures
 from pipeline.scoring import scoring
 from pipeline.scoring.blocks import score_block
@@ -272,7 +272,7 @@ def run_dying(death: str, bundle: Bundle, folder: Path, out: Path) -> subprocess
             "import os, resource, signal, sys",
             "from pathlib import Path",
             "from jobs.score import main",
-            "from pipeline.storage.ledger import Ledger",
+            "from pipeline.storage.journal import Ledger",
             "commit, replace = Ledger.commit, Path.replace",
             textwrap.dedent(death),
             "if __name__ == '__main__':",

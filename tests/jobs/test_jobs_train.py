@@ -29,8 +29,8 @@ from pipeline.features.extract import ShardOptions, ShardSummary
 from pipeline.features.store import load_features
 from pipeline.models.bundle import load_bundle
 from pipeline.storage.errors import SerError
-from pipeline.storage.stamps import stamps_of
-from pipeline.training.history import read_history
+from pipeline.storage.remote import stamps_of
+from pipeline.training.run import read_history
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--num_workers", "0", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--threads", "1"]

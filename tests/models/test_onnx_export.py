@@ -14,11 +14,19 @@ import torch
 
 from pipeline.data.labels import RAVDESS_LABELS
 from pipeline.features.features import FeatureConfig
-from pipeline.models import onnx_export
-from pipeline.models.backends import OnnxBackend, TorchBackend, open_backend
+from pipeline.models import backends
+from pipeline.models.backends import (
+    ExportError,
+    OnnxBackend,
+    TorchBackend,
+    cache_path,
+    ensure_onnx,
+    export,
+    open_backend,
+    open_session,
+)
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.networks import build_model
-from pipeline.models.onnx_export import ExportError, cache_path, ensure_onnx, export, open_session
 from pipeline.storage.errors import SerError
 
 
@@ -132,14 +140,14 @@ def test_a_damaged_file_is_made_again(content: bytes | None, bundle: Bundle) -> 
 
 def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No temporary file can be made in ``folder`` (root is not bound by permissions, so the call is made to fail)."""
-    make = onnx_export.tempfile.mkstemp
+    make = backends.tempfile.mkstemp
 
     def refuse(*args: object, **options: object) -> object:
         if Path(str(options["dir"])) == folder:
             raise PermissionError(13, "Permission denied")
         return make(*args, **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(onnx_export.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(backends.tempfile, "mkstemp", refuse)
 
 
 def test_a_bundle_that_cannot_be_written_is_exported_into_the_cache(
@@ -164,7 +172,7 @@ def test_without_any_place_to_write_pytorch_serves(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx_export.tempfile, "mkstemp", full)
+    monkeypatch.setattr(backends.tempfile, "mkstemp", full)
     with pytest.raises(ExportError, match="No space left on device"):
         export(bundle)
     assert isinstance(open_backend(bundle, "auto", "cpu", 1), TorchBackend)

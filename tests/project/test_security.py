@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import ray_token
+from pipeline.cluster import submit
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = [
@@ -133,14 +133,14 @@ def mode(path: Path) -> int:
 def test_a_token_is_made_for_its_owner_only(home: Path) -> None:
     before = os.umask(0)
     try:
-        ray_token.make_token()
+        submit.make_token()
     finally:
         os.umask(before)
     path = home / ".ray" / "auth_token"
     assert mode(path) == 0o600
     assert mode(path.parent) == 0o700
     assert len(bytes.fromhex(path.read_text())) == 32
-    ray_token.make_token()
+    submit.make_token()
     assert len(path.read_text()) == 64, "a token that is there stays"
 
 
@@ -149,7 +149,7 @@ def test_a_token_that_everybody_can_read_is_taken_from_them(home: Path) -> None:
     path.parent.mkdir()
     path.write_text("old")
     path.chmod(0o644)
-    ray_token.make_token()
+    submit.make_token()
     assert (path.read_text(), mode(path)) == ("old", 0o600)
 
 
@@ -158,19 +158,19 @@ def test_no_file_is_made_when_the_environment_says_otherwise(
     home: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    ray_token.make_token()
+    submit.make_token()
     assert list(home.iterdir()) == []
 
 
 def test_the_token_is_sent_where_there_is_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not ray_token.use_token()
+    assert not submit.use_token()
     assert "RAY_AUTH_MODE" not in os.environ
-    ray_token.make_token()
+    submit.make_token()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert ray_token.use_token()
+    assert submit.use_token()
     assert os.environ["RAY_AUTH_MODE"] == "disabled", "what was set stays"
     monkeypatch.delenv("RAY_AUTH_MODE")
-    ray_token.use_token()
+    submit.use_token()
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
@@ -258,6 +258,6 @@ def test_a_local_ray_wants_its_token(ray_session: None) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "let in" not in run.stdout, run.stdout
-    right = {**environment, "RAY_AUTH_TOKEN": ray_token.token_file().read_text()}
+    right = {**environment, "RAY_AUTH_TOKEN": submit.token_file().read_text()}
     run = subprocess.run([sys.executable, "-c", code], env=right, capture_output=True, text=True, timeout=120)
     assert "let in 1" in run.stdout, run.stderr[-500:]

@@ -12,11 +12,10 @@ import torch
 from toy_data import toy_model, write_features
 
 from benchmarks.speaker_statistics import WAYS, adapted, answers, equal_classes, main
-from pipeline.data.folds import Fold, folds_of
 from pipeline.data.manifest import label_set
+from pipeline.data.splits import Fold, folds_of
 from pipeline.models.bundle import load_bundle
-from pipeline.training.config import FitConfig
-from pipeline.training.plan import Plan, read_plan
+from pipeline.training.config import FitConfig, Plan, read_plan
 from pipeline.training.results import predict, write_results
 from pipeline.training.run import begin, read_splits, train_here
 

@@ -22,7 +22,7 @@ assert "ser_without_unix" in sys.modules
 from jobs.cli import main
 from pipeline.audio import load as audio
 from pipeline.audio import source as audio_guard
-from pipeline.storage import ledger
+from pipeline.storage import journal
 from pipeline.storage import locks
 
 assert not hasattr(audio_guard.os, "pread") and locks.sys.platform == "win32"
@@ -49,7 +49,7 @@ assert (decode_in_subprocess(first).samples == audio.load_middle(first).samples)
 from toy_data import LABELS, write_features
 from pipeline.features.store import load_features
 from pipeline.training.config import FitConfig
-from pipeline.training.plan import Plan
+from pipeline.training.config import Plan
 from pipeline.training.run import begin, train_here
 from pipeline.data.splits import split_table
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from jobs._common import Parser, run
-from pipeline.reporting import glyphs
+from pipeline.reporting import figures
 from pipeline.reporting.report import write_report
 from pipeline.storage.errors import SerWarning
 
@@ -47,10 +47,10 @@ def made_font(path: Path, family: str, signs: str) -> str:
 def fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What the machine has; a test may add to it."""
     found: list[str] = []
-    monkeypatch.setattr(glyphs, "findSystemFonts", lambda: found)
-    glyphs.families.cache_clear()
+    monkeypatch.setattr(figures, "findSystemFonts", lambda: found)
+    figures.families.cache_clear()
     yield found
-    glyphs.families.cache_clear()
+    figures.families.cache_clear()
 
 
 def drawn(text: str, families: tuple[str, ...]) -> float:
@@ -65,13 +65,13 @@ def drawn(text: str, families: tuple[str, ...]) -> float:
 
 
 def test_what_matplotlib_has_needs_no_other_font(fonts: list[str]) -> None:
-    assert glyphs.families("sad, triste, грустный, λυπημένος") == ("DejaVu Sans",)
+    assert figures.families("sad, triste, грустный, λυπημένος") == ("DejaVu Sans",)
 
 
 def test_a_font_with_the_signs_is_found_and_draws_them(fonts: list[str], tmp_path: Path) -> None:
     (tmp_path / "torn.ttf").write_bytes(b"\0\1\0\0 not a font")
     fonts += [str(tmp_path / "torn.ttf"), made_font(tmp_path / "han.ttf", "Made Han", "愤怒悲")]
-    found = glyphs.families("angry 愤怒")
+    found = figures.families("angry 愤怒")
     assert found == ("DejaVu Sans", "Made Han")
     side_px = 0.8 * SIZE_PT / 72 * DPI
     assert drawn("愤怒", found) == pytest.approx(2 * side_px**2, rel=0.02)  # two filled squares, not two empty boxes
@@ -79,13 +79,13 @@ def test_a_font_with_the_signs_is_found_and_draws_them(fonts: list[str], tmp_pat
 
 def test_two_fonts_where_no_single_one_has_all(fonts: list[str], tmp_path: Path) -> None:
     fonts += [made_font(tmp_path / "a.ttf", "Made A", "悲"), made_font(tmp_path / "b.ttf", "Made B", "기쁨")]
-    assert glyphs.families("悲기쁨") == ("DejaVu Sans", "Made B", "Made A")
+    assert figures.families("悲기쁨") == ("DejaVu Sans", "Made B", "Made A")
 
 
 def test_the_font_of_empty_boxes_is_no_help(fonts: list[str], tmp_path: Path) -> None:
     fonts.append(made_font(tmp_path / "LastResort.otf", "Last", "悲"))
     with pytest.warns(SerWarning, match="悲"):
-        assert glyphs.families("悲") == ("DejaVu Sans",)
+        assert figures.families("悲") == ("DejaVu Sans",)
 
 
 def test_a_report_tells_once_that_a_font_is_missing(

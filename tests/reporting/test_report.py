@@ -20,12 +20,10 @@ from matplotlib.text import Text
 from sklearn.metrics import classification_report
 
 from pipeline.data.tables import guard, read_csv, unguard, write_csv
-from pipeline.evaluation.metrics import Targets, evaluate
-from pipeline.evaluation.verdict import decimals
+from pipeline.evaluation.metrics import Targets, decimals, evaluate
 from pipeline.reporting import figures
-from pipeline.reporting.report import terminal_summary, write_comparison, write_report
-from pipeline.reporting.report_html import _NARROW as NARROW
-from pipeline.reporting.report_html import meta_rows, visible
+from pipeline.reporting.report import _NARROW as NARROW
+from pipeline.reporting.report import meta_rows, terminal_summary, visible, write_comparison, write_report
 from pipeline.reporting.terminal import classification_report as our_report
 from pipeline.storage.errors import SerError
 

@@ -16,16 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import table_files
+from pipeline.data import tables
 from pipeline.inference.predictor import Prediction
 from pipeline.inference.timeline import Timeline, log_softmax, no_windows
-from pipeline.scoring.exports import write_exports
 from pipeline.scoring.predictions import (
     our_columns,
     plain_manifest,
     read_predictions,
     read_segments,
     to_table,
+    write_exports,
     write_tables,
 )
 from pipeline.storage.errors import SerError
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_old_tables(tmp_path: Path, monkeypatch: pytest.M
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(table_files.os, "fsync", full)
+    monkeypatch.setattr(tables.os, "fsync", full)
     with pytest.raises(SerError, match="No space left on device; free some space, then give the same command again"):
         write_tables(manifest, [to_table([good(0.2, 0.3, 0.5)], LABELS)], tmp_path, LABELS)
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from serving import run, wav
 
 from pipeline.audio import isolated
 from pipeline.audio.errors import DecoderCrashed
-from pipeline.audio.windows import Walk
+from pipeline.audio.windows import SlidingWindow
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from serve import worker as worker_module
@@ -59,7 +59,7 @@ def test_the_bundle_s_crops_are_pooled(tiny_bundle: Bundle) -> None:
 def test_windows_are_those_of_follow(predictor: Predictor) -> None:
     data = wav(5.0, channels=2)
     heard = run(Worker(predictor).predict(data, Ask(1.5, 0.5, "each")))
-    prediction, timeline = predictor.follow(data, Walk(1.5, 0.5), channels="each")
+    prediction, timeline = predictor.follow(data, SlidingWindow(1.5, 0.5), channels="each")
     assert heard.timeline is not None
     np.testing.assert_array_equal(heard.timeline.start_s, timeline.start_s)
     np.testing.assert_allclose(heard.timeline.log_p, timeline.log_p, atol=1e-6)

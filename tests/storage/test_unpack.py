@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.unpack import ArchiveError, UnpackLimits, unpack
+from pipeline.storage.download import ArchiveError, UnpackLimits, unpack
 
 
 def archive(folder: Path, *entries: tuple[str | zipfile.ZipInfo, bytes]) -> Path:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from toy_data import CONFIG, FRAMES, mel_powers, middle
 
-from pipeline.features import mel
+from pipeline.features import features
+from pipeline.features.extract import _pitch_shift
 from pipeline.features.features import FeatureConfig, mel_edges_hz, mel_power, normalise_power
-from pipeline.features.shard_parts import _pitch_shift
 from pipeline.storage.errors import SerError
 from pipeline.training.augment import (
     _N_COLUMNS,
@@ -194,7 +194,7 @@ def test_noise_has_the_drawn_level(snr_db: float, power: Tensor) -> None:
 @pytest.mark.parametrize("edge_hz", [4000.0, 8000.0, 12000.0])
 def test_the_kept_part_of_white_noise_is_what_a_filter_bank_of_fewer_bins_hears(edge_hz: float) -> None:
     config = FeatureConfig()
-    bank = mel.filters(config.n_mels, config.top_hz, 2**15, config.sample_rate_hz).astype(np.float64)
+    bank = features.filters(config.n_mels, config.top_hz, 2**15, config.sample_rate_hz).astype(np.float64)
     below = np.fft.rfftfreq(2**15, 1 / config.sample_rate_hz) < edge_hz
     expected = bank[:, below].sum(axis=1) / bank.sum(axis=1)
     corners_hz = torch.tensor(mel_edges_hz(config), dtype=torch.float64)

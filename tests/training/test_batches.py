@@ -15,8 +15,15 @@ from toy_data import CONFIG, mel_powers, middle, toy_data
 from pipeline.features.store import FeatureArrays
 from pipeline.storage.errors import SerError
 from pipeline.training.augment import NAMES, POWER_NAMES, AugmentConfig, Draws
-from pipeline.training.batches import Batch, Batches, TrainingData, corpora_of, from_arrays, pitch_copies
-from pipeline.training.sampling import WeightedSampler
+from pipeline.training.batches import (
+    Batch,
+    Batches,
+    TrainingData,
+    WeightedSampler,
+    corpora_of,
+    from_arrays,
+    pitch_copies,
+)
 
 BATCH = 8
 CORPORA = {  # of three classes

@@ -18,8 +18,8 @@ from toy_data import write_features
 from jobs._recipe import with_recipe
 from jobs.evaluate import main
 from jobs.train_options import fit_config, model_options
-from pipeline.data.folds import Fold
 from pipeline.data.labels import LabelSet
+from pipeline.data.splits import Fold
 from pipeline.evaluation.metrics import evaluate
 from pipeline.features.extract import ShardSummary
 from pipeline.features.store import load_features
@@ -28,8 +28,8 @@ from pipeline.models.networks import build_model
 from pipeline.reporting.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.storage.errors import SerError
 from pipeline.storage.locks import only_one
-from pipeline.training.cross_validation import SideBySide
-from pipeline.training.plan import read_plan
+from pipeline.training.config import read_plan
+from pipeline.training.cross_validation import FoldConcurrency
 
 FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]
 FAST += ["--width", "0.125"]
@@ -279,14 +279,14 @@ def test_a_recipe_of_classes_with_commas(tmp_path: Path) -> None:
 
 
 def test_side_by_side_shares_out_what_there_is() -> None:
-    assert SideBySide.of(5, None, cpus=2, gpus=0) == SideBySide(2, 1)
-    assert SideBySide.of(2, None, cpus=8, gpus=0) == SideBySide(2, 4)
-    assert SideBySide.of(6, 3, cpus=16, gpus=1) == SideBySide(3, 5, pytest.approx(1 / 3))
-    assert SideBySide.of(6, None, cpus=16, gpus=1) == SideBySide(1, 16, 1.0)
-    assert SideBySide.of(5, None, cpus=16, gpus=8) == SideBySide(5, 3, 1)  # Ray gives no 1.6 GPUs
-    assert SideBySide.of(3, None, cpus=16, gpus=8) == SideBySide(3, 5, 2)
+    assert FoldConcurrency.of(5, None, cpus=2, gpus=0) == FoldConcurrency(2, 1)
+    assert FoldConcurrency.of(2, None, cpus=8, gpus=0) == FoldConcurrency(2, 4)
+    assert FoldConcurrency.of(6, 3, cpus=16, gpus=1) == FoldConcurrency(3, 5, pytest.approx(1 / 3))
+    assert FoldConcurrency.of(6, None, cpus=16, gpus=1) == FoldConcurrency(1, 16, 1.0)
+    assert FoldConcurrency.of(5, None, cpus=16, gpus=8) == FoldConcurrency(5, 3, 1)  # Ray gives no 1.6 GPUs
+    assert FoldConcurrency.of(3, None, cpus=16, gpus=8) == FoldConcurrency(3, 5, 2)
     with pytest.raises(SerError, match="--folds_at_once 0 on 4 CPUs"):
-        SideBySide.of(5, 0, cpus=4, gpus=0)
+        FoldConcurrency.of(5, 0, cpus=4, gpus=0)
 
 
 def answered(right: int, n: int = 8) -> pd.DataFrame:

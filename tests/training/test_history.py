@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from pipeline.training import history
-from pipeline.training.history import EventLog, plot_curves, read_history, write_history
+from pipeline.training import run
+from pipeline.training.run import EventLog, plot_curves, read_history, write_history
 
 
 def record(epoch: int, **changes: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_events_hold_every_number_once(tmp_path: Path) -> None:
 
 def test_without_tensorboard_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(history.importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
     with EventLog(tmp_path) as events:
         events.add(record(1))
     assert list(tmp_path.iterdir()) == []

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training import memory
+from pipeline.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # blocks as large as activations, freed and asked for again; prints the page faults of the last round
 ROUNDS = """
 import resource, sys, threading
-from pipeline.training.memory import keep_freed_memory
+from pipeline.training.loop import keep_freed_memory
 if sys.argv[1] == "keep":
     print(keep_freed_memory(), file=sys.stderr)
 def rounds():
@@ -48,12 +48,12 @@ def test_blocks_are_found_again_without_a_page_fault() -> None:
     pages = 4 * 40_000_000 // 4096
     assert faults("give back", "main") > pages / 2, "nothing is given back here: this test cannot fail"
     assert faults("keep", "main") < pages / 100
-    assert faults("keep", "thread", **memory.IN_WORKERS) < pages / 100
+    assert faults("keep", "thread", **loop.IN_WORKERS) < pages / 100
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.sys, "platform", "win32")
-    assert memory.keep_freed_memory() is False
-    monkeypatch.setattr(memory.sys, "platform", "linux")
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
-    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(loop.sys, "platform", "win32")
+    assert loop.keep_freed_memory() is False
+    monkeypatch.setattr(loop.sys, "platform", "linux")
+    monkeypatch.setattr(loop.ctypes, "CDLL", lambda _: object())
+    assert loop.keep_freed_memory() is False

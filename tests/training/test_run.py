@@ -27,13 +27,20 @@ from pipeline.models.networks import build_model
 from pipeline.storage.errors import SerError
 from pipeline.training import results
 from pipeline.training import run as runs
-from pipeline.training.checkpoint import save_checkpoint
-from pipeline.training.config import FitConfig
-from pipeline.training.history import read_history
+from pipeline.training.config import FitConfig, Plan, read_plan
 from pipeline.training.loop import Run
-from pipeline.training.plan import Plan, read_plan
 from pipeline.training.results import keep_weights, write_results
-from pipeline.training.run import begin, check, check_resumes, read_splits, rows_of, train_here, training_data
+from pipeline.training.run import (
+    begin,
+    check,
+    check_resumes,
+    read_history,
+    read_splits,
+    rows_of,
+    save_checkpoint,
+    train_here,
+    training_data,
+)
 
 
 @pytest.fixture(scope="module")

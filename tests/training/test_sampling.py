@@ -13,7 +13,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
-from pipeline.training.sampling import WeightedSampler, class_weights, parse_class_values, shares_of
+from pipeline.training.batches import WeightedSampler, class_weights, parse_class_values, shares_of
 
 LABELS = LabelSet(("angry", "calm", "happy", "sad"))
 CLASSES = np.repeat([0, 1, 2, 3], [400, 40, 150, 210])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.corpora.record import Corpus
-from pipeline.data.manifest_csv import ManifestError, read_cells
+from pipeline.data.tables import ManifestError, read_cells
 
 AUDIOFOLDER = Corpus(
     name="audiofolder",

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.storage.errors import SerError
-from pipeline.storage.ledger import Ledger, LedgerError, Notes, open_ledger
+from pipeline.storage.journal import CrashLog, Ledger, LedgerError, open_ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN: dict[str, Any] = {"model": "a" * 64, "crops": 1, "rows": 4, "input": "c" * 64}
@@ -28,9 +28,9 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 def test_a_begun_run_goes_on_with_its_own_block_size(ledger: Ledger) -> None:
-    assert ledger.claim(PLAN, 2, overwrite=False) == 2
+    assert ledger.check_or_init(PLAN, 2, overwrite=False) == 2
     ledger.commit(0, PART)
-    assert ledger.claim(dict(PLAN), 99, overwrite=False) == 2
+    assert ledger.check_or_init(dict(PLAN), 99, overwrite=False) == 2
     assert ledger.committed({0: 2, 1: 2}) == {0: 1}
 
 
@@ -46,7 +46,7 @@ def test_a_begun_run_goes_on_with_its_own_block_size(ledger: Ledger) -> None:
 def test_another_run_is_refused_or_overwritten(
     change: dict[str, Any], words: str, finished: bool, ledger: Ledger
 ) -> None:
-    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.check_or_init(PLAN, 2, overwrite=False)
     ledger.commit(0, PART)
     leftovers = [ledger.out / name for name in ("predictions.csv", "segments.parquet", "report.html")]
     for path in leftovers:
@@ -54,51 +54,51 @@ def test_another_run_is_refused_or_overwritten(
     if finished:
         ledger.finish({"plan": PLAN, "block_rows": 2})
     with pytest.raises(LedgerError, match=f"holds a run with {words}.* or --overwrite to begin again"):
-        ledger.claim({**PLAN, **change}, 2, overwrite=False)
+        ledger.check_or_init({**PLAN, **change}, 2, overwrite=False)
     assert all(path.exists() for path in leftovers), "a refusal changes nothing"
-    assert ledger.claim({**PLAN, **change}, 3, overwrite=True) == 3
+    assert ledger.check_or_init({**PLAN, **change}, 3, overwrite=True) == 3
     assert ledger.finished() is None
     assert ledger.committed({0: 2}) == {}
     assert not any(path.exists() for path in leftovers)
 
 
 def test_nothing_of_a_report_or_of_exports_outlives_the_run_that_is_overwritten(ledger: Ledger) -> None:
-    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.check_or_init(PLAN, 2, overwrite=False)
     ledger.finish({"plan": PLAN, "block_rows": 2})
     (ledger.out / "mine.csv").touch()
     (ledger.out / "audacity").mkdir()
     names = ("audacity/000000-a.txt", "confusion_matrix.png", "verdict.csv", "mistakes.csv", "failures.csv")
     for name in names:
         (ledger.out / name).touch()
-    ledger.claim(PLAN, 2, overwrite=True)
+    ledger.check_or_init(PLAN, 2, overwrite=True)
     assert sorted(path.name for path in ledger.out.iterdir()) == [".score", ".score.lock", "mine.csv"]
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_half_written_files_of_runs_that_were_killed_are_swept(finished: bool, ledger: Ledger) -> None:
-    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.check_or_init(PLAN, 2, overwrite=False)
     if finished:
         ledger.finish({"plan": PLAN, "block_rows": 2})
     for name in (".predictions.parquet.77.tmp", ".run.json.77.tmp", ".mine.tmp"):
         (ledger.out / name).touch()
-    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.check_or_init(PLAN, 2, overwrite=False)
     assert [path.name for path in ledger.out.glob(".*.tmp")] == [".mine.tmp"]
 
 
 def test_a_finished_run_whose_tables_are_gone_is_not_taken_for_done(ledger: Ledger) -> None:
-    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.check_or_init(PLAN, 2, overwrite=False)
     ledger.finish({"plan": PLAN, "block_rows": 2})
     (ledger.out / "predictions.parquet").touch()
-    assert ledger.claim(PLAN, 2, overwrite=False, tables=["predictions"]) == 2
+    assert ledger.check_or_init(PLAN, 2, overwrite=False, tables=["predictions"]) == 2
     with pytest.raises(LedgerError, match=r"segments\.parquet is gone; put it back, or --overwrite to score again"):
-        ledger.claim(PLAN, 2, overwrite=False, tables=["predictions", "segments"])
-    assert ledger.claim(PLAN, 3, overwrite=True, tables=["predictions", "segments"]) == 3
+        ledger.check_or_init(PLAN, 2, overwrite=False, tables=["predictions", "segments"])
+    assert ledger.check_or_init(PLAN, 3, overwrite=True, tables=["predictions", "segments"]) == 3
 
 
 def test_tables_of_nobody_are_not_overwritten_unasked(ledger: Ledger) -> None:
     (ledger.out / "predictions.csv").write_text("mine")
     with pytest.raises(LedgerError, match="is of no run known here"):
-        ledger.claim(PLAN, 2, overwrite=False)
+        ledger.check_or_init(PLAN, 2, overwrite=False)
     assert (ledger.out / "predictions.csv").read_text() == "mine"
 
 
@@ -109,7 +109,7 @@ def test_a_half_written_plan_or_record_counts_as_none(content: str, ledger: Ledg
 
 
 def test_parts_that_are_cut_or_of_another_size_are_done_again(ledger: Ledger) -> None:
-    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.check_or_init(PLAN, 2, overwrite=False)
     for block in range(4):
         ledger.commit(block, PART)
     whole = ledger.part_path(0).read_bytes()
@@ -118,12 +118,12 @@ def test_parts_that_are_cut_or_of_another_size_are_done_again(ledger: Ledger) ->
     (ledger.work / ".part-000005.parquet.77.tmp").write_bytes(whole)
     assert ledger.committed({0: 2, 1: 2, 2: 2, 3: 1, 4: 2, 5: 2}) == {0: 1}
     assert not any(ledger.part_path(block).exists() for block in (1, 2, 3)), "what is damaged is removed"
-    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.check_or_init(PLAN, 2, overwrite=False)
     assert list(ledger.work.glob(".*.tmp")) == []
 
 
 def test_a_full_disk_leaves_no_part_and_says_what_to_do(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger.claim(PLAN, 2, overwrite=False)
+    ledger.check_or_init(PLAN, 2, overwrite=False)
     ledger.commit(0, PART)
 
     def full(*_: object) -> None:
@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_no_part_and_says_what_to_do(ledger: Ledger, monkeypa
 
 def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline.storage.ledger import open_ledger\n"
+        "import sys\nfrom pathlib import Path\nfrom pipeline.storage.journal import open_ledger\n"
         "with open_ledger(Path(sys.argv[1])):\n    print('locked', flush=True)\n    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
@@ -160,42 +160,42 @@ def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:
 
 
 def test_notes_name_the_recording_at_hand_of_attempts_that_died(tmp_path: Path) -> None:
-    dead = Notes(tmp_path, 7, "run")
+    dead = CrashLog(tmp_path, 7, "run")
     dead.begin(3)
     dead.begin(300)
-    good = Notes(tmp_path, 7, "run")
+    good = CrashLog(tmp_path, 7, "run")
     assert (good.suspects, good.attempts) == (frozenset({300}), 1)
     good.begin(1)
     good.close()
-    again = Notes(tmp_path, 7, "run")
+    again = CrashLog(tmp_path, 7, "run")
     assert (again.suspects, again.attempts) == (frozenset({300}), 1), "an attempt that ended well is no suspect"
-    assert Notes(tmp_path, 8, "run").suspects == frozenset()
+    assert CrashLog(tmp_path, 8, "run").suspects == frozenset()
 
 
 def test_attempts_that_die_again_and_again_suspect_all_and_are_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.ledger.RETRIES", 5)
+    monkeypatch.setattr("pipeline.storage.journal.RETRIES", 5)
     suspected = []
     for _ in range(6):
-        notes = Notes(tmp_path, 7, "run")
+        notes = CrashLog(tmp_path, 7, "run")
         notes.check()
         suspected.append((notes.apart(3), notes.apart(4)))
         notes.begin(3)
     assert suspected == [(False, False), *[(True, False)] * 3, *[(True, True)] * 2]
     with pytest.raises(SerError, match="block 7 took its process down 6 times"):
-        Notes(tmp_path, 7, "run").check()
-    Notes(tmp_path, 7, "another start").check()
+        CrashLog(tmp_path, 7, "run").check()
+    CrashLog(tmp_path, 7, "another start").check()
 
 
 def test_attempts_of_an_earlier_start_are_suspects_but_do_not_count(tmp_path: Path) -> None:
-    Notes(tmp_path, 7, "first").begin(5)
-    later = Notes(tmp_path, 7, "second")
+    CrashLog(tmp_path, 7, "first").begin(5)
+    later = CrashLog(tmp_path, 7, "second")
     assert (later.suspects, later.attempts) == (frozenset({5}), 0)
 
 
 def test_notes_where_nothing_can_be_written(tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "gone", 0, "run")
+    notes = CrashLog(tmp_path / "gone", 0, "run")
     notes.begin(1)
     notes.close()
     assert (notes.suspects, notes.attempts) == (frozenset(), 0)

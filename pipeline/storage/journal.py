@@ -10,9 +10,11 @@ Why not Ray Data's own checkpointing: in Ray 2.60 it silently scores everything 
 read, deletes what was committed when a resumed run overwrites, and keeps no record of the model, options or input
 that the committed rows came from.
 
-``Notes`` is the workers' part: which recording of a block is being decoded, so that a retry after a crash knows whom
+``CrashLog`` is the workers' part: which recording of a block is being decoded, so that a retry after a crash knows whom
 to suspect. Sources: the write-ahead habit of databases; POSIX rename and flock. Limits: ``OUT`` lies on a file system
 with both (NFSv4 has them).
+
+The names of what a scoring run leaves in its folder: tables, report, exports, and the record that closes it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,22 @@ import pyarrow.parquet as pq
 from pipeline.models.bundle import write_json
 from pipeline.storage.errors import SerError
 from pipeline.storage.locks import try_lock
-from pipeline.storage.outputs import OUTPUTS, RUN
+
+RUN = "run.json"
+AUDACITY = "audacity"  # a folder of label tracks
+TABLES = ("predictions", "segments", "channels", "timeline")
+REPORT_TABLES = (
+    "verdict per_class confusion_counts confusion_normalised breakdowns reliability risk_coverage mistakes failures"
+)
+REPORT_FIGURES = "confusion_matrix per_class reliability risk_coverage"
+REPORT = (
+    *(f"{name}.csv" for name in REPORT_TABLES.split()),
+    *(f"{name}.{form}" for name in REPORT_FIGURES.split() for form in ("png", "svg")),
+    "metrics.json",
+    "report.html",
+)
+OUTPUTS = (RUN, *(f"{t}.{form}" for t in TABLES for form in ("parquet", "csv", "jsonl")), AUDACITY, *REPORT)
+
 
 LEDGER_VERSION = 1
 _LOCK, _WORK, _PLAN = ".score.lock", ".score", "plan.json"
@@ -58,7 +75,9 @@ class Ledger:
         """``run.json`` of a finished run, or None."""
         return _read(self.out / RUN)
 
-    def claim(self, plan: Mapping[str, Any], block_rows: int, *, overwrite: bool, tables: Sequence[str] = ()) -> int:
+    def check_or_init(
+        self, plan: Mapping[str, Any], block_rows: int, *, overwrite: bool, tables: Sequence[str] = ()
+    ) -> int:
         """Make the folder that of ``plan``, or find that it already is; returns the rows a block of this run has.
 
         Args:
@@ -177,7 +196,7 @@ def open_ledger(out: Path) -> Iterator[Ledger]:
         yield Ledger(out)
 
 
-class Notes:
+class CrashLog:
     """One attempt at a block: notes down which recording is being decoded, and reads what earlier attempts noted.
 
     Where the folder cannot be written from this machine, nothing is noted and nobody suspected.
