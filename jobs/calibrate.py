@@ -17,10 +17,10 @@ from pipeline.data.splits import add_hashes, leaked
 from pipeline.evaluation.outcomes import failed_rows
 from pipeline.models.bundle import Bundle, load_bundle, set_temperature
 from pipeline.models.calibration import fit_temperature, scaled
+from pipeline.scoring.ledger import RUN
 from pipeline.scoring.predictions import read_predictions
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import RUN
 
 
 def build_parser() -> Parser:

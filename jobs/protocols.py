@@ -25,7 +25,7 @@ from jobs.train_options import (
 from pipeline.evaluation.metrics import Targets, reached
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
-from pipeline.storage.locks import only_one
+from pipeline.storage.journal import locked
 
 if TYPE_CHECKING:
     from pipeline.data.splits import Fold
@@ -127,7 +127,7 @@ def job(arguments: argparse.Namespace, targets: Targets) -> int:
     if len(set(arguments.join_seeds)) != len(arguments.join_seeds) or len(arguments.join_seeds) == 1:
         raise SerError("--join_seeds: give two or more seeds, each once; one alone is --seed")
     refuse_beside_features(arguments)
-    with only_one(arguments.out / ".protocols.lock", f"training the folds in {arguments.out}"):
+    with locked(arguments.out / ".protocols.lock", f"training the folds in {arguments.out}"):
         return _job(arguments, targets)
 
 

@@ -14,7 +14,7 @@ from jobs._common import EXIT_DONE, Parser, Progress, run, say
 from pipeline.data.manifest import scan_folder
 from pipeline.storage.download import download, md5_of, unpack
 from pipeline.storage.errors import SerError
-from pipeline.storage.locks import only_one
+from pipeline.storage.journal import locked
 
 BASE_URL = "https://zenodo.org/records/1188976/files"
 ARCHIVE = "Audio_Speech_Actors_01-24.zip"
@@ -55,7 +55,7 @@ def job(arguments: argparse.Namespace) -> int:
     if place == Path.cwd():
         raise SerError(f"--out {out} is the folder you are in; give a folder to be made in it, as --out RAVDESS")
     waiting_room = place.with_name(f"{place.name}.download")
-    with only_one(waiting_room / ".lock", f"fetching {out}"):
+    with locked(waiting_room / ".lock", f"fetching {out}"):
         archive = _archive(arguments, waiting_room)
         say(f"the checksum is right; unpacking {archive}")
         tree = waiting_room / "tree"

@@ -30,7 +30,7 @@ from pipeline.data.corpora.record import check_corpora, renewed, voice, voices
 from pipeline.data.manifest import label_set
 from pipeline.models.bundle import file_sha256
 from pipeline.storage.errors import SerError
-from pipeline.storage.locks import only_one
+from pipeline.storage.journal import locked
 
 if TYPE_CHECKING:
     from pipeline.training.config import Plan
@@ -65,7 +65,7 @@ def job(arguments: argparse.Namespace) -> int:
     refuse_beside_features(arguments)
     if arguments.split_csv is not None and (arguments.test_corpora or arguments.test_speakers):
         raise SerError("--split_csv says what is tested; leave --test_corpora and --test_speakers out beside it")
-    with only_one(arguments.out / ".train.lock", f"training into {arguments.out}"):
+    with locked(arguments.out / ".train.lock", f"training into {arguments.out}"):
         return _job(arguments, device)
 
 

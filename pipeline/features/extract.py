@@ -36,9 +36,8 @@ from pipeline.data.splits import HASH_COLUMN
 from pipeline.features.features import FeatureConfig, extract, mel_power
 from pipeline.features.shard_folder import NOTES, begin_notes, check_or_init, check_run, lock, part_name, whole_parts
 from pipeline.features.store import MANIFEST, SHARD_VERSION, ShardError, read_shard_manifest
-from pipeline.models.bundle import write_json
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import CrashLog
+from pipeline.storage.journal import CrashLog, atomic_path, remove_temporaries, write_json
 from pipeline.storage.remote import source_of
 
 __all__ = ["BlockWriter", "ShardOptions", "ShardSummary", "extract_shards"]
@@ -115,19 +114,16 @@ class BlockWriter:
             rows.extend(self._rows(record, _decode_apart if notes.apart(position) else load_once))
         notes.close()
         target = self.out / part_name(block)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes
         try:
-            pq.write_table(self._to_arrow(batch, rows), temporary, compression="zstd", compression_level=1)
-            if self.run:
-                check_run(self.out, self.run)
-            temporary.replace(target)
+            with atomic_path(target) as beside:
+                pq.write_table(self._to_arrow(batch, rows), beside, compression="zstd", compression_level=1)
+                if self.run:
+                    check_run(self.out, self.run)
         except OSError as error:
             raise ShardError(
                 f"cannot write {target}: {error.strerror or error}; free some space, then give the same command again: "
                 "it goes on where it stopped"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return len(rows), sum(row["status"] != "ok" for row in rows)
 
     def _rows(self, record: pd.Series, read: Callable[..., Reading]) -> list[dict[str, Any]]:
@@ -280,8 +276,7 @@ def _extract(
             if on_progress:
                 on_progress(finished, len(table), failed)
     shutil.rmtree(out / NOTES, ignore_errors=True)
-    for abandoned in out.glob(".part-*.tmp"):  # of a node that died while it wrote
-        abandoned.unlink(missing_ok=True)
+    remove_temporaries(out, "part-*")  # of a node that died while it wrote
     values = {
         **plan,
         "features": config.to_dict(),

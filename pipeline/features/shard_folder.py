@@ -9,7 +9,6 @@ with its process; what Ray still runs of a killed one finds that ``.notes/run`` 
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,21 +17,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.splits import HASH_COLUMN
 from pipeline.features.store import MANIFEST, ShardError
-from pipeline.models.bundle import write_json
-from pipeline.storage.locks import only_one
+from pipeline.storage.journal import PLAN, atomic_path, locked, part_counts, read_plan, write_plan
 from pipeline.storage.remote import stamps_of
 
-PLAN, STAMPS, NOTES = "plan.json", "stamps.npy", ".notes"
+STAMPS, NOTES, KIND = "stamps.npy", ".notes", "extraction"
 _LOCK, _RUN = ".extract.lock", "run"
-_STAMPS_TMP = f".{STAMPS}.tmp"  # only the holder of the folder writes it
-_EMPTY = (_LOCK, STAMPS, _STAMPS_TMP)  # what a start may leave that came no further
-_OURS = (PLAN, STAMPS, NOTES, MANIFEST, _STAMPS_TMP, "part-*.parquet", ".part-*.tmp", "arrays-*", ".arrays-*")
+_EMPTY = (_LOCK, STAMPS, f".{STAMPS}.*tmp")  # what a start may leave that came no further
+_OURS = (PLAN, STAMPS, NOTES, MANIFEST, f".{STAMPS}.*tmp", "part-*.parquet", ".part-*.tmp", "arrays-*", ".arrays-*")
 
 
 def part_name(block: int) -> str:
@@ -50,9 +45,13 @@ def lock(out: Path) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise ShardError(f"{out} is a file; give --out a folder")
-    if out.is_dir() and _plan_before(out) is None and any(p.name not in _EMPTY for p in out.iterdir()):
+    if (
+        out.is_dir()
+        and read_plan(out, KIND) is None
+        and any(not any(path.match(name) for name in _EMPTY) for path in out.iterdir())
+    ):
         raise ShardError(f"{out} is not empty and holds no feature shards; give --out a new folder")
-    with only_one(out / _LOCK, f"extracting into {out}"):
+    with locked(out / _LOCK, f"extracting into {out}"):
         yield
 
 
@@ -68,7 +67,7 @@ def check_or_init(
     Raises:
         ShardError: other recordings or settings, or recordings that have changed since (and not ``overwrite``).
     """
-    stamps, known = stamps_of(recordings), _plan_before(out)
+    stamps, known = stamps_of(recordings), read_plan(out, KIND)
     if known == plan:
         before = _stamps_before(out)
         if before is None or len(before) != len(recordings):
@@ -88,7 +87,7 @@ def check_or_init(
             raise ShardError(f"{reason}; give --overwrite to extract again, or another --out")
         _empty(out)
     _write_stamps(out, stamps)
-    write_json(out / PLAN, plan)
+    write_plan(out, KIND, plan)
 
 
 def known_hashes(folders: Sequence[Path], table: pd.DataFrame) -> pd.Series:
@@ -137,14 +136,8 @@ def whole_parts(out: Path, blocks: int) -> dict[int, tuple[int, int]]:
     found: dict[int, tuple[int, int]] = {}
     for block in range(blocks):
         path = out / part_name(block)
-        if not path.is_file():
-            continue
-        try:
-            statuses = pq.ParquetFile(path).read(["status"])["status"]
-        except (OSError, pa.ArrowException):
-            continue
-        good = int(pa.compute.sum(pa.compute.equal(statuses, "ok")).as_py() or 0)
-        found[block] = len(statuses), len(statuses) - good
+        if (counts := part_counts(path)) is not None:
+            found[block] = counts
     return found
 
 
@@ -162,8 +155,8 @@ def _empty(out: Path) -> None:
 def _write_stamps(out: Path, stamps: NDArray[np.int64]) -> None:
     packed = io.BytesIO()  # numpy does not tell why a file cannot be written
     np.save(packed, stamps)
-    (out / _STAMPS_TMP).write_bytes(packed.getvalue())
-    (out / _STAMPS_TMP).replace(out / STAMPS)
+    with atomic_path(out / STAMPS) as beside:
+        beside.write_bytes(packed.getvalue())
 
 
 def _stamps_before(out: Path) -> NDArray[np.int64] | None:
@@ -173,12 +166,3 @@ def _stamps_before(out: Path) -> NDArray[np.int64] | None:
     except (OSError, ValueError):
         return None
     return stamps if stamps.ndim == 2 and stamps.shape[1] == 2 else None
-
-
-def _plan_before(out: Path) -> Mapping[str, Any] | None:
-    """The plan of the extraction in the folder; None where there is none. ``ser train`` has a ``plan.json`` too."""
-    try:
-        plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return plan if isinstance(plan, dict) and "blocks" in plan else None

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeline.models.bundle import Bundle
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.journal import atomic_path
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -149,15 +150,8 @@ def _onnx_bytes(bundle: Bundle) -> bytes:
 def _write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; processes that export at the same time do not disturb each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_path(path) as beside:
+        beside.write_bytes(content)
 
 
 BACKENDS = ("auto", "onnx", "torch")

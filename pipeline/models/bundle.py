@@ -21,6 +21,7 @@ import pandas as pd
 from pipeline.data.labels import LabelError, LabelSet
 from pipeline.features.features import FeatureConfig, FeatureError
 from pipeline.storage.errors import SerError
+from pipeline.storage.journal import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -247,17 +248,6 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all: into a temporary neighbour, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -2,3 +2,14 @@
 
 Not here: the figures themselves (``evaluation``).
 """
+
+REPORT_TABLES = (
+    "verdict per_class confusion_counts confusion_normalised breakdowns reliability risk_coverage mistakes failures"
+)
+REPORT_FIGURES = "confusion_matrix per_class reliability risk_coverage"
+REPORT = (  # the files of a report
+    *(f"{name}.csv" for name in REPORT_TABLES.split()),
+    *(f"{name}.{form}" for name in REPORT_FIGURES.split() for form in ("png", "svg")),
+    "metrics.json",
+    "report.html",
+)

@@ -34,10 +34,9 @@ from pipeline.evaluation.breakdowns import GROUP_FIGURES
 from pipeline.evaluation.compare import compare, disagreements
 from pipeline.evaluation.metrics import CROSSES, MET, NOT_DECIDABLE, NOT_MET, Targets, decimals, evaluate
 from pipeline.evaluation.outcomes import failed_rows, outcomes
-from pipeline.reporting import figures
+from pipeline.reporting import REPORT, figures
 from pipeline.reporting.terminal import terminal_summary
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import REPORT
 from pipeline.storage.remote import source_of
 
 __all__ = ["Targets", "rerender", "terminal_summary", "write_comparison", "write_report"]

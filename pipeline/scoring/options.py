@@ -22,8 +22,8 @@ from pipeline.audio.windows import SlidingWindow, check_crops
 from pipeline.inference.predictor import Channels
 from pipeline.inference.timeline import SILENCE_DBFS
 from pipeline.models.bundle import Bundle
+from pipeline.scoring.ledger import LEDGER_VERSION
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import LEDGER_VERSION
 from pipeline.storage.remote import stamps_of
 
 

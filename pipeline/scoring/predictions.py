@@ -38,9 +38,9 @@ import pyarrow.parquet as pq
 from pipeline.data.tables import read_csv, table_files
 from pipeline.inference.predictor import Prediction, entropy, margin
 from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, joined, nested, no_windows, unnested
+from pipeline.scoring.ledger import AUDACITY, TABLES
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import local_path
-from pipeline.storage.journal import AUDACITY, TABLES
 
 PARQUET, CSV = "predictions.parquet", "predictions.csv"
 _AFTER = ("duration_s", "scored_s", "level_dbfs", "entropy", "margin")

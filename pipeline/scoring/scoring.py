@@ -1,6 +1,6 @@
 """Scoring a whole manifest with Ray Data: streamed, resumable, one row per recording whatever happens.
 
-The manifest is cut into blocks (``pipeline.storage.journal``). On CPUs one stateless task scores one block: decode,
+The manifest is cut into blocks (``pipeline.scoring.ledger``). On CPUs one stateless task scores one block: decode,
 features and network in one process, which keeps its Predictor from block to block; results travel to the driver, which
 commits them. With GPUs, tasks decode and make features, and an actor per GPU runs the network. When every block is
 there, the tables are written from the parts, a piece in memory at a time.
@@ -40,10 +40,10 @@ from pipeline.scoring.blocks import (
     or_refusal,
     score_block,
 )
+from pipeline.scoring.ledger import Ledger, LedgerError, open_ledger
 from pipeline.scoring.options import ScoreOptions, Tally, plan_of, record_of
 from pipeline.scoring.predictions import PARQUET, plain_manifest, restore_csv, write_exports, write_tables
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import Ledger, LedgerError, open_ledger
 
 __all__ = ["Execution", "ScoreOptions", "ScoreRun", "score_manifest"]
 

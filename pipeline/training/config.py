@@ -29,6 +29,7 @@ from pipeline.data.splits import HASH_COLUMN, used_in_training
 from pipeline.features.features import FeatureConfig
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.errors import SerError
+from pipeline.storage.journal import PLAN
 from pipeline.training.augment import AugmentConfig
 from pipeline.training.distillation import DISTILL
 from pipeline.training.losses import SCHEDULERS
@@ -122,6 +123,7 @@ class FitConfig:
 
 
 PLAN_VERSION = 1
+KIND = "training"  # of plan.json
 SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
 
 
@@ -205,7 +207,7 @@ def read_plan(out: Path) -> Plan:
     Raises:
         SerError: the folder holds no run, one of another version, or a damaged one.
     """
-    path = out / "plan.json"
+    path = out / PLAN
     if not path.is_file():
         raise SerError(f"{out} holds no run to resume (no plan.json); leave --resume out to start one")
     try:

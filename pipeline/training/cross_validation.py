@@ -9,7 +9,6 @@ GPU) a fold.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import pandas as pd
 from pipeline.data.splits import HASH_COLUMN, Fold
 from pipeline.features.store import MANIFEST
 from pipeline.storage.errors import SerError
+from pipeline.storage.journal import PLAN, atomic_path
 from pipeline.training.config import FitConfig, Plan
 from pipeline.training.distillation import refuse_leaks
 from pipeline.training.loop import Record
@@ -115,7 +115,7 @@ def _refuse_without_weights(finished: Sequence[Path]) -> None:
 
 def _lay_down(plan: Plan, fold: Fold) -> None:
     """Begin the fold's run, or see that what is there is the same."""
-    if not (plan.out / "plan.json").is_file():
+    if not (plan.out / PLAN).is_file():
         begin(plan, fold.splits)
         check(plan)
         return
@@ -182,7 +182,6 @@ def _train_fold(values: dict[str, Any], out: str, device: str, keep_weights: boo
     answers = predict(plan, weights_of(load_checkpoint(plan.checkpoint)), read_splits(plan.out)["test"])
     if keep_weights:
         write_results(plan, "none")
-    temporary = plan.out / f".{PREDICTIONS}.{time.time_ns()}.tmp"
-    answers.to_parquet(temporary, index=False)
-    temporary.replace(plan.out / PREDICTIONS)
+    with atomic_path(plan.out / PREDICTIONS) as beside:
+        answers.to_parquet(beside, index=False)
     plan.checkpoint.unlink()

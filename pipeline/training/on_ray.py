@@ -20,6 +20,7 @@ from pipeline.cluster.nodes import alive_nodes, check_nodes
 from pipeline.cluster.runtime import end_at_exit, joins_cluster, restore_priority, start_ray
 from pipeline.features.store import MANIFEST
 from pipeline.storage.errors import SerError
+from pipeline.storage.journal import atomic_path
 from pipeline.training.config import Plan
 from pipeline.training.loop import IN_WORKERS, DivergedError, Record, Run
 from pipeline.training.run import HISTORY, LOCK_WAIT_NODES_S, LOCK_WAIT_S, read_history, train_here
@@ -183,9 +184,8 @@ class _Beat:
         now = time.monotonic()
         if now - self.last_s >= _BEAT_S or done == total:
             self.last_s = now
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text(json.dumps([epoch, done, total]), encoding="utf-8")
-            temporary.replace(self.path)
+            with atomic_path(self.path) as beside:
+                beside.write_text(json.dumps([epoch, done, total]), encoding="utf-8")
 
 
 class _Watch:

@@ -15,10 +15,6 @@ All three are drawn from the records of `fit.Run.epoch`. TensorBoard is optional
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,12 +28,12 @@ from torch import nn
 from pipeline.audio.windows import check_crops
 from pipeline.data.splits import HASH_COLUMN, SPLITS
 from pipeline.features.store import NO_CROPS, load_features, read_shard_manifest
-from pipeline.models.bundle import write_json
 from pipeline.models.networks import build_model
+from pipeline.storage import journal
 from pipeline.storage.errors import SerError
-from pipeline.storage.locks import try_lock
+from pipeline.storage.journal import PLAN, atomic_path, locked, remove_temporaries, write_plan
 from pipeline.training.batches import TrainingData, from_arrays
-from pipeline.training.config import Plan, read_plan, start_from
+from pipeline.training.config import KIND, Plan, read_plan, start_from
 from pipeline.training.distillation import load_teachers
 from pipeline.training.distributed import Workers
 from pipeline.training.loop import BatchCallback, EpochCallback, FitResult, Record, Run, batches_of, fit
@@ -63,9 +59,8 @@ _PANELS = (("train_loss", "val_loss"), ("val_accuracy", "val_weighted_f1"), ("lr
 
 def write_history(folder: Path, records: Sequence[Record]) -> None:
     """Write `history.csv`, one row an epoch, replaced in one step."""
-    temporary = folder / f".{HISTORY}.{os.getpid()}.tmp"
-    pd.DataFrame(records, columns=list(COLUMNS)).to_csv(temporary, index=False, float_format="%.6g")
-    temporary.replace(folder / HISTORY)
+    with atomic_path(folder / HISTORY) as beside:
+        pd.DataFrame(records, columns=list(COLUMNS)).to_csv(beside, index=False, float_format="%.6g")
 
 
 def read_history(folder: Path) -> list[Record]:
@@ -132,12 +127,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         SerError: the disk is full or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other nodes
     try:
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with atomic_path(path) as beside:
+            torch.save(state, beside)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it finds no room
-        temporary.unlink(missing_ok=True)
         raise SerError(
             f"cannot write {path}, is the disk full? Make room, then go on with the same command and --resume"
         ) from error
@@ -163,7 +156,7 @@ LOCK_WAIT_S = 15.0
 LOCK_WAIT_NODES_S = 120.0  # a file server frees the locks of a machine that died only after its lease: NFSv4's is 90 s
 _FINGERPRINT = "feature_fingerprint"
 _LEFT = (  # what a run leaves, but for splits/, which come before plan.json
-    *("plan.json", "config.json", "metrics.json", "training.csv", "README.md", "history.csv", "curves.png"),
+    *(PLAN, "config.json", "metrics.json", "training.csv", "README.md", "history.csv", "curves.png"),
     *("report", "interrupted", "tensorboard", "ray"),
 )
 
@@ -178,7 +171,7 @@ def begin(plan: Plan, splits: Mapping[str, pd.DataFrame]) -> None:
     (plan.out / "splits").mkdir(parents=True, exist_ok=True)
     for name in SPLITS:
         splits[name].to_csv(plan.out / "splits" / f"{name}.csv", index=False)
-    write_json(plan.out / "plan.json", plan.to_dict() | {_FINGERPRINT: _fingerprint(plan.features)})
+    write_plan(plan.out, KIND, plan.to_dict() | {_FINGERPRINT: _fingerprint(plan.features)})
 
 
 def check_resumes(plan: Plan) -> None:
@@ -188,7 +181,7 @@ def check_resumes(plan: Plan) -> None:
         SerError: names what differs, or the folder holds no run.
     """
     plan.check_continues(read_plan(plan.out))
-    begun = json.loads((plan.out / "plan.json").read_text(encoding="utf-8")).get(_FINGERPRINT)
+    begun = (journal.read_plan(plan.out, KIND) or {}).get(_FINGERPRINT)
     if begun not in (None, _fingerprint(plan.features)):  # None: begun before this was kept
         raise SerError(
             f"the run was started with features of other settings than those in {plan.features[0]}; "
@@ -202,7 +195,7 @@ def _fingerprint(features: Sequence[Path]) -> str:
 
 def refuse_begun(out: Path) -> None:
     """Raise SerError when `out` holds a run with at least one finished epoch, or what is of no run."""
-    ours = (out / "plan.json").is_file() and (out / "splits").is_dir()  # plan.json alone: of an extraction
+    ours = journal.read_plan(out, KIND) is not None and (out / "splits").is_dir()
     if not ours and (foreign := next((out / name for name in _LEFT if (out / name).exists()), None)):
         raise SerError(f"{foreign} is of no run known here; give another --out")
     if (out / "checkpoint.pt").exists() or (out / "config.json").exists():
@@ -366,12 +359,6 @@ def train_here(
 @contextmanager
 def _only_writer(out: Path, wait_s: float) -> Iterator[None]:
     """Hold the run's lock. A killed driver's workers may live on for some seconds: wait for them that long."""
-    with (out / ".lock").open("w") as lock:
-        deadline_s = time.monotonic() + wait_s
-        while not try_lock(lock):
-            if time.monotonic() > deadline_s:
-                raise SerError(f"another process trains the run in {out}; wait for it, or end it")
-            time.sleep(0.1)
-        for abandoned in out.glob(".*.tmp"):  # of a process that was killed while it wrote
-            abandoned.unlink(missing_ok=True)
+    with locked(out / ".lock", f"training the run in {out}", wait_s=wait_s):
+        remove_temporaries(out)
         yield

@@ -16,7 +16,7 @@ import pytest
 from web_files import FileServer, serving
 
 from jobs import manifest, ravdess
-from pipeline.storage.locks import only_one
+from pipeline.storage.journal import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,7 +123,7 @@ def test_a_link_to_a_folder_elsewhere_and_the_folder_one_is_in(
 
 def test_twice_at_once(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "RAVDESS"
-    with only_one(tmp_path / "RAVDESS.download/.lock", "fetching it"):
+    with locked(tmp_path / "RAVDESS.download/.lock", "fetching it"):
         assert ravdess.main(words(server, out)) == 2
     assert f"another process is fetching {out}" in capsys.readouterr().err
     assert ravdess.main(words(server, out, "--keep_archive")) == 0, "the lock goes with its holder"

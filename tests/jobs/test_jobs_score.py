@@ -272,7 +272,7 @@ def run_dying(death: str, bundle: Bundle, folder: Path, out: Path) -> subprocess
             "import os, resource, signal, sys",
             "from pathlib import Path",
             "from jobs.score import main",
-            "from pipeline.storage.journal import Ledger",
+            "from pipeline.scoring.ledger import Ledger",
             "commit, replace = Ledger.commit, Path.replace",
             textwrap.dedent(death),
             "if __name__ == '__main__':",

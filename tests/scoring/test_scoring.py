@@ -27,10 +27,10 @@ from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, save_bundle
 from pipeline.scoring import scoring
 from pipeline.scoring.blocks import REFUSAL, Classifier, Task, listen_block, make_block, or_refusal, score_block
+from pipeline.scoring.ledger import LedgerError, open_ledger
 from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.scoring import Execution, score_manifest
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import LedgerError, open_ledger
 
 WriteAudio = Callable[..., Path]
 CHILD = Execution(num_cpus=0)

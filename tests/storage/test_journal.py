@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.scoring.ledger import Ledger, LedgerError, open_ledger
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import CrashLog, Ledger, LedgerError, open_ledger
+from pipeline.storage.journal import CrashLog
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN: dict[str, Any] = {"model": "a" * 64, "crops": 1, "rows": 4, "input": "c" * 64}
@@ -139,7 +140,7 @@ def test_a_full_disk_leaves_no_part_and_says_what_to_do(ledger: Ledger, monkeypa
 
 def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline.storage.journal import open_ledger\n"
+        "import sys\nfrom pathlib import Path\nfrom pipeline.scoring.ledger import open_ledger\n"
         "with open_ledger(Path(sys.argv[1])):\n    print('locked', flush=True)\n    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out")]

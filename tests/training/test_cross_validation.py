@@ -27,7 +27,7 @@ from pipeline.models.bundle import load_bundle, save_bundle
 from pipeline.models.networks import build_model
 from pipeline.reporting.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.storage.errors import SerError
-from pipeline.storage.locks import only_one
+from pipeline.storage.journal import locked
 from pipeline.training.config import read_plan
 from pipeline.training.cross_validation import FoldConcurrency
 
@@ -184,7 +184,7 @@ def test_overwrite_is_for_features_and_for_folds_that_nobody_is_training(
     assert asked == [True], capsys.readouterr().err
 
     (tmp_path / "out" / "kfold").mkdir()
-    with only_one(tmp_path / "out" / ".protocols.lock", "training"):
+    with locked(tmp_path / "out" / ".protocols.lock", "training"):
         assert main([*words, "--features", str(features), "--folds", "999"]) == 2
     assert "another process is training the folds in" in capsys.readouterr().err
     assert (tmp_path / "out" / "kfold").is_dir()

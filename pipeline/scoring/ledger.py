@@ -1,0 +1,171 @@
+"""The folder of a scoring run: its plan, its parts, what it leaves; each recording is scored once, whatever dies.
+
+The manifest is cut into numbered blocks of rows. ``OUT/.score/plan.json`` says what is being scored with what;
+``OUT/.score/part-NNNNNN.parquet`` holds a finished block. Only the driver writes parts, under a lock: what is missing
+after a crash is the blocks without a part, and nothing else is scored again. ``OUT/run.json``, written last, makes the
+run finished, and the work folder is removed.
+
+Why not Ray Data's own checkpointing: in Ray 2.60 it silently scores everything twice when the source is no file
+read, deletes what was committed when a resumed run overwrites, and keeps no record of the model, options or input
+that the committed rows came from.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.reporting import REPORT
+from pipeline.storage.errors import SerError
+from pipeline.storage.journal import (
+    locked,
+    part_counts,
+    read_json,
+    read_plan,
+    remove_temporaries,
+    sync,
+    write_json,
+    write_part,
+    write_plan,
+)
+
+RUN = "run.json"
+AUDACITY = "audacity"  # a folder of label tracks
+TABLES = ("predictions", "segments", "channels", "timeline")
+OUTPUTS = (RUN, *(f"{t}.{form}" for t in TABLES for form in ("parquet", "csv", "jsonl")), AUDACITY, *REPORT)
+
+LEDGER_VERSION = 1
+_LOCK, _WORK = ".score.lock", ".score"
+
+
+class LedgerError(SerError):
+    """An output folder that is in use, holds another run, or cannot be written."""
+
+
+class Ledger:
+    """The output folder of one run; use it inside ``with open_ledger(...)``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.work = out / _WORK
+        self.notes = self.work / "notes"
+
+    def finished(self) -> dict[str, Any] | None:
+        """``run.json`` of a finished run, or None."""
+        return read_json(self.out / RUN)
+
+    def check_or_init(
+        self, plan: Mapping[str, Any], block_rows: int, *, overwrite: bool, tables: Sequence[str] = ()
+    ) -> int:
+        """Make the folder that of ``plan``, or find that it already is; returns the rows a block of this run has.
+
+        Args:
+            tables: what a finished run must have, as Parquet.
+
+        Raises:
+            LedgerError: the folder holds another run, or a finished one without its tables, and ``overwrite`` is not
+                given.
+        """
+        finished, begun = self.finished(), read_plan(self.work, "scoring")
+        known = finished or begun
+        if known is None and not overwrite and (table := next(filter(Path.exists, self._outputs()), None)):
+            raise LedgerError(f"{table} is of no run known here; choose another --out, or --overwrite to replace it")
+        if overwrite or known is None:
+            for path in [*self._outputs(), *self._half_written()]:
+                _remove(path)
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.notes.mkdir(parents=True)
+            write_plan(self.work, "scoring", {"plan": dict(plan), "block_rows": block_rows})
+            return block_rows
+        differing = [key for key in plan if plan[key] != known.get("plan", {}).get(key)]
+        if differing:
+            raise LedgerError(
+                f"{self.out} holds a run with {_difference(differing, known.get('plan', {}), plan)}; "
+                "choose another --out, or --overwrite to begin again"
+            )
+        if finished is None:
+            self.notes.mkdir(parents=True, exist_ok=True)
+        elif gone := [name for name in tables if not (self.out / f"{name}.parquet").is_file()]:
+            raise LedgerError(
+                f"the run in {self.out} is finished, but its {gone[0]}.parquet is gone; "
+                "put it back, or --overwrite to score again"
+            )
+        remove_temporaries(self.work)
+        for path in self._half_written():
+            path.unlink(missing_ok=True)
+        return int(known.get("block_rows", block_rows))
+
+    def part_path(self, block: int) -> Path:
+        """Where the part of a block is, or will be."""
+        return self.work / f"part-{block:06d}.parquet"
+
+    def commit(self, block: int, table: pa.Table) -> None:
+        """Write a block's part, whole or not at all, and have it on the disk before returning.
+
+        Raises:
+            SerError: the disk is full or cannot be written; what was committed before is safe.
+        """
+        write_part(self.part_path(block), table, on_disk=True)
+
+    def committed(self, sizes: Mapping[int, int]) -> dict[int, int]:
+        """Block -> failed rows, of every whole part; a part that is damaged or of another size is removed.
+
+        Args:
+            sizes: rows that each block must have.
+        """
+        found: dict[int, int] = {}
+        for block, wanted in sizes.items():
+            rows, failed = part_counts(self.part_path(block)) or (-1, 0)
+            if rows == wanted:
+                found[block] = failed
+            else:
+                self.part_path(block).unlink(missing_ok=True)
+        return found
+
+    def finish(self, run: Mapping[str, Any]) -> None:
+        """Write ``run.json``, have it on the disk, and remove the work folder."""
+        write_json(self.out / RUN, run, on_disk=True)
+        sync(self.out)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _outputs(self) -> list[Path]:
+        """What a run leaves; of two models or inputs side by side it would mislead."""
+        return [self.out / name for name in OUTPUTS]
+
+    def _half_written(self) -> list[Path]:
+        """Temporary files (``.NAME.<random>.tmp``) of runs that were killed while they wrote what they leave."""
+        return [path for path in self.out.glob(".*.tmp") if path.name[1:].rsplit(".", 2)[0] in OUTPUTS]
+
+
+@contextmanager
+def open_ledger(out: Path) -> Iterator[Ledger]:
+    """The ledger in ``out`` (made when missing), locked until the end of the ``with`` block or of the process.
+
+    Raises:
+        SerError: another run is writing into ``out``, or it cannot be written.
+    """
+    with locked(out / _LOCK, f"writing into {out}"):
+        yield Ledger(out)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _difference(keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What two plans disagree about, for one line."""
+    parts = []
+    for key in keys:
+        before, after = str(old.get(key)), str(new[key])
+        short = max(len(before), len(after)) <= 24
+        parts.append(f"{key} {before} instead of {after}" if short else f"another {key}")
+    return ", ".join(parts)
