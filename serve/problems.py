@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi.responses import JSONResponse
 
-from pipeline.audio.errors import ERRORS
+from pipeline.storage.errors import ERRORS
 from serve.request_scope import note, request_id
 from serve.schema import FieldError, Problem
 

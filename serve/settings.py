@@ -10,8 +10,7 @@ import os
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.audio.errors import Limits
-from pipeline.storage.errors import SerError
+from pipeline.storage.errors import Limits, SerError
 from serve.keys import API_KEY_VARIABLE, checked_key, key_digest
 
 MIB = 2**20

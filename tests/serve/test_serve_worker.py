@@ -15,10 +15,10 @@ from conftest import speech_like
 from serving import run, wav
 
 from pipeline.audio import isolated
-from pipeline.audio.errors import DecoderCrashed
 from pipeline.audio.windows import SlidingWindow
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
+from pipeline.storage.errors import DecoderCrashed
 from serve import worker as worker_module
 from serve.asks import Ask
 from serve.worker import Worker, version_of
