@@ -5,7 +5,7 @@
     python -m jobs.serve                        # the same, with checks before anything starts
 
 The ingress reads requests and writes answers (Serve's proxy does so itself for uploads where it can, see
-``serve.short_way``); recordings travel on as bytes, so that a decoder that crashes takes a
+``ray_settings.ShortWay``); recordings travel on as bytes, so that a decoder that crashes takes a
 worker down, not the ingress: what was in work there is asked again elsewhere, each recording then decoded in a process
 of its own. Queues are bounded at the workers; a full one becomes 429 with Retry-After. New weights in ``user_config``
 are loaded beside the old ones and take over between two requests.
@@ -35,12 +35,12 @@ from pipeline.cluster.runtime import joins_cluster
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.storage.errors import SerError
-from serve.asks import Ask, Card, Explained, Heard
-from serve.bundles import open_bundles
+from serve.auth import key_digest_from_environment
 from serve.metrics import RequestMeter, WorkMeter
-from serve.offer import Offer
-from serve.settings import APP_NAME, Settings, key_digest_from_environment
-from serve.worker import Worker
+from serve.remote import Offer
+from serve.service import Card, Explained, PredictRequest, WorkerResult
+from serve.settings import APP_NAME, Settings
+from serve.worker import Worker, open_bundles
 
 logger = logging.getLogger("ray.serve.ser")
 _INGRESS_ONGOING = 1000  # slow uploads hold a place each
@@ -76,16 +76,16 @@ class ModelWorker:
         card = worker.card()
         logger.info("model %s, version %s, is loaded", card.name, card.version)
 
-    async def predict(self, data: bytes, ask: Ask, apart: bool = False) -> Heard:
+    async def predict(self, data: bytes, request: PredictRequest, apart: bool = False) -> WorkerResult:
         """What a recording sounds like."""
         worker = self._now
-        heard = await worker.predict(data, ask, apart=apart)
-        self._meter.work(heard.model, heard.timing, worker.waiting)
-        return heard
+        result = await worker.predict(data, request, apart=apart)
+        self._meter.work(result.model, result.timing, worker.waiting)
+        return result
 
-    async def explain(self, data: bytes, ask: Ask, apart: bool = False) -> Explained:
+    async def explain(self, data: bytes, request: PredictRequest, apart: bool = False) -> Explained:
         """Why."""
-        return await self._now.explain(data, ask, apart=apart)
+        return await self._now.explain(data, request, apart=apart)
 
     async def card(self) -> Card:
         """What is known of the model."""

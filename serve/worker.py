@@ -27,9 +27,11 @@ from pipeline.inference.explain import occlusion_map
 from pipeline.inference.picture import Picture, draw, outline_part
 from pipeline.inference.predictor import Prediction, Predictor
 from pipeline.inference.timeline import Timeline
-from pipeline.models.bundle import Bundle
-from serve.asks import Ask, Card, Explained, Heard, Timing
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.onnx_export import ensure_onnx
+from pipeline.storage.errors import SerError
 from serve.batching import Batcher
+from serve.service import Card, Explained, PredictRequest, Timing, WorkerResult
 
 Result = TypeVar("Result")
 _DECODERS = 2
@@ -108,7 +110,7 @@ class Worker:
             text=text.read_text(encoding="utf-8") if text.is_file() else "",
         )
 
-    async def predict(self, data: bytes, ask: Ask, *, apart: bool = False) -> Heard:
+    async def predict(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> WorkerResult:
         """What a recording sounds like; one that cannot be used is told in the prediction, not raised.
 
         Args:
@@ -117,30 +119,30 @@ class Worker:
         """
         predictor = self.predictor
         started_s = time.monotonic()
-        if ask.windowed:
-            following = partial(self._follow, predictor, data, ask, apart)
+        if request.windowed:
+            following = partial(self._follow, predictor, data, request, apart)
             prediction, timeline = await self._in(self._long, following, limited=False)
             timing = Timing(network_s=time.monotonic() - started_s, batch=1)
         else:
             timeline = None
-            listening = partial(predictor.listen, data, channel=ask.channel, apart=apart)
+            listening = partial(predictor.listen, data, channel=request.channel, apart=apart)
             excerpt = await self._decode(listening, predictor)
             decoded_s = time.monotonic()
             (prediction, begun_s, ended_s), batch = await self._batcher.submit(excerpt)
             timing = Timing(decoded_s - started_s, max(begun_s - decoded_s, 0.0), ended_s - begun_s, batch)
         picture = None
-        if ask.picture and prediction.ok:
+        if request.picture and prediction.ok:
             try:
-                picture = (await self._in(self._decoders, partial(self._look, predictor, data, ask, apart)))[0]
+                picture = (await self._in(self._decoders, partial(self._look, predictor, data, request, apart)))[0]
             except audio.AudioError as error:
                 prediction = _refused(predictor, error)
         bundle = predictor.bundle
-        return Heard(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
+        return WorkerResult(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
 
-    async def explain(self, data: bytes, ask: Ask, *, apart: bool = False) -> Explained:
+    async def explain(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> Explained:
         """Why the middle of a recording sounds as it does."""
         predictor = self.predictor
-        return await self._in(self._long, partial(self._explain, predictor, data, ask, apart), limited=False)
+        return await self._in(self._long, partial(self._explain, predictor, data, request, apart), limited=False)
 
     async def _decode(self, listening: Callable[[], Excerpt], predictor: Predictor) -> Excerpt:
         try:
@@ -184,15 +186,17 @@ class Worker:
         ended_s = time.monotonic()
         return [(prediction, begun_s, ended_s) for prediction in predictions]
 
-    def _follow(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> tuple[Prediction, Timeline | None]:
+    def _follow(
+        self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool
+    ) -> tuple[Prediction, Timeline | None]:
         config = predictor.bundle.features
-        window_s = config.window_s if ask.window_s is None else ask.window_s
-        steps = Walk(window_s, window_s if ask.hop_s is None else ask.hop_s)
+        window_s = config.window_s if request.window_s is None else request.window_s
+        steps = Walk(window_s, window_s if request.hop_s is None else request.hop_s)
         try:
             if window_s > config.window_s:
                 raise WindowTooLong(f"window_s {window_s:g} is more than the {config.window_s:g} s the model hears.")
             info = describe(data, apart=apart, limits=predictor.limits)
-            tracks = info.channels if ask.channels == "each" else 1
+            tracks = info.channels if request.channels == "each" else 1
             windows = tracks * (1 + max(info.duration_s - window_s, 0) / steps.hop_s)
             if windows > self._max_windows:
                 raise TooManyWindows(
@@ -200,9 +204,11 @@ class Worker:
                 )
         except audio.AudioError as error:
             return _refused(predictor, error), None
-        return predictor.follow(data, steps, channels=ask.channels, apart=apart)
+        return predictor.follow(data, steps, channels=request.channels, apart=apart)
 
-    def _look(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> tuple[Picture, audio.Clip]:
+    def _look(
+        self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool
+    ) -> tuple[Picture, audio.Clip]:
         """What the model sees of a recording's middle, and that middle."""
         config = predictor.bundle.features
         window = _load(
@@ -211,7 +217,7 @@ class Worker:
             apart,
             window_s=config.window_s,
             sample_rate_hz=config.sample_rate_hz,
-            channel=ask.channel,
+            channel=request.channel,
             limits=predictor.limits,
         )
         start_s, length_s = outline_part(window.info.duration_s)
@@ -222,10 +228,10 @@ class Worker:
             outline = window
         return draw(window, outline, config), window
 
-    def _explain(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> Explained:
+    def _explain(self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool) -> Explained:
         bundle = predictor.bundle
         answer = partial(Explained, bundle.name, version_of(bundle), bundle.labels, features=bundle.features)
-        heard = predictor.listen(data, channel=ask.channel, apart=apart)
+        heard = predictor.listen(data, channel=request.channel, apart=apart)
         (prediction,) = predictor.classify([heard])
         if not prediction.ok:
             return answer(prediction=prediction)
@@ -233,13 +239,29 @@ class Worker:
             unseen = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
             return answer(prediction=_refused(predictor, unseen))
         try:
-            picture, window = self._look(predictor, data, ask, apart)
+            picture, window = self._look(predictor, data, request, apart)
         except audio.AudioError as error:
             return answer(prediction=_refused(predictor, error))
         features = extract(window.samples, bundle.features)
         target = int(prediction.probabilities.argmax())
         occlusion = occlusion_map(features, predictor.log_probabilities, target=target)
         return answer(prediction=prediction, occlusion=occlusion, picture=picture)
+
+
+def open_bundles(paths: Sequence[str]) -> list[Bundle]:
+    """The bundles at ``paths`` (none: the shipped one), each able to run, in order.
+
+    Raises:
+        SerError: a bundle that is missing or cannot be used, or two of one name.
+    """
+    bundles = [load_bundle(path) for path in paths or (None,)]
+    names = [bundle.name for bundle in bundles]
+    if len(set(names)) < len(names):
+        raise SerError(f"bundles need names of their own, got {', '.join(names)}; leave one out")
+    for bundle in bundles:
+        if not ensure_onnx(bundle):
+            bundle.build_model()  # PyTorch will run it: its weights must fit
+    return bundles
 
 
 def version_of(bundle: Bundle) -> str:

@@ -20,7 +20,7 @@ from pipeline.audio.windows import Walk
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from serve import worker as worker_module
-from serve.asks import Ask
+from serve.service import PredictRequest
 from serve.worker import Worker, version_of
 
 
@@ -35,7 +35,7 @@ def test_many_at_once_get_the_predictor_s_answers(predictor: Predictor) -> None:
     async def scenario() -> list[Any]:
         worker = Worker(predictor)
         worker.warm_up()
-        return await asyncio.gather(*(worker.predict(data, Ask()) for data in voices))
+        return await asyncio.gather(*(worker.predict(data, PredictRequest()) for data in voices))
 
     answers = run(scenario())
     for heard, expected in zip(answers, predictor.predict(voices), strict=True):
@@ -50,7 +50,7 @@ def test_many_at_once_get_the_predictor_s_answers(predictor: Predictor) -> None:
 def test_the_bundle_s_crops_are_pooled(tiny_bundle: Bundle) -> None:
     several = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=3)
     data = wav(6.0)
-    heard = run(Worker(several).predict(data, Ask()))
+    heard = run(Worker(several).predict(data, PredictRequest()))
     (expected,) = several.predict([data])
     np.testing.assert_allclose(heard.prediction.probabilities, expected.probabilities, atol=1e-6)
     assert heard.prediction.scored_s == expected.scored_s == pytest.approx(14 / 3, abs=0.01)
@@ -58,7 +58,7 @@ def test_the_bundle_s_crops_are_pooled(tiny_bundle: Bundle) -> None:
 
 def test_windows_are_those_of_follow(predictor: Predictor) -> None:
     data = wav(5.0, channels=2)
-    heard = run(Worker(predictor).predict(data, Ask(1.5, 0.5, "each")))
+    heard = run(Worker(predictor).predict(data, PredictRequest(1.5, 0.5, "each")))
     prediction, timeline = predictor.follow(data, Walk(1.5, 0.5), channels="each")
     assert heard.timeline is not None
     np.testing.assert_array_equal(heard.timeline.start_s, timeline.start_s)
@@ -69,13 +69,13 @@ def test_windows_are_those_of_follow(predictor: Predictor) -> None:
 @pytest.mark.parametrize(
     ("ask", "status"),
     [
-        (Ask(window_s=2.5), "invalid_request"),
-        (Ask(hop_s=0.01), "too_many_windows"),
-        (Ask(channels=1), "no_such_channel"),
-        (Ask(channels=1, hop_s=1.0), "no_such_channel"),
+        (PredictRequest(window_s=2.5), "invalid_request"),
+        (PredictRequest(hop_s=0.01), "too_many_windows"),
+        (PredictRequest(channels=1), "no_such_channel"),
+        (PredictRequest(channels=1, hop_s=1.0), "no_such_channel"),
     ],
 )
-def test_what_is_not_granted_is_a_status(predictor: Predictor, ask: Ask, status: str) -> None:
+def test_what_is_not_granted_is_a_status(predictor: Predictor, ask: PredictRequest, status: str) -> None:
     heard = run(Worker(predictor, max_windows=100).predict(wav(4.0), ask))
     assert heard.prediction.status == status
     assert not heard.prediction.ok
@@ -84,12 +84,12 @@ def test_what_is_not_granted_is_a_status(predictor: Predictor, ask: Ask, status:
 
 def test_explanations_are_of_the_label_that_was_predicted(predictor: Predictor) -> None:
     data = wav(4.0, f0_hz=200)
-    explained = run(Worker(predictor).explain(data, Ask()))
+    explained = run(Worker(predictor).explain(data, PredictRequest()))
     (expected,) = predictor.predict([data])
     assert explained.occlusion is not None
     assert explained.labels[explained.occlusion.target] == expected.predicted
     np.testing.assert_allclose(np.exp(explained.occlusion.log_p), expected.probabilities, atol=1e-5)
-    assert run(Worker(predictor).explain(b"words", Ask())).prediction.status == "not_audio"
+    assert run(Worker(predictor).explain(b"words", PredictRequest())).prediction.status == "not_audio"
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -100,8 +100,8 @@ def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Pr
     soundfile.write(buffer, samples, 16_000, format="WAV", subtype="FLOAT")
     data = buffer.getvalue()
     (expected,) = predictor.predict([data])
-    heard = run(Worker(predictor).predict(data, Ask(picture=True), apart=apart))
-    explained = run(Worker(predictor).explain(data, Ask(), apart=apart))
+    heard = run(Worker(predictor).predict(data, PredictRequest(picture=True), apart=apart))
+    explained = run(Worker(predictor).explain(data, PredictRequest(), apart=apart))
     assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
     for picture in (heard.picture, explained.picture):
         assert picture is not None
@@ -115,8 +115,8 @@ def test_what_cannot_be_drawn_is_a_status(predictor: Predictor, monkeypatch: pyt
 
     monkeypatch.setattr(Worker, "_look", look)
     worker = Worker(predictor)
-    assert run(worker.predict(wav(), Ask(picture=True))).prediction.status == "decoder_crashed"
-    assert run(worker.explain(wav(), Ask())).prediction.status == "decoder_crashed"
+    assert run(worker.predict(wav(), PredictRequest(picture=True))).prediction.status == "decoder_crashed"
+    assert run(worker.explain(wav(), PredictRequest())).prediction.status == "decoder_crashed"
 
 
 def test_a_recording_under_suspicion_is_decoded_apart(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,16 +128,16 @@ def test_a_recording_under_suspicion_is_decoded_apart(predictor: Predictor, monk
 
     monkeypatch.setattr(isolated, "decode_in_subprocess", crash)
     worker = Worker(predictor)
-    assert run(worker.predict(b"evil", Ask(), apart=True)).prediction.status == "decoder_crashed"
-    assert run(worker.predict(b"evil", Ask(window_s=1.0), apart=True)).prediction.status == "decoder_crashed"
-    assert run(worker.explain(b"evil", Ask(), apart=True)).prediction.status == "decoder_crashed"
+    assert run(worker.predict(b"evil", PredictRequest(), apart=True)).prediction.status == "decoder_crashed"
+    assert run(worker.predict(b"evil", PredictRequest(window_s=1.0), apart=True)).prediction.status == "decoder_crashed"
+    assert run(worker.explain(b"evil", PredictRequest(), apart=True)).prediction.status == "decoder_crashed"
     assert len(apart) == 3
 
 
 def test_apart_gives_the_same(predictor: Predictor) -> None:
     data = wav(3.0)
-    here = run(Worker(predictor).predict(data, Ask(picture=True)))
-    there = run(Worker(predictor).predict(data, Ask(picture=True), apart=True))
+    here = run(Worker(predictor).predict(data, PredictRequest(picture=True)))
+    there = run(Worker(predictor).predict(data, PredictRequest(picture=True), apart=True))
     np.testing.assert_allclose(there.prediction.probabilities, here.prediction.probabilities, atol=1e-6)
     assert here.picture is not None
     assert there.picture is not None
@@ -153,7 +153,7 @@ def test_a_decoder_that_hangs_is_given_up_and_told_by_the_health_check(
     async def scenario() -> None:
         worker = Worker(predictor, decode_timeout_s=0.05)
         worker.check()
-        heard = await worker.predict(b"data", Ask())
+        heard = await worker.predict(b"data", PredictRequest())
         assert heard.prediction.status == "decode_timeout"
         worker.check()  # not for so long that the worker should go
         later_s = time.monotonic() + 1000
@@ -197,9 +197,9 @@ def test_long_work_does_not_stand_in_the_way_of_short(predictor: Predictor, monk
 
     async def scenario() -> None:
         worker = Worker(predictor)
-        long = [asyncio.create_task(worker.predict(wav(), Ask(hop_s=1.0))) for _ in range(3)]
+        long = [asyncio.create_task(worker.predict(wav(), PredictRequest(hop_s=1.0))) for _ in range(3)]
         await asyncio.to_thread(entered.wait, 30)
-        assert (await worker.predict(wav(), Ask())).prediction.ok
+        assert (await worker.predict(wav(), PredictRequest())).prediction.ok
         release.set()
         await asyncio.gather(*long, return_exceptions=True)
 
