@@ -16,8 +16,8 @@ are loaded beside the old ones and take over between two requests.
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -78,14 +78,26 @@ class ModelWorker:
 
     async def predict(self, data: bytes, request: PredictRequest, apart: bool = False) -> WorkerResult:
         """What a recording sounds like."""
-        worker = self._now
-        result = await worker.predict(data, request, apart=apart)
-        self._meter.work(result.model, result.timing, worker.waiting)
+        with self._counted() as worker:
+            result = await worker.predict(data, request, apart=apart)
+        self._meter.work(result.model, result.timing)
         return result
 
     async def explain(self, data: bytes, request: PredictRequest, apart: bool = False) -> Explained:
         """Why."""
-        return await self._now.explain(data, request, apart=apart)
+        with self._counted() as worker:
+            return await worker.explain(data, request, apart=apart)
+
+    @contextmanager
+    def _counted(self) -> Iterator[Worker]:
+        """The worker, for one recording; what it has in work is told when one comes and when one goes."""
+        worker = self._now
+        name = worker.predictor.bundle.name
+        asyncio.get_running_loop().call_soon(lambda: self._meter.load(name, worker.waiting, worker.long))
+        try:
+            yield worker
+        finally:
+            self._meter.load(name, worker.waiting, worker.long)
 
     async def card(self) -> Card:
         """What is known of the model."""
@@ -212,12 +224,8 @@ def run(settings: Settings, host: str, port: int, digest: str | None = None) -> 
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; the replicas keep their own
     application = _application(settings, digest)
-    needed, there = settings.models * settings.replicas * settings.threads, ray.cluster_resources().get("CPU", 0)
-    if needed > there and not joins_cluster():  # a cluster may grow
-        raise SerError(
-            f"{settings.models} models x {settings.replicas} replicas x {settings.threads} threads need {needed} CPUs, "
-            f"and there are {there:g}; give fewer --bundles, --replicas or --threads"
-        )
+    if not joins_cluster():  # a cluster may grow
+        settings.check_cpus(ray.cluster_resources().get("CPU", 0))
     ray_serve.start(proxy_location="HeadOnly", http_options=http_options(host, port, settings))
     ray_serve.run(application, name=APP_NAME, route_prefix="/")
 

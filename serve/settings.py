@@ -9,6 +9,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.audio.errors import Limits
+from pipeline.storage.errors import SerError
 
 MIB = 2**20
 APP_NAME = "ser"  # of the application in Ray Serve
@@ -53,6 +54,19 @@ class Settings(BaseModel):
     def models(self) -> int:
         """How many there are."""
         return max(1, len(self.bundles))
+
+    def check_cpus(self, there: float) -> None:
+        """Whether that many CPUs are enough for all model workers.
+
+        Raises:
+            SerError: they are not.
+        """
+        needed = self.models * self.replicas * self.threads
+        if needed > there:
+            raise SerError(
+                f"{self.models} models x {self.replicas} replicas x {self.threads} threads need {needed} CPUs, and "
+                f"there are {there:g}; give fewer --bundles, --replicas or --threads"
+            )
 
     @property
     def audio_limits(self) -> Limits:

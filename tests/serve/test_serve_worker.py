@@ -42,7 +42,8 @@ def test_many_at_once_get_the_predictor_s_answers(predictor: Predictor) -> None:
         assert heard.prediction.status == expected.status
         np.testing.assert_allclose(heard.prediction.probabilities, expected.probabilities, atol=1e-6)
         assert (heard.model, heard.version) == ("tiny", version_of(predictor.bundle))
-        assert 1 <= heard.timing.batch <= predictor.batch_size
+        assert bool(heard.timing.batch) is expected.ok  # what cannot be used is in no batch
+        assert heard.timing.batch <= predictor.batch_size
         assert min(heard.timing.decode_s, heard.timing.wait_s, heard.timing.network_s) >= 0
     assert max(heard.timing.batch for heard in answers) > 1
 
@@ -174,8 +175,8 @@ def test_waiting_for_a_thread_is_not_hanging(predictor: Predictor) -> None:
     async def scenario() -> None:
         worker = Worker(predictor, decode_timeout_s=1.0)
         busy = [worker._decoders.submit(release.wait, 60) for _ in range(2)]
-        waiting = asyncio.create_task(worker._in(worker._decoders, lambda: "done"))
-        gone = asyncio.create_task(worker._in(worker._decoders, lambda: pytest.fail("nobody waits for it")))
+        waiting = asyncio.create_task(worker._decode(lambda: "done"))
+        gone = asyncio.create_task(worker._decode(lambda: pytest.fail("nobody waits for it")))
         await asyncio.wait([waiting], timeout=1.5)  # longer than the limit
         gone.cancel()
         await asyncio.wait([gone])
@@ -186,22 +187,67 @@ def test_waiting_for_a_thread_is_not_hanging(predictor: Predictor) -> None:
     run(scenario())
 
 
-def test_long_work_does_not_stand_in_the_way_of_short(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, entered = threading.Event(), threading.Event()
+class Paced(Predictor):
+    """The predictor, whose network waits for ``leave`` at each batch and counts the pictures."""
 
-    def follow(*_: object, **__: object) -> None:
-        entered.set()
-        release.wait(30)
+    def __init__(self, given: Predictor) -> None:
+        super().__init__(given.bundle, given.backend, batch_size=8)
+        self.seen: list[int] = []
+        self.leave = threading.Semaphore(0)
 
-    monkeypatch.setattr(Predictor, "follow", follow)
+    def log_probabilities(self, features: Any) -> Any:
+        self.seen.append(len(features))
+        assert self.leave.acquire(timeout=30)
+        return super().log_probabilities(features)
 
+
+async def network_at_work(paced: Paced, batches: int = 1) -> None:
+    while len(paced.seen) < batches:
+        await asyncio.sleep(0)
+
+
+def test_short_work_and_new_work_share_the_batches_of_what_is_long(predictor: Predictor) -> None:
     async def scenario() -> None:
-        worker = Worker(predictor)
-        long = [asyncio.create_task(worker.predict(wav(), PredictRequest(hop_s=1.0))) for _ in range(3)]
-        await asyncio.to_thread(entered.wait, 30)
+        paced = Paced(predictor)
+        worker = Worker(paced)
+        recordings = [wav(20.0, f0_hz=f0_hz) for f0_hz in (100.0, 200.0)]
+        long = [asyncio.create_task(worker.predict(data, PredictRequest(hop_s=0.1))) for data in recordings]
+        await network_at_work(paced)
+        short = [asyncio.create_task(worker.predict(wav(4.0), PredictRequest(hop_s=2.0))) for _ in range(2)]
+        short += [asyncio.create_task(worker.predict(wav(4.0), PredictRequest()))]
+        explained = asyncio.create_task(worker.explain(wav(4.0), PredictRequest()))
+        while worker._batcher.waiting < 5:  # all but the first, whose pictures are in the network
+            await asyncio.sleep(0)
+        assert (worker.long, worker.waiting) == (5, 1)
+        paced.leave.release(2)  # the batch that was begun, and the next one
+        await asyncio.wait_for(asyncio.gather(*short), 60)
+        assert not any(task.done() for task in (*long, explained))
+        paced.leave.release(1000)
+        for data, heard in zip(recordings, await asyncio.gather(*long), strict=True):
+            expected, timeline = predictor.follow(data, Walk(2.0, 0.1))
+            np.testing.assert_allclose(heard.prediction.probabilities, expected.probabilities, atol=1e-5)
+            assert len(heard.timeline) == len(timeline) == 181
+        assert (await explained).occlusion is not None
+        assert (worker.long, worker.waiting) == (0, 0)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("what", ["windows", "explain"])
+def test_work_ends_when_its_caller_has_gone(predictor: Predictor, what: str) -> None:
+    async def scenario() -> None:
+        paced = Paced(predictor)
+        worker = Worker(paced)
+        data = wav(60.0)
+        asked = worker.explain(data, PredictRequest()) if what == "explain" else None
+        task = asyncio.create_task(asked or worker.predict(data, PredictRequest(hop_s=0.1)))
+        await network_at_work(paced)
+        task.cancel()
+        await asyncio.wait([task])
+        paced.leave.release(1000)
         assert (await worker.predict(wav(), PredictRequest())).prediction.ok
-        release.set()
-        await asyncio.gather(*long, return_exceptions=True)
+        assert sum(paced.seen) <= 2 * 8 + 1
+        assert (worker.long, worker.waiting) == (0, 0)
 
     run(scenario())
 
