@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import itertools
 import socket
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -89,6 +91,55 @@ def true_or_false(text: str) -> bool:
     return value
 
 
+def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
+    """``--out``, a folder for ``what``; where it is not given, ``run`` makes a new one in ``below``."""
+    parser.add_argument("--out", type=Path, help=f"folder for {what} (default: a new, dated one in {below}/)")
+    parser.set_defaults(out_below=below)
+
+
+def dated(below: str) -> str:
+    """The folder of now in ``below``: ``runs/2026-11-30_094636``."""
+    return f"{below}/{time.strftime('%Y-%m-%d_%H%M%S')}"
+
+
+@contextmanager
+def _new_out(arguments: argparse.Namespace) -> Iterator[None]:
+    """A new dated folder as ``arguments.out`` where the command has one and none was given; gone again if not used.
+
+    Raises:
+        SerError: it cannot be made, or ``--resume`` does not say what to go on with.
+    """
+    below = getattr(arguments, "out_below", None)
+    if below is None or arguments.out is not None:
+        yield
+        return
+    if getattr(arguments, "resume", False):
+        raise SerError("--resume without --out; give the folder of the run to go on with")
+    new_parent = not Path(below).exists()
+    try:
+        Path(below).mkdir(parents=True, exist_ok=True)
+        name = arguments.out = Path(dated(below))
+        for number in itertools.count(2):  # other commands may start in this second
+            with suppress(FileExistsError):
+                arguments.out.mkdir()
+                break
+            arguments.out = name.with_name(f"{name.name}_{number}")
+    except OSError as error:
+        raise SerError(f"cannot make a folder in {below}: {error.strerror}; give another one with --out") from error
+    say(f"no --out given: everything goes into {arguments.out}")
+    try:
+        yield
+    finally:
+        left = list(arguments.out.iterdir())
+        if all(path.name.startswith(".") and path.is_file() for path in left):  # locks at most
+            for path in left:
+                path.unlink()
+            arguments.out.rmdir()
+            if new_parent:
+                with suppress(OSError):  # another command has put something there
+                    Path(below).rmdir()
+
+
 def run(
     job: Callable[[argparse.Namespace], int],
     parser: Parser,
@@ -114,7 +165,8 @@ def run(
         say(f"error: {' '.join(str(error).split())}")
         return EXIT_USAGE
     try:
-        return job(arguments)
+        with _new_out(arguments):
+            return job(arguments)
     except SerError as error:
         say(f"error: {' '.join(str(error).split())}")
         return EXIT_USAGE

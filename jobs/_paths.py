@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from jobs._common import Parser, underscored
+from jobs._common import Parser, dated, underscored
 from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle
 from pipeline.models.onnx_export import ensure_onnx
 from pipeline.storage.errors import SerError
@@ -71,6 +71,8 @@ def place(job: str, words: Sequence[str], arguments: argparse.Namespace, storage
         else:
             placed.words.append(_placed(option, word, storage, placed))
     _add_root(arguments, storage, placed)
+    if getattr(arguments, "out_below", None) and arguments.out is None:  # else made where nobody finds it again
+        placed.words += ["--out", _placed("--out", dated(arguments.out_below), storage, placed)]
     if job in ("score", "evaluate") and arguments.model_weights is None and not _answers_itself(arguments):
         _ship(placed, DEFAULT_BUNDLE, "models/" + DEFAULT_BUNDLE.name)
     for model in filter(Path.is_dir, placed.shipped.values() if job in ("score", "evaluate") else ()):

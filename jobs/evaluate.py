@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from jobs import protocols
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, LabelMap, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, LabelMap, Parser, Progress, add_out, run, say
 from jobs._provenance import provenance
 from jobs._recipe import with_recipe
 from pipeline.data.manifest import label_counts, read_manifest
@@ -36,13 +36,13 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m jobs.evaluate",
         description=__doc__,
-        epilog="example: python -m jobs.evaluate --model_weights runs/first --data_csv val_metadata.csv --out report",
+        epilog="example: python -m jobs.evaluate --model_weights runs/first --data_csv val_metadata.csv",
     )
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
     parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
     parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
-    parser.add_argument("--out", type=Path, required=True, help="folder for predictions, metrics, figures, report.html")
+    add_out(parser, "reports", "predictions, metrics, figures, report.html")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument(
         "--crops",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_out, run, say
 from jobs._hearing import add_hearing, hearing
 from jobs._provenance import provenance
 from pipeline.audio.formats import USUAL_ENDINGS
@@ -38,9 +38,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         *("--input", "--data_csv"), required=True, help="folder of recordings (also s3://, gs://), or CSV with speech"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for predictions.parquet, .csv, report, run.json"
-    )
+    add_out(parser, "scores", "predictions.parquet, .csv, report, run.json; the same one again goes on where it ended")
     parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
     parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")

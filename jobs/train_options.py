@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from jobs._common import LabelMap, Parser, true_or_false
+from jobs._common import LabelMap, Parser, add_out, true_or_false
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 
@@ -41,9 +41,7 @@ def add_data_options(parser: Parser) -> None:
         "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
     )
     group.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...")
-    group.add_argument(
-        "--out", type=Path, required=True, help="folder of the run: checkpoints, history, bundle, report"
-    )
+    add_out(group, "runs", "the run: checkpoints, history, bundle, report")
     group.add_argument(
         "--split",
         choices=("random", "speaker"),
