@@ -16,15 +16,17 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from pipeline.data.labels import chained, parse_label_map
 from pipeline.storage.errors import SerError, SerWarning
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _REMEDIES = {
     errno.EACCES: "grant access to it, or name another",
@@ -36,8 +38,46 @@ _REMEDIES = {
 EXIT_DONE, EXIT_USAGE, EXIT_TARGET_MISSED, EXIT_SOME_FAILED, EXIT_OURS, EXIT_INTERRUPTED = 0, 2, 3, 4, 70, 130
 
 
+AS_SER = ContextVar("AS_SER", default=False)  # whether the command was given as ``ser NAME``
+
+
+def called(job: str) -> str:
+    """A command as it was given: ``ser score`` or ``python -m jobs.score``."""
+    return f"ser {job}" if AS_SER.get() else f"python -m jobs.{job}"
+
+
 class Parser(argparse.ArgumentParser):
     """Options read as ``--data_csv`` and ``--data-csv`` alike; a usage error is one line and exit code 2."""
+
+    _usual: frozenset[str] = frozenset()
+
+    def put_first(self, names: Collection[str]) -> None:
+        """Show these options in a first group of their own, and the others with ``--help-all`` only."""
+        first = self.add_argument_group("what is usually given")
+        for group in self._action_groups:
+            for action in [action for action in group._group_actions if action.dest in names and group is not first]:
+                group._group_actions.remove(action)
+                first._group_actions.append(action)
+        self._action_groups.remove(first)
+        self._action_groups.insert(0, first)
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, help="show every option")
+        self._usual = frozenset({*names, "help", "help_all"})
+
+    def format_help(self) -> str:
+        """The options that are usually given; all where none is more usual than the others."""
+        others = [action for action in self._actions if self._usual and action.dest not in self._usual]
+        helps = [action.help for action in others]
+        try:
+            for action in others:
+                action.help = argparse.SUPPRESS
+            return self.format_all()
+        finally:
+            for action, text in zip(others, helps, strict=True):
+                action.help = text
+
+    def format_all(self) -> str:
+        """All options."""
+        return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As argparse, after writing every option's hyphens as underscores."""
@@ -47,6 +87,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2."""
         self.exit(EXIT_USAGE, f"error: {message}; see {self.prog} --help\n")
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print all options and end."""
+        assert isinstance(parser, Parser)
+        print(parser.format_all(), end="")
+        parser.exit()
 
 
 def underscored(argument: str) -> str:
@@ -232,6 +280,8 @@ class Progress:
         """Show that ``done`` of ``total`` (0: not known) are finished, ``failed`` of them badly (None: none can)."""
         if sys.stderr.isatty():
             if self._bar is None:
+                from tqdm import tqdm
+
                 self._bar = tqdm(total=total or None, desc=self.what, unit=self.unit, initial=0)
             if failed is not None:
                 self._bar.set_postfix(failed=failed, refresh=False)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, called, run, say
 from jobs._recipe import add_recipe_option, with_recipe
 from jobs.extract import describe_labels, read_data
 from jobs.train_options import (
     FEATURE_KINDS,
+    USUAL,
     add_data_options,
-    add_loop_options,
-    add_model_options,
+    add_fit_options,
     add_teacher_options,
     add_worker_options,
     augmentations,
@@ -41,16 +41,16 @@ PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.train",
+        prog=called("train"),
         description=__doc__,
-        epilog="example: python -m jobs.train --data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first",
+        epilog="example: %(prog)s --data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first",
     )
     add_data_options(parser)
     add_recipe_option(parser)
-    add_model_options(parser)
-    add_loop_options(parser)
+    add_fit_options(parser, ("model and loss", "training", "workers"))
     add_teacher_options(parser)
     add_worker_options(parser)
+    parser.put_first(USUAL)
     return parser
 
 

@@ -4,49 +4,100 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from pipeline.storage.errors import SerError
-from pipeline.training.augment import AugmentConfig
 from pipeline.training.schedules import SCHEDULERS
+
+if TYPE_CHECKING:
+    from pipeline.training.augment import AugmentConfig
 
 # may change when a run is resumed
 _FREE = frozenset({"threads", "channels_last", "mixed_precision", "cpu_bfloat16", "patience"})
 
 
+def _about(group: str, told: str, **how: Any) -> dict[str, Any]:
+    """What makes a setting an option of the commands too: its group there, its help; ``how``: metavar, choices."""
+    return {"group": group, "help": told, **how}
+
+
+def _option(default: Any, group: str, told: str, **how: Any) -> Any:
+    return field(default=default, metadata=_about(group, told, **how))
+
+
+_LOSS, _LOOP, _WORKERS = "model and loss", "training", "workers"
+_NO_RECIPE = frozenset({"corpus_share", "threads", "cpu_bfloat16"})  # of these data, of this machine
+
+
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a run; kept in every checkpoint.
+    """Settings of a run; kept in every checkpoint. The commands' options are made of these fields.
 
     Raises:
         SerError: a value out of range, an unknown scheduler or augmentation.
     """
 
-    epochs: int = 50
-    batch_size: int = 64  # of all workers together
-    lr: float = 1e-4
-    weight_decay: float = 1e-5
-    scheduler: str = "cosine"
-    warmup_epochs: float = 0.0
-    clip_norm: float = 0.0  # 0 = no clipping
-    label_smoothing: float = 0.0
-    use_focal: bool = False
-    focal_gamma: float = 2.0
-    class_weights: tuple[float, ...] | None = None
-    oversample_boost: dict[int, float] = field(default_factory=dict)
-    corpus_share: dict[str, float] = field(default_factory=dict)  # of the draws; empty: by the root of their size
-    draws: int = 0  # of an epoch; 0 = as many as there are recordings
-    mask_missing_classes: bool = True  # a class that a corpus lacks is not in the softmax of its clips
-    ema: float = 0.0  # decay an update; 0 = no average
-    augment: tuple[str, ...] = ()  # names, with or without a strength, as warp:0.2
-    mixup_alpha: float = 0.2
-    patience: int = 7  # epochs without a better validation weighted F1; 0 = never stop early
-    seed: int = 42
-    threads: int = 0  # math threads of a worker; 0 = as PyTorch chooses
+    epochs: int = _option(50, _LOOP, "at most so many")
+    batch_size: int = _option(64, _LOOP, "of all workers together")
+    lr: float = _option(1e-4, _LOOP, "highest learning rate")
+    weight_decay: float = _option(1e-5, _LOOP, "of AdamW")
+    scheduler: str = _option("cosine", _LOOP, "course of the learning rate", choices=SCHEDULERS)
+    warmup_epochs: float = _option(0.0, _LOOP, "rise to the highest rate")
+    clip_norm: float = _option(0.0, _LOOP, "largest gradient norm; 0: no clipping")
+    label_smoothing: float = _option(0.0, _LOSS, "share of the target spread over all classes")
+    use_focal: bool = _option(False, _LOSS, "focal loss instead of cross-entropy")
+    focal_gamma: float = _option(2.0, _LOSS, "how far easy clips count less")
+    class_weights: tuple[float, ...] | None = _option(
+        None, _LOSS, "weights in the loss (default none)", metavar="balanced|none|CLASS:WEIGHT,..."
+    )
+    oversample_boost: dict[int, float] = field(
+        default_factory=dict,
+        metadata=_about(_LOSS, "draw classes more often, by index or name: 1:2.0,sad:1.5", metavar="CLASS:FACTOR,..."),
+    )
+    corpus_share: dict[str, float] = field(
+        default_factory=dict,
+        metadata=_about(
+            _LOSS,
+            "how much of the draws each corpus gets (column corpus; default: by the square root of its size)",
+            metavar="CORPUS:SHARE,...",
+        ),
+    )
+    draws: int = _option(0, _LOOP, "recordings drawn an epoch; 0: as many as there are")
+    mask_missing_classes: bool = _option(
+        True, _LOSS, "take classes that a corpus has not got out of the softmax of its recordings"
+    )
+    ema: float = _option(0.0, _LOOP, "decay of the average of weights at an update, as 0.995; 0: none")
+    augment: tuple[str, ...] = _option(
+        (),
+        _LOSS,
+        "of crop, stretch, shift, warp, masks, mixup, gain, noise, band, pitch; with commas (default none); stronger "
+        "or weaker than usual: stretch:0.15, warp:0.12 (shares), gain:6 (dB), noise:10 (lowest SNR in dB), band:0.2 "
+        "(how often)",
+        metavar="NAME[:STRENGTH],...",
+    )
+    mixup_alpha: float = _option(0.2, _LOSS, "of the Beta distribution that mixes")
+    patience: int = _option(7, _LOOP, "epochs without a better validation F1 before stopping; 0: never stop early")
+    seed: int = _option(42, _LOOP, "of weights, order and augmentation")
+    threads: int = _option(0, _WORKERS, "math threads a worker; 0: the CPUs shared out equally")
     mixed_precision: bool = True  # bfloat16 on a GPU
-    cpu_bfloat16: bool = False  # bfloat16 on CPUs too: faster where they have AMX
+    cpu_bfloat16: bool = _option(
+        False,
+        _LOOP,
+        "bfloat16 arithmetic on CPUs, as on GPUs: faster where `lscpu` shows amx_bf16 or avx512_bf16",
+    )
     channels_last: bool = True  # memory format of the 2-D models
+
+    @classmethod
+    def options(cls, *groups: str) -> list[Field[Any]]:
+        """The fields that are options, of these groups or of all, in order."""
+        found = [option for option in fields(cls) if option.metadata]
+        return [option for option in found if not groups or option.metadata["group"] in groups]
+
+    @classmethod
+    def recipe(cls) -> list[str]:
+        """Names of the options that another training takes over from a run to learn as that did."""
+        return [option.name for option in cls.options() if option.name not in _NO_RECIPE]
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -68,6 +119,8 @@ class FitConfig:
 
     def augmentation(self) -> AugmentConfig:
         """The augmentation that these settings name."""
+        from pipeline.training.augment import AugmentConfig  # and PyTorch, which the commands' help can do without
+
         return AugmentConfig.of(self.augment, mixup_alpha=self.mixup_alpha)
 
     def to_dict(self) -> dict[str, Any]:
