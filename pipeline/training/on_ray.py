@@ -21,8 +21,8 @@ from pipeline.cluster.runtime import end_at_exit, joins_cluster, restore_priorit
 from pipeline.features.store import MANIFEST
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import atomic_path
-from pipeline.training.config import Plan
 from pipeline.training.loop import IN_WORKERS, DivergedError, Record, Run
+from pipeline.training.plan import Plan
 from pipeline.training.run import HISTORY, LOCK_WAIT_NODES_S, LOCK_WAIT_S, read_history, train_here
 
 _BEAT_S = 0.5

@@ -162,7 +162,7 @@ def test_a_cluster_that_cannot_be_joined(
 
 
 LOOK = """
-from benchmarks.processes import command_of, descendants
+from tests.support.processes import command_of, descendants
 import os, ray
 from pipeline.cluster.runtime import restore_priority, start_ray
 def of(pid):
