@@ -20,10 +20,12 @@ from jobs._common import (
     LabelMap,
     Parser,
     Progress,
+    add_engine,
     add_out,
     called,
     run,
     say,
+    tell_engine,
 )
 from jobs._provenance import provenance
 from jobs._targets import add_targets, targets_of
@@ -53,7 +55,7 @@ def build_parser() -> Parser:
     add_out(parser, "reports", "predictions, metrics, figures, report.html")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
-    parser.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here; 0: no Ray (default: all)")
+    add_engine(parser)
     parser.add_argument(
         "--leak_check",
         choices=("warn", "error", "off"),
@@ -187,12 +189,14 @@ def _score(
     from pipeline.scoring.scoring import Execution, ScoreOptions, score_manifest
 
     say(f"scoring {len(manifest):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {out}")
+    execution = Execution(engine=arguments.engine, num_cpus=arguments.num_cpus)
+    tell_engine(arguments, execution.chosen(len(manifest), walked=False), len(manifest))
     result = score_manifest(
         manifest,
         out,
         weights=bundle.folder,
         options=ScoreOptions(crops=arguments.crops),
-        execution=Execution(num_cpus=arguments.num_cpus),
+        execution=execution,
         overwrite=arguments.overwrite,
         report=False,
         on_progress=Progress("score"),

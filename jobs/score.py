@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_out, called, run, say
+from jobs._common import (
+    EXIT_DONE,
+    EXIT_SOME_FAILED,
+    LabelMap,
+    Parser,
+    Progress,
+    add_engine,
+    add_out,
+    called,
+    run,
+    say,
+    tell_engine,
+)
 from jobs._hearing import add_hearing, hearing
 from jobs._provenance import provenance
 from pipeline.audio.formats import USUAL_ENDINGS
@@ -51,7 +63,7 @@ def build_parser() -> Parser:
     parser.add_argument("--merge", action="store_true", help="also write timeline: neighbouring equal segments as one")
     add_hearing(parser)
     spread = parser.add_argument_group("how the work is spread (changes no result)")
-    spread.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here; 0: no Ray (default: all)")
+    add_engine(spread)
     spread.add_argument("--num_gpus", type=int, default=0, help="GPUs to use (default 0)")
     spread.add_argument("--batch_size", type=int, default=16, help="clips the network sees at once (default 16)")
     spread.add_argument(
@@ -101,17 +113,21 @@ def job(arguments: argparse.Namespace) -> int:
     table, found = read_input(arguments, bundle)
     say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(bundle.labels)))
     say(f"scoring {len(table):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {arguments.out}")
+    options = hearing(arguments)
+    execution = Execution(
+        engine=arguments.engine,
+        num_cpus=arguments.num_cpus,
+        num_gpus=arguments.num_gpus,
+        batch_size=arguments.batch_size,
+        block_rows=arguments.block_rows,
+    )
+    tell_engine(arguments, execution.chosen(len(table), walked=options.steps is not None), len(table))
     result = score_manifest(
         table,
         arguments.out,
         weights=bundle.folder,
-        options=hearing(arguments),
-        execution=Execution(
-            num_cpus=arguments.num_cpus,
-            num_gpus=arguments.num_gpus,
-            batch_size=arguments.batch_size,
-            block_rows=arguments.block_rows,
-        ),
+        options=options,
+        execution=execution,
         overwrite=arguments.overwrite,
         report=not arguments.no_report,
         formats=arguments.export,
