@@ -90,7 +90,8 @@ class _Body:
         self.taken_bytes, self.refused = 0, False
         self._limit, self._scope, self._receive, self._send = limit, scope, receive, send
         self._complete = False
-        self._encoding = (header(scope, b"content-encoding") or "identity").strip().lower()
+        given = header(scope, b"content-encoding") if scope["method"] == "POST" else None
+        self._encoding = (given or "identity").strip().lower()
         self._inflater = zlib.decompressobj(_GZIP) if self._encoding in ("gzip", "x-gzip") else None
         self._until_s = asyncio.get_running_loop().time() + limit.timeout_s
 
@@ -136,8 +137,9 @@ class _Body:
         if self._inflater is None:
             return part
         found = self._inflater.decompress(part, self._limit.max_bytes + 1 - self.taken_bytes)
-        if self._complete and not self._inflater.eof and len(found) + self.taken_bytes <= self._limit.max_bytes:
-            raise zlib.error("it ends too early")
+        inside = len(found) + self.taken_bytes <= self._limit.max_bytes
+        if inside and (self._inflater.unused_data or (self._complete and not self._inflater.eof)):
+            raise zlib.error("it ends too early, or goes on behind its end")
         return found
 
     async def send(self, message: Message) -> None:

@@ -545,10 +545,12 @@ def test_packed_bodies_are_the_same_and_have_the_same_limit(service: LocalServic
     assert post(packed, "gzip").json() == post(packed, "GZIP").json() == post(wav(), "identity").json() == plain
     problem_of(post(packed[:-20], "gzip"), 400, "bad_request")
     problem_of(post(wav(), "gzip"), 400, "bad_request")
+    problem_of(post(packed + packed, "gzip"), 400, "bad_request")
     for other in ("br", "deflate", "zstd", "gzip, gzip"):
         refused = post(packed, other)
         problem_of(refused, 415, "unsupported_media_type")
         assert "gzip" in refused.headers["accept-encoding"]
+    assert service.get("/v1/model", headers={"content-encoding": "br"}).status_code == 200  # there is no body
     bomb = gzip.compress(bytes(50_000_000))
     small = LocalService(tiny_bundle, max_body_mib=0.1)
     problem_of(post(bomb, "gzip", small), 413, "body_too_large")
