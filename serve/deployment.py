@@ -220,6 +220,19 @@ def run(settings: Settings, host: str, port: int, digest: str | None = None) -> 
     ray_serve.run(application, name=APP_NAME, route_prefix="/")
 
 
+def metrics_address() -> str:
+    """Where Ray exports the metrics of this machine's processes, in Prometheus' format.
+
+    Raises:
+        ConnectionError: it does not.
+    """
+    here = get_node_ip_address()
+    ports = [node["MetricsExportPort"] for node in ray.nodes() if node["NodeManagerAddress"] == here and node["Alive"]]
+    if not ports:
+        raise ConnectionError(f"no node of Ray at {here}")
+    return f"http://{here}:{ports[0]}/metrics"
+
+
 def roll_out(settings: Settings, digest: str | None = None) -> None:
     """Replace what runs by ``settings`` (new weights, say), process by process, and return when that is done.
 
