@@ -12,15 +12,11 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import NoReturn
 
-from pydantic import ValidationError
-
 from jobs._common import EXIT_DONE, Parser, called, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.cluster.runtime import start_ray, stop_ray
 from pipeline.storage.errors import SerError
-from serve.bundles import open_bundles
 from serve.keys import API_KEY_VARIABLE
-from serve.ray_settings import prepare
 from serve.settings import Settings, is_loopback, key_digest_from_environment
 
 _LISTS = {"bundles", "cors_origins"}
@@ -45,6 +41,9 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Check, start, wait for a signal, drain."""
+    from serve.bundles import open_bundles
+    from serve.ray_settings import prepare
+
     settings = _settings(arguments)
     digest = key_digest_from_environment()
     if not is_loopback(arguments.host) and digest is None:
@@ -111,6 +110,8 @@ def _roll_out(settings: Settings, digest: str | None) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
+    from pydantic import ValidationError
+
     try:
         return Settings(**{name: getattr(arguments, name) for name in Settings.model_fields})
     except ValidationError as error:

@@ -12,12 +12,13 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.tables import unguard
 from pipeline.storage.errors import SerError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MISSING = ("nan", "na", "n/a", "null", "<na>")  # as tables are exported
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -59,6 +60,8 @@ def read_cells(csv_path: Path) -> tuple[pd.DataFrame, list[int]]:
     if len(set(names)) != len(names):
         raise ManifestError(f"{csv_path} names a column twice: {names}; rename one of them")
     body = [[unguard(cell) for cell in row] for _, row in found[1:]]
+    import pandas as pd
+
     return pd.DataFrame(body, columns=names), [line for line, _ in found[1:]]
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 _RISKY = re.compile(r"^'*[=+\-@\x00-\x1f\x7f]")
 _GUARDED = re.compile(r"^''*[=+\-@\x00-\x1f\x7f]")
@@ -44,6 +45,8 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
 def append_csv(table: pd.DataFrame, file: TextIO, *, header: bool) -> None:
     """As ``write_csv``, to the end of a file that was opened with ``newline=""``."""
+    import pandas as pd
+
     safe = guarded(table)
     texts = [safe[name] for name in safe.columns if not pd.api.types.is_numeric_dtype(safe[name])]
     bare = any(
@@ -55,6 +58,8 @@ def append_csv(table: pd.DataFrame, file: TextIO, *, header: bool) -> None:
 
 def guarded(table: pd.DataFrame) -> pd.DataFrame:
     """``table`` with every text cell and column name as ``guard`` gives it."""
+    import pandas as pd
+
     safe = table.rename(columns=lambda name: guard(str(name)))
     for name in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[name]):
@@ -64,6 +69,8 @@ def guarded(table: pd.DataFrame) -> pd.DataFrame:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Read what ``write_csv`` wrote: every cell as text (``01`` stays ``01``), empty cells as missing values."""
+    import pandas as pd
+
     table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8")
     table = table.rename(columns=unguard)
     for name in table.columns:

@@ -24,7 +24,6 @@ from pipeline.storage.errors import SerError
 from pipeline.storage.files import local_path
 from pipeline.storage.outputs import AUDACITY, TABLES
 
-FORMATS = ("jsonl", "audacity")
 _AT_ONCE = 1000
 
 

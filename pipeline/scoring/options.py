@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pipeline.audio.load import Channel
 from pipeline.audio.windows import Walk, check_crops
-from pipeline.inference.predictor import Channels
 from pipeline.inference.timeline import SILENCE_DBFS
 from pipeline.storage.errors import SerError
+
+if TYPE_CHECKING:
+    from pipeline.audio.load import Channel
+    from pipeline.inference.predictor import Channels
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 RUN = "run.json"
 AUDACITY = "audacity"  # a folder of label tracks
+FORMATS = ("jsonl", AUDACITY)  # of exports
 TABLES = ("predictions", "segments", "channels", "timeline")
 REPORT_TABLES = (
     "verdict per_class confusion_counts confusion_normalised breakdowns reliability risk_coverage mistakes failures"
