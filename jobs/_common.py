@@ -7,7 +7,9 @@ target was missed; 4 done, but some recordings failed; 70 an error of ours; 130 
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
+import gc
 import io
 import itertools
 import socket
@@ -219,6 +221,7 @@ def run(
     ``prepare`` may change the parser by what it finds on the command line; ``parse`` reads that line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    atexit.register(gc.freeze)  # else Python looks through all there is for cycles, for a second or more, to end
     escape_on_consoles()
     warnings.showwarning = _show
     try:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from jobs._common import (
     EXIT_DONE,
     EXIT_SOME_FAILED,
@@ -25,17 +23,16 @@ from jobs._common import (
     tell_engine,
 )
 from jobs._hearing import add_hearing, hearing
-from jobs._provenance import provenance
-from pipeline.audio.formats import USUAL_ENDINGS
-from pipeline.audio.load import EXTENSIONS
-from pipeline.data.manifest import ManifestError, read_manifest
-from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.scoring.predictions import FORMATS
+from pipeline.audio.formats import EXTENSIONS, USUAL_ENDINGS
+from pipeline.scoring import FORMATS
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import FolderScan, local_path, scan
 from pipeline.storage.remote import is_remote, scan_remote
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from pipeline.models.bundle import Bundle
     from pipeline.scoring.scoring import ScoreRun
 
 
@@ -74,6 +71,8 @@ def build_parser() -> Parser:
 
 def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFrame, FolderScan | None]:
     """The manifest that ``--input`` names, and what the folder scan left out."""
+    from pipeline.data.manifest import ManifestError, read_manifest
+
     remote, source = is_remote(arguments.input), Path(local_path(arguments.input))
     if remote or source.is_dir():
         for name in ("root", "label_map"):
@@ -98,6 +97,10 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
 
 
 def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:
+    import pandas as pd
+
+    from pipeline.data.manifest import ManifestError
+
     if skipped := found.skipped():
         say(f"left out: {skipped}")
     if not found.files:
@@ -107,6 +110,8 @@ def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:
 
 def job(arguments: argparse.Namespace) -> int:
     """Score, and say what came of it."""
+    from jobs._provenance import provenance
+    from pipeline.models.bundle import load_bundle
     from pipeline.scoring.scoring import Execution, score_manifest
 
     bundle = load_bundle(arguments.model_weights)

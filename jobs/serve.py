@@ -17,18 +17,14 @@ from types import FrameType
 from typing import NoReturn
 from urllib.request import urlopen
 
-from pydantic import ValidationError
-
 from jobs._common import EXIT_DONE, Parser, called, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.cluster.runtime import joins_cluster, start_ray, stop_ray
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 from serve.auth import is_loopback, key_digest_from_environment
-from serve.ray_settings import prepare, refuse_new_work, tidy_up
 from serve.schema import API_KEY_VARIABLE
 from serve.settings import Settings
-from serve.worker import open_bundles
 
 _LISTS = {"bundles", "cors_origins"}
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -54,6 +50,9 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Check, start, wait for a signal, drain."""
+    from serve.ray_settings import prepare
+    from serve.worker import open_bundles
+
     settings = _settings(arguments)
     digest = key_digest_from_environment()
     if not is_loopback(arguments.host) and digest is None:
@@ -68,6 +67,7 @@ def job(arguments: argparse.Namespace) -> int:
     say("starting")
     start_ray()
     from serve import deployment  # imports Ray, whose environment start_ray has set
+    from serve.ray_settings import refuse_new_work, tidy_up
 
     renewals: SimpleQueue[int] = SimpleQueue()
     try:
@@ -191,6 +191,8 @@ def _roll_out(settings: Settings, digest: str | None) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
+    from pydantic import ValidationError
+
     try:
         return Settings(**{name: getattr(arguments, name) for name in Settings.model_fields})
     except ValidationError as error:

@@ -27,6 +27,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
+from ray.util import get_node_ip_address
 
 from pipeline.cluster.ray_internals import OwnPort
 from pipeline.cluster.runtime import joins_cluster

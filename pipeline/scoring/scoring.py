@@ -40,8 +40,8 @@ from pipeline.scoring.blocks import (
     or_refusal,
     score_block,
 )
-from pipeline.scoring.ledger import Ledger, LedgerError, open_ledger
-from pipeline.scoring.options import ScoreOptions, Tally, plan_of, record_of
+from pipeline.scoring.ledger import Ledger, LedgerError, Tally, open_ledger, plan_of, record_of
+from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import PARQUET, plain_manifest, restore_csv, write_exports, write_tables
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
