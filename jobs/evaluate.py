@@ -149,6 +149,7 @@ def _manifest(arguments: argparse.Namespace, bundle: Bundle) -> pd.DataFrame:
         label_map=arguments.label_map,
         labels=bundle.labels,
         require_labels=False,
+        tell=say,
     )
     say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(bundle.labels)))
     if "label" in manifest.columns and manifest["label"].notna().any():

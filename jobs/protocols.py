@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, say, true_or_false
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, add_label_names, say, true_or_false
 from jobs._provenance import provenance
 from jobs._recipe import add_recipe_option
 from jobs.train_options import (
@@ -56,6 +56,7 @@ def add_options(parser: Parser) -> None:
         metavar="FOLDER",
         help="folders that jobs.extract wrote, instead of --data_csv",
     )
+    add_label_names(group)
     group.add_argument("--folds", type=int, default=5, help="of kfold and speaker_kfold (default 5)")
     group.add_argument(
         "--folds_csv",

@@ -78,6 +78,7 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
             label_map=arguments.label_map,
             labels=bundle.labels,
             require_labels=False,
+            tell=say,
         )
         return table, None
     try:

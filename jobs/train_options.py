@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from jobs._common import LabelMap, Parser, true_or_false
+from jobs._common import LabelMap, Parser, add_label_names, true_or_false
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 
@@ -41,6 +41,7 @@ def add_data_options(parser: Parser) -> None:
         "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
     )
     group.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...")
+    add_label_names(group)
     group.add_argument(
         "--out", type=Path, required=True, help="folder of the run: checkpoints, history, bundle, report"
     )
@@ -87,7 +88,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def refuse_beside_features(arguments: argparse.Namespace) -> None:
     """Refuse options of recordings where ``--features`` has their labels and paths already."""
-    for name in ("label_map", "root"):
+    for name in ("label_map", "label_names", "root"):
         if arguments.features and getattr(arguments, name):
             raise SerError(f"--{name} is for a --data_csv or --data_dir, --features has what it was extracted with")
 
