@@ -14,7 +14,7 @@ from app_pages.labels import LabelsError, read_labels
 from app_pages.recordings import Recorded, examples
 from app_pages.service import client, tell
 from app_pages.words import plain
-from serve.client_errors import ClientError
+from serve.client import ClientError
 from serve.schema import ModelInfo
 
 

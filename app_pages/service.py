@@ -14,8 +14,7 @@ from typing import TypeVar
 import streamlit as st
 
 from app_pages.words import plain, trouble
-from serve.client import DEFAULT_URL, Client
-from serve.client_errors import BadRecording, Busy, ClientError, Unreachable, WrongKey
+from serve.client import DEFAULT_URL, BadRecording, Busy, Client, ClientError, Unreachable, WrongKey
 
 Answer = TypeVar("Answer")
 _LOOK_AGAIN_S = 2.0

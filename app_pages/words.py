@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from serve.client_errors import BadRecording, ClientError
+from serve.client import BadRecording, ClientError
 from serve.schema import Problem, Score
 
 NOT_SURE_BELOW = 0.5

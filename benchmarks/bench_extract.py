@@ -28,7 +28,7 @@ from pipeline.audio.load import EXTENSIONS
 from pipeline.cluster.runtime import start_ray
 from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
 from pipeline.features.features import FeatureConfig
-from pipeline.features.shard_folder import NOTES
+from pipeline.features.store import NOTES
 from pipeline.storage.files import scan
 
 CONFIG = FeatureConfig()

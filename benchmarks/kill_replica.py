@@ -20,8 +20,7 @@ from collections import Counter
 from benchmarks.bench_serve import clips
 from benchmarks.processes import machine
 from benchmarks.services import Running, ours, started
-from serve.client import AsyncClient
-from serve.client_errors import ClientError, Refused
+from serve.client import AsyncClient, ClientError, Refused
 
 _RECOVERED = 0.8  # of the rate before the kill
 _SPAN_S = 2.0

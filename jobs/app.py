@@ -18,8 +18,8 @@ from pathlib import Path
 from jobs._common import EXIT_DONE, EXIT_OURS, Parser, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.storage.errors import SerError
+from serve.auth import key_from_environment
 from serve.client import Client
-from serve.settings import key_from_environment
 
 PAGE = Path(__file__).resolve().parents[1] / "app.py"
 HOST = "127.0.0.1"

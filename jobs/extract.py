@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_label_names, run, say
-from pipeline.data.corpora.record import check_corpora
+from pipeline.data.corpora.voices import check_corpora
 from pipeline.data.labels import describe
 from pipeline.data.manifest import label_counts, read_manifest, scan_folder
 from pipeline.features.features import KINDS, FeatureConfig

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
 from pipeline.storage.errors import SerError
-from serve.client import DEFAULT_URL, Client
-from serve.client_errors import ClientError
+from serve.client import DEFAULT_URL, Client, ClientError
 from serve.schema import Failure, Recording
 
 STDIN = "-"

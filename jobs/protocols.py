@@ -167,8 +167,7 @@ def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
     """The labelled originals of feature folders, with content hashes."""
     from jobs.extract import describe_labels
     from pipeline.data.splits import add_hashes, unknown_content
-    from pipeline.features.shard_folder import known_hashes
-    from pipeline.features.store import load_features
+    from pipeline.features.store import known_hashes, load_features
 
     table = load_features(features).table
     if "label" not in table.columns:

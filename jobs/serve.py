@@ -18,10 +18,11 @@ from jobs._common import EXIT_DONE, Parser, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.cluster.runtime import start_ray, stop_ray
 from pipeline.storage.errors import SerError
-from serve.bundles import open_bundles
-from serve.keys import API_KEY_VARIABLE
+from serve.auth import is_loopback, key_digest_from_environment
 from serve.ray_settings import prepare
-from serve.settings import Settings, is_loopback, key_digest_from_environment
+from serve.schema import API_KEY_VARIABLE
+from serve.settings import Settings
+from serve.worker import open_bundles
 
 _LISTS = {"bundles", "cors_origins"}
 

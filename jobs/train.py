@@ -26,7 +26,7 @@ from jobs.train_options import (
     refuse_beside_features,
 )
 from pipeline.cluster.runtime import joins_cluster
-from pipeline.data.corpora.record import check_corpora, renewed, voice, voices
+from pipeline.data.corpora.voices import check_corpora, renewed, voice, voices
 from pipeline.data.manifest import label_set
 from pipeline.models.bundle import file_sha256
 from pipeline.storage.errors import SerError
@@ -178,8 +178,7 @@ def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFram
 def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
     from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
-    from pipeline.features.shard_folder import known_hashes
-    from pipeline.features.store import load_features
+    from pipeline.features.store import known_hashes, load_features
     from pipeline.training.config import SPLIT_SEED, Plan
     from pipeline.training.distillation import refuse_leaks
     from pipeline.training.run import begin, check, check_resumes, read_splits, refuse_changed

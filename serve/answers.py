@@ -12,9 +12,9 @@ from pipeline.inference.explain import Picture
 from pipeline.inference.predictor import Prediction
 from pipeline.inference.timeline import SILENCE, SILENCE_DBFS, UNCERTAIN, Timeline
 from serve import schema
-from serve.asks import Card, Explained, Heard
 from serve.problems import recording_error
 from serve.schema import Options
+from serve.service import Card, Explained, WorkerResult
 
 _SILENT_DBFS = -200.0
 _DIGITS = 4
@@ -25,28 +25,28 @@ OTHER_ANSWERS = {
 _PLATFORMS = {"onnx": "onnxruntime_onnx", "torch": "pytorch"}
 
 
-def recording(heard: Heard, name: str | None, options: Options) -> schema.Recording:
+def recording(result: WorkerResult, name: str | None, options: Options) -> schema.Recording:
     """The answer for one recording.
 
     Raises:
         ServiceError: it could not be used.
     """
-    prediction = usable(heard.prediction).told()
+    prediction = usable(result.prediction).told()
     label = prediction.label(options.min_confidence)
     assert label is not None
     return schema.Recording(
         name=name,
         label=label,
         confidence=known(prediction.confidence),
-        scores=scores(heard.labels, prediction.probabilities, options.top_k),
+        scores=scores(result.labels, prediction.probabilities, options.top_k),
         duration_s=prediction.duration_s,
         scored_s=prediction.scored_s,
         sample_rate_hz=prediction.sample_rate_hz,
         channels=prediction.channels,
         level_dbfs=level(prediction.level_dbfs),
         notice=prediction.notice or None,
-        segments=None if heard.timeline is None else segments(heard.timeline, heard.labels, options),
-        picture=None if heard.picture is None else picture(heard.picture),
+        segments=None if result.timeline is None else segments(result.timeline, result.labels, options),
+        picture=None if result.picture is None else picture(result.picture),
     )
 
 

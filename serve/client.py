@@ -5,7 +5,7 @@
         print(answer.label, answer.confidence)
 
 Timeouts are explicit. Answers 429 and 503 that say ``Retry-After`` are tried again, up to ``retries`` times and for no
-longer than ``patience_s``; nothing else is. Errors are those of ``client_errors``, each one sentence for people.
+longer than ``patience_s``; nothing else is. Errors are those of ``client_wire``, each one sentence for people.
 """
 
 from __future__ import annotations
@@ -18,11 +18,42 @@ from typing import Any
 
 import httpx
 
-from serve.client_errors import BadRecording, ClientError
-from serve.client_wire import DIRECT, Part, Retries, Source, checked_address, form, named, parts, read, single, told
-from serve.keys import checked_key
-from serve.schema import Explanation, Failure, ModelInfo, Prediction, Recording, Score
+from serve.client_wire import (
+    DIRECT,
+    BadRecording,
+    Busy,
+    ClientError,
+    NoAnswer,
+    Part,
+    Refused,
+    Retries,
+    ServiceFault,
+    Source,
+    Unreachable,
+    WrongKey,
+    checked_address,
+    form,
+    named,
+    parts,
+    read,
+    single,
+    translate_errors,
+)
+from serve.schema import Explanation, Failure, ModelInfo, Prediction, Recording, Score, checked_key
 
+__all__ = [
+    "AsyncClient",
+    "BadRecording",
+    "Busy",
+    "Client",
+    "ClientError",
+    "NoAnswer",
+    "Refused",
+    "ServiceFault",
+    "Source",
+    "Unreachable",
+    "WrongKey",
+]
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT = httpx.Timeout(90.0, connect=5.0, pool=5.0)
 _HEALTH_TIMEOUT = httpx.Timeout(5.0, connect=2.0)
@@ -94,7 +125,7 @@ class Client:
             options: ``window_s, hop_s, channels, top_k, min_confidence, picture, model``, as in ``schema.Options``.
 
         Raises:
-            ClientError: see ``client_errors``.
+            ClientError: see ``client_wire``.
         """
         return single(self.predict_together([source], **options))
 
@@ -153,7 +184,7 @@ class Client:
     def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         retries = Retries(self.retries, self.patience_s)
         while True:
-            with told(self.base_url):
+            with translate_errors(self.base_url):
                 response = self._http.request(method, self.base_url + path, **content)
             wait_s = retries.wait_s(response)
             if wait_s is None:
@@ -243,7 +274,7 @@ class AsyncClient:
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         retries = Retries(self.retries, self.patience_s)
         while True:
-            with told(self.base_url):
+            with translate_errors(self.base_url):
                 response = await self._http.request(method, self.base_url + path, **content)
             wait_s = retries.wait_s(response)
             if wait_s is None:

@@ -5,7 +5,7 @@
     python -m jobs.serve                        # the same, with checks before anything starts
 
 The ingress reads requests and writes answers (Serve's proxy does so itself for uploads where it can, see
-``serve.short_way``); recordings travel on as bytes, so that a decoder that crashes takes a
+``ray_settings.ShortWay``); recordings travel on as bytes, so that a decoder that crashes takes a
 worker down, not the ingress: what was in work there is asked again elsewhere, each recording then decoded in a process
 of its own. Queues are bounded at the workers; a full one becomes 429 with Retry-After. New weights in ``user_config``
 are loaded beside the old ones and take over between two requests.
@@ -16,8 +16,8 @@ are loaded beside the old ones and take over between two requests.
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -35,12 +35,12 @@ from pipeline.cluster.runtime import joins_cluster
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.storage.errors import SerError
-from serve.asks import Ask, Card, Explained, Heard
-from serve.bundles import open_bundles
+from serve.auth import key_digest_from_environment
 from serve.metrics import RequestMeter, WorkMeter
-from serve.offer import Offer
-from serve.settings import APP_NAME, Settings, key_digest_from_environment
-from serve.worker import Worker
+from serve.remote import Offer
+from serve.service import Card, Explained, PredictRequest, WorkerResult
+from serve.settings import APP_NAME, Settings
+from serve.worker import Worker, open_bundles
 
 logger = logging.getLogger("ray.serve.ser")
 _INGRESS_ONGOING = 1000  # slow uploads hold a place each
@@ -76,16 +76,28 @@ class ModelWorker:
         card = worker.card()
         logger.info("model %s, version %s, is loaded", card.name, card.version)
 
-    async def predict(self, data: bytes, ask: Ask, apart: bool = False) -> Heard:
+    async def predict(self, data: bytes, request: PredictRequest, apart: bool = False) -> WorkerResult:
         """What a recording sounds like."""
-        worker = self._now
-        heard = await worker.predict(data, ask, apart=apart)
-        self._meter.work(heard.model, heard.timing, worker.waiting)
-        return heard
+        with self._counted() as worker:
+            result = await worker.predict(data, request, apart=apart)
+        self._meter.work(result.model, result.timing)
+        return result
 
-    async def explain(self, data: bytes, ask: Ask, apart: bool = False) -> Explained:
+    async def explain(self, data: bytes, request: PredictRequest, apart: bool = False) -> Explained:
         """Why."""
-        return await self._now.explain(data, ask, apart=apart)
+        with self._counted() as worker:
+            return await worker.explain(data, request, apart=apart)
+
+    @contextmanager
+    def _counted(self) -> Iterator[Worker]:
+        """The worker, for one recording; what it has in work is told when one comes and when one goes."""
+        worker = self._now
+        name = worker.predictor.bundle.name
+        asyncio.get_running_loop().call_soon(lambda: self._meter.load(name, worker.waiting, worker.long))
+        try:
+            yield worker
+        finally:
+            self._meter.load(name, worker.waiting, worker.long)
 
     async def card(self) -> Card:
         """What is known of the model."""
@@ -212,12 +224,8 @@ def run(settings: Settings, host: str, port: int, digest: str | None = None) -> 
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; the replicas keep their own
     application = _application(settings, digest)
-    needed, there = settings.models * settings.replicas * settings.threads, ray.cluster_resources().get("CPU", 0)
-    if needed > there and not joins_cluster():  # a cluster may grow
-        raise SerError(
-            f"{settings.models} models x {settings.replicas} replicas x {settings.threads} threads need {needed} CPUs, "
-            f"and there are {there:g}; give fewer --bundles, --replicas or --threads"
-        )
+    if not joins_cluster():  # a cluster may grow
+        settings.check_cpus(ray.cluster_resources().get("CPU", 0))
     ray_serve.start(proxy_location="HeadOnly", http_options=http_options(host, port, settings))
     ray_serve.run(application, name=APP_NAME, route_prefix="/")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from serve.asks import Timing
+from serve.service import Timing
 
 _SECONDS = [0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 _BATCH = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]
@@ -62,21 +62,31 @@ class WorkMeter:
         )
         self._batch = Histogram(
             "ser_batch_size",
-            description="Recordings that went through the network together, one observation a recording.",
+            description="Windows that went through the network together, one observation a recording.",
             boundaries=_BATCH,
             tag_keys=("model",),
         )
         self._waiting = Gauge(
             "ser_waiting_recordings",
-            description="Recordings that are decoded and wait for the network, when one was last answered.",
+            description="Short recordings in work: in a decoder or the network, or waiting for it.",
+            tag_keys=("model",),
+        )
+        self._long = Gauge(
+            "ser_long_requests",
+            description="Recordings in windows, and explanations, in work.",
             tag_keys=("model",),
         )
 
-    def work(self, model: str, timing: Timing, waiting: int) -> None:
+    def load(self, model: str, waiting: int, long: int) -> None:
+        """Note what is in work now."""
+        self._waiting.set(waiting, tags={"model": model})
+        self._long.set(long, tags={"model": model})
+
+    def work(self, model: str, timing: Timing) -> None:
         """Note where the time of a recording went."""
         tags = {"model": model}
         stages = {"decode": timing.decode_s, "wait": timing.wait_s, "network": timing.network_s}
         for stage, seconds in stages.items():
             self._stages.observe(seconds, tags=tags | {"stage": stage})
-        self._batch.observe(timing.batch, tags=tags)
-        self._waiting.set(waiting, tags=tags)
+        if timing.batch:  # what could not be used is in none
+            self._batch.observe(timing.batch, tags=tags)

@@ -1,6 +1,8 @@
-"""Errors as RFC 9457 problem documents: a status, a stable ``code``, one sentence; never a path or a traceback.
+"""Errors as RFC 9457 problem documents, and what travels with a request: id, headers, body, notes for its log line.
 
-The codes of recordings are those of ``pipeline.audio.load`` (``AudioError.code``); the others are listed in ``KINDS``.
+A problem has a status, a stable ``code``, one sentence; never a path or a traceback. The codes of recordings are those
+of ``pipeline.audio.load`` (``AudioError.code``); the others are listed in ``KINDS``. ``Identify`` makes an id
+(``X-Request-ID``) where a client sends none, and puts it on every answer.
 """
 
 from __future__ import annotations
@@ -8,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi.responses import JSONResponse
 
-from pipeline.audio.errors import ERRORS
-from serve.request_scope import note, request_id
+from pipeline.storage.errors import ERRORS
 from serve.schema import FieldError, Problem
 
 if TYPE_CHECKING:
@@ -124,3 +125,45 @@ def answer(error: ServiceError, scope: Scope) -> JSONResponse:
         headers.setdefault("WWW-Authenticate", "Bearer")
     content = document.model_dump(mode="json", exclude_none=True)
     return JSONResponse(content, document.status, headers, media_type=MEDIA_TYPE)
+
+
+_LONGEST = 128
+_NOTES, _BODY = "ser.notes", "ser.body"
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first value of a header (lower-case name), as text."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def request_id(scope: Scope) -> str:
+    """Printable characters of the request's id, 128 at most; empty where nothing in front of us gave one."""
+    given = header(scope, b"x-request-id") or ""
+    return "".join(character for character in given if character.isprintable())[:_LONGEST]
+
+
+def notes(scope: Scope) -> dict[str, Any]:
+    """What is known of the request so far."""
+    found: dict[str, Any] = scope.setdefault(_NOTES, {})
+    return found
+
+
+def note(scope: Scope, **values: Any) -> None:
+    """Add to ``notes``."""
+    notes(scope).update(values)
+
+
+def hand_over(scope: Scope, body: bytes) -> None:
+    """Send the whole body along with the scope, which spares the ingress to ask the proxy for it."""
+    scope[_BODY] = body
+
+
+def holds_body(scope: Scope) -> bool:
+    """Whether the whole body has been handed over, and not been taken yet."""
+    return _BODY in scope
+
+
+def handed_over(scope: Scope) -> bytes | None:
+    """Take the body out of the scope; None where it is not there, and must be received."""
+    body: bytes | None = scope.pop(_BODY, None)
+    return body

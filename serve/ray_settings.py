@@ -1,23 +1,38 @@
-"""Environment variables that a Ray which is to run the service should be started with; without them it is slower.
+"""What Ray is started with to run the service, and what its HTTP proxy then puts around itself.
 
-``jobs.serve`` sets them; on a cluster they belong into the environment of every node, and of what deploys
-(``docs/serving.md``).
+``jobs.serve`` sets the variables; on a cluster they belong into the environment of every node, and of what deploys
+(``docs/serving.md``). Without them the service is slower.
+
+Serve's own way of a request is proxy, ingress, worker: two calls between processes. The second costs 2 to 3 ms and 2 ms
+of CPU. So the proxy asks the ingress once a second what it serves (``remote.Offer``), makes the same application of it,
+and answers uploads with that (``ShortWay``). All else, and uploads while nothing is known, goes to the ingress.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 
-from serve.access import Access
-from serve.body_limit import BodyLimit
-from serve.doors import Doorkeeper
-from serve.proxy import Admission, Identify
-from serve.settings import APP_NAME, MIB, Settings, key_digest_from_environment
-from serve.short_way import ShortWay
+from serve.auth import KeyCheck, key_digest_from_environment
+from serve.middleware import UPLOADS, Access, Admission, Identify, cors_of, limits_of
+from serve.problems import holds_body
+from serve.settings import APP_NAME, MIB, Settings
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from serve.remote import Offer
+
+logger = logging.getLogger("ray.serve.ser")
+_EVERY_S = 1.0
+_PATIENCE_S = 5.0
 _SETTINGS, _KEY_DIGEST = "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST"
 IN_PROXY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MESSAGE_BYTES = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"  # of a call by gRPC; Ray's own is 4 MiB
@@ -36,6 +51,66 @@ VARIABLES = {
 }
 
 
+class ShortWay:
+    """The middleware, to be the innermost one, behind `Admission`, which hands bodies over.
+
+    Args:
+        ask: gives the ingress' offer; raises whatever it likes while there is none.
+        make: makes an application of an offer.
+    """
+
+    def __init__(self, app: ASGIApp, *, ask: Callable[[], Awaitable[Offer]], make: Callable[[Offer], ASGIApp]) -> None:
+        self.app, self._ask, self._make = app, ask, make
+        self._revision: str | None = None
+        self._application: ASGIApp | None = None
+        self._asked_s = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"] not in UPLOADS or not holds_body(scope):
+            await self.app(scope, receive, send)
+            return
+        self._look()
+        if self._application is None:
+            await self.app(scope, receive, send)
+        else:
+            await _until_gone(self._application, scope, receive, send)
+
+    def _look(self) -> None:
+        """Ask again, beside the request, when the last time is long ago."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s >= _EVERY_S and (self._asking is None or self._asking.done()):
+            self._asked_s = now_s
+            self._asking = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                offer = await self._ask()
+        except Exception as error:
+            if self._application is not None:
+                logger.warning("no ingress tells what is served (%s); uploads take the way through it", error)
+            self._revision = self._application = None
+            return
+        if offer.revision != self._revision:
+            self._revision, self._application = offer.revision, self._make(offer)
+
+
+async def _until_gone(application: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Serve one request whose body is in the scope, and give it up when its client has gone."""
+    answering = asyncio.ensure_future(application(scope, receive, send))
+    leaving = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        if not answering.done():
+            answering.cancel()
+    with suppress(asyncio.CancelledError):
+        await answering
+
+
 def prepare(settings: Settings) -> None:
     """Set the variables, for the Ray that this process is about to start; what is set already stays."""
     for name, value in VARIABLES.items():
@@ -52,37 +127,13 @@ def longest_message(settings: Settings) -> str:
 
 def in_proxy() -> list[Middleware]:
     """What Ray Serve's proxy puts around itself, the outermost last."""
-    from serve import offer  # imports Ray, which runs already where this is called
+    from serve import remote  # imports Ray, which runs already where this is called
     from serve.metrics import RequestMeter
 
     meter = RequestMeter()
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
-    short_way = Middleware(ShortWay, ask=offer.asking(APP_NAME), make=lambda found: found.application(meter))
-    doors = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
+    short_way = Middleware(ShortWay, ask=remote.asking(APP_NAME), make=lambda found: found.application(meter))
+    inwards = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
     if digest := os.environ.get(_KEY_DIGEST):
-        doors.append(Middleware(Doorkeeper, digest=digest))
-    return [*doors, Middleware(Access, meter=meter, refusals=True), *cors_of(settings), Middleware(Identify)]
-
-
-def cors_of(settings: Settings) -> list[Middleware]:
-    """What lets pages of the origins in ``settings`` read answers, refusals too, as a middleware; none by default."""
-    if not settings.cors_origins:
-        return []
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=list(settings.cors_origins),
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
-        expose_headers=["X-Request-ID", "Retry-After"],
-    )
-    return [cors]
-
-
-def limits_of(settings: Settings) -> Middleware:
-    """The body limit of ``settings`` as a middleware."""
-    return Middleware(
-        BodyLimit,
-        max_bytes=round(settings.max_body_mib * MIB),
-        max_held_bytes=round(settings.max_held_mib * MIB),
-        timeout_s=settings.body_timeout_s,
-    )
+        inwards.append(Middleware(KeyCheck, digest=digest))
+    return [*inwards, Middleware(Access, meter=meter, refusals=True), *cors_of(settings), Middleware(Identify)]

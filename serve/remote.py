@@ -1,27 +1,34 @@
-"""Model workers behind Ray Serve's handles, and what the ingress does when one is full, dies, or is gone."""
+"""Model workers behind Ray Serve's handles: what happens when one is full, dies, or is gone; and the ingress' offer.
+
+An ``Offer`` is what an ingress process serves, as a value that a proxy makes the same application of (``ShortWay``).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve.asks import Ask, Card, Explained, Heard
+from serve.api import create_app
 from serve.problems import ServiceError, overloaded, retry_later
+from serve.service import Card, Explained, Meter, PredictRequest, Service, WorkerResult
+from serve.settings import Settings
 
 logger = logging.getLogger("ray.serve.ser")
 _READY_WITHIN_S = 2.0
 
 
 class RemoteModels:
-    """``asks.Models`` behind deployment handles.
+    """``service.Models`` behind deployment handles.
 
     Args:
         handles: name -> workers of the model.
@@ -43,14 +50,14 @@ class RemoteModels:
         if self._open[model] >= self._room:
             raise overloaded()
 
-    async def predict(self, model: str, data: bytes, ask: Ask) -> Heard:
+    async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
         """What one recording sounds like."""
-        heard: Heard = await self._twice(model, "predict", data, ask)
-        return heard
+        result: WorkerResult = await self._twice(model, "predict", data, request)
+        return result
 
-    async def explain(self, model: str, data: bytes, ask: Ask) -> Explained:
+    async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
         """Why."""
-        explained: Explained = await self._twice(model, "explain", data, ask)
+        explained: Explained = await self._twice(model, "explain", data, request)
         return explained
 
     async def card(self, model: str) -> Card:
@@ -81,14 +88,14 @@ class RemoteModels:
             return error.code == "overloaded"
         return True
 
-    async def _twice(self, model: str, method: str, data: bytes, ask: Ask) -> Any:
+    async def _twice(self, model: str, method: str, data: bytes, request: PredictRequest) -> Any:
         """Ask; when the worker dies over it, ask another one, the recording then decoded apart."""
         self._open[model] += 1
         try:
-            return await self._once(model, method, data, ask)
+            return await self._once(model, method, data, request)
         except _WorkerDied:
             logger.warning("a worker of %s died while it held a request; asking again", model)
-            return await self._once(model, method, data, ask, True)
+            return await self._once(model, method, data, request, True)
         finally:
             self._open[model] -= 1
 
@@ -120,3 +127,40 @@ class _WorkerDied(ServiceError):
 
 def _unavailable(model: str) -> ServiceError:
     return retry_later("unavailable", f"no worker of {model} can answer; send it again in a moment", after_s=2)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one ingress process serves.
+
+    Attributes:
+        revision: another one in every process.
+        digest: hash of the API key, where one is needed.
+        window_s: the longest window of all models.
+        handles: name -> workers of the model.
+    """
+
+    revision: str
+    settings: Settings
+    digest: str | None
+    window_s: float
+    handles: Mapping[str, DeploymentHandle[Any]]
+
+    def application(self, meter: Meter) -> FastAPI:
+        """The HTTP interface to it."""
+        models = RemoteModels(self.handles, self.settings.room)
+        return create_app(Service(models, self.settings, meter, self.window_s, self.digest))
+
+
+def asking(app_name: str) -> Callable[[], Awaitable[Offer]]:
+    """A function that asks an ingress process of the application ``app_name``; it raises while there is none."""
+    ingress: DeploymentHandle[Any] | None = None
+
+    async def ask() -> Offer:
+        nonlocal ingress
+        if ingress is None:
+            ingress = await asyncio.to_thread(ray_serve.get_app_handle, app_name)
+        offer: Offer = await ingress.offer.remote()
+        return offer
+
+    return ask

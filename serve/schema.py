@@ -1,4 +1,4 @@
-"""What goes over the wire: answers and problems as pydantic models, shared by service, client and page.
+"""What goes over the wire: answers and problems as pydantic models, and the API key; for service, client and page.
 
 Needs pydantic only: no numpy, no torch, no Ray. Units are in the names (``_s`` seconds, ``_hz`` hertz, ``_dbfs`` dB
 over full scale); times count from the start of the recording. Fields are only ever added, never renamed.
@@ -6,10 +6,12 @@ over full scale); times count from the start of the recording. Fields are only e
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+API_KEY_VARIABLE = "SER_API_KEY"
 CHANNELS_PATTERN = r"^(mix|each|[0-7])$"
 
 
@@ -243,3 +245,23 @@ class TaskInput(BaseModel):
 
     inputs: str = Field(description="the recording, base64", min_length=4, json_schema_extra={"format": "byte"})
     parameters: TaskParameters | None = None
+
+
+def checked_key(text: str | None) -> str | None:
+    """A key without the white space around it, such as the line's end of a file; None where nothing is left.
+
+    Raises:
+        ValueError: characters that a header of HTTP cannot carry the same way everywhere.
+    """
+    key = (text or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"the API key ({API_KEY_VARIABLE}) holds characters that are no printable ASCII, which an HTTP header "
+            "cannot carry; take another one: openssl rand -hex 32"
+        )
+    return key or None
+
+
+def key_digest(key: str) -> str:
+    """sha256 of an API key, hexadecimal."""
+    return hashlib.sha256(key.encode()).hexdigest()

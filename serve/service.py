@@ -1,15 +1,142 @@
-"""What every request needs, kept by the application."""
+"""What the parts tell each other: what a model worker is asked and answers, and what every request needs. No Ray."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from fastapi import Request
 
-from serve.access import Meter
-from serve.asks import Models
+from pipeline.audio.load import Channel
+from pipeline.features.features import FeatureConfig
+from pipeline.inference.explain import OcclusionMap, Picture
+from pipeline.inference.predictor import Channels, Prediction
+from pipeline.inference.timeline import Timeline
 from serve.problems import ServiceError
 from serve.settings import Settings
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """What is asked of a recording.
+
+    Attributes:
+        window_s: hear all of it in windows of this length; ``hop_s`` from one to the next. Either implies the other:
+            the model's window, and the window's length. None and None: the middle, or the bundle's crops.
+        channels: ``mix``, the number of one channel, or ``each``, which implies windows.
+        picture: whether to add what the model sees.
+    """
+
+    window_s: float | None = None
+    hop_s: float | None = None
+    channels: Channels = "mix"
+    picture: bool = False
+
+    @property
+    def channel(self) -> Channel:
+        """The one channel that is heard, or the mix of all where each is."""
+        return "mix" if self.channels == "each" else self.channels
+
+    @property
+    def windowed(self) -> bool:
+        """Whether all of the recording is heard."""
+        return self.window_s is not None or self.hop_s is not None or self.channels == "each"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of an answer went.
+
+    Attributes:
+        decode_s: decoding and features; ``wait_s``: for the network to be free; ``network_s``: in it.
+        batch: recordings that went through the network together.
+    """
+
+    decode_s: float = 0.0
+    wait_s: float = 0.0
+    network_s: float = 0.0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """The answer for one recording, with the model that gave it."""
+
+    model: str
+    version: str
+    labels: tuple[str, ...]
+    prediction: Prediction
+    timeline: Timeline | None = None
+    picture: Picture | None = None
+    timing: Timing = field(default=Timing())
+
+
+@dataclass(frozen=True)
+class Explained:
+    """An answer of ``explain``; ``occlusion`` and ``picture`` are None when the recording could not be used."""
+
+    model: str
+    version: str
+    labels: tuple[str, ...]
+    prediction: Prediction
+    features: FeatureConfig
+    occlusion: OcclusionMap | None = None
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model worker's model."""
+
+    name: str
+    version: str
+    labels: tuple[str, ...]
+    features: FeatureConfig
+    crops: int
+    backend: str
+    metrics: dict[str, object]
+    text: str
+
+
+class Models(Protocol):
+    """The models of a service, wherever they run. Each call may raise ``problems.ServiceError``."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their names; the first is the default."""
+        ...
+
+    async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
+        """What one recording sounds like."""
+        ...
+
+    async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
+        """Why."""
+        ...
+
+    async def card(self, model: str) -> Card:
+        """What is known of a model."""
+        ...
+
+    async def ready(self, model: str) -> bool:
+        """Whether it can answer now."""
+        ...
+
+    def check_room(self, model: str) -> None:
+        """Raise the ``ServiceError`` of a full queue, so that no body need be read for nothing."""
+        ...
+
+
+class Meter(Protocol):
+    """Where figures go."""
+
+    def request(self, route: str, status: int, code: str, seconds: float) -> None:
+        """Count a request; ``code`` is ``ok`` or that of its problem."""
+        ...
+
+    def recording(self, model: str, code: str) -> None:
+        """Count a recording; ``code`` is ``ok`` or that of its problem."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,12 @@ environment (``SER_API_KEY``), and only its hash travels to the workers.
 
 from __future__ import annotations
 
-import os
-
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.audio.errors import Limits
-from pipeline.storage.errors import SerError
-from serve.keys import API_KEY_VARIABLE, checked_key, key_digest
+from pipeline.storage.errors import Limits, SerError
 
 MIB = 2**20
 APP_NAME = "ser"  # of the application in Ray Serve
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Settings(BaseModel):
@@ -59,6 +54,19 @@ class Settings(BaseModel):
         """How many there are."""
         return max(1, len(self.bundles))
 
+    def check_cpus(self, there: float) -> None:
+        """Whether that many CPUs are enough for all model workers.
+
+        Raises:
+            SerError: they are not.
+        """
+        needed = self.models * self.replicas * self.threads
+        if needed > there:
+            raise SerError(
+                f"{self.models} models x {self.replicas} replicas x {self.threads} threads need {needed} CPUs, and "
+                f"there are {there:g}; give fewer --bundles, --replicas or --threads"
+            )
+
     @property
     def audio_limits(self) -> Limits:
         """What a recording may be."""
@@ -76,30 +84,3 @@ class Settings(BaseModel):
             "body_timeout_s": self.body_timeout_s,
             "deadline_s": self.deadline_s,
         }
-
-
-def key_from_environment() -> str | None:
-    """``SER_API_KEY``; None when it is unset or empty.
-
-    Raises:
-        SerError: it can be no key.
-    """
-    try:
-        return checked_key(os.environ.get(API_KEY_VARIABLE))
-    except ValueError as error:
-        raise SerError(str(error)) from error
-
-
-def key_digest_from_environment() -> str | None:
-    """Hash of ``SER_API_KEY``; None when it is unset or empty.
-
-    Raises:
-        SerError: it can be no key.
-    """
-    key = key_from_environment()
-    return key_digest(key) if key else None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach ``host``."""
-    return host in LOOPBACK or host.startswith("127.")

@@ -1,8 +1,8 @@
 """A model at work: recordings, as bytes, are decoded in a few threads and classified in batches. No HTTP, no Ray.
 
-Decoding (milliseconds in C code) overlaps with the network, which has a thread of its own (``batching``). What takes
-long, windows over a whole recording and explanations, is done one at a time in another thread, so that it never stands
-in the way of the short ones.
+Decoding (milliseconds in C code) overlaps with the network, which has a thread of its own. What takes long, windows
+over a whole recording and explanations, goes in steps: a minute is decoded, its windows share the network's batches
+with those of all others, and so on (``batching``); it ends where its caller has gone.
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
 from pipeline.audio.windows import SlidingWindow
 from pipeline.features.features import extract
-from pipeline.inference.excerpts import Excerpt, describe, failed
-from pipeline.inference.explain import Picture, draw, occlusion_map, outline_part
+from pipeline.inference.excerpts import describe, failed
+from pipeline.inference.explain import Picture, draw, occlusion_steps, outline_part
 from pipeline.inference.predictor import Prediction, Predictor
-from pipeline.inference.timeline import Timeline
-from pipeline.models.bundle import Bundle
-from serve.asks import Ask, Card, Explained, Heard, Timing
-from serve.batching import Batcher
+from pipeline.inference.timeline import Floats, Timeline
+from pipeline.models.backends import ensure_onnx
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.storage.errors import SerError
+from serve.batching import Batcher, FairThreads, Share
+from serve.service import Card, Explained, PredictRequest, Timing, WorkerResult
 
+Array = NDArray[np.float32]
 Result = TypeVar("Result")
 _DECODERS = 2
+_LONG_THREADS = 2  # one of them is kept for those who have had little
 _STUCK_S = 120.0  # far beyond what any accepted recording takes
 _VERSION_DIGITS = 12
 _CARD_NAME = "README.md"
@@ -68,15 +73,12 @@ class Worker:
         self.predictor = predictor
         self._max_windows, self._decode_timeout_s = max_windows, decode_timeout_s
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
-        self._long = ThreadPoolExecutor(1, thread_name_prefix="long")
-        self._batcher: Batcher[Excerpt, tuple[Prediction, float, float]] = Batcher(self._classify, predictor.batch_size)
+        self._threads = FairThreads(_LONG_THREADS, "long")
+        self._batcher: Batcher[Array, Floats] = Batcher(self._classify, predictor.batch_size)
         self._running: dict[int, float] = {}  # when each piece of work in a thread began
         self._numbers = itertools.count()
-
-    @property
-    def waiting(self) -> int:
-        """Recordings that are decoded and wait for the network."""
-        return self._batcher.waiting
+        self.waiting = 0  # short recordings in work: being decoded, or waiting for it or for the network
+        self.long = 0  # recordings in windows, and explanations, in work
 
     def warm_up(self) -> None:
         """Run everything once, so that the first caller does not pay for first calls."""
@@ -107,7 +109,7 @@ class Worker:
             text=text.read_text(encoding="utf-8") if text.is_file() else "",
         )
 
-    async def predict(self, data: bytes, ask: Ask, *, apart: bool = False) -> Heard:
+    async def predict(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> WorkerResult:
         """What a recording sounds like; one that cannot be used is told in the prediction, not raised.
 
         Args:
@@ -115,61 +117,83 @@ class Worker:
             apart: decode in a process of its own, for a recording under suspicion.
         """
         predictor = self.predictor
-        started_s = time.monotonic()
-        if ask.windowed:
-            following = partial(self._follow, predictor, data, ask, apart)
-            prediction, timeline = await self._in(self._long, following, limited=False)
-            timing = Timing(network_s=time.monotonic() - started_s, batch=1)
+        timeline = None
+        if request.windowed:
+            (prediction, timeline), timing = await self._follow(self._windows(predictor, data, request, apart))
         else:
-            timeline = None
-            listening = partial(predictor.listen, data, channel=ask.channel, apart=apart)
-            excerpt = await self._decode(listening, predictor)
-            decoded_s = time.monotonic()
-            (prediction, begun_s, ended_s), batch = await self._batcher.submit(excerpt)
-            timing = Timing(decoded_s - started_s, max(begun_s - decoded_s, 0.0), ended_s - begun_s, batch)
+            prediction, timing = await self._excerpt(data, request, apart)
         picture = None
-        if ask.picture and prediction.ok:
+        if request.picture and prediction.ok:
             try:
-                picture = (await self._in(self._decoders, partial(self._look, predictor, data, ask, apart)))[0]
+                picture = (await self._decode(partial(self._look, predictor, data, request, apart)))[0]
             except audio.AudioError as error:
                 prediction = _refused(predictor, error)
         bundle = predictor.bundle
-        return Heard(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
+        return WorkerResult(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
 
-    async def explain(self, data: bytes, ask: Ask, *, apart: bool = False) -> Explained:
+    async def explain(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> Explained:
         """Why the middle of a recording sounds as it does."""
-        predictor = self.predictor
-        return await self._in(self._long, partial(self._explain, predictor, data, ask, apart), limited=False)
+        return (await self._follow(self._explain(self.predictor, data, request, apart)))[0]
 
-    async def _decode(self, listening: Callable[[], Excerpt], predictor: Predictor) -> Excerpt:
+    async def _excerpt(self, data: bytes, request: PredictRequest, apart: bool) -> tuple[Prediction, Timing]:
+        """What the middle, or the bundle's crops, sounds like."""
+        predictor, started_s = self.predictor, time.monotonic()
+        self.waiting += 1
         try:
-            return await self._in(self._decoders, listening)
-        except audio.AudioError as error:
-            return failed(predictor.bundle.features, error)
+            listening = partial(predictor.listen, data, channel=request.channel, apart=apart)
+            try:
+                excerpt = await self._decode(listening)
+            except audio.AudioError as error:
+                excerpt = failed(predictor.bundle.features, error)
+            decoded_s = time.monotonic()
+            if excerpt.status != "ok":
+                return predictor.classify([excerpt])[0], Timing(decoded_s - started_s)
+            found = await self._batcher.submit(_rows(excerpt.features))
+        finally:
+            self.waiting -= 1
+        log_p = np.concatenate([row.result for row in found])
+        wait_s = max(found[0].begun_s - decoded_s, 0.0)
+        network_s = found[-1].ended_s - found[0].begun_s
+        return predictor.prediction(excerpt, log_p), Timing(decoded_s - started_s, wait_s, network_s, found[0].size)
 
-    async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], Result], *, limited: bool = True) -> Result:
-        """Run ``work`` in a thread; ``limited``: give up on it (``DecodeTimeout``) when it takes too long.
+    async def _follow(self, work: Generator[Array, Floats, Result]) -> tuple[Result, Timing]:
+        """Run long work, step by step, its pictures in the batches of all; ends with its caller.
+
+        Args:
+            work: yields features ``(n, *input_shape)``, is sent log-probabilities ``(n, classes)``.
+        """
+        share, log_p, started_s, network_s, size = Share(), None, time.monotonic(), 0.0, 0
+        self.long += 1
+        try:
+            while True:
+                features, found = await self._threads.run(share, self._watched(partial(_advance, work, log_p)))
+                if features is None:
+                    assert found is not None
+                    wait_s = max(time.monotonic() - started_s - share.used_s - network_s, 0.0)
+                    return found[0], Timing(share.used_s, wait_s, network_s, size)
+                rows = await self._batcher.submit(_rows(features), share)
+                log_p = np.concatenate([row.result for row in rows])
+                size = max(size, *(row.size for row in rows))
+                network_s += sum(ended_s - begun_s for begun_s, ended_s in {(r.begun_s, r.ended_s) for r in rows})
+        finally:
+            self.long -= 1
+
+    async def _decode(self, work: Callable[[], Result]) -> Result:
+        """Run ``work`` in a decoder's thread; give up on it (``DecodeTimeout``) when it takes too long.
 
         Its time begins when a thread is free for it.
         """
-        number, loop, limit = next(self._numbers), asyncio.get_running_loop(), asyncio.timeout(None)
+        loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
 
         def begin() -> None:
             with suppress(RuntimeError):  # nobody waits for it any more
                 limit.reschedule(loop.time() + self._decode_timeout_s)
 
-        def watched() -> Result:
-            self._running[number] = time.monotonic()
-            if limited:
-                loop.call_soon_threadsafe(begin)
-            try:
-                return work()
-            finally:
-                del self._running[number]
+        def limited() -> Result:
+            loop.call_soon_threadsafe(begin)
+            return work()
 
-        running = loop.run_in_executor(pool, watched)
-        if not limited:
-            return await running
+        running = loop.run_in_executor(self._decoders, self._watched(limited))
         try:
             async with limit:
                 return await running
@@ -177,21 +201,34 @@ class Worker:
             detail = f"not decoded within {self._decode_timeout_s:g} s. Leave it out, or export it again."
             raise audio.ERRORS["decode_timeout"](f"recording: {detail}") from error
 
-    def _classify(self, excerpts: Sequence[Excerpt]) -> list[tuple[Prediction, float, float]]:
-        begun_s = time.monotonic()
-        predictions = self.predictor.classify(excerpts)
-        ended_s = time.monotonic()
-        return [(prediction, begun_s, ended_s) for prediction in predictions]
+    def _watched(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """``work``, whose beginning in its thread is known to ``check``."""
+        number = next(self._numbers)
 
-    def _follow(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> tuple[Prediction, Timeline | None]:
+        def watched() -> Result:
+            self._running[number] = time.monotonic()
+            try:
+                return work()
+            finally:
+                del self._running[number]
+
+        return watched
+
+    def _classify(self, items: Sequence[Array]) -> list[Floats]:
+        """Log-probabilities ``(1, classes)`` of each of several features ``(1, *input_shape)``."""
+        return list(self.predictor.log_probabilities(np.concatenate(items))[:, np.newaxis])
+
+    def _windows(
+        self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool
+    ) -> Generator[Array, Floats, tuple[Prediction, Timeline | None]]:
         config = predictor.bundle.features
-        window_s = config.window_s if ask.window_s is None else ask.window_s
-        steps = SlidingWindow(window_s, window_s if ask.hop_s is None else ask.hop_s)
+        window_s = config.window_s if request.window_s is None else request.window_s
+        steps = SlidingWindow(window_s, window_s if request.hop_s is None else request.hop_s)
         try:
             if window_s > config.window_s:
                 raise WindowTooLong(f"window_s {window_s:g} is more than the {config.window_s:g} s the model hears.")
             info = describe(data, apart=apart, limits=predictor.limits)
-            tracks = info.channels if ask.channels == "each" else 1
+            tracks = info.channels if request.channels == "each" else 1
             windows = tracks * (1 + max(info.duration_s - window_s, 0) / steps.hop_s)
             if windows > self._max_windows:
                 raise TooManyWindows(
@@ -199,9 +236,11 @@ class Worker:
                 )
         except audio.AudioError as error:
             return _refused(predictor, error), None
-        return predictor.follow(data, steps, channels=ask.channels, apart=apart)
+        return (yield from predictor.follow_steps(data, steps, channels=request.channels, apart=apart))
 
-    def _look(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> tuple[Picture, audio.Clip]:
+    def _look(
+        self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool
+    ) -> tuple[Picture, audio.Clip]:
         """What the model sees of a recording's middle, and that middle."""
         config = predictor.bundle.features
         window = _load(
@@ -210,7 +249,7 @@ class Worker:
             apart,
             window_s=config.window_s,
             sample_rate_hz=config.sample_rate_hz,
-            channel=ask.channel,
+            channel=request.channel,
             limits=predictor.limits,
         )
         start_s, length_s = outline_part(window.info.duration_s)
@@ -221,24 +260,56 @@ class Worker:
             outline = window
         return draw(window, outline, config), window
 
-    def _explain(self, predictor: Predictor, data: bytes, ask: Ask, apart: bool) -> Explained:
+    def _explain(
+        self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool
+    ) -> Generator[Array, Floats, Explained]:
         bundle = predictor.bundle
         answer = partial(Explained, bundle.name, version_of(bundle), bundle.labels, features=bundle.features)
-        heard = predictor.listen(data, channel=ask.channel, apart=apart)
-        (prediction,) = predictor.classify([heard])
-        if not prediction.ok:
-            return answer(prediction=prediction)
+        excerpt = predictor.listen(data, channel=request.channel, apart=apart)
+        if excerpt.status != "ok":
+            return answer(prediction=predictor.classify([excerpt])[0])
+        prediction = predictor.prediction(excerpt, (yield excerpt.features))
         if bundle.features.kind != "log_mel":
             unseen = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
             return answer(prediction=_refused(predictor, unseen))
         try:
-            picture, window = self._look(predictor, data, ask, apart)
+            picture, window = self._look(predictor, data, request, apart)
         except audio.AudioError as error:
             return answer(prediction=_refused(predictor, error))
         features = extract(window.samples, bundle.features)
-        target = int(prediction.probabilities.argmax())
-        occlusion = occlusion_map(features, predictor.log_probabilities, target=target)
+        occlusion = yield from occlusion_steps(features, target=int(prediction.probabilities.argmax()))
         return answer(prediction=prediction, occlusion=occlusion, picture=picture)
+
+
+def _rows(features: Array) -> list[Array]:
+    """Each of n features, ``(1, *input_shape)``."""
+    return np.split(features, len(features))
+
+
+def _advance(
+    work: Generator[Array, Floats, Result], log_p: Floats | None
+) -> tuple[Array, None] | tuple[None, tuple[Result]]:
+    """What ``work`` wants next, or what it found; a thread may not raise StopIteration to its loop."""
+    try:
+        return (next(work) if log_p is None else work.send(log_p)), None
+    except StopIteration as end:
+        return None, (end.value,)
+
+
+def open_bundles(paths: Sequence[str]) -> list[Bundle]:
+    """The bundles at ``paths`` (none: the shipped one), each able to run, in order.
+
+    Raises:
+        SerError: a bundle that is missing or cannot be used, or two of one name.
+    """
+    bundles = [load_bundle(path) for path in paths or (None,)]
+    names = [bundle.name for bundle in bundles]
+    if len(set(names)) < len(names):
+        raise SerError(f"bundles need names of their own, got {', '.join(names)}; leave one out")
+    for bundle in bundles:
+        if not ensure_onnx(bundle):
+            bundle.build_model()  # PyTorch will run it: its weights must fit
+    return bundles
 
 
 def version_of(bundle: Bundle) -> str:

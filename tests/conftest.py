@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of nump
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray reads it when a test module imports it
 
+import hypothesis
 import numpy as np
 import pytest
 import soundfile
@@ -28,6 +29,9 @@ from pipeline.features.features import FeatureConfig, extract
 from pipeline.models.bundle import Bundle, save_bundle
 from serve.ray_settings import prepare
 from serve.settings import Settings
+
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no error
+hypothesis.settings.load_profile("tests")
 
 Samples = NDArray[np.float32]
 

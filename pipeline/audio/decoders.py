@@ -36,11 +36,11 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from pipeline.audio.errors import Corrupt, ExtraNeeded, Limits, NoSamples, Truncated
 from pipeline.audio.formats import SNDFILE
 from pipeline.audio.headers import Container, inspect
 from pipeline.audio.lengths import next_flac
 from pipeline.audio.source import FileView, Opened
+from pipeline.storage.errors import Corrupt, ExtraNeeded, Limits, NoSamples, Truncated
 
 _lock = threading.Lock()
 _open = 0  # how many are inside `quiet_c_stderr`

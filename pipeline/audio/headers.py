@@ -12,12 +12,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.audio.errors import Corrupt, NotAudio, Truncated, UnsupportedFormat
 from pipeline.audio.formats import REMEDY, what_else
 from pipeline.audio.lengths import asf_end, audio_bytes, avi_end, left_open, mp4_end, next_flac, webm_end
 from pipeline.audio.source import Opened, Splice, printable
 from pipeline.audio.streams import Link, amr_end, check_adts, mp3_length, mpeg_start, ogg_link
 from pipeline.audio.wav import W64_RIFF, look_at_w64, look_at_wav
+from pipeline.storage.errors import Corrupt, NotAudio, Truncated, UnsupportedFormat
 
 _AIFF_CODECS = set(b"NONE sowt twos fl32 FL32 fl64 FL64 ulaw ULAW alaw ALAW in24 in32".split()) | {b"raw "}
 _CAF_CODECS = {b"lpcm", b"ulaw", b"alaw"}

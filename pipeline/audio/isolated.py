@@ -22,9 +22,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from pipeline.audio.errors import ERRORS, AudioError, DecoderCrashed, DecodeTimeout, Limits
 from pipeline.audio.load import AudioInfo, Clip, Reading, load_middle
 from pipeline.audio.source import AudioSource, printable
+from pipeline.storage.errors import ERRORS, AudioError, DecoderCrashed, DecodeTimeout, Limits
 
 _CHILD = "from pipeline.audio.isolated import answer; answer()"
 _NO_SAMPLES = np.empty(0, np.float32)

@@ -14,8 +14,8 @@ Microsoft's ASF specification and AVI RIFF file reference.
 
 from __future__ import annotations
 
-from pipeline.audio.errors import Corrupt, Truncated
 from pipeline.audio.source import Opened
+from pipeline.storage.errors import Corrupt, Truncated
 
 STREAMED = 0x7F00_0000  # sox, arecord and ffmpeg write such a length or more when they cannot know it
 _ROUND_FROM, _ROUND = 10**9, 10**6  # 2e9 is nobody's length

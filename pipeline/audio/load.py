@@ -24,7 +24,9 @@ import numpy.typing as npt
 import soxr
 
 from pipeline.audio.decoders import Block, Decoder, open_recording
-from pipeline.audio.errors import (
+from pipeline.audio.formats import EXTENSIONS
+from pipeline.audio.source import AudioSource, open_source
+from pipeline.storage.errors import (
     DEFAULT_LIMITS,
     ERRORS,
     AudioError,
@@ -34,8 +36,6 @@ from pipeline.audio.errors import (
     NotFinite,
     OutOfRange,
 )
-from pipeline.audio.formats import EXTENSIONS
-from pipeline.audio.source import AudioSource, open_source
 
 __all__ = [
     "DEFAULT_LIMITS",

@@ -23,11 +23,11 @@ from av.codec.context import Flags2
 from av.stream import Discard
 
 from pipeline.audio.decoders import Block
-from pipeline.audio.errors import Corrupt, Limits, NoSamples, NotAudio, Truncated, UnsupportedFormat
 from pipeline.audio.formats import CODECS, REMEDY, is_accepted
 from pipeline.audio.headers import Container
 from pipeline.audio.lengths import cut_off
 from pipeline.audio.source import FileView
+from pipeline.storage.errors import Corrupt, Limits, NoSamples, NotAudio, Truncated, UnsupportedFormat
 
 _KEPT_BYTES = 2**25
 _LARGEST_ALLOCATION = 2**27  # the index of ten hours of AAC takes half of it

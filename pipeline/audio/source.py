@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pipeline.audio.errors import (
+from pipeline.storage.errors import (
     EmptyFile,
     NotAFile,
     NotFound,

@@ -18,10 +18,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from pipeline.audio.errors import Corrupt, UnsupportedFormat
 from pipeline.audio.formats import REMEDY
 from pipeline.audio.lengths import cut_off, find
 from pipeline.audio.source import Opened, Splice
+from pipeline.storage.errors import Corrupt, UnsupportedFormat
 
 _SCAN_BYTES = 2**20
 _JUNK_BYTES = 2**16  # what may stand before the first MP3 frame, or between two

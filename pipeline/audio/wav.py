@@ -10,10 +10,10 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
-from pipeline.audio.errors import Corrupt, Truncated, UnsupportedFormat
 from pipeline.audio.formats import REMEDY
 from pipeline.audio.lengths import STREAMED, audio_bytes, find, is_chunk_name, left_open
 from pipeline.audio.source import Opened, Splice
+from pipeline.storage.errors import Corrupt, Truncated, UnsupportedFormat
 
 _BLOCK_TAGS = (2, 0x11)  # MS and IMA ADPCM, whose blocks say nothing of a sample's size
 _SNDFILE_TAGS = (1, 3, 6, 7, *_BLOCK_TAGS)  # PCM, float, A-law, mu-law

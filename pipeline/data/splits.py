@@ -26,7 +26,7 @@ import pandas as pd
 
 from pipeline.audio.load import AudioError, content_hash
 from pipeline.data.corpora import by_name
-from pipeline.data.corpora.record import voices
+from pipeline.data.corpora.voices import voices
 from pipeline.data.manifest import ManifestError
 from pipeline.storage.remote import source_of
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pipeline.data.corpora.record import voices, with_speakers
+from pipeline.data.corpora.voices import voices, with_speakers
 from pipeline.data.splits import HASH_COLUMN, add_hashes, duplicates_in, leaked, used_in_training
 from pipeline.evaluation.outcomes import Outcomes, has_labels, outcomes, scores
 

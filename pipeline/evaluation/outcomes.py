@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.stats import beta, norm
 
-from pipeline.data.corpora.record import given, with_speakers
+from pipeline.data.corpora.voices import given, with_speakers
 from pipeline.data.labels import LabelError
 from pipeline.storage.errors import SerError
 

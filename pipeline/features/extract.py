@@ -34,8 +34,19 @@ from pipeline.audio.isolated import decode_in_subprocess
 from pipeline.audio.load import AudioError, Clip, Reading, load_once
 from pipeline.data.splits import HASH_COLUMN
 from pipeline.features.features import FeatureConfig, extract, mel_power
-from pipeline.features.shard_folder import NOTES, begin_notes, check_or_init, check_run, lock, part_name, whole_parts
-from pipeline.features.store import MANIFEST, SHARD_VERSION, ShardError, read_shard_manifest
+from pipeline.features.store import (
+    MANIFEST,
+    NOTES,
+    SHARD_VERSION,
+    ShardError,
+    begin_notes,
+    check_or_init,
+    check_run,
+    lock,
+    part_name,
+    read_shard_manifest,
+    whole_parts,
+)
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import CrashLog, atomic_path, remove_temporaries, write_json
 from pipeline.storage.remote import source_of

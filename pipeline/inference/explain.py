@@ -11,7 +11,7 @@ What the model sees of a recording, to be drawn: the outline of its sound, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,19 @@ def occlusion_map(
     Raises:
         FeatureError: the features are no picture, or have fewer bands or frames than cells.
     """
+    asking = occlusion_steps(picture, target=target, rows=rows, columns=columns)
+    try:
+        asking.send(log_probabilities(next(asking)))
+    except StopIteration as end:
+        found: OcclusionMap = end.value
+        return found
+    raise AssertionError("one question is all that is asked")
+
+
+def occlusion_steps(
+    picture: Array, *, target: int | None = None, rows: int = 8, columns: int = 16
+) -> Generator[Array, Floats, OcclusionMap]:
+    """``occlusion_map`` for whoever runs the network elsewhere: yields pictures, is sent their log-probabilities."""
     if picture.ndim != 3 or len(picture) != 1:
         raise FeatureError(f"only log-mel pictures (1, bands, frames) can be explained, got shape {picture.shape}")
     bands, frames = picture.shape[1:]
@@ -91,7 +104,7 @@ def occlusion_map(
         low, high = band_edges[max(row - 1, 0)], band_edges[min(row + 1, rows)]
         first, last = frame_edges[max(column - 1, 0)], frame_edges[min(column + 1, columns)]
         hidden[index, 0, low:high, first:last] = _HIDDEN
-    log_p = log_probabilities(np.concatenate([picture[np.newaxis], hidden]))
+    log_p = yield np.concatenate([picture[np.newaxis], hidden])
     target = int(log_p[0].argmax()) if target is None else target
     odds = _log_odds(log_p, target)
     fall = (odds[0] - odds[1:]).reshape(rows + 1, columns + 1)

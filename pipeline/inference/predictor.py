@@ -10,7 +10,7 @@ neither raises.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -191,6 +191,10 @@ class Predictor:
         pooled = iter([pool(log_p[end - len(e.features) : end]) for e, end in zip(usable, ends, strict=True)])
         return [self._prediction(e, next(pooled) if e.status == "ok" else None) for e in excerpts]
 
+    def prediction(self, excerpt: Excerpt, log_p: Floats) -> Prediction:
+        """The Prediction of a usable excerpt whose windows have these log-probabilities, ``(windows, classes)``."""
+        return self._prediction(excerpt, pool(log_p))
+
     def follow(
         self,
         source: audio.AudioSource,
@@ -210,6 +214,29 @@ class Predictor:
         Raises:
             SerError: windows that are longer than the model's.
         """
+        walking = self.follow_steps(source, steps, channels=channels, silence_dbfs=silence_dbfs, apart=apart)
+        try:
+            features = next(walking)
+            while True:
+                features = walking.send(self.log_probabilities(features))
+        except StopIteration as end:
+            found: tuple[Prediction, Timeline] = end.value
+            return found
+
+    def follow_steps(
+        self,
+        source: audio.AudioSource,
+        steps: SlidingWindow,
+        *,
+        channels: Channels = "mix",
+        silence_dbfs: float = SILENCE_DBFS,
+        apart: bool = False,
+    ) -> Generator[Array, Floats, tuple[Prediction, Timeline]]:
+        """``follow`` for whoever runs the network elsewhere, or shares it: what it decodes, it decodes in between.
+
+        Yields features ``(n, *input_shape)`` of the next windows, n up to ``batch_size``, and is sent their
+        log-probabilities ``(n, classes)``.
+        """
         config = self.bundle.features
         if steps.window_s > config.window_s:
             raise SerError(
@@ -219,10 +246,9 @@ class Predictor:
         try:
             info = describe(source, apart=apart, limits=self.limits)
             check_sound(source, info.duration_s, 0.0, info.duration_s)
-            tracks = [
-                self._track(source, steps, info.duration_s, channel, apart)
-                for channel in (range(info.channels) if channels == "each" else [channels])
-            ]
+            tracks = []
+            for channel in range(info.channels) if channels == "each" else [channels]:
+                tracks.append((yield from self._track(source, steps, info.duration_s, channel, apart)))
             timeline = joined([track for track, _, _ in tracks])
             if steps.window_s >= LEAST_S:
                 sound_s = max(sound_s for _, sound_s, _ in tracks)
@@ -242,14 +268,14 @@ class Predictor:
 
     def _track(
         self, source: audio.AudioSource, steps: SlidingWindow, duration_s: float, channel: audio.Channel, apart: bool
-    ) -> tuple[Timeline, float, str]:
+    ) -> Generator[Array, Floats, tuple[Timeline, float, str]]:
         """The windows of a channel, seconds of sound in the fullest, and what users should know."""
         config, size = self.bundle.features, self.batch_size
         sound_s, notice = 0.0, ""
         stretches = walk(source, config, steps, duration_s, channel, at_once=size, apart=apart, limits=self.limits)
         parts = []
         for s in stretches:
-            parts.append((s.start_s, s.end_s, s.level_dbfs, self.log_probabilities(s.features)))
+            parts.append((s.start_s, s.end_s, s.level_dbfs, (yield s.features)))
             sound_s, notice = max(sound_s, float(s.sound_s.max())), notice or s.notice
         start_s, end_s, level_dbfs, log_p = (np.concatenate(column) for column in zip(*parts, strict=True))
         name = np.full(len(start_s), str(channel), dtype=object)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.data.corpora.record import with_corpora
+from pipeline.data.corpora.voices import with_corpora
 from pipeline.data.splits import HASH_COLUMN
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.model_card import model_card

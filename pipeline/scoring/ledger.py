@@ -28,7 +28,6 @@ from pipeline.storage.journal import (
     read_json,
     read_plan,
     remove_temporaries,
-    sync,
     write_json,
     write_part,
     write_plan,
@@ -130,7 +129,6 @@ class Ledger:
     def finish(self, run: Mapping[str, Any]) -> None:
         """Write ``run.json``, have it on the disk, and remove the work folder."""
         write_json(self.out / RUN, run, on_disk=True)
-        sync(self.out)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _outputs(self) -> list[Path]:

@@ -1,15 +1,43 @@
-"""The root of every error that a user's input can cause.
+"""Every error that a user's input can cause: one tree; and the limits of a recording, checked before decoding.
 
-SerError
- +- labels.LabelError           a label that no class has
- +- features.FeatureError       audio or features that do not fit a FeatureConfig
- +- audio.AudioError            one recording that cannot be read; has a stable ``code``
- +- corpora.ManifestError       a folder, CSV or table that is no manifest
- +- arrays.ShardError           a feature folder that is incomplete or of another configuration
- +- checkpoint.BundleError      a model bundle that is missing, damaged or unknown
+    SerError
+    ├── labels.LabelError           a label that no class has
+    ├── features.FeatureError       audio or features that do not fit a FeatureConfig
+    ├── tables.ManifestError        a folder, CSV or table that is no manifest
+    ├── store.ShardError            a feature folder that is incomplete or of another configuration
+    ├── bundle.BundleError          a model bundle that is missing, damaged or unknown
+    └── AudioError                    code                one recording that cannot be used
+        ├── NotFound                  not_found            no such path
+        ├── NotAFile                  not_a_file           directory, pipe, socket, device
+        ├── PermissionDenied          permission_denied
+        ├── Unreadable                unreadable           the operating system failed to open or read it
+        ├── EmptyFile                 empty_file           0 bytes
+        ├── NotAudio                  not_audio            no audio container known here, or no audio track in it
+        ├── UnsupportedFormat         unsupported_format   a known container with a codec that is not accepted
+        │   └── ExtraNeeded           extra_needed         decodable once PyAV is installed
+        ├── Corrupt                   corrupt              header or audio data contradict themselves
+        │   └── Truncated             truncated            the recording says it is longer than it is
+        ├── NoSamples                 no_samples           a valid recording of 0 frames, or a part past its end
+        ├── TooShort                  too_short            so little sound that no answer can be given
+        ├── NotFinite                 not_finite           NaN or infinity among the samples
+        ├── OutOfRange                out_of_range         |sample| so large that its power overflows float32
+        ├── TooLong                   too_long             ┐
+        ├── TooLarge                  too_large            │ beyond `Limits`
+        ├── BadSampleRate             bad_sample_rate      │
+        ├── BadChannels               bad_channels         ┘
+        ├── NoSuchChannel             no_such_channel      the channel asked for is not in the recording
+        ├── DecoderCrashed            decoder_crashed      the decoder ended the process it ran in
+        └── DecodeTimeout             decode_timeout       the decoder did not answer in time
+
+`code` is stable: it stands in tables (`status`) and HTTP answers (`code`) alike. `ERRORS` maps each code to its class.
 """
 
+# ruff: noqa: D101 - the tree above says what each is
+
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 
 class SerError(Exception):
@@ -21,3 +49,154 @@ class SerError(Exception):
 
 class SerWarning(UserWarning):
     """Something that the user should know of what was done: one line, with the remedy. Jobs print it as such."""
+
+
+class AudioError(SerError):
+    """A recording that cannot be used, said in one line: what was got, what is accepted, the remedy."""
+
+    code: ClassVar[str] = "audio_error"
+
+
+class NotFound(AudioError):
+    code = "not_found"
+
+
+class NotAFile(AudioError):
+    code = "not_a_file"
+
+
+class PermissionDenied(AudioError):
+    code = "permission_denied"
+
+
+class Unreadable(AudioError):
+    code = "unreadable"
+
+
+class EmptyFile(AudioError):
+    code = "empty_file"
+
+
+class NotAudio(AudioError):
+    code = "not_audio"
+
+
+class UnsupportedFormat(AudioError):
+    code = "unsupported_format"
+
+
+class ExtraNeeded(UnsupportedFormat):
+    code = "extra_needed"
+
+
+class Corrupt(AudioError):
+    code = "corrupt"
+
+
+class Truncated(Corrupt):
+    code = "truncated"
+
+
+class NoSamples(AudioError):
+    code = "no_samples"
+
+
+class TooShort(AudioError):
+    code = "too_short"
+
+
+class NotFinite(AudioError):
+    code = "not_finite"
+
+
+class OutOfRange(AudioError):
+    code = "out_of_range"
+
+
+class TooLong(AudioError):
+    code = "too_long"
+
+
+class TooLarge(AudioError):
+    code = "too_large"
+
+
+class BadSampleRate(AudioError):
+    code = "bad_sample_rate"
+
+
+class BadChannels(AudioError):
+    code = "bad_channels"
+
+
+class NoSuchChannel(AudioError):
+    code = "no_such_channel"
+
+
+class DecoderCrashed(AudioError):
+    code = "decoder_crashed"
+
+
+class DecodeTimeout(AudioError):
+    code = "decode_timeout"
+
+
+ERRORS: dict[str, type[AudioError]] = {
+    error.code: error
+    for error in (
+        *(AudioError, NotFound, NotAFile, PermissionDenied, Unreadable, EmptyFile, NotAudio, UnsupportedFormat),
+        *(
+            ExtraNeeded,
+            Corrupt,
+            Truncated,
+            NoSamples,
+            TooShort,
+            NotFinite,
+            OutOfRange,
+            TooLong,
+            TooLarge,
+            BadSampleRate,
+        ),
+        *(BadChannels, NoSuchChannel, DecoderCrashed, DecodeTimeout),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is accepted, checked on the header before anything is decoded.
+
+    `max_decoded_bytes` bounds frames x channels x 4 of the whole recording: a forged sample rate shortens the
+    duration, but not this. The defaults take ten hours of eight channels at 192 kHz, for a window costs the same in a
+    recording of any length; whoever decodes all of what strangers send should pass less.
+    """
+
+    max_duration_s: float = 36_000.0
+    max_decoded_bytes: int = 36_000 * 192_000 * 8 * 4
+    min_rate_hz: int = 4_000
+    max_rate_hz: int = 384_000
+    max_channels: int = 8
+
+    def __post_init__(self) -> None:
+        if not (self.max_duration_s > 0 and self.max_decoded_bytes > 0 and self.max_channels > 0):
+            raise ValueError(f"limits must be positive, got {self}")
+        if not 0 < self.min_rate_hz <= self.max_rate_hz:
+            raise ValueError(f"limits need 0 < min_rate_hz <= max_rate_hz, got {self}")
+
+    def check(self, name: str, *, rate_hz: int, channels: int, frames: int) -> None:
+        """Raise the `AudioError` of the first limit that the recording `name` breaks."""
+        if not self.min_rate_hz <= rate_hz <= self.max_rate_hz:
+            expected = f"{self.min_rate_hz} to {self.max_rate_hz} Hz"
+            raise BadSampleRate(f"{name}: sample rate {rate_hz} Hz; accepted are {expected}. Resample it.")
+        if not 1 <= channels <= self.max_channels:
+            raise BadChannels(f"{name}: {channels} channels; accepted are 1 to {self.max_channels}. Split or mix it.")
+        duration_s = frames / rate_hz
+        if duration_s > self.max_duration_s:
+            raise TooLong(f"{name}: {duration_s:.1f} s long; the limit is {self.max_duration_s:g} s. Split it.")
+        decoded = frames * channels * 4
+        if decoded > self.max_decoded_bytes:
+            expected = f"{self.max_decoded_bytes / 2**20:.0f} MiB"
+            raise TooLarge(f"{name}: {decoded / 2**20:.0f} MiB once decoded; the limit is {expected}. Split it.")
+
+
+DEFAULT_LIMITS = Limits()

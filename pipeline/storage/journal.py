@@ -71,8 +71,11 @@ def atomic_path(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
     try:
         yield beside
         if on_disk:
-            sync(beside)
+            with beside.open("r+b") as file:  # Windows syncs only what may be written
+                os.fsync(file.fileno())
         beside.replace(path)
+        if on_disk:
+            _sync_names(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -88,10 +91,10 @@ def remove_temporaries(folder: Path, pattern: str = "*") -> None:
         path.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk; not every file system can."""
+def _sync_names(folder: Path) -> None:
+    """Have the names in a folder on the disk; not every system can."""
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows syncs what may be written
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.audio.errors import NotAFile, NotFound, TooLarge, Unreadable
-from pipeline.storage.errors import SerError
+from pipeline.storage.errors import NotAFile, NotFound, SerError, TooLarge, Unreadable
 from pipeline.storage.files import FolderScan, local_path
 
 SCHEMES = ("s3", "gs")
@@ -47,7 +46,7 @@ def fetch(uri: str) -> bytes:
     """The object's content.
 
     Raises:
-        NotFound, NotAFile, TooLarge, Unreadable: see ``pipeline.audio.errors``.
+        NotFound, NotAFile, TooLarge, Unreadable: see ``pipeline.storage.errors``.
     """
     try:
         files, path, _, _ = _open(uri)

@@ -24,10 +24,10 @@ from audio_recordings import AV_FORMATS, FORMATS, ONE_SECOND, Samples, code_of, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.audio import errors
 from pipeline.audio import load as audio
 from pipeline.audio.load import Limits, load, load_middle, probe
 from pipeline.features.features import FeatureConfig, log_mel
+from pipeline.storage import errors
 
 CONFIG = FeatureConfig()
 CONTAINER_NAMES = {"WAVEX": "WAV"}

@@ -23,10 +23,11 @@ from audio_recordings import AV_FORMATS, FORMATS, ONE_SECOND, code_of, encoded, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.audio import decoders, errors, source
+from pipeline.audio import decoders, source
 from pipeline.audio import load as audio
 from pipeline.audio.load import Limits, load, load_middle, probe
 from pipeline.features.features import FeatureConfig, log_mel
+from pipeline.storage import errors as errors
 
 CONFIG = FeatureConfig()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipeline.data.corpora.record import check_corpora, renewed
+from pipeline.data.corpora.voices import check_corpora, renewed
 from pipeline.data.labels import parse_label_map
 from pipeline.data.manifest import ManifestError, scan_folder
 from pipeline.data.splits import assignment

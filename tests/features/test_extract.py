@@ -15,14 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from pipeline.audio.errors import DecoderCrashed
 from pipeline.audio.load import Reading, load_middle, load_once
 from pipeline.features import extract as shards
 from pipeline.features import store
 from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
 from pipeline.features.features import FeatureConfig, extract, normalise_power
-from pipeline.features.shard_folder import NOTES
-from pipeline.features.store import ShardError, load_features
+from pipeline.features.store import NOTES, ShardError, load_features
+from pipeline.storage.errors import DecoderCrashed
 
 CONFIG = FeatureConfig()
 pytestmark = pytest.mark.usefixtures("ray_session")

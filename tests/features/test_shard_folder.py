@@ -26,8 +26,7 @@ from pipeline.data import splits
 from pipeline.features import extract
 from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
 from pipeline.features.features import FeatureConfig
-from pipeline.features.shard_folder import NOTES, known_hashes
-from pipeline.features.store import ShardError, load_features
+from pipeline.features.store import NOTES, ShardError, known_hashes, load_features
 from pipeline.storage.errors import SerError
 from pipeline.storage.remote import stamps_of
 

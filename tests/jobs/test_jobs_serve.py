@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from jobs import serve as job
 from pipeline.models.bundle import Bundle
-from serve.keys import checked_key, key_digest
-from serve.settings import Settings, is_loopback, key_digest_from_environment
+from serve.auth import is_loopback, key_digest_from_environment
+from serve.schema import checked_key, key_digest
+from serve.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 

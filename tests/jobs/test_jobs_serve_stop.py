@@ -19,8 +19,8 @@ from jobs import serve as job
 from pipeline.models.bundle import Bundle
 from pipeline.storage.errors import SerError
 from serve import deployment
-from serve.keys import key_digest
 from serve.ray_settings import MESSAGE_BYTES, VARIABLES, prepare
+from serve.schema import key_digest
 from serve.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -31,7 +31,6 @@ RAY_MODULES = {
     "pipeline.scoring.scoring",
     "pipeline.training.cross_validation",
     "serve.deployment",
-    "serve.offer",
     "serve.metrics",
     "serve.remote",
 }

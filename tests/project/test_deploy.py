@@ -145,8 +145,8 @@ def test_the_job_understands_its_entrypoint(name: str) -> None:
 def test_the_service_is_the_one_of_serve() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from serve.keys import API_KEY_VARIABLE
     from serve.ray_settings import MESSAGE_BYTES, VARIABLES, longest_message
+    from serve.schema import API_KEY_VARIABLE
     from serve.settings import Settings
 
     manifest = read("rayservice.yaml")

@@ -24,7 +24,7 @@ from pipeline.models.bundle import Bundle, save_bundle
 from pipeline.models.networks import build_model
 from pipeline.scoring import scoring
 from pipeline.scoring.blocks import score_block
-from serve.asks import Ask
+from serve.service import PredictRequest
 from serve.worker import Worker
 
 WriteAudio = Callable[..., Path]
@@ -109,5 +109,5 @@ def test_every_command_and_the_service_give_the_network_s_answer(
 
     worker = Worker(Predictor.from_bundle(bundle.folder, threads=1))
     worker.warm_up()
-    heard = [run(worker.predict(path.read_bytes(), Ask())).prediction.probabilities for path in files]
+    heard = [run(worker.predict(path.read_bytes(), PredictRequest())).prediction.probabilities for path in files]
     np.testing.assert_allclose(heard, expected, atol=1e-4)

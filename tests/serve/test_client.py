@@ -17,10 +17,12 @@ from serving import Bridge, LocalService, wav
 
 from pipeline.models.bundle import Bundle
 from serve import client as client_module
-from serve.client import DEFAULT_URL, AsyncClient, Client
-from serve.client_errors import (
+from serve.client import (
+    DEFAULT_URL,
+    AsyncClient,
     BadRecording,
     Busy,
+    Client,
     ClientError,
     NoAnswer,
     Refused,

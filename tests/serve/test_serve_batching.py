@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.batching import Batcher
+from serve.batching import Batcher, FairThreads, Share
 
 
 class Gate:
@@ -28,6 +28,13 @@ class Gate:
         return [2 * item for item in items]
 
 
+async def one(batcher: Batcher[int, int], item: int) -> tuple[int, int]:
+    """The result of a request of one item, and the size of its batch."""
+    (found,) = await batcher.submit([item])
+    assert found.begun_s <= found.ended_s
+    return found.result, found.size
+
+
 async def entered(gate: Gate) -> None:
     assert await asyncio.to_thread(gate.entered.acquire, timeout=10)
 
@@ -36,9 +43,9 @@ def test_what_gathers_while_a_batch_runs_is_the_next_one() -> None:
     async def scenario() -> None:
         gate = Gate()
         batcher: Batcher[int, int] = Batcher(gate, 3)
-        first = asyncio.create_task(batcher.submit(1))
+        first = asyncio.create_task(one(batcher, 1))
         await entered(gate)  # it did not wait for others
-        others = [asyncio.create_task(batcher.submit(item)) for item in range(2, 7)]
+        others = [asyncio.create_task(one(batcher, item)) for item in range(2, 7)]
         await asyncio.sleep(0)
         assert batcher.waiting == 5
         gate.leave.release(3)
@@ -54,9 +61,9 @@ def test_callers_who_have_gone_are_left_out() -> None:
     async def scenario() -> None:
         gate = Gate()
         batcher: Batcher[int, int] = Batcher(gate, 2)
-        first = asyncio.create_task(batcher.submit(1))
+        first = asyncio.create_task(one(batcher, 1))
         await entered(gate)
-        waiting = [asyncio.create_task(batcher.submit(item)) for item in range(2, 6)]
+        waiting = [asyncio.create_task(one(batcher, item)) for item in range(2, 6)]
         await asyncio.sleep(0)
         waiting[0].cancel()
         waiting[2].cancel()
@@ -79,8 +86,8 @@ def test_a_failure_reaches_its_batch_and_no_other() -> None:
     async def scenario() -> None:
         batcher: Batcher[int, int] = Batcher(work, 4)
         with pytest.raises(ZeroDivisionError):
-            await batcher.submit(0)
-        assert await batcher.submit(7) == (7, 1)
+            await one(batcher, 0)
+        assert await one(batcher, 7) == (7, 1)
 
     asyncio.run(scenario())
 
@@ -96,10 +103,127 @@ def test_everybody_gets_their_own_answer(items: list[int], size: int) -> None:
 
     async def scenario() -> list[tuple[int, int]]:
         batcher: Batcher[int, int] = Batcher(work, size)
-        return await asyncio.gather(*(batcher.submit(item) for item in items))
+        return await asyncio.gather(*(one(batcher, item) for item in items))
 
     answers = asyncio.run(scenario())
     assert [answer for answer, _ in answers] == [item * item for item in items]
     assert sum(sizes) == len(items)
     assert max(sizes, default=1) <= size
     assert sorted(found for _, found in answers) == sorted(count for count in sizes for _ in range(count))
+
+
+def test_requests_share_the_batches_in_turn() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher: Batcher[int, int] = Batcher(gate, 4)
+        long = asyncio.create_task(batcher.submit(range(100, 110)))
+        await entered(gate)
+        short = [asyncio.create_task(batcher.submit([item, item + 1])) for item in (0, 10)]
+        other = asyncio.create_task(batcher.submit(range(200, 203)))
+        await asyncio.sleep(0)
+        gate.leave.release(9)
+        for task, items in zip(
+            (long, *short, other), (range(100, 110), (0, 1), (10, 11), range(200, 203)), strict=True
+        ):
+            assert [found.result for found in await task] == [2 * item for item in items]
+        assert gate.batches[:3] == [[100, 101, 102, 103], [104, 0, 10, 200], [105, 1, 11, 201]]
+        assert gate.batches[3:] == [[106, 202, 107, 108], [109]]
+
+    asyncio.run(scenario())
+
+
+def test_what_a_request_that_has_gone_had_waiting_is_left_out() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        batcher: Batcher[int, int] = Batcher(gate, 2)
+        gone = asyncio.create_task(batcher.submit(range(100)))
+        await entered(gate)
+        stays = asyncio.create_task(batcher.submit([7]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+        gate.leave.release(9)
+        (found,) = await stays
+        assert (found.result, gate.batches) == (14, [[0, 1], [7]])
+
+    asyncio.run(scenario())
+
+
+class Steps:
+    """Steps in threads that say when they begin, and wait until they may end."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.entered = threading.Semaphore(0)
+        self.leave: dict[str, threading.Event] = {}
+
+    def of(self, name: str) -> Callable[[], str]:
+        self.leave[name] = threading.Event()
+
+        def step() -> str:
+            self.begun.append(name)
+            self.entered.release()
+            assert self.leave[name].wait(10)
+            return name
+
+        return step
+
+
+def test_a_newcomer_goes_before_those_who_have_had_much_and_finds_a_thread() -> None:
+    async def scenario() -> None:
+        threads, steps = FairThreads(2, "test"), Steps()
+        running = {}
+
+        async def start(name: str, used_s: float) -> None:
+            running[name] = asyncio.create_task(threads.run(Share(used_s), steps.of(name)))
+            await asyncio.sleep(0)
+
+        for name in ("long 1", "long 2", "long 3"):
+            await start(name, 50.0)
+        await asyncio.to_thread(steps.entered.acquire, timeout=10)
+        assert steps.begun == ["long 1"]  # the other thread is kept free
+        await start("new 1", 0.0)
+        await asyncio.to_thread(steps.entered.acquire, timeout=10)
+        await start("new 2", 0.0)
+        await start("gone", 0.0)
+        running["gone"].cancel()
+        steps.leave["long 1"].set()
+        assert await running["long 1"] == "long 1"
+        await asyncio.to_thread(steps.entered.acquire, timeout=10)
+        assert steps.begun == ["long 1", "new 1", "new 2"]
+        for event in steps.leave.values():
+            event.set()
+        del running["gone"]
+        assert await asyncio.gather(*running.values()) == ["long 1", "long 2", "long 3", "new 1", "new 2"]
+        assert steps.begun[3:] == ["long 2", "long 3"]
+
+    asyncio.run(scenario())
+
+
+def test_many_newcomers_do_not_keep_long_work_waiting_for_ever() -> None:
+    async def scenario() -> None:
+        threads, order = FairThreads(1, "test"), []
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        loop.time = lambda: now_s  # type: ignore[method-assign]
+        first = asyncio.create_task(threads.run(Share(), lambda: order.append("first")))
+        waiting = [asyncio.create_task(threads.run(Share(1e9), lambda: order.append("long")))]
+        await asyncio.sleep(0)
+        now_s += 60
+        waiting += [asyncio.create_task(threads.run(Share(), lambda: order.append("new"))) for _ in range(9)]
+        await asyncio.gather(first, *waiting)
+        assert order[:2] == ["first", "long"]
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_fails_tells_its_own_request_only() -> None:
+    async def scenario() -> None:
+        threads = FairThreads(1, "test")
+        with pytest.raises(ZeroDivisionError):
+            await threads.run(Share(), lambda: 1 // 0)
+        share = Share()
+        assert await threads.run(share, lambda: "next") == "next"
+        assert share.used_s >= 0
+
+    asyncio.run(scenario())

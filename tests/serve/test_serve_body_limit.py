@@ -13,8 +13,7 @@ import httpx
 import pytest
 
 from serve import ray_settings
-from serve.body_limit import BodyLimit
-from serve.proxy import Admission
+from serve.middleware import Admission, BodyLimit
 from serve.settings import Settings
 
 MANY = 10**9

@@ -13,11 +13,9 @@ import httpx
 import pytest
 from serving import KeptFigures
 
-from serve.access import Access
-from serve.body_limit import BodyLimit
-from serve.doors import Doorkeeper
-from serve.keys import key_digest
-from serve.proxy import Admission, Identify, Unpack
+from serve.auth import KeyCheck
+from serve.middleware import Access, Admission, BodyLimit, Identify, Unpack
+from serve.schema import key_digest
 
 
 class Busy:
@@ -168,7 +166,7 @@ def test_strangers_are_sent_away_before_their_bodies_are_read(given: str | None)
         busy = Busy()
         busy.leave.set()
         headers = {} if given is None else {"authorization": given}
-        async with client(Doorkeeper(busy, digest=key_digest("secret"))) as http:
+        async with client(KeyCheck(busy, digest=key_digest("secret"))) as http:
             refused = await http.post("/v1/predict", content=body(), headers=headers)
             assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
             assert refused.headers["www-authenticate"] == "Bearer"

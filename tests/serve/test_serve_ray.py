@@ -33,8 +33,7 @@ from jobs import infer
 from pipeline.features.store import load_features
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle, save_bundle
-from serve.client import Client
-from serve.client_errors import Busy
+from serve.client import Busy, Client
 from serve.client_wire import single
 from serve.schema import Problem, Recording
 from serve.settings import Settings

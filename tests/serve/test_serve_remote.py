@@ -12,11 +12,11 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from serving import run
 
-from serve.asks import Ask
 from serve.problems import ServiceError, kind_of
 from serve.remote import RemoteModels
+from serve.service import PredictRequest
 
-ASK = Ask()
+ASK = PredictRequest()
 FULL = BackPressureError(num_queued_requests=3, max_queued_requests=3)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.offer import Offer
-from serve.proxy import Admission
-from serve.request_scope import hand_over
+from serve.middleware import Admission
+from serve.problems import hand_over
+from serve.ray_settings import ShortWay
+from serve.remote import Offer
 from serve.settings import Settings
-from serve.short_way import ShortWay
 
 
 class Says:
@@ -45,7 +45,7 @@ class Ingress:
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, in seconds, that the middleware sees; a list of one, to be changed."""
     seen = [100.0]
-    monkeypatch.setattr("serve.short_way.time.monotonic", lambda: seen[0])
+    monkeypatch.setattr("serve.ray_settings.time.monotonic", lambda: seen[0])
     return seen
 
 
@@ -102,7 +102,7 @@ def test_without_an_ingress_to_ask_the_long_way_stays(now: list[float]) -> None:
 
 
 def test_one_question_at_a_time_and_not_for_ever(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.short_way._PATIENCE_S", 0.05)
+    monkeypatch.setattr("serve.ray_settings._PATIENCE_S", 0.05)
 
     async def scenario() -> None:
         ingress = Ingress(None)

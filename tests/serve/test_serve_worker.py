@@ -15,12 +15,12 @@ from conftest import speech_like
 from serving import run, wav
 
 from pipeline.audio import isolated
-from pipeline.audio.errors import DecoderCrashed
 from pipeline.audio.windows import SlidingWindow
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
+from pipeline.storage.errors import DecoderCrashed
 from serve import worker as worker_module
-from serve.asks import Ask
+from serve.service import PredictRequest
 from serve.worker import Worker, version_of
 
 
@@ -35,14 +35,15 @@ def test_many_at_once_get_the_predictor_s_answers(predictor: Predictor) -> None:
     async def scenario() -> list[Any]:
         worker = Worker(predictor)
         worker.warm_up()
-        return await asyncio.gather(*(worker.predict(data, Ask()) for data in voices))
+        return await asyncio.gather(*(worker.predict(data, PredictRequest()) for data in voices))
 
     answers = run(scenario())
     for heard, expected in zip(answers, predictor.predict(voices), strict=True):
         assert heard.prediction.status == expected.status
         np.testing.assert_allclose(heard.prediction.probabilities, expected.probabilities, atol=1e-6)
         assert (heard.model, heard.version) == ("tiny", version_of(predictor.bundle))
-        assert 1 <= heard.timing.batch <= predictor.batch_size
+        assert bool(heard.timing.batch) is expected.ok  # what cannot be used is in no batch
+        assert heard.timing.batch <= predictor.batch_size
         assert min(heard.timing.decode_s, heard.timing.wait_s, heard.timing.network_s) >= 0
     assert max(heard.timing.batch for heard in answers) > 1
 
@@ -50,7 +51,7 @@ def test_many_at_once_get_the_predictor_s_answers(predictor: Predictor) -> None:
 def test_the_bundle_s_crops_are_pooled(tiny_bundle: Bundle) -> None:
     several = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=3)
     data = wav(6.0)
-    heard = run(Worker(several).predict(data, Ask()))
+    heard = run(Worker(several).predict(data, PredictRequest()))
     (expected,) = several.predict([data])
     np.testing.assert_allclose(heard.prediction.probabilities, expected.probabilities, atol=1e-6)
     assert heard.prediction.scored_s == expected.scored_s == pytest.approx(14 / 3, abs=0.01)
@@ -58,7 +59,7 @@ def test_the_bundle_s_crops_are_pooled(tiny_bundle: Bundle) -> None:
 
 def test_windows_are_those_of_follow(predictor: Predictor) -> None:
     data = wav(5.0, channels=2)
-    heard = run(Worker(predictor).predict(data, Ask(1.5, 0.5, "each")))
+    heard = run(Worker(predictor).predict(data, PredictRequest(1.5, 0.5, "each")))
     prediction, timeline = predictor.follow(data, SlidingWindow(1.5, 0.5), channels="each")
     assert heard.timeline is not None
     np.testing.assert_array_equal(heard.timeline.start_s, timeline.start_s)
@@ -69,13 +70,13 @@ def test_windows_are_those_of_follow(predictor: Predictor) -> None:
 @pytest.mark.parametrize(
     ("ask", "status"),
     [
-        (Ask(window_s=2.5), "invalid_request"),
-        (Ask(hop_s=0.01), "too_many_windows"),
-        (Ask(channels=1), "no_such_channel"),
-        (Ask(channels=1, hop_s=1.0), "no_such_channel"),
+        (PredictRequest(window_s=2.5), "invalid_request"),
+        (PredictRequest(hop_s=0.01), "too_many_windows"),
+        (PredictRequest(channels=1), "no_such_channel"),
+        (PredictRequest(channels=1, hop_s=1.0), "no_such_channel"),
     ],
 )
-def test_what_is_not_granted_is_a_status(predictor: Predictor, ask: Ask, status: str) -> None:
+def test_what_is_not_granted_is_a_status(predictor: Predictor, ask: PredictRequest, status: str) -> None:
     heard = run(Worker(predictor, max_windows=100).predict(wav(4.0), ask))
     assert heard.prediction.status == status
     assert not heard.prediction.ok
@@ -84,12 +85,12 @@ def test_what_is_not_granted_is_a_status(predictor: Predictor, ask: Ask, status:
 
 def test_explanations_are_of_the_label_that_was_predicted(predictor: Predictor) -> None:
     data = wav(4.0, f0_hz=200)
-    explained = run(Worker(predictor).explain(data, Ask()))
+    explained = run(Worker(predictor).explain(data, PredictRequest()))
     (expected,) = predictor.predict([data])
     assert explained.occlusion is not None
     assert explained.labels[explained.occlusion.target] == expected.predicted
     np.testing.assert_allclose(np.exp(explained.occlusion.log_p), expected.probabilities, atol=1e-5)
-    assert run(Worker(predictor).explain(b"words", Ask())).prediction.status == "not_audio"
+    assert run(Worker(predictor).explain(b"words", PredictRequest())).prediction.status == "not_audio"
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -100,8 +101,8 @@ def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Pr
     soundfile.write(buffer, samples, 16_000, format="WAV", subtype="FLOAT")
     data = buffer.getvalue()
     (expected,) = predictor.predict([data])
-    heard = run(Worker(predictor).predict(data, Ask(picture=True), apart=apart))
-    explained = run(Worker(predictor).explain(data, Ask(), apart=apart))
+    heard = run(Worker(predictor).predict(data, PredictRequest(picture=True), apart=apart))
+    explained = run(Worker(predictor).explain(data, PredictRequest(), apart=apart))
     assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
     for picture in (heard.picture, explained.picture):
         assert picture is not None
@@ -115,8 +116,8 @@ def test_what_cannot_be_drawn_is_a_status(predictor: Predictor, monkeypatch: pyt
 
     monkeypatch.setattr(Worker, "_look", look)
     worker = Worker(predictor)
-    assert run(worker.predict(wav(), Ask(picture=True))).prediction.status == "decoder_crashed"
-    assert run(worker.explain(wav(), Ask())).prediction.status == "decoder_crashed"
+    assert run(worker.predict(wav(), PredictRequest(picture=True))).prediction.status == "decoder_crashed"
+    assert run(worker.explain(wav(), PredictRequest())).prediction.status == "decoder_crashed"
 
 
 def test_a_recording_under_suspicion_is_decoded_apart(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,16 +129,16 @@ def test_a_recording_under_suspicion_is_decoded_apart(predictor: Predictor, monk
 
     monkeypatch.setattr(isolated, "decode_in_subprocess", crash)
     worker = Worker(predictor)
-    assert run(worker.predict(b"evil", Ask(), apart=True)).prediction.status == "decoder_crashed"
-    assert run(worker.predict(b"evil", Ask(window_s=1.0), apart=True)).prediction.status == "decoder_crashed"
-    assert run(worker.explain(b"evil", Ask(), apart=True)).prediction.status == "decoder_crashed"
+    assert run(worker.predict(b"evil", PredictRequest(), apart=True)).prediction.status == "decoder_crashed"
+    assert run(worker.predict(b"evil", PredictRequest(window_s=1.0), apart=True)).prediction.status == "decoder_crashed"
+    assert run(worker.explain(b"evil", PredictRequest(), apart=True)).prediction.status == "decoder_crashed"
     assert len(apart) == 3
 
 
 def test_apart_gives_the_same(predictor: Predictor) -> None:
     data = wav(3.0)
-    here = run(Worker(predictor).predict(data, Ask(picture=True)))
-    there = run(Worker(predictor).predict(data, Ask(picture=True), apart=True))
+    here = run(Worker(predictor).predict(data, PredictRequest(picture=True)))
+    there = run(Worker(predictor).predict(data, PredictRequest(picture=True), apart=True))
     np.testing.assert_allclose(there.prediction.probabilities, here.prediction.probabilities, atol=1e-6)
     assert here.picture is not None
     assert there.picture is not None
@@ -153,7 +154,7 @@ def test_a_decoder_that_hangs_is_given_up_and_told_by_the_health_check(
     async def scenario() -> None:
         worker = Worker(predictor, decode_timeout_s=0.05)
         worker.check()
-        heard = await worker.predict(b"data", Ask())
+        heard = await worker.predict(b"data", PredictRequest())
         assert heard.prediction.status == "decode_timeout"
         worker.check()  # not for so long that the worker should go
         later_s = time.monotonic() + 1000
@@ -174,8 +175,8 @@ def test_waiting_for_a_thread_is_not_hanging(predictor: Predictor) -> None:
     async def scenario() -> None:
         worker = Worker(predictor, decode_timeout_s=1.0)
         busy = [worker._decoders.submit(release.wait, 60) for _ in range(2)]
-        waiting = asyncio.create_task(worker._in(worker._decoders, lambda: "done"))
-        gone = asyncio.create_task(worker._in(worker._decoders, lambda: pytest.fail("nobody waits for it")))
+        waiting = asyncio.create_task(worker._decode(lambda: "done"))
+        gone = asyncio.create_task(worker._decode(lambda: pytest.fail("nobody waits for it")))
         await asyncio.wait([waiting], timeout=1.5)  # longer than the limit
         gone.cancel()
         await asyncio.wait([gone])
@@ -186,22 +187,67 @@ def test_waiting_for_a_thread_is_not_hanging(predictor: Predictor) -> None:
     run(scenario())
 
 
-def test_long_work_does_not_stand_in_the_way_of_short(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, entered = threading.Event(), threading.Event()
+class Paced(Predictor):
+    """The predictor, whose network waits for ``leave`` at each batch and counts the pictures."""
 
-    def follow(*_: object, **__: object) -> None:
-        entered.set()
-        release.wait(30)
+    def __init__(self, given: Predictor) -> None:
+        super().__init__(given.bundle, given.backend, batch_size=8)
+        self.seen: list[int] = []
+        self.leave = threading.Semaphore(0)
 
-    monkeypatch.setattr(Predictor, "follow", follow)
+    def log_probabilities(self, features: Any) -> Any:
+        self.seen.append(len(features))
+        assert self.leave.acquire(timeout=30)
+        return super().log_probabilities(features)
 
+
+async def network_at_work(paced: Paced, batches: int = 1) -> None:
+    while len(paced.seen) < batches:
+        await asyncio.sleep(0)
+
+
+def test_short_work_and_new_work_share_the_batches_of_what_is_long(predictor: Predictor) -> None:
     async def scenario() -> None:
-        worker = Worker(predictor)
-        long = [asyncio.create_task(worker.predict(wav(), Ask(hop_s=1.0))) for _ in range(3)]
-        await asyncio.to_thread(entered.wait, 30)
-        assert (await worker.predict(wav(), Ask())).prediction.ok
-        release.set()
-        await asyncio.gather(*long, return_exceptions=True)
+        paced = Paced(predictor)
+        worker = Worker(paced)
+        recordings = [wav(20.0, f0_hz=f0_hz) for f0_hz in (100.0, 200.0)]
+        long = [asyncio.create_task(worker.predict(data, PredictRequest(hop_s=0.1))) for data in recordings]
+        await network_at_work(paced)
+        short = [asyncio.create_task(worker.predict(wav(4.0), PredictRequest(hop_s=2.0))) for _ in range(2)]
+        short += [asyncio.create_task(worker.predict(wav(4.0), PredictRequest()))]
+        explained = asyncio.create_task(worker.explain(wav(4.0), PredictRequest()))
+        while worker._batcher.waiting < 5:  # all but the first, whose pictures are in the network
+            await asyncio.sleep(0)
+        assert (worker.long, worker.waiting) == (5, 1)
+        paced.leave.release(2)  # the batch that was begun, and the next one
+        await asyncio.wait_for(asyncio.gather(*short), 60)
+        assert not any(task.done() for task in (*long, explained))
+        paced.leave.release(1000)
+        for data, heard in zip(recordings, await asyncio.gather(*long), strict=True):
+            expected, timeline = predictor.follow(data, SlidingWindow(2.0, 0.1))
+            np.testing.assert_allclose(heard.prediction.probabilities, expected.probabilities, atol=1e-5)
+            assert len(heard.timeline) == len(timeline) == 181
+        assert (await explained).occlusion is not None
+        assert (worker.long, worker.waiting) == (0, 0)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("what", ["windows", "explain"])
+def test_work_ends_when_its_caller_has_gone(predictor: Predictor, what: str) -> None:
+    async def scenario() -> None:
+        paced = Paced(predictor)
+        worker = Worker(paced)
+        data = wav(60.0)
+        asked = worker.explain(data, PredictRequest()) if what == "explain" else None
+        task = asyncio.create_task(asked or worker.predict(data, PredictRequest(hop_s=0.1)))
+        await network_at_work(paced)
+        task.cancel()
+        await asyncio.wait([task])
+        paced.leave.release(1000)
+        assert (await worker.predict(wav(), PredictRequest())).prediction.ok
+        assert sum(paced.seen) <= 2 * 8 + 1
+        assert (worker.long, worker.waiting) == (0, 0)
 
     run(scenario())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from pipeline.scoring.ledger import Ledger, LedgerError, open_ledger
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import CrashLog
+from pipeline.storage.journal import CrashLog, atomic_path, locked, read_plan, write_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN: dict[str, Any] = {"model": "a" * 64, "crops": 1, "rows": 4, "input": "c" * 64}
@@ -131,7 +132,7 @@ def test_a_full_disk_leaves_no_part_and_says_what_to_do(ledger: Ledger, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LedgerError, match="No space left on device; free some space and give the same command again"):
+    with pytest.raises(SerError, match="No space left on device; free some space and give the same command again"):
         ledger.commit(1, PART)
     monkeypatch.undo()
     assert sorted(path.name for path in ledger.work.iterdir()) == ["notes", "part-000000.parquet", "plan.json"]
@@ -147,16 +148,59 @@ def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(tmp_path: Pa
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(LedgerError, match="another run is writing into"), open_ledger(tmp_path / "out"):
+        with pytest.raises(SerError, match="another process is writing into"), open_ledger(tmp_path / "out"):
             pytest.fail("two runs hold one folder")
         other.kill()
     with open_ledger(tmp_path / "out") as ledger:
         assert ledger.finished() is None
 
 
+def test_one_holder_of_a_lock_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a/b/.lock"
+    refused = pytest.raises(SerError, match="another process is counting")
+    with locked(path, "counting"), refused, locked(path, "counting", wait_s=0.1):
+        pytest.fail("two hold one lock")
+    with pytest.raises(KeyError), locked(path, "counting"):
+        raise KeyError
+    with locked(path, "counting"):
+        pass
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_path(path) as beside:
+        beside.write_text("first")
+        assert not path.exists()
+    with pytest.raises(TypeError), atomic_path(path) as beside:
+        beside.write_bytes("no bytes")  # type: ignore[arg-type]
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "first")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "earlier"),
+    [
+        ("scoring", '{"plan": {"rows": 4}, "block_rows": 2}'),
+        ("extraction", '{"plan": "abc", "version": 3, "blocks": 2}'),
+        ("training", '{"version": 1, "features": "out", "labels": []}'),
+    ],
+)
+def test_plans_of_each_kind_are_told_apart_those_of_earlier_versions_too(
+    tmp_path: Path, kind: str, earlier: str
+) -> None:
+    values = json.loads(earlier)
+    (tmp_path / "plan.json").write_text(earlier)
+    for _ in range(2):
+        found = {other: read_plan(tmp_path, other) for other in ("scoring", "extraction", "training")}
+        assert {other: plan for other, plan in found.items() if plan is not None} == {kind: values}
+        write_plan(tmp_path, kind, values)
+    (tmp_path / "plan.json").write_text(f'{{"kind": "{kind}", "format": 2}}')
+    with pytest.raises(SerError, match="newer version"):
+        read_plan(tmp_path, kind)
+
+
 def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LedgerError, match="cannot write into"), open_ledger(tmp_path / "file"):
+    with pytest.raises(SerError, match="cannot write into"), open_ledger(tmp_path / "file"):
         pytest.fail("a file was taken for a folder")
 
 

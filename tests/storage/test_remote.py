@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import score
-from pipeline.audio.errors import NotAFile, NotFound, TooLarge, Unreadable
 from pipeline.audio.load import content_hash
 from pipeline.data.manifest import read_manifest
 from pipeline.data.splits import add_hashes
@@ -27,7 +26,7 @@ from pipeline.scoring import scoring
 from pipeline.scoring.blocks import score_block
 from pipeline.scoring.predictions import read_predictions
 from pipeline.storage import remote
-from pipeline.storage.errors import SerError
+from pipeline.storage.errors import NotAFile, NotFound, SerError, TooLarge, Unreadable
 from pipeline.storage.remote import fetch, is_remote, scan_remote, stamp_of
 
 WriteAudio = Callable[..., Path]

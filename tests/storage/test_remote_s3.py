@@ -14,13 +14,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from jobs import score
-from pipeline.audio.errors import NotFound
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.scoring import scoring
 from pipeline.scoring.blocks import score_block
 from pipeline.scoring.predictions import read_predictions
-from pipeline.storage.errors import SerError
+from pipeline.storage.errors import NotFound, SerError
 from pipeline.storage.remote import fetch, scan_remote, stamp_of
 
 WriteAudio = Callable[..., Path]

@@ -21,8 +21,7 @@ import pytest
 
 from app_pages.words import NOT_SURE_BELOW, headline, trouble
 from benchmarks.services import HOST, ROOT, free_port
-from serve.client import Client
-from serve.client_errors import ClientError
+from serve.client import Client, ClientError
 from serve.schema import Problem
 
 SERVICE_WORDS = [sys.executable, "-m", "jobs.serve"]

@@ -15,9 +15,8 @@ from conftest import speech_like
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from serve.api import create_app
-from serve.asks import Ask, Card, Explained, Heard
-from serve.keys import key_digest
-from serve.service import Service
+from serve.schema import key_digest
+from serve.service import Card, Explained, PredictRequest, Service, WorkerResult
 from serve.settings import Settings
 from serve.worker import Worker
 
@@ -39,7 +38,7 @@ def form(*recordings: bytes, **fields: object) -> dict[str, Any]:
 
 
 class LocalModels:
-    """``asks.Models`` of one worker in this process. ``error`` is raised instead of an answer when it is set."""
+    """``service.Models`` of one worker in this process. ``error`` is raised instead of an answer when it is set."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -55,13 +54,13 @@ class LocalModels:
         if self.full:
             raise self.full
 
-    async def predict(self, model: str, data: bytes, ask: Ask) -> Heard:
+    async def predict(self, model: str, data: bytes, ask: PredictRequest) -> WorkerResult:
         self.asked += 1
         if self.error:
             raise self.error
         return await self.worker.predict(data, ask)
 
-    async def explain(self, model: str, data: bytes, ask: Ask) -> Explained:
+    async def explain(self, model: str, data: bytes, ask: PredictRequest) -> Explained:
         if self.error:
             raise self.error
         return await self.worker.explain(data, ask)
@@ -74,7 +73,7 @@ class LocalModels:
 
 
 class KeptFigures:
-    """``access.Meter`` that remembers."""
+    """``service.Meter`` that remembers."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, int, str]] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pipeline.models import bundle as checkpoint
 from pipeline.models.bundle import load_bundle
 from pipeline.models.networks import build_model
 from pipeline.storage.errors import SerError
+from pipeline.storage.journal import locked
 from pipeline.training import results
 from pipeline.training import run as runs
 from pipeline.training.config import FitConfig, Plan, read_plan
@@ -228,10 +228,8 @@ def test_the_card_says_data_licence_recipe_limits_and_forbidden_uses(plan: Plan)
 
 
 def test_two_processes_cannot_train_one_run(plan: Plan) -> None:
-    with (plan.out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SerError, match="another process trains the run"):
-            train_here(plan, lock_wait_s=0.2)
+    with locked(plan.out / ".lock", "training"), pytest.raises(SerError, match="another process is training"):
+        train_here(plan, lock_wait_s=0.2)
     train_here(plan)
 
 

@@ -7,24 +7,25 @@ refused, so that a service bound to all interfaces by mistake is closed, not ope
 from __future__ import annotations
 
 import hmac
+import os
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
 
-from serve.keys import API_KEY_VARIABLE, key_digest
-from serve.problems import ServiceError, answer
-from serve.request_scope import header
-from serve.settings import is_loopback
+from pipeline.storage.errors import SerError
+from serve.problems import ServiceError, answer, header
+from serve.schema import API_KEY_VARIABLE, checked_key, key_digest
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _BEARER = HTTPBearer(auto_error=False, scheme_name="api_key", description="the value of SER_API_KEY")
 
 
-class Doorkeeper:
+class KeyCheck:
     """Sends uploads without the right key away before their bodies are read: an ASGI middleware before the proxy.
 
     The ingress asks for the key again, of every request that needs it.
@@ -73,3 +74,30 @@ def _has_key(scope: Scope, digest: str) -> bool:
 
 def _unauthorized() -> ServiceError:
     return ServiceError("unauthorized", "send the service's key as the header Authorization: Bearer KEY")
+
+
+def key_from_environment() -> str | None:
+    """``SER_API_KEY``; None when it is unset or empty.
+
+    Raises:
+        SerError: it can be no key.
+    """
+    try:
+        return checked_key(os.environ.get(API_KEY_VARIABLE))
+    except ValueError as error:
+        raise SerError(str(error)) from error
+
+
+def key_digest_from_environment() -> str | None:
+    """Hash of ``SER_API_KEY``; None when it is unset or empty.
+
+    Raises:
+        SerError: it can be no key.
+    """
+    key = key_from_environment()
+    return key_digest(key) if key else None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine reach ``host``."""
+    return host in LOOPBACK or host.startswith("127.")

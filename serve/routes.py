@@ -1,24 +1,23 @@
-"""Recordings in, emotions out: ``/v1/predict``, ``/v1/audio-classification``, ``/v1/explain``.
+"""The endpoints: recordings in, emotions out; what is known of the models, and whether they answer.
 
-Doors and the length of the queue are asked before a body is read. One recording that cannot be used is the answer's
-problem; among several, each has its own, and the others are answered.
+Key and length of the queue are asked before a body is read. One recording that cannot be used is the answer's problem;
+among several, each has its own, and the others are answered. ``/v2`` is the Open Inference Protocol's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request, Response
 
 from pipeline.inference.predictor import Channels
 from serve import answers, schema, uploads
-from serve.asks import Ask, Heard
-from serve.problems import ServiceError, retry_later
-from serve.request_scope import note, request_id
+from serve.problems import ServiceError, note, request_id, retry_later
 from serve.schema import ExplainOptions, Options
-from serve.service import Service, service_of
+from serve.service import PredictRequest, Service, WorkerResult, service_of
 from serve.uploads import Upload
 
 router = APIRouter(prefix="/v1", tags=["inference"])
@@ -40,10 +39,10 @@ async def predict(request: Request) -> schema.Prediction:
         found = await _all_of_them(service, model, files, options)
     _note_timing(request, found[0])
     answered: list[schema.Recording | schema.Failure] = []
-    for upload, heard in zip(files, found, strict=True):
+    for upload, result in zip(files, found, strict=True):
         try:
             with _counted(service, model):
-                answered.append(answers.recording(heard, upload.name, options))
+                answered.append(answers.recording(result, upload.name, options))
         except ServiceError as error:
             if len(files) == 1:
                 raise
@@ -61,11 +60,11 @@ async def audio_classification(request: Request) -> list[schema.Score]:
     upload, parameters = await uploads.read_task(request)
     note(request.scope, model=model, files=1)
     async with _deadline(service):
-        heard = await service.models.predict(model, upload.data, Ask())
-    _note_timing(request, heard)
+        result = await service.models.predict(model, upload.data, PredictRequest())
+    _note_timing(request, result)
     with _counted(service, model):
-        prediction = answers.usable(heard.prediction).told()
-    return answers.scores(heard.labels, prediction.probabilities, parameters.top_k)
+        prediction = answers.usable(result.prediction).told()
+    return answers.scores(result.labels, prediction.probabilities, parameters.top_k)
 
 
 @router.post("/explain", response_model=schema.Explanation)
@@ -78,19 +77,21 @@ async def explain(request: Request) -> schema.Explanation:
     service.models.check_room(model)
     note(request.scope, model=model, files=1)
     async with _deadline(service):
-        explained = await service.models.explain(model, files[0].data, Ask(channels=_channels(options.channels)))
+        explained = await service.models.explain(
+            model, files[0].data, PredictRequest(channels=_channels(options.channels))
+        )
     with _counted(service, model):
         return answers.explanation(explained, request_id(request.scope))
 
 
-async def _all_of_them(service: Service, model: str, files: list[Upload], options: Options) -> list[Heard]:
+async def _all_of_them(service: Service, model: str, files: list[Upload], options: Options) -> list[WorkerResult]:
     """What became of each file. A ServiceError (a full queue, say) concerns the request as a whole."""
-    ask = Ask(options.window_s, options.hop_s, _channels(options.channels), options.picture)
+    wanted = PredictRequest(options.window_s, options.hop_s, _channels(options.channels), options.picture)
     places = asyncio.Semaphore(_AT_ONCE)
 
-    async def one(upload: Upload) -> Heard:
+    async def one(upload: Upload) -> WorkerResult:
         async with places:
-            return await service.models.predict(model, upload.data, ask)
+            return await service.models.predict(model, upload.data, wanted)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -127,7 +128,57 @@ def _channels(text: str) -> Channels:
     return "each" if text == "each" else "mix"
 
 
-def _note_timing(request: Request, heard: Heard) -> None:
-    timing = heard.timing
+def _note_timing(request: Request, result: WorkerResult) -> None:
+    timing = result.timing
     stages = {"decode_ms": timing.decode_s, "wait_ms": timing.wait_s, "network_ms": timing.network_s}
     note(request.scope, batch=timing.batch, **{name: round(value * 1e3, 1) for name, value in stages.items()})
+
+
+models = APIRouter(tags=["model"])
+health = APIRouter(prefix="/v2", tags=["health"])
+
+
+@models.get("/v1/model", response_model=schema.ModelInfo)
+async def model_info(
+    request: Request, model: Annotated[str | None, Query(max_length=100, description="default: the first")] = None
+) -> schema.ModelInfo:
+    """Labels in order, what the model hears, measured figures, card, and the service's limits."""
+    service = service_of(request)
+    card = await service.models.card(service.model(model))
+    return answers.model_info(card, service.models.names, service.settings.public_limits)
+
+
+@models.get("/v2/models/{name}", response_model=schema.ModelMetadata)
+async def model_metadata(request: Request, name: str) -> schema.ModelMetadata:
+    """A model's inputs and outputs (Open Inference Protocol)."""
+    service = service_of(request)
+    return answers.metadata(await service.models.card(service.model(name)))
+
+
+@models.get("/v2/models/{name}/ready", response_model=schema.Ready, responses={503: {"model": schema.Ready}})
+async def model_ready(request: Request, response: Response, name: str) -> schema.Ready:
+    """Whether a model can answer now (Open Inference Protocol)."""
+    service = service_of(request)
+    return await _readiness(service, [service.model(name)], response)
+
+
+@health.head("/health/live", include_in_schema=False)
+@health.get("/health/live", response_model=schema.Live)
+async def live() -> schema.Live:
+    """Whether the service runs (Open Inference Protocol)."""
+    return schema.Live(live=True)
+
+
+@health.head("/health/ready", include_in_schema=False)
+@health.get("/health/ready", response_model=schema.Ready, responses={503: {"model": schema.Ready}})
+async def ready(request: Request, response: Response) -> schema.Ready:
+    """Whether all models can answer now (Open Inference Protocol)."""
+    service = service_of(request)
+    return await _readiness(service, service.models.names, response)
+
+
+async def _readiness(service: Service, names: Sequence[str], response: Response) -> schema.Ready:
+    answers_now = await asyncio.gather(*(service.models.ready(name) for name in names))
+    if not all(answers_now):
+        response.status_code = 503
+    return schema.Ready(ready=all(answers_now))

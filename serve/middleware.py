@@ -1,0 +1,305 @@
+"""ASGI middlewares around the application, in the ingress and in front of Ray Serve's proxy. No Ray.
+
+Outermost first: `Identify` gives a request its id, CORS lets pages of named origins read refusals too, `Access` writes
+one log line a request and counts it, `BodyLimit` stops reading at the limit, `Admission` refuses what is too much
+before it costs calls between processes, `Unpack` takes, in the ingress, the body that `Admission` has read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from serve.problems import (
+    ServiceError,
+    answer,
+    hand_over,
+    handed_over,
+    header,
+    note,
+    notes,
+    overloaded,
+    request_id,
+    retry_later,
+)
+from serve.settings import MIB, Settings
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from serve.service import Meter
+
+_CLOSE = {"Connection": "close"}
+
+
+class BodyLimit:
+    """The middleware.
+
+    Args:
+        max_bytes: of one request.
+        max_held_bytes: of all requests that are being received or answered.
+        timeout_s: from the start of a request until its body is complete.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float) -> None:
+        self.app = app
+        self.max_bytes, self.max_held_bytes, self.timeout_s = max_bytes, max_held_bytes, timeout_s
+        self._held_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request within the limits."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body = _Body(self, scope, receive, send)
+        try:
+            if not await body.refused_as_declared():
+                await self.app(scope, body.receive, body.send)
+        except Exception:
+            if not body.refused:
+                raise  # else: the application, surprised that its client has gone
+        finally:
+            self._held_bytes -= body.taken_bytes
+            note(scope, bytes=body.taken_bytes)
+
+    def take(self, count: int) -> bool:
+        """Account for bytes that have come; False when they are more than the service can spare."""
+        if self._held_bytes + count > self.max_held_bytes:
+            return False
+        self._held_bytes += count
+        return True
+
+
+class _Body:
+    """The body of one request, and the way to its client."""
+
+    def __init__(self, limit: BodyLimit, scope: Scope, receive: Receive, send: Send) -> None:
+        self.taken_bytes, self.refused = 0, False
+        self._limit, self._scope, self._receive, self._send = limit, scope, receive, send
+        self._complete = False
+        self._until_s = asyncio.get_running_loop().time() + limit.timeout_s
+
+    async def refused_as_declared(self) -> bool:
+        """Whether the declared length is too much, which has been answered then."""
+        length = header(self._scope, b"content-length")
+        if length is not None and length.isdecimal() and int(length) > self._limit.max_bytes:
+            await self._refuse(self._too_large())
+        return self.refused
+
+    async def receive(self) -> Message:
+        """What comes next, as the application sees it."""
+        if self._complete or self.refused:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until_s):
+                message = await self._receive()
+        except TimeoutError:
+            detail = f"the body did not come within {self._limit.timeout_s:g} s; use a faster line, or a smaller file"
+            return await self._refuse(ServiceError("body_timeout", detail))
+        self._complete = not message.get("more_body", False)
+        count = len(message.get("body", b""))
+        if self.taken_bytes + count > self._limit.max_bytes:
+            return await self._refuse(self._too_large())
+        if not self._limit.take(count):
+            detail = "the service holds as many uploads as it can; send it again in a moment"
+            return await self._refuse(retry_later("overloaded", detail))
+        self.taken_bytes += count
+        return message
+
+    async def send(self, message: Message) -> None:
+        """What the application answers, unless the request has been refused."""
+        if not self.refused:
+            await self._send(message)
+
+    async def _refuse(self, error: ServiceError) -> Message:
+        self.refused = True
+        error.headers |= _CLOSE
+        await answer(error, self._scope)(self._scope, self._receive, self._send)
+        return {"type": "http.disconnect"}
+
+    def _too_large(self) -> ServiceError:
+        detail = f"a request may hold {self._limit.max_bytes / MIB:g} MiB; send fewer or shorter recordings"
+        return ServiceError("body_too_large", detail)
+
+
+_ID = b"x-request-id"
+
+
+class Admission:
+    """Lets so many requests for the models in at a time, and answers 429 to the others.
+
+    A request takes its place once its body is complete, so that slow senders keep none from others; the body then
+    travels with the scope (``Unpack``), for fetching it would be calls more. While all places are taken, no body is
+    read.
+
+    Args:
+        room: requests in work.
+    """
+
+    def __init__(self, app: ASGIApp, *, room: int) -> None:
+        self.app, self._room, self._inside = app, room, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        if not self._full and not await _received(scope, receive):
+            return  # the client has gone, or the body was refused
+        if self._full:  # others may have come in meanwhile
+            await answer(overloaded(), scope)(scope, receive, send)
+        else:
+            self._inside += 1
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self._inside -= 1
+
+    @property
+    def _full(self) -> bool:
+        return self._inside >= self._room
+
+
+async def _received(scope: Scope, receive: Receive) -> bool:
+    """Put the whole body into the scope; False when the client has gone before it was complete."""
+    parts = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return False
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    hand_over(scope, b"".join(parts))
+    return True
+
+
+class Unpack:
+    """Receives the body that `Admission` put into the scope; to be the outermost middleware of the ingress."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        body = handed_over(scope)
+        waiting: list[Message] = []
+        if body is not None:
+            waiting.append({"type": "http.request", "body": body, "more_body": False})
+        del body  # a request may take long
+
+        async def next_message() -> Message:
+            return waiting.pop() if waiting else await receive()
+
+        await self.app(scope, next_message, send)
+
+
+class Identify:
+    """Gives every request an id, and every answer the id of its request; to be the outermost one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = header(scope, _ID) or str(uuid.uuid4())
+        if header(scope, _ID) is None:
+            scope["headers"] = [*scope["headers"], (_ID, given.encode())]
+
+        async def identified(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", []))
+                if not any(name.lower() == _ID for name, _ in headers):
+                    message = {**message, "headers": [*headers, (_ID, given.encode("latin-1"))]}
+            await send(message)
+
+        await self.app(scope, receive, identified)
+
+
+logger = logging.getLogger("ray.serve.ser")  # below Ray Serve's logger, whose file and format it shares
+_NO_ROUTE = "unmatched"
+UPLOADS = {"/v1/predict", "/v1/explain", "/v1/audio-classification"}  # known also where no router has seen them
+
+
+class Access:
+    """The middleware, to be the outermost one.
+
+    Args:
+        refusals: tell only of requests refused here, before Ray Serve's proxy; the ingress tells of the others.
+    """
+
+    def __init__(self, app: ASGIApp, *, meter: Meter, refusals: bool = False) -> None:
+        self.app, self.meter, self._refusals = app, meter, refusals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, measure it, write its line."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        started_s = time.perf_counter()
+        try:
+            await self.app(scope, receive, watched)
+        except ClientDisconnect:
+            logger.debug("request %s: its client has gone", request_id(scope))
+        except Exception:
+            logger.exception("request %s met a mistake of ours", request_id(scope))
+            if not status:
+                error = ServiceError("internal_error", "this request met a mistake of ours; report it with its id")
+                await answer(error, scope)(scope, receive, watched)
+        finally:
+            self._tell(scope, status, time.perf_counter() - started_s)
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        known = notes(scope)
+        if self._refusals and "code" not in known:
+            return
+        unrouted = scope["path"] if scope["path"] in UPLOADS else _NO_ROUTE
+        route = str(getattr(scope.get("route"), "path", unrouted))
+        code = known.pop("code", "ok" if status and status < 400 else "disconnected" if not status else "other")
+        self.meter.request(route, status, code, seconds)
+        line = {"event": "request", "id": request_id(scope), "method": scope["method"], "route": route}
+        line |= {"status": status, "code": code, "ms": round(seconds * 1e3, 1), **known}
+        logger.info(json.dumps(line, ensure_ascii=True))
+
+
+def cors_of(settings: Settings) -> list[Middleware]:
+    """What lets pages of the origins in ``settings`` read answers, refusals too, as a middleware; none by default."""
+    if not settings.cors_origins:
+        return []
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+        expose_headers=["X-Request-ID", "Retry-After"],
+    )
+    return [cors]
+
+
+def limits_of(settings: Settings) -> Middleware:
+    """The body limit of ``settings`` as a middleware."""
+    return Middleware(
+        BodyLimit,
+        max_bytes=round(settings.max_body_mib * MIB),
+        max_held_bytes=round(settings.max_held_mib * MIB),
+        timeout_s=settings.body_timeout_s,
+    )
