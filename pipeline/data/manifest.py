@@ -13,14 +13,15 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
+from pipeline.data.cells import PATH_NAMES, read_cells
 from pipeline.data.folder import scan_folder as scan_folder
 from pipeline.data.label_column import Meaning, class_names
 from pipeline.data.labels import LabelSet
+from pipeline.data.segments import with_segments
 from pipeline.data.tables import ManifestError as ManifestError
-from pipeline.data.tables import read_cells
+from pipeline.storage.files import is_address, present_form
 from pipeline.storage.remote import is_remote
 
-PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_NAMES = ("label", "emotion")
 
 
@@ -34,7 +35,7 @@ def read_manifest(
     require_labels: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
-    """Manifest in a CSV file: comma, semicolon or tab separated, UTF-8 (with or without BOM), UTF-16 or cp1252.
+    """Manifest in a table file: CSV, tab separated, JSON Lines or a list of paths, see ``pipeline.data.cells``.
 
     Args:
         root: folder that relative paths start from; the CSV's own folder by default. Relative paths may leave the
@@ -49,7 +50,7 @@ def read_manifest(
         ManifestError: no such file, no path column, no label column though required, no rows, a path outside ``root``.
         LabelError: a label outside ``labels``, or integers that the table itself contradicts.
     """
-    table, lines = read_cells(csv_path)
+    table, lines = read_cells(csv_path, root, tell)
     if root is not None and not root.is_dir():
         raise ManifestError(f"no folder {root}; --root is the folder that relative paths in the CSV start from")
     return from_dataframe(
@@ -81,6 +82,8 @@ def from_dataframe(
 ) -> pd.DataFrame:
     """Manifest from a table that has a path column (``speech`` or one of its names) and perhaps labels.
 
+    Columns such as ``start,end`` select a part of the recording (``pipeline.data.segments``).
+
     Arguments and errors as ``read_manifest``; ``fenced`` refuses relative paths that leave ``root``. ``lines`` of the
     file that the rows begin in are for messages, which count rows without.
     """
@@ -98,6 +101,7 @@ def from_dataframe(
     table["speech"] = [
         resolve_path(cell, root or Path.cwd(), fenced, where(row)) for row, cell in enumerate(table["speech"])
     ]
+    table = with_segments(table, where, tell)
     if "label" in table.columns:
         meaning = Meaning(label_map or {}, labels, label_names)
         table["label"] = class_names(table, meaning, required=require_labels, where=where, tell=tell)
@@ -118,14 +122,14 @@ def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "t
         text = text.strip()
     if text.startswith("file://") and not text.startswith(("file:///", "file://localhost/")):
         raise ManifestError(f"{where}: {text!r} is not absolute; write file:///folder/name.wav, or the path alone")
-    if text.startswith("file://") or is_remote(text):
-        return text
+    if text.startswith("file://") or is_remote(text) or is_address(text):
+        return text  # an address becomes a row that says so
     path = Path(text)
     if "\\" in text and not _exists(root / path):
         path = Path(PureWindowsPath(text).as_posix())
     if path.is_absolute():
-        return str(path)
-    full = os.path.normpath(root.absolute() / path)
+        return present_form(str(path))
+    full = present_form(os.path.normpath(root.absolute() / path))
     if fenced and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(root)):
         raise ManifestError(
             f"{where}: {text!r} leaves --root {root}; move the recording below it, or give an absolute path"
