@@ -23,13 +23,13 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from benchmarks.processes import command_of, descendants, linked_folder, machine, resident_bytes, sampled
 from pipeline.audio.load import EXTENSIONS
 from pipeline.cluster.runtime import start_ray
 from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
 from pipeline.features.features import FeatureConfig
 from pipeline.features.store import NOTES
 from pipeline.storage.files import scan
+from tests.support.processes import command_of, descendants, linked_folder, machine, resident_bytes, sampled
 
 CONFIG = FeatureConfig()
 

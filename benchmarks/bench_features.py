@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from benchmarks.recordings import synthetic_speech
 from pipeline.audio.load import load_middle
 from pipeline.features.features import FeatureConfig, log_mel
+from tests.support.recordings import synthetic_speech
 
 Picture = npt.NDArray[np.float32]
 CONFIG = FeatureConfig()

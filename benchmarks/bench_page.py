@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.browser import DRAWN, FIRST, chromium, page_process, tab
-from benchmarks.processes import machine, resident_bytes
-from benchmarks.recordings import encode, synthetic_speech
 from benchmarks.services import ours, started
 from serve.client import Client
+from tests.support.browser import DRAWN, FIRST, chromium, page_process, tab
+from tests.support.processes import machine, resident_bytes
+from tests.support.recordings import encode, synthetic_speech
 
 MIB = 2**20
 PARTS = ("sent", "told", "drawn")

@@ -38,11 +38,11 @@ import soundfile
 
 from benchmarks.pool_score import open_pool
 from benchmarks.pool_score import run as run_pool
-from benchmarks.processes import descendants, linked_folder, machine, resident_bytes, sampled
 from pipeline.audio.load import EXTENSIONS
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.files import local_path, scan
+from tests.support.processes import descendants, linked_folder, machine, resident_bytes, sampled
 
 PARTS = ("plain", "command", "slope", "scale", "call", "broken", "infer")
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 import soundfile
 
 from benchmarks.load import Load, closed_loop, multipart, open_loop, request
-from benchmarks.processes import cpu_seconds, machine, watched
-from benchmarks.recordings import synthetic_speech
 from benchmarks.services import HOST, Running, no_op, ours, started
 from pipeline.inference.predictor import Predictor
+from tests.support.processes import cpu_seconds, machine, watched
+from tests.support.recordings import synthetic_speech
 
 BATCH = 16
 BESIDE = "measured beside"

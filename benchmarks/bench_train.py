@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.processes import machine
 from pipeline.data.manifest import label_set
 from pipeline.features.store import load_features
 from pipeline.models.networks import build_model
@@ -42,6 +41,7 @@ from pipeline.training.batches import TrainingData, from_arrays
 from pipeline.training.config import FitConfig
 from pipeline.training.loop import Run, batches_of, keep_freed_memory
 from pipeline.training.losses import ClassificationLoss
+from tests.support.processes import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 AUGMENT = ("crop", "stretch", "shift", "masks", "mixup")

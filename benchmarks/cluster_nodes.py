@@ -3,7 +3,7 @@
     python -m benchmarks.cluster_nodes [--nodes 3 --kills 5 --cuts 1 --head_restarts 1 --files 1200 --seed 0]
     python -m benchmarks.cluster_nodes --scaling --files 3600 --block_rows 64 [--turns 3]
 
-The nodes are network namespaces of this machine where that is permitted (root, iproute2), see ``benchmarks.hosts``.
+The nodes are network namespaces of this machine where that is permitted (root, iproute2), see ``tests.support.hosts``.
 First each job is given once with ``ray job submit`` and left alone, and it is counted where its work was seen. Then,
 with ``ser submit``, each job meets ``--kills`` nodes killed (all their processes; never the head), ``--cuts`` nodes
 whose cable is out for 20 s, and ``--head_restarts`` deaths of the head, at shares of the work drawn from ``--seed``. A
@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.cluster_jobs import Running, Work, evaluation, extraction, make_recordings, scoring, training
-from benchmarks.hosts import Host, Hosts
-from benchmarks.processes import machine
+from tests.support.cluster_jobs import Running, Work, evaluation, extraction, make_recordings, scoring, training
+from tests.support.hosts import Host, Hosts
+from tests.support.processes import machine
 
 CUT_S = 20.0
 LAST = {"extract": "manifest.json", "score": "run.json"}  # what a job writes at its end

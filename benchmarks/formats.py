@@ -3,7 +3,7 @@
     python -m benchmarks.formats            # prints the table; exit status 1 when a recording has no answer
     python -m benchmarks.formats --write    # writes docs/formats.md
 
-Each is 2.5 s of synthetic speech, written by libsndfile or FFmpeg (``benchmarks.recordings``).
+Each is 2.5 s of synthetic speech, written by libsndfile or FFmpeg (``tests.support.recordings``).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.recordings import every_format
 from jobs.score import main as score
 from pipeline.audio import load as audio
+from tests.support.recordings import every_format
 
 OUT = Path(__file__).parents[1] / "docs" / "formats.md"
 HEAD = """# Formats

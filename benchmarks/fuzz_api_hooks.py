@@ -9,7 +9,7 @@ import schemathesis
 import soundfile
 from hypothesis import strategies as st
 
-from benchmarks.recordings import synthetic_speech
+from tests.support.recordings import synthetic_speech
 
 
 def _recordings() -> list[bytes]:

@@ -27,8 +27,8 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from benchmarks.recordings import every_format
 from pipeline.audio.load import AudioError, Clip, Reading, content_hash, load, load_middle, load_once, probe
+from tests.support.recordings import every_format
 
 HANG_CPU_S = 5.0
 ANSWER_WITHIN_S = 60.0  # of wall time, on a box that others use too

@@ -18,9 +18,9 @@ import time
 from collections import Counter
 
 from benchmarks.bench_serve import clips
-from benchmarks.processes import machine
 from benchmarks.services import Running, ours, started
 from serve.client import AsyncClient, ClientError, Refused
+from tests.support.processes import machine
 
 _RECOVERED = 0.8  # of the rate before the kill
 _SPAN_S = 2.0

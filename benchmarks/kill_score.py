@@ -26,9 +26,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from benchmarks.processes import command_of, descendants, finish, linked_folder, machine
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import load_bundle
+from tests.support.processes import command_of, descendants, finish, linked_folder, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = {"empty.wav": b"", "words.wav": b"no audio, only words\n" * 30, "cut.flac": b"fLaC" + bytes(40)}

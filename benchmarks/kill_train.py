@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.processes import command_of, descendants, finish, machine
 from pipeline.data.manifest import scan_folder
 from pipeline.models.bundle import load_bundle
 from pipeline.training.run import read_history
+from tests.support.processes import command_of, descendants, finish, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "ray::RayTrainWorker"

@@ -18,7 +18,7 @@ from typing import Any
 import soundfile
 from locust import HttpUser, between, events, task
 
-from benchmarks.recordings import synthetic_speech
+from tests.support.recordings import synthetic_speech
 
 CLIP_S, RATE_HZ = 3.7, 48_000
 KEY = os.environ.get("SER_API_KEY", "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.processes import command_of, descendants, resident_bytes
+from tests.support.processes import HOST, ROOT, command_of, descendants, free_port, resident_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
-HOST = "127.0.0.1"
 _START_S = 240.0
 _MIB = 2**20
 
@@ -59,12 +56,6 @@ class Running:
 def memory_mib(parts: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Resident memory of the largest process of each part."""
     return {name: max((resident_bytes(pid) / _MIB for pid in pids), default=0.0) for name, pids in parts.items()}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        return int(free.getsockname()[1])
 
 
 @contextmanager

@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from benchmarks.processes import command_of, descendants, machine
 from pipeline.audio.load import EXTENSIONS
 from pipeline.cluster.runtime import start_ray
 from pipeline.inference.predictor import Prediction
@@ -36,6 +35,7 @@ from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import to_table
 from pipeline.scoring.scoring import Execution, score_manifest
 from pipeline.storage.files import scan
+from tests.support.processes import command_of, descendants, machine
 
 CLIP_S = 0.0076  # docs/benchmarks.md: slope between 5,000 and 20,000 files
 PHASES = ("list", "plan", "blocks", "tables")

@@ -23,9 +23,9 @@ import numpy as np
 import soundfile
 
 from benchmarks.bench_serve import clips
-from benchmarks.processes import machine, sampled
-from benchmarks.recordings import every_format
 from benchmarks.services import HOST, Running, memory_mib, ours, started
+from tests.support.processes import machine, sampled
+from tests.support.recordings import every_format
 
 MIB = 2**20
 GIB = 2**30

@@ -20,8 +20,8 @@ import soundfile
 import soxr
 from PIL import Image
 
-from benchmarks.browser import DRAWN, FIRST, chromium, page_process, tab
 from benchmarks.services import ROOT, ours, started
+from tests.support.browser import DRAWN, FIRST, chromium, page_process, tab
 
 SAMPLES = ROOT / "samples"
 SIZES = {"desktop": (1280, 720), "phone": (390, 844)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.browser import chromium, tab
+from tests.support.browser import chromium, tab
 
 VIEWS = {
     "report-desktop-light": (1280, 900, "light"),

@@ -9,20 +9,24 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import itertools
 import socket
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from pipeline.data.labels import chained, parse_label_map, parse_label_names
 from pipeline.storage.errors import SerError, SerWarning
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _REMEDIES = {
     errno.EACCES: "grant access to it, or name another",
@@ -34,8 +38,46 @@ _REMEDIES = {
 EXIT_DONE, EXIT_USAGE, EXIT_TARGET_MISSED, EXIT_SOME_FAILED, EXIT_OURS, EXIT_INTERRUPTED = 0, 2, 3, 4, 70, 130
 
 
+AS_SER = ContextVar("AS_SER", default=False)  # whether the command was given as ``ser NAME``
+
+
+def called(job: str) -> str:
+    """A command as it was given: ``ser score`` or ``python -m jobs.score``."""
+    return f"ser {job}" if AS_SER.get() else f"python -m jobs.{job}"
+
+
 class Parser(argparse.ArgumentParser):
     """Options read as ``--data_csv`` and ``--data-csv`` alike; a usage error is one line and exit code 2."""
+
+    _usual: frozenset[str] = frozenset()
+
+    def put_first(self, names: Collection[str]) -> None:
+        """Show these options in a first group of their own, and the others with ``--help-all`` only."""
+        first = self.add_argument_group("what is usually given")
+        for group in self._action_groups:
+            for action in [action for action in group._group_actions if action.dest in names and group is not first]:
+                group._group_actions.remove(action)
+                first._group_actions.append(action)
+        self._action_groups.remove(first)
+        self._action_groups.insert(0, first)
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, help="show every option")
+        self._usual = frozenset({*names, "help", "help_all"})
+
+    def format_help(self) -> str:
+        """The options that are usually given; all where none is more usual than the others."""
+        others = [action for action in self._actions if self._usual and action.dest not in self._usual]
+        helps = [action.help for action in others]
+        try:
+            for action in others:
+                action.help = argparse.SUPPRESS
+            return self.format_all()
+        finally:
+            for action, text in zip(others, helps, strict=True):
+                action.help = text
+
+    def format_all(self) -> str:
+        """All options."""
+        return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As argparse, after writing every option's hyphens as underscores."""
@@ -45,6 +87,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2."""
         self.exit(EXIT_USAGE, f"error: {message}; see {self.prog} --help\n")
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print all options and end."""
+        assert isinstance(parser, Parser)
+        print(parser.format_all(), end="")
+        parser.exit()
 
 
 def underscored(argument: str) -> str:
@@ -106,6 +156,55 @@ def true_or_false(text: str) -> bool:
     return value
 
 
+def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
+    """``--out``, a folder for ``what``; where it is not given, ``run`` makes a new one in ``below``."""
+    parser.add_argument("--out", type=Path, help=f"folder for {what} (default: a new, dated one in {below}/)")
+    parser.set_defaults(out_below=below)
+
+
+def dated(below: str) -> str:
+    """The folder of now in ``below``: ``runs/2026-11-30_094636``."""
+    return f"{below}/{time.strftime('%Y-%m-%d_%H%M%S')}"
+
+
+@contextmanager
+def _new_out(arguments: argparse.Namespace) -> Iterator[None]:
+    """A new dated folder as ``arguments.out`` where the command has one and none was given; gone again if not used.
+
+    Raises:
+        SerError: it cannot be made, or ``--resume`` does not say what to go on with.
+    """
+    below = getattr(arguments, "out_below", None)
+    if below is None or arguments.out is not None:
+        yield
+        return
+    if getattr(arguments, "resume", False):
+        raise SerError("--resume without --out; give the folder of the run to go on with")
+    new_parent = not Path(below).exists()
+    try:
+        Path(below).mkdir(parents=True, exist_ok=True)
+        name = arguments.out = Path(dated(below))
+        for number in itertools.count(2):  # other commands may start in this second
+            with suppress(FileExistsError):
+                arguments.out.mkdir()
+                break
+            arguments.out = name.with_name(f"{name.name}_{number}")
+    except OSError as error:
+        raise SerError(f"cannot make a folder in {below}: {error.strerror}; give another one with --out") from error
+    say(f"no --out given: everything goes into {arguments.out}")
+    try:
+        yield
+    finally:
+        left = list(arguments.out.iterdir())
+        if all(path.name.startswith(".") and path.is_file() for path in left):  # locks at most
+            for path in left:
+                path.unlink()
+            arguments.out.rmdir()
+            if new_parent:
+                with suppress(OSError):  # another command has put something there
+                    Path(below).rmdir()
+
+
 def run(
     job: Callable[[argparse.Namespace], int],
     parser: Parser,
@@ -131,7 +230,8 @@ def run(
         say(f"error: {' '.join(str(error).split())}")
         return EXIT_USAGE
     try:
-        return job(arguments)
+        with _new_out(arguments):
+            return job(arguments)
     except SerError as error:
         say(f"error: {' '.join(str(error).split())}")
         return EXIT_USAGE
@@ -197,6 +297,8 @@ class Progress:
         """Show that ``done`` of ``total`` (0: not known) are finished, ``failed`` of them badly (None: none can)."""
         if sys.stderr.isatty():
             if self._bar is None:
+                from tqdm import tqdm
+
                 self._bar = tqdm(total=total or None, desc=self.what, unit=self.unit, initial=0)
             if failed is not None:
                 self._bar.set_postfix(failed=failed, refresh=False)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from jobs._common import Parser, underscored
+from jobs._common import Parser, dated, underscored
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle
 from pipeline.storage.errors import SerError
@@ -71,16 +71,13 @@ def place(job: str, words: Sequence[str], arguments: argparse.Namespace, storage
         else:
             placed.words.append(_placed(option, word, storage, placed))
     _add_root(arguments, storage, placed)
-    if job in ("score", "evaluate") and arguments.model_weights is None and not _answers_itself(arguments):
+    if getattr(arguments, "out_below", None) and arguments.out is None:  # else made where nobody finds it again
+        placed.words += ["--out", _placed("--out", dated(arguments.out_below), storage, placed)]
+    if job in ("score", "evaluate") and arguments.model_weights is None and not getattr(arguments, "compare", None):
         _ship(placed, DEFAULT_BUNDLE, "models/" + DEFAULT_BUNDLE.name)
     for model in filter(Path.is_dir, placed.shipped.values() if job in ("score", "evaluate") else ()):
         ensure_onnx(load_bundle(model))  # once here, not once on every node
     return placed
-
-
-def _answers_itself(arguments: argparse.Namespace) -> bool:
-    """Whether an evaluation brings its own models."""
-    return bool(getattr(arguments, "protocol", None) or getattr(arguments, "compare", None))
 
 
 def _placed(option: str, value: str, storage: Path | None, placed: Placed) -> str:

@@ -7,27 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs._common import Parser
-from pipeline.models.bundle import load_bundle
 from pipeline.storage.errors import SerError
-
-_AS_THEY_ARE = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "scheduler",
-    "warmup_epochs",
-    "clip_norm",
-    "label_smoothing",
-    "use_focal",
-    "focal_gamma",
-    "ema",
-    "mixup_alpha",
-    "draws",
-    "mask_missing_classes",
-    "patience",
-    "seed",
-)  # settings that are options of the same name
+from pipeline.training.config import FitConfig
 
 
 def add_recipe_option(parser: Parser) -> None:
@@ -49,6 +30,8 @@ def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
     given = first.parse_known_args(argv)[0]  # type: ignore[no-untyped-call]
     bundle_path = given.recipe
     if bundle_path is not None:
+        from pipeline.models.bundle import load_bundle
+
         bundle = load_bundle(bundle_path)
         settings = bundle.metrics.get("training", {}).get("settings")
         if settings is None:
@@ -62,7 +45,7 @@ def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
 
 def _defaults(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """A bundle's training settings as option values; classes by name, for their numbers are those of its labels."""
-    found = {name: settings[name] for name in _AS_THEY_ARE if name in settings}  # older bundles have fewer
+    found = {name: settings[name] for name in FitConfig.recipe() if name in settings}  # older bundles have fewer
     weights = settings["class_weights"]
     return found | {
         "augment": ",".join(settings["augment"]),

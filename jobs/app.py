@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, EXIT_OURS, Parser, check_free, run, say
+from jobs._common import EXIT_DONE, EXIT_OURS, Parser, called, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.storage.errors import SerError
 from serve.auth import key_from_environment
@@ -29,7 +29,7 @@ _STOP_S = 60.0
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(prog="python -m jobs.app", description=__doc__, epilog="example: python -m jobs.app --port 8600")
+    parser = Parser(prog=called("app"), description=__doc__, epilog="example: %(prog)s --port 8600")
     parser.add_argument("--port", type=int, default=8501, help="of the page (default 8501)")
     parser.add_argument("--service_port", type=int, default=8000, help="of the service (default 8000)")
     parser.add_argument("--metrics_port", type=int, default=8080, help="of the service's metrics (default 8080)")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jobs._common import EXIT_DONE, Parser, run, say
+from jobs._common import EXIT_DONE, Parser, called, run, say
 from pipeline.data.labels import LabelSet
 from pipeline.data.segments import END, START, place_of
 from pipeline.data.splits import add_hashes, leaked
@@ -27,9 +27,9 @@ from pipeline.storage.errors import SerError
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.calibrate",
+        prog=called("calibrate"),
         description=__doc__,
-        epilog="example: python -m jobs.calibrate --model_weights runs/first --predictions protocols/kfold",
+        epilog="example: %(prog)s --model_weights runs/first --predictions protocols/kfold",
     )
     parser.add_argument("--model_weights", type=Path, required=True, help="bundle whose temperature is set")
     parser.add_argument(

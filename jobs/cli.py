@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from jobs._common import EXIT_DONE, EXIT_USAGE, say
+from jobs._common import AS_SER, EXIT_DONE, EXIT_USAGE, say
 
 COMMANDS = {
     "ravdess": "download the RAVDESS speech recordings, checked",
@@ -14,11 +14,12 @@ COMMANDS = {
     "extract": "recordings -> log-mel Parquet shards (Ray Data)",
     "train": "a manifest or shards -> a trained model bundle (Ray Train)",
     "evaluate": "a labelled CSV -> metrics, confusion matrix, verdict, report",
+    "crossval": "a recipe trained and tested on folds, one model each (Ray)",
     "join": "several trained models -> one that answers with their mean",
     "calibrate": "out-of-fold answers -> the temperature of a model",
     "score": "a folder or CSV -> a table of emotions (Ray Data)",
     "infer": "one or a few files -> emotions, without Ray",
-    "submit": "extract, train, evaluate or score on a Ray cluster (Ray jobs)",
+    "submit": "extract, train, evaluate, crossval or score on a Ray cluster",
     "serve": "the HTTP service on this machine (Ray Serve)",
     "predict": "files -> emotions, by a running service",
     "app": "the web page and the service together",
@@ -45,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] not in COMMANDS:
         say(f"error: unknown command {words[0]!r}; see ser --help" if words else usage())
         return EXIT_USAGE
-    result: int = import_module(f"jobs.{words[0]}").main(words[1:])
+    was = AS_SER.set(True)
+    try:
+        result: int = import_module(f"jobs.{words[0]}").main(words[1:])
+    finally:
+        AS_SER.reset(was)
     return result
 
 

@@ -1,7 +1,4 @@
-"""A labelled CSV and a model -> metrics with intervals, confusion matrix, verdict, and one report page.
-
-With --protocol: a recipe instead of a model, trained and tested on the folds of the recordings.
-"""
+"""A labelled CSV and a model -> metrics with intervals, confusion matrix, verdict, and one report page."""
 
 from __future__ import annotations
 
@@ -15,15 +12,26 @@ from typing import Any
 
 import pandas as pd
 
-from jobs import protocols
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, LabelMap, Parser, Progress, run, say
+from jobs import crossval
+from jobs._common import (
+    EXIT_DONE,
+    EXIT_SOME_FAILED,
+    EXIT_TARGET_MISSED,
+    LabelMap,
+    Parser,
+    Progress,
+    add_out,
+    called,
+    run,
+    say,
+)
 from jobs._provenance import provenance
-from jobs._recipe import with_recipe
+from jobs._targets import add_targets, targets_of
 from pipeline.data.manifest import label_counts, read_manifest
 from pipeline.data.splits import add_hashes
 from pipeline.evaluation import leaks
 from pipeline.evaluation.compare import comparison_summary
-from pipeline.evaluation.metrics import Targets, reached
+from pipeline.evaluation.metrics import reached
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.reporting.report import terminal_summary, write_comparison, write_report
 from pipeline.scoring.predictions import read_predictions
@@ -34,21 +42,17 @@ from pipeline.storage.errors import SerError
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.evaluate",
+        prog=called("evaluate"),
         description=__doc__,
-        epilog="example: python -m jobs.evaluate --model_weights runs/first --data_csv val_metadata.csv --out report",
+        epilog="example: %(prog)s --model_weights runs/first --data_csv val_metadata.csv",
     )
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
     parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
     parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
-    parser.add_argument("--out", type=Path, required=True, help="folder for predictions, metrics, figures, report.html")
+    add_out(parser, "reports", "predictions, metrics, figures, report.html")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
-    parser.add_argument(
-        "--crops",
-        type=int,
-        help="windows a recording, evenly spaced (default: the bundle's number; with --protocol 1)",
-    )
+    parser.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
     parser.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here; 0: no Ray (default: all)")
     parser.add_argument(
         "--leak_check",
@@ -64,24 +68,8 @@ def build_parser() -> Parser:
         help="two bundles (scored on --data_csv) or two --out folders of scores, of the same recordings",
     )
     parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
-    targets = parser.add_argument_group("targets (0.80 or 80 for 80 %)")
-    targets.add_argument("--min_accuracy", type=_share, default=0.80, help="default 0.80")
-    targets.add_argument("--min_weighted_f1", type=_share, default=0.80, help="default 0.80")
-    targets.add_argument("--min_class_accuracy", type=_share, default=0.75, help="recall of every class, default 0.75")
-    targets.add_argument("--enforce", action="store_true", help="exit 3 unless every figure reaches its target")
-    protocols.add_options(parser)
+    add_targets(parser)
     return parser
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text.strip().rstrip("%"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a share as 0.80 or 80, got {text!r}") from None
-    value = value / 100 if value > 1 or text.strip().endswith("%") else value
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, or 0 to 100 %, got {text!r}")
-    return value
 
 
 def _count(text: str) -> int:
@@ -95,9 +83,6 @@ def job(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         _refuse_beside_compare(arguments)
         return _compare(arguments)
-    if arguments.protocol is not None:
-        return protocols.job(arguments, targets_of(arguments))
-    protocols.refuse_options(arguments, "for --protocol, which trains models")
     if arguments.data_csv is None:
         raise SerError("no --data_csv; give the CSV of labelled recordings to evaluate on")
     bundle = load_bundle(arguments.model_weights)
@@ -125,11 +110,6 @@ def job(arguments: argparse.Namespace) -> int:
 def _seconds(out: Path) -> float:
     """How long the scoring took, whichever command did it."""
     return float(json.loads((out / "run.json").read_text(encoding="utf-8"))["seconds"])
-
-
-def targets_of(arguments: argparse.Namespace) -> Targets:
-    """What the options say is to be reached."""
-    return Targets(arguments.min_accuracy, arguments.min_weighted_f1, arguments.min_class_accuracy)
 
 
 def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed: int) -> int:
@@ -229,10 +209,9 @@ def _score(
 def _refuse_beside_compare(arguments: argparse.Namespace) -> None:
     defaults = build_parser()
     targets = ("min_accuracy", "min_weighted_f1", "min_class_accuracy")
-    for name in ("model_weights", "protocol", "enforce", "embed_audio", *targets):
+    for name in ("model_weights", "enforce", "embed_audio", *targets):
         if getattr(arguments, name) != defaults.get_default(name):
             raise SerError(f"--compare tells what two models differ in, without a verdict; leave --{name} out")
-    protocols.refuse_options(arguments, "not for --compare")
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -298,9 +277,11 @@ def _labels_of(table: pd.DataFrame, place: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if crossval.asked(words):
+        return crossval.main(words)
     parser = build_parser()
-    parser.set_defaults(command=f"python -m jobs.evaluate {shlex.join(words)}")
-    return run(job, parser, argv, prepare=with_recipe)
+    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
+    return run(job, parser, argv)
 
 
 if __name__ == "__main__":

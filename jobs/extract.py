@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_label_names, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_label_names, called, run, say
 from pipeline.data.corpora.voices import check_corpora
 from pipeline.data.labels import describe
 from pipeline.data.manifest import label_counts, read_manifest, scan_folder
@@ -20,9 +20,9 @@ from pipeline.storage.errors import SerError
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.extract",
+        prog=called("extract"),
         description=__doc__,
-        epilog="example: python -m jobs.extract --data_csv metadata.csv --out features",
+        epilog="example: %(prog)s --data_csv metadata.csv --out features",
     )
     add_data_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for part-*.parquet and manifest.json")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
 from jobs._hearing import add_hearing, hearing
 from pipeline.audio.load import EXTENSIONS
 from pipeline.audio.source import printable
@@ -31,9 +31,9 @@ STDIN = "-"
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.infer",
+        prog=called("infer"),
         description=__doc__,
-        epilog="example: python -m jobs.infer --model_weights runs/first --file a.wav b.flac",
+        epilog="example: %(prog)s --model_weights runs/first --file a.wav b.flac",
     )
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument(

@@ -6,15 +6,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, Parser, run, say
+from jobs._common import EXIT_DONE, Parser, called, run, say
 
 
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.join",
+        prog=called("join"),
         description=__doc__,
-        epilog="example: python -m jobs.join runs/seed-42 runs/seed-43 runs/seed-44 --out runs/joined",
+        epilog="example: %(prog)s runs/seed-42 runs/seed-43 runs/seed-44 --out runs/joined",
     )
     parser.add_argument(
         "bundles", type=Path, nargs="+", metavar="BUNDLE", help="models of one kind, of different seeds for example"

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, Parser, run, say
+from jobs._common import EXIT_DONE, Parser, called, run, say
 from jobs.extract import add_label_map, describe_labels
 from pipeline.data.corpora import CORPORA
 from pipeline.data.manifest import ManifestError, scan_folder
@@ -15,7 +15,7 @@ from pipeline.data.tables import write_csv
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(prog="ser manifest", description=__doc__, epilog="example: ser manifest RAVDESS --out metadata.csv")
+    parser = Parser(prog=called("manifest"), description=__doc__, epilog="example: %(prog)s RAVDESS --out metadata.csv")
     parser.add_argument(
         "folder", type=Path, help="folder of recordings: of known corpora, by their names, or one folder an emotion"
     )

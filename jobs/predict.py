@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
 from pipeline.storage.errors import SerError
 from serve.client import DEFAULT_URL, Client, ClientError
 from serve.schema import Failure, Recording
@@ -19,9 +19,9 @@ STDIN = "-"
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.predict",
+        prog=called("predict"),
         description=__doc__,
-        epilog="example: python -m jobs.predict --url http://127.0.0.1:8000 a.wav b.flac; SER_API_KEY holds the key",
+        epilog="example: %(prog)s --url http://127.0.0.1:8000 a.wav b.flac; SER_API_KEY holds the key",
     )
     parser.add_argument("file", nargs="+", help="recordings; - reads one from stdin")
     parser.add_argument(

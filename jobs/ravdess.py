@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, Parser, Progress, called, run, say
 from pipeline.data.manifest import scan_folder
 from pipeline.storage.download import download, md5_of, unpack
 from pipeline.storage.errors import SerError
@@ -31,7 +31,7 @@ Name the source; no commercial use; what you build on it and pass on stands unde
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(prog="python -m jobs.ravdess", description=__doc__, epilog="example: ser ravdess --out RAVDESS")
+    parser = Parser(prog=called("ravdess"), description=__doc__, epilog="example: %(prog)s --out RAVDESS")
     parser.add_argument("--out", type=Path, default=Path("RAVDESS"), help="folder to make (default RAVDESS)")
     parser.add_argument(
         "--base_url", default=BASE_URL, help=f"where {ARCHIVE} lies, of a mirror for instance (default: the record)"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_out, called, run, say
 from jobs._hearing import add_hearing, hearing
 from jobs._provenance import provenance
 from pipeline.audio.formats import USUAL_ENDINGS
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.score",
+        prog=called("score"),
         description=__doc__,
-        epilog="example: python -m jobs.score --model_weights models/inception_ser_final --input calls/ --out scores",
+        epilog="example: %(prog)s --model_weights models/inception_ser_final --input calls/ --out scores",
     )
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument(
@@ -41,9 +41,7 @@ def build_parser() -> Parser:
         required=True,
         help="folder of recordings (also s3://, gs://), a recording, or a CSV, JSON Lines or list of paths",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for predictions.parquet, .csv, report, run.json"
-    )
+    add_out(parser, "scores", "predictions.parquet, .csv, report, run.json; the same one again goes on where it ended")
     parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
     parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
@@ -166,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    parser.set_defaults(command=f"python -m jobs.score {shlex.join(words)}")
+    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
     return run(job, parser, argv)
 
 

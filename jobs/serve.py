@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from jobs._common import EXIT_DONE, Parser, check_free, run, say
+from jobs._common import EXIT_DONE, Parser, called, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.cluster.runtime import start_ray, stop_ray
 from pipeline.storage.errors import SerError
@@ -30,9 +30,9 @@ _LISTS = {"bundles", "cors_origins"}
 def build_parser() -> Parser:
     """The options of this job: address, metrics, and all of ``serve.settings.Settings``."""
     parser = Parser(
-        prog="python -m jobs.serve",
+        prog=called("serve"),
         description=__doc__,
-        epilog="example: python -m jobs.serve --bundles runs/first --max_replicas 2",
+        epilog="example: %(prog)s --bundles runs/first --max_replicas 2",
     )
     parser.add_argument("--host", default="127.0.0.1", help=f"beyond loopback {API_KEY_VARIABLE} must be set")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")

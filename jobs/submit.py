@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, Parser, run, say
+from jobs import crossval
+from jobs._common import EXIT_DONE, Parser, called, run, say
 from jobs._follow import follow
 from jobs._package import describe, largest, pack
 from jobs._paths import Placed, place, read_words
 from pipeline.cluster.submit import connect, new_name
 from pipeline.storage.errors import SerError
 
-JOBS = ("extract", "train", "evaluate", "score")
+JOBS = ("extract", "train", "evaluate", "crossval", "score")
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _MIB = 2**20
 
@@ -28,10 +29,10 @@ _MIB = 2**20
 def build_parser() -> Parser:
     """The options of this command; what it does not know are the job's."""
     parser = Parser(
-        prog="python -m jobs.submit",
+        prog=called("submit"),
         description=__doc__,
-        usage="ser submit {extract,train,evaluate,score} [options of the job] [options below]",
-        epilog="example: ser submit train --features features --out runs/first --storage_path /shared",
+        usage="ser submit {extract,train,evaluate,crossval,score} [options of the job] [options below]",
+        epilog="example: %(prog)s train --features features --out runs/first --storage_path /shared",
         allow_abbrev=False,
     )
     parser.add_argument("job", choices=JOBS, help="its options are those of python -m jobs.JOB")
@@ -110,6 +111,8 @@ def split_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     arguments: argparse.Namespace
     arguments, others = parser.parse_known_args(list(words))  # type: ignore[no-untyped-call]
     arguments.words = others
+    if arguments.job == "evaluate" and crossval.asked(others):
+        arguments.job = "crossval"
     arguments.of_job = read_words(import_module(f"jobs.{arguments.job}").build_parser(), others)
     return arguments
 

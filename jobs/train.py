@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, run, say
+from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, called, run, say
 from jobs._recipe import add_recipe_option, with_recipe
 from jobs.extract import describe_labels, read_data
 from jobs.train_options import (
     FEATURE_KINDS,
+    USUAL,
     add_data_options,
-    add_loop_options,
-    add_model_options,
+    add_fit_options,
     add_teacher_options,
     add_worker_options,
     augmentations,
@@ -33,7 +33,7 @@ from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked
 
 if TYPE_CHECKING:
-    from pipeline.training.config import Plan
+    from pipeline.training.plan import Plan
 
 PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
 
@@ -41,16 +41,16 @@ PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(
-        prog="python -m jobs.train",
+        prog=called("train"),
         description=__doc__,
-        epilog="example: python -m jobs.train --data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first",
+        epilog="example: %(prog)s --data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first",
     )
     add_data_options(parser)
     add_recipe_option(parser)
-    add_model_options(parser)
-    add_loop_options(parser)
+    add_fit_options(parser, ("model and loss", "training", "workers"))
     add_teacher_options(parser)
     add_worker_options(parser)
+    parser.put_first(USUAL)
     return parser
 
 
@@ -85,7 +85,7 @@ def _job(arguments: argparse.Namespace, device: str) -> int:
 
 def _nothing_left(out: Path, resume: bool) -> bool:
     """Whether the run in `out` is done; refuses a folder that does not fit `--resume`."""
-    from pipeline.training.config import read_plan
+    from pipeline.training.plan import read_plan
     from pipeline.training.run import refuse_begun
 
     if not resume:
@@ -99,7 +99,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
     """Features of the recordings, in ``--out``; how many could not be read."""
     from pipeline.features.extract import ShardOptions, extract_shards
     from pipeline.features.features import FeatureConfig
-    from pipeline.training.config import check_start
+    from pipeline.training.plan import check_start
 
     table = _read_all(arguments)
     describe_labels(table)
@@ -179,8 +179,8 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
     from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.features.store import known_hashes, load_features
-    from pipeline.training.config import SPLIT_SEED, Plan
     from pipeline.training.distillation import refuse_leaks
+    from pipeline.training.plan import SPLIT_SEED, Plan
     from pipeline.training.run import begin, check, check_resumes, read_splits, refuse_changed
 
     table = load_features(features).table

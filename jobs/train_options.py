@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import Field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
-
-from jobs._common import LabelMap, Parser, add_label_names, true_or_false
+from jobs._common import LabelMap, Parser, add_label_names, add_out, true_or_false
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
+from pipeline.training.config import FitConfig
 
 if TYPE_CHECKING:
-    from pipeline.training.config import FitConfig
+    import pandas as pd
 
 MODELS = ("inception", "cnn_bilstm")
 FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
+USUAL = (
+    *(
+        "data_csv",
+        "features",
+        "label_names",
+        "protocol",
+        "out",
+        "epochs",
+        "batch_size",
+        "lr",
+        "oversample_boost",
+        "use_focal",
+    ),
+    *("augment", "num_workers"),
+)  # of train and crossval; shown first
 
 
 def add_data_options(parser: Parser) -> None:
@@ -42,9 +56,7 @@ def add_data_options(parser: Parser) -> None:
     )
     group.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...")
     add_label_names(group)
-    group.add_argument(
-        "--out", type=Path, required=True, help="folder of the run: checkpoints, history, bundle, report"
-    )
+    add_out(group, "runs", "the run: checkpoints, history, bundle, report")
     group.add_argument(
         "--split",
         choices=("random", "speaker"),
@@ -93,64 +105,39 @@ def refuse_beside_features(arguments: argparse.Namespace) -> None:
             raise SerError(f"--{name} is for a --data_csv or --data_dir, --features has what it was extracted with")
 
 
-def add_model_options(parser: Parser) -> None:
-    """Model, sampling, loss and augmentation."""
-    group = parser.add_argument_group("model and loss")
-    group.add_argument("--model", choices=MODELS, default="inception", help="the network (default inception)")
-    group.add_argument("--dropout", type=float, help="default: the model's own (inception 0.4, cnn_bilstm 0.3)")
-    group.add_argument(
+def add_fit_options(parser: Parser, groups: Sequence[str]) -> None:
+    """The network, and the fields of ``FitConfig`` that are in these groups."""
+    model = _group(parser, groups[0])
+    model.add_argument("--model", choices=MODELS, default="inception", help="the network (default inception)")
+    model.add_argument("--dropout", type=float, help="default: the model's own (inception 0.4, cnn_bilstm 0.3)")
+    model.add_argument(
         "--width",
         type=float,
         help="of the inception: channels of every layer times this, 0.125 to 2; 0.5: a quarter of the weights",
     )
-    group.add_argument(
-        "--oversample_boost",
-        default="",
-        metavar="CLASS:FACTOR,...",
-        help="draw classes more often, by index or name: 1:2.0,sad:1.5",
-    )
-    group.add_argument(
-        "--corpus_share",
-        type=shares,
-        default={},
-        metavar="CORPUS:SHARE,...",
-        help="how much of the draws each corpus gets (column corpus; default: by the square root of its size)",
-    )
-    group.add_argument(
-        "--mask_missing_classes",
-        type=true_or_false,
-        default=True,
-        metavar="True|False",
-        help="take classes that a corpus has not got out of the softmax of its recordings (default True)",
-    )
-    group.add_argument(
-        "--class_weights",
-        default="none",
-        metavar="balanced|none|CLASS:WEIGHT,...",
-        help="weights in the loss (default none)",
-    )
-    group.add_argument(
-        "--label_smoothing", type=float, default=0.0, help="share of the target spread over all classes (default 0)"
-    )
-    group.add_argument(
-        "--use_focal",
-        type=true_or_false,
-        default=False,
-        metavar="True|False",
-        help="focal loss instead of cross-entropy",
-    )
-    group.add_argument("--focal_gamma", type=float, default=2.0, help="how far easy clips count less (default 2)")
-    group.add_argument(
-        "--augment",
-        default="",
-        metavar="NAME[:STRENGTH],...",
-        help="of crop, stretch, shift, warp, masks, mixup, gain, noise, band, pitch; with commas (default none); "
-        "stronger or weaker than usual: stretch:0.15, warp:0.12 (shares), gain:6 (dB), noise:10 (lowest SNR in dB), "
-        "band:0.2 (how often)",
-    )
-    group.add_argument(
-        "--mixup_alpha", type=float, default=0.2, help="of the Beta distribution that mixes (default 0.2)"
-    )
+    for title in groups:
+        for option in FitConfig.options(title):
+            _group(parser, title).add_argument(f"--{option.name}", **_reading(option))
+
+
+def _group(parser: Parser, title: str) -> argparse._ArgumentGroup:
+    return next((g for g in parser._action_groups if g.title == title), None) or parser.add_argument_group(title)
+
+
+def _reading(option: Field[Any]) -> dict[str, Any]:
+    """How argparse reads a field: by its type, or as the text that stands for it."""
+    how = {name: value for name, value in option.metadata.items() if name != "group"}
+    if option.name in _TEXTS:
+        default, read = _TEXTS[option.name]
+        return {"type": read, "default": default, **how}
+    if option.type == "bool":
+        words = {"nargs": "?", "const": True, "metavar": "True|False"}
+        return {"type": true_or_false, "default": option.default, **words, **how} | {
+            "help": f"{how['help']} (default {option.default})"
+        }
+    told = f"{option.default:g}" if option.type == "float" else option.default
+    read = {"int": int, "float": float, "str": str}[str(option.type)]
+    return {"type": read, "default": option.default, **how, "help": f"{how['help']} (default {told})"}
 
 
 def shares(text: str) -> dict[str, float]:
@@ -168,6 +155,14 @@ def shares(text: str) -> dict[str, float]:
     except SerError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return found
+
+
+_TEXTS: dict[str, tuple[Any, Callable[[str], Any]]] = {  # what the labels of the data are needed for stays a text
+    "class_weights": ("none", str),
+    "oversample_boost": ("", str),
+    "corpus_share": ({}, shares),
+    "augment": ("", str),
+}
 
 
 def add_teacher_options(parser: Parser) -> None:
@@ -204,39 +199,9 @@ def _share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"got {text!r}; expected a number above 0, at most 1")
 
 
-def add_loop_options(parser: Parser) -> None:
-    """Epochs, optimiser, seed."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=50, help="at most so many (default 50)")
-    group.add_argument(
-        "--draws", type=int, default=0, help="recordings drawn an epoch (default 0: as many as there are)"
-    )
-    group.add_argument("--batch_size", type=int, default=64, help="of all workers together (default 64)")
-    group.add_argument("--lr", type=float, default=1e-4, help="highest learning rate (default 1e-4)")
-    group.add_argument("--weight_decay", type=float, default=1e-5, help="of AdamW (default 1e-5)")
-    group.add_argument(
-        "--scheduler", choices=("cosine", "onecycle"), default="cosine", help="course of the learning rate"
-    )
-    group.add_argument("--warmup_epochs", type=float, default=0.0, help="rise to the highest rate (default 0)")
-    group.add_argument("--clip_norm", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
-    group.add_argument("--ema", type=float, default=0.0, help="decay of the average of weights, as 0.995; 0: none")
-    group.add_argument(
-        "--patience",
-        type=int,
-        default=7,
-        help="epochs without a better validation F1 before stopping; 0: never stop early",
-    )
-    group.add_argument("--seed", type=int, default=42, help="of weights, order and augmentation (default 42)")
-    group.add_argument(
-        "--cpu_bfloat16",
-        action="store_true",
-        help="bfloat16 arithmetic on CPUs, as on GPUs: faster where `lscpu` shows amx_bf16 or avx512_bf16",
-    )
-
-
 def add_worker_options(parser: Parser) -> None:
     """Workers and what each is given."""
-    group = parser.add_argument_group("workers")
+    group = _group(parser, "workers")
     group.add_argument(
         "--num_workers",
         type=int,
@@ -248,9 +213,6 @@ def add_worker_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--use_gpu", type=true_or_false, nargs="?", const=True, metavar="True|False", help="default: when there is one"
-    )
-    group.add_argument(
-        "--threads", type=int, default=0, help="math threads a worker (default: the CPUs shared out equally)"
     )
 
 
@@ -285,34 +247,17 @@ def fit_config(
     """
     from pipeline.cluster.nodes import cpus_a_worker
     from pipeline.training.batches import parse_class_values
-    from pipeline.training.config import FitConfig
 
     if threads is None:
         threads = arguments.threads or cpus_a_worker(arguments.num_workers)
-    return FitConfig(
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
-        weight_decay=arguments.weight_decay,
-        scheduler=arguments.scheduler,
-        warmup_epochs=arguments.warmup_epochs,
-        clip_norm=arguments.clip_norm,
-        label_smoothing=arguments.label_smoothing,
-        use_focal=arguments.use_focal,
-        focal_gamma=arguments.focal_gamma,
-        class_weights=_loss_weights(arguments.class_weights, labels, train),
-        oversample_boost=parse_class_values(arguments.oversample_boost, labels),
-        corpus_share=arguments.corpus_share,
-        draws=arguments.draws,
-        mask_missing_classes=arguments.mask_missing_classes,
-        ema=arguments.ema,
-        augment=augmentations(arguments),
-        mixup_alpha=arguments.mixup_alpha,
-        patience=arguments.patience,
-        seed=arguments.seed,
-        threads=threads,
-        cpu_bfloat16=arguments.cpu_bfloat16,
-    )
+    given: dict[str, Any] = {option.name: getattr(arguments, option.name, None) for option in FitConfig.options()}
+    given |= {
+        "class_weights": _loss_weights(arguments.class_weights, labels, train),
+        "oversample_boost": parse_class_values(arguments.oversample_boost, labels),
+        "augment": augmentations(arguments),
+        "threads": threads,
+    }
+    return FitConfig(**given)
 
 
 def _loss_weights(wanted: str | Mapping[str, float], labels: LabelSet, train: pd.DataFrame) -> tuple[float, ...] | None:
@@ -322,6 +267,8 @@ def _loss_weights(wanted: str | Mapping[str, float], labels: LabelSet, train: pd
     if wanted == "none":
         return None
     if wanted == "balanced":
+        import numpy as np
+
         classes = np.array([labels.index(name) for name in train["label"]])
         return tuple(float(w) or 1.0 for w in class_weights(classes, len(labels)))
     given = parse_class_values(wanted, labels, "--class_weights")

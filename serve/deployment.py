@@ -23,14 +23,12 @@ from typing import Any
 import ray
 from click import ClickException
 from ray import serve as ray_serve
-from ray._common.tls_utils import add_port_to_grpc_server
-from ray.serve._private import replica
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
-from ray.util import get_node_ip_address
 
+from pipeline.cluster.ray_internals import OwnPort
 from pipeline.cluster.runtime import joins_cluster
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
@@ -55,7 +53,8 @@ class ModelWorker:
     """One process of a model."""
 
     def __init__(self, settings: Settings) -> None:
-        _listen_at_own_address()
+        self._port = OwnPort()
+        self._port.install()
         self._settings = settings
         self._meter = WorkMeter()
         self._worker: Worker | None = None
@@ -105,6 +104,7 @@ class ModelWorker:
 
     def check_health(self) -> None:
         """Raise when this process should be replaced."""
+        self._port.check()
         self._now.check()
 
     @property
@@ -128,8 +128,13 @@ class Ingress:
     def __init__(
         self, settings: Settings, digest: str | None, window_s: float, handles: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
-        _listen_at_own_address()
+        self._port = OwnPort()
+        self._port.install()
         self._offer = Offer(uuid.uuid4().hex, settings, digest, window_s, handles)
+
+    def check_health(self) -> None:
+        """Raise when this process should be replaced; Ray Serve asks once before the first request."""
+        self._port.check()
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application."""
@@ -138,21 +143,6 @@ class Ingress:
     async def offer(self) -> Offer:
         """What this process serves, for proxies that take the short way."""
         return self._offer
-
-
-def _listen_at_own_address() -> None:
-    """Open this process's port for calls where Ray looks for it, on loopback for a local Ray.
-
-    Ray Serve opens it after the deployment's constructor, on all interfaces; every call must carry Ray's token, but
-    what need not be reached from elsewhere should not be.
-    """
-    address = get_node_ip_address()
-    host = f"[{address}]" if ":" in address else address
-
-    def add_port(server: Any, _: str) -> Any:
-        return add_port_to_grpc_server(server, f"{host}:0")
-
-    replica.add_port_to_grpc_server = add_port  # type: ignore[attr-defined]
 
 
 class StartError(SerError, ClickException):

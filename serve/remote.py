@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
-from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -114,7 +113,7 @@ async def _running(handle: DeploymentHandle[Any]) -> bool:
     """Whether Serve knows a healthy worker of a model."""
     application = (await asyncio.to_thread(ray_serve.status)).applications.get(handle.app_name)
     deployment = application and application.deployments.get(handle.deployment_name)
-    return bool(deployment and deployment.replica_states.get(ReplicaState.RUNNING))
+    return bool(deployment and any(count and state == "RUNNING" for state, count in deployment.replica_states.items()))
 
 
 class _WorkerDied(ServiceError):

@@ -23,10 +23,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.browser import chromium, healthy, tab
-from benchmarks.services import ROOT, free_port
 from docs.film.camera import Camera
 from docs.film.terminal import Terminal, run
+from tests.support.browser import chromium, healthy, tab
+from tests.support.processes import ROOT, free_port
 
 SPLIT = "models/splits/ravdess_split.csv"
 TITLE = """<!doctype html><meta charset=utf-8><style>

@@ -12,11 +12,14 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster import ray_internals
 from pipeline.cluster.submit import make_token, use_token
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
@@ -40,10 +43,8 @@ _LEAN = {
 }
 _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
-_STARTS = 3
-_finished: dict[int, bytes] = {}
-_BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the command of a submitted job
+_START_LIMIT_S = 180.0  # an idle machine takes 3 to 5
+_TOLD_EVERY_S = 10.0
 
 
 def joins_cluster() -> bool:
@@ -53,7 +54,7 @@ def joins_cluster() -> bool:
 
 def in_submitted_job() -> bool:
     """Whether this process is the command of a Ray job."""
-    return _JOB in os.environ
+    return ray_internals.JOB_CONFIG in os.environ
 
 
 def start_ray(
@@ -63,7 +64,7 @@ def start_ray(
     metrics_port: int | None = None,
     lean: bool = False,
 ) -> None:
-    """Start or join Ray; does nothing when this process is already connected. A start that times out is tried again.
+    """Start or join Ray; does nothing when this process is already connected.
 
     Args:
         num_cpus: logical CPUs of a local Ray, by default as many as this process may use. Ignored when joining.
@@ -82,14 +83,14 @@ def start_ray(
         use_token()
     else:
         make_token()
-        os.environ.setdefault(_BEYOND_LOOPBACK, "0")  # bind everything to 127.0.0.1
+        os.environ.setdefault(ray_internals.BEYOND_LOOPBACK, "0")  # bind everything to 127.0.0.1
     if "ray" not in sys.modules:
-        atexit.register(_end_finished)  # before Ray registers its own, to come after it
+        atexit.register(ray_internals.end_finished)  # before Ray registers its own, to come after it
     import ray
 
     if ray.is_initialized():
         return
-    _reread_environment(joining)
+    ray_internals.reread_environment(joining=joining)
     level = logging.ERROR
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -102,7 +103,7 @@ def start_ray(
         if num_cpus is None and usable_cpus() < (os.cpu_count() or 1):
             num_cpus = usable_cpus()  # else Ray counts, which knows the quotas of containers
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
-        options |= {"_metrics_export_port": metrics_port} if metrics_port else {}
+        options |= ray_internals.metrics_port(metrics_port)
         _start_here(options, lean)
     logging.getLogger("ray").setLevel(level)
 
@@ -114,60 +115,54 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def _reread_environment(joining: bool) -> None:
-    """Ray reads some variables when it is first imported, and only then; somebody may have imported it before.
-
-    They are ``RAY_AUTH_MODE`` and, for a local Ray, the one that decides between loopback and all interfaces.
-    """
-    from ray._private import ray_constants
-    from ray._private.ray_constants import env_bool  # type: ignore[attr-defined]
-    from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without a stub
-
-    Config.initialize("")
-    if not joining:
-        ray_constants.ENABLE_RAY_CLUSTER = env_bool(_BEYOND_LOOPBACK, ray_constants.ENABLE_RAY_CLUSTER)
-
-
 def _start_here(options: dict[str, Any], lean: bool) -> None:
-    """Start a local Ray; one that a busy machine has not brought up in time is ended and started anew.
+    """Start a local Ray, and say how long it takes where that is long; one that died on a busy machine, anew.
 
     Raises:
-        SerError: none came up in time.
+        SerError: none is up after ``_START_LIMIT_S``.
     """
     import ray
 
-    before = _ray_children()
-    for _ in range(_STARTS):
-        try:
-            ray.init(address="local", **options)
-            _stop_helpers(lean)
-            if lean:
-                _yield_to_computation()
-            return
-        except Exception as error:  # Ray raises a bare Exception when its processes are not up within 30 s
-            if "timed out" not in str(error):
-                raise
-            ray.shutdown()
-            for left in _ray_children() - before:  # Ray forgets those of a start that failed
-                with suppress(ProcessLookupError):
-                    os.kill(left, signal.SIGKILL)
-    raise SerError(
-        f"Ray was not up within 30 s, {_STARTS} times; the machine is too busy: give the command again later"
-    )
+    before, deadline_s = ray_internals.children(), time.monotonic() + _START_LIMIT_S
+    with _said_how_long("starting Ray"):
+        while True:
+            try:
+                with ray_internals.patience(deadline_s - time.monotonic()):
+                    ray.init(address="local", **options)
+                break
+            except Exception as error:  # Ray raises a bare Exception when its processes are not up in time
+                if "timed out" not in str(error):
+                    raise
+                ray.shutdown()
+                for left in ray_internals.children() - before:  # Ray forgets those of a start that failed
+                    with suppress(ProcessLookupError):
+                        os.kill(left, signal.SIGKILL)
+                if time.monotonic() > deadline_s:
+                    raise SerError(
+                        f"Ray was not up within {_START_LIMIT_S:.0f} s; the machine is too busy: "
+                        "give the command again later"
+                    ) from error
+    ray_internals.stop_helpers(lean=lean)
+    if lean:
+        _yield_to_computation()
 
 
-def _stop_helpers(lean: bool) -> None:
-    """End processes of a local Ray that do nothing for us but use CPU time.
+@contextmanager
+def _said_how_long(doing: str) -> Iterator[None]:
+    """A line every ten seconds on stderr while the block runs."""
+    done, begun_s = threading.Event(), time.monotonic()
 
-    One reads all log files ten times a second to print them in the driver, where we print none. ``lean``: also those
-    that serve a dashboard and ask an autoscaler for nodes. ``ray.init`` has no options for that; where Ray changes its
-    insides they stay.
-    """
-    from ray._private import worker
+    def tell() -> None:
+        while not done.wait(_TOLD_EVERY_S):
+            print(f"{doing} ... {time.monotonic() - begun_s:.0f} s", file=sys.stderr, flush=True)
 
-    for name in ("log_monitor", *(("dashboard", "monitor") if lean else ())):
-        with suppress(AttributeError, KeyError):
-            getattr(worker._global_node, f"kill_{name}")(check_alive=False)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _yield_to_computation() -> None:
@@ -177,8 +172,8 @@ def _yield_to_computation() -> None:
     CPU, or comes next when the time slice is over. Its share of the time is the usual one, so that nothing starves.
     """
     if hasattr(os, "SCHED_BATCH"):
-        for child in _ray_children():
-            _schedule(child, os.SCHED_BATCH)
+        for child in ray_internals.children():
+            ray_internals.schedule(child, os.SCHED_BATCH)
 
 
 def restore_priority(*, together: bool) -> None:
@@ -189,50 +184,10 @@ def restore_priority(*, together: bool) -> None:
     if not hasattr(os, "SCHED_BATCH"):
         return
     if together:
-        _schedule(os.getpid(), os.SCHED_OTHER)
+        ray_internals.schedule(os.getpid(), os.SCHED_OTHER)
     else:
         with suppress(OSError):  # a sandbox that forbids it forbade the other as well
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-
-
-def _schedule(process: int, policy: int) -> None:
-    """Give all threads of a process this scheduling policy."""
-    for thread in Path(f"/proc/{process}/task").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended, or a sandbox forbids it
-            os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
-
-
-def end_at_exit(title: str) -> None:
-    """Have the workers of a local Ray that bear this title, and have done their work, gone when this process has ended.
-
-    In Ray 2.60 a worker that owns objects others still look at can block for ever in its own destructor (it publishes
-    to an event loop that is gone), and then outlives Ray. Nothing happens where there is no /proc.
-    """
-    ours = _ray_children()
-    _finished.update(
-        {pid: command for pid, parent, command in _processes() if parent in ours and command.startswith(title.encode())}
-    )
-
-
-def _end_finished() -> None:
-    """At exit, after Ray's own end: kill what is left of the workers that ``end_at_exit`` was told of."""
-    for pid, _, command in _processes():
-        if _finished.get(pid) == command:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _ray_children() -> set[int]:
-    """Ray's processes that this one has started; none where there is no /proc."""
-    return {pid for pid, parent, command in _processes() if parent == os.getpid() and b"/ray/" in command}
-
-
-def _processes() -> Iterator[tuple[int, int, bytes]]:
-    """Number, parent's number and command line of every process."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended
-            parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
-            yield int(process.name), parent, (process / "cmdline").read_bytes()
 
 
 def _join(options: dict[str, Any]) -> None:
@@ -263,7 +218,7 @@ def _worker_environment() -> dict[str, str]:
     a variable that the job was submitted with.
     """
     if in_submitted_job():
-        given = json.loads(os.environ[_JOB]).get("runtime_env", {}).get("env_vars", {})
+        given = json.loads(os.environ[ray_internals.JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
         return {name: value for name, value in _QUIET.items() if name not in given}
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -277,7 +232,6 @@ def data_context() -> object:
     and for back-to-back executions all along) it holds a pipeline to one task at a time. ``task_pool`` bounds instead.
     """
     from ray.data import DataContext
-    from ray.data._internal.tensor_extensions.arrow import FixedShapeTensorFormat
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import: ray.data configures its own logging
     context = DataContext.get_current()
@@ -285,7 +239,7 @@ def data_context() -> object:
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 300
     context.op_resource_reservation_enabled = False
-    context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
+    ray_internals.native_tensors(context)
     return context
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster.ray_internals import TALKATIVE
 from pipeline.storage.errors import SerError
 
 _MODE, _TOKEN, _PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -75,12 +76,6 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _API, _ADDRESS = "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"
 # Stopping a job is Ctrl-C to its command, which then says how to go on, and has a minute for it.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-
-_TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
 
 
 class ClusterError(SerError):
@@ -177,7 +172,7 @@ def connect(address: str | None = None) -> JobClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in _TALKATIVE:
+    for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobClient(JobSubmissionClient(where), where)

@@ -1,75 +1,112 @@
 """Everything that decides a training run, given data and model: optimiser, loss, sampling, augmentation, stopping.
 
-What a training run trains, on what, and with which settings: `plan.json` in the run's folder.
+Learning-rate schedules as factors of the peak, a function of the step, for `torch.optim.lr_scheduler.LambdaLR`.
 
-A run goes on (`--resume`) only with the settings that it was begun with. Limits: one format version; one that is not
-known is refused.
-
-Starting a training from the weights of an earlier model of this project, instead of from random ones.
-
-The earlier bundle must say which recordings it was trained on: so a model stays "trained from scratch" (no weights
-from elsewhere), and its leak check knows all that it has learnt from. Where the classes differ, the last layer is new
-but for the rows of the classes that both have. Source: Yosinski et al. 2014, "How transferable are features in deep
-neural networks?".
+`cosine`: Loshchilov & Hutter 2017 without restarts, to 0 (`CosineAnnealingLR`). `onecycle`: Smith & Topin 2018 with
+cosine arms (`OneCycleLR`: rise from 1/25 of the peak, fall to 1e-4 of the start). Limits: momentum stays as it is.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from torch import Tensor, nn
-
-from pipeline.data.splits import HASH_COLUMN, used_in_training
-from pipeline.features.features import FeatureConfig
-from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import PLAN
-from pipeline.training.augment import AugmentConfig
-from pipeline.training.distillation import DISTILL
-from pipeline.training.losses import SCHEDULERS
 
+if TYPE_CHECKING:
+    from pipeline.training.augment import AugmentConfig
+
+SCHEDULERS = ("cosine", "onecycle")
+ONECYCLE_RISE = 0.15  # share of the steps, unless warm-up epochs are given
+_START_DIVISOR = 25.0
+_END_DIVISOR = 1e4
 # may change when a run is resumed
 _FREE = frozenset({"threads", "channels_last", "mixed_precision", "cpu_bfloat16", "patience"})
 
 
+def _about(group: str, told: str, **how: Any) -> dict[str, Any]:
+    """What makes a setting an option of the commands too: its group there, its help; ``how``: metavar, choices."""
+    return {"group": group, "help": told, **how}
+
+
+def _option(default: Any, group: str, told: str, **how: Any) -> Any:
+    return field(default=default, metadata=_about(group, told, **how))
+
+
+_LOSS, _LOOP, _WORKERS = "model and loss", "training", "workers"
+_NO_RECIPE = frozenset({"corpus_share", "threads", "cpu_bfloat16"})  # of these data, of this machine
+
+
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a run; kept in every checkpoint.
+    """Settings of a run; kept in every checkpoint. The commands' options are made of these fields.
 
     Raises:
         SerError: a value out of range, an unknown scheduler or augmentation.
     """
 
-    epochs: int = 50
-    batch_size: int = 64  # of all workers together
-    lr: float = 1e-4
-    weight_decay: float = 1e-5
-    scheduler: str = "cosine"
-    warmup_epochs: float = 0.0
-    clip_norm: float = 0.0  # 0 = no clipping
-    label_smoothing: float = 0.0
-    use_focal: bool = False
-    focal_gamma: float = 2.0
-    class_weights: tuple[float, ...] | None = None
-    oversample_boost: dict[int, float] = field(default_factory=dict)
-    corpus_share: dict[str, float] = field(default_factory=dict)  # of the draws; empty: by the root of their size
-    draws: int = 0  # of an epoch; 0 = as many as there are recordings
-    mask_missing_classes: bool = True  # a class that a corpus lacks is not in the softmax of its clips
-    ema: float = 0.0  # decay an update; 0 = no average
-    augment: tuple[str, ...] = ()  # names, with or without a strength, as warp:0.2
-    mixup_alpha: float = 0.2
-    patience: int = 7  # epochs without a better validation weighted F1; 0 = never stop early
-    seed: int = 42
-    threads: int = 0  # math threads of a worker; 0 = as PyTorch chooses
+    epochs: int = _option(50, _LOOP, "at most so many")
+    batch_size: int = _option(64, _LOOP, "of all workers together")
+    lr: float = _option(1e-4, _LOOP, "highest learning rate")
+    weight_decay: float = _option(1e-5, _LOOP, "of AdamW")
+    scheduler: str = _option("cosine", _LOOP, "course of the learning rate", choices=SCHEDULERS)
+    warmup_epochs: float = _option(0.0, _LOOP, "rise to the highest rate")
+    clip_norm: float = _option(0.0, _LOOP, "largest gradient norm; 0: no clipping")
+    label_smoothing: float = _option(0.0, _LOSS, "share of the target spread over all classes")
+    use_focal: bool = _option(False, _LOSS, "focal loss instead of cross-entropy")
+    focal_gamma: float = _option(2.0, _LOSS, "how far easy clips count less")
+    class_weights: tuple[float, ...] | None = _option(
+        None, _LOSS, "weights in the loss (default none)", metavar="balanced|none|CLASS:WEIGHT,..."
+    )
+    oversample_boost: dict[int, float] = field(
+        default_factory=dict,
+        metadata=_about(_LOSS, "draw classes more often, by index or name: 1:2.0,sad:1.5", metavar="CLASS:FACTOR,..."),
+    )
+    corpus_share: dict[str, float] = field(
+        default_factory=dict,
+        metadata=_about(
+            _LOSS,
+            "how much of the draws each corpus gets (column corpus; default: by the square root of its size)",
+            metavar="CORPUS:SHARE,...",
+        ),
+    )
+    draws: int = _option(0, _LOOP, "recordings drawn an epoch; 0: as many as there are")
+    mask_missing_classes: bool = _option(
+        True, _LOSS, "take classes that a corpus has not got out of the softmax of its recordings"
+    )
+    ema: float = _option(0.0, _LOOP, "decay of the average of weights at an update, as 0.995; 0: none")
+    augment: tuple[str, ...] = _option(
+        (),
+        _LOSS,
+        "of crop, stretch, shift, warp, masks, mixup, gain, noise, band, pitch; with commas (default none); stronger "
+        "or weaker than usual: stretch:0.15, warp:0.12 (shares), gain:6 (dB), noise:10 (lowest SNR in dB), band:0.2 "
+        "(how often)",
+        metavar="NAME[:STRENGTH],...",
+    )
+    mixup_alpha: float = _option(0.2, _LOSS, "of the Beta distribution that mixes")
+    patience: int = _option(7, _LOOP, "epochs without a better validation F1 before stopping; 0: never stop early")
+    seed: int = _option(42, _LOOP, "of weights, order and augmentation")
+    threads: int = _option(0, _WORKERS, "math threads a worker; 0: the CPUs shared out equally")
     mixed_precision: bool = True  # bfloat16 on a GPU
-    cpu_bfloat16: bool = False  # bfloat16 on CPUs too: faster where they have AMX
+    cpu_bfloat16: bool = _option(
+        False,
+        _LOOP,
+        "bfloat16 arithmetic on CPUs, as on GPUs: faster where `lscpu` shows amx_bf16 or avx512_bf16",
+    )
     channels_last: bool = True  # memory format of the 2-D models
+
+    @classmethod
+    def options(cls, *groups: str) -> list[Field[Any]]:
+        """The fields that are options, of these groups or of all, in order."""
+        found = [option for option in fields(cls) if option.metadata]
+        return [option for option in found if not groups or option.metadata["group"] in groups]
+
+    @classmethod
+    def recipe(cls) -> list[str]:
+        """Names of the options that another training takes over from a run to learn as that did."""
+        return [option.name for option in cls.options() if option.name not in _NO_RECIPE]
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -91,6 +128,8 @@ class FitConfig:
 
     def augmentation(self) -> AugmentConfig:
         """The augmentation that these settings name."""
+        from pipeline.training.augment import AugmentConfig  # and PyTorch, which the commands' help can do without
+
         return AugmentConfig.of(self.augment, mixup_alpha=self.mixup_alpha)
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,169 +161,37 @@ class FitConfig:
                 )
 
 
-PLAN_VERSION = 1
-KIND = "training"  # of plan.json
-SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
+def learning_rates(name: str, steps_per_epoch: int, epochs: int, warmup_epochs: float = 0.0) -> Callable[[int], float]:
+    """Factor of the peak learning rate at each step, from 0 to `steps_per_epoch * epochs`.
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run trains, on what, and where it is kept."""
-
-    out: Path
-    features: tuple[Path, ...]  # folders of extracted features, read as one
-    labels: tuple[str, ...]
-    model_name: str
-    model_options: Mapping[str, Any]
-    fit: FitConfig
-    teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.training.distillation`)
-    distill: float = DISTILL  # their share of the loss
-    init: Path | None = None  # bundle whose weights the training starts from
-    crops: int = 1  # windows a recording that are heard of those reported on
-    split: Mapping[str, Any] = field(default_factory=dict)  # the options that its parts were drawn with
-
-    @property
-    def checkpoint(self) -> Path:
-        """The full state after the last finished epoch."""
-        return self.out / "checkpoint.pt"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "version": PLAN_VERSION,
-            "features": [str(folder.absolute()) for folder in self.features],
-            "labels": list(self.labels),
-            "model": {"name": self.model_name, "options": dict(self.model_options)},
-            "fit": self.fit.to_dict(),
-            "teachers": [str(path.absolute()) for path in self.teachers],
-            "distill": self.distill,
-            "init": None if self.init is None else str(self.init.absolute()),
-            "crops": self.crops,
-            "split": dict(self.split),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], out: Path) -> Plan:
-        """The inverse of `to_dict`.
-
-        Raises:
-            SerError: a plan of another version.
-        """
-        if values.get("version") != PLAN_VERSION:
-            raise SerError(f"{out} holds a run of version {values.get('version')}, expected {PLAN_VERSION}; start anew")
-        return cls(
-            out=out,
-            features=tuple(map(Path, [features] if isinstance(features := values["features"], str) else features)),
-            labels=tuple(values["labels"]),
-            model_name=values["model"]["name"],
-            model_options=values["model"]["options"],
-            fit=FitConfig.from_dict(values["fit"]),
-            teachers=tuple(Path(path) for path in values.get("teachers", ())),
-            distill=values.get("distill", DISTILL),
-            init=None if values.get("init") is None else Path(values["init"]),
-            crops=values.get("crops", 1),
-            split=values.get("split", {}),
-        )
-
-    def check_continues(self, started: Plan) -> None:
-        """Refuse to go on with a run of other labels, parts, another model or other settings.
-
-        Raises:
-            SerError: names what differs.
-        """
-        ours, theirs = self.to_dict(), started.to_dict()
-        for name in ("labels", "model", "teachers", "distill", "init", "crops", "split"):
-            if ours[name] != theirs[name] and theirs[name] != {}:  # begun before this was kept
-                raise SerError(
-                    f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same"
-                )
-        self.fit.check_continues(started.fit)
-
-
-def read_plan(out: Path) -> Plan:
-    """The plan of a run.
-
-    Raises:
-        SerError: the folder holds no run, one of another version, or a damaged one.
+    Warm-up is linear from 0 for `cosine`; for `onecycle` it is the length of the rise.
     """
-    path = out / PLAN
-    if not path.is_file():
-        raise SerError(f"{out} holds no run to resume (no plan.json); leave --resume out to start one")
-    try:
-        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")), out)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SerError(f"{path} is damaged ({type(error).__name__}: {error}); start anew in another --out") from error
+    total = steps_per_epoch * epochs
+    warmup = min(round(warmup_epochs * steps_per_epoch), total)
+    return _onecycle(total, warmup) if name == "onecycle" else _cosine(total, warmup)
 
 
-def check_start(path: Path, model_name: str, features: FeatureConfig) -> Bundle:
-    """The bundle to start from.
+def _cosine(total: int, warmup: int) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return _descent((step - warmup) / max(total - warmup, 1))
 
-    Raises:
-        SerError: no bundle, one without a training record, of another network, or of other features.
-    """
-    bundle = load_bundle(path)
-    if bundle.training.empty or "training" not in bundle.metrics:
-        raise SerError(f"--init {path} does not say what it was trained on; give a bundle that `ser train` wrote")
-    if bundle.model_name != model_name:
-        raise SerError(f"--init {path} is a {bundle.model_name}, the training is of a {model_name}; give --model alike")
-    if bundle.features.fingerprint() != features.fingerprint():
-        raise SerError(
-            f"--init {path} takes {bundle.features.kind} features of other settings; extract the recordings with its "
-            "settings, or leave --init out"
-        )
-    return bundle
+    return factor
 
 
-def start_from(path: Path, model: nn.Module, model_name: str, labels: Sequence[str], features: FeatureConfig) -> None:
-    """Put the weights of the bundle at ``path`` into ``model``, whose classes are ``labels`` in index order.
+def _onecycle(total: int, warmup: int) -> Callable[[int], float]:
+    peak = float(warmup or ONECYCLE_RISE * total) - 1
+    start, end = 1 / _START_DIVISOR, 1 / _START_DIVISOR / _END_DIVISOR
 
-    Raises:
-        SerError: as ``check_start``; a network of other options, as its width.
-    """
-    bundle = check_start(path, model_name, features)
-    own = model.state_dict()
-    given = _for_classes(bundle.state_dict(), own, bundle.labels, labels)
-    try:
-        model.load_state_dict(given)
-    except RuntimeError as error:
-        raise SerError(
-            f"--init {path} is a network with the options {dict(bundle.model_options)}, the one to be trained has "
-            "others; give the same --width"
-        ) from error
+    def factor(step: int) -> float:
+        if step < peak:
+            return 1 - (1 - start) * _descent(step / peak)
+        return end + (1 - end) * _descent((step - peak) / max(total - 1 - peak, 1))
+
+    return factor
 
 
-def _for_classes(
-    given: Mapping[str, Tensor], own: Mapping[str, Tensor], theirs: Sequence[str], ours: Sequence[str]
-) -> dict[str, Tensor]:
-    """``given`` with a last layer for ``ours``: the rows of shared classes are kept, those of others are ``own``."""
-    if tuple(theirs) == tuple(ours):
-        return dict(given)
-    head = list(own)[-2:]  # weight and bias of the last layer, in every network here
-    changed = {name: own[name].clone() for name in head}
-    for row, label in enumerate(ours):
-        if label in theirs:
-            for name in head:
-                changed[name][row] = given[name][theirs.index(label)]
-    return {**given, **changed}
-
-
-def earlier_training(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Rows for ``training.csv`` of what the earlier model was trained on and ``table`` lacks, in its columns.
-
-    Their ``split`` is ``init``, so that the leak check counts them as known.
-    """
-    used = used_in_training(load_bundle(path).training)
-    new = used[~used[HASH_COLUMN].isin(set(table[HASH_COLUMN]) - {""}) & ~used["id"].isin(set(table["id"]))]
-    return new.assign(split="init").reindex(columns=list(table.columns), fill_value="")
-
-
-def about_start(path: Path | None) -> dict[str, object]:
-    """The ``init`` entry of a model's training record; empty where it began with random weights."""
-    if path is None:
-        return {}
-    bundle = load_bundle(path)
-    record = bundle.metrics.get("training", {})
-    return {
-        "init": {"model_sha256": bundle.weights_sha256}
-        | {name: record.get(name) for name in ("epochs", "trained_on", "settings")}
-    }
+def _descent(progress: float) -> float:
+    """Half a cosine: 1 at 0, 0 at 1 and after."""
+    return (1 + math.cos(math.pi * min(progress, 1.0))) / 2

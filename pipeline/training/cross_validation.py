@@ -20,9 +20,10 @@ from pipeline.data.splits import HASH_COLUMN, Fold
 from pipeline.features.store import MANIFEST
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import PLAN, atomic_path
-from pipeline.training.config import FitConfig, Plan
+from pipeline.training.config import FitConfig
 from pipeline.training.distillation import refuse_leaks
 from pipeline.training.loop import Record
+from pipeline.training.plan import Plan
 from pipeline.training.run import begin, check, check_resumes, load_checkpoint, read_history, read_splits, train_here
 
 PREDICTIONS = "predictions.parquet"

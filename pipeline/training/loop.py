@@ -32,10 +32,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.evaluation.outcomes import scores, tally
 from pipeline.storage.errors import SerError
 from pipeline.training.batches import Batches, TrainingData, WeightedSampler, shares_of
-from pipeline.training.config import FitConfig
+from pipeline.training.config import FitConfig, learning_rates
 from pipeline.training.distillation import Teachers
 from pipeline.training.distributed import Workers
-from pipeline.training.losses import ClassificationLoss, learning_rates
+from pipeline.training.losses import ClassificationLoss
 
 # numbers and limits of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.nodes import alive_nodes, check_nodes
-from pipeline.cluster.runtime import end_at_exit, joins_cluster, restore_priority, start_ray
+from pipeline.cluster.ray_internals import TRAIN_CONTROLLER, end_at_exit
+from pipeline.cluster.runtime import joins_cluster, restore_priority, start_ray
 from pipeline.features.store import MANIFEST
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import atomic_path
-from pipeline.training.config import Plan
 from pipeline.training.loop import IN_WORKERS, DivergedError, Record, Run
+from pipeline.training.plan import Plan
 from pipeline.training.run import HISTORY, LOCK_WAIT_NODES_S, LOCK_WAIT_S, read_history, train_here
 
 _BEAT_S = 0.5
@@ -68,7 +69,7 @@ def train_on_ray(
     finally:
         signal.signal(signal.SIGINT, handler)
         if not joins_cluster():
-            end_at_exit("ray::TrainController")
+            end_at_exit(TRAIN_CONTROLLER)
         shutil.rmtree(_storage(plan), ignore_errors=True)
     if complaint is not None:
         raise SerError(complaint)

@@ -20,8 +20,8 @@ from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.model_card import model_card
 from pipeline.models.networks import build_model
 from pipeline.reporting.report import terminal_summary, write_report
-from pipeline.training.config import SPLIT_SEED, Plan, about_start, earlier_training
 from pipeline.training.loop import StateDict, weights_of
+from pipeline.training.plan import SPLIT_SEED, Plan, about_start, earlier_training
 from pipeline.training.run import load_checkpoint, plot_curves, read_splits, rows_of
 
 INTERRUPTED = "interrupted"

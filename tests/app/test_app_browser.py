@@ -18,7 +18,7 @@ import soundfile
 from browser_page import CHARTS, Service, accessible, answered, answering, give, rested, tick
 
 from app_pages.words import percent
-from benchmarks.browser import CHROMIUM, FLAGS, PATIENCE_MS, page_process
+from tests.support.browser import CHROMIUM, FLAGS, PATIENCE_MS, page_process
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 FITS = """() => [...document.querySelectorAll('html, [data-testid=stMain]')]

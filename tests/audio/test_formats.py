@@ -13,10 +13,10 @@ import pytest
 import scipy.signal
 from audio_recordings import Samples, code_of, encoded, voice
 
-from benchmarks.recordings import FFMPEG, encode_av
 from pipeline.audio import load as audio
 from pipeline.audio.load import load, load_middle, probe
 from pipeline.storage.files import scan
+from tests.support.recordings import FFMPEG, encode_av
 
 SNDFILE = [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610"), ("CAF", "ALAC_16"), ("VOC", "PCM_16")]
 SNDFILE += [("NIST", "PCM_16"), ("NIST", "PCM_24"), ("NIST", "ULAW"), ("NIST", "ALAW"), ("MP3", "MPEG_LAYER_III")]

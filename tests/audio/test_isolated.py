@@ -12,10 +12,10 @@ import pytest
 import soundfile
 from audio_recordings import ONE_SECOND, code_of, encoded, voice
 
-from benchmarks.recordings import encode_av
 from pipeline.audio import load as audio
 from pipeline.audio.isolated import decode_in_subprocess
 from pipeline.audio.load import Limits, load, load_middle, load_once
+from tests.support.recordings import encode_av
 
 
 def test_the_subprocess_gives_the_same_clip(tmp_path: Path) -> None:

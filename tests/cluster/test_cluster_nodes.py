@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster_jobs import Running, Work, extraction, make_recordings
-from benchmarks.hosts import Hosts
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.cluster_jobs import Running, Work, extraction, make_recordings
+from tests.support.hosts import Hosts
 
 
 @pytest.fixture
@@ -60,17 +56,3 @@ def test_a_node_that_does_not_see_the_data_is_named(scratch: Path) -> None:
         assert code == 2, text
         assert f"error: node node-2 ({hosts.all[1].address}) does not see /tmp/out" in text
         assert "Traceback" not in text
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(5400)
-def test_nodes_die_and_nothing_is_lost(scratch: Path) -> None:
-    words = ["--kills", "1", "--cuts", "1", "--head_restarts", "1", "--files", "600", "--epochs", "3"]
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cluster_nodes", *words, "--scratch", str(scratch)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "0 runs were not right" in run.stdout

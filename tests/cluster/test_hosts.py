@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STOPPED = """
 import subprocess, sys, time
 from pathlib import Path
-from benchmarks.hosts import Hosts
+from tests.support.hosts import Hosts
 def start(self, host):
     host.main = subprocess.Popen(["sleep", "600"], start_new_session=True)
 Hosts.start = start

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray._private import ray_constants, services
+from ray.serve._private import replica
 
-from pipeline.cluster import runtime
+from pipeline.cluster import ray_internals, runtime
 from pipeline.storage.errors import SerError
 
 
@@ -42,13 +45,60 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]
 SLOW = "The current node timed out during startup."
 
 
-def test_a_slow_start_is_tried_once_more(starts: Callable[..., list[dict[str, Any]]]) -> None:
-    calls = starts(Exception(SLOW))
+def test_the_options_of_a_start(starts: Callable[..., list[dict[str, Any]]]) -> None:
+    calls = starts()
     runtime.start_ray(2)
-    assert len(calls) == 2
-    assert calls[0] == calls[1]
-    assert calls[0]["address"] == "local"
-    assert calls[0]["num_cpus"] == 2
+    assert (calls[0]["address"], calls[0]["num_cpus"]) == ("local", 2)
+
+
+def test_a_node_that_comes_up_late_is_waited_for_and_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = 0
+
+    def get_node(*_: object) -> str:
+        nonlocal asked
+        asked += 1
+        if asked < 4:
+            raise RuntimeError("not yet")
+        return "the node"
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr(runtime, "_TOLD_EVERY_S", 0.01)
+    with ray_internals.patience(60), runtime._said_how_long("starting Ray"):
+        assert services.get_node("address", "id") == "the node"
+    assert "starting Ray ... 0 s" in capsys.readouterr().err
+    assert services.get_node is get_node
+    asked = 0
+    with ray_internals.patience(0), pytest.raises(Exception, match="timed out"):
+        services.get_node("address", "id")
+
+
+def test_a_ray_with_other_insides_is_refused(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = starts()
+    monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
+    with pytest.raises(SerError, match=r"has no ray\._private\.ray_constants\.ENABLE_RAY_CLUSTER.*install Ray 2\.60"):
+        runtime.start_ray()
+    assert calls == []
+
+
+def test_a_port_that_is_not_opened_by_us_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when Ray Serve opens it by another function, or under another name."""
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(replica, "add_port_to_grpc_server", replica.add_port_to_grpc_server)  # put back at the end
+    port, opened = ray_internals.OwnPort(), []
+    port.install()
+    with pytest.raises(SerError, match="on all interfaces"):
+        port.check()
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    replica.add_port_to_grpc_server(SimpleNamespace(add_insecure_port=opened.append), "[::]:0")
+    port.check()
+    assert opened == ["127.0.0.1:0"]
+    monkeypatch.delattr(replica, "add_port_to_grpc_server")
+    with pytest.raises(SerError, match="add_port_to_grpc_server"):
+        ray_internals.OwnPort().install()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux confines processes to CPUs")
@@ -64,11 +114,18 @@ def test_ray_counts_no_cpus_that_this_process_may_not_use(
     assert [call["num_cpus"] for call in calls] == [2, None]  # None: as Ray counts
 
 
-def test_always_too_slow_is_told_in_a_line(starts: Callable[..., list[dict[str, Any]]]) -> None:
-    calls = starts(*[Exception(SLOW)] * 3)
-    with pytest.raises(SerError, match="Ray was not up within 30 s, 3 times; the machine is too busy"):
-        runtime.start_ray()
+def test_a_start_that_died_is_made_anew_until_the_limit(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = starts(Exception(SLOW), Exception(SLOW))
+    runtime.start_ray()
     assert len(calls) == 3
+    assert calls[0] == calls[2]
+    monkeypatch.setattr(runtime, "_START_LIMIT_S", -1.0)
+    calls = starts(Exception(SLOW))
+    with pytest.raises(SerError, match="the machine is too busy"):
+        runtime.start_ray()
+    assert len(calls) == 1
 
 
 def test_what_a_slow_start_left_is_ended_and_nothing_else(
@@ -162,7 +219,7 @@ def test_a_cluster_that_cannot_be_joined(
 
 
 LOOK = """
-from benchmarks.processes import command_of, descendants
+from tests.support.processes import command_of, descendants
 import os, ray
 from pipeline.cluster.runtime import restore_priority, start_ray
 def of(pid):
@@ -206,17 +263,17 @@ def test_only_a_local_ray_is_lean(starts: Callable[..., list[dict[str, Any]]], m
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux tells of all processes")
 def test_finished_workers_that_hang_are_ended_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_ray_children", lambda: {os.getpid()})
-    monkeypatch.setattr(runtime, "_finished", {})
+    monkeypatch.setattr(ray_internals, "children", lambda: {os.getpid()})
+    monkeypatch.setattr(ray_internals, "_finished", {})
     names = ("ray::Finished", "ray::AtWork")
     children = [subprocess.Popen([name, "60"], executable=shutil.which("sleep")) for name in names]
     try:
-        runtime.end_at_exit("ray::Finished")
-        assert list(runtime._finished) == [children[0].pid]
-        runtime._end_finished()
+        ray_internals.end_at_exit("ray::Finished")
+        assert list(ray_internals._finished) == [children[0].pid]
+        ray_internals.end_finished()
         assert children[0].wait(10) == -signal.SIGKILL
         assert children[1].poll() is None
-        runtime._end_finished()  # its number may be another's by now
+        ray_internals.end_finished()  # its number may be another's by now
         assert children[1].poll() is None
     finally:
         for child in children:

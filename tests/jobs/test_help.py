@@ -11,6 +11,7 @@ import pytest
 
 from jobs import cli
 from jobs._common import Parser
+from pipeline.training.config import FitConfig
 
 COMMANDS = sorted(cli.COMMANDS)
 
@@ -23,7 +24,8 @@ def parser_of(command: str) -> Parser:
 
 def examples(command: str) -> list[list[str]]:
     """The words of each `example:` line, without the command itself."""
-    text = " ".join((parser_of(command).epilog or "").split())
+    parser = parser_of(command)
+    text = " ".join(((parser.epilog or "") % {"prog": parser.prog}).split())
     lines = [part.split(";")[0].strip() for part in re.split(r"examples?:", text)[1:]]
     found = []
     for line in lines:
@@ -68,3 +70,43 @@ def test_help_goes_to_stdout_with_exit_code_0(command: str, capsys: pytest.Captu
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "example" in shown.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_called_as_it_was_given(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: ser {command} ")
+    assert cli.main([command, "--no_such_option"]) == 2
+    assert f"see ser {command} --help" in capsys.readouterr().err
+    module = importlib.import_module(f"jobs.{command}")
+    assert module.main(["--help"]) == 0
+    assert f"ser {command}" not in capsys.readouterr().out.split("\n\n")[0] or command == "submit"
+
+
+@pytest.mark.parametrize("command", ["train", "crossval"])
+def test_the_help_of_a_training_is_short_and_help_all_is_whole(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(word: str) -> list[str]:
+        assert cli.main([command, word]) == 0
+        return list(dict.fromkeys(re.findall(r"^  (?:-h, )?(--\w+)", capsys.readouterr().out, flags=re.MULTILINE)))
+
+    short, whole = shown("--help"), shown("--help-all")
+    assert len(short) <= 12
+    assert {"--out", "--epochs", "--lr", "--oversample_boost", "--use_focal", "--help_all"} <= set(short)
+    usual = [name for name in short if not name.startswith("--help")]
+    assert whole[: len(usual)] == usual
+    options = {
+        name for action in parser_of(command)._actions for name in action.option_strings if name.startswith("--")
+    }
+    assert set(whole) == options
+
+
+def test_every_setting_of_a_training_is_an_option_with_the_same_default() -> None:
+    given = parser_of("train").parse_args(["--features", "x"])
+    settings = FitConfig()
+    texts = {"class_weights": "none", "oversample_boost": "", "augment": ""}
+    for option in FitConfig.options():
+        assert getattr(given, option.name) == texts.get(option.name, getattr(settings, option.name)), option.name
+    machine = {"mixed_precision", "channels_last"}
+    assert {option.name for option in FitConfig.options()} | machine == set(settings.to_dict())

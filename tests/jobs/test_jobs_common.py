@@ -39,6 +39,53 @@ def test_booleans_as_the_brief_spells_them(text: str, value: bool) -> None:
     assert parser().parse_args(["--data_csv", "x", "--use_focal", text]).use_focal is value
 
 
+def with_out(*words: str) -> argparse.Namespace:
+    made = Parser(prog="job")
+    _common.add_out(made, "runs", "results")
+    made.add_argument("--resume", action="store_true")
+    asked: list[argparse.Namespace] = []
+
+    def job(arguments: argparse.Namespace) -> int:
+        asked.append(arguments)
+        if "--resume" not in words:
+            (arguments.out / "result").touch()
+        return 0
+
+    return asked[0] if run(job, made, words) == 0 else argparse.Namespace(out=None)
+
+
+def test_without_out_each_start_has_a_new_dated_folder_that_is_named_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "2026-11-30_094636")  # both in one second
+    assert [str(with_out().out) for _ in "ab"] == ["runs/2026-11-30_094636", "runs/2026-11-30_094636_2"]
+    assert capsys.readouterr().err.splitlines()[0].endswith("everything goes into runs/2026-11-30_094636")
+    assert str(with_out("--out", "mine/x", "--resume").out) == "mine/x"
+    assert not Path("mine").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dated_folder_that_nothing_was_put_into_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = Parser(prog="job")
+    _common.add_out(made, "runs", "results")
+
+    def refuse(arguments: argparse.Namespace) -> int:
+        (arguments.out / ".lock").touch()
+        raise SerError("refused")
+
+    assert run(refuse, made, []) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert with_out("--resume").out is None
+    assert "--resume without --out; give the folder" in capsys.readouterr().err
+    (tmp_path / "runs").write_text("a file")
+    assert run(refuse, made, []) == 2
+    assert "cannot make a folder in runs: File exists; give another one with --out" in capsys.readouterr().err
+
+
 def raises(error: BaseException) -> Callable[[argparse.Namespace], int]:
     def job(_: argparse.Namespace) -> int:
         raise error

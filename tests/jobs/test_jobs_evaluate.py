@@ -97,6 +97,17 @@ def test_recordings_in_report_out(
     assert (tmp_path / "out" / "confusion_matrix.png").stat().st_size > 10_000
 
 
+def test_the_briefs_own_command_line(
+    ravdess_like: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scan_folder(ravdess_like).iloc[::4].to_csv("val_metadata.csv", index=False)
+    assert job.main(["--model_weights", str(tiny_bundle.weights_path), "--data_csv", "val_metadata.csv"]) == DONE
+    (made,) = Path("reports").iterdir()
+    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: everything goes into {made}"
+    assert {"report.html", "confusion_matrix.png", "predictions.csv"} <= {path.name for path in made.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("right", "failed", "words", "code"),
     [
@@ -374,7 +385,7 @@ def test_models_that_know_the_recordings_are_not_compared_without_a_word(
 @pytest.mark.parametrize(
     "words",
     [
-        *(["--enforce"], ["--protocol", "loso"], ["--model_weights", "m"], ["--embed_audio", "2"], ["--epochs", "3"]),
+        *(["--enforce"], ["--model_weights", "m"], ["--embed_audio", "2"]),
         *(["--min_accuracy", "90"], ["--min_class_accuracy", "0.5"]),
         *(["--crops", "3"], ["--root", "r"], ["--label_map", "a=sad"]),  # of tables
     ],

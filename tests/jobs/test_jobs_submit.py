@@ -135,6 +135,14 @@ def test_relative_paths_without_storage_are_refused() -> None:
         placed("extract", extract_parser(), "--data_dir /a --out x", None)
 
 
+def test_without_out_a_dated_folder_lies_on_the_storage(folder: Path) -> None:
+    words = placed("train", train_parser(), "--features features").words
+    assert words[:3] == ["--features", "/shared/features", "--out"]
+    assert words[3].startswith("/shared/runs/20")
+    with pytest.raises(SerError, match=r"--out runs/\S+ is relative; give --storage_path"):
+        placed("train", train_parser(), "--features /features", None)
+
+
 def test_a_model_is_uploaded_whole_or_by_its_weights(folder: Path, tiny_bundle: Bundle) -> None:
     (folder / "runs").mkdir()
     (folder / "runs" / "tiny").symlink_to(tiny_bundle.folder)

@@ -25,6 +25,7 @@ from jobs.train import build_parser, main
 from jobs.train_options import fit_config
 from pipeline.audio.load import content_hash
 from pipeline.data.labels import LabelSet
+from pipeline.data.manifest import scan_folder
 from pipeline.features.extract import ShardOptions, ShardSummary
 from pipeline.features.store import load_features
 from pipeline.models.bundle import load_bundle
@@ -69,6 +70,25 @@ def test_recordings_to_bundle_and_report_with_two_ray_workers(
     for name in ("curves.png", "metrics.json", "README.md", "training.csv", "report/confusion_matrix.png"):
         assert (out / name).is_file(), name
     assert bundle.metrics["training"]["settings"]["use_focal"] is True
+
+
+def test_the_briefs_own_command_line(
+    features: Path, ravdess_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As it is written; what follows on the line, and features that are there already, make the training small."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "extracted", lambda arguments: ((features,), 0))
+    scan_folder(ravdess_like).to_csv("metadata.csv", index=False)
+    line = (
+        "--data_csv metadata.csv --batch_size 64 --lr 1e-4 --epochs 50 --oversample_boost 1:2.0,2:2.0 --use_focal False"
+    )
+    assert main([*line.split(), "--epochs", "1", "--num_workers", "0", "--width", "0.125"]) == 0
+    (made,) = Path("runs").iterdir()
+    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: everything goes into {made}"
+    assert load_bundle(made).metrics["training"]["settings"]["oversample_boost"] == {"1": 2.0, "2": 2.0}
+    assert (made / "report" / "report.html").is_file()
+    assert main(["--features", "nowhere"]) == 2
+    assert list(Path("runs").iterdir()) == [made]
 
 
 def test_without_ray_and_again(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

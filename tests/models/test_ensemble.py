@@ -16,7 +16,7 @@ from scipy.stats import gmean
 from toy_data import write_features
 
 from jobs._recipe import with_recipe
-from jobs.evaluate import main as evaluate
+from jobs.crossval import main as crossval
 from jobs.join import main
 from pipeline.features.features import FeatureConfig
 from pipeline.inference.predictor import Predictor
@@ -171,7 +171,7 @@ def test_folds_are_tested_with_their_models_joined(tmp_path: Path, capsys: pytes
     words = ["--protocol", "speaker_kfold", "--features", str(features), "--folds", "2", "--inner_val", "0"]
     words += ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--width", "0.125"]
     out = tmp_path / "out"
-    assert evaluate([*words, "--join_seeds", "7", "8", "--out", str(out), "--keep_weights"]) == 0
+    assert crossval([*words, "--join_seeds", "7", "8", "--out", str(out), "--keep_weights"]) == 0
     assert "speaker_kfold: seed 8" in capsys.readouterr().err
     found = pd.read_parquet(out / "speaker_kfold" / "predictions.parquet")
     columns = [name for name in found.columns if name.startswith("p_")]
@@ -190,7 +190,7 @@ def test_folds_are_tested_with_their_models_joined(tmp_path: Path, capsys: pytes
 def test_seeds_to_join_are_two_or_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seeds in (["7"], ["7", "7"]):
         words = ["--protocol", "kfold", "--features", str(tmp_path), "--out", str(tmp_path / "out")]
-        assert evaluate([*words, "--join_seeds", *seeds]) == 2
+        assert crossval([*words, "--join_seeds", *seeds]) == 2
         assert "--join_seeds: give two or more seeds, each once" in capsys.readouterr().err
 
 

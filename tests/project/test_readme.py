@@ -65,14 +65,14 @@ def commands() -> list[str]:
 
 SER = [line for line in commands() if line.startswith("ser ")]
 CURL = [line for line in commands() if line.startswith("curl ")]
-LONG = {"extract", "train", "submit"}  # and protocols
+LONG = {"extract", "train", "crossval", "submit", "calibrate"}
 
 
 PREDICT = [line for line in SER if line.startswith("ser predict ")]
 
 
 def is_long(line: str) -> bool:
-    return line.split()[1] in LONG or "--protocol" in line or line.split()[1] == "calibrate"
+    return line.split()[1] in LONG
 
 
 def test_every_block_is_marked_and_every_command_is_known() -> None:
@@ -122,8 +122,8 @@ def desk(ravdess_like: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: p
 def as_words(line: str, bundle: str = "runs/first") -> list[str]:
     """The command's words, without Ray, and with the small bundle where the shipped one would answer."""
     words = shlex.split(line)[1:]
-    more = RAY_FREE.get(words[0], []) if "--protocol" not in words else []
-    if words[0] in MODEL_TAKERS and "--model_weights" not in words and "--protocol" not in words:
+    more = RAY_FREE.get(words[0], [])
+    if words[0] in MODEL_TAKERS and "--model_weights" not in words:
         more = [*more, "--model_weights", bundle]
     return [*words, *more]
 
@@ -154,12 +154,12 @@ def test_the_answers_shown_are_those_of_the_shipped_model(
 def test_the_long_ones_run_one_after_the_other(
     desk: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Extract, train, protocols, calibrate, as the README has them, with one epoch instead of many."""
+    """Extract, train, crossval, calibrate, as the README has them, with one epoch instead of many."""
     shutil.rmtree(desk / "runs")
     assert cli.main(["manifest", "RAVDESS", "--out", "metadata.csv"]) == 0
     for line in (line for line in SER if is_long(line) and not line.startswith("ser submit")):
         words = as_words(re.sub(r"--epochs \d+", "--epochs 1", line))
-        words += ["--folds", "2", "--inner_val", "0"] if "--protocol" in words else []  # 64 clips of four speakers
+        words += ["--folds", "2", "--inner_val", "0"] if words[0] == "crossval" else []  # 64 clips of four speakers
         assert cli.main(words) == 0, (line, capsys.readouterr().err)
     assert (desk / "runs/first/config.json").is_file()
     assert (desk / "protocols/protocols.html").is_file()

@@ -17,7 +17,7 @@ from pipeline.cluster import submit
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = [
     path
-    for folder in ("pipeline", "jobs", "serve", "app_pages", "benchmarks", "samples")
+    for folder in ("pipeline", "jobs", "serve", "app_pages", "benchmarks", "lab", "samples")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 # Between two tasks of one run, through Ray's object store, which pickles everything itself

@@ -49,7 +49,7 @@ assert (decode_in_subprocess(first).samples == audio.load_middle(first).samples)
 from toy_data import LABELS, write_features
 from pipeline.features.store import load_features
 from pipeline.training.config import FitConfig
-from pipeline.training.config import Plan
+from pipeline.training.plan import Plan
 from pipeline.training.run import begin, train_here
 from pipeline.data.splits import split_table
 

@@ -28,7 +28,6 @@ from conftest import SERVICE_LIMITS
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 from serving import form, wav
 
-from benchmarks.processes import command_of, descendants
 from jobs import infer
 from pipeline.features.store import load_features
 from pipeline.inference.predictor import Predictor
@@ -37,6 +36,7 @@ from serve.client import Busy, Client
 from serve.client_wire import single
 from serve.schema import Problem, Recording
 from serve.settings import Settings
+from tests.support.processes import command_of, descendants
 
 MIB = 2**20
 

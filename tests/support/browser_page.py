@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serve.client_errors import ClientError
 
 from app_pages.words import NOT_SURE_BELOW, headline, trouble
-from benchmarks.services import HOST, ROOT, free_port
-from serve.client import Client, ClientError
+from serve.client import Client
 from serve.schema import Problem
+from tests.support.processes import HOST, ROOT, free_port
 
 SERVICE_WORDS = [sys.executable, "-m", "jobs.serve"]
 START_S = 600.0

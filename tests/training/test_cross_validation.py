@@ -1,4 +1,4 @@
-"""``jobs.evaluate --protocol``: folds trained on Ray, resumed, compared; and what the table says, by hand."""
+"""``jobs.crossval``: folds trained on Ray, resumed, compared; and what the table says, by hand."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from toy_data import write_features
 
+from jobs import crossval, submit
+from jobs import evaluate as evaluate_job
 from jobs._recipe import with_recipe
-from jobs.evaluate import main
+from jobs.crossval import main
 from jobs.train_options import fit_config, model_options
 from pipeline.data.labels import LabelSet
 from pipeline.data.splits import Fold
@@ -28,8 +30,8 @@ from pipeline.models.networks import build_model
 from pipeline.reporting.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked
-from pipeline.training.config import read_plan
 from pipeline.training.cross_validation import FoldConcurrency
+from pipeline.training.plan import read_plan
 
 FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]
 FAST += ["--width", "0.125"]
@@ -145,7 +147,7 @@ def test_recordings_that_could_not_be_read_are_told_beside_the_figures(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--protocol", "kfold"], "--protocol needs --data_csv"),
+        (["--protocol", "kfold"], "one of the arguments --data_csv --features is required"),
         (["--protocol", "threefold"], "expected one or more of holdout, kfold"),
         (["--protocol", ""], "expected one or more of holdout, kfold"),
         (["--protocol", "kfold", "--folds", "1"], "expected 2 to 8"),
@@ -153,9 +155,7 @@ def test_recordings_that_could_not_be_read_are_told_beside_the_figures(
         (["--protocol", "kfold", "--recipe", "nowhere"], "no model bundle at nowhere"),
         (["--protocol", "kfold", "--folds_csv", "nowhere.csv"], "cannot read nowhere.csv"),
         (["--protocol", "kfold", "--folds", "2", "--crops", "0"], "crops must be 1 or more, got 0"),
-        (["--protocol", "kfold", "--model_weights", "runs/first"], "leave --model_weights out"),
-        (["--protocol", "kfold", "--embed_audio", "3"], "leave --embed_audio out"),
-        (["--protocol", "kfold", "--leak_check", "error"], "leave --leak_check out"),
+        (["--protocol", "kfold", "--model_weights", "runs/first"], "unrecognized arguments: --model_weights"),
         (["--protocol", "kfold", "--label_map", "a=sad"], "--label_map is for a --data_csv or --data_dir"),
         (["--protocol", "kfold", "--num_cpus", "0"], "--num_cpus 0: folds are trained on Ray; give 1 or more"),
     ],
@@ -392,15 +392,27 @@ def test_folds_learn_from_the_kept_models_of_the_same_folds(
     assert "was trained on 12 recordings of the test part, which would flatter" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        *(["--keep_weights"], ["--teachers", "first"], ["--features", "features"], ["--recipe", "SHIPPED"]),
-        *(["--epochs", "0"], ["--augment", "masks"], ["--folds", "3"], ["--inner_val", "0"], ["--use_gpu"]),
-    ],
-)
-def test_options_of_protocols_are_refused_without_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    shipped = str(Path(__file__).resolve().parents[2] / "models" / "inception_ser_final")
-    words = [shipped if word == "SHIPPED" else word for word in words]
-    assert main([*words, "--data_csv", "test.csv", "--out", "out"]) == 2
-    assert f"{words[0]} is for --protocol, which trains models" in capsys.readouterr().err
+@pytest.mark.parametrize("old", [["--protocol", "loso"], ["--protocol=kfold,loso"]])
+def test_the_words_from_before_it_had_a_name_of_its_own(
+    old: list[str], features: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*old, "--features", str(features), "--epochs", "3", "--out", "out"]
+    asked: list[Any] = []
+    monkeypatch.setattr(crossval, "job", lambda arguments: asked.append(arguments) or 0)
+    assert evaluate_job.main(words) == 0
+    assert capsys.readouterr().err == (
+        f"evaluate --protocol is a command of its own now: ser crossval {' '.join(words)}\n"
+    )
+    assert (asked[0].protocol[-1], asked[0].epochs, asked[0].out) == (
+        "loso" if "loso" in old[-1] else "kfold",
+        3,
+        Path("out"),
+    )
+    sent = submit.split_words(submit.build_parser(), ["evaluate", *words])
+    assert (sent.job, sent.words) == ("crossval", words)
+
+
+@pytest.mark.parametrize("words", [["--keep_weights"], ["--features", "features"], ["--epochs", "3"]])
+def test_evaluate_takes_none_of_its_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_job.main([*words, "--data_csv", "test.csv", "--out", "out"]) == 2
+    assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err

@@ -17,9 +17,10 @@ from pipeline.features.features import FeatureConfig
 from pipeline.models.bundle import load_bundle, save_bundle
 from pipeline.models.networks import build_model
 from pipeline.storage.errors import SerError
-from pipeline.training.config import FitConfig, Plan
+from pipeline.training.config import FitConfig
 from pipeline.training.distillation import Teachers, load_teachers, refuse_leaks, without_batch_norms
 from pipeline.training.loop import Run, fit
+from pipeline.training.plan import Plan
 
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]
 FAST += ["--width", "0.125"]

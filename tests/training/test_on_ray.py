@@ -18,8 +18,9 @@ from pipeline.data.splits import split_table
 from pipeline.features.store import load_features
 from pipeline.storage.errors import SerError
 from pipeline.training import on_ray as train
-from pipeline.training.config import FitConfig, Plan
+from pipeline.training.config import FitConfig
 from pipeline.training.on_ray import _Beat, _user_error, _Watch, train_on_ray
+from pipeline.training.plan import Plan
 from pipeline.training.run import begin, load_checkpoint, read_history, train_here, write_history
 
 CONFIG = FitConfig(epochs=2, batch_size=16, lr=1e-3, ema=0.9, augment=("crop", "mixup"), threads=1)

@@ -27,8 +27,9 @@ from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked
 from pipeline.training import results
 from pipeline.training import run as runs
-from pipeline.training.config import FitConfig, Plan, read_plan
+from pipeline.training.config import FitConfig
 from pipeline.training.loop import Run
+from pipeline.training.plan import Plan, read_plan
 from pipeline.training.results import keep_weights, write_results
 from pipeline.training.run import (
     begin,

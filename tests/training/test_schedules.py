@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from pipeline.training.losses import learning_rates
+from pipeline.training.config import learning_rates
 
 STEPS, EPOCHS = 10, 20
 

@@ -1,10 +1,11 @@
-"""What the benchmarks share: folders of hard links, process trees and their memory, the machine in a line."""
+"""What tests and benchmarks share: free ports, folders of hard links, process trees and their memory, the machine."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,16 @@ from pathlib import Path
 
 from pipeline.audio.load import EXTENSIONS
 from pipeline.storage.files import local_path, scan
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    """A port of ``HOST`` that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        return int(free.getsockname()[1])
 
 
 def linked_folder(source: Path, folder: Path, n: int) -> Path:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 import soundfile
 
-from benchmarks.hosts import ROOT, Hosts
-from benchmarks.recordings import synthetic_speech
 from pipeline.data.labels import RAVDESS_LABELS
 from pipeline.training.run import read_history
+from tests.support.hosts import ROOT, Hosts
+from tests.support.recordings import synthetic_speech
 
 RATE_HZ = 16_000
 DEADLINE_S = 1800.0

@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.processes import command_of, descendants
+from tests.support.processes import ROOT, command_of, descendants
 
-ROOT = Path(__file__).resolve().parents[1]
-HIDDEN = ("pipeline", "jobs", "serve", "models", "benchmarks", "tests")
+HIDDEN = ("pipeline", "jobs", "serve", "models", "benchmarks", "lab", "tests")
 START_S = 900.0
 TRIES = 4
 PORT, DASHBOARD = 6379, 8265

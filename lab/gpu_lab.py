@@ -1,8 +1,8 @@
 """Many trainings side by side on one GPU: recipes compared over five folds, six actor folds and seeds, in minutes.
 
-    python -m benchmarks.gpu_lab pack --features FEATURES --out lab.npz        # here: what travels, without audio
-    python -m benchmarks.gpu_lab run --data lab.npz --plan PLAN.json --out OUT # on the GPU: PyTorch, pandas, sklearn
-    python -m benchmarks.gpu_lab report --features FEATURES --data lab.npz --answers answers.npz --recipe base --out OUT
+    python -m lab.gpu_lab pack --features FEATURES --out lab.npz        # here: what travels, without audio
+    python -m lab.gpu_lab run --data lab.npz --plan PLAN.json --out OUT # on the GPU: PyTorch, pandas, sklearn
+    python -m lab.gpu_lab report --features FEATURES --data lab.npz --answers answers.npz --recipe base --out OUT
 
 A plan is a list of waves; a wave is a list of recipes, trained at once, every training on its own CUDA stream:
 {"name": "base", "jobs": ["five", "six"], "seeds": [42], "fit": {FitConfig}, "model": "inception", "dropout": 0.4,
@@ -10,14 +10,14 @@ A plan is a list of waves; a wave is a list of recipes, trained at once, every t
 ("base@5"); nothing is chosen by the answers, but where a recipe says "like_best_of": [names]: it takes after the
 recipe of the best accuracy on the other folds of the same job.
 "teachers" names recipes of earlier waves: those of the same job and fold, all seeds, teach together. Plans that an H100
-has run, in 7 and 4 minutes: benchmarks/plans/unseen_voices.json (six actor folds, features of 3 s, copies made by
-``benchmarks.other_voices``) and shipped_recipe.json (five folds of the 80 %, whose answers gave the temperature that
-ships). One that is to be run: joined_voices.json, three networks of 3 s to be joined (``report --seed 45 46 47``).
-benchmarks/answers has what an H100 answered in experiments 35 and 36 (logits, no audio): ``report`` needs no GPU.
+has run, in 7 and 4 minutes: lab/plans/unseen_voices.json (six actor folds, features of 3 s, copies made by a script
+that commit cfec75a has for the last time) and shipped_recipe.json (five folds of the 80 %, whose answers gave the
+temperature that ships). One that is to be run: joined_voices.json, three networks of 3 s to be joined (``report --seed
+45 46 47``). ``report`` needs no GPU, only the answers that ``run`` wrote.
 
 ``five`` are the folds of the 80 %, ``six`` the actor folds, ``inner`` trains on train and answers inner_val, ``final``
 trains on the 80 % (``--keep``: and keeps them; ``--open_test``: answers the test part: write it in docs/LAB_LOG.md).
-Limits: one GPU; see ``benchmarks.gpu_data`` for what is rounded, ``benchmarks.gpu_training`` for what differs from
+Limits: one GPU; see ``lab.gpu_data`` for what is rounded, ``lab.gpu_training`` for what differs from
 ``pipeline.training.loop``.
 """
 
@@ -35,8 +35,8 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.gpu_data import SPLITS, Data, pack
-from benchmarks.gpu_training import N_CLASSES, Recipe, Training, train_wave
+from lab.gpu_data import SPLITS, Data, pack
+from lab.gpu_training import N_CLASSES, Recipe, Training, train_wave
 from pipeline.evaluation.outcomes import reliability, scores, tally
 
 FOLDS = {"five": range(1, 6), "six": range(1, 7), "inner": [1], "final": [1]}
@@ -186,6 +186,7 @@ def report(arguments: argparse.Namespace) -> None:
     Of several seeds the mean log-probabilities: the answers of one model that joins their networks.
     """
     from jobs.protocols import labelled_recordings
+
     from pipeline.data.manifest import label_set
     from pipeline.data.splits import assignment, folds_of
     from pipeline.features.store import load_features

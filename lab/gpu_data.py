@@ -1,4 +1,4 @@
-"""What the trainings of ``benchmarks.gpu_lab`` share: features of all recordings in one small file, without audio.
+"""What the trainings of ``lab.gpu_lab`` share: features of all recordings in one small file, without audio.
 
 ``pack`` rounds mel power to 0.2 dB (that of copies to 0.4 dB), log-mel features to 0.01 and frame features to 0.06 of
 a standard deviation.

@@ -1,4 +1,4 @@
-"""One training of ``benchmarks.gpu_lab`` on a CUDA stream of its own, and many of them at once.
+"""One training of ``lab.gpu_lab`` on a CUDA stream of its own, and many of them at once.
 
 Models, sampler, draws, losses, schedules and augmentation are the project's own; the step (bfloat16 forward and
 backward of the Inception, float32 of the CNN-BiLSTM; AdamW and EMA in float32) is captured once as a CUDA graph.
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.gpu_data import Data
+from lab.gpu_data import Data
 from pipeline.models.networks import build_model
 from pipeline.training.augment import Augmenter, Column, Draws
 from pipeline.training.batches import WeightedSampler

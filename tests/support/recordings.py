@@ -1,4 +1,4 @@
-"""Synthetic recordings in every format, for the fuzz run and the benchmarks: no data needed, the same each time."""
+"""Synthetic recordings in every format, for tests, the fuzz run and benchmarks: no data needed, the same each time."""
 
 from __future__ import annotations
 

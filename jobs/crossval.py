@@ -1,23 +1,36 @@
-"""``jobs.evaluate --protocol``: train and test a recipe on the folds of the recordings, and compare the protocols."""
+"""A recipe trained and tested on folds of the recordings, one model each; several ways to fold are compared. On Ray."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, EXIT_TARGET_MISSED, Parser, add_label_names, say, true_or_false
-from jobs._provenance import provenance
-from jobs._recipe import add_recipe_option
+from jobs._common import (
+    EXIT_DONE,
+    EXIT_SOME_FAILED,
+    EXIT_TARGET_MISSED,
+    LabelMap,
+    Parser,
+    add_label_names,
+    add_out,
+    called,
+    run,
+    say,
+    true_or_false,
+    underscored,
+)
+from jobs._recipe import add_recipe_option, with_recipe
+from jobs._targets import add_targets, targets_of
 from jobs.train_options import (
+    USUAL,
     add_distill_option,
-    add_loop_options,
-    add_model_options,
+    add_fit_options,
     fit_config,
     model_options,
     refuse_beside_features,
@@ -28,35 +41,55 @@ from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.data.splits import Fold
     from pipeline.training.cross_validation import FoldConcurrency
 
-_NAMES = (
-    "holdout",
-    "kfold",
-    "speaker_kfold",
-    "loso",
-    "loco",
-)  # folds.PROTOCOLS; its import takes a second
+_NAMES = ("holdout", "kfold", "speaker_kfold", "loso", "loco")  # folds.PROTOCOLS; its import takes a second
 
 
-def add_options(parser: Parser) -> None:
-    """The options of a protocol run: folds, and the training of each."""
-    group = parser.add_argument_group("protocols: train and test a recipe instead of testing a model")
+def build_parser() -> Parser:
+    """The options of this job."""
+    parser = Parser(
+        prog=called("crossval"),
+        description=__doc__,
+        epilog="example: %(prog)s --protocol kfold,speaker_kfold --features features --epochs 60 --out protocols",
+    )
+    _add_data_options(parser)
+    _add_fold_options(parser)
+    add_targets(parser)
+    add_recipe_option(parser)
+    add_fit_options(parser, ("model and loss", "training"))
+    parser.put_first(USUAL)
+    return parser
+
+
+def _add_data_options(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label; extracted to OUT/features")
+    source.add_argument("--features", type=Path, nargs="+", metavar="FOLDER", help="folders that jobs.extract wrote")
+    group.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
+    group.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
+    add_label_names(group)
+    add_out(group, "reports", "figures and pages; the same one again goes on where it ended")
+    group.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
+    group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    group.add_argument("--crops", type=int, default=1, help="windows a tested recording, evenly spaced (default 1)")
+    group.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here (default: all)")
+
+
+def _add_fold_options(parser: Parser) -> None:
+    """Folds, and the training of each."""
+    group = parser.add_argument_group("folds")
     group.add_argument(
         "--protocol",
         type=_protocols,
+        default=("kfold",),
         metavar="NAME,...",
-        help=f"of {', '.join(_NAMES)}; several are compared, as kfold,speaker_kfold",
+        help=f"of {', '.join(_NAMES)}; several are compared, as kfold,speaker_kfold (default kfold)",
     )
-    group.add_argument(
-        "--features",
-        type=Path,
-        nargs="+",
-        metavar="FOLDER",
-        help="folders that jobs.extract wrote, instead of --data_csv",
-    )
-    add_label_names(group)
     group.add_argument("--folds", type=int, default=5, help="of kfold and speaker_kfold (default 5)")
     group.add_argument(
         "--folds_csv",
@@ -91,20 +124,6 @@ def add_options(parser: Parser) -> None:
     group.add_argument("--folds_at_once", type=int, help="default: as many as there are GPUs, or CPUs")
     group.add_argument("--use_gpu", type=true_or_false, nargs="?", const=True, help="default: when there is one")
     group.add_argument("--max_failures", type=int, default=3, help="how often a fold that died is started again")
-    add_recipe_option(parser)
-    add_model_options(parser)
-    add_loop_options(parser)
-
-
-def refuse_options(arguments: argparse.Namespace, why: str) -> None:
-    """Refuse options that only a protocol run heeds, where none is asked for; ``why`` follows "--NAME is"."""
-    parser = Parser(add_help=False)
-    add_options(parser)
-    if arguments.recipe:  # before the settings that it brings along
-        raise SerError(f"--recipe is {why}; leave it out")
-    for name, default in vars(parser.parse_args([])).items():
-        if getattr(arguments, name) != default:
-            raise SerError(f"--{name} is {why}; leave it out")
 
 
 def _protocols(text: str) -> tuple[str, ...]:
@@ -114,26 +133,28 @@ def _protocols(text: str) -> tuple[str, ...]:
     return names
 
 
-def job(arguments: argparse.Namespace, targets: Targets) -> int:
+def asked(words: Sequence[str]) -> bool:
+    """Whether words of ``evaluate`` are of this command, as they were before it had a name; if so, that is said."""
+    if not any(underscored(word).partition("=")[0] in ("--protocol", "--protoco", "--protoc") for word in words):
+        return False
+    say(f"evaluate --protocol is a command of its own now: ser crossval {shlex.join(words)}")
+    return True
+
+
+def job(arguments: argparse.Namespace) -> int:
     """Train and test under each protocol, and say what came of it."""
-    if (arguments.features is None) == (arguments.data_csv is None):
-        raise SerError("--protocol needs --data_csv (a labelled CSV) or --features (what jobs.extract wrote)")
-    for name in ("model_weights", "embed_audio"):
-        if getattr(arguments, name):
-            raise SerError(f"--protocol trains and tests models of its own; leave --{name} out")
-    if arguments.leak_check != "warn":
-        raise SerError("--protocol never tests a fold on what it trained on; leave --leak_check out")
     if arguments.out.resolve() in [folder.resolve() for folder in arguments.teachers]:  # --overwrite would remove them
         raise SerError(f"--out {arguments.out} is where the teachers are; give another --out")
     if len(set(arguments.join_seeds)) != len(arguments.join_seeds) or len(arguments.join_seeds) == 1:
         raise SerError("--join_seeds: give two or more seeds, each once; one alone is --seed")
     refuse_beside_features(arguments)
     with locked(arguments.out / ".protocols.lock", f"training the folds in {arguments.out}"):
-        return _job(arguments, targets)
+        return _job(arguments, targets_of(arguments))
 
 
 def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     """``job``, in a folder that is held: ``--overwrite`` would remove the folds that another start is training."""
+    from jobs._provenance import provenance
     from pipeline.reporting.protocol_report import protocols_summary, write_protocols
 
     features, failed = (tuple(arguments.features), 0) if arguments.features else _extracted(arguments)
@@ -192,7 +213,7 @@ def unread_note(features: Sequence[Path], read: int) -> str | None:
 
 def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) -> list[Fold]:
     from pipeline.data.splits import assignment, folds_of
-    from pipeline.training.config import SPLIT_SEED
+    from pipeline.training.plan import SPLIT_SEED
 
     assigned = None if arguments.folds_csv is None else assignment(table, arguments.folds_csv, "fold")
     found = folds_of(
@@ -223,8 +244,8 @@ def _run(
     from pipeline.models.ensemble import mean_answers
     from pipeline.reporting.protocol_report import protocol_row
     from pipeline.reporting.report import write_report
-    from pipeline.training.config import Plan
     from pipeline.training.cross_validation import train_folds
+    from pipeline.training.plan import Plan
 
     out: Path = arguments.out / protocol
     if arguments.overwrite:
@@ -239,7 +260,7 @@ def _run(
         fit=fit_config(arguments, labels, table, threads=side.cpus),
         teachers=tuple(folder / protocol for folder in arguments.teachers),
         distill=arguments.distill,
-        crops=1 if arguments.crops is None else arguments.crops,
+        crops=arguments.crops,
     )
     say(f"{protocol}: {side.folds} folds at once, {side.cpus} threads each -> {out}")
 
@@ -288,3 +309,15 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> FoldConcurrency:
     if cpus < 1:
         raise SerError(f"--num_cpus {cpus}: folds are trained on Ray; give 1 or more, or leave it out for all CPUs")
     return FoldConcurrency.of(folds, arguments.folds_at_once, cpus, gpus)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
+    return run(job, parser, argv, prepare=with_recipe)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.services import HOST, ROOT, free_port
+from tests.support.processes import HOST, ROOT, free_port
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")

@@ -1,0 +1,241 @@
+"""The one place for names of Ray that are private, undocumented, or spelled in a string.
+
+What is here works with the Ray that is pinned (``SUPPORTED``) and may not with another. `check` looks every name up
+before a local Ray starts, and refuses in one line when one is gone: a switch that silently did nothing could leave
+ports open on all interfaces. ``python -m pipeline.cluster.ray_internals`` lists what an installed Ray lacks.
+Limits: a name that is still there may have changed its meaning; the tests of the behaviour are in ``tests/cluster``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.storage.errors import SerError
+
+SUPPORTED = "2.60"
+BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # read where Ray decides between loopback and all interfaces
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the command of a submitted job
+TRAIN_CONTROLLER = "ray::TrainController"  # title of Ray Train's controlling process
+TALKATIVE = (  # loggers that repeat what we say
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+_CORE = (  # module, name in it
+    ("ray._private.ray_constants", "ENABLE_RAY_CLUSTER"),
+    ("ray._private.ray_constants", "env_bool"),
+    ("ray._raylet", "Config.initialize"),
+    ("ray._private.worker", "_global_node"),
+    ("ray._private.node", "Node.kill_log_monitor"),
+    ("ray._private.node", "Node.kill_dashboard"),
+    ("ray._private.node", "Node.kill_monitor"),
+    ("ray._private.services", "get_node"),
+)
+_OF_DATA = (("ray.data._internal.tensor_extensions.arrow", "FixedShapeTensorFormat.ARROW_NATIVE"),)
+_OF_SERVE = (
+    ("ray._common.tls_utils", "add_port_to_grpc_server"),
+    ("ray.serve._private.replica", "add_port_to_grpc_server"),
+)
+_finished: dict[int, bytes] = {}
+
+
+def missing(names: tuple[tuple[str, str], ...] = _CORE + _OF_DATA + _OF_SERVE) -> list[str]:
+    """Those of the names that the installed Ray lacks, as ``module.name``."""
+    lacking = []
+    for module, name in names:
+        try:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            lacking.append(f"{module}.{name}")
+    return lacking
+
+
+def check(names: tuple[tuple[str, str], ...] = _CORE) -> None:
+    """Refuse a Ray whose insides are not those that this project was written for.
+
+    Raises:
+        SerError: names the first that is gone.
+    """
+    if lacking := missing(names):
+        import ray
+
+        raise SerError(
+            f"Ray {ray.__version__} has no {lacking[0]}, which this project relies on; install Ray {SUPPORTED}"
+        )
+
+
+def reread_environment(*, joining: bool) -> None:
+    """Have Ray read again what it reads only when it is first imported; somebody may have imported it before.
+
+    They are ``RAY_AUTH_MODE`` and, for a local Ray, the variable that decides between loopback and all interfaces.
+    """
+    check()
+    from ray._private import ray_constants
+    from ray._private.ray_constants import env_bool  # type: ignore[attr-defined]
+    from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without a stub
+
+    Config.initialize("")
+    if not joining:
+        ray_constants.ENABLE_RAY_CLUSTER = env_bool(BEYOND_LOOPBACK, ray_constants.ENABLE_RAY_CLUSTER)
+
+
+def stop_helpers(*, lean: bool) -> None:
+    """End processes of a local Ray that do nothing for us but use CPU time; ``ray.init`` has no options for that.
+
+    One reads all log files ten times a second to print them in the driver, where we print none. ``lean``: also those
+    that serve a dashboard and ask an autoscaler for nodes.
+    """
+    from ray._private import worker
+
+    for name in ("log_monitor", *(("dashboard", "monitor") if lean else ())):
+        with suppress(AttributeError, KeyError):  # it is not running
+            getattr(worker._global_node, f"kill_{name}")(check_alive=False)
+
+
+@contextmanager
+def patience(limit_s: float) -> Iterator[None]:
+    """Give a start of a local Ray so long, and end it at once when its raylet has died.
+
+    Ray's own limit, 30 s, is a constant that a busy machine exceeds; and a raylet ends itself when its agents, two
+    Python processes, are not up within some 15 s, which Ray does not notice. Ray asks for the state of its new node
+    again and again: the first question is kept until it is answered, or never will be.
+    """
+    from ray._private import services
+
+    known: Callable[..., Any] = services.get_node
+    deadline_s, before = time.monotonic() + limit_s, _raylets()
+
+    def get_node(*words: Any, **named: Any) -> Any:
+        seen = False
+        while True:
+            try:
+                return known(*words, **named)
+            except RuntimeError as error:  # not there yet
+                up = bool(_raylets() - before)
+                if (seen and not up) or time.monotonic() > deadline_s:
+                    raise Exception("timed out during startup") from error
+                seen = seen or up
+                time.sleep(0.1)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = known
+
+
+def metrics_port(port: int | None) -> dict[str, Any]:
+    """The option of ``ray.init`` for the port of Prometheus metrics; none for any free port."""
+    return {"_metrics_export_port": port} if port else {}
+
+
+def native_tensors(context: Any) -> None:
+    """Have Ray Data write tensors of one shape as plain pyarrow knows them."""
+    check(_OF_DATA)
+    from ray.data._internal.tensor_extensions.arrow import FixedShapeTensorFormat
+
+    context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
+
+
+class OwnPort:
+    """Where a process of Ray Serve opens its port for calls: at the node's address, which is loopback for a local Ray.
+
+    Ray Serve opens it after the deployment's constructor, on all interfaces. `install` has it opened at our address
+    instead; `check` fails once a process serves whose port was opened without us.
+    """
+
+    def __init__(self) -> None:
+        self._opened = False
+
+    def install(self) -> None:
+        """Take the place of the function that opens the port.
+
+        Raises:
+            SerError: Ray Serve has no such function, or does not use it by that name.
+        """
+        check(_OF_SERVE)
+        from ray._common.tls_utils import add_port_to_grpc_server
+        from ray.serve._private import replica
+        from ray.util import get_node_ip_address
+
+        address = get_node_ip_address()
+        host = f"[{address}]" if ":" in address else address
+
+        def add_port(server: Any, _: str) -> Any:
+            self._opened = True
+            return add_port_to_grpc_server(server, f"{host}:0")
+
+        replica.add_port_to_grpc_server = add_port  # type: ignore[attr-defined]
+
+    def check(self) -> None:
+        """Raise SerError unless the port was opened where we want it."""
+        if not self._opened:
+            raise SerError(f"Ray Serve has opened a port on all interfaces; install Ray {SUPPORTED}")
+
+
+def children() -> set[int]:
+    """Ray's processes that this one has started; none where there is no /proc."""
+    return {pid for pid, parent, command in _processes() if parent == os.getpid() and b"/ray/" in command}
+
+
+def _raylets() -> set[int]:
+    return {pid for pid, parent, command in _processes() if parent == os.getpid() and b"/raylet/raylet" in command}
+
+
+def end_at_exit(title: str) -> None:
+    """Have the workers of a local Ray that bear this title, and have done their work, gone when this process has ended.
+
+    In Ray 2.60 a worker that owns objects others still look at can block for ever in its own destructor (it publishes
+    to an event loop that is gone), and then outlives Ray. Nothing happens where there is no /proc.
+    """
+    ours = children()
+    _finished.update(
+        {pid: command for pid, parent, command in _processes() if parent in ours and command.startswith(title.encode())}
+    )
+
+
+def end_finished() -> None:
+    """At exit, after Ray's own end: kill what is left of the workers that ``end_at_exit`` was told of."""
+    for pid, _, command in _processes():
+        if _finished.get(pid) == command:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def schedule(process: int, policy: int) -> None:
+    """Give all threads of a process this scheduling policy (Linux)."""
+    for thread in Path(f"/proc/{process}/task").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended, or a sandbox forbids it
+            os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+
+
+def _processes() -> Iterator[tuple[int, int, bytes]]:
+    """Number, parent's number and command line of every process."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
+            yield int(process.name), parent, (process / "cmdline").read_bytes()
+
+
+def main(tell: Callable[[str], None] = print) -> int:
+    """Say what an installed Ray lacks of the names used here; 1 when there is any."""
+    import ray
+
+    lacking = missing()
+    for name in lacking:
+        tell(f"missing in Ray {ray.__version__}: {name}")
+    tell(f"Ray {ray.__version__}: {len(lacking)} of {len(_CORE + _OF_DATA + _OF_SERVE)} names are missing")
+    return 1 if lacking else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,198 @@
+"""What a training run trains, on what, and with which settings: `plan.json` in the run's folder.
+
+A run goes on (`--resume`) only with the settings that it was begun with. Limits: one format version; one that is not
+known is refused.
+
+Starting a training from the weights of an earlier model of this project, instead of from random ones.
+
+The earlier bundle must say which recordings it was trained on: so a model stays "trained from scratch" (no weights
+from elsewhere), and its leak check knows all that it has learnt from. Where the classes differ, the last layer is new
+but for the rows of the classes that both have. Source: Yosinski et al. 2014, "How transferable are features in deep
+neural networks?".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+from pipeline.data.splits import HASH_COLUMN, used_in_training
+from pipeline.features.features import FeatureConfig
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.storage.errors import SerError
+from pipeline.storage.journal import PLAN
+from pipeline.training.config import FitConfig
+from pipeline.training.distillation import DISTILL
+
+PLAN_VERSION = 1
+KIND = "training"  # of plan.json
+SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run trains, on what, and where it is kept."""
+
+    out: Path
+    features: tuple[Path, ...]  # folders of extracted features, read as one
+    labels: tuple[str, ...]
+    model_name: str
+    model_options: Mapping[str, Any]
+    fit: FitConfig
+    teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.training.distillation`)
+    distill: float = DISTILL  # their share of the loss
+    init: Path | None = None  # bundle whose weights the training starts from
+    crops: int = 1  # windows a recording that are heard of those reported on
+    split: Mapping[str, Any] = field(default_factory=dict)  # the options that its parts were drawn with
+
+    @property
+    def checkpoint(self) -> Path:
+        """The full state after the last finished epoch."""
+        return self.out / "checkpoint.pt"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "version": PLAN_VERSION,
+            "features": [str(folder.absolute()) for folder in self.features],
+            "labels": list(self.labels),
+            "model": {"name": self.model_name, "options": dict(self.model_options)},
+            "fit": self.fit.to_dict(),
+            "teachers": [str(path.absolute()) for path in self.teachers],
+            "distill": self.distill,
+            "init": None if self.init is None else str(self.init.absolute()),
+            "crops": self.crops,
+            "split": dict(self.split),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], out: Path) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            SerError: a plan of another version.
+        """
+        if values.get("version") != PLAN_VERSION:
+            raise SerError(f"{out} holds a run of version {values.get('version')}, expected {PLAN_VERSION}; start anew")
+        return cls(
+            out=out,
+            features=tuple(map(Path, [features] if isinstance(features := values["features"], str) else features)),
+            labels=tuple(values["labels"]),
+            model_name=values["model"]["name"],
+            model_options=values["model"]["options"],
+            fit=FitConfig.from_dict(values["fit"]),
+            teachers=tuple(Path(path) for path in values.get("teachers", ())),
+            distill=values.get("distill", DISTILL),
+            init=None if values.get("init") is None else Path(values["init"]),
+            crops=values.get("crops", 1),
+            split=values.get("split", {}),
+        )
+
+    def check_continues(self, started: Plan) -> None:
+        """Refuse to go on with a run of other labels, parts, another model or other settings.
+
+        Raises:
+            SerError: names what differs.
+        """
+        ours, theirs = self.to_dict(), started.to_dict()
+        for name in ("labels", "model", "teachers", "distill", "init", "crops", "split"):
+            if ours[name] != theirs[name] and theirs[name] != {}:  # begun before this was kept
+                raise SerError(
+                    f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same"
+                )
+        self.fit.check_continues(started.fit)
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan of a run.
+
+    Raises:
+        SerError: the folder holds no run, one of another version, or a damaged one.
+    """
+    path = out / PLAN
+    if not path.is_file():
+        raise SerError(f"{out} holds no run to resume (no plan.json); leave --resume out to start one")
+    try:
+        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")), out)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SerError(f"{path} is damaged ({type(error).__name__}: {error}); start anew in another --out") from error
+
+
+def check_start(path: Path, model_name: str, features: FeatureConfig) -> Bundle:
+    """The bundle to start from.
+
+    Raises:
+        SerError: no bundle, one without a training record, of another network, or of other features.
+    """
+    bundle = load_bundle(path)
+    if bundle.training.empty or "training" not in bundle.metrics:
+        raise SerError(f"--init {path} does not say what it was trained on; give a bundle that `ser train` wrote")
+    if bundle.model_name != model_name:
+        raise SerError(f"--init {path} is a {bundle.model_name}, the training is of a {model_name}; give --model alike")
+    if bundle.features.fingerprint() != features.fingerprint():
+        raise SerError(
+            f"--init {path} takes {bundle.features.kind} features of other settings; extract the recordings with its "
+            "settings, or leave --init out"
+        )
+    return bundle
+
+
+def start_from(path: Path, model: nn.Module, model_name: str, labels: Sequence[str], features: FeatureConfig) -> None:
+    """Put the weights of the bundle at ``path`` into ``model``, whose classes are ``labels`` in index order.
+
+    Raises:
+        SerError: as ``check_start``; a network of other options, as its width.
+    """
+    bundle = check_start(path, model_name, features)
+    own = model.state_dict()
+    given = _for_classes(bundle.state_dict(), own, bundle.labels, labels)
+    try:
+        model.load_state_dict(given)
+    except RuntimeError as error:
+        raise SerError(
+            f"--init {path} is a network with the options {dict(bundle.model_options)}, the one to be trained has "
+            "others; give the same --width"
+        ) from error
+
+
+def _for_classes(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], theirs: Sequence[str], ours: Sequence[str]
+) -> dict[str, Tensor]:
+    """``given`` with a last layer for ``ours``: the rows of shared classes are kept, those of others are ``own``."""
+    if tuple(theirs) == tuple(ours):
+        return dict(given)
+    head = list(own)[-2:]  # weight and bias of the last layer, in every network here
+    changed = {name: own[name].clone() for name in head}
+    for row, label in enumerate(ours):
+        if label in theirs:
+            for name in head:
+                changed[name][row] = given[name][theirs.index(label)]
+    return {**given, **changed}
+
+
+def earlier_training(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Rows for ``training.csv`` of what the earlier model was trained on and ``table`` lacks, in its columns.
+
+    Their ``split`` is ``init``, so that the leak check counts them as known.
+    """
+    used = used_in_training(load_bundle(path).training)
+    new = used[~used[HASH_COLUMN].isin(set(table[HASH_COLUMN]) - {""}) & ~used["id"].isin(set(table["id"]))]
+    return new.assign(split="init").reindex(columns=list(table.columns), fill_value="")
+
+
+def about_start(path: Path | None) -> dict[str, object]:
+    """The ``init`` entry of a model's training record; empty where it began with random weights."""
+    if path is None:
+        return {}
+    bundle = load_bundle(path)
+    record = bundle.metrics.get("training", {})
+    return {
+        "init": {"model_sha256": bundle.weights_sha256}
+        | {name: record.get(name) for name in ("epochs", "trained_on", "settings")}
+    }
