@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from pipeline.data.labels import chained, parse_label_map
+from pipeline.data.labels import chained, parse_label_map, parse_label_names
 from pipeline.storage.errors import SerError, SerWarning
 
 if TYPE_CHECKING:
@@ -119,6 +119,23 @@ class LabelMap(argparse.Action):
     ) -> None:
         """Read a map, and chain it to the one before."""
         setattr(namespace, self.dest, chained(getattr(namespace, self.dest) or {}, parse_label_map(str(values))))
+
+
+def add_label_names(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """``--label_names``, of a CSV."""
+    parser.add_argument(
+        "--label_names",
+        type=_label_names,
+        metavar="NAME,...",
+        help="what the integer labels 0,1,... in the CSV mean: angry,sad,... (default: classes are called by them)",
+    )
+
+
+def _label_names(text: str) -> tuple[str, ...]:
+    try:
+        return parse_label_names(text)
+    except SerError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def say(text: str = "") -> None:

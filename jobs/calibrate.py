@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs._common import EXIT_DONE, Parser, called, run, say
 from pipeline.data.labels import LabelSet
+from pipeline.data.segments import END, START, place_of
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 
@@ -101,9 +102,10 @@ def _never_heard(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -
     training = bundle.training
     if "split" in training.columns:
         training = training[training["split"] != "inner_val"]
-    paths = table[["speech"]].drop_duplicates()
+    place = place_of(table)
+    paths = table[[name for name in ("speech", START, END) if name in table.columns]][~place.duplicated()]
     known = paths.loc[leaked(add_hashes(paths, threads=usable_cpus()), training), "speech"]
-    rows = table["speech"].isin(known)
+    rows = place.isin(place[known.index])
     if rows.any():
         say(f"{len(known)} of {len(paths)} recordings were used in training, as {known.iloc[0]}: left out")
     return table[~rows]

@@ -17,6 +17,7 @@ from jobs._common import (
     EXIT_TARGET_MISSED,
     LabelMap,
     Parser,
+    add_label_names,
     add_out,
     called,
     run,
@@ -71,6 +72,7 @@ def _add_data_options(parser: Parser) -> None:
     source.add_argument("--features", type=Path, nargs="+", metavar="FOLDER", help="folders that jobs.extract wrote")
     group.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
     group.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
+    add_label_names(group)
     add_out(group, "reports", "figures and pages; the same one again goes on where it ended")
     group.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")

@@ -134,6 +134,7 @@ def _manifest(arguments: argparse.Namespace, bundle: Bundle) -> pd.DataFrame:
         label_map=arguments.label_map,
         labels=bundle.labels,
         require_labels=False,
+        tell=say,
     )
     say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(bundle.labels)))
     if "label" in manifest.columns and manifest["label"].notna().any():
@@ -145,7 +146,7 @@ def _manifest(arguments: argparse.Namespace, bundle: Bundle) -> pd.DataFrame:
 
 
 def _leaks(
-    arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, contents: pd.Series | None = None
+    arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, contents: pd.DataFrame | None = None
 ) -> Leaks | None:
     """What the CSV shares with the training; ``contents`` of its recordings, where they are known.
 
@@ -175,6 +176,11 @@ def _say_leaks(found: dict[str, Any] | None) -> None:
         say(f"leak check: {found['by_name']} training recordings of unknown content were compared by file name")
     if found["leaked"]:
         say(f"leak check: {found['leaked']} of {found['checked']} recordings were used in training")
+        if found["partly"]:
+            say(
+                f"leak check: {found['partly']} of them in part: training had the whole recording that they are a "
+                "segment of, or a segment that shares sound with them"
+            )
         if found["all"] and found["unseen"]:
             for name in ("all", "unseen"):
                 row = found[name]
@@ -221,7 +227,7 @@ def _refuse_beside_compare(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> int:
     """Compare two bundles on the CSV, or two finished score tables."""
     from jobs._provenance import provenance
-    from pipeline.data.splits import HASH_COLUMN, add_hashes
+    from pipeline.data.splits import add_hashes
     from pipeline.evaluation import leaks
     from pipeline.evaluation.compare import comparison_summary
     from pipeline.models.bundle import Bundle
@@ -236,14 +242,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     tables: list[pd.DataFrame] = []
     failed = 0
     checks: list[dict[str, Any]] = []
-    contents: pd.Series | None = None  # of the CSV's recordings, which are read once for both
+    contents: pd.DataFrame | None = None  # of the CSV's recordings, which are read once for both
     for place, name, side in zip("AB", names, sides, strict=True):
         if not isinstance(side, Bundle):
             tables.append(side)
             continue
         manifest = _manifest(arguments, side)
         if contents is None and arguments.leak_check != "off":
-            contents = add_hashes(manifest, threads=usable_cpus())[HASH_COLUMN]
+            contents = add_hashes(manifest, threads=usable_cpus())
         shared = _leaks(arguments, manifest, side, contents)
         table, lost = _score(arguments, manifest, side, arguments.out / place)
         if shared is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, called, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_label_names, called, run, say
 from pipeline.data.labels import describe
 from pipeline.features.features import KINDS, FeatureConfig
 from pipeline.storage.errors import SerError
@@ -88,6 +88,7 @@ def add_data_options(parser: Parser) -> None:
         help="folder that relative paths in the CSV start from (default: the CSV's folder)",
     )
     add_label_map(parser)
+    add_label_names(parser)
 
 
 def add_label_map(parser: Parser) -> None:
@@ -113,9 +114,19 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
             raise SerError(
                 f"--root {arguments.root} is for the relative paths of a --data_csv; leave it out beside --data_dir"
             )
+        if arguments.label_names is not None:
+            raise SerError(
+                "--label_names is for the integers of a --data_csv; for a folder say --label_map given=wanted,..."
+            )
         return scan_folder(arguments.data_dir, label_map=arguments.label_map, tell=say)
-    table = read_manifest(arguments.data_csv, root=arguments.root, label_map=arguments.label_map)
-    check_corpora(table, (arguments.label_map or {}).values())
+    table = read_manifest(
+        arguments.data_csv,
+        root=arguments.root,
+        label_map=arguments.label_map,
+        label_names=arguments.label_names,
+        tell=say,
+    )
+    check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from jobs._hearing import add_hearing, hearing
 from pipeline.audio.formats import EXTENSIONS, USUAL_ENDINGS
 from pipeline.scoring import FORMATS
 from pipeline.storage.errors import SerError
-from pipeline.storage.files import FolderScan, local_path, scan
+from pipeline.storage.files import FolderScan, local_path, path_text, scan
 from pipeline.storage.remote import is_remote, scan_remote
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument(
-        *("--input", "--data_csv"), required=True, help="folder of recordings (also s3://, gs://), or CSV with speech"
+        *("--input", "--data_csv"),
+        required=True,
+        help="folder of recordings (also s3://, gs://), a recording, or a CSV, JSON Lines or list of paths",
     )
     add_out(parser, "scores", "predictions.parquet, .csv, report, run.json; the same one again goes on where it ended")
     parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
@@ -80,6 +83,8 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
                 raise SerError(f"--{name} is for a CSV; leave it out beside the folder {arguments.input}")
     if remote:
         return _listed(arguments.input, scan_remote(arguments.input, EXTENSIONS))
+    if recordings := _recordings(source):
+        return pd.DataFrame({"speech": recordings}), None
     if not source.is_dir():
         table = read_manifest(
             source,
@@ -87,6 +92,7 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
             label_map=arguments.label_map,
             labels=bundle.labels,
             require_labels=False,
+            tell=say,
         )
         return table, None
     try:
@@ -94,6 +100,14 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
     except OSError as error:
         raise ManifestError(f"cannot list {source}: {error.strerror}; check its permissions") from error
     return _listed(str(source), found)
+
+
+def _recordings(source: Path) -> list[str]:
+    """The one recording, or those that a pattern stands for; none of a folder or a table."""
+    if source.is_dir():
+        return []
+    found = [source] if source.is_file() else list(map(Path, sorted(glob.glob(str(source), recursive=True))))
+    return [path_text(path.absolute()) for path in found if path.suffix.lower() in EXTENSIONS and path.is_file()]
 
 
 def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:

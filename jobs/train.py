@@ -140,7 +140,7 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     from pipeline.data.corpora.voices import check_corpora, renewed
     from pipeline.training.batches import corpora_of, shares_of
 
-    check_corpora(table, (arguments.label_map or {}).values())
+    check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
     table = renewed(table)  # as its features will be read
     corpora, number = corpora_of(table)
     if len(corpora) > 1:

@@ -9,7 +9,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import LabelMap, Parser, add_out, true_or_false
+from jobs._common import LabelMap, Parser, add_label_names, add_out, true_or_false
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 MODELS = ("inception", "cnn_bilstm")
 FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
 USUAL = (
-    *("data_csv", "features", "protocol", "out", "epochs", "batch_size", "lr", "oversample_boost", "use_focal"),
+    *(
+        "data_csv",
+        "features",
+        "label_names",
+        "protocol",
+        "out",
+        "epochs",
+        "batch_size",
+        "lr",
+        "oversample_boost",
+        "use_focal",
+    ),
     *("augment", "num_workers"),
 )  # of train and crossval; shown first
 
@@ -44,6 +55,7 @@ def add_data_options(parser: Parser) -> None:
         "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
     )
     group.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...")
+    add_label_names(group)
     add_out(group, "runs", "the run: checkpoints, history, bundle, report")
     group.add_argument(
         "--split",
@@ -88,7 +100,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def refuse_beside_features(arguments: argparse.Namespace) -> None:
     """Refuse options of recordings where ``--features`` has their labels and paths already."""
-    for name in ("label_map", "root"):
+    for name in ("label_map", "label_names", "root"):
         if arguments.features and getattr(arguments, name):
             raise SerError(f"--{name} is for a --data_csv or --data_dir, --features has what it was extracted with")
 

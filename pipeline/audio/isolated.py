@@ -23,7 +23,7 @@ from typing import Any, overload
 import numpy as np
 
 from pipeline.audio.load import AudioInfo, Clip, Reading, load_middle
-from pipeline.audio.source import AudioSource, printable
+from pipeline.audio.source import AudioSource, Segment, name_of
 from pipeline.storage.errors import ERRORS, AudioError, DecoderCrashed, DecodeTimeout, Limits
 
 _CHILD = "from pipeline.audio.isolated import answer; answer()"
@@ -44,7 +44,7 @@ def decode_in_subprocess(
     """`decode(source, **options)` in a process of its own.
 
     Args:
-        source: path or bytes of a recording.
+        source: path or bytes of a recording, or a segment of one.
         timeout_s: seconds until the process is killed.
         decode: `load_middle`, `load`, `load_once`, or another function at the top of an importable module.
         options: its keyword arguments (numbers, strings, lists of them, `limits`).
@@ -52,12 +52,14 @@ def decode_in_subprocess(
     Raises:
         DecoderCrashed: the process died. DecodeTimeout: it was killed. AudioError: what `decode` raised.
     """
-    data = bytes(source) if isinstance(source, (bytes, bytearray, memoryview)) else b""
-    path = "" if isinstance(source, (bytes, bytearray, memoryview)) else os.fspath(source)
-    name = printable(path) if path else f"recording of {len(data)} bytes"
+    recording = source.recording if isinstance(source, Segment) else source
+    data = bytes(recording) if isinstance(recording, (bytes, bytearray, memoryview)) else b""
+    path = "" if isinstance(recording, (bytes, bytearray, memoryview)) else os.fspath(recording)
+    name = name_of(source)
     question = {
         "decode": [decode.__module__, decode.__qualname__],
         "path": base64.b64encode(os.fsencode(path)).decode(),
+        "segment": [source.start_s, source.end_s] if isinstance(source, Segment) else None,
         "options": {key: asdict(value) if isinstance(value, Limits) else value for key, value in options.items()},
     }
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
@@ -91,11 +93,10 @@ def answer() -> None:
     if "limits" in options:
         options["limits"] = Limits(**options["limits"])
     module, name = question["decode"]
-    path = os.fsdecode(base64.b64decode(question["path"]))
+    recording = os.fsdecode(base64.b64decode(question["path"])) or sys.stdin.buffer.read()
+    source = recording if question["segment"] is None else Segment(recording, *question["segment"])
     try:
-        decoded: Clip | Reading = getattr(importlib.import_module(module), name)(
-            path or sys.stdin.buffer.read(), **options
-        )
+        decoded: Clip | Reading = getattr(importlib.import_module(module), name)(source, **options)
         clips = (decoded,) if isinstance(decoded, Clip) else decoded.clips
         header: dict[str, Any] = {"hash": None if isinstance(decoded, Clip) else decoded.content_hash}
         header["clips"] = [

@@ -25,7 +25,7 @@ import soxr
 
 from pipeline.audio.decoders import Block, Decoder, open_recording
 from pipeline.audio.formats import EXTENSIONS
-from pipeline.audio.source import AudioSource, open_source
+from pipeline.audio.source import AudioSource, Segment, open_source
 from pipeline.storage.errors import (
     DEFAULT_LIMITS,
     ERRORS,
@@ -33,6 +33,7 @@ from pipeline.storage.errors import (
     Limits,
     NoSamples,
     NoSuchChannel,
+    NoSuchSegment,
     NotFinite,
     OutOfRange,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Clip",
     "Limits",
     "Reading",
+    "Segment",
     "content_hash",
     "load",
     "load_middle",
@@ -59,6 +61,7 @@ Samples = npt.NDArray[np.float32]
 Channel = int | Literal["mix"]
 
 _MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
+_OVERHANG_S = 0.5  # by which a segment may end past the recording's end: people round, and codecs pad
 _CANCELLED = 0.2  # of the power that channels with nothing in common keep
 _INEXACT_SEEKS = (
     "MPEG",
@@ -232,7 +235,44 @@ def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
 @contextmanager
 def _decoder(source: AudioSource, limits: Limits) -> Iterator[Decoder]:
     with open_source(source) as file, open_recording(file, limits) as decoder:
-        yield decoder
+        yield _Cut(decoder, source) if isinstance(source, Segment) else decoder
+
+
+class _Cut:
+    """The frames of a segment, as a decoder of their own.
+
+    Raises:
+        NoSuchSegment: it begins past the recording's end, ends past it by more than `_OVERHANG_S`, or holds nothing.
+    """
+
+    next_at = 0
+
+    def __init__(self, decoder: Decoder, segment: Segment) -> None:
+        rate_hz, whole_s = decoder.sample_rate_hz, decoder.frames / decoder.sample_rate_hz
+        end_s = whole_s if segment.end_s == math.inf else segment.end_s
+        self._decoder = decoder
+        self.name, self.container, self.codec = decoder.name, decoder.container, decoder.codec
+        self.sample_rate_hz, self.channels = rate_hz, decoder.channels
+        self._first = round(segment.start_s * rate_hz) if math.isfinite(segment.start_s) else -1
+        self.frames = min(round(min(end_s, whole_s) * rate_hz), decoder.frames) - self._first
+        if segment.start_s >= whole_s or end_s > whole_s + _OVERHANG_S:
+            remedy = "are these times of another recording?"
+        elif self._first < 0 or not self.frames > 0:
+            remedy = "expected 0 <= start < end"
+        else:
+            return
+        raise NoSuchSegment(f"{decoder.name}: no segment {segment} in its {whole_s:.3f} s; {remedy}")
+
+    @property
+    def notice(self) -> str:
+        return self._decoder.notice
+
+    @notice.setter
+    def notice(self, text: str) -> None:
+        self._decoder.notice = text
+
+    def blocks(self, start: int, count: int) -> Iterator[Block]:
+        return self._decoder.blocks(self._first + start, count)
 
 
 def _info(decoder: Decoder) -> AudioInfo:

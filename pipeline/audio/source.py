@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -19,15 +20,32 @@ from typing import TYPE_CHECKING
 from pipeline.storage.errors import (
     EmptyFile,
     NotAFile,
+    NotFetched,
     NotFound,
     PermissionDenied,
     Unreadable,
 )
+from pipeline.storage.files import is_address
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-AudioSource = str | os.PathLike[str] | bytes
+Recording = str | os.PathLike[str] | bytes
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a recording, which is then read as if it had been cut out: from `start_s` to `end_s`, or to its end."""
+
+    recording: Recording
+    start_s: float = 0.0
+    end_s: float = math.inf
+
+    def __str__(self) -> str:
+        return f"from {self.start_s:g} s to {'its end' if self.end_s == math.inf else f'{self.end_s:g} s'}"
+
+
+AudioSource = Recording | Segment
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,12 @@ class FileView(io.RawIOBase):
 
 @contextmanager
 def open_source(source: AudioSource) -> Iterator[Opened]:
-    """Open a path or `bytes` as a regular file, closed on leaving. Never blocks on a pipe or a device."""
+    """Open a path or `bytes` as a regular file, closed on leaving. Never blocks on a pipe or a device.
+
+    Of a segment, the recording is opened.
+    """
+    if isinstance(source, Segment):
+        source = source.recording
     with ExitStack() as stack:
         if isinstance(source, (bytes, bytearray, memoryview)):
             opened = _in_memory(bytes(source), name_of(source), stack)
@@ -133,6 +156,8 @@ def open_source(source: AudioSource) -> Iterator[Opened]:
 
 def name_of(source: AudioSource) -> str:
     """How messages call a source."""
+    if isinstance(source, Segment):
+        return f"{name_of(source.recording)} {source}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"recording of {len(source)} bytes"
     return printable(source)
@@ -175,6 +200,10 @@ def _open_path(path: str | os.PathLike[str], name: str) -> io.FileIO:
         _refuse_irregular(os.stat(path).st_mode, name)  # before opening: to open a device can have effects
         return open(path, "rb", buffering=0, opener=without_waiting)  # binary on Windows too
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
+        if is_address(os.fsdecode(path)):
+            raise NotFetched(
+                f"{name}: an address, and addresses are not fetched but for s3:// and gs://. Download it first."
+            ) from error
         raise NotFound(
             f"{name or 'empty path'}: no such file. Check the path and the folder it is read from."
         ) from error

@@ -11,13 +11,15 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.errors import SerError
+from pipeline.storage.errors import SerError, SerWarning
 
 SUPPORTED = "2.60"
 BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # read where Ray decides between loopback and all interfaces
@@ -43,6 +45,8 @@ _OF_SERVE = (
     ("ray._common.tls_utils", "add_port_to_grpc_server"),
     ("ray.serve._private.replica", "add_port_to_grpc_server"),
 )
+_SESSION_BYTES = len("/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store.1")
+_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a path in sockaddr_un
 _finished: dict[int, bytes] = {}
 
 
@@ -136,6 +140,48 @@ def patience(limit_s: float) -> Iterator[None]:
 def metrics_port(port: int | None) -> dict[str, Any]:
     """The option of ``ray.init`` for the port of Prometheus metrics; none for any free port."""
     return {"_metrics_export_port": port} if port else {}
+
+
+def temp_folder() -> dict[str, Any]:
+    """The option of ``ray.init`` for the folder of its sessions; none where Ray's own choice will do.
+
+    Ray's sockets lie in it, and the system takes paths of sockets up to some 100 bytes, fewer than batch systems put
+    into ``TMPDIR``. The first short one that can be written of a few folders is taken then, and a warning says so.
+
+    Raises:
+        SerError: there is none.
+    """
+    if sys.platform == "win32":
+        return {}
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    given = os.environ[name] if name is not None else "/tmp"
+    if os.path.isabs(given) and _can_hold_sockets(given):
+        return {}
+    runtime_folder = os.environ.get("XDG_RUNTIME_DIR", "")
+    for other in (os.path.abspath(given), "/tmp", runtime_folder, "/var/tmp", "/dev/shm", os.path.expanduser("~")):
+        if os.path.isabs(other) and _can_hold_sockets(other):
+            if other != os.path.abspath(given):
+                warnings.warn(
+                    f"{name or 'the folder'} {given} is too long for Ray's sockets, or cannot be written: it keeps its "
+                    f"session in {other}/ray",
+                    SerWarning,
+                    stacklevel=2,
+                )
+            return {"_temp_dir": os.path.join(other, "ray")}
+    raise SerError(
+        f"{name or 'the folder'} {given} cannot hold Ray's sockets, nor can /tmp: their paths may have {_SOCKET_BYTES} "
+        "bytes; set RAY_TMPDIR to a folder with a short name that can be written, or do without Ray (--num_cpus 0)"
+    )
+
+
+def _can_hold_sockets(folder: str) -> bool:
+    """Whether Ray can make its sessions below a folder, with sockets whose paths the system takes."""
+    if len(os.fsencode(folder.rstrip("/"))) + _SESSION_BYTES > _SOCKET_BYTES:
+        return False
+    place = Path(folder, "ray")
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def native_tensors(context: Any) -> None:

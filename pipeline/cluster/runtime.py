@@ -74,7 +74,8 @@ def start_ray(
             Ray does beside it costs about twice its CPU time, as the threads of an operator wait for the slowest.
 
     Raises:
-        SerError: the machine is too busy to bring Ray up, or the cluster of ``RAY_ADDRESS`` cannot be joined.
+        SerError: the machine is too busy to bring Ray up, no folder can hold its sockets, or the cluster of
+            ``RAY_ADDRESS`` cannot be joined.
     """
     joining = joins_cluster()
     for name, value in (_QUIET | (_LEAN if lean and not joining else {})).items():
@@ -103,7 +104,7 @@ def start_ray(
         if num_cpus is None and usable_cpus() < (os.cpu_count() or 1):
             num_cpus = usable_cpus()  # else Ray counts, which knows the quotas of containers
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
-        options |= ray_internals.metrics_port(metrics_port)
+        options |= ray_internals.metrics_port(metrics_port) | ray_internals.temp_folder()
         _start_here(options, lean)
     logging.getLogger("ray").setLevel(level)
 

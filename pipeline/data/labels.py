@@ -128,6 +128,21 @@ def parse_label_map(text: str) -> dict[str, str]:
     return mapping
 
 
+def parse_label_names(text: str) -> tuple[str, ...]:
+    """``"sad, Fear"`` as ``("sad", "fearful")``: what the integers 0, 1, ... mean.
+
+    Raises:
+        LabelError: an empty name, one that is a number, or one given twice.
+    """
+    names = tuple(map(canonical_name, text.split(",")))
+    for name in names:
+        if not name or as_integer(name) is not None or names.count(name) > 1:
+            raise LabelError(
+                f"label names {text!r}: {name!r} is empty, a number or there twice; expected angry,sad,..."
+            )
+    return names
+
+
 def chained(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
     """The label map that does what ``first`` says and, with what comes of it, what ``second`` says.
 

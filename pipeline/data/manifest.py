@@ -13,21 +13,15 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
+from pipeline.data.cells import PATH_NAMES, read_cells
 from pipeline.data.folder import scan_folder as scan_folder
-from pipeline.data.labels import (
-    RAVDESS_EMOTIONS,
-    LabelError,
-    LabelSet,
-    as_integer,
-    canonical_name,
-    mapped,
-    normalise_name,
-)
-from pipeline.data.tables import MISSING, read_cells
+from pipeline.data.label_column import Meaning, class_names
+from pipeline.data.labels import LabelSet
+from pipeline.data.segments import with_segments
 from pipeline.data.tables import ManifestError as ManifestError
+from pipeline.storage.files import is_address, present_form
 from pipeline.storage.remote import is_remote
 
-PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_NAMES = ("label", "emotion")
 
 
@@ -37,22 +31,26 @@ def read_manifest(
     root: Path | None = None,
     label_map: Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
+    label_names: Sequence[str] | None = None,
     require_labels: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
-    """Manifest in a CSV file: comma, semicolon or tab separated, UTF-8 (with or without BOM), UTF-16 or cp1252.
+    """Manifest in a table file: CSV, tab separated, JSON Lines or a list of paths, see ``pipeline.data.cells``.
 
     Args:
         root: folder that relative paths start from; the CSV's own folder by default. Relative paths may leave the
             CSV's folder, but not an explicit ``root``.
         label_map: given text, or the name that it stands for -> wanted name, see ``labels.mapped``.
-        labels: class names that integer labels index and names must be among; by default the names found, and the
-            RAVDESS order for integers.
+        labels: class names of a model, which integer labels index and names must be among; by default the names found.
+        label_names: what integer labels index, in any order, where there is no model; by default a class is called
+            by its integer.
+        tell: is given a line on what integers were taken for.
 
     Raises:
         ManifestError: no such file, no path column, no label column though required, no rows, a path outside ``root``.
-        LabelError: a label outside ``labels``.
+        LabelError: a label outside ``labels``, or integers that the table itself contradicts.
     """
-    table, lines = read_cells(csv_path)
+    table, lines = read_cells(csv_path, root, tell)
     if root is not None and not root.is_dir():
         raise ManifestError(f"no folder {root}; --root is the folder that relative paths in the CSV start from")
     return from_dataframe(
@@ -61,7 +59,9 @@ def read_manifest(
         fenced=root is not None,
         label_map=label_map,
         labels=labels,
+        label_names=label_names,
         require_labels=require_labels,
+        tell=tell,
         source=str(csv_path),
         lines=lines,
     )
@@ -74,11 +74,15 @@ def from_dataframe(
     fenced: bool = False,
     label_map: Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
+    label_names: Sequence[str] | None = None,
     require_labels: bool = True,
+    tell: Callable[[str], None] | None = None,
     source: str = "the table",
     lines: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """Manifest from a table that has a path column (``speech`` or one of its names) and perhaps labels.
+
+    Columns such as ``start,end`` select a part of the recording (``pipeline.data.segments``).
 
     Arguments and errors as ``read_manifest``; ``fenced`` refuses relative paths that leave ``root``. ``lines`` of the
     file that the rows begin in are for messages, which count rows without.
@@ -97,8 +101,10 @@ def from_dataframe(
     table["speech"] = [
         resolve_path(cell, root or Path.cwd(), fenced, where(row)) for row, cell in enumerate(table["speech"])
     ]
+    table = with_segments(table, where, tell)
     if "label" in table.columns:
-        table["label"] = _label_names(table["label"], label_map, labels, require_labels, where)
+        meaning = Meaning(label_map or {}, labels, label_names)
+        table["label"] = class_names(table, meaning, required=require_labels, where=where, tell=tell)
     return table
 
 
@@ -116,14 +122,14 @@ def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "t
         text = text.strip()
     if text.startswith("file://") and not text.startswith(("file:///", "file://localhost/")):
         raise ManifestError(f"{where}: {text!r} is not absolute; write file:///folder/name.wav, or the path alone")
-    if text.startswith("file://") or is_remote(text):
-        return text
+    if text.startswith("file://") or is_remote(text) or is_address(text):
+        return text  # an address becomes a row that says so
     path = Path(text)
     if "\\" in text and not _exists(root / path):
         path = Path(PureWindowsPath(text).as_posix())
     if path.is_absolute():
-        return str(path)
-    full = os.path.normpath(root.absolute() / path)
+        return present_form(str(path))
+    full = present_form(os.path.normpath(root.absolute() / path))
     if fenced and not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(root)):
         raise ManifestError(
             f"{where}: {text!r} leaves --root {root}; move the recording below it, or give an absolute path"
@@ -167,35 +173,3 @@ def _renamed(table: pd.DataFrame, source: str) -> pd.DataFrame:
             f"{source} has no path column; name it speech (or {', '.join(PATH_NAMES[1:])}); found {list(table.columns)}"
         )
     return table
-
-
-def _label_names(
-    cells: pd.Series,
-    label_map: Mapping[str, str] | None,
-    labels: Sequence[str] | None,
-    required: bool,
-    where: Callable[[int], str],
-) -> list[str | None]:
-    """Class names of label cells; integers index ``labels`` (RAVDESS order when none are given)."""
-    known = LabelSet(tuple(labels)) if labels is not None else None
-    by_number = known or LabelSet(tuple(sorted(RAVDESS_EMOTIONS.values())))
-    names: list[str | None] = []
-    named = {*(labels or ()), *(label_map or ())}
-    for row, cell in enumerate(cells):
-        text = "" if cell is None or cell is pd.NA or cell != cell else str(cell).strip()
-        if text.lower() in MISSING and not named & {text, normalise_name(text)}:
-            text = ""
-        wanted = mapped(text, label_map or {}, by_number.names) if text else text
-        try:
-            if not text and required:
-                raise LabelError("the label is empty; label every recording, or leave the row out")
-            if not text:
-                names.append(None)
-            elif as_integer(wanted) is not None:
-                names.append(by_number.names[by_number.index(wanted)])
-            else:
-                names.append(known.names[known.index(wanted)] if known else canonical_name(wanted))
-        except LabelError as error:
-            by_map = "" if wanted == text else f", {text!r} by --label_map"
-            raise LabelError(f"{where(row)}{by_map}: {error}") from None
-    return names

@@ -16,7 +16,7 @@ share of every family's speakers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +28,30 @@ from pipeline.audio.load import AudioError, content_hash
 from pipeline.data.corpora import by_name
 from pipeline.data.corpora.voices import voices
 from pipeline.data.manifest import ManifestError
-from pipeline.storage.remote import source_of
+from pipeline.data.segments import (
+    HASH_COLUMN as HASH_COLUMN,
+)
+from pipeline.data.segments import (
+    RECORDING_HASH,
+    WHOLE,
+    bounds,
+    has_segments,
+    ids,
+    shares_sound,
+    source_at,
+    stretches,
+)
 
 SPLITS = ("train", "inner_val", "test")
-HASH_COLUMN = "content_hash"
 
 
 def by_stem(table: pd.DataFrame) -> pd.DataFrame:
-    """The table in order of file stem (then label, then path), with a fresh index."""
+    """The table in order of file stem (then label, then path, then place in it), with a fresh index."""
     stems = [Path(str(p)).stem for p in table["speech"]]
+    places = list(zip(*bounds(table), strict=True))
     order = sorted(
-        range(len(table)), key=lambda i: (stems[i], str(table["label"].iloc[i]), str(table["speech"].iloc[i]))
+        range(len(table)),
+        key=lambda i: (stems[i], str(table["label"].iloc[i]), str(table["speech"].iloc[i]), places[i]),
     )
     return table.iloc[order].reset_index(drop=True)
 
@@ -133,9 +146,30 @@ def _held_stratified(table: pd.DataFrame, share: float, seed: int, what: str) ->
 
 
 def units_of(table: pd.DataFrame) -> np.ndarray:
-    """What must stay together, a name a row: the content hash, or the row itself where there is none."""
+    """What must stay together, a name a row: the content hash, or the row itself where there is none.
+
+    Segments that overlap stay together, too, and so do copies of one.
+    """
     hashes = table[HASH_COLUMN] if HASH_COLUMN in table.columns else pd.Series("", index=table.index)
-    return np.array([h if isinstance(h, str) and h else f"row {i}" for i, h in enumerate(hashes)])
+    names = [h if isinstance(h, str) and h else f"row {i}" for i, h in enumerate(hashes)]
+    if has_segments(table):
+        places = zip(stretches(table), names, strict=True)
+        names = _joined(names, [str(place) if place[0] else name for place, name in places])
+    return np.array(names)
+
+
+def _joined(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """A name a row, the same for rows that share one of ``names`` or of ``others``, and for chains of such."""
+    leader: dict[tuple[int, str], tuple[int, str]] = {}
+
+    def lead(name: tuple[int, str]) -> tuple[int, str]:
+        while (above := leader.setdefault(name, name)) != name:
+            name = above
+        return name
+
+    for name, other in zip(names, others, strict=True):
+        leader[lead((1, other))] = lead((0, name))
+    return [lead((0, name))[1] for name in names]
 
 
 def has_speakers(table: pd.DataFrame) -> bool:
@@ -161,20 +195,29 @@ def _held_speakers(table: pd.DataFrame, share: float, seed: int, what: str) -> n
 
 
 def add_hashes(table: pd.DataFrame, *, known: pd.Series | None = None, threads: int = 2) -> pd.DataFrame:
-    """The table with ``content_hash``: sha256 of the decoded recording, empty where it cannot be read.
+    """The table with ``content_hash``: sha256 of the decoded recording or segment, empty where it cannot be read.
+
+    A table with segments gets ``recording_hash``, too: that of the whole recording.
 
     Args:
         known: hashes of the rows, as ``shard_folder.known_hashes`` finds them; only where empty is a recording decoded.
     """
     hashes = [""] * len(table) if known is None else list(known)
+    places = list(zip(table["speech"], *bounds(table), strict=True))
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda path, digest: digest or _hash_or_empty(path), table["speech"], hashes)
-        return table.assign(**{HASH_COLUMN: list(found)})
+        found = list(pool.map(lambda place, digest: digest or _hash_or_empty(*place), places, hashes))
+        table = table.assign(**{HASH_COLUMN: found})
+        if not has_segments(table):
+            return table
+        known_whole = {path: digest for (path, *place), digest in zip(places, found, strict=True) if place == [*WHOLE]}
+        others = [path for path in dict.fromkeys(table["speech"]) if path not in known_whole]
+        known_whole |= zip(others, pool.map(_hash_or_empty, others), strict=True)
+        return table.assign(**{RECORDING_HASH: [known_whole[path] for path in table["speech"]]})
 
 
-def _hash_or_empty(path: str) -> str:
+def _hash_or_empty(path: str, *place: float) -> str:
     try:
-        return content_hash(source_of(path))
+        return content_hash(source_at(path, *(place or WHOLE)))
     except AudioError:
         return ""
 
@@ -198,22 +241,22 @@ def duplicates_in(table: pd.DataFrame) -> list[list[str]]:
 
 
 def check_disjoint(parts: Mapping[str, pd.DataFrame]) -> None:
-    """Refuse splits of which two hold the same recording (by content, or by path without hashes).
+    """Refuse splits of which two hold the same recording, or sound of it (by content, or by path without hashes).
 
     Raises:
         ManifestError: names one recording and both parts.
     """
+    table = pd.concat([part.assign(_part=name) for name, part in parts.items()], ignore_index=True)
     owner: dict[str, tuple[str, str]] = {}
-    for name, part in parts.items():
-        hashes = part[HASH_COLUMN] if HASH_COLUMN in part.columns else [""] * len(part)
-        for path, digest in zip(part["speech"], hashes, strict=True):
-            key = str(digest or path)
-            other, other_path = owner.setdefault(key, (name, str(path)))
-            if other != name:
-                raise ManifestError(
-                    f"the same recording is in the {other} and the {name} part ({other_path}, {path}); "
-                    "remove one of the two, or put both into one part"
-                )
+    rows = zip(table["speech"], table["_part"], units_of(table), *bounds(table), strict=True)
+    for row, (path, part, unit, start_s, end_s) in enumerate(rows):
+        key = f"{path} {start_s} {end_s}" if unit == f"row {row}" else unit
+        other, other_path = owner.setdefault(key, (part, str(path)))
+        if other != part:
+            raise ManifestError(
+                f"the same recording is in the {other} and the {part} part ({other_path}, {path}); "
+                "remove one of the two, or put both into one part"
+            )
 
 
 def used_in_training(training: pd.DataFrame) -> pd.DataFrame:
@@ -224,16 +267,19 @@ def used_in_training(training: pd.DataFrame) -> pd.DataFrame:
 def leaked(table: pd.DataFrame, training: pd.DataFrame) -> pd.Series:
     """True for each row that a bundle's ``training`` rows hold as well.
 
-    Recordings are compared by content (``content_hash``); where that of either side is unknown, by file stem.
+    Recordings are compared by content (``content_hash``); where that of either side is unknown, by file stem. A row
+    that shares a part of a recording with one of ``training`` counts: a segment of it, or the whole of it.
     """
     if HASH_COLUMN not in training.columns or training.empty:
         return pd.Series(False, index=table.index)
     used = used_in_training(training)
     found = table[HASH_COLUMN].isin(set(used[HASH_COLUMN]) - {""})
+    if has_segments(table) or has_segments(used):
+        found |= shares_sound(table, used)
     if "speech" in table.columns and "id" in used.columns:
-        stems = table["speech"].map(lambda path: Path(str(path)).stem)
-        found |= stems.isin(used.loc[used[HASH_COLUMN] == "", "id"])
-        found |= (table[HASH_COLUMN] == "") & stems.isin(used["id"])
+        for names in (ids(table), table["speech"].map(lambda path: Path(str(path)).stem)):
+            found |= names.isin(used.loc[used[HASH_COLUMN] == "", "id"])
+            found |= (table[HASH_COLUMN] == "") & names.isin(used["id"])
     return found
 
 
@@ -374,7 +420,7 @@ def assignment(table: pd.DataFrame, csv: Path, column: str) -> pd.Series:
         given = pd.read_csv(csv, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise ManifestError(f"cannot read {csv}: {error}") from error
-    keys = {HASH_COLUMN: table.get(HASH_COLUMN), "id": table["speech"].map(lambda p: Path(str(p)).stem)}
+    keys = {HASH_COLUMN: table.get(HASH_COLUMN), "id": ids(table)}
     if "speaker" in table.columns:
         keys["speaker"] = voices(table["speaker"])
     if "speaker" in given.columns:

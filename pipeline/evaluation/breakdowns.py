@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.data.segments import END, START
 from pipeline.evaluation.outcomes import Ints, Outcomes, newcombe, scores, tally
 
 MAX_GROUPS = 60
@@ -34,7 +35,7 @@ _BANDS_S = (0, 1, 2, 3, 4, 6, 10, 30, 60, 600, np.inf)
 _FIRST = ("speaker", "sex", "intensity", "statement", "corpus", "duration band")
 _NOT_GROUPS = {
     *("speech", "label", "label_name", "status", "error", "predicted", "confidence", "entropy", "margin"),
-    *("level_dbfs", "row_id", "parent_id", "n_frames", "content_hash", "scored_s", "start_s", "end_s"),
+    *("level_dbfs", "row_id", "parent_id", "n_frames", "content_hash", "scored_s", "start_s", "end_s", START, END),
 }
 
 

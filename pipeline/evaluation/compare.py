@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from pipeline.data.segments import place_of
 from pipeline.evaluation.metrics import speaker_groups
 from pipeline.evaluation.outcomes import (
     LEVEL,
@@ -160,7 +161,8 @@ def _paired(
         if not has_labels(table):
             raise SerError(f"{name} has no labels, so there is nothing to compare; score a CSV with a label column")
     one, two = outcomes(first, labels), outcomes(second, labels)
-    keys = [pd.MultiIndex.from_arrays([o.table["speech"], o.table.groupby("speech").cumcount()]) for o in (one, two)]
+    places = [place_of(o.table) for o in (one, two)]
+    keys = [pd.MultiIndex.from_arrays([place, place.groupby(place).cumcount()]) for place in places]
     order = keys[1].get_indexer(keys[0])
     if len(one) != len(two) or (order < 0).any():
         missing = int((order < 0).sum())

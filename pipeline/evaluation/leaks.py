@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pipeline.data.corpora.voices import voices, with_speakers
+from pipeline.data.segments import END, RECORDING_HASH, START
 from pipeline.data.splits import HASH_COLUMN, add_hashes, duplicates_in, leaked, used_in_training
 from pipeline.evaluation.outcomes import Outcomes, has_labels, outcomes, scores
 
@@ -34,6 +35,7 @@ class Leaks:
         note: why nothing could be compared; None when it could.
         unread: rows without content, which cannot be read.
         by_name: training recordings that could be compared by name only.
+        partly: rows of ``mask`` of which another stretch was used: a segment of them, or what they are a segment of.
     """
 
     mask: NDArray[np.bool_]
@@ -42,26 +44,30 @@ class Leaks:
     note: str | None = None
     unread: int = 0
     by_name: int = 0
+    partly: int = 0
 
 
 def find(
-    manifest: pd.DataFrame, training: pd.DataFrame, *, contents: pd.Series | None = None, threads: int = 2
+    manifest: pd.DataFrame, training: pd.DataFrame, *, contents: pd.DataFrame | None = None, threads: int = 2
 ) -> Leaks:
     """Compare the recordings of ``manifest`` (column ``speech``) with ``bundle.training``.
 
-    Every recording is read, unless ``contents`` are known: the column of ``splits.add_hashes``. What a table of others
-    calls ``content_hash`` is not heeded. Unreadable recordings have no content and are never reported.
+    Every recording is read, unless ``contents`` are known: what ``splits.add_hashes`` made of the manifest. What a
+    table of others calls ``content_hash`` is not heeded. Unreadable recordings have no content and are never reported.
     """
-    known = add_hashes(manifest, threads=threads)[HASH_COLUMN] if contents is None else contents
-    hashed = manifest.assign(**{HASH_COLUMN: known})
+    hashed = add_hashes(manifest, threads=threads) if contents is None else contents
     groups = (tuple(dict.fromkeys(group)) for group in duplicates_in(hashed))  # a path that occurs twice is no copy
     duplicates = tuple(group for group in groups if len(group) > 1)
     if HASH_COLUMN not in training.columns or training.empty:
         note = "The bundle does not list the recordings it was trained on: what it has heard cannot be told."
         return Leaks(np.zeros(len(manifest), dtype=bool), (), duplicates, note)
     read = (hashed[HASH_COLUMN] != "").to_numpy(dtype=bool)
+    mask = leaked(hashed, training).to_numpy(dtype=bool) & read
+    whole = {RECORDING_HASH: "", START: "", END: ""}  # as if nothing were a segment: what is left is the very same
+    same = leaked(hashed.assign(**whole), training.assign(**whole)).to_numpy(dtype=bool)
     return Leaks(
-        mask=leaked(hashed, training).to_numpy(dtype=bool) & read,
+        mask=mask,
+        partly=int((mask & ~same).sum()),
         shared_speakers=_shared_speakers(manifest, training),
         duplicates=duplicates,
         unread=int((~read).sum()),
@@ -76,6 +82,7 @@ def describe(leaks: Leaks, predictions: pd.DataFrame, labels: Sequence[str]) -> 
         "checked": len(predictions) - leaks.unread if leaks.note is None else 0,
         "by_name": leaks.by_name,
         "leaked": int(leaks.mask.sum()),
+        "partly": leaks.partly,
         "recordings": predictions.loc[leaks.mask, "speech"].head(SHOWN).astype(str).tolist(),
         "duplicates": [list(group) for group in leaks.duplicates[:SHOWN]],
         "duplicate_groups": len(leaks.duplicates),

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
+from pipeline.data.segments import place_of
 from pipeline.evaluation.breakdowns import breakdowns, restricted
 from pipeline.evaluation.outcomes import (
     LEVEL,
@@ -157,7 +158,7 @@ def hints(found: Outcomes) -> list[str]:
         sentences.append(f"All recordings are {only}: the figures say nothing of the other classes.")
     elif absent:
         sentences.append(f"No recordings of {', '.join(absent)}: not in the averages over classes (n/a).")
-    if "speech" in found.table.columns and (repeated := int(found.table["speech"].duplicated().sum())):
+    if "speech" in found.table.columns and (repeated := int(place_of(found.table).duplicated().sum())):
         rows = "1 row names" if repeated == 1 else f"{repeated} rows name"
         sentences.append(f"{rows} a recording that an earlier row names already; each row counts.")
     permuted = permutation_hint(found)

@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from pipeline.audio.isolated import decode_in_subprocess
 from pipeline.audio.load import AudioError, Clip, Reading, load_once
-from pipeline.data.splits import HASH_COLUMN
+from pipeline.data.segments import HASH_COLUMN, bounds, source_at
 from pipeline.features.features import FeatureConfig, extract, mel_power
 from pipeline.features.store import (
     MANIFEST,
@@ -49,7 +49,6 @@ from pipeline.features.store import (
 )
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import CrashLog, atomic_path, remove_temporaries, write_json
-from pipeline.storage.remote import source_of
 
 __all__ = ["BlockWriter", "ShardOptions", "ShardSummary", "extract_shards"]
 
@@ -120,9 +119,10 @@ class BlockWriter:
         notes = CrashLog(self.out / NOTES, block, self.run)
         notes.check()
         rows: list[dict[str, Any]] = []
-        for position, (_, record) in enumerate(batch.iterrows()):
+        places = zip(batch["_row"], batch["speech"], *bounds(batch), strict=True)
+        for position, (number, *place) in enumerate(places):
             notes.begin(position)
-            rows.extend(self._rows(record, _decode_apart if notes.apart(position) else load_once))
+            rows.extend(self._rows(int(number), place, _decode_apart if notes.apart(position) else load_once))
         notes.close()
         target = self.out / part_name(block)
         try:
@@ -137,15 +137,17 @@ class BlockWriter:
             ) from error
         return len(rows), sum(row["status"] != "ok" for row in rows)
 
-    def _rows(self, record: pd.Series, read: Callable[..., Reading]) -> list[dict[str, Any]]:
-        """What we add to the row of one recording, and to those of its pitch-shifted copies."""
-        number = int(record["_row"])
+    def _rows(self, number: int, place: Sequence[Any], read: Callable[..., Reading]) -> list[dict[str, Any]]:
+        """What we add to the row of one recording, and to those of its pitch-shifted copies.
+
+        ``place``: path, start and end, see ``segments.source_at``.
+        """
         base = {"_row": number, "row_id": str(number), "parent_id": "", "pitch_semitones": 0.0}
         base |= {"status": "ok", "error": "", "n_frames": 0, "content_hash": "", "features": None, "mel_power": None}
         config, frames = self.config, power_frames(self.config, self.options)
         windows_s = [config.window_s] + ([max(self.options.mel_power_s, config.window_s)] if frames else [])
         try:
-            found = read(source_of(record["speech"]), windows_s=windows_s, sample_rate_hz=config.sample_rate_hz)
+            found = read(source_at(*place), windows_s=windows_s, sample_rate_hz=config.sample_rate_hz)
         except AudioError as error:
             return [base | {"status": error.code, "error": str(error)}]
         base |= {"content_hash": found.content_hash, "features": extract(found.clips[0].samples, config)}

@@ -8,7 +8,7 @@ process of its own, for a recording that may take its decoder, and with it the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -209,6 +209,8 @@ def _decode_apart(load: Callable[..., audio.Clip], source: audio.AudioSource, **
 
 def _local(source: audio.AudioSource) -> audio.AudioSource:
     """What ``audio`` can open: paths for ``file://`` URIs, bytes for objects of a store."""
+    if isinstance(source, audio.Segment) and isinstance(source.recording, str):
+        return replace(source, recording=source_of(source.recording))
     return source_of(source) if isinstance(source, str) else source
 
 

@@ -7,7 +7,7 @@ renormalised: a window that is sure weighs more than one that is not. Silence is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,6 +99,10 @@ class Timeline:
         return Timeline(
             self.channel[rows], self.start_s[rows], self.end_s[rows], self.level_dbfs[rows], self.log_p[rows]
         )
+
+    def later(self, seconds: float) -> Timeline:
+        """The same windows, that much later: of a recording of which this is a segment."""
+        return replace(self, start_s=self.start_s + seconds, end_s=self.end_s + seconds)
 
     def merged(self, names: Sequence[str]) -> tuple[Timeline, list[str]]:
         """Neighbours of one channel and one name as one segment; where segments overlap, the border is in the middle.

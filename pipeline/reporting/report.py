@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ import soundfile
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.audio.load import AudioError, load, probe
+from pipeline.audio.source import AudioSource
+from pipeline.data.segments import END, START, source_at
 from pipeline.data.tables import write_csv
 from pipeline.evaluation.breakdowns import GROUP_FIGURES
 from pipeline.evaluation.compare import compare, disagreements
@@ -37,7 +40,6 @@ from pipeline.evaluation.outcomes import failed_rows, outcomes
 from pipeline.reporting import REPORT, figures
 from pipeline.reporting.terminal import terminal_summary
 from pipeline.storage.errors import SerError
-from pipeline.storage.remote import source_of
 
 __all__ = ["Targets", "rerender", "terminal_summary", "write_comparison", "write_report"]
 
@@ -120,7 +122,7 @@ SHOWN_MISTAKES = 20
 SHOWN_FAILURES = 50
 _CLIP_RATE_HZ = 22_050
 _CLIP_LIMIT_S = 10.0
-_MISTAKE_COLUMNS = ("speech", "speaker", "label_name", "predicted", "confidence", "p_true", "duration_s")
+_MISTAKE_COLUMNS = ("speech", "speaker", "label_name", "predicted", "confidence", "p_true", "duration_s", START, END)
 
 
 @contextmanager
@@ -227,7 +229,7 @@ def _write(
 
 def _failures(predictions: pd.DataFrame) -> pd.DataFrame:
     rows = predictions[failed_rows(predictions)]
-    return rows.reindex(columns=["speech", "status", "error"])
+    return rows.reindex(columns=["speech", *(name for name in (START, END) if name in rows), "status", "error"])
 
 
 def _failure_summary(failures: pd.DataFrame) -> dict[str, Any]:
@@ -280,15 +282,14 @@ def _players(mistakes: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     players = {}
     for position, row in enumerate(mistakes):
         try:
-            players[position] = _wav_uri(row["speech"])
+            players[position] = _wav_uri(source_at(row["speech"], *(row.get(START) or 0.0, row.get(END) or math.inf)))
         except AudioError:
             continue
     return players
 
 
-def _wav_uri(path: str) -> str:
+def _wav_uri(source: AudioSource) -> str:
     """At most 10 s from the middle of a recording, mono, 16 bit."""
-    source = source_of(path)
     length_s = probe(source).duration_s
     clip = load(
         source,

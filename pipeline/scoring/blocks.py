@@ -19,10 +19,12 @@ from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 
+from pipeline.audio.source import Segment
+from pipeline.data.segments import END, START, WHOLE
 from pipeline.inference.excerpts import Excerpt, listen
 from pipeline.inference.predictor import Prediction, Predictor
 from pipeline.inference.timeline import Timeline
@@ -53,13 +55,19 @@ class Task:
     device: str = "cpu"
 
 
-def make_block(number: int, paths: Sequence[str]) -> pa.Table:
-    """Columns ``block``, ``position`` in it, and ``speech``."""
+def make_block(number: int, paths: Sequence[str], places: Sequence[Any] = ()) -> pa.Table:
+    """Columns ``block``, ``position`` in it, ``speech``, and where in it to start and end, by default nowhere.
+
+    ``places``: the starts and the ends, as ``segments.bounds`` gives them.
+    """
+    starts, ends = places or ([WHOLE[0]] * len(paths), [WHOLE[1]] * len(paths))
     return pa.table(
         {
             "block": pa.array([number] * len(paths), pa.int64()),
             "position": pa.array(range(len(paths)), pa.int64()),
             "speech": pa.array(paths, pa.string()),
+            START: pa.array(starts, pa.float64()),
+            END: pa.array(ends, pa.float64()),
         }
     )
 
@@ -71,20 +79,20 @@ def score_block(rows: pa.Table, task: Task) -> pa.Table:
     timelines: list[Timeline] | None = None
     if options.steps is None:
         excerpts: list[Excerpt] = []
-        for path, apart in _watched(rows, task):
-            excerpts.append(predictor.listen(path, channel=options.channel, apart=apart))
+        for source, apart in _watched(rows, task):
+            excerpts.append(predictor.listen(source, channel=options.channel, apart=apart))
             if len(excerpts) == task.batch_size:
                 predictions += predictor.classify(excerpts)
                 excerpts.clear()
         predictions += predictor.classify(excerpts)
     else:
         timelines = []
-        for path, apart in _watched(rows, task):
+        for source, apart in _watched(rows, task):
             prediction, timeline = predictor.follow(
-                path, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs, apart=apart
+                source, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs, apart=apart
             )
             predictions.append(prediction)
-            timelines.append(timeline)
+            timelines.append(timeline.later(source.start_s) if isinstance(source, Segment) else timeline)
     return _answer(rows, predictions, timelines, task, predictor)
 
 
@@ -93,8 +101,8 @@ def listen_block(rows: pa.Table, task: Task) -> pa.Table:
     bundle = _bundle(task.weights)
     crops, channel = task.options.crops or bundle.crops, task.options.channel
     excerpts = [
-        pickle.dumps(listen(path, bundle.features, crops, channel, apart=apart), protocol=5)
-        for path, apart in _watched(rows, task)
+        pickle.dumps(listen(source, bundle.features, crops, channel, apart=apart), protocol=5)
+        for source, apart in _watched(rows, task)
     ]
     return rows.append_column("excerpt", pa.array(excerpts, pa.large_binary()))
 
@@ -226,13 +234,14 @@ def _bundle(weights: str) -> Bundle:
     return load_bundle(weights)
 
 
-def _watched(rows: pa.Table, task: Task) -> Iterator[tuple[str, bool]]:
-    """The paths of a block, each noted down before it is given, and whether to decode it apart."""
+def _watched(rows: pa.Table, task: Task) -> Iterator[tuple[str | Segment, bool]]:
+    """The recordings of a block, each noted down before it is given, and whether to decode it apart."""
     notes = CrashLog(Path(task.notes), rows["block"][0].as_py(), task.run)
     notes.check()
-    for position, path in enumerate(rows["speech"].to_pylist()):
+    places = zip(*(rows[name].to_pylist() for name in ("speech", START, END)), strict=True)
+    for position, (path, *place) in enumerate(places):
         notes.begin(position)
-        yield path, notes.apart(position)
+        yield path if tuple(place) == WHOLE else Segment(path, *place), notes.apart(position)
     notes.close()
 
 

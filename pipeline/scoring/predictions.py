@@ -4,7 +4,8 @@
 (``ok`` or an error code), ``error``, ``label_name`` when labels were given, ``predicted``, ``confidence``,
 ``p_<label>`` per class, ``duration_s``, ``scored_s``, ``level_dbfs``, ``entropy`` (0 certain .. 1 uniform), ``margin``
 (best minus second), ``notice`` (what users should know of how it was read). One row per row of the manifest, in its
-order. Silence, and what could not be used, has no confidence and no probabilities.
+order. Silence, and what could not be used, has no confidence and no probabilities. Where parts of recordings were asked
+for, ``segment_start_s`` and ``segment_end_s`` stand last.
 
 ``segments``, for recordings heard window by window: ``row`` (from 0, of ``predictions``), ``speech``, ``channel``,
 ``start_s``, ``end_s``, ``predicted`` (also ``silence``), ``confidence``, ``p_<label>``, ``level_dbfs``, ``entropy``,
@@ -35,6 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.data.segments import END, START
 from pipeline.data.tables import read_csv, table_files
 from pipeline.inference.predictor import Prediction, entropy, margin
 from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, joined, nested, no_windows, unnested
@@ -138,7 +140,8 @@ def write_tables(
                 known = name in part.column_names  # parts that an older version wrote have no notice
                 column = part[name] if known else pa.nulls(len(part), pa.string())
                 table = table.append_column(name, column)
-            files.write("predictions", table)
+            last = [name for name in (START, END) if name in table.column_names]
+            files.write("predictions", table.select([n for n in table.column_names if n not in last] + last))
             if "windows" in part.column_names:
                 found = unnested(part["windows"])
                 named = [t.names(labels, min_confidence, silence_dbfs) for t in found]
@@ -223,7 +226,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
 def _with_numbers(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The table with our columns as numbers: those of these names, and the ``p_`` columns after ``confidence``."""
     names = list(table.columns)
-    ours = {"confidence", *_AFTER, *(["row", "start_s", "end_s"] if "start_s" in names else [])} & set(names)
+    times = [START, END, *(["row", "start_s", "end_s"] if "start_s" in names else [])]
+    ours = {"confidence", *_AFTER, *times} & set(names)
     begin = names.index("confidence") if "confidence" in names else 0
     for name in [*ours, *(name for name in names[begin:] if name.startswith("p_"))]:
         try:

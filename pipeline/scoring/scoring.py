@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cluster.nodes import check_nodes, cpus_here
 from pipeline.cluster.runtime import in_submitted_job, joins_cluster
+from pipeline.data.segments import bounds
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.scoring.blocks import (
@@ -218,7 +219,7 @@ def _score(
     starts = range(0, len(table), block_rows)
     sizes = {block: min(block_rows, len(table) - start) for block, start in enumerate(starts)}
     before = ledger.committed(sizes)
-    todo = {b: list(table["speech"].iloc[starts[b] :][:n]) for b, n in sizes.items() if b not in before}
+    todo = {b: table.iloc[starts[b] : starts[b] + n] for b, n in sizes.items() if b not in before}
     scored = sum(map(len, todo.values()))
     done, failed = len(table) - scored, sum(before.values())
     if todo:
@@ -253,11 +254,9 @@ def _block_rows(rows: int, *, walked: bool) -> int:
     return int(np.clip(-(-rows // (cpus_here() * _BLOCKS_A_CPU)), 16, _BLOCK_ROWS))
 
 
-def _score_blocks(
-    todo: Mapping[int, Sequence[str]], task: Task, execution: Execution
-) -> Iterator[tuple[int, pa.Table]]:
+def _score_blocks(todo: Mapping[int, pd.DataFrame], task: Task, execution: Execution) -> Iterator[tuple[int, pa.Table]]:
     """Run the blocks; yields each as it is done, in any order."""
-    blocks = [make_block(number, paths) for number, paths in todo.items()]
+    blocks = [make_block(number, list(rows["speech"]), bounds(rows)) for number, rows in todo.items()]
     recordings = sum(map(len, blocks))
     if execution.chosen(recordings, walked=task.options.steps is not None) == "local":
         results = in_processes(blocks, task, min(len(blocks), execution.num_cpus or usable_cpus()))

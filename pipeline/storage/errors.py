@@ -8,6 +8,7 @@
     ├── bundle.BundleError          a model bundle that is missing, damaged or unknown
     └── AudioError                    code                one recording that cannot be used
         ├── NotFound                  not_found            no such path
+        ├── NotFetched                not_fetched          an address of the web or of a store that is not read here
         ├── NotAFile                  not_a_file           directory, pipe, socket, device
         ├── PermissionDenied          permission_denied
         ├── Unreadable                unreadable           the operating system failed to open or read it
@@ -26,6 +27,7 @@
         ├── BadSampleRate             bad_sample_rate      │
         ├── BadChannels               bad_channels         ┘
         ├── NoSuchChannel             no_such_channel      the channel asked for is not in the recording
+        ├── NoSuchSegment             no_such_segment      the part asked for is not in the recording, or is none
         ├── DecoderCrashed            decoder_crashed      the decoder ended the process it ran in
         └── DecodeTimeout             decode_timeout       the decoder did not answer in time
 
@@ -59,6 +61,10 @@ class AudioError(SerError):
 
 class NotFound(AudioError):
     code = "not_found"
+
+
+class NotFetched(AudioError):
+    code = "not_fetched"
 
 
 class NotAFile(AudioError):
@@ -133,6 +139,10 @@ class NoSuchChannel(AudioError):
     code = "no_such_channel"
 
 
+class NoSuchSegment(AudioError):
+    code = "no_such_segment"
+
+
 class DecoderCrashed(AudioError):
     code = "decoder_crashed"
 
@@ -144,8 +154,9 @@ class DecodeTimeout(AudioError):
 ERRORS: dict[str, type[AudioError]] = {
     error.code: error
     for error in (
-        *(AudioError, NotFound, NotAFile, PermissionDenied, Unreadable, EmptyFile, NotAudio, UnsupportedFormat),
+        *(AudioError, NotFound, NotFetched, NotAFile, PermissionDenied, Unreadable, EmptyFile, NotAudio),
         *(
+            UnsupportedFormat,
             ExtraNeeded,
             Corrupt,
             Truncated,
@@ -157,7 +168,7 @@ ERRORS: dict[str, type[AudioError]] = {
             TooLarge,
             BadSampleRate,
         ),
-        *(BadChannels, NoSuchChannel, DecoderCrashed, DecodeTimeout),
+        *(BadChannels, NoSuchChannel, NoSuchSegment, DecoderCrashed, DecodeTimeout),
     )
 }
 

@@ -11,6 +11,8 @@ URI (RFC 8089, percent-encoded bytes): ``path_text`` and ``local_path`` convert,
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -131,6 +133,33 @@ def local_path(text: str) -> str:
         return text
     path = os.fsdecode(unquote_to_bytes(text[len(_URI) :].removeprefix("localhost")))
     return path[1:] if os.name == "nt" and path[2:3] == ":" else path  # file:///C:/calls/a.wav
+
+
+def present_form(path: str) -> str:
+    """The path in the Unicode form, composed or decomposed, in which it is there; itself where it is in neither.
+
+    macOS decomposes names (NFD), other systems and most tables compose them (NFC); each part has a form of its own.
+    """
+    if path.isascii() or os.path.lexists(path):
+        return path
+    pure = Path(path)
+    found = pure.anchor
+    for part in pure.parts[1 if pure.anchor else 0 :]:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        found = next((p for form in forms if os.path.lexists(p := os.path.join(found, form))), "")
+        if not found:
+            return path
+    return found
+
+
+def is_address(text: str) -> bool:
+    """Whether a path is an address of something that is not fetched; one slash may have been lost.
+
+    >>> [is_address(text) for text in ("https://a.org/a.wav", "ftp:/a.org/a.wav", "C:/a.wav", "s3://a/b", "file:///a")]
+    [True, True, False, False, False]
+    """
+    match = re.match(r"([a-z][a-z0-9+.-]+):/", text.strip(), re.IGNORECASE)
+    return match is not None and match[1].lower() not in ("file", "s3", "gs")
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

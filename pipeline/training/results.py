@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline.data.segments import END, RECORDING_HASH, START, has_segments, ids
 from pipeline.evaluation.metrics import OVERALL
 from pipeline.features.store import load_features
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle
@@ -194,14 +195,18 @@ def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_table(splits: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """`training.csv`: id (file stem), content hash, speaker and split of every recording; no audio, no path."""
+    """`training.csv`: id (file stem), content hash, speaker and split of every recording; no audio, no path.
+
+    Where some are segments, also the hash of the whole recording, and where in it they lie.
+    """
     tables = [
         pd.DataFrame(
             {
-                "id": [Path(path).stem for path in part["speech"]],
+                "id": ids(part),
                 "content_hash": part.get("content_hash", ""),
                 "speaker": part.get("speaker", ""),
                 "split": split,
+                **{name: part[name] for name in (RECORDING_HASH, START, END) if has_segments(part)},
             }
         )
         for split, part in splits.items()

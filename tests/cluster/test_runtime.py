@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray._private import ray_constants, services
 from ray.serve._private import replica
 
 from pipeline.cluster import ray_internals, runtime
-from pipeline.storage.errors import SerError
+from pipeline.storage.errors import SerError, SerWarning
 
 
 @pytest.fixture
@@ -99,6 +100,37 @@ def test_a_port_that_is_not_opened_by_us_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.delattr(replica, "add_port_to_grpc_server")
     with pytest.raises(SerError, match="add_port_to_grpc_server"):
         ray_internals.OwnPort().install()
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_sockets_lie_where_their_paths_fit(
+    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    session = "session_2026-11-30_10-13-29_123456_4194304/sockets/plasma_store"
+    for other in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(other, raising=False)
+    (tmp_path / "file").touch()
+    long = "very_long_scratch_directory_name_as_on_slurm_clusters/job_1"
+    for given in (tmp_path / long, tmp_path / ("ä" * 30), tmp_path / "file", "relative"):
+        monkeypatch.setenv(name, str(given))
+        calls = starts()
+        if given == "relative":
+            monkeypatch.chdir("/")
+            runtime.start_ray()
+        else:
+            with pytest.warns(SerWarning, match=name):
+                runtime.start_ray()
+        folder = calls[0]["_temp_dir"]
+        assert os.path.isabs(folder)
+        assert len(os.fsencode(os.path.join(folder, session))) < 104
+    monkeypatch.setenv(name, "/tmp")
+    calls = starts()
+    runtime.start_ray()
+    assert "_temp_dir" not in calls[0]
+    monkeypatch.setenv(name, str(tmp_path / long))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(SerError, match="set RAY_TMPDIR to a folder with a short name"):
+        runtime.start_ray()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux confines processes to CPUs")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from pipeline.data.labels import RAVDESS_LABELS, LabelError, parse_label_map
+from pipeline.data.labels import RAVDESS_LABELS, LabelError, parse_label_map, parse_label_names
 from pipeline.data.manifest import (
     ManifestError,
     from_dataframe,
@@ -23,7 +24,7 @@ from pipeline.storage.errors import SerError
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_encodings_separators_and_column_names(tmp_path: Path, encoding: str, separator: str) -> None:
-    rows = [["File", "Emotion", "note"], ["a.wav", "Fear", "é"], ["sub\\b.wav", "3", "x"]]
+    rows = [["File", "Emotion", "note"], ["a.wav", "Fear", "é"], ["sub\\b.wav", "afraid", "x"]]
     text = "\r\n".join(separator.join(row) for row in rows) + "\r\n\r\n"
     path = tmp_path / "judges.csv"
     path.write_bytes(text.encode(encoding))
@@ -65,7 +66,7 @@ def test_unlabelled_cells_are_allowed_only_when_scoring(tmp_path: Path) -> None:
         ("speech,label\n,sad\n", "path is empty"),
         ("speech,label\na.wav,sad,extra\n", "line 2: 3 cells"),
         ("speech,speech,label\na,b,sad\n", "twice"),
-        ("speech,label\na.wav,9\n", "outside 0..7"),
+        ("speech,label\na.wav,-1\n", "line 2: label -1 is below 0"),
         ("\0\1\2", "not a text file"),
         ('speech,label,note\na.wav,sad,"oops\nb.wav,sad,x\nc.wav,sad,x\n', "line 2: .*close every double quote"),
         ('speech,label\na.wav,sad\n"b".wav,sad\n', "line 3: .*close every double quote"),
@@ -74,7 +75,7 @@ def test_unlabelled_cells_are_allowed_only_when_scoring(tmp_path: Path) -> None:
         ("Speech,speech,label\na.wav,b.wav,sad\n", "twice"),
         ("\n\nspeech,label\n\na.wav,sad\n\n,sad\n", "line 7: the path is empty"),
         ('\n\nspeech,label\n\n"a\nb.wav",sad\n\nc.wav,sad,x\n', "line 8: 3 cells"),
-        ("speech,label\n\na.wav,sad\nb.wav,9\n", "line 4: .*outside 0..7"),
+        ("speech,label\n\na.wav,sad\nb.wav,9\n", "line 4: the label 9 is an integer, that of .*line 3 is 'sad'"),
         ("speech,label\na.wav,NaN\n", "line 2: the label is empty"),
         ("speech,label\nfile://../../a.wav,sad\n", "line 2: 'file://../../a.wav' is not absolute"),
     ],
@@ -184,3 +185,77 @@ def test_a_table_keeps_further_columns_and_is_not_changed() -> None:
     assert table["take"].tolist() == [1, 2]
     assert label_set(table).names == ("happy", "sad")
     assert label_counts(table, ("calm", "happy", "sad")) == {"calm": 0, "happy": 1, "sad": 1}
+
+
+RAVDESS_CODES = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
+
+
+def integers(numbers: Sequence[object], names: Sequence[str] = (), **columns: Sequence[object]) -> pd.DataFrame:
+    """A table of recordings with these labels, by default of names that tell nothing."""
+    names = names or [f"{i}.wav" for i in range(len(numbers))]
+    return pd.DataFrame({"speech": names, "label": numbers, **columns})
+
+
+def ravdess_files(codes: Sequence[int]) -> list[str]:
+    return [f"03-01-0{code}-01-01-01-01.wav" for code in codes]
+
+
+@pytest.mark.parametrize("numbers", [["0", "2", "11"], [0, 2, 11], [0.0, 2.0, 11.0], ["00", "02", "11"]])
+def test_integers_of_ones_own_are_names_of_their_own(numbers: list[object]) -> None:
+    told: list[str] = []
+    found = from_dataframe(integers(numbers), tell=told.append)["label"].tolist()
+    assert found == ["0", "2", "11"]
+    assert len(told) == 1
+    assert "0, 2, 11" in told[0]
+    again = from_dataframe(integers(numbers), labels=label_set(from_dataframe(integers(numbers))).names)
+    assert again["label"].tolist() == found  # 11 is the second of the sorted names, and still called 11
+
+
+def test_integers_index_the_names_that_are_given_in_any_order() -> None:
+    names = parse_label_names("sad, Fear,calm")
+    assert from_dataframe(integers([2, 0, 1]), label_names=names)["label"].tolist() == ["calm", "sad", "fearful"]
+    for numbers, complaint in (([0, 3], "row 2: label 3 is outside 0..2"), (["sad", "bored"], "unknown label 'bored'")):
+        with pytest.raises(LabelError, match=complaint):
+            from_dataframe(integers(numbers), label_names=names)
+    for wrong in ("sad,,calm", "sad,1", "fear,fearful"):
+        with pytest.raises(LabelError, match="label names"):
+            parse_label_names(wrong)
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_integers_that_file_names_or_words_contradict_are_refused_with_the_map_that_mends_it(by_option: bool) -> None:
+    given = {"label_names" if by_option else "labels": RAVDESS_LABELS}
+    for table in (
+        integers(range(8), ravdess_files(range(1, 9))),
+        integers(range(8), emotion=RAVDESS_CODES),
+        integers(range(8), Class_Name=["Neutral", "calm", "joy", "sadness", "anger", "fear", "disgust", "ps"]),
+    ):
+        with pytest.raises(LabelError, match="row 1: label 0 is taken for angry") as caught:
+            from_dataframe(table, **given)
+        advice = str(caught.value).rpartition("--label_map ")[2]
+        mended = from_dataframe(table, label_map=parse_label_map(advice), **given)
+        assert mended["label"].tolist() == list(RAVDESS_CODES)
+
+
+def test_what_contradicts_no_integer_is_read_without_a_word_of_refusal() -> None:
+    in_order = [RAVDESS_CODES.index(name) + 1 for name in RAVDESS_LABELS]
+    assert from_dataframe(integers(range(8), ravdess_files(in_order)), labels=RAVDESS_LABELS)["label"].tolist() == list(
+        RAVDESS_LABELS
+    )
+    coarse = integers([0, 0, 1], ravdess_files([5, 4, 3]))  # two emotions in one class of ones own
+    assert from_dataframe(coarse, label_names=["negative", "positive"])["label"].tolist() == [
+        *("negative", "negative", "positive")
+    ]
+    assert from_dataframe(coarse)["label"].tolist() == ["0", "0", "1"]
+    merged = integers([4], ravdess_files([2]))  # calm counts as neutral where there is no calm
+    seven = [name for name in RAVDESS_LABELS if name != "calm"]
+    assert from_dataframe(merged, labels=seven)["label"].tolist() == ["neutral"]
+    words = pd.DataFrame({"speech": ["a.wav"], "emotion": ["sad"]})
+    assert from_dataframe(words, labels=RAVDESS_LABELS)["label"].tolist() == ["sad"]
+    assert from_dataframe(integers(["", "nan"]), labels=RAVDESS_LABELS, require_labels=False)["label"].isna().all()
+
+
+def test_a_hint_gives_the_names_that_the_table_itself_has() -> None:
+    told: list[str] = []
+    from_dataframe(integers([0, 1, 1], emotion=["sad", "calm", "calm"]), tell=told.append)
+    assert "--label_map 0=sad,1=calm" in told[0]

@@ -101,7 +101,7 @@ def test_voices_are_known_by_ravdess_names_on_both_sides(speaker: str | None) ->
     training = heard.assign(content_hash="x", speaker="")
     given = pd.DataFrame({"speech": [f"/judges/03-01-03-01-01-01-0{i}.wav" for i in (7, 8, 9)], "label": "happy"})
     asked = given if speaker is None else given.assign(speaker=speaker)
-    found = leaks.find(asked, training, contents=pd.Series(["a", "b", "c"]))
+    found = leaks.find(asked, training, contents=asked.assign(content_hash=["a", "b", "c"]))
     assert found.shared_speakers == ("RAVDESS_07",)
 
 

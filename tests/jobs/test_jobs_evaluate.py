@@ -232,6 +232,7 @@ def test_the_label_map_that_is_printed_gives_what_it_promises(
     run: Callable[..., int], scorer: Scorer, csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     table = pd.read_csv(csv)
+    table["speech"] = [f"/{i}.wav" for i in range(len(table))]  # a name of RAVDESS would contradict the integers
     scorer.hears = dict(zip(table["speech"], table["label"], strict=True))
     for path in table["speech"][:6]:
         scorer.hears[path] = "sad"

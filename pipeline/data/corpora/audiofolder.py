@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.data.cells import read_cells
 from pipeline.data.corpora.record import Corpus
-from pipeline.data.tables import ManifestError, read_cells
+from pipeline.data.tables import ManifestError
 
 AUDIOFOLDER = Corpus(
     name="audiofolder",

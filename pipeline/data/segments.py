@@ -1,0 +1,187 @@
+"""Rows that name a part of a recording: ``start`` and ``end`` as people and programs write them, and what follows.
+
+A segment is a recording of its own: its id, its content hash and its answers are those of a file cut out there.
+Sources of the spellings: audformat's segmented index (``file,start,end``, pandas timedeltas, NaT for the end), NeMo's
+manifests (``offset,duration``), AudioSet (``start_seconds``), DCASE (``onset,offset``), SubRip (``00:16:16,059``).
+Limits: a time alone is no segment; a clock time is taken for a time in the recording, which then does not reach it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pipeline.audio.source import AudioSource, Segment
+from pipeline.data.tables import MISSING, ManifestError
+from pipeline.storage.remote import source_of
+
+START, END = "segment_start_s", "segment_end_s"  # seconds; empty: the recording's own beginning or end
+HASH_COLUMN = "content_hash"
+RECORDING_HASH = "recording_hash"  # of the whole recording that a segment is of
+WHOLE = (0.0, np.inf)
+_MARGIN_S = 0.01  # segments that share less do not overlap
+_MARKS = (  # names without underscores, blanks and capitals, and the seconds in one of them
+    *(("segmentstarts", "segmentends", 1.0), ("starts", "ends", 1.0), ("start", "end", 1.0)),
+    *(("starttime", "endtime", 1.0), ("startsec", "endsec", 1.0), ("startseconds", "endseconds", 1.0)),
+    *(("starttimeseconds", "endtimeseconds", 1.0), ("startms", "endms", 0.001), ("begin", "end", 1.0)),
+    *(("begintime", "endtime", 1.0), ("onset", "offset", 1.0)),
+)
+_LENGTHS = (("offset", "duration"), ("start", "duration"), ("starts", "durations"), ("onset", "duration"))
+_OURS = ("predicted", "confidence")  # columns of our answers, whose times were asked for by nobody
+_DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?[./]\d\d?[./]\d{2,4}")
+_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:[.,]\d*)?)")
+
+
+def with_segments(
+    table: pd.DataFrame, where: Callable[[int], str], tell: Callable[[str], None] | None = None
+) -> pd.DataFrame:
+    """The table with ``START`` and ``END`` as float64, where its columns select parts of recordings.
+
+    Args:
+        where: how messages call a row; tell: is given a line on what was taken for a segment, and what was not.
+
+    Raises:
+        ManifestError: a cell that holds no time.
+    """
+    say = tell or (lambda _: None)
+    names = {re.sub(r"[\s_-]", "", str(name).lower()): str(name) for name in reversed(table.columns)}
+    found = next(((names[a], names[b], unit, False) for a, b, unit in _MARKS if a in names and b in names), None)
+    found = found or next(((names[a], names[b], 1.0, True) for a, b in _LENGTHS if a in names and b in names), None)
+    if found is None:
+        if alone := [names[name] for mark in _MARKS for name in mark[:2] if name in names and name != "offset"]:
+            say(f"the column {alone[0]} alone selects no segments: those need start and end; whole recordings are read")
+        return table
+    start, end, unit, by_length = found
+    if start != START and set(_OURS) <= set(names):
+        say(f"{start} and {end} are those of answers and select no segments; without the column predicted they would")
+        return table
+    if all(_DATE.match(str(cell).strip()) for cell in table[start]):
+        say(f"{start} holds dates, not times in a recording: whole recordings are read")
+        return table
+    starts, ends = (
+        np.array([_time(cell, unit, f"{where(row)}, column {name}") for row, cell in enumerate(table[name])])
+        for name in (start, end)
+    )
+    if by_length:
+        ends = np.nan_to_num(starts) + ends
+    ends = np.where(np.isposinf(ends), np.nan, ends)
+    given = int((~np.isnan(starts) | ~np.isnan(ends)).sum())
+    if not given:
+        return table
+    say(f"{start} and {end} select a segment of the recording in {given:,} of {len(table):,} rows")
+    return table.assign(**{START: starts, END: ends})
+
+
+def _time(cell: object, unit: float, where: str) -> float:
+    """Seconds of a cell; NaN of an empty one. ``unit``: seconds in one of a plain number."""
+    if isinstance(cell, (dt.timedelta, np.timedelta64)):
+        return float(pd.Timedelta(cell).total_seconds())
+    text = "" if cell is None or cell is pd.NA or cell is pd.NaT or cell != cell else str(cell).strip()
+    if text.lower() in (*MISSING, "", "nat", "none"):
+        return np.nan
+    if re.fullmatch(r"-?\d+,\d+", text):
+        text = text.replace(",", ".")
+    try:
+        return float(text) * unit
+    except ValueError:
+        pass
+    if match := _CLOCK.fullmatch(text):
+        hours, minutes, seconds = match.groups(default="0")
+        return (int(hours) * 60 + int(minutes)) * 60 + float(seconds.replace(",", "."))
+    try:
+        if not re.search("[A-Za-z:]", text):
+            raise ValueError(text)
+        return float(pd.Timedelta(text).total_seconds())
+    except ValueError as error:
+        raise ManifestError(
+            f"{where}: {text[:40]!r} is no time in a recording; expected seconds (3.5) or 0 days 00:00:03.5, or "
+            "another name for the column where it is about something else"
+        ) from error
+
+
+def has_segments(table: pd.DataFrame) -> bool:
+    """Whether rows of the table may be parts of recordings."""
+    return START in table.columns and END in table.columns
+
+
+def bounds(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Start and end of each row in its recording, in seconds, (n,) each; 0 and infinity of whole recordings."""
+    if not has_segments(table):
+        return np.zeros(len(table)), np.full(len(table), np.inf)
+    starts, ends = (pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64) for name in (START, END))
+    return np.where(np.isnan(starts), 0.0, starts), np.where(np.isnan(ends), np.inf, ends)
+
+
+def source_at(speech: str, start_s: float, end_s: float) -> AudioSource:
+    """What ``audio`` reads of a row, as ``remote.source_of`` does; times as ``bounds`` gives them.
+
+    Raises:
+        AudioError: an object that cannot be fetched.
+    """
+    return source_of(speech) if (start_s, end_s) == WHOLE else Segment(source_of(speech), start_s, end_s)
+
+
+def place_of(table: pd.DataFrame) -> pd.Series:
+    """What each row is of, to compare rows by (n,): path, start, end."""
+    return pd.Series(list(zip(table["speech"], *bounds(table), strict=True)), index=table.index, dtype=object)
+
+
+def ids(table: pd.DataFrame) -> pd.Series:
+    """The id of each row (n,): its file's stem, and the bounds of a segment."""
+    stems = [Path(str(path)).stem for path in table["speech"]]
+    suffixes = [
+        "" if (start, end) == WHOLE else f" ({_short(start)}-{_short(end) if end < np.inf else ''} s)"
+        for start, end in zip(*bounds(table), strict=True)
+    ]
+    names = [stem + suffix for stem, suffix in zip(stems, suffixes, strict=True)]
+    return pd.Series(names, index=table.index, dtype=object)
+
+
+def _short(seconds: float) -> str:
+    return f"{round(float(seconds), 3):.12g}"
+
+
+def shares_sound(table: pd.DataFrame, other: pd.DataFrame) -> NDArray[np.bool_]:
+    """Whether each row of the table shares a part of a recording with any row of the other, (n,).
+
+    Both as ``recordings_of`` names their recordings; rows of unknown ones share nothing.
+    """
+    found = np.zeros(len(table), dtype=bool)
+    ours, theirs = pd.Series(recordings_of(table)), pd.Series(recordings_of(other))
+    (starts, ends), (first, last) = bounds(table), bounds(other)
+    there = theirs.groupby(theirs).indices
+    for name, rows in ours.groupby(ours).indices.items():
+        if name and name in there:
+            at = there[name]
+            shared = np.minimum(ends[rows, None], last[at]) - np.maximum(starts[rows, None], first[at])
+            found[rows] = (shared > _MARGIN_S).any(axis=1)
+    return found
+
+
+def recordings_of(table: pd.DataFrame) -> list[str]:
+    """The whole recording of each row (n,), by its content; "" where that is not known."""
+    hashes = table.get(HASH_COLUMN, pd.Series("", index=table.index)).fillna("").astype(str)
+    whole = table.get(RECORDING_HASH, pd.Series("", index=table.index)).fillna("").astype(str)
+    return list(whole.where(whole != "", hashes))
+
+
+def stretches(table: pd.DataFrame) -> list[tuple[str, int]]:
+    """(recording, number) of each row (n,), the same for rows of one recording that overlap, and for chains of such."""
+    starts, ends = bounds(table)
+    names = recordings_of(table)
+    found: list[tuple[str, int]] = [("", 0)] * len(table)
+    for name, positions in pd.Series(names).groupby(names).indices.items():
+        rows = np.asarray(positions)
+        number, reached = 0, -np.inf
+        for row in rows[np.lexsort((ends[rows], starts[rows]))]:
+            if starts[row] >= reached - _MARGIN_S:
+                number += 1
+            reached = max(reached, ends[row])
+            found[row] = str(name), number
+    return found
