@@ -26,7 +26,7 @@ from jobs._common import (
     tell_engine,
 )
 from jobs._targets import add_targets, targets_of
-from pipeline.evaluation.metrics import reached
+from pipeline.evaluation.verdict import reached
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 
