@@ -7,7 +7,9 @@ target was missed; 4 done, but some recordings failed; 70 an error of ours; 130 
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
+import gc
 import io
 import itertools
 import socket
@@ -162,6 +164,24 @@ def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
     parser.set_defaults(out_below=below)
 
 
+def add_engine(parser: argparse._ActionsContainer) -> None:
+    """``--engine`` and ``--num_cpus``: where recordings are scored."""
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "local", "ray"),
+        default="auto",
+        help="ray: Ray Data, here or on the cluster of RAY_ADDRESS; local: processes of this machine; auto (default): "
+        "local where the work is too small to repay Ray's start",
+    )
+    parser.add_argument("--num_cpus", type=int, help="CPUs to use (default: all)")
+
+
+def tell_engine(arguments: argparse.Namespace, engine: str, recordings: int) -> None:
+    """Say so when ``auto`` chose the local engine."""
+    if engine == "local" and arguments.engine == "auto" and arguments.num_cpus != 0:
+        say(f"{recordings:,} recordings: in processes of this machine; --engine ray for Ray Data")
+
+
 def dated(below: str) -> str:
     """The folder of now in ``below``: ``runs/2026-11-30_094636``."""
     return f"{below}/{time.strftime('%Y-%m-%d_%H%M%S')}"
@@ -218,6 +238,7 @@ def run(
     ``prepare`` may change the parser by what it finds on the command line; ``parse`` reads that line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    atexit.register(gc.freeze)  # else Python looks through all there is for cycles, for a second or more, to end
     escape_on_consoles()
     warnings.showwarning = _show
     try:

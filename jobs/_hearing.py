@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from pipeline.inference.predictor import Channels
 from pipeline.inference.timeline import SILENCE_DBFS
 from pipeline.scoring.options import ScoreOptions
+
+if TYPE_CHECKING:
+    from pipeline.inference.predictor import Channels
 
 
 def add_hearing(parser: argparse.ArgumentParser) -> None:

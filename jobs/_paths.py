@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from jobs._common import Parser, dated, underscored
-from pipeline.models.backends import ensure_onnx
-from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle
 from pipeline.storage.errors import SerError
 from pipeline.storage.remote import is_remote
 
@@ -60,6 +58,9 @@ def place(job: str, words: Sequence[str], arguments: argparse.Namespace, storage
     Raises:
         SerError: a relative path that has no place on the cluster.
     """
+    from pipeline.models.backends import ensure_onnx
+    from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle
+
     placed = Placed([])
     option = ""
     for word in words:

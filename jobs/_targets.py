@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pipeline.evaluation.metrics import Targets
+from pipeline.evaluation.verdict import Targets
 
 
 def add_targets(parser: argparse.ArgumentParser) -> None:

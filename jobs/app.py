@@ -18,8 +18,6 @@ from pathlib import Path
 from jobs._common import EXIT_DONE, EXIT_OURS, Parser, called, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.storage.errors import SerError
-from serve.auth import key_from_environment
-from serve.client import Client
 
 PAGE = Path(__file__).resolve().parents[1] / "app.py"
 HOST = "127.0.0.1"
@@ -39,6 +37,9 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Start both, wait for a signal or for one of them to end, stop both."""
+    from serve.auth import key_from_environment
+    from serve.client import Client
+
     if not PAGE.is_file():
         raise SerError(f"the page is missing: {PAGE}; start it in the project's folder, with python -m jobs.app")
     check_free(HOST, arguments.port, "choose another --port")

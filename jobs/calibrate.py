@@ -6,22 +6,18 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from jobs._common import EXIT_DONE, Parser, called, run, say
 from pipeline.data.labels import LabelSet
 from pipeline.data.segments import END, START, place_of
-from pipeline.data.splits import add_hashes, leaked
-from pipeline.evaluation.outcomes import failed_rows
-from pipeline.models.bundle import Bundle, load_bundle, set_temperature
-from pipeline.models.calibration import fit_temperature, scaled
-from pipeline.scoring.ledger import RUN
-from pipeline.scoring.predictions import read_predictions
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pipeline.models.bundle import Bundle
 
 
 def build_parser() -> Parser:
@@ -44,6 +40,13 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Fit, write, and say what it changed."""
+    import numpy as np
+
+    from pipeline.evaluation.outcomes import failed_rows
+    from pipeline.models.bundle import load_bundle, set_temperature
+    from pipeline.models.calibration import fit_temperature, scaled
+    from pipeline.scoring.predictions import read_predictions
+
     bundle = load_bundle(arguments.model_weights)
     table = read_predictions(arguments.predictions)
     columns = [f"p_{label}" for label in bundle.labels]
@@ -71,6 +74,8 @@ def _plan(predictions: Path) -> dict[str, Any] | None:
     Raises:
         SerError: a ``run.json`` that is not of these jobs.
     """
+    from pipeline.scoring.ledger import RUN
+
     record = (predictions if predictions.is_dir() else predictions.parent) / RUN
     if not record.is_file():
         return None
@@ -87,6 +92,8 @@ def _never_heard(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -
     Raises:
         SerError: the answers are those of another model.
     """
+    from pipeline.data.splits import add_hashes, leaked
+
     if plan["model"] != bundle.weights_sha256:
         raise SerError(
             f"the answers are those of other weights ({plan['model'][:12]}) than {bundle.folder}'s "

@@ -35,7 +35,7 @@ from jobs.train_options import (
     model_options,
     refuse_beside_features,
 )
-from pipeline.evaluation.metrics import Targets, reached
+from pipeline.evaluation.verdict import Targets, reached
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked

@@ -8,9 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from jobs import crossval
 from jobs._common import (
@@ -20,23 +18,23 @@ from jobs._common import (
     LabelMap,
     Parser,
     Progress,
+    add_engine,
     add_out,
     called,
     run,
     say,
+    tell_engine,
 )
-from jobs._provenance import provenance
 from jobs._targets import add_targets, targets_of
-from pipeline.data.manifest import label_counts, read_manifest
-from pipeline.data.splits import add_hashes
-from pipeline.evaluation import leaks
-from pipeline.evaluation.compare import comparison_summary
-from pipeline.evaluation.metrics import reached
-from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.reporting.report import terminal_summary, write_comparison, write_report
-from pipeline.scoring.predictions import read_predictions
+from pipeline.evaluation.verdict import reached
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pipeline.evaluation.leaks import Leaks
+    from pipeline.models.bundle import Bundle
 
 
 def build_parser() -> Parser:
@@ -53,7 +51,7 @@ def build_parser() -> Parser:
     add_out(parser, "reports", "predictions, metrics, figures, report.html")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
-    parser.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here; 0: no Ray (default: all)")
+    add_engine(parser)
     parser.add_argument(
         "--leak_check",
         choices=("warn", "error", "off"),
@@ -80,6 +78,11 @@ def _count(text: str) -> int:
 
 def job(arguments: argparse.Namespace) -> int:
     """Evaluate or compare, and say what came of it."""
+    from jobs._provenance import provenance
+    from pipeline.evaluation import leaks
+    from pipeline.models.bundle import load_bundle
+    from pipeline.reporting.report import terminal_summary, write_report
+
     if arguments.compare is not None:
         _refuse_beside_compare(arguments)
         return _compare(arguments)
@@ -123,6 +126,8 @@ def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed
 
 
 def _manifest(arguments: argparse.Namespace, bundle: Bundle) -> pd.DataFrame:
+    from pipeline.data.manifest import label_counts, read_manifest
+
     manifest = read_manifest(
         arguments.data_csv,
         root=arguments.root,
@@ -142,12 +147,14 @@ def _manifest(arguments: argparse.Namespace, bundle: Bundle) -> pd.DataFrame:
 
 def _leaks(
     arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, contents: pd.DataFrame | None = None
-) -> leaks.Leaks | None:
+) -> Leaks | None:
     """What the CSV shares with the training; ``contents`` of its recordings, where they are known.
 
     Raises:
         SerError: ``--leak_check error`` and a recording was used in training.
     """
+    from pipeline.evaluation import leaks
+
     if arguments.leak_check == "off":
         return None
     found = leaks.find(manifest, bundle.training, contents=contents, threads=usable_cpus())
@@ -190,15 +197,18 @@ def _score(
     arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, out: Path
 ) -> tuple[pd.DataFrame, int]:
     """Predictions of every row, and how many failed."""
+    from pipeline.scoring.predictions import read_predictions
     from pipeline.scoring.scoring import Execution, ScoreOptions, score_manifest
 
     say(f"scoring {len(manifest):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {out}")
+    execution = Execution(engine=arguments.engine, num_cpus=arguments.num_cpus)
+    tell_engine(arguments, execution.chosen(len(manifest), walked=False), len(manifest))
     result = score_manifest(
         manifest,
         out,
         weights=bundle.folder,
         options=ScoreOptions(crops=arguments.crops),
-        execution=Execution(num_cpus=arguments.num_cpus),
+        execution=execution,
         overwrite=arguments.overwrite,
         report=False,
         on_progress=Progress("score"),
@@ -216,6 +226,13 @@ def _refuse_beside_compare(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     """Compare two bundles on the CSV, or two finished score tables."""
+    from jobs._provenance import provenance
+    from pipeline.data.splits import add_hashes
+    from pipeline.evaluation import leaks
+    from pipeline.evaluation.compare import comparison_summary
+    from pipeline.models.bundle import Bundle
+    from pipeline.reporting.report import write_comparison
+
     given = [Path(text) for text in arguments.compare]
     sides = [_side(arguments, place) for place in given]
     labels = [list(s.labels) if isinstance(s, Bundle) else _labels_of(s, p) for s, p in zip(sides, given, strict=True)]
@@ -253,6 +270,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _side(arguments: argparse.Namespace, given: Path) -> Bundle | pd.DataFrame:
     """One of the two that are compared: a model to be scored, or a finished table of scores."""
+    from pipeline.models.bundle import load_bundle
+    from pipeline.scoring.predictions import read_predictions
+
     if given.suffix != ".pt" and not (given / "config.json").is_file():
         for name in ("crops", "root", "label_map"):
             if getattr(arguments, name) and arguments.data_csv is None:

@@ -6,15 +6,15 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_label_names, called, run, say
-from pipeline.data.corpora.voices import check_corpora
 from pipeline.data.labels import describe
-from pipeline.data.manifest import label_counts, read_manifest, scan_folder
 from pipeline.features.features import KINDS, FeatureConfig
 from pipeline.storage.errors import SerError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def build_parser() -> Parser:
@@ -106,6 +106,9 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
     Raises:
         SerError: ``--root`` beside ``--data_dir``, nothing that can be read there, or corpora that do not go together.
     """
+    from pipeline.data.corpora.voices import check_corpora
+    from pipeline.data.manifest import read_manifest, scan_folder
+
     if arguments.data_dir is not None:
         if arguments.root is not None:
             raise SerError(
@@ -129,6 +132,8 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
 
 def describe_labels(table: pd.DataFrame) -> None:
     """Say the label mapping and how many recordings each class has."""
+    from pipeline.data.manifest import label_counts
+
     names = sorted(set(table["label"]))
     say(f"labels: {describe(names)}")
     say("counts: " + ", ".join(f"{name} {n}" for name, n in label_counts(table, names).items()))

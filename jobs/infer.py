@@ -11,19 +11,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
 from jobs._hearing import add_hearing, hearing
-from pipeline.audio.load import EXTENSIONS
+from pipeline.audio.formats import EXTENSIONS
 from pipeline.audio.source import printable
-from pipeline.inference.predictor import Prediction, Predictor
-from pipeline.inference.timeline import SILENCE, Floats, Timeline
+from pipeline.inference.timeline import SILENCE
 from pipeline.models.backends import BACKENDS
 from pipeline.scoring.options import ScoreOptions
 from pipeline.storage.files import scan
+
+if TYPE_CHECKING:
+    from pipeline.inference.predictor import Prediction, Predictor
+    from pipeline.inference.timeline import Floats, Timeline
 
 STDIN = "-"
 
@@ -62,6 +63,8 @@ class Answer:
 
 def job(arguments: argparse.Namespace) -> int:
     """Predict, print; 4 when a recording could not be used."""
+    from pipeline.inference.predictor import Predictor
+
     options = hearing(arguments)
     predictor = Predictor.from_bundle(
         arguments.model_weights,
@@ -157,7 +160,7 @@ def known(number: float) -> float | None:
 
 
 def _named(labels: Sequence[str], p: Floats) -> dict[str, float] | None:
-    return dict(zip(labels, p.tolist(), strict=True)) if np.isfinite(p).all() else None
+    return dict(zip(labels, p.tolist(), strict=True)) if all(map(math.isfinite, p)) else None
 
 
 def print_table(answers: Sequence[Answer], labels: Sequence[str], options: ScoreOptions) -> None:

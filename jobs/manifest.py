@@ -9,8 +9,7 @@ from pathlib import Path
 from jobs._common import EXIT_DONE, Parser, called, run, say
 from jobs.extract import add_label_map, describe_labels
 from pipeline.data.corpora import CORPORA
-from pipeline.data.manifest import ManifestError, scan_folder
-from pipeline.data.tables import write_csv
+from pipeline.data.tables import ManifestError, write_csv
 
 
 def build_parser() -> Parser:
@@ -41,6 +40,8 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Write the manifest and say what is in it."""
+    from pipeline.data.manifest import scan_folder
+
     out: Path = arguments.out
     replaced = _is_manifest(out)
     table = scan_folder(

@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
 from pipeline.storage.errors import SerError
-from serve.client import DEFAULT_URL, Client, ClientError
-from serve.schema import Failure, Recording
+
+if TYPE_CHECKING:
+    from serve.schema import Failure, Recording
 
 STDIN = "-"
 
@@ -26,8 +28,8 @@ def build_parser() -> Parser:
     parser.add_argument("file", nargs="+", help="recordings; - reads one from stdin")
     parser.add_argument(
         "--url",
-        default=os.environ.get("SER_API_URL") or DEFAULT_URL,
-        help=f"where the service is (default: SER_API_URL, else {DEFAULT_URL})",
+        default=os.environ.get("SER_API_URL"),
+        help="where the service is (default: SER_API_URL, else port 8000 of this machine)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one answer a line, instead of a table")
     parser.add_argument("--window_s", type=float, help="hear all of a recording in windows of this length")
@@ -41,13 +43,16 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Ask, print; 4 when a recording could not be used."""
+    from serve.client import DEFAULT_URL, Client, ClientError
+    from serve.schema import Failure
+
     names = ("window_s", "hop_s", "channels", "top_k", "min_confidence", "model")
     options = {name: getattr(arguments, name) for name in names}
     sources = [("-", sys.stdin.buffer.read()) if name == STDIN else name for name in arguments.file]
     width = max(len("file"), *(len(Path(name).name) for name in arguments.file))
     failed = 0
     try:
-        with Client(arguments.url, os.environ.get("SER_API_KEY")) as client:
+        with Client(arguments.url or DEFAULT_URL, os.environ.get("SER_API_KEY")) as client:
             if not arguments.json:
                 print(f"{'file':<{width}}  {'emotion':<12} {'confidence':>10}  then")
             for answer in client.predict_each(sources, **options):
@@ -61,6 +66,8 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def _row(answer: Recording | Failure, width: int) -> str:
+    from serve.schema import Failure
+
     if isinstance(answer, Failure):
         return f"{answer.name or '':<{width}}  {answer.problem.code}"
     then = ", ".join(f"{score.label} {score.score:.1%}" for score in answer.scores[1:3])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs._common import EXIT_DONE, Parser, Progress, called, run, say
-from pipeline.data.manifest import scan_folder
 from pipeline.storage.download import download, md5_of, unpack
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked
@@ -44,6 +43,8 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Fetch what is missing, unpack it, say what is there."""
+    from pipeline.data.manifest import scan_folder
+
     out: Path = arguments.out
     say(NOTICE)
     if (out / NOTICE_FILE).is_file():

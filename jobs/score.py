@@ -10,21 +10,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_out, called, run, say
+from jobs._common import (
+    EXIT_DONE,
+    EXIT_SOME_FAILED,
+    LabelMap,
+    Parser,
+    Progress,
+    add_engine,
+    add_out,
+    called,
+    run,
+    say,
+    tell_engine,
+)
 from jobs._hearing import add_hearing, hearing
-from jobs._provenance import provenance
-from pipeline.audio.formats import USUAL_ENDINGS
-from pipeline.audio.load import EXTENSIONS
-from pipeline.data.manifest import ManifestError, read_manifest
-from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.scoring.predictions import FORMATS
+from pipeline.audio.formats import EXTENSIONS, USUAL_ENDINGS
+from pipeline.scoring import FORMATS
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import FolderScan, local_path, path_text, scan
 from pipeline.storage.remote import is_remote, scan_remote
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from pipeline.models.bundle import Bundle
     from pipeline.scoring.scoring import ScoreRun
 
 
@@ -54,7 +63,7 @@ def build_parser() -> Parser:
     parser.add_argument("--merge", action="store_true", help="also write timeline: neighbouring equal segments as one")
     add_hearing(parser)
     spread = parser.add_argument_group("how the work is spread (changes no result)")
-    spread.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here; 0: no Ray (default: all)")
+    add_engine(spread)
     spread.add_argument("--num_gpus", type=int, default=0, help="GPUs to use (default 0)")
     spread.add_argument("--batch_size", type=int, default=16, help="clips the network sees at once (default 16)")
     spread.add_argument(
@@ -65,6 +74,8 @@ def build_parser() -> Parser:
 
 def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFrame, FolderScan | None]:
     """The manifest that ``--input`` names, and what the folder scan left out."""
+    from pipeline.data.manifest import ManifestError, read_manifest
+
     remote, source = is_remote(arguments.input), Path(local_path(arguments.input))
     if remote or source.is_dir():
         for name in ("root", "label_map"):
@@ -100,6 +111,10 @@ def _recordings(source: Path) -> list[str]:
 
 
 def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:
+    import pandas as pd
+
+    from pipeline.data.manifest import ManifestError
+
     if skipped := found.skipped():
         say(f"left out: {skipped}")
     if not found.files:
@@ -109,23 +124,29 @@ def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:
 
 def job(arguments: argparse.Namespace) -> int:
     """Score, and say what came of it."""
+    from jobs._provenance import provenance
+    from pipeline.models.bundle import load_bundle
     from pipeline.scoring.scoring import Execution, score_manifest
 
     bundle = load_bundle(arguments.model_weights)
     table, found = read_input(arguments, bundle)
     say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(bundle.labels)))
     say(f"scoring {len(table):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {arguments.out}")
+    options = hearing(arguments)
+    execution = Execution(
+        engine=arguments.engine,
+        num_cpus=arguments.num_cpus,
+        num_gpus=arguments.num_gpus,
+        batch_size=arguments.batch_size,
+        block_rows=arguments.block_rows,
+    )
+    tell_engine(arguments, execution.chosen(len(table), walked=options.steps is not None), len(table))
     result = score_manifest(
         table,
         arguments.out,
         weights=bundle.folder,
-        options=hearing(arguments),
-        execution=Execution(
-            num_cpus=arguments.num_cpus,
-            num_gpus=arguments.num_gpus,
-            batch_size=arguments.batch_size,
-            block_rows=arguments.block_rows,
-        ),
+        options=options,
+        execution=execution,
         overwrite=arguments.overwrite,
         report=not arguments.no_report,
         formats=arguments.export,

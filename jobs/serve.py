@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from queue import SimpleQueue
 from types import FrameType
 from typing import NoReturn
-
-from pydantic import ValidationError
+from urllib.request import urlopen
 
 from jobs._common import EXIT_DONE, Parser, called, check_free, run, say
 from jobs._terminal import Terminal
-from pipeline.cluster.runtime import start_ray, stop_ray
+from pipeline.cluster.runtime import joins_cluster, start_ray, stop_ray
+from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 from serve.auth import is_loopback, key_digest_from_environment
-from serve.ray_settings import prepare
 from serve.schema import API_KEY_VARIABLE
 from serve.settings import Settings
-from serve.worker import open_bundles
 
 _LISTS = {"bundles", "cors_origins"}
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_LABELS = {"route", "status", "code", "model", "stage", "le"}
 
 
 def build_parser() -> Parser:
@@ -46,35 +50,110 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Check, start, wait for a signal, drain."""
+    from serve.ray_settings import prepare
+    from serve.worker import open_bundles
+
     settings = _settings(arguments)
     digest = key_digest_from_environment()
     if not is_loopback(arguments.host) and digest is None:
         raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
     check_free(arguments.host, arguments.port, "choose another --port")
     open_bundles(settings.bundles)
-    check_free("127.0.0.1", arguments.metrics_port, "choose another --metrics_port")
+    if not joins_cluster():  # a cluster may grow
+        settings.check_cpus(usable_cpus())
+    metrics = _Metrics(arguments.metrics_port)
     prepare(settings)
     os.environ.pop(API_KEY_VARIABLE, None)  # the processes of Ray need its hash only
     say("starting")
-    start_ray(metrics_port=arguments.metrics_port)
+    start_ray()
     from serve import deployment  # imports Ray, whose environment start_ray has set
+    from serve.ray_settings import refuse_new_work, tidy_up
 
     renewals: SimpleQueue[int] = SimpleQueue()
     try:
         _take_signals(renewals)
         deployment.run(settings, arguments.host, arguments.port, digest)
+        metrics.source = deployment.metrics_address
         say(f"ready: http://{arguments.host}:{arguments.port} (/docs; Ctrl-C stops, SIGHUP opens the bundles again)")
-        say(f"metrics: http://127.0.0.1:{arguments.metrics_port}/metrics")
+        say(f"metrics: http://127.0.0.1:{metrics.server_port}/metrics")
         while renewals.get():
             _roll_out(settings, digest)
     except KeyboardInterrupt:
         pass
     finally:
         say("stopping")
+        refuse_new_work()
         with redirect_stdout(StringIO()):  # where Ray tells of its controller's end as if it were a failure
             deployment.stop()
             stop_ray()
+        metrics.end()
+        tidy_up()
     return EXIT_DONE
+
+
+class _Metrics(ThreadingHTTPServer):
+    """The page of metrics, in this process: its port is free as soon as that ends, however it ends.
+
+    Ray exports a megabyte a scrape, on any free port. ``/metrics`` has the service's own of it, those of all its
+    processes summed; ``/metrics/all`` has everything.
+
+    Raises:
+        SerError: the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        check_free("127.0.0.1", port, "choose another --metrics_port")
+        super().__init__(("127.0.0.1", port), _MetricsPage)
+        self.source: Callable[[], str] | None = None  # gives the address of what Ray exports, once it does
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def end(self) -> None:
+        """Free the port."""
+        self.shutdown()
+        self.server_close()
+
+
+class _MetricsPage(BaseHTTPRequestHandler):
+    server: _Metrics
+
+    def do_GET(self) -> None:
+        """One scrape."""
+        status, text = HTTPStatus.NOT_FOUND, "/metrics, or /metrics/all\n"
+        if self.path in ("/metrics", "/metrics/all"):
+            try:
+                if self.server.source is None:
+                    raise ConnectionError("Ray is starting")
+                with urlopen(self.server.source(), timeout=10) as answer:
+                    text = answer.read().decode()
+                status, text = HTTPStatus.OK, text if self.path.endswith("all") else own_metrics(text)
+            except OSError:
+                status, text = HTTPStatus.SERVICE_UNAVAILABLE, "Ray exports no metrics now\n"
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def own_metrics(text: str) -> str:
+    """Of metrics in Prometheus' format those of the service, without Ray's labels, summed over its processes."""
+    lines: dict[str, float | None] = {}
+    for line in text.splitlines():
+        name = line.split(maxsplit=3)[2] if line.startswith("# ") else line
+        if not name.startswith("ray_ser_"):
+            continue
+        if line.startswith("# "):
+            lines[line] = None
+            continue
+        series, _, value = line.rpartition(" ")
+        kept = ",".join(f'{label}="{said}"' for label, said in _LABEL.findall(series) if label in _LABELS)
+        series = series.partition("{")[0] + (f"{{{kept}}}" if kept else "")
+        lines[series] = (lines.get(series) or 0.0) + float(value)
+    return "".join(line + ("" if value is None else f" {value}") + "\n" for line, value in lines.items())
 
 
 def _take_signals(renewals: SimpleQueue[int]) -> None:
@@ -112,6 +191,8 @@ def _roll_out(settings: Settings, digest: str | None) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
+    from pydantic import ValidationError
+
     try:
         return Settings(**{name: getattr(arguments, name) for name in Settings.model_fields})
     except ValidationError as error:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, called, run, say
 from jobs._recipe import add_recipe_option, with_recipe
 from jobs.extract import describe_labels, read_data
@@ -25,14 +23,12 @@ from jobs.train_options import (
     model_options,
     refuse_beside_features,
 )
-from pipeline.cluster.runtime import joins_cluster
-from pipeline.data.corpora.voices import check_corpora, renewed, voice, voices
-from pipeline.data.manifest import label_set
-from pipeline.models.bundle import file_sha256
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.training.plan import Plan
 
 PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
@@ -123,6 +119,8 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
 
 def _read_all(arguments: argparse.Namespace) -> pd.DataFrame:
     """The manifest of a folder, a CSV, or several CSVs; of several, one without corpora is a corpus of its own name."""
+    import pandas as pd
+
     if arguments.data_csv is None or len(arguments.data_csv) == 1:
         csv = None if arguments.data_csv is None else arguments.data_csv[0]
         return read_data(argparse.Namespace(**{**vars(arguments), "data_csv": csv}))
@@ -139,6 +137,7 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     Raises:
         SerError: names the option and what there is.
     """
+    from pipeline.data.corpora.voices import check_corpora, renewed
     from pipeline.training.batches import corpora_of, shares_of
 
     check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
@@ -158,6 +157,10 @@ def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFram
     Raises:
         SerError: a name that no recording has, or nothing left to train on.
     """
+    import pandas as pd
+
+    from pipeline.data.corpora.voices import voice, voices
+
     held = pd.Series(False, index=table.index)
     for option, column in (("test_corpora", "corpus"), ("test_speakers", "speaker")):
         cells = table[column].fillna("").astype(str) if column in table.columns else pd.Series("", index=table.index)
@@ -177,6 +180,7 @@ def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFram
 
 def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
+    from pipeline.data.manifest import label_set
     from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.features.store import known_hashes, load_features
     from pipeline.training.distillation import refuse_leaks
@@ -235,6 +239,8 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
 
 def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the parts are drawn with; of ``--split_csv`` what is in it, for it may lie elsewhere when a run goes on."""
+    from pipeline.models.bundle import file_sha256
+
     given = {name: getattr(arguments, name) for name in ("split", "test_size", "inner_val")}
     given |= {name: list(value) for name in ("test_corpora", "test_speakers") if (value := getattr(arguments, name))}
     csv: Path | None = arguments.split_csv
@@ -256,6 +262,8 @@ def _in_given_parts(table: pd.DataFrame, split_csv: Path | None) -> pd.DataFrame
 def _device(arguments: argparse.Namespace) -> str:
     """`--use_gpu`, by default what is here. A driver without a GPU may ask for those of a cluster that it joins."""
     import torch
+
+    from pipeline.cluster.runtime import joins_cluster
 
     here = torch.cuda.is_available()
     if arguments.use_gpu and not here and (arguments.num_workers == 0 or not joins_cluster()):

@@ -18,12 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from serve import routes
-from serve.auth import require_key, require_loopback
-from serve.middleware import Access, Unpack, cors_of, limits_of
+from serve.auth import PageCheck, require_key, require_loopback
+from serve.middleware import Access, Identify, Unpack, UntilGone, cors_of, limits_of
 from serve.problems import KINDS, MEDIA_TYPE, ServiceError, answer
 from serve.schema import ExplainOptions, FieldError, Options, Problem, TaskInput
 from serve.service import Service
 from serve.settings import Settings
+from serve.uploads import check_query
 
 _HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
@@ -33,14 +34,16 @@ def create_app(service: Service) -> FastAPI:
     settings = service.settings
     app = FastAPIOffline(title="Speech emotion recognition", version="1", redoc_url=None)
     app.state.service = service
-    allowed = [Depends(require_key if service.key_digest else require_loopback)]
+    allowed = [Depends(require_key if service.key_digest else require_loopback), Depends(check_query)]
     app.include_router(routes.router, dependencies=allowed)
     app.include_router(routes.models, dependencies=allowed)
     app.include_router(routes.health)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    outwards = [limits_of(settings), Middleware(Access, meter=service.meter), *cors_of(settings), Middleware(Unpack)]
+    pages = [] if service.key_digest else [Middleware(PageCheck, origins=settings.cors_origins)]
+    inner = [Middleware(UntilGone), limits_of(settings), *pages, Middleware(Access, meter=service.meter)]
+    outwards = [*inner, *cors_of(settings), Middleware(Unpack), Middleware(Identify)]
     for middleware in outwards:
         app.add_middleware(middleware.cls, *middleware.args, **middleware.kwargs)
     app.openapi = _described(app, service.models.names, service.window_s, settings)  # type: ignore[method-assign]

@@ -1,13 +1,17 @@
 """Who may come in: an API key as bearer token, compared in constant time; without one, this machine only.
 
 That holds however the service was started: where no key is set, requests that arrive at an address beyond loopback are
-refused, so that a service bound to all interfaces by mistake is closed, not open.
+refused, so that a service bound to all interfaces by mistake is closed, not open. So are those that a browser of this
+machine sends for somebody else's page: under another name that resolves to 127.0.0.1 (DNS rebinding), or across sites.
 """
 
 from __future__ import annotations
 
 import hmac
 import os
+import re
+from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Request, Security
@@ -21,7 +25,8 @@ from serve.schema import API_KEY_VARIABLE, checked_key, key_digest
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_ADDRESS = re.compile(r"(?:[a-z]+://)?(?P<host>\[[0-9a-fA-F:.]+\]|[^:\[\]/@]+)(?::[0-9]*)?")  # stricter than URLs are
+_HEALTH = ("/v2/health/", "/-/healthz")
 _BEARER = HTTPBearer(auto_error=False, scheme_name="api_key", description="the value of SER_API_KEY")
 
 
@@ -40,6 +45,43 @@ class KeyCheck:
             await answer(_unauthorized(), scope)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+
+class PageCheck:
+    """Refuses what pages of other sites send by a browser of this machine: for a service without a key.
+
+    A page at another name that resolves to 127.0.0.1 would be of the same origin, so only names of this machine are
+    answered; a page that asks 127.0.0.1 itself is told by ``Sec-Fetch-Site`` or ``Origin``, and refused unless CORS
+    allows it. Links to the service work, and health is told to everybody.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str] = ()) -> None:
+        self.app, self._origins = app, frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        error = None if scope["type"] != "http" or scope["path"].startswith(_HEALTH) else self._refusal(scope)
+        if error:
+            await answer(error, scope)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ServiceError | None:
+        server, origin = scope.get("server"), header(scope, b"origin")
+        if server and not is_loopback(server[0]):
+            return None  # the routes refuse it
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if not all(is_loopback(_host_in(host)) for host in hosts):
+            detail = f"without a key the service answers at 127.0.0.1 and localhost only; set {API_KEY_VARIABLE}"
+            return ServiceError("foreign_host", detail)
+        if origin in self._origins or "*" in self._origins:
+            return None
+        link = scope["method"] in ("GET", "HEAD") and header(scope, b"sec-fetch-mode") == "navigate"
+        across = (header(scope, b"sec-fetch-site") or "").strip().lower() == "cross-site" and not link
+        if across or (origin is not None and not is_loopback(_host_in(origin))):
+            detail = "without a key, pages of other sites are not answered; name theirs in cors_origins"
+            return ServiceError("foreign_page", detail)
+        return None
 
 
 async def require_key(
@@ -100,4 +142,17 @@ def key_digest_from_environment() -> str | None:
 
 def is_loopback(host: str) -> bool:
     """Whether only programs of this machine reach ``host``."""
-    return host in LOOPBACK or host.startswith("127.")
+    name = host.lower().removesuffix(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ip_address(name)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _host_in(address: str) -> str:
+    """The host that an address names; empty where it names none."""
+    found = _ADDRESS.fullmatch(address)
+    return found["host"].strip("[]") if found else ""

@@ -24,6 +24,7 @@ from serve.client_wire import (
     Busy,
     ClientError,
     NoAnswer,
+    NotRead,
     Part,
     Refused,
     Retries,
@@ -48,6 +49,7 @@ __all__ = [
     "Client",
     "ClientError",
     "NoAnswer",
+    "NotRead",
     "Refused",
     "ServiceFault",
     "Source",
@@ -141,9 +143,12 @@ class Client:
         """Emotions of any number of recordings, in order, as they are answered; a few go into one request.
 
         Raises:
-            ClientError: the service cannot be used. A recording that cannot be used is a ``Failure`` instead.
+            ClientError: the service cannot be used. A recording that cannot be used, or read, is a ``Failure`` instead.
         """
         for group in parts(sources):
+            if isinstance(group, Failure):
+                yield group
+                continue
             waiting = [group]
             while waiting:
                 part = waiting.pop()
@@ -233,6 +238,9 @@ class AsyncClient:
     async def predict_each(self, sources: Iterable[Source], **options: Any) -> AsyncIterator[Recording | Failure]:
         """See ``Client.predict_each``."""
         for group in parts(sources):
+            if isinstance(group, Failure):
+                yield group
+                continue
             waiting = [group]
             while waiting:
                 part = waiting.pop()

@@ -7,6 +7,7 @@ ClientError
 │   ├── WrongKey          401, 403: give the service's key
 │   ├── Busy              429, 503, after the retries: try again later
 │   └── ServiceFault      500, or an answer that is none of ours
+├── NotRead               a file of ours that cannot be read; ``problem`` says why, as the service would
 ├── Unreachable           no connection: is the service running?
 └── NoAnswer              connected, but no answer within the timeout
 """
@@ -42,6 +43,13 @@ DIRECT: Mapping[str, None] = dict.fromkeys(("all://localhost", "all://127.0.0.1"
 FILES_A_REQUEST = 16
 BYTES_A_REQUEST = 16 * 2**20
 _LONGEST_WAIT_S = 30.0
+_NOT_READ: Mapping[type[Exception], str] = {
+    FileNotFoundError: "not_found",
+    NotADirectoryError: "not_found",
+    ValueError: "not_found",
+    IsADirectoryError: "not_a_file",
+    PermissionError: "permission_denied",
+}
 Answer = TypeVar("Answer")
 
 
@@ -63,6 +71,15 @@ class Refused(ClientError):
     def status(self) -> int:
         """HTTP status."""
         return self.problem.status
+
+
+class NotRead(ClientError):
+    def __init__(self, code: str, name: str, detail: str) -> None:
+        super().__init__(detail)
+        self.name = name
+        self.problem = Problem(
+            type=f"urn:ser:problem:{code}", title="The recording cannot be used", status=400, code=code, detail=detail
+        )
 
 
 class BadRecording(Refused):
@@ -145,7 +162,7 @@ def named(source: Source) -> tuple[str, bytes]:
     """File name and bytes of a recording; reads paths.
 
     Raises:
-        ClientError: a path that cannot be read.
+        NotRead: a path that cannot be read.
     """
     if isinstance(source, tuple):
         return _text(source[0]), source[1]
@@ -153,8 +170,12 @@ def named(source: Source) -> tuple[str, bytes]:
         return "recording", source
     try:
         return _text(Path(source).name), Path(source).read_bytes()
-    except OSError as error:
-        raise ClientError(f"cannot read {_text(os.fspath(source))}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        code = next((code for kind, code in _NOT_READ.items() if isinstance(error, kind)), "unreadable")
+        reason = getattr(error, "strerror", None) or error
+        raise NotRead(
+            code, _text(os.path.basename(source)), f"cannot read {_text(os.fspath(source))}: {reason}"
+        ) from error
 
 
 def _text(name: str) -> str:
@@ -169,12 +190,19 @@ def form(sources: Sequence[Source], options: Mapping[str, Any]) -> dict[str, Any
     return {"files": [("file", named(source)) for source in sources], "data": fields}
 
 
-def parts(sources: Iterable[Source]) -> Iterator[Part]:
-    """Recordings in groups that fit into one request."""
+def parts(sources: Iterable[Source]) -> Iterator[Part | Failure]:
+    """Recordings in groups that fit into one request; in between, a Failure for a file that cannot be read."""
     part: Part = []
     held_bytes = 0
     for source in sources:
-        name, data = named(source)
+        try:
+            name, data = named(source)
+        except NotRead as error:
+            if part:
+                yield part
+            yield Failure(name=error.name, problem=error.problem)
+            part, held_bytes = [], 0
+            continue
         if part and (len(part) == FILES_A_REQUEST or held_bytes + len(data) > BYTES_A_REQUEST):
             yield part
             part, held_bytes = [], 0

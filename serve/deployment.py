@@ -27,6 +27,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
+from ray.util import get_node_ip_address
 
 from pipeline.cluster.ray_internals import OwnPort
 from pipeline.cluster.runtime import joins_cluster
@@ -218,6 +219,19 @@ def run(settings: Settings, host: str, port: int, digest: str | None = None) -> 
         settings.check_cpus(ray.cluster_resources().get("CPU", 0))
     ray_serve.start(proxy_location="HeadOnly", http_options=http_options(host, port, settings))
     ray_serve.run(application, name=APP_NAME, route_prefix="/")
+
+
+def metrics_address() -> str:
+    """Where Ray exports the metrics of this machine's processes, in Prometheus' format.
+
+    Raises:
+        ConnectionError: it does not.
+    """
+    here = get_node_ip_address()
+    ports = [node["MetricsExportPort"] for node in ray.nodes() if node["NodeManagerAddress"] == here and node["Alive"]]
+    if not ports:
+        raise ConnectionError(f"no node of Ray at {here}")
+    return f"http://{here}:{ports[0]}/metrics"
 
 
 def roll_out(settings: Settings, digest: str | None = None) -> None:

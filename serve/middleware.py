@@ -10,13 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 import uuid
+import zlib
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 
 from serve.problems import (
     ServiceError,
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
     from serve.service import Meter
 
+_GZIP = 31  # zlib's word for it, whatever the window
 _CLOSE = {"Connection": "close"}
 
 
@@ -85,6 +90,9 @@ class _Body:
         self.taken_bytes, self.refused = 0, False
         self._limit, self._scope, self._receive, self._send = limit, scope, receive, send
         self._complete = False
+        given = header(scope, b"content-encoding") if scope["method"] == "POST" else None
+        self._encoding = (given or "identity").strip().lower()
+        self._inflater = zlib.decompressobj(_GZIP) if self._encoding in ("gzip", "x-gzip") else None
         self._until_s = asyncio.get_running_loop().time() + limit.timeout_s
 
     async def refused_as_declared(self) -> bool:
@@ -92,6 +100,12 @@ class _Body:
         length = header(self._scope, b"content-length")
         if length is not None and length.isdecimal() and int(length) > self._limit.max_bytes:
             await self._refuse(self._too_large())
+        elif self._inflater is not None:
+            inflated = (b"content-encoding", b"content-length")  # of what was sent, not of what those behind us get
+            self._scope["headers"] = [pair for pair in self._scope["headers"] if pair[0] not in inflated]
+        elif self._encoding != "identity":
+            detail = "a body may be packed with gzip, or not at all"
+            await self._refuse(ServiceError("unsupported_media_type", detail, headers={"Accept-Encoding": "gzip"}))
         return self.refused
 
     async def receive(self) -> Message:
@@ -105,14 +119,28 @@ class _Body:
             detail = f"the body did not come within {self._limit.timeout_s:g} s; use a faster line, or a smaller file"
             return await self._refuse(ServiceError("body_timeout", detail))
         self._complete = not message.get("more_body", False)
-        count = len(message.get("body", b""))
+        try:
+            body = self._unpacked(message.get("body", b""))
+        except zlib.error:
+            return await self._refuse(ServiceError("bad_request", "the body is no gzip, though its header says so"))
+        count = len(body)
         if self.taken_bytes + count > self._limit.max_bytes:
             return await self._refuse(self._too_large())
         if not self._limit.take(count):
             detail = "the service holds as many uploads as it can; send it again in a moment"
             return await self._refuse(retry_later("overloaded", detail))
         self.taken_bytes += count
-        return message
+        return message if self._inflater is None else {**message, "body": body}
+
+    def _unpacked(self, part: bytes) -> bytes:
+        """What a part of the body holds, one byte beyond the limit at most."""
+        if self._inflater is None:
+            return part
+        found = self._inflater.decompress(part, self._limit.max_bytes + 1 - self.taken_bytes)
+        inside = len(found) + self.taken_bytes <= self._limit.max_bytes
+        if inside and (self._inflater.unused_data or (self._complete and not self._inflater.eof)):
+            raise zlib.error("it ends too early, or goes on behind its end")
+        return found
 
     async def send(self, message: Message) -> None:
         """What the application answers, unless the request has been refused."""
@@ -202,8 +230,73 @@ class Unpack:
         await self.app(scope, next_message, send)
 
 
+class UntilGone:
+    """Gives up the work for an upload when its client has gone; to stand behind `BodyLimit`, next to the routes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        complete = asyncio.Event()
+        last: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+        async def next_message() -> Message:
+            if complete.is_set():
+                return await asyncio.shield(last)
+            message = await receive()
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                complete.set()
+            return message
+
+        async def watch() -> None:
+            await complete.wait()
+            message = await receive()
+            while message["type"] != "http.disconnect":
+                message = await receive()
+            last.set_result(message)
+
+        answering = asyncio.ensure_future(self.app(scope, next_message, send))
+        watching = asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not last.done():
+                await answering
+            elif not answering.done():
+                answering.cancel()
+                with suppress(asyncio.CancelledError):
+                    await answering
+        finally:
+            watching.cancel()
+            answering.cancel()
+
+
+class Closing:
+    """Refuses new work once the file ``mark`` is there, while what is in work is answered: 503 with ``Retry-After``."""
+
+    def __init__(self, app: ASGIApp, *, mark: str) -> None:
+        self.app, self._mark = app, mark
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] != "http" or not os.path.exists(self._mark):
+            await self.app(scope, receive, send)
+        elif scope["path"] == "/v2/health/live":
+            await JSONResponse({"live": True})(scope, receive, send)
+        else:
+            error = retry_later("unavailable", "the service is stopping; send it again in a moment", after_s=5)
+            error.headers |= _CLOSE
+            await answer(error, scope)(scope, receive, send)
+
+
 class Identify:
-    """Gives every request an id, and every answer the id of its request; to be the outermost one."""
+    """Gives every request an id, and every answer the id of its request; to be the outermost one.
+
+    An id that came with the request is cut to 128 characters of printable ASCII.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -213,15 +306,14 @@ class Identify:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = header(scope, _ID) or str(uuid.uuid4())
-        if header(scope, _ID) is None:
-            scope["headers"] = [*scope["headers"], (_ID, given.encode())]
+        given = (request_id(scope).strip() or str(uuid.uuid4())).encode()
+        scope["headers"] = [*((name, value) for name, value in scope["headers"] if name != _ID), (_ID, given)]
 
         async def identified(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = list(message.get("headers", []))
                 if not any(name.lower() == _ID for name, _ in headers):
-                    message = {**message, "headers": [*headers, (_ID, given.encode("latin-1"))]}
+                    message = {**message, "headers": [*headers, (_ID, given)]}
             await send(message)
 
         await self.app(scope, receive, identified)

@@ -34,6 +34,8 @@ KINDS: Mapping[str, Kind] = {
     "bad_request": Kind(400, "The request cannot be read"),
     "unauthorized": Kind(401, "An API key is needed"),
     "key_required": Kind(403, "The service has no API key"),
+    "foreign_host": Kind(403, "The service answers under another name"),
+    "foreign_page": Kind(403, "A page of another site"),
     "not_found": Kind(404, "Nothing at this address"),
     "unknown_model": Kind(404, "No model of this name"),
     "method_not_allowed": Kind(405, "Another method is needed"),
@@ -137,9 +139,9 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 def request_id(scope: Scope) -> str:
-    """Printable characters of the request's id, 128 at most; empty where nothing in front of us gave one."""
+    """Printable ASCII of the request's id, 128 characters at most; empty where nothing in front of us gave one."""
     given = header(scope, b"x-request-id") or ""
-    return "".join(character for character in given if character.isprintable())[:_LONGEST]
+    return "".join(character for character in given if character.isascii() and character.isprintable())[:_LONGEST]
 
 
 def notes(scope: Scope) -> dict[str, Any]:

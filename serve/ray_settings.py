@@ -14,14 +14,16 @@ import asyncio
 import logging
 import os
 import time
+import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any
 
 from starlette.middleware import Middleware
 
-from serve.auth import KeyCheck, key_digest_from_environment
-from serve.middleware import UPLOADS, Access, Admission, Identify, cors_of, limits_of
+from serve.auth import KeyCheck, PageCheck, key_digest_from_environment
+from serve.middleware import UPLOADS, Access, Admission, Closing, Identify, cors_of, limits_of
 from serve.problems import holds_body
 from serve.settings import APP_NAME, MIB, Settings
 
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve.ser")
 _EVERY_S = 1.0
 _PATIENCE_S = 5.0
-_SETTINGS, _KEY_DIGEST = "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST"
+_SETTINGS, _KEY_DIGEST, _CLOSING = "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST", "SER_PROXY_CLOSING"
+_HEADERS_WITHIN_S = 30.0
+_LIMITED = "_ser_headers_timer"
 IN_PROXY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MESSAGE_BYTES = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"  # of a call by gRPC; Ray's own is 4 MiB
 _LONGEST_ANSWER_MIB = 64  # 32 recordings of 1,800 windows each, as JSON, are 30
@@ -75,7 +79,7 @@ class ShortWay:
         if self._application is None:
             await self.app(scope, receive, send)
         else:
-            await _until_gone(self._application, scope, receive, send)
+            await self._application(scope, receive, send)
 
     def _look(self) -> None:
         """Ask again, beside the request, when the last time is long ago."""
@@ -97,20 +101,6 @@ class ShortWay:
             self._revision, self._application = offer.revision, self._make(offer)
 
 
-async def _until_gone(application: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Serve one request whose body is in the scope, and give it up when its client has gone."""
-    answering = asyncio.ensure_future(application(scope, receive, send))
-    leaving = asyncio.ensure_future(receive())
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        leaving.cancel()
-        if not answering.done():
-            answering.cancel()
-    with suppress(asyncio.CancelledError):
-        await answering
-
-
 def prepare(settings: Settings) -> None:
     """Set the variables, for the Ray that this process is about to start; what is set already stays."""
     for name, value in VARIABLES.items():
@@ -118,6 +108,64 @@ def prepare(settings: Settings) -> None:
     os.environ.setdefault(MESSAGE_BYTES, longest_message(settings))
     os.environ[_SETTINGS] = settings.model_dump_json()
     os.environ[_KEY_DIGEST] = key_digest_from_environment() or ""
+    os.environ[_CLOSING] = str(Path(gettempdir()) / f"ser-closing-{uuid.uuid4().hex}")
+
+
+def refuse_new_work() -> None:
+    """Have the proxy of the Ray that ``prepare`` was for answer 503 to what comes now."""
+    if mark := os.environ.get(_CLOSING):
+        Path(mark).touch()
+
+
+def tidy_up() -> None:
+    """Undo ``refuse_new_work``, once that Ray has ended."""
+    if mark := os.environ.pop(_CLOSING, None):
+        Path(mark).unlink(missing_ok=True)
+
+
+def limit_slow_headers() -> None:
+    """Have uvicorn, in this process, close connections on which a request's headers take longer than 30 s.
+
+    uvicorn itself waits for them for ever. A connection counts as waiting for headers while no request is in work on
+    it, from its beginning or from the first byte after an answer; how long one without any byte stays open after an
+    answer is uvicorn's ``timeout_keep_alive``.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    for protocol in (H11Protocol, HttpToolsProtocol):
+        if not hasattr(protocol, _LIMITED):
+            _limit(protocol)
+
+
+def _limit(protocol: Any) -> None:
+    connected, received = protocol.connection_made, protocol.data_received
+
+    def waits(connection: Any) -> bool:
+        return connection.cycle is None or connection.cycle.response_complete
+
+    def watch(connection: Any) -> None:
+        timer = getattr(connection, _LIMITED)
+        if not waits(connection):
+            setattr(connection, _LIMITED, timer and timer.cancel())
+        elif timer is None:
+            setattr(connection, _LIMITED, connection.loop.call_later(_HEADERS_WITHIN_S, close, connection))
+
+    def close(connection: Any) -> None:
+        setattr(connection, _LIMITED, None)
+        if waits(connection):
+            connection.transport.close()
+
+    def connection_made(connection: Any, transport: Any) -> None:
+        connected(connection, transport)
+        watch(connection)
+
+    def data_received(connection: Any, data: bytes) -> None:
+        received(connection, data)
+        watch(connection)
+
+    setattr(protocol, _LIMITED, None)
+    protocol.connection_made, protocol.data_received = connection_made, data_received
 
 
 def longest_message(settings: Settings) -> str:
@@ -134,6 +182,12 @@ def in_proxy() -> list[Middleware]:
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
     short_way = Middleware(ShortWay, ask=remote.asking(APP_NAME), make=lambda found: found.application(meter))
     inwards = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
-    if digest := os.environ.get(_KEY_DIGEST):
+    digest = os.environ.get(_KEY_DIGEST)  # "": there is none; None: this process does not know
+    if digest:
         inwards.append(Middleware(KeyCheck, digest=digest))
+    elif digest is not None:
+        inwards.append(Middleware(PageCheck, origins=settings.cors_origins))
+    if mark := os.environ.get(_CLOSING):
+        inwards.append(Middleware(Closing, mark=mark))
+    limit_slow_headers()
     return [*inwards, Middleware(Access, meter=meter, refusals=True), *cors_of(settings), Middleware(Identify)]

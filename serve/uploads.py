@@ -11,6 +11,7 @@ import base64
 import binascii
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import unquote
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,7 @@ _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 64 * 1024
 _MAX_NAME = 64  # characters of a field's name that are told back
 _CHARSETS = {"utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin-1"}
+_SPACE_AND_ALPHABET = str.maketrans({" ": None, "\t": None, "\r": None, "\n": None, "-": "+", "_": "/"})
 _RAW_TYPES = ("application/octet-stream", "audio/", "video/")
 Fields = TypeVar("Fields", bound=BaseModel)
 
@@ -57,8 +59,14 @@ async def read_form(request: Request, model: type[Fields], max_files: int) -> tu
         # one file more than allowed is read, to tell too many from broken
         form = await request.form(max_files=max_files + 1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
     except HTTPException as error:
-        if "Too many files" in str(error.detail):
+        told = str(error.detail)
+        if "Too many files" in told:
             raise _too_many(max_files) from None
+        if "Too many fields" in told:
+            raise invalid("body", f"a form may hold {_MAX_FIELDS} fields beside its recordings") from None
+        if "maximum size" in told:
+            size = f"a field may hold {_MAX_FIELD_BYTES // 1024} KiB of text; recordings need a file name in their part"
+            raise invalid("body", size) from None
         raise ServiceError("bad_request", "the multipart form is broken; let a library or curl -F build it") from None
     try:
         fields: dict[str, str] = {}
@@ -95,7 +103,8 @@ async def _check_form(request: Request, max_files: int) -> None:
         raise ServiceError("unsupported_media_type", "the form's charset must be utf-8; leave it out")
     border = b"\r\n--" + options.get(b"boundary", b"")
     if (await request.body()).count(border) > max_files + 1 + _MAX_FIELDS:
-        raise _too_many(max_files)
+        detail = f"a form may hold {max_files} recordings and {_MAX_FIELDS} fields; this one has more parts"
+        raise ServiceError("too_many_files", detail)
 
 
 async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
@@ -116,15 +125,43 @@ async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
         except ValidationError as error:
             raise _invalid_fields(error) from None
         try:
-            return Upload(None, base64.b64decode(task.inputs, validate=True)), task.parameters or TaskParameters()
+            return Upload(None, _decoded(task.inputs)), task.parameters or TaskParameters()
         except (binascii.Error, ValueError):
-            raise invalid("inputs", "not base64") from None
+            raise invalid("inputs", "not base64, nor a data URL of it (data:audio/wav;base64,...)") from None
     if kind and not kind.startswith(_RAW_TYPES):
         raise ServiceError(
             "unsupported_media_type",
             "send the recording's bytes (application/octet-stream or audio/...), or JSON with base64 in inputs",
         )
     return Upload(None, await request.body()), TaskParameters()
+
+
+def _decoded(text: str) -> bytes:
+    """Base64 as people send it: in lines, in the alphabet for addresses, without its padding, or as a data URL.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text[:5].lower() == "data:":
+        head, comma, text = text.partition(",")
+        if not comma or not head.lower().rstrip().endswith(";base64"):
+            raise ValueError("a data URL of something else")
+        text = unquote(text)
+    text = text.translate(_SPACE_AND_ALPHABET).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+def check_query(request: Request) -> None:
+    """Refuse parameters in the address that an endpoint does not have, for they would do nothing.
+
+    Raises:
+        ServiceError: there is one.
+    """
+    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            where = "options go into the form" if request.method == "POST" else "leave it out"
+            raise invalid(name, f"no parameter of this address; {where}")
 
 
 def validated(model: type[Fields], fields: dict[str, str]) -> Fields:

@@ -18,13 +18,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO
-
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pipeline.storage.errors import SerError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
 
 MISSING = ("nan", "na", "n/a", "null", "<na>")  # as tables are exported
 _RISKY = re.compile(r"^'*[=+\-@\x00-\x1f\x7f]")
@@ -61,6 +61,8 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
 def append_csv(table: pd.DataFrame, file: TextIO, *, header: bool) -> None:
     """As ``write_csv``, to the end of a file that was opened with ``newline=""``."""
+    import pandas as pd
+
     safe = guarded(table)
     texts = [safe[name] for name in safe.columns if not pd.api.types.is_numeric_dtype(safe[name])]
     bare = any(
@@ -72,6 +74,8 @@ def append_csv(table: pd.DataFrame, file: TextIO, *, header: bool) -> None:
 
 def guarded(table: pd.DataFrame) -> pd.DataFrame:
     """``table`` with every text cell and column name as ``guard`` gives it."""
+    import pandas as pd
+
     safe = table.rename(columns=lambda name: guard(str(name)))
     for name in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[name]):
@@ -81,6 +85,8 @@ def guarded(table: pd.DataFrame) -> pd.DataFrame:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Read what ``write_csv`` wrote: every cell as text (``01`` stays ``01``), empty cells as missing values."""
+    import pandas as pd
+
     table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8")
     table = table.rename(columns=unguard)
     for name in table.columns:
@@ -138,6 +144,8 @@ class TableFiles:
     def _open(self, path: str, schema: pa.Schema) -> Any:
         temporary = self._temporary(path)
         if path.endswith(".parquet"):
+            import pyarrow.parquet as pq
+
             return self._files.enter_context(
                 pq.ParquetWriter(temporary, schema, compression="zstd", compression_level=1)
             )

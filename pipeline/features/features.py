@@ -20,7 +20,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import scipy.fft
 from numpy.typing import NDArray
 
 from pipeline.storage.errors import SerError
@@ -254,6 +253,7 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
     85 % rolloff, flatness, zero-crossing rate and RMS, as librosa defines them, on one hop.
     """
     import librosa
+    import scipy.fft
 
     magnitude = np.sqrt(_stft_power(samples, config))
     power = filters(*_bands(config)) @ (magnitude * magnitude)
@@ -294,6 +294,8 @@ def _power_blocks(samples: Array, config: FeatureConfig) -> Iterator[tuple[int, 
 
     Blocks stay in the cache, and in memory that is used again: twice as fast as one transform of all frames.
     """
+    import scipy.fft  # half a second of CPU, which a command's help can do without
+
     samples = np.ascontiguousarray(samples, np.float32)
     n_frames = _count_frames(samples, config)
     windowed = np.empty((min(_BLOCK_FRAMES, n_frames), config.n_fft), np.float32)

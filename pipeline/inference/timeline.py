@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Floats = NDArray[np.float64]
 SILENCE, UNCERTAIN = "silence", "uncertain"
@@ -148,6 +151,8 @@ def joined(timelines: Sequence[Timeline]) -> Timeline:
 
 def nested(timelines: Sequence[Timeline]) -> pa.ListArray:
     """Timelines as one Arrow column, a list of windows for each."""
+    import pyarrow as pa
+
     whole = joined(timelines)
     fields = {
         "channel": pa.array(whole.channel, pa.string()),

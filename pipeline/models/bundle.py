@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from pipeline.data.labels import LabelError, LabelSet
 from pipeline.features.features import FeatureConfig, FeatureError
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import write_json
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor, nn
 
 FORMAT_VERSION = 1
@@ -65,6 +64,8 @@ class Bundle:
     @property
     def training(self) -> pd.DataFrame:
         """Rows of ``training.csv`` (``id, content_hash, speaker, split``); empty when there are none."""
+        import pandas as pd
+
         path = self.folder / _TRAINING
         return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
 

@@ -35,8 +35,9 @@ from pipeline.data.segments import END, START, source_at
 from pipeline.data.tables import write_csv
 from pipeline.evaluation.breakdowns import GROUP_FIGURES
 from pipeline.evaluation.compare import compare, disagreements
-from pipeline.evaluation.metrics import CROSSES, MET, NOT_DECIDABLE, NOT_MET, Targets, decimals, evaluate
+from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.outcomes import failed_rows, outcomes
+from pipeline.evaluation.verdict import CROSSES, MET, NOT_DECIDABLE, NOT_MET, Targets, decimals
 from pipeline.reporting import REPORT, figures
 from pipeline.reporting.terminal import terminal_summary
 from pipeline.storage.errors import SerError

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.evaluation.metrics import NOT_MET, decimals
+from pipeline.evaluation.verdict import NOT_MET, decimals
 
 WIDTH = 80
 _NAME_WIDTH = 16

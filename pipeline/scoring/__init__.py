@@ -2,3 +2,6 @@
 
 Not here: one recording's answer (``inference``), and how a model came to be (``training``).
 """
+
+AUDACITY = "audacity"  # a folder of label tracks
+FORMATS = ("jsonl", AUDACITY)  # of exports

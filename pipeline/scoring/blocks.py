@@ -11,13 +11,15 @@ import multiprocessing
 import pickle
 import signal
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -133,45 +135,70 @@ class Classifier:
         return or_refusal(rows, classify_block, self._task)
 
 
-def in_child(blocks: Sequence[pa.Table], task: Task) -> Iterator[pa.Table]:
-    """``score_block`` of each, in a child process, which is replaced when a decoder takes it down.
+def in_processes(blocks: Sequence[pa.Table], task: Task, processes: int) -> Iterator[pa.Table]:
+    """``score_block`` of each in one of ``processes`` child processes, in any order; one that dies is replaced.
 
     Raises:
-        SerError: a block that the child died at again and again, or an error of the child itself.
+        SerError: a block that processes died at again and again, or an error of a process itself.
     """
-    pending = list(blocks)
-    deaths = 0
-    while pending:
-        with _child(task) as connection:
-            try:
-                while pending:
-                    connection.send(pending[0])
+    pending, deaths = deque(blocks), Counter[int]()
+    children: dict[Connection, tuple[BaseProcess, pa.Table]] = {}
+    try:
+        while pending or children:
+            while pending and len(children) < processes:
+                _give(*_child(task), pending.popleft(), children)
+            for ready in wait(list(children)):
+                connection = cast("Connection", ready)
+                process, block = children.pop(connection)
+                try:
                     answer = connection.recv()
-                    if isinstance(answer, Exception):
-                        raise answer
-                    deaths = 0
-                    pending.pop(0)
-                    yield answer
-            except (EOFError, ConnectionError) as error:
-                deaths += 1
-                if deaths > RETRIES:
-                    raise SerError(f"the scoring process died {deaths} times at one block; is memory short?") from error
+                except (EOFError, ConnectionError) as error:
+                    _end(process, connection)
+                    number = block["block"][0].as_py()
+                    deaths[number] += 1
+                    if deaths[number] > RETRIES:
+                        raise SerError(
+                            f"the scoring process died {deaths[number]} times at one block; is memory short?"
+                        ) from error
+                    pending.appendleft(block)
+                    continue
+                if pending:
+                    _give(process, connection, pending.popleft(), children)
+                else:
+                    _end(process, connection)
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+    finally:
+        for connection, (process, _) in children.items():
+            _end(process, connection)
 
 
-@contextmanager
-def _child(task: Task) -> Iterator[Connection]:
-    """A process that answers blocks; it ends with the ``with`` block, and soon after this process if that is killed."""
+def _give(
+    process: BaseProcess,
+    connection: Connection,
+    block: pa.Table,
+    children: dict[Connection, tuple[BaseProcess, pa.Table]],
+) -> None:
+    with suppress(ConnectionError):  # it has died: told where its answer is awaited
+        connection.send(block)
+    children[connection] = process, block
+
+
+def _child(task: Task) -> tuple[BaseProcess, Connection]:
+    """A process that answers blocks; it ends soon after this process if that is killed."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer_blocks, args=(theirs, task), daemon=True)
     process.start()
     theirs.close()
-    try:
-        yield ours
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+    return process, ours
+
+
+def _end(process: BaseProcess, connection: Connection) -> None:
+    process.kill()
+    process.join()
+    connection.close()
 
 
 def _answer_blocks(connection: Connection, task: Task) -> None:

@@ -40,7 +40,8 @@ from pipeline.data.segments import END, START
 from pipeline.data.tables import read_csv, table_files
 from pipeline.inference.predictor import Prediction, entropy, margin
 from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, joined, nested, no_windows, unnested
-from pipeline.scoring.ledger import AUDACITY, TABLES
+from pipeline.scoring import AUDACITY
+from pipeline.scoring.ledger import TABLES
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import local_path
 
@@ -268,7 +269,6 @@ def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held, promote_options="default")
 
 
-FORMATS = ("jsonl", "audacity")
 _AT_ONCE = 1000
 
 

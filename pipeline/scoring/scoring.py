@@ -1,12 +1,12 @@
-"""Scoring a whole manifest with Ray Data: streamed, resumable, one row per recording whatever happens.
+"""Scoring a whole manifest, on Ray Data or in processes of this machine: resumable, one row a recording in any case.
 
 The manifest is cut into blocks (``pipeline.scoring.ledger``). On CPUs one stateless task scores one block: decode,
 features and network in one process, which keeps its Predictor from block to block; results travel to the driver, which
 commits them. With GPUs, tasks decode and make features, and an actor per GPU runs the network. When every block is
 there, the tables are written from the parts, a piece in memory at a time.
 
-A task that dies is run again by Ray, see ``pipeline.scoring.blocks`` on whom it suspects. Few recordings are scored in
-one child process without starting Ray, which takes longer than they do.
+A task that dies is run again, see ``pipeline.scoring.blocks`` on whom it suspects. Work too small to repay Ray's start
+is done by the local engine: processes of this machine, the same blocks, ledger and results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cluster.nodes import check_nodes, cpus_here
-from pipeline.cluster.runtime import joins_cluster
+from pipeline.cluster.runtime import in_submitted_job, joins_cluster
 from pipeline.data.segments import bounds
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
@@ -35,20 +35,24 @@ from pipeline.scoring.blocks import (
     REFUSAL,
     Classifier,
     Task,
-    in_child,
+    in_processes,
     listen_block,
     make_block,
     or_refusal,
     score_block,
 )
-from pipeline.scoring.ledger import Ledger, LedgerError, open_ledger
-from pipeline.scoring.options import ScoreOptions, Tally, plan_of, record_of
+from pipeline.scoring.ledger import Ledger, LedgerError, Tally, open_ledger, plan_of, record_of
+from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import PARQUET, plain_manifest, restore_csv, write_exports, write_tables
+from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 
 __all__ = ["Execution", "ScoreOptions", "ScoreRun", "score_manifest"]
 
-FEW = 200  # recordings that are not worth starting Ray for
+ENGINES = ("auto", "local", "ray")
+_RAY_START_S = 35.0  # until the first block of a local Ray is done, two CPUs (benchmarks/bench_score.py)
+_RAY_PAYS_AT = 5.0  # times its start: estimated work from which on Ray is started
+_RECORDING_S, _WALKED_S = 0.0125, 0.5  # CPU seconds a recording, of 2 s, and of all of it in windows
 _BLOCK_ROWS, _BLOCK_ROWS_WALKED = 256, 8
 _BLOCKS_A_CPU = 8  # smaller runs get smaller blocks, so that every CPU has some
 ProgressCallback = Callable[[int, int, int], None]
@@ -59,12 +63,15 @@ class Execution:
     """How the work is spread; changes no result, and may differ between a run and its resumption.
 
     Attributes:
-        num_cpus: CPUs of the Ray that is started; all when None. 0 scores in one child process, without Ray.
+        engine: "ray": Ray Data, here or on the cluster of ``RAY_ADDRESS``; "local": processes of this machine;
+            "auto": local for work too small to repay Ray's start, where no cluster and no GPU is asked for.
+        num_cpus: CPUs to use; all when None. 0, as earlier versions had it, is the local engine on all.
         num_gpus: GPUs to use, 0 for none.
         batch_size: examples the network sees at once.
         block_rows: recordings a block; chosen by their number and that of the CPUs when None.
     """
 
+    engine: str = "auto"
     num_cpus: int | None = None
     num_gpus: int = 0
     batch_size: int = 16
@@ -75,6 +82,23 @@ class Execution:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SerError(f"{name} must be {least} or more, got {value}")
+        if self.engine not in ENGINES:
+            raise SerError(f"unknown engine {self.engine!r}; choose one of {', '.join(ENGINES)}")
+        if self.num_gpus and self.is_local():
+            raise SerError("the local engine uses no GPU; leave --num_gpus out, or give --engine ray")
+
+    def is_local(self) -> bool:
+        """Whether the local engine was asked for."""
+        return self.engine == "local" or (self.engine == "auto" and self.num_cpus == 0)
+
+    def chosen(self, recordings: int, *, walked: bool) -> str:
+        """The engine for so many recordings: "local" or "ray"."""
+        if self.is_local():
+            return "local"
+        if self.engine == "ray" or self.num_gpus or joins_cluster() or in_submitted_job():
+            return "ray"
+        work_s = recordings * (_WALKED_S if walked else _RECORDING_S) / (self.num_cpus or usable_cpus())
+        return "local" if work_s <= _RAY_PAYS_AT * _RAY_START_S else "ray"
 
 
 @dataclass(frozen=True)
@@ -233,9 +257,9 @@ def _block_rows(rows: int, *, walked: bool) -> int:
 def _score_blocks(todo: Mapping[int, pd.DataFrame], task: Task, execution: Execution) -> Iterator[tuple[int, pa.Table]]:
     """Run the blocks; yields each as it is done, in any order."""
     blocks = [make_block(number, list(rows["speech"]), bounds(rows)) for number, rows in todo.items()]
-    few = sum(map(len, blocks)) <= FEW and execution.num_cpus is None and not execution.num_gpus
-    if execution.num_cpus == 0 or (few and not joins_cluster()):
-        results = in_child(blocks, task)
+    recordings = sum(map(len, blocks))
+    if execution.chosen(recordings, walked=task.options.steps is not None) == "local":
+        results = in_processes(blocks, task, min(len(blocks), execution.num_cpus or usable_cpus()))
     else:
         results = _on_ray(blocks, task, execution)
     pieces: dict[int, list[pa.Table]] = {}  # Ray Data cuts very large results
@@ -252,7 +276,7 @@ def _on_ray(blocks: Sequence[pa.Table], task: Task, execution: Execution) -> Ite
 
     from pipeline.cluster.runtime import data_context, start_ray, task_pool
 
-    start_ray(execution.num_cpus)
+    start_ray(execution.num_cpus or None)
     recordings = [path for block in blocks for path in block["speech"].to_pylist()]
     check_nodes(Path(task.notes), [load_bundle(task.weights).weights_path], some_of=recordings)
     gpus = int(ray.cluster_resources().get("GPU", 0))

@@ -21,8 +21,6 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from pipeline.storage.errors import SerError
 
 if TYPE_CHECKING:
@@ -46,6 +44,8 @@ def locked(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
     Raises:
         SerError: another process holds the lock, or the file cannot be made.
     """
+    from filelock import FileLock, Timeout
+
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

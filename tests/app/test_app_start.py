@@ -112,3 +112,26 @@ def test_ports_and_bundles_reach_the_commands() -> None:
     assert words[words.index("--port") + 1] == "9"
     assert words[words.index("--bundles") + 1] == "runs/a"
     assert app.page_command(8600)[-1] == "8600"
+
+
+def test_a_page_under_another_name_gets_no_content() -> None:
+    """A name of somebody else's that resolves to this machine: the page's content goes over its WebSocket."""
+    port = int(free_ports()[1])
+    words = [*app.page_command(port), "--server.headless", "true"]
+    page = subprocess.Popen(words, cwd=app.PAGE.parent, stdout=subprocess.PIPE, text=True)
+
+    def opened(host: str) -> bool:
+        handshake = f"GET /_stcore/stream HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        handshake += f"Origin: http://{host}\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), 60) as connection:
+            connection.sendall(handshake.encode())
+            return b" 101 " in connection.recv(100)
+
+    try:
+        assert page.stdout is not None
+        assert any(str(port) in line for line in page.stdout)  # it listens
+        assert [opened(f"{host}:{port}") for host in ("localhost", "127.0.0.1", "[::1]")] == [True] * 3
+        assert [opened(host) for host in (f"evil.example:{port}", "evil.example", "10.0.0.5")] == [False] * 3
+    finally:
+        page.kill()
+        page.communicate()

@@ -14,17 +14,7 @@ from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from pipeline.data.labels import LabelError
-from pipeline.evaluation.metrics import (
-    CROSSES,
-    MET,
-    NOT_DECIDABLE,
-    NOT_MET,
-    Targets,
-    evaluate,
-    judge,
-    permutation_hint,
-    reached,
-)
+from pipeline.evaluation.metrics import evaluate, permutation_hint
 from pipeline.evaluation.outcomes import (
     brier,
     clopper_pearson,
@@ -40,6 +30,7 @@ from pipeline.evaluation.outcomes import (
     scores,
     tally,
 )
+from pipeline.evaluation.verdict import CROSSES, MET, NOT_DECIDABLE, NOT_MET, Targets, judge, reached
 from pipeline.reporting.terminal import terminal_summary
 from pipeline.storage.errors import SerError
 

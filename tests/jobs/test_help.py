@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +85,51 @@ def test_a_command_is_called_as_it_was_given(command: str, capsys: pytest.Captur
     module = importlib.import_module(f"jobs.{command}")
     assert module.main(["--help"]) == 0
     assert f"ser {command}" not in capsys.readouterr().out.split("\n\n")[0] or command == "submit"
+
+
+HEAVY = (
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "torch",
+    "ray",
+    "matplotlib",
+    "seaborn",
+    "sklearn",
+    "librosa",
+    "httpx",
+    "fastapi",
+)
+SAMPLE = str(Path(__file__).resolve().parents[2] / "samples" / "ben_sad_window.wav")
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        *(([command, "--help"], set()) for command in COMMANDS),
+        (["infer", "--file", SAMPLE], {"scipy"}),
+        (["score", "--input", "x.csv", "--out", "out", "--no_report"], {"pandas", "pyarrow", "scipy"}),
+        (["score", "--input", "x.csv", "--out", "out"], {"pandas", "pyarrow", "scipy", "matplotlib"}),
+    ],
+    ids=lambda value: " ".join(value)[:24] if isinstance(value, list) else "",
+)
+def test_what_a_command_imports(words: list[str], needed: set[str], tmp_path: Path) -> None:
+    """Nothing heavy that it does not use: that costs every start seconds."""
+    (tmp_path / "x.csv").write_text(f"speech,label\n{SAMPLE},sad\n")
+    script = (
+        "import sys\nfrom jobs import cli\nif __name__ == '__main__':\n"
+        "    assert cli.main(sys.argv[1:]) == 0\n    print(*sys.modules, file=sys.stderr)\n"
+    )
+    (tmp_path / "run.py").write_text(script)  # a file: the process that decodes imports it again
+    run = subprocess.run(
+        [sys.executable, "run.py", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert {name for name in HEAVY if name in run.stderr.splitlines()[-1].split()} == needed
 
 
 @pytest.mark.parametrize("command", ["train", "crossval"])

@@ -39,7 +39,7 @@ def call(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
     """Run the job in this process, blocks and all; (exit code, stdout, stderr)."""
-    monkeypatch.setattr(scoring, "in_child", lambda blocks, task: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
 
     def run(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -7,10 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from jobs import serve as job
@@ -72,6 +76,60 @@ def test_a_metrics_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkey
     with socket.create_server(("127.0.0.1", 0)) as taken:
         line = refused(capsys, "--port", "0", "--metrics_port", str(taken.getsockname()[1]))
     assert "choose another --metrics_port" in line
+
+
+def test_more_threads_than_cpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(job, "open_bundles", lambda _: [])
+    monkeypatch.setattr(job, "start_ray", lambda **_: pytest.fail("Ray is started"))
+    assert "need 9999 CPUs, and there are" in refused(capsys, "--port", "0", "--threads", "9999")
+
+
+def test_the_page_of_metrics_has_the_service_s_own_summed_over_processes() -> None:
+    labels = 'Component="core_worker",NodeAddress="127.0.0.1",SessionName="session",WorkerId="{worker}"'
+    bucket = 'ray_ser_request_seconds_bucket{{{tags},le="{le}",route="/v1/predict"}} {n}'
+    total = 'ray_ser_requests_total{{{tags},code="ok",route="/v1/{route}",status="200"}} {n}'
+    workers = [(labels.format(worker=worker), n) for worker, n in (("a", 2), ("b", 1_234_565))]
+    exported = ["# HELP ray_ser_requests_total requests", "# TYPE ray_ser_requests_total counter"]
+    exported += [total.format(tags=tags, route=route, n=n) for tags, n in workers for route in "pq"]
+    exported += ["# HELP ray_serve_x x", "# TYPE ray_serve_x gauge", "ray_serve_x 3"]
+    exported += ['ray_other{a="b"} 1'] * 20_000
+    exported += ["# HELP ray_ser_request_seconds s", "# TYPE ray_ser_request_seconds histogram"]
+    exported += [bucket.format(tags=tags, le=le, n=n) for tags, n in workers for le in (1, "+Inf")]
+
+    class Ray(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write("\n".join(exported).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    source = HTTPServer(("127.0.0.1", 0), Ray)
+    threading.Thread(target=source.serve_forever, daemon=True).start()
+    page = job._Metrics(0)
+    address = f"http://127.0.0.1:{page.server_port}"
+    try:
+        assert httpx.get(f"{address}/metrics", trust_env=False).status_code == 503  # Ray is starting
+        page.source = lambda: f"http://127.0.0.1:{source.server_port}/metrics"
+        text = httpx.get(f"{address}/metrics", trust_env=False).text
+        everything = httpx.get(f"{address}/metrics/all", trust_env=False).text
+        assert httpx.get(address, trust_env=False).status_code == 404
+        source.shutdown()
+        source.server_close()
+        assert httpx.get(f"{address}/metrics", trust_env=False).status_code == 503
+    finally:
+        page.end()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert [(sample.name, sorted(sample.labels)) for sample in samples] == [
+        *[("ray_ser_requests_total", ["code", "route", "status"])] * 2,
+        *[("ray_ser_request_seconds_bucket", ["le", "route"])] * 2,
+    ]
+    assert {sample.value for sample in samples} == {1_234_567.0}
+    assert len(text) < 1000 < len(everything)
+    with socket.create_server(("127.0.0.1", page.server_port)):  # is free again
+        pass
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_every_command_and_the_service_give_the_network_s_answer(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(scoring, "in_child", lambda blocks, task: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
     expected = by_hand(bundle, files)
     assert np.ptp(expected, axis=0).max() > 0.01, "the recordings sound alike: this test cannot fail"
     columns = [f"p_{label}" for label in bundle.labels]

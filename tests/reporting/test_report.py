@@ -20,7 +20,8 @@ from matplotlib.text import Text
 from sklearn.metrics import classification_report
 
 from pipeline.data.tables import guard, read_csv, unguard, write_csv
-from pipeline.evaluation.metrics import Targets, decimals, evaluate
+from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.verdict import Targets, decimals
 from pipeline.reporting import figures
 from pipeline.reporting.report import _NARROW as NARROW
 from pipeline.reporting.report import meta_rows, terminal_summary, visible, write_comparison, write_report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -33,7 +34,7 @@ from pipeline.scoring.scoring import Execution, score_manifest
 from pipeline.storage.errors import SerError
 
 WriteAudio = Callable[..., Path]
-CHILD = Execution(num_cpus=0)
+CHILD = Execution(engine="local", num_cpus=1)
 HERE = pytest.mark.usefixtures("in_this_process")
 CRASHING_RATE_HZ = 12_345
 
@@ -53,7 +54,7 @@ def manifest(ravdess_like: Path) -> pd.DataFrame:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are scored without the child process, whose start takes seconds."""
-    monkeypatch.setattr(scoring, "in_child", lambda blocks, task: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
 
 
 def probabilities(table: pd.DataFrame) -> np.ndarray:
@@ -254,19 +255,59 @@ def test_only_missing_blocks_are_scored(
     assert [part.name for part in parts] == ["part-000000.parquet", "part-000001.parquet"]
     parts[1].write_bytes(parts[1].read_bytes()[:-100])
     asked: list[int] = []
-    in_child = scoring.in_child
+    in_processes = scoring.in_processes
 
-    def noting(blocks: Sequence[pa.Table], task: Task) -> Iterator[pa.Table]:
+    def noting(blocks: Sequence[pa.Table], task: Task, processes: int) -> Iterator[pa.Table]:
         asked.extend(block["block"][0].as_py() for block in blocks)
-        return in_child(blocks, task)
+        return in_processes(blocks, task, processes)
 
-    monkeypatch.setattr(scoring, "in_child", noting)
+    monkeypatch.setattr(scoring, "in_processes", noting)
     run = score_manifest(table, out, weights=bundle.folder, execution=execution, report=False)
     assert asked == [1, 2, 3]
     assert run.scored == 12
     pd.testing.assert_frame_equal(
         pd.read_parquet(out / "predictions.parquet"), pd.read_parquet(tmp_path / "undisturbed" / "predictions.parquet")
     )
+
+
+def test_the_engine_fits_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    auto = Execution(num_cpus=2)
+    assert [auto.chosen(n, walked=False) for n in (1, 1_000, 100_000)] == ["local", "local", "ray"]
+    assert auto.chosen(1_000, walked=True) == "ray"
+    assert Execution(num_cpus=0).chosen(10**6, walked=False) == "local"  # as earlier versions had it
+    assert Execution(engine="ray").chosen(1, walked=False) == "ray"
+    assert Execution(num_gpus=1).chosen(1, walked=False) == "ray"
+    for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "{}")
+            assert auto.chosen(1, walked=False) == "ray"
+            assert Execution(engine="local").chosen(1, walked=False) == "local"
+    with pytest.raises(SerError, match="uses no GPU"):
+        Execution(engine="local", num_gpus=1)
+
+
+def test_killed_processes_cost_a_retry_and_nothing_else(bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path) -> None:
+    """Each time a block is done, one of the processes is killed; the results are those of a run left in peace."""
+    table, killed = manifest.head(16), 0
+
+    def kill(done: int, total: int, failed: int) -> None:
+        nonlocal killed
+        for child in multiprocessing.active_children()[:1]:
+            child.kill()
+            killed += 1
+
+    execution = Execution(engine="local", num_cpus=2, block_rows=2)
+    score_manifest(table, tmp_path / "calm", weights=bundle.folder, execution=execution, report=False)
+    run = score_manifest(
+        table, tmp_path / "killed", weights=bundle.folder, execution=execution, report=False, on_progress=kill
+    )
+    assert killed >= 4
+    assert (run.rows, run.scored) == (16, 16)
+    found = [pd.read_parquet(tmp_path / name / "predictions.parquet") for name in ("calm", "killed")]
+    pd.testing.assert_frame_equal(*found)
+    assert multiprocessing.active_children() == []
 
 
 @HERE
@@ -287,7 +328,7 @@ def test_results_are_not_shared_between_links_and_copies(
 
 
 def test_a_second_run_into_one_folder_is_refused(bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path) -> None:
-    with open_ledger(tmp_path / "out"), pytest.raises(LedgerError, match="another run is writing into"):
+    with open_ledger(tmp_path / "out"), pytest.raises(SerError, match="another process is writing into"):
         score_manifest(manifest.head(2), tmp_path / "out", weights=bundle.folder, execution=CHILD)
 
 

@@ -162,7 +162,9 @@ def test_a_service_with_smaller_limits_gets_smaller_requests(tiny_bundle: Bundle
         async with AsyncClient(URL, transport=httpx.ASGITransport(strict.app)) as client:
             return [answer async for answer in client.predict_each(sources, top_k=1)]
 
-    assert found == asyncio.run(awaited())
+    of_its_own = {"problem": {"request_id"}}
+    for one, other in zip(found, asyncio.run(awaited()), strict=True):
+        assert one.model_dump(exclude=of_its_own) == other.model_dump(exclude=of_its_own)
     assert [answer.name for answer in found] == [name for name, _ in sources]
     assert [type(answer) for answer in found] == expected
 
@@ -225,6 +227,23 @@ def test_patience_and_retries_end(waits: list[float], monkeypatch: pytest.Monkey
     with Client(URL, transport=transport) as client, pytest.raises(Busy):
         client.predict(b"data")
     assert max(waits) <= 30.0
+
+
+def test_a_file_that_cannot_be_read_costs_no_other_its_answer(
+    client: Client, service: LocalService, tmp_path: Path
+) -> None:
+    good = tmp_path / "good.wav"
+    good.write_bytes(wav())
+    sources = [tmp_path / "missing.wav", good, str(tmp_path), good / "below.wav", "a\0b.wav", good, ("x.wav", b"words")]
+    expected = ["not_found", "ok", "not_a_file", "not_found", "not_found", "ok", "not_audio"]
+
+    async def awaited() -> list[Recording | Failure]:
+        async with AsyncClient(URL, KEY, transport=httpx.ASGITransport(service.app)) as other:
+            return [answer async for answer in other.predict_each(sources)]
+
+    for found in (list(client.predict_each(sources)), asyncio.run(awaited())):
+        assert [item.problem.code if isinstance(item, Failure) else "ok" for item in found] == expected
+        assert [item.name for item in found][:2] == ["missing.wav", "good.wav"]
 
 
 def test_a_service_that_is_not_there() -> None:
@@ -367,6 +386,11 @@ def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.
     first, second = (json.loads(line) for line in captured.out.splitlines())
     assert (first["name"], second["problem"]["code"]) == ("good.wav", "not_audio")
     assert "bad.wav: " in captured.err
+    assert predict.main([str(good), str(tmp_path / "missing.wav"), str(good)]) == 4
+    captured = capsys.readouterr()
+    assert [line.split()[0] for line in captured.out.splitlines()] == ["file", "good.wav", "missing.wav", "good.wav"]
+    assert "missing.wav  not_found" in captured.out
+    assert "cannot read" in captured.err
     assert predict.main([str(good), "--model", "other"]) == 2
     assert capsys.readouterr().err == "error: no model of this name; there are tiny\n"
     assert predict.main([str(good), "--url", "127.0.0.1:8000"]) == 2

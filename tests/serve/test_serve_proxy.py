@@ -7,14 +7,17 @@ import json
 import logging
 import pickle
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from serving import KeptFigures
 
 from serve.auth import KeyCheck
-from serve.middleware import Access, Admission, BodyLimit, Identify, Unpack
+from serve.middleware import Access, Admission, BodyLimit, Closing, Identify, Unpack, UntilGone
+from serve.ray_settings import limit_slow_headers
 from serve.schema import key_digest
 
 
@@ -247,3 +250,118 @@ def test_what_is_refused_here_is_counted_and_told_here_and_nothing_else(caplog: 
     assert figures.requests == [("/v1/predict", 429, "overloaded"), ("unmatched", 429, "overloaded")]
     told = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.ser"]
     assert [(line["route"], line["status"]) for line in told] == [("/v1/predict", 429), ("unmatched", 429)]
+
+
+@pytest.mark.parametrize("goes", [True, False])
+def test_what_nobody_waits_for_is_given_up(goes: bool) -> None:
+    async def scenario() -> None:
+        begun, ended, leave = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        said: list[str] = []
+
+        async def long(scope: Any, receive: Any, send: Any) -> None:
+            while (await receive())["more_body"]:
+                pass
+            begun.set()
+            try:
+                await leave.wait()
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            finally:
+                ended.set()
+
+        parts = [{"type": "http.request", "body": b"x", "more_body": more} for more in (True, True, False)]
+
+        async def receive() -> Any:
+            if parts:
+                return parts.pop(0)
+            await begun.wait()
+            if not goes:
+                leave.set()
+                await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            said.append(message["type"])
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": []}
+        await asyncio.wait_for(UntilGone(long)(scope, receive, send), 10)
+        assert ended.is_set()
+        assert said == ([] if goes else ["http.response.start"])
+
+    asyncio.run(scenario())
+
+
+def test_while_it_stops_new_work_is_told_to_come_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        busy, mark = Busy(), tmp_path / "closing"
+        async with client(Identify(Closing(busy, mark=str(mark)))) as http:
+            held = asyncio.create_task(http.post("/v1/predict"))
+            while not busy.inside:
+                await asyncio.sleep(0)
+            mark.touch()
+            for method, path in (("POST", "/v1/predict"), ("GET", "/v2/health/ready"), ("GET", "/v1/model")):
+                refused = await http.request(method, path)
+                assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
+                assert int(refused.headers["retry-after"]) > 0
+                assert refused.headers["connection"] == "close"
+            assert (await http.get("/v2/health/live")).json() == {"live": True}
+            busy.leave.set()
+            assert (await held).status_code == 200  # what was in work is answered
+            assert len(busy.seen) == 1
+
+    asyncio.run(scenario())
+
+
+async def hello(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await asyncio.sleep(0)
+    await send({"type": "http.response.body", "body": b"hi"})
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+def test_slow_headers_end_the_connection_and_slow_answers_do_not(http: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_slow_headers()
+    limit_slow_headers()  # once is enough
+    request, leave = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow":
+            await leave.wait()
+        await hello(scope, receive, send)
+
+    async def scenario() -> None:
+        config = uvicorn.Config(application, port=0, http=http, lifespan="off", log_level="critical")
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0)
+        port = server.servers[0].sockets[0].getsockname()[1]
+
+        kept = []  # writers that nobody has are closed
+
+        async def connection(sent: bytes, within_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            monkeypatch.setattr("serve.ray_settings._HEADERS_WITHIN_S", within_s)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            kept.append(writer)
+            return reader, writer
+
+        async def answered(reader: asyncio.StreamReader) -> bool:
+            return (await asyncio.wait_for(reader.readuntil(b"hi"), 30)).startswith(b"HTTP/1.1 200")
+
+        slow, _ = await connection(request.replace(b"/ ", b"/slow "), 3.0)
+        reader, writer = await connection(request, 3.0)
+        assert await answered(reader)
+        writer.write(request)  # on the same connection
+        assert await answered(reader)
+        monkeypatch.setattr("serve.ray_settings._HEADERS_WITHIN_S", 0.2)
+        writer.write(request[:20])  # and the next one never ends
+        assert await asyncio.wait_for(reader.read(), 30) == b""
+        for sent in (b"GET / HTTP/1.1\r\n", request[:-2], b""):
+            reader, _ = await connection(sent, 3.5 if not sent else 0.2)
+            assert await asyncio.wait_for(reader.read(), 30) == b""  # closed
+        leave.set()  # long after the limit
+        assert await answered(slow)
+        server.should_exit = True
+        await serving
+
+    asyncio.run(scenario())

@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from serve.middleware import Admission
-from serve.problems import hand_over
 from serve.ray_settings import ShortWay
 from serve.remote import Offer
 from serve.settings import Settings
@@ -116,36 +115,6 @@ def test_one_question_at_a_time_and_not_for_ever(now: list[float], monkeypatch: 
             await way._asking  # gives up
             ingress.found = "first"
             assert [await said(http), await said(http)] == ["ingress", "short"]
-
-    asyncio.run(scenario())
-
-
-def test_what_nobody_waits_for_is_given_up(now: list[float]) -> None:
-    async def scenario() -> None:
-        begun, ended = asyncio.Event(), asyncio.Event()
-
-        async def long(scope: Any, receive: Any, send: Any) -> None:
-            begun.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.set()
-
-        way = ShortWay(Says("ingress"), ask=Ingress("first"), make=lambda offer: long)
-        async with client(way) as http:
-            await said(http)
-
-        async def receive() -> Any:
-            await begun.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            raise AssertionError("an answer to nobody")
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": []}
-        hand_over(scope, b"")
-        await asyncio.wait_for(way(scope, receive, send), 10)
-        assert ended.is_set()
 
     asyncio.run(scenario())
 

@@ -64,7 +64,7 @@ def bucket() -> Iterator[Bucket]:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "in_child", lambda blocks, task: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
 
 
 def test_odd_keys_are_listed_and_fetched(bucket: Bucket) -> None:

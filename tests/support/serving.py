@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -15,11 +16,12 @@ from conftest import speech_like
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from serve.api import create_app
-from serve.schema import key_digest
+from serve.schema import Problem, key_digest
 from serve.service import Card, Explained, PredictRequest, Service, WorkerResult
 from serve.settings import Settings
 from serve.worker import Worker
 
+KEY = "correct horse battery staple"
 Result = TypeVar("Result")
 
 
@@ -35,6 +37,18 @@ def form(*recordings: bytes, **fields: object) -> dict[str, Any]:
     """Arguments of httpx for a multipart form; the recordings are called 0.wav, 1.wav, ..."""
     files = [("file", (f"{number}.wav", data)) for number, data in enumerate(recordings)]
     return {"files": files, "data": {name: str(value) for name, value in fields.items()}}
+
+
+def problem_of(response: Any, status: int, code: str) -> Problem:
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = Problem.model_validate_json(response.content)
+    assert (response.status_code, problem.status, problem.code) == (status, status, code)
+    assert problem.type == f"urn:ser:problem:{code}"
+    assert problem.detail
+    assert "\n" not in problem.detail
+    for secret in ("Traceback", str(Path(__file__).resolve().parents[2]), "site-packages", "/tmp/"):
+        assert secret not in response.text
+    return problem
 
 
 class LocalModels:

@@ -1,0 +1,149 @@
+"""Who may come in: keys, this machine's own requests and those of other sites' pages, ids of requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from serving import KEY, LocalService, form, problem_of, wav
+
+from pipeline.models.bundle import Bundle
+
+
+@pytest.fixture(scope="module")
+def service(tiny_bundle: Bundle) -> LocalService:
+    return LocalService(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_bundle: Bundle) -> LocalService:
+    return LocalService(tiny_bundle, key=KEY)
+
+
+PROTECTED = [
+    ("POST", "/v1/predict"),
+    ("POST", "/v1/explain"),
+    ("POST", "/v1/audio-classification"),
+    ("GET", "/v1/model"),
+    ("GET", "/v2/models/tiny"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), PROTECTED)
+@pytest.mark.parametrize("given_key", [None, "", "wrong", KEY[:-1], KEY + "x", "é"])
+def test_wrong_keys_are_refused_before_the_body_is_read(
+    guarded: LocalService, method: str, path: str, given_key: str | None
+) -> None:
+    headers = {} if given_key is None else {"authorization": f"Bearer {given_key}".encode()}
+    taken = []
+
+    async def body() -> Any:
+        taken.append(1)
+        yield b"x" * 1000
+
+    response = guarded.request(method, path, content=body(), headers=headers)
+    problem_of(response, 401, "unauthorized")
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert not taken
+
+
+@pytest.mark.parametrize(("method", "path"), PROTECTED)
+def test_the_right_key_opens(guarded: LocalService, method: str, path: str) -> None:
+    content: dict[str, Any] = form(wav()) if method == "POST" else {}
+    if path.endswith("classification"):
+        content = {"content": wav()}
+    assert guarded.request(method, path, headers={"authorization": f"Bearer {KEY}"}, **content).status_code == 200
+
+
+def test_health_needs_no_key(guarded: LocalService) -> None:
+    assert guarded.get("/v2/health/ready", host="10.0.0.5").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready"])
+def test_health_answers_to_head(service: LocalService, path: str) -> None:
+    assert service.request("HEAD", path).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), PROTECTED)
+def test_without_a_key_only_this_machine_is_served(service: LocalService, method: str, path: str) -> None:
+    problem_of(service.request(method, path, host="10.0.0.5"), 403, "key_required")
+
+
+FOREIGN = [
+    {"host": "evil.example"},
+    {"host": "evil.example:8000"},
+    {"host": "127.evil.example"},  # begins as an address does
+    {"host": "localhost.evil.example"},
+    {"host": "127.0.0.1.evil.example:8000"},
+    {"host": "[::1].evil.example"},
+    {"host": "10.0.0.5"},
+    {"host": ""},
+    {"host": "[::1"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "Cross-Site", "sec-fetch-mode": "no-cors"},
+    {"origin": "http://evil.example"},
+    {"origin": "null"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_pages_of_other_sites_are_refused_where_there_is_no_key(
+    service: LocalService, guarded: LocalService, headers: dict[str, str]
+) -> None:
+    code = "foreign_host" if "host" in headers else "foreign_page"
+    for path in ("/v1/model", "/openapi.json", "/docs", "/v2/models/tiny"):
+        problem_of(service.get(path, headers=headers), 403, code)
+    asked = service.models.asked
+    problem_of(service.post("/v1/predict", headers=headers, **form(wav())), 403, code)
+    assert service.models.asked == asked
+    assert service.get("/v2/health/ready", headers=headers).status_code == 200
+    with_key = headers | {"authorization": f"Bearer {KEY}"}
+    assert guarded.get("/v1/model", headers=with_key).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        *({"host": host} for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000")),
+        {"sec-fetch-site": "same-origin", "origin": "http://127.0.0.1:8000"},
+        {"sec-fetch-site": "none", "sec-fetch-mode": "navigate"},  # typed
+        {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"},  # a link
+        {"origin": "http://localhost:8501"},
+    ],
+)
+def test_this_machine_s_own_requests_are_answered(service: LocalService, headers: dict[str, str]) -> None:
+    assert service.get("/v1/model", headers=headers).status_code == 200
+
+
+def test_a_form_of_another_site_is_no_link(service: LocalService) -> None:
+    headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    problem_of(service.post("/v1/predict", headers=headers, **form(wav())), 403, "foreign_page")
+
+
+def test_pages_that_cors_allows_are_answered(tiny_bundle: Bundle) -> None:
+    service = LocalService(tiny_bundle, cors_origins="http://page.example")
+    headers = {"origin": "http://page.example", "sec-fetch-site": "cross-site"}
+    assert service.get("/v1/model", headers=headers).status_code == 200
+    problem_of(service.get("/v1/model", headers=headers | {"host": "page.example"}), 403, "foreign_host")
+    problem_of(service.get("/v1/model", headers=headers | {"origin": "http://other.example"}), 403, "foreign_page")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (b"mine-1", "mine-1"),
+        (b"\xff\xfe\x80odd\x01", "odd"),
+        (b"x" * 100_000, "x" * 128),
+        ("zwölf".encode(), "zwlf"),
+        (b"\xff", None),
+        (b" ", None),
+    ],
+)
+def test_ids_of_requests_are_short_plain_text(service: LocalService, given: bytes, told: str | None) -> None:
+    for path in ("/v1/model", "/v1/nothing"):
+        response = service.get(path, headers={"x-request-id": given})
+        (found,) = response.headers.get_list("x-request-id")
+        assert found == told or (told is None and len(found) == 36)
+        if path.endswith("nothing"):
+            assert response.json()["request_id"] == found
