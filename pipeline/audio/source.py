@@ -13,8 +13,9 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.storage.errors import (
@@ -204,14 +205,22 @@ def _open_path(path: str | os.PathLike[str], name: str) -> io.FileIO:
             raise NotFetched(
                 f"{name}: an address, and addresses are not fetched but for s3:// and gs://. Download it first."
             ) from error
-        raise NotFound(
-            f"{name or 'empty path'}: no such file. Check the path and the folder it is read from."
-        ) from error
+        raise NotFound(f"{name or 'empty path'}: {_why_missing(path)}") from error
     except PermissionError as error:
         raise PermissionDenied(f"{name}: permission denied. Grant read access to it and its folders.") from error
     except OSError as error:
         reason = "too many open files" if error.errno == errno.EMFILE else error.strerror
         raise Unreadable(f"{name}: {reason}. Check the path, the disk or the network share.") from error
+
+
+def _why_missing(path: str | os.PathLike[str]) -> str:
+    """What is not there of a path, and the remedy: the end of a sentence."""
+    with suppress(OSError, ValueError):
+        target = os.readlink(path)
+        if "annex" in Path(target).parts:
+            return "a git-annex link whose recording is not here. Run git annex get in its repository."
+        return f"a link to {printable(target)}, which is not there. Fetch that, or correct the link."
+    return "no such file. Check the path and the folder it is read from."
 
 
 def _refuse_irregular(mode: int, name: str) -> None:

@@ -131,6 +131,9 @@ def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
         if not (folder / name).is_file():
             raise BundleError(f"{folder} lacks {name}; keep the files of one bundle together")
         if file_sha256(folder / name) != expected:
+            with (folder / name).open("rb") as file:
+                if file.read(64).startswith(b"version https://git-lfs"):
+                    raise BundleError(f"{folder / name} is a Git LFS pointer instead of the weights; run git lfs pull")
             raise BundleError(f"{folder / name} is not the file its config.json describes; get the bundle again")
     if given.suffix == ".pt" and not given.samefile(bundle.weights_path):
         raise BundleError(f"{given} is not the weights of the bundle it lies in; give {bundle.weights_path}")

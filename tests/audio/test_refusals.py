@@ -242,6 +242,10 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         "/dev/null/a.wav": "not_found",
     }
     assert {path: code_of(path, probe) for path in expected} == expected
+    (tmp_path / "annexed.wav").symlink_to(".git/annex/objects/zK/SHA256E-s9--0.wav/SHA256E-s9--0.wav")
+    for name, remedy in (("annexed.wav", "git annex get"), ("dangling.wav", "a link to nowhere.wav")):
+        with pytest.raises(audio.AudioError, match=remedy):
+            probe(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,9 @@ def test_changed_or_missing_files_are_refused(bundle: Bundle, name: str) -> None
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(BundleError, match=name):
         load_bundle(bundle.folder)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(BundleError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        load_bundle(bundle.folder)
     path.unlink()
     with pytest.raises(BundleError, match=name):
         load_bundle(bundle.folder)

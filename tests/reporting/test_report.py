@@ -252,12 +252,14 @@ def test_mistakes_can_be_heard(tmp_path: Path, write_audio: Callable[..., Path])
     short = write_audio("short.wav", duration_s=1.5, sample_rate_hz=48_000, channels=2)
     long = write_audio("long.wav", duration_s=14.0, sample_rate_hz=8_000)
     table = made_predictions(30, accuracy=1.0)
-    for row, path in enumerate((short, long, tmp_path / "gone.wav")):
+    table = table.assign(segment_start_s=np.nan, segment_end_s=np.nan)
+    table.loc[3, ["segment_start_s", "segment_end_s"]] = [2.0, 5.0]
+    for row, path in enumerate((short, long, tmp_path / "gone.wav", long)):
         wrong = next(label for label in LABELS if label != table["label_name"][row])
         table.loc[row, ["speech", "predicted"]] = [str(path), wrong]
         p = {f"p_{label}": float(label == wrong) for label in LABELS}
         table.loc[row, list(p)] = list(p.values())
-    write_report(table, LABELS, tmp_path / "report", meta={}, embed_audio=3)
+    write_report(table, LABELS, tmp_path / "report", meta={}, embed_audio=4)
     page = Page((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
     players = [str(attrs["src"]) for tag, attrs in page.tags if tag == "audio"]
     lengths = []
@@ -265,7 +267,7 @@ def test_mistakes_can_be_heard(tmp_path: Path, write_audio: Callable[..., Path])
         samples, rate_hz = soundfile.read(io.BytesIO(base64.b64decode(uri.removeprefix("data:audio/wav;base64,"))))
         assert np.abs(samples).max() > 0.1
         lengths.append(len(samples) / rate_hz)
-    assert lengths == pytest.approx([1.5, 10.0], abs=1e-3)
+    assert lengths == pytest.approx([1.5, 10.0, 3.0], abs=1e-3)
 
 
 # --- terminal ------------------------------------------------------------------------------------------------------
