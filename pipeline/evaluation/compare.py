@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from pipeline.evaluation.intervals import LEVEL, MIN_SPEAKERS, percentile_interval, resample_groups, resample_recordings
 from pipeline.evaluation.measures import Floats, Ints, scores
@@ -85,6 +84,8 @@ def mcnemar(one: Outcomes, two: Outcomes) -> dict[str, Any]:
     only_first = int((one.correct & ~two.correct).sum())
     only_second = int((~one.correct & two.correct).sum())
     discordant = only_first + only_second
+    from scipy.stats import binomtest  # more than a second of imports, for comparisons only
+
     return {
         "both_right": int((one.correct & two.correct).sum()),
         "only_first_right": only_first,
