@@ -372,7 +372,7 @@ def test_newer_fields_do_not_disturb() -> None:
 def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from jobs import predict
 
-    monkeypatch.setattr(predict, "Client", lambda url, key: Client(url, key, transport=Bridge(service)))
+    monkeypatch.setattr("serve.client.Client", lambda url, key: Client(url, key, transport=Bridge(service)))
     monkeypatch.setenv("SER_API_KEY", KEY)
     good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
     good.write_bytes(wav(4.0))
