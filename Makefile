@@ -134,10 +134,11 @@ fuzz-api: $(DEV)  ## every check of schemathesis against the running service
 	$(PIP) schemathesis==4.32.5
 	$(BIN)/python -m benchmarks.fuzz_api
 
-lint: $(DEV)    ## ruff and mypy --strict
+lint: $(DEV)    ## ruff, mypy --strict, and which room may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:            ## remove what the demo and the checks wrote
 	rm -rf demo_report .mypy_cache .pytest_cache .ruff_cache .hypothesis
