@@ -23,7 +23,6 @@ USUAL = (
     *(
         "data_csv",
         "features",
-        "label_names",
         "protocol",
         "out",
         "epochs",

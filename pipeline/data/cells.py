@@ -17,13 +17,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from pipeline.audio.formats import EXTENSIONS, what_else
 from pipeline.data.tables import ManifestError, unguard
 from pipeline.storage.files import is_address, present_form
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio", "audio_filepath")
 _EXPECTED = "expected a CSV with the columns speech,label"
@@ -114,6 +115,8 @@ def _there(table: pd.DataFrame, root: Path) -> tuple[int, int]:
 
 
 def _parsed(text: str, path: Path, root: Path) -> tuple[pd.DataFrame, list[int]]:
+    import pandas as pd  # takes a second; some commands read no table
+
     header = text.lstrip("\r\n ").split("\n", 1)[0].strip()
     if not header:
         raise ManifestError(f"{path} is empty; {_EXPECTED}")
@@ -136,6 +139,8 @@ def _is_listed(header: str, root: Path) -> bool:
 
 
 def _table(found: Sequence[tuple[int, list[str]]], separator: str, path: Path) -> tuple[pd.DataFrame, list[int]]:
+    import pandas as pd  # takes a second; some commands read no table
+
     if not found:
         raise ManifestError(f"{path} is empty; {_EXPECTED}")
     names = [unguard(name.strip()) for name in found[0][1]]
@@ -197,6 +202,8 @@ def _unquoted(text: str) -> list[tuple[int, list[str]]]:
 
 def _json(text: str, path: Path) -> tuple[pd.DataFrame, list[int]]:
     """JSON Lines, or one JSON array of objects."""
+    import pandas as pd  # takes a second; some commands read no table
+
     found: list[tuple[int, Any]] = []
     try:
         found = [(1, row) for row in json.loads(text)] if text.lstrip().startswith("[") else []
