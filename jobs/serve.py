@@ -22,7 +22,6 @@ from jobs._terminal import Terminal
 from pipeline.cluster.runtime import joins_cluster, start_ray, stop_ray
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
-from serve.auth import is_loopback, key_digest_from_environment
 from serve.schema import API_KEY_VARIABLE
 from serve.settings import Settings
 
@@ -50,6 +49,7 @@ def build_parser() -> Parser:
 
 def job(arguments: argparse.Namespace) -> int:
     """Check, start, wait for a signal, drain."""
+    from serve.auth import is_loopback, key_digest_from_environment
     from serve.ray_settings import prepare
     from serve.worker import open_bundles
 

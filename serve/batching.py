@@ -27,9 +27,20 @@ _MOST_BEHIND_S = 2.0  # so much later may a step begin than one that came with i
 
 @dataclass(eq=False)
 class Share:
-    """One request among several; ``used_s``: of a thread, so far."""
+    """One request among several.
+
+    Attributes:
+        used_s: of a thread, so far.
+        expected_s: what its size lets expect, so that several long ones that come together do not count as new.
+    """
 
     used_s: float = 0.0
+    expected_s: float = 0.0
+
+    @property
+    def weight_s(self) -> float:
+        """The more, the later its next step."""
+        return self.used_s + self.expected_s
 
 
 class Batched(NamedTuple, Generic[Result]):
@@ -125,7 +136,7 @@ class FairThreads:
         """The result of a request's next step. Raises what ``work`` raised, but for StopIteration."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
-        after_s = loop.time() + min(share.used_s, _MOST_BEHIND_S)
+        after_s = loop.time() + min(share.weight_s, _MOST_BEHIND_S)
         self._waiting.append(_Step(after_s, next(self._numbers), share, work, done))
         self._start()
         return await done
@@ -133,7 +144,7 @@ class FairThreads:
     def _start(self) -> None:
         self._waiting = sorted(step for step in self._waiting if not step.done.done())
         for step in list(self._waiting):
-            heavy = step.share.used_s >= _LITTLE_S
+            heavy = step.share.weight_s >= _LITTLE_S
             if self._free and (self._free_for_heavy or not heavy):
                 self._waiting.remove(step)
                 self._free -= 1

@@ -36,6 +36,7 @@ from serve.service import Card, Explained, PredictRequest, Timing, WorkerResult
 Array = NDArray[np.float32]
 Result = TypeVar("Result")
 _DECODERS = 2
+_BYTES_A_SECOND = 4 * 2**20  # of a recording in windows, a second of a thread: a guess that only decides who is first
 _LONG_THREADS = 2  # one of them is kept for those who have had little
 _STUCK_S = 120.0  # far beyond what any accepted recording takes
 _VERSION_DIGITS = 12
@@ -119,7 +120,8 @@ class Worker:
         predictor = self.predictor
         timeline = None
         if request.windowed:
-            (prediction, timeline), timing = await self._follow(self._windows(predictor, data, request, apart))
+            share = Share(expected_s=len(data) / _BYTES_A_SECOND)
+            (prediction, timeline), timing = await self._follow(self._windows(predictor, data, request, apart), share)
         else:
             prediction, timing = await self._excerpt(data, request, apart)
         picture = None
@@ -133,7 +135,7 @@ class Worker:
 
     async def explain(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> Explained:
         """Why the middle of a recording sounds as it does."""
-        return (await self._follow(self._explain(self.predictor, data, request, apart)))[0]
+        return (await self._follow(self._explain(self.predictor, data, request, apart), Share()))[0]
 
     async def _excerpt(self, data: bytes, request: PredictRequest, apart: bool) -> tuple[Prediction, Timing]:
         """What the middle, or the bundle's crops, sounds like."""
@@ -156,13 +158,13 @@ class Worker:
         network_s = found[-1].ended_s - found[0].begun_s
         return predictor.prediction(excerpt, log_p), Timing(decoded_s - started_s, wait_s, network_s, found[0].size)
 
-    async def _follow(self, work: Generator[Array, Floats, Result]) -> tuple[Result, Timing]:
+    async def _follow(self, work: Generator[Array, Floats, Result], share: Share) -> tuple[Result, Timing]:
         """Run long work, step by step, its pictures in the batches of all; ends with its caller.
 
         Args:
             work: yields features ``(n, *input_shape)``, is sent log-probabilities ``(n, classes)``.
         """
-        share, log_p, started_s, network_s, size = Share(), None, time.monotonic(), 0.0, 0
+        log_p, started_s, network_s, size = None, time.monotonic(), 0.0, 0
         self.long += 1
         try:
             while True:

@@ -115,7 +115,7 @@ def _there(table: pd.DataFrame, root: Path) -> tuple[int, int]:
 
 
 def _parsed(text: str, path: Path, root: Path) -> tuple[pd.DataFrame, list[int]]:
-    import pandas as pd  # takes a second; some commands read no table
+    import pandas as pd
 
     header = text.lstrip("\r\n ").split("\n", 1)[0].strip()
     if not header:
@@ -139,7 +139,7 @@ def _is_listed(header: str, root: Path) -> bool:
 
 
 def _table(found: Sequence[tuple[int, list[str]]], separator: str, path: Path) -> tuple[pd.DataFrame, list[int]]:
-    import pandas as pd  # takes a second; some commands read no table
+    import pandas as pd
 
     if not found:
         raise ManifestError(f"{path} is empty; {_EXPECTED}")
@@ -202,7 +202,7 @@ def _unquoted(text: str) -> list[tuple[int, list[str]]]:
 
 def _json(text: str, path: Path) -> tuple[pd.DataFrame, list[int]]:
     """JSON Lines, or one JSON array of objects."""
-    import pandas as pd  # takes a second; some commands read no table
+    import pandas as pd
 
     found: list[tuple[int, Any]] = []
     try:

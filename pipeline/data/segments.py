@@ -12,14 +12,17 @@ import datetime as dt
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from pipeline.audio.source import AudioSource, Segment
 from pipeline.data.tables import MISSING, ManifestError
 from pipeline.storage.remote import source_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 START, END = "segment_start_s", "segment_end_s"  # seconds; empty: the recording's own beginning or end
 HASH_COLUMN = "content_hash"
@@ -80,6 +83,8 @@ def with_segments(
 
 def _time(cell: object, unit: float, where: str) -> float:
     """Seconds of a cell; NaN of an empty one. ``unit``: seconds in one of a plain number."""
+    import pandas as pd
+
     if isinstance(cell, (dt.timedelta, np.timedelta64)):
         return float(pd.Timedelta(cell).total_seconds())
     text = "" if cell is None or cell is pd.NA or cell is pd.NaT or cell != cell else str(cell).strip()
@@ -112,6 +117,8 @@ def has_segments(table: pd.DataFrame) -> bool:
 
 def bounds(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Start and end of each row in its recording, in seconds, (n,) each; 0 and infinity of whole recordings."""
+    import pandas as pd
+
     if not has_segments(table):
         return np.zeros(len(table)), np.full(len(table), np.inf)
     starts, ends = (pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64) for name in (START, END))
@@ -129,11 +136,15 @@ def source_at(speech: str, start_s: float, end_s: float) -> AudioSource:
 
 def place_of(table: pd.DataFrame) -> pd.Series:
     """What each row is of, to compare rows by (n,): path, start, end."""
+    import pandas as pd
+
     return pd.Series(list(zip(table["speech"], *bounds(table), strict=True)), index=table.index, dtype=object)
 
 
 def ids(table: pd.DataFrame) -> pd.Series:
     """The id of each row (n,): its file's stem, and the bounds of a segment."""
+    import pandas as pd
+
     stems = [Path(str(path)).stem for path in table["speech"]]
     suffixes = [
         "" if (start, end) == WHOLE else f" ({_short(start)}-{_short(end) if end < np.inf else ''} s)"
@@ -152,6 +163,8 @@ def shares_sound(table: pd.DataFrame, other: pd.DataFrame) -> NDArray[np.bool_]:
 
     Both as ``recordings_of`` names their recordings; rows of unknown ones share nothing.
     """
+    import pandas as pd
+
     found = np.zeros(len(table), dtype=bool)
     ours, theirs = pd.Series(recordings_of(table)), pd.Series(recordings_of(other))
     (starts, ends), (first, last) = bounds(table), bounds(other)
@@ -166,6 +179,8 @@ def shares_sound(table: pd.DataFrame, other: pd.DataFrame) -> NDArray[np.bool_]:
 
 def recordings_of(table: pd.DataFrame) -> list[str]:
     """The whole recording of each row (n,), by its content; "" where that is not known."""
+    import pandas as pd
+
     hashes = table.get(HASH_COLUMN, pd.Series("", index=table.index)).fillna("").astype(str)
     whole = table.get(RECORDING_HASH, pd.Series("", index=table.index)).fillna("").astype(str)
     return list(whole.where(whole != "", hashes))
@@ -173,6 +188,8 @@ def recordings_of(table: pd.DataFrame) -> list[str]:
 
 def stretches(table: pd.DataFrame) -> list[tuple[str, int]]:
     """(recording, number) of each row (n,), the same for rows of one recording that overlap, and for chains of such."""
+    import pandas as pd
+
     starts, ends = bounds(table)
     names = recordings_of(table)
     found: list[tuple[str, int]] = [("", 0)] * len(table)

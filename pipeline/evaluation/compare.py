@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from pipeline.data.segments import place_of
 from pipeline.evaluation.metrics import speaker_groups
@@ -96,6 +95,8 @@ def mcnemar(one: Outcomes, two: Outcomes) -> dict[str, Any]:
     only_first = int((one.correct & ~two.correct).sum())
     only_second = int((~one.correct & two.correct).sum())
     discordant = only_first + only_second
+    from scipy.stats import binomtest  # more than a second of imports, for comparisons only
+
     return {
         "both_right": int((one.correct & two.correct).sum()),
         "only_first_right": only_first,

@@ -38,8 +38,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
-from scipy.stats import beta, norm
+from scipy.special import betaincinv, ndtri  # what scipy.stats computes with; that takes a second to import
 
 from pipeline.data.corpora.voices import given, with_speakers
 from pipeline.data.labels import LabelError
@@ -325,6 +324,8 @@ def resample_groups(group: Ints, cell: Ints, shape: tuple[int, ...], resamples: 
         resamples: how many tallies to draw.
         rng: source of the draws.
     """
+    from scipy.sparse import csr_matrix
+
     n_groups = int(group.max()) + 1
     n_cells = int(np.prod(shape))
     tallies = csr_matrix((np.ones(len(cell)), (cell, group)), shape=(n_cells, n_groups))
@@ -351,8 +352,8 @@ def percentile_interval(samples: NDArray[Any]) -> Interval | None:
 def clopper_pearson(right: int, n: int) -> Interval:
     """Exact binomial ``LEVEL`` interval of ``right`` out of ``n``."""
     tail = (1 - LEVEL) / 2
-    low = 0.0 if right == 0 else float(beta.ppf(tail, right, n - right + 1))
-    high = 1.0 if right == n else float(beta.ppf(1 - tail, right + 1, n - right))
+    low = 0.0 if right == 0 else float(betaincinv(right, n - right + 1, tail))
+    high = 1.0 if right == n else float(betaincinv(right + 1, n - right, 1 - tail))
     return low, high
 
 
@@ -367,7 +368,7 @@ def newcombe(right: int, n: int, right_rest: int, n_rest: int) -> Interval:
 
 def wilson(right: int, n: int) -> Interval:
     """Score ``LEVEL`` interval of the share ``right`` of ``n``."""
-    z = float(norm.ppf((1 + LEVEL) / 2))
+    z = float(ndtri((1 + LEVEL) / 2))
     share = right / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

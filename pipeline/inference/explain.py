@@ -91,7 +91,13 @@ def occlusion_map(
 def occlusion_steps(
     picture: Array, *, target: int | None = None, rows: int = 8, columns: int = 16
 ) -> Generator[Array, Floats, OcclusionMap]:
-    """``occlusion_map`` for whoever runs the network elsewhere: yields pictures, is sent their log-probabilities."""
+    """``occlusion_map`` for whoever runs the network elsewhere: yields pictures, is sent their log-probabilities.
+
+    Yields ``(n, 1, bands, frames)``, of ``picture (1, bands, frames)`` and its variants; is sent ``(n, classes)``.
+
+    Raises:
+        FeatureError: no log-mel picture, or more cells than it has bands or frames.
+    """
     if picture.ndim != 3 or len(picture) != 1:
         raise FeatureError(f"only log-mel pictures (1, bands, frames) can be explained, got shape {picture.shape}")
     bands, frames = picture.shape[1:]

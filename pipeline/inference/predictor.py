@@ -236,6 +236,9 @@ class Predictor:
 
         Yields features ``(n, *input_shape)`` of the next windows, n up to ``batch_size``, and is sent their
         log-probabilities ``(n, classes)``.
+
+        Raises:
+            SerError: windows longer than the model's.
         """
         config = self.bundle.features
         if steps.window_s > config.window_s:

@@ -1,4 +1,4 @@
-"""The report's drawings: confusion matrix, per-class bars, reliability, risk-coverage; by seaborn and matplotlib.
+"""The report's drawings: confusion matrix, per-class bars, reliability, risk-coverage; by matplotlib.
 
 Colours are those of Okabe & Ito (2008), chosen for the common forms of colour blindness, and never the only
 sign: values are written, bars below the target are hatched. Each drawing exists for light and for dark
@@ -24,8 +24,10 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
 
@@ -128,6 +130,7 @@ def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[
         little for its text; and from how many pixels of width on it can be read, ``readable_px``.
     """
     found: dict[str, Any] = {}
+    laid_out: Figure | None = None
     fonts = {"font.family": families("".join(evaluation["labels"]))}
     for mode, theme in (("light", LIGHT), ("dark", DARK)):
         with mpl.rc_context(_style(theme) | fonts), warnings.catch_warnings():
@@ -135,14 +138,37 @@ def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[
                 "ignore", r"Glyph \d+ .* missing from font", UserWarning
             )  # told once, by `families`
             figure = drawing.draw(evaluation, theme)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": drawing.title})
-            found[mode] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+            svg = _svg(figure, drawing.title, like=laid_out)
+            found[mode] = "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
             if mode == "light":
-                (folder / f"{drawing.name}.svg").write_bytes(buffer.getvalue())
-                figure.savefig(folder / f"{drawing.name}.png", dpi=PNG_DPI, metadata={"Title": drawing.title})
+                (folder / f"{drawing.name}.svg").write_bytes(svg)
+                figure.set_dpi(PNG_DPI)
+                FigureCanvasAgg(figure).print_png(
+                    folder / f"{drawing.name}.png", metadata={"Title": drawing.title}, pil_kwargs={"compress_level": 3}
+                )
+            laid_out = figure
             found |= {"large": figure.get_figwidth() > _HALF_PAGE_IN, "readable_px": round(100 * figure.get_figwidth())}
     return found
+
+
+def _svg(figure: Figure, title: str, like: Figure | None) -> bytes:
+    """A figure as SVG, and from then on as it was laid out for that.
+
+    Laying out costs as much as drawing, so a figure that differs from another in colours only is laid out ``like`` it.
+    """
+    about = {"Date": None, "Title": title}
+    buffer = io.BytesIO()
+    if like is None:
+        figure.savefig(buffer, format="svg", metadata=about)
+        figure.set_layout_engine("none")
+        return buffer.getvalue()
+    figure.set_layout_engine("none")
+    for axes, other in zip(figure.axes, like.axes, strict=True):
+        axes.set_position(other.get_position())
+    for text, other_text in zip(figure.texts, like.texts, strict=True):
+        text.set_position(other_text.get_position())
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=about)
+    return buffer.getvalue()
 
 
 def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
@@ -153,20 +179,15 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     shares = shares.reshape(len(names), len(names))
     width = max(4.2, 1.0 + 0.42 * len(names))
     figure, axes = _axes(width, width)
-    colours = sns.blend_palette([theme.low, theme.high], as_cmap=True)
-    sns.heatmap(
-        shares,
-        ax=axes,
-        vmin=0,
-        vmax=1,
-        cmap=colours,
-        cbar=False,
-        square=True,
-        linewidths=0.6,
-        linecolor=theme.paper,
-        xticklabels=names,
-        yticklabels=[f"{name}\n(n={sum(row)})" for name, row in zip(names, confusion["counts"], strict=True)],
-    )
+    colours = LinearSegmentedColormap.from_list("shares", [theme.low, theme.high])
+    cells = np.ma.masked_invalid(shares)
+    axes.pcolormesh(cells, vmin=0, vmax=1, cmap=colours, linewidths=0.6, edgecolor=theme.paper)
+    axes.set(aspect="equal", xlim=(0, len(names)), ylim=(len(names), 0))
+    middles = np.arange(len(names)) + 0.5
+    axes.set_xticks(middles, names, rotation=45, ha="right", rotation_mode="anchor")
+    support = [f"{name}\n(n={sum(row)})" for name, row in zip(names, confusion["counts"], strict=True)]
+    axes.set_yticks(middles, support, va="center")
+    _despine(axes, "top", "right", "left", "bottom")
     for i, row in enumerate(confusion["counts"]):
         for j, count in enumerate(row):
             if count:
@@ -180,8 +201,6 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
     axes.tick_params(length=0)
-    axes.set_xticklabels(axes.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
     return figure
 
 
@@ -210,7 +229,7 @@ def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     unread = ", of those read" if evaluation["n"]["labelled_failed"] else ""
     figure.supxlabel(f"accuracy of the class (recall), %{unread}", size=8)
     axes.tick_params(axis="y", length=0)
-    sns.despine(figure, left=True)
+    _despine(axes, "top", "right", "left")
     return figure
 
 
@@ -229,7 +248,7 @@ def reliability(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=7, borderpad=0)
     ece = evaluation["overall"]["ece"]
     axes.text(100, 3, f"ECE {ece * 100:.1f} points", ha="right", size=8)
-    sns.despine(figure)
+    _despine(axes, "top", "right")
     return figure
 
 
@@ -244,13 +263,18 @@ def risk_coverage(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     axes.set(xlim=(0, 100), ylim=(0, max(5.0, 1.15 * max(y))))
     axes.set(xlabel="coverage: most confident part, %", ylabel="risk: wrong answers, %")
     axes.text(3, axes.get_ylim()[1] * 0.93, f"AURC {evaluation['overall']['aurc']:.3f}", va="top", size=8)
-    sns.despine(figure)
+    _despine(axes, "top", "right")
     return figure
 
 
 def _axes(width_in: float, height_in: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _despine(axes: Axes, *sides: str) -> None:
+    for side in sides:
+        axes.spines[side].set_visible(False)
 
 
 def _style(theme: Theme) -> Any:

@@ -126,6 +126,9 @@ def read_plan(folder: Path, kind: str) -> dict[str, Any] | None:
     """The plan of a job of this kind in ``folder``, without what `write_plan` added; None where there is none.
 
     Earlier versions wrote no kind: an extraction has ``blocks``, scoring ``block_rows``, training neither.
+
+    Raises:
+        SerError: a plan of a newer version.
     """
     values = read_json(folder / PLAN)
     if values is None:

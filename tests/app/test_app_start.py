@@ -77,7 +77,7 @@ def test_when_one_ends_the_other_is_stopped(
 def test_a_service_that_runs_already_is_used_and_left_alone(
     processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app.Client, "live", lambda client: True)
+    monkeypatch.setattr("serve.client.Client.live", lambda client: True)
     monkeypatch.setattr(app, "page_command", lambda port: ENDS)
     app.main(free_ports())
     assert len(processes) == 1

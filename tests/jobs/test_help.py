@@ -94,7 +94,8 @@ HEAVY = (
     "torch",
     "ray",
     "matplotlib",
-    "seaborn",
+    "scipy.stats",
+    "scipy.optimize",
     "sklearn",
     "librosa",
     "httpx",
@@ -108,7 +109,7 @@ SAMPLE = str(Path(__file__).resolve().parents[2] / "samples" / "ben_sad_window.w
     [
         *(([command, "--help"], set()) for command in COMMANDS),
         (["infer", "--file", SAMPLE], {"scipy"}),
-        (["score", "--input", "x.csv", "--out", "out", "--no_report"], {"pandas", "pyarrow", "scipy"}),
+        (["score", "--input", "x.csv", "--out", "out", "--no_report"], {"pandas", "pyarrow"}),
         (["score", "--input", "x.csv", "--out", "out"], {"pandas", "pyarrow", "scipy", "matplotlib"}),
     ],
     ids=lambda value: " ".join(value)[:24] if isinstance(value, list) else "",

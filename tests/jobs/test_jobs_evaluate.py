@@ -15,6 +15,7 @@ from made_predictions import LABELS, made_predictions, with_failed
 from jobs import evaluate as job
 from pipeline.data import splits
 from pipeline.data.manifest import scan_folder
+from pipeline.evaluation import leaks
 from pipeline.features.features import FeatureConfig
 from pipeline.models.bundle import Bundle, save_bundle
 from pipeline.reporting import figures
@@ -365,8 +366,9 @@ def test_models_that_know_the_recordings_are_not_compared_without_a_word(
 ) -> None:
     words = ["--compare", str(trained_bundle), str(tiny_bundle.folder), "--data_csv", str(csv)]
     read: list[int] = []
-    for module in (job, job.leaks):
-        monkeypatch.setattr(module, "add_hashes", lambda t, **_: read.append(len(t)) or splits.add_hashes(t))
+    add_hashes = splits.add_hashes
+    for module in (splits, leaks):
+        monkeypatch.setattr(module, "add_hashes", lambda t, **_: read.append(len(t)) or add_hashes(t))
     assert job.main([*words, "--out", str(tmp_path / "out")]) == DONE
     said = capsys.readouterr().err
     assert "leak check: 7 of 64 recordings were used in training" in said
@@ -400,7 +402,7 @@ def test_what_a_comparison_does_not_heed_is_refused(words: list[str], tmp_path: 
 def test_what_is_refused_is_refused_before_every_recording_is_read(
     csv: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(job.leaks, "find", lambda *_, **__: pytest.fail("the recordings were read"))
+    monkeypatch.setattr(leaks, "find", lambda *_, **__: pytest.fail("the recordings were read"))
     (tmp_path / "out").write_text("a file")
     words = ["--model_weights", str(tiny_bundle.folder), "--data_csv", str(csv), "--out", str(tmp_path / "out")]
     for wrong in (["--num_cpus", "-1"], ["--crops", "0"], ["--num_cpus", "0"]):

@@ -32,8 +32,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     asked: list[str] = []
     monkeypatch.delenv("SER_API_KEY", raising=False)
-    monkeypatch.setattr(job, "open_bundles", lambda _: [])
-    monkeypatch.setattr(job, "prepare", lambda _: None)
+    monkeypatch.setattr("serve.bundles.open_bundles", lambda _: [])
+    monkeypatch.setattr("serve.ray_settings.prepare", lambda _: None)
     monkeypatch.setattr(job, "start_ray", lambda **_: asked.append("start"))
     monkeypatch.setattr(job, "stop_ray", lambda: asked.append("stop_ray"))
     monkeypatch.setattr(deployment, "run", lambda *_: asked.append("run"))
@@ -142,7 +142,7 @@ def test_a_hang_up_rolls_out_while_the_terminal_is_there_and_ends_when_it_has_go
 
 def test_what_ray_starts_gets_the_key_s_hash_and_not_the_key(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SER_API_KEY", "secret\n")
-    monkeypatch.setattr(job, "prepare", prepare)
+    monkeypatch.setattr("serve.ray_settings.prepare", prepare)
     for name in (*VARIABLES, MESSAGE_BYTES, "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST"):
         monkeypatch.setenv(name, "")  # put back at the end
     monkeypatch.setattr(job, "start_ray", lambda **_: calls.extend(value for value in os.environ.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -139,15 +140,15 @@ def test_a_damaged_file_is_made_again(content: bytes | None, bundle: Bundle) -> 
 
 
 def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No temporary file can be made in ``folder`` (root is not bound by permissions, so the call is made to fail)."""
-    make = backends.tempfile.mkstemp
+    """No file can be made in ``folder`` (root is not bound by permissions, so the call is made to fail)."""
+    make = backends.atomic_path
 
-    def refuse(*args: object, **options: object) -> object:
-        if Path(str(options["dir"])) == folder:
+    def refuse(path: Path) -> AbstractContextManager[Path]:
+        if path.parent == folder:
             raise PermissionError(13, "Permission denied")
-        return make(*args, **options)  # type: ignore[call-overload]
+        return make(path)
 
-    monkeypatch.setattr(backends.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(backends, "atomic_path", refuse)
 
 
 def test_a_bundle_that_cannot_be_written_is_exported_into_the_cache(
@@ -172,7 +173,7 @@ def test_without_any_place_to_write_pytorch_serves(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(backends.tempfile, "mkstemp", full)
+    monkeypatch.setattr(backends, "atomic_path", full)
     with pytest.raises(ExportError, match="No space left on device"):
         export(bundle)
     assert isinstance(open_backend(bundle, "auto", "cpu", 1), TorchBackend)

@@ -23,6 +23,7 @@ PACKAGES = ("pipeline", "jobs", "serve", "app_pages")
 
 # Who may import Ray at all. Everybody else reaches it through these.
 RAY_MODULES = {
+    "pipeline.cluster.ray_internals",
     "pipeline.cluster.runtime",
     "pipeline.cluster.nodes",
     "pipeline.cluster.submit",

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from serving import Bridge, LocalService
 
-from jobs import cli, predict
+from jobs import cli
 from pipeline.models.bundle import Bundle
 from serve.client import Client
 
@@ -189,7 +189,7 @@ def test_ser_predict_asks_the_service(
     line: str, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service = LocalService(tiny_bundle)
-    monkeypatch.setattr(predict, "Client", lambda url, key: Client(url, key, transport=Bridge(service)))
+    monkeypatch.setattr("serve.client.Client", lambda url, key: Client(url, key, transport=Bridge(service)))
     monkeypatch.chdir(ROOT)
     assert cli.main(shlex.split(line)[1:]) == 0
     assert "ben_sad_window.wav" in capsys.readouterr().out

@@ -23,9 +23,8 @@ from jobs.cli import main
 from pipeline.audio import load as audio
 from pipeline.audio import source as audio_guard
 from pipeline.storage import journal
-from pipeline.storage import locks
 
-assert not hasattr(audio_guard.os, "pread") and locks.sys.platform == "win32"
+assert not hasattr(audio_guard.os, "pread") and audio_guard.os.name == "nt"
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 
 assert main(["infer", "--file", str(folder / "*.*")]) == 0

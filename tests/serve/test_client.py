@@ -372,7 +372,11 @@ def test_newer_fields_do_not_disturb() -> None:
 def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from jobs import predict
 
-    monkeypatch.setattr(predict, "Client", lambda url, key: Client(url, key, transport=Bridge(service)))
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "serve.client.Client",
+        lambda url, key: asked.append(url) or Client(url, key, transport=Bridge(service)),
+    )
     monkeypatch.setenv("SER_API_KEY", KEY)
     good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
     good.write_bytes(wav(4.0))
@@ -396,7 +400,7 @@ def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.
     assert predict.main([str(good), "--url", "127.0.0.1:8000"]) == 2
     assert "is no address of a service" in capsys.readouterr().err
     monkeypatch.setenv("SER_API_URL", "")
-    assert predict.build_parser().parse_args(["a.wav"]).url == DEFAULT_URL
     monkeypatch.setenv("SER_API_KEY", "wrong")
     assert predict.main([str(good)]) == 2
+    assert asked[-1] == DEFAULT_URL
     assert capsys.readouterr().err.startswith("error: ")

@@ -178,8 +178,10 @@ def test_a_newcomer_goes_before_those_who_have_had_much_and_finds_a_thread() -> 
             running[name] = asyncio.create_task(threads.run(Share(used_s), steps.of(name)))
             await asyncio.sleep(0)
 
-        for name in ("long 1", "long 2", "long 3"):
-            await start(name, 50.0)
+        await start("long 1", 50.0)
+        await start("long 2", 50.0)
+        running["long 3"] = asyncio.create_task(threads.run(Share(expected_s=50.0), steps.of("long 3")))
+        await asyncio.sleep(0)
         await asyncio.to_thread(steps.entered.acquire, timeout=10)
         assert steps.begun == ["long 1"]  # the other thread is kept free
         await start("new 1", 0.0)
