@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from jobs._common import EXIT_DONE, Parser, called, run, say
 from pipeline.data.labels import LabelSet
-from pipeline.data.segments import END, START, place_of
 from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
 
@@ -92,6 +91,7 @@ def _never_heard(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -
     Raises:
         SerError: the answers are those of another model.
     """
+    from pipeline.data.segments import END, START, place_of
     from pipeline.data.splits import add_hashes, leaked
 
     if plan["model"] != bundle.weights_sha256:

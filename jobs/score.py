@@ -84,6 +84,8 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
     if remote:
         return _listed(arguments.input, scan_remote(arguments.input, EXTENSIONS))
     if recordings := _recordings(source):
+        import pandas as pd
+
         return pd.DataFrame({"speech": recordings}), None
     if not source.is_dir():
         table = read_manifest(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -202,3 +202,17 @@ def stretches(table: pd.DataFrame) -> list[tuple[str, int]]:
             reached = max(reached, ends[row])
             found[row] = str(name), number
     return found
+
+
+def joined(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """A name a row, the same for rows that share one of ``names`` or of ``others``, and for chains of such."""
+    leader: dict[tuple[int, str], tuple[int, str]] = {}
+
+    def lead(name: tuple[int, str]) -> tuple[int, str]:
+        while (above := leader.setdefault(name, name)) != name:
+            name = above
+        return name
+
+    for name, other in zip(names, others, strict=True):
+        leader[lead((1, other))] = lead((0, name))
+    return [lead((0, name))[1] for name in names]

@@ -16,7 +16,7 @@ share of every family's speakers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from pipeline.data.segments import (
     bounds,
     has_segments,
     ids,
+    joined,
     shares_sound,
     source_at,
     stretches,
@@ -154,22 +155,8 @@ def units_of(table: pd.DataFrame) -> np.ndarray:
     names = [h if isinstance(h, str) and h else f"row {i}" for i, h in enumerate(hashes)]
     if has_segments(table):
         places = zip(stretches(table), names, strict=True)
-        names = _joined(names, [str(place) if place[0] else name for place, name in places])
+        names = joined(names, [str(place) if place[0] else name for place, name in places])
     return np.array(names)
-
-
-def _joined(names: Sequence[str], others: Sequence[str]) -> list[str]:
-    """A name a row, the same for rows that share one of ``names`` or of ``others``, and for chains of such."""
-    leader: dict[tuple[int, str], tuple[int, str]] = {}
-
-    def lead(name: tuple[int, str]) -> tuple[int, str]:
-        while (above := leader.setdefault(name, name)) != name:
-            name = above
-        return name
-
-    for name, other in zip(names, others, strict=True):
-        leader[lead((1, other))] = lead((0, name))
-    return [lead((0, name))[1] for name in names]
 
 
 def has_speakers(table: pd.DataFrame) -> bool:
