@@ -22,7 +22,7 @@ def demo(tiny_bundle: Bundle, tmp_path: Path) -> Callable[..., subprocess.Comple
     """Run samples/demo.py in an empty folder, in one process without Ray, with an untrained model."""
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "samples/demo.py"), "--num_cpus", "0"]
+        command = [sys.executable, str(ROOT / "samples/demo.py"), "--engine", "local", "--num_cpus", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         given = [*command, "--model_weights", str(tiny_bundle.folder), *options]
         (tmp_path / "cwd").mkdir(exist_ok=True)
@@ -45,9 +45,10 @@ def test_samples_twice(demo: Callable[..., subprocess.CompletedProcess[str]], tm
     samples = pd.read_csv(ROOT / "samples/metadata.csv")
     assert [Path(p).name for p in predictions["speech"]] == samples["speech"].tolist()
     assert predictions["status"].eq("ok").all()
+    assert predictions["style"].tolist() == samples["label"].tolist()
+    assert "label_name" not in predictions, "what the synthesiser was set to is no truth"
     expected = [
-        [Path(row.speech).name, row.label_name, row.predicted, f"{row.confidence:.0%}"]
-        for row in predictions.itertuples()
+        [Path(row.speech).name, row.style, row.predicted, f"{row.confidence:.0%}"] for row in predictions.itertuples()
     ]
     assert table_rows(first.stdout) == expected
     assert "synthetic" in first.stdout

@@ -41,7 +41,7 @@ BY_HAND = {
     r".venv\Scripts\Activate.ps1",
     "pip install -r requirements-app.txt",
     "pip install --no-deps -e .",
-    "python samples/demo.py --num_cpus 0",
+    "python samples/demo.py",
     "conda create -n ser python=3.11 -y",
     "conda activate ser",
 }
