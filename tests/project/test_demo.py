@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import soundfile
+from conftest import speech_like
+from web_files import FileServer, serving
 
+from jobs.ravdess import NOTICE_FILE
 from pipeline.models.bundle import Bundle
+from samples.demo import EMOTIONS, VOICES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +31,8 @@ def demo(tiny_bundle: Bundle, tmp_path: Path) -> Callable[..., subprocess.Comple
     def run(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "samples/demo.py"), "--engine", "local", "--num_cpus", "1"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if "--data" not in options and "--base_url" not in options:
+            command += ["--base_url", "http://127.0.0.1:9"]  # nobody answers there
         given = [*command, "--model_weights", str(tiny_bundle.folder), *options]
         (tmp_path / "cwd").mkdir(exist_ok=True)
         return subprocess.run(given, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True, timeout=100)
@@ -58,6 +67,56 @@ def test_samples_twice(demo: Callable[..., subprocess.CompletedProcess[str]], tm
     second = demo()
     assert second.returncode == 0, second.stderr
     assert second.stdout == first.stdout
+
+
+@pytest.fixture
+def record() -> Iterator[FileServer]:
+    """The public record, with the 16 recordings and others in its archive."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, name in enumerate(("Actor_01/03-01-01-01-01-01-01.wav", *VOICES)):
+            sound = io.BytesIO()
+            soundfile.write(sound, speech_like(seed=number), 16_000, format="WAV")
+            archive.writestr(name, sound.getvalue())
+    with serving(packed.getvalue()) as server:
+        yield server
+
+
+def test_recordings_of_two_actors_are_fetched_once(
+    demo: Callable[..., subprocess.CompletedProcess[str]], record: FileServer, tmp_path: Path
+) -> None:
+    first = demo("--base_url", record.url)
+    assert first.returncode == 0, first.stderr
+    predictions = pd.read_parquet(tmp_path / "cwd" / "demo_report" / "predictions.parquet")
+    assert [Path(path).name for path in predictions["speech"]] == [Path(name).name for name in VOICES]
+    assert predictions["status"].eq("ok").all()
+    assert predictions["label_name"].tolist()[:8] == list(EMOTIONS)
+    assert "CC BY-NC-SA" in (tmp_path / "cwd/demo_report/ravdess" / NOTICE_FILE).read_text(encoding="utf-8")
+    asked = len(record.asked)
+    second = demo("--base_url", record.url)
+    assert (second.returncode, second.stdout) == (0, first.stdout)
+    assert len(record.asked) == asked
+
+
+@pytest.mark.parametrize("trouble", ["no_ranges", "refused", "cut", "damaged", "other_content"])
+def test_a_record_in_trouble_leaves_the_synthetic_clips(
+    demo: Callable[..., subprocess.CompletedProcess[str]], record: FileServer, trouble: str
+) -> None:
+    if trouble == "no_ranges":
+        record.ranges = False
+    elif trouble == "refused":
+        record.statuses = [403] * 99
+    elif trouble == "cut":
+        record.cuts = [100] * 99
+    elif trouble == "damaged":
+        half = len(record.content) // 2
+        record.content = record.content[:half] + bytes(64) + record.content[half + 64 :]
+    else:
+        record.content = b"<html>moved</html>" * 9_999
+    result = demo("--base_url", record.url)
+    assert result.returncode == 0, result.stderr
+    assert "the public record cannot be reached" in result.stderr
+    assert "synthetic" in result.stdout
 
 
 def test_own_folder_with_a_broken_recording(

@@ -48,7 +48,9 @@ class _Handler(BaseHTTPRequestHandler):
         start, content = 0, server.content
         unchanged = condition is None or condition in (server.etag, server.modified)
         if wanted and server.ranges and unchanged:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])  # type: ignore[index]
+            first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted).groups()  # type: ignore[union-attr]
+            start = int(first) if first else max(len(content) - int(last), 0)
+            content = content[: int(last) + 1] if first and last else content
             if start >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -57,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             start += server.shift
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(server.content)}")
         else:
             self.send_response(200)
         for name, value in (("ETag", server.etag), ("Last-Modified", server.modified)):
