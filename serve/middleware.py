@@ -311,9 +311,8 @@ class Identify:
 
         async def identified(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = list(message.get("headers", []))
-                if not any(name.lower() == _ID for name, _ in headers):
-                    message = {**message, "headers": [*headers, (_ID, given)]}
+                others = [pair for pair in message.get("headers", []) if pair[0].lower() != _ID]  # Ray's proxy adds one
+                message = {**message, "headers": [*others, (_ID, given)]}
             await send(message)
 
         await self.app(scope, receive, identified)

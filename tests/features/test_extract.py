@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,16 +189,16 @@ def test_a_decoder_that_kills_its_process_costs_one_row(manifest: pd.DataFrame, 
     class Crashing(BlockWriter):
         """Its decoder aborts the process at one recording, as C libraries do; decoded apart, it says so."""
 
-        def _rows(self, record: pd.Series, read: Callable[..., Reading]) -> list[dict[str, Any]]:
-            if record["speech"] != victim:
-                return super()._rows(record, read)
+        def _rows(self, number: int, place: Sequence[Any], read: Callable[..., Reading]) -> list[dict[str, Any]]:
+            if place[0] != victim:
+                return super()._rows(number, place, read)
             if read is load_once:
                 os.abort()
 
             def crash(*_: object, **__: object) -> Reading:
                 raise DecoderCrashed("its decoder ended the process")
 
-            return super()._rows(record, crash)
+            return super()._rows(number, place, crash)
 
     out = tmp_path / "out"
     (out / NOTES).mkdir(parents=True)

@@ -214,7 +214,7 @@ def test_long_recordings_are_noticed(
         (["--input", "in", "--out", "o", "--label_map", "a=sad"], "--label_map is for a CSV; leave it out beside"),
         pytest.param(
             ["--input", "in", "--out", "o", "--num_cpus", "0", "--num_gpus", "1"],
-            "jobs.score: leave --num_gpus out",
+            "the local engine uses no GPU; leave --num_gpus out",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
         ),
     ],
@@ -266,7 +266,17 @@ def test_odd_names_end_in_the_tables(
 
 def run_dying(death: str, bundle: Bundle, folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """The command in its own process, into which ``death`` is patched: code that sees ``Ledger`` and ``os``."""
-    words = ["--model_weights", str(bundle.folder), "--num_cpus", "0", "--block_rows", "2", "--no_report"]
+    words = [
+        "--model_weights",
+        str(bundle.folder),
+        "--engine",
+        "local",
+        "--num_cpus",
+        "1",
+        "--block_rows",
+        "2",
+        "--no_report",
+    ]
     code = "\n".join(
         [
             "import os, resource, signal, sys",
@@ -403,9 +413,31 @@ def test_ray_workers_that_crash_cost_one_row_each(bundle: Bundle, write_audio: W
     )
     for i in range(40):
         write_audio(f"in/{i:02d}.wav", seed=i, duration_s=0.3, sample_rate_hz=12_345 if i in (7, 23) else 16_000)
-    words = ["--model_weights", bundle.folder, "--num_cpus", "2", "--input", tmp_path / "in", "--out", tmp_path / "out"]
+    words = [
+        "--model_weights",
+        bundle.folder,
+        "--engine",
+        "ray",
+        "--num_cpus",
+        "2",
+        "--input",
+        tmp_path / "in",
+        "--out",
+        tmp_path / "out",
+    ]
     run = subprocess.run(
-        [sys.executable, "-m", "jobs.score", *map(str, words), "--block_rows", "5"],
+        [
+            sys.executable,
+            "-m",
+            "jobs.score",
+            *map(str, words),
+            "--engine",
+            "ray",
+            "--num_cpus",
+            "2",
+            "--block_rows",
+            "5",
+        ],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         | {"PYTHONPATH": str(tmp_path / "patch")},

@@ -71,7 +71,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_metrics_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.bundles.open_bundles", lambda _: [])
+    monkeypatch.setattr("serve.worker.open_bundles", lambda _: [])
     monkeypatch.setattr(job, "start_ray", lambda **_: pytest.fail("Ray is started"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         line = refused(capsys, "--port", "0", "--metrics_port", str(taken.getsockname()[1]))
@@ -80,7 +80,7 @@ def test_a_metrics_port_that_is_taken(capsys: pytest.CaptureFixture[str], monkey
 
 def test_more_threads_than_cpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(job, "open_bundles", lambda _: [])
+    monkeypatch.setattr("serve.worker.open_bundles", lambda _: [])
     monkeypatch.setattr(job, "start_ray", lambda **_: pytest.fail("Ray is started"))
     assert "need 9999 CPUs, and there are" in refused(capsys, "--port", "0", "--threads", "9999")
 

@@ -32,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     asked: list[str] = []
     monkeypatch.delenv("SER_API_KEY", raising=False)
-    monkeypatch.setattr("serve.bundles.open_bundles", lambda _: [])
+    monkeypatch.setattr("serve.worker.open_bundles", lambda _: [])
     monkeypatch.setattr("serve.ray_settings.prepare", lambda _: None)
     monkeypatch.setattr(job, "start_ray", lambda **_: asked.append("start"))
     monkeypatch.setattr(job, "stop_ray", lambda: asked.append("stop_ray"))
@@ -101,10 +101,10 @@ import fcntl, os, sys, termios
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from jobs import serve as job
-from serve import deployment
+from serve import deployment, ray_settings, worker
 told = int(sys.argv[1])
-job.open_bundles = lambda _: []
-job.prepare = lambda _: None
+worker.open_bundles = lambda _: []
+ray_settings.prepare = lambda _: None
 job.start_ray = lambda **_: None
 job.stop_ray = lambda: os.write(told, b"stopped\\n")
 deployment.run = lambda *_: os.write(told, b"ready\\n")

@@ -224,8 +224,8 @@ def _listening(pid: int) -> list[tuple[IPv6Address, int]]:
 
 
 def test_many_files_at_once(http: httpx.Client) -> None:
-    problem_of(http.post("/v1/predict", **form(*[wav(0.2)] * 9)), 422, "too_many_files")
-    answer = http.post("/v1/predict", **form(*[wav(0.2)] * 5, b"words"))
+    problem_of(http.post("/v1/predict", **form(*[wav(0.4)] * 9)), 422, "too_many_files")
+    answer = http.post("/v1/predict", **form(*[wav(0.4)] * 5, b"words"))
     if answer.status_code == 200:
         assert [file["status"] for file in answer.json()["files"]] == ["ok"] * 5 + ["failed"]
     else:  # 4 in work, 2 waiting: one request may fill the service

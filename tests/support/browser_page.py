@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve.client_errors import ClientError
 
 from app_pages.words import NOT_SURE_BELOW, headline, trouble
-from serve.client import Client
+from serve.client import Client, ClientError
 from serve.schema import Problem
 from tests.support.processes import HOST, ROOT, free_port
 

@@ -348,7 +348,9 @@ def test_intervals_are_over_speakers_where_they_are_known(tmp_path: Path) -> Non
 def test_folds_learn_from_the_kept_models_of_the_same_folds(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path: f"content of {path}")  # toys have no audio
+    monkeypatch.setattr(
+        "pipeline.data.splits._hash_or_empty", lambda path, *_: f"content of {path}"
+    )  # toys have no audio
     words = ["--protocol", "kfold", "--features", str(features), *FAST]
     taught = [*words, "--seed", "43", "--teachers", str(tmp_path / "first"), "--out", str(tmp_path / "taught")]
     assert main(taught) == 2
@@ -377,13 +379,13 @@ def test_folds_learn_from_the_kept_models_of_the_same_folds(
         found = read_plan(tmp_path / "taught" / "kfold" / f"fold-{fold}")
         assert (found.teachers, found.distill) == ((first / f"fold-{fold}",), 0.7)
 
-    monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path: "")  # the recordings were moved away
+    monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path, *_: "")  # the recordings were moved away
     assert main(keeping) == 0
-    monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path: f"other of {path}")
+    monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path, *_: f"other of {path}")
     capsys.readouterr()
     assert main(keeping) == 2
     assert "fold-1 was begun with other recordings; give another --out, or --overwrite" in capsys.readouterr().err
-    monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path: f"content of {path}")
+    monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path, *_: f"content of {path}")
 
     (first / "fold-1").rename(first / "aside")
     (first / "fold-2").rename(first / "fold-1")
