@@ -224,14 +224,15 @@ def test_ids() -> None:
     asyncio.run(scenario())
 
 
-def test_an_id_that_the_application_gave_is_left_alone() -> None:
+def test_an_answer_has_one_id_and_it_is_that_of_the_request() -> None:
     async def application(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"X-Request-ID", b"its")]})
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"X-Request-ID", b"of Ray's proxy")]})
         await send({"type": "http.response.body", "body": b""})
 
     async def scenario() -> None:
         async with client(Identify(application)) as http:
-            assert (await http.get("/")).headers.get_list("x-request-id") == ["its"]
+            answer = await http.get("/", headers={"x-request-id": "mine"})
+        assert answer.headers.get_list("x-request-id") == ["mine"]
 
     asyncio.run(scenario())
 
