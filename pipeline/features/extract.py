@@ -4,7 +4,7 @@ Each task reads its block of the manifest, computes the features, and writes ``p
 name that it renames at the end; only counts travel back. So memory does not grow with the number of recordings, order
 is the manifest's, and a second run of the same extraction does only the parts that are missing. ``manifest.json`` is
 written last: its presence means complete. A recording that cannot be read is a row with ``status`` and ``error``; one
-that takes its decoder's process down is decoded apart at the next attempt, and becomes ``decoder_crashed``.
+that takes its decoder's process down is decoded in isolation at the next attempt, and becomes ``decoder_crashed``.
 
 One part of an extraction: a block of the manifest decoded, its features computed, written whole or not at all.
 
@@ -62,7 +62,7 @@ OUR_COLUMNS = {
     "n_frames": pa.int64(),
     "content_hash": pa.string(),
 }
-_decode_apart = partial(decode_in_subprocess, decode=load_once, timeout_s=300.0)  # all of a recording, for its hash
+_decode_isolated = partial(decode_in_subprocess, decode=load_once, timeout_s=300.0)  # all of a recording, for its hash
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class BlockWriter:
         places = zip(batch["_row"], batch["speech"], *bounds(batch), strict=True)
         for position, (number, *place) in enumerate(places):
             notes.begin(position)
-            rows.extend(self._rows(int(number), place, _decode_apart if notes.apart(position) else load_once))
+            rows.extend(self._rows(int(number), place, _decode_isolated if notes.isolated(position) else load_once))
         notes.close()
         target = self.out / part_name(block)
         try:

@@ -187,7 +187,7 @@ def test_a_decoder_that_kills_its_process_costs_one_row(manifest: pd.DataFrame, 
     victim = good["speech"][4]
 
     class Crashing(BlockWriter):
-        """Its decoder aborts the process at one recording, as C libraries do; decoded apart, it says so."""
+        """Its decoder aborts the process at one recording, as C libraries do; decoded in isolation, it says so."""
 
         def _rows(self, number: int, place: Sequence[Any], read: Callable[..., Reading]) -> list[dict[str, Any]]:
             if place[0] != victim:

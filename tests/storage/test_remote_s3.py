@@ -20,7 +20,7 @@ from pipeline.scoring import scoring
 from pipeline.scoring.blocks import score_block
 from pipeline.scoring.predictions import read_predictions
 from pipeline.storage.errors import NotFound, SerError
-from pipeline.storage.remote import fetch, scan_remote, stamp_of
+from pipeline.storage.files import fetch, scan_remote, stamp_of
 
 WriteAudio = Callable[..., Path]
 
