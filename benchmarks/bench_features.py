@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 
-os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+if __name__ == "__main__":  # before what reads them is imported
+    os.environ |= dict.fromkeys([f"{of}_NUM_THREADS" for of in ("OMP", "OPENBLAS", "MKL", "NUMBA")], "1")
 
 import argparse
 import platform
@@ -41,15 +42,16 @@ def ours(path: Path) -> Picture:
     return log_mel(clip.samples, CONFIG)
 
 
-def plain(path: Path) -> Picture:
-    samples, rate_hz = librosa.load(path, sr=CONFIG.sample_rate_hz)
-    samples = librosa.util.pad_center(samples, size=max(len(samples), CONFIG.window_samples))
-    start = (len(samples) - CONFIG.window_samples) // 2
-    window = samples[start : start + CONFIG.window_samples]
+def plain(path: str | Path, config: FeatureConfig = CONFIG) -> Picture:
+    """The log-mel picture, the way one would write it first."""
+    samples, rate_hz = librosa.load(path, sr=config.sample_rate_hz)
+    samples = librosa.util.pad_center(samples, size=max(len(samples), config.window_samples))
+    start = (len(samples) - config.window_samples) // 2
+    window = samples[start : start + config.window_samples]
     power = librosa.feature.melspectrogram(
-        y=window, sr=rate_hz, n_fft=CONFIG.n_fft, hop_length=CONFIG.hop_length, n_mels=CONFIG.n_mels
+        y=window, sr=rate_hz, n_fft=config.n_fft, hop_length=config.hop_length, n_mels=config.n_mels
     )
-    decibel = librosa.power_to_db(power, ref=np.max, top_db=CONFIG.top_db)
+    decibel = librosa.power_to_db(power, ref=np.max, top_db=config.top_db)
     return ((decibel - decibel.mean()) / (decibel.std() + 1e-6))[np.newaxis].astype(np.float32)
 
 

@@ -77,27 +77,15 @@ def score_words(bundle: Bundle, folder: Path, out: Path, *more: object) -> list[
 
 def plain_seconds(bundle: Bundle, folder: Path, n: int) -> float:
     """Seconds a file, the way one would write it first."""
-    import librosa
     import torch
 
-    config = bundle.features
+    from benchmarks.bench_features import plain
+
     model = bundle.build_model()
 
     def one(path: str) -> int:
-        samples, rate_hz = librosa.load(path, sr=config.sample_rate_hz)
-        samples = librosa.util.pad_center(samples, size=max(len(samples), config.window_samples))
-        start = (len(samples) - config.window_samples) // 2
-        mel = librosa.feature.melspectrogram(
-            y=samples[start : start + config.window_samples],
-            sr=rate_hz,
-            n_fft=config.n_fft,
-            hop_length=config.hop_length,
-            n_mels=config.n_mels,
-        )
-        decibel = librosa.power_to_db(mel, ref=np.max)
-        features = torch.from_numpy((decibel - decibel.mean()) / (decibel.std() + 1e-6)).float()
         with torch.no_grad():
-            return int(model(features[None, None]).softmax(dim=1).argmax())
+            return int(model(torch.from_numpy(plain(path, bundle.features))[None]).softmax(dim=1).argmax())
 
     paths = scan(folder, EXTENSIONS).files
     for path in paths[:20]:

@@ -12,6 +12,7 @@ import errno
 import gc
 import io
 import itertools
+import shlex
 import socket
 import sys
 import tempfile
@@ -245,6 +246,7 @@ def run(
         if prepare is not None:
             parser = prepare(parser, words)
         arguments = parse(parser, words)
+        arguments.command = f"{parser.prog} {shlex.join(words)}"  # as reports tell it
     except SystemExit as stop:
         return int(stop.code or 0)
     except SerError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -312,10 +311,7 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> FoldConcurrency:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
-    return run(job, parser, argv, prepare=with_recipe)
+    return run(job, build_parser(), argv, prepare=with_recipe)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -299,9 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if crossval.asked(words):
         return crossval.main(words)
-    parser = build_parser()
-    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
-    return run(job, parser, argv)
+    return run(job, build_parser(), words)
 
 
 if __name__ == "__main__":

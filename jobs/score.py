@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -184,10 +182,7 @@ def tell(result: ScoreRun, bundle: Bundle) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
-    return run(job, parser, argv)
+    return run(job, build_parser(), argv)
 
 
 if __name__ == "__main__":

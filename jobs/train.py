@@ -137,8 +137,8 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
     Raises:
         SerError: names the option and what there is.
     """
-    from pipeline.data.corpora.voices import check_corpora, renewed
-    from pipeline.training.batches import corpora_of, shares_of
+    from pipeline.data.corpora.voices import check_corpora, corpora_of, renewed
+    from pipeline.training.batches import shares_of
 
     check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
     table = renewed(table)  # as its features will be read

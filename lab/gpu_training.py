@@ -24,8 +24,8 @@ from lab.gpu_data import Data
 from pipeline.models.networks import build_model
 from pipeline.training.augment import Augmenter, Column, Draws
 from pipeline.training.batches import WeightedSampler
-from pipeline.training.config import FitConfig
-from pipeline.training.losses import ClassificationLoss, learning_rates
+from pipeline.training.config import FitConfig, learning_rates
+from pipeline.training.losses import ClassificationLoss
 
 N_CLASSES = 8
 DROPOUT = {"inception": 0.4, "cnn_bilstm": 0.3}

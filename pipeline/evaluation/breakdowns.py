@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.data.corpora.voices import corpora_of
 from pipeline.data.segments import END, START
 from pipeline.evaluation.outcomes import Ints, Outcomes, newcombe, scores, tally
 
@@ -152,7 +153,7 @@ def restricted(found: Outcomes) -> dict[str, Any] | None:
     read = found.where(found.read)
     if read.probabilities is None or not len(read):
         return None
-    names, corpus_of = _corpora(read.table)
+    names, corpus_of = corpora_of(read.table)
     present = np.zeros((len(names), len(read.labels)), bool)
     present[corpus_of, read.truth] = True
     anywhere = np.asarray(present.any(axis=0))
@@ -170,13 +171,6 @@ def restricted(found: Outcomes) -> dict[str, Any] | None:
         "corpora": rows if several else [],
         "mean": {kind: _mean([row[kind] for row in rows]) for kind in ("open", "restricted")} if several else None,
     }
-
-
-def _corpora(table: pd.DataFrame) -> tuple[list[str], Ints]:
-    if "corpus" not in table.columns:
-        return [""], np.zeros(len(table), np.int64)
-    names, number = np.unique(table["corpus"].fillna("").astype(str).to_numpy(dtype=str), return_inverse=True)
-    return list(map(str, names)), number.astype(np.int64)
 
 
 def _row(name: str, read: Outcomes, inside: Ints, rows: np.ndarray, present: np.ndarray) -> dict[str, Any]:

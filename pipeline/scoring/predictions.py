@@ -45,7 +45,7 @@ from pipeline.scoring.ledger import TABLES
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import local_path
 
-PARQUET, CSV = "predictions.parquet", "predictions.csv"
+PARQUET = "predictions.parquet"
 _AFTER = ("duration_s", "scored_s", "level_dbfs", "entropy", "margin")
 _NOTICE = "notice"
 _WINDOWED = ("channel", "start_s", "end_s")
@@ -147,9 +147,9 @@ def write_tables(
                 named = [t.names(labels, min_confidence, silence_dbfs) for t in found]
                 files.write("segments", segments_table(found, named, rows["speech"], labels, silence_dbfs))
                 if each_channel:
-                    sides = [t.per_channel(silence_dbfs) for t in found]
-                    named = [t.names(labels, min_confidence, silence_dbfs) for t in sides]
-                    files.write("channels", segments_table(sides, named, rows["speech"], labels, silence_dbfs))
+                    by_channel = [t.per_channel(silence_dbfs) for t in found]
+                    named = [t.names(labels, min_confidence, silence_dbfs) for t in by_channel]
+                    files.write("channels", segments_table(by_channel, named, rows["speech"], labels, silence_dbfs))
             begin += len(part)
         if begin != len(manifest):
             raise ValueError(f"parts hold {begin} rows, the manifest {len(manifest)}")

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.data.corpora.voices import corpora_of
 from pipeline.data.labels import LabelSet
 from pipeline.features.features import FeatureConfig
 from pipeline.features.store import FeatureArrays, Stacked
@@ -257,14 +258,6 @@ def from_arrays(
         corpus_of=corpus_of,
         corpus_classes=present,
     )
-
-
-def corpora_of(table: pd.DataFrame) -> tuple[tuple[str, ...], Rows]:
-    """The names in column `corpus`, sorted, and the number of each row's, (n,); one without a name without it."""
-    if "corpus" not in table.columns:
-        return ("",), np.zeros(len(table), np.int64)
-    names, number = np.unique(table["corpus"].fillna("").astype(str).to_numpy(dtype=str), return_inverse=True)
-    return tuple(map(str, names)), number.astype(np.int64)
 
 
 def pitch_copies(table: pd.DataFrame) -> dict[int, Rows]:

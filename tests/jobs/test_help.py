@@ -15,6 +15,8 @@ import pytest
 
 from jobs import cli
 from jobs._common import Parser
+from pipeline.models.backends import ensure_onnx
+from pipeline.models.bundle import load_bundle
 from pipeline.training.config import FitConfig
 
 COMMANDS = sorted(cli.COMMANDS)
@@ -116,6 +118,7 @@ SAMPLE = str(Path(__file__).resolve().parents[2] / "samples" / "ben_sad_window.w
 )
 def test_what_a_command_imports(words: list[str], needed: set[str], tmp_path: Path) -> None:
     """Nothing heavy that it does not use: that costs every start seconds."""
+    ensure_onnx(load_bundle())  # in a new checkout the first use exports it, with PyTorch
     (tmp_path / "x.csv").write_text(f"speech,label\n{SAMPLE},sad\n")
     script = (
         "import sys\nfrom jobs import cli\nif __name__ == '__main__':\n"

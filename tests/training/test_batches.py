@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from toy_data import CONFIG, mel_powers, middle, toy_data
 
+from pipeline.data.corpora.voices import corpora_of
 from pipeline.features.store import FeatureArrays
 from pipeline.storage.errors import SerError
 from pipeline.training.augment import NAMES, POWER_NAMES, AugmentConfig, Draws
@@ -20,7 +21,6 @@ from pipeline.training.batches import (
     Batches,
     TrainingData,
     WeightedSampler,
-    corpora_of,
     from_arrays,
     pitch_copies,
 )

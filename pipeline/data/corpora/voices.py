@@ -10,7 +10,9 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from pipeline.data.corpora import by_name, recognised
 from pipeline.data.labels import RAVDESS_LABELS
@@ -69,6 +71,14 @@ def with_corpora(table: pd.DataFrame) -> pd.DataFrame:
     """The table with the ``corpus`` that each recording's name (column ``id``) is of, empty where it is of none."""
     found = [recognised(_pure(f"{stem}.wav")) for stem in table["id"]]
     return table.assign(corpus=[known[0].name if known else "" for known in found])
+
+
+def corpora_of(table: pd.DataFrame) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The names in column `corpus`, sorted, and the number of each row's, (n,); one without a name without it."""
+    if "corpus" not in table.columns:
+        return ("",), np.zeros(len(table), np.int64)
+    names, number = np.unique(table["corpus"].fillna("").astype(str).to_numpy(dtype=str), return_inverse=True)
+    return tuple(map(str, names)), number.astype(np.int64)
 
 
 def _pure(path: object) -> PurePosixPath:
