@@ -24,6 +24,7 @@ import pandas as pd
 import pyarrow as pa
 
 from pipeline.audio.load import EXTENSIONS
+from pipeline.cluster.ray_internals import WORKER
 from pipeline.cluster.runtime import start_ray
 from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
 from pipeline.features.features import FeatureConfig
@@ -100,7 +101,7 @@ def slopes(arguments: argparse.Namespace, table: pd.DataFrame, scratch: Path, op
 
 def private_bytes() -> float:
     """Private memory of this process (the driver) and of this Ray's workers."""
-    workers = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::")]
+    workers = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(WORKER)]
     return float(sum(map(resident_bytes, [os.getpid(), *workers])))
 
 

@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.cluster.ray_internals import TRAIN_WORKER
 from pipeline.data.manifest import scan_folder
 from pipeline.models.bundle import load_bundle
 from pipeline.training.run import read_history
 from tests.support.processes import command_of, descendants, finish, machine
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKER = "ray::RayTrainWorker"
 
 
 def sample(data_dir: Path, clips: int, path: Path) -> Path:
@@ -72,7 +72,7 @@ def wait_for(process: subprocess.Popen[str], out: Path, moment: float) -> None:
 
 
 def workers_of(driver: int) -> list[int]:
-    return sorted(pid for pid in descendants(driver) if command_of(pid).startswith(WORKER))
+    return sorted(pid for pid in descendants(driver) if command_of(pid).startswith(TRAIN_WORKER))
 
 
 def kill_worker(arguments: argparse.Namespace, out: Path, moment: float, rng: np.random.Generator) -> str:

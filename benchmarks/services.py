@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cluster.ray_internals import SERVE_PROXY, SERVE_REPLICA
 from tests.support.processes import HOST, ROOT, command_of, descendants, free_port, resident_bytes
 
 _START_S = 240.0
@@ -34,14 +35,14 @@ class Running:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
-    def processes(self, part: str = "ray::ServeReplica") -> dict[int, str]:
+    def processes(self, part: str = SERVE_REPLICA) -> dict[int, str]:
         """Pid -> title of its processes whose title holds ``part``."""
         found = {pid: command_of(pid) for pid in descendants(self.pid)}
         return {pid: title for pid, title in found.items() if part in title}
 
     def workers(self) -> list[int]:
         """Pids of the model workers."""
-        return sorted(self.processes("ray::ServeReplica:ser:Model"))
+        return sorted(self.processes(f"{SERVE_REPLICA}ser:Model"))
 
     def memory_mib(self) -> dict[str, float]:
         """Resident memory of proxy, ingress and model workers (the largest of them)."""
@@ -49,7 +50,7 @@ class Running:
 
     def parts(self) -> dict[str, list[int]]:
         """Pids of the proxy, the ingress, the model workers."""
-        titles = {"proxy": "ray::ProxyActor", "ingress": ":Ingress", "model": ":Model"}
+        titles = {"proxy": SERVE_PROXY, "ingress": ":Ingress", "model": ":Model"}
         return {name: list(self.processes(title)) for name, title in titles.items()}
 
 

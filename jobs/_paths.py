@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from jobs._common import Parser, dated, underscored
 from pipeline.storage.errors import SerError
-from pipeline.storage.remote import is_remote
+from pipeline.storage.files import is_remote
 
 RESULTS = ("--out",)
 TABLES = ("--data_csv", "--input")

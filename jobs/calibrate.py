@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jobs._common import EXIT_DONE, Parser, called, run, say
 from pipeline.data.labels import LabelSet
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -38,8 +38,8 @@ from jobs.train_options import (
     refuse_beside_features,
 )
 from pipeline.evaluation.verdict import Targets, reached
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import locked
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def job(arguments: argparse.Namespace) -> int:
 def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     """``job``, in a folder that is held: ``--overwrite`` would remove the folds that another start is training."""
     from jobs._provenance import provenance
-    from pipeline.reporting.protocol_report import protocols_summary, write_protocols
+    from pipeline.training.cross_validation import protocols_summary, write_protocols
 
     features, failed = (tuple(arguments.features), 0) if arguments.features else _extracted(arguments)
     table = labelled_recordings(features)
@@ -246,9 +246,8 @@ def _run(
     """Train, test, report one protocol; its row in the comparison, and its verdict."""
     from pipeline.data.manifest import label_set
     from pipeline.models.ensemble import mean_answers
-    from pipeline.reporting.protocol_report import protocol_row
     from pipeline.reporting.report import write_report
-    from pipeline.training.cross_validation import train_folds
+    from pipeline.training.cross_validation import protocol_row, train_folds
     from pipeline.training.plan import Plan
 
     out: Path = arguments.out / protocol

@@ -27,8 +27,8 @@ from jobs._common import (
 )
 from jobs._targets import add_targets, targets_of
 from pipeline.evaluation.verdict import reached
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
-from jobs._hearing import add_hearing, hearing
-from pipeline.audio.formats import EXTENSIONS
-from pipeline.audio.source import printable
+from jobs._window_options import add_window_options, window_options
+from pipeline.audio.source import EXTENSIONS, printable
 from pipeline.inference.timeline import SILENCE
 from pipeline.models.backends import BACKENDS
 from pipeline.scoring.options import ScoreOptions
@@ -45,7 +44,7 @@ def build_parser() -> Parser:
         help="recordings, patterns or folders of them; - is stdin",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_hearing(parser)
+    add_window_options(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the network (default auto)")
     parser.add_argument("--device", default="cpu", help="cpu, or a PyTorch device such as cuda (default cpu)")
     parser.add_argument("--threads", type=int, help="math threads (default: all CPUs)")
@@ -65,7 +64,7 @@ def job(arguments: argparse.Namespace) -> int:
     """Predict, print; 4 when a recording could not be used."""
     from pipeline.inference.predictor import Predictor
 
-    options = hearing(arguments)
+    options = window_options(arguments)
     predictor = Predictor.from_bundle(
         arguments.model_weights,
         backend=arguments.backend,

@@ -23,12 +23,11 @@ from jobs._common import (
     say,
     tell_engine,
 )
-from jobs._hearing import add_hearing, hearing
-from pipeline.audio.formats import EXTENSIONS, USUAL_ENDINGS
+from jobs._window_options import add_window_options, window_options
+from pipeline.audio.source import EXTENSIONS, USUAL_ENDINGS
 from pipeline.scoring import FORMATS
 from pipeline.storage.errors import SerError
-from pipeline.storage.files import FolderScan, local_path, path_text, scan
-from pipeline.storage.remote import is_remote, scan_remote
+from pipeline.storage.files import FolderScan, is_remote, local_path, path_text, scan, scan_remote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +60,7 @@ def build_parser() -> Parser:
         "--export", nargs="+", choices=FORMATS, default=[], help="also write JSON Lines, or Audacity label tracks"
     )
     parser.add_argument("--merge", action="store_true", help="also write timeline: neighbouring equal segments as one")
-    add_hearing(parser)
+    add_window_options(parser)
     spread = parser.add_argument_group("how the work is spread (changes no result)")
     add_engine(spread)
     spread.add_argument("--num_gpus", type=int, default=0, help="GPUs to use (default 0)")
@@ -134,7 +133,7 @@ def job(arguments: argparse.Namespace) -> int:
     table, found = read_input(arguments, bundle)
     say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(bundle.labels)))
     say(f"scoring {len(table):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {arguments.out}")
-    options = hearing(arguments)
+    options = window_options(arguments)
     execution = Execution(
         engine=arguments.engine,
         num_cpus=arguments.num_cpus,

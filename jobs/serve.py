@@ -20,8 +20,8 @@ from urllib.request import urlopen
 from jobs._common import EXIT_DONE, Parser, called, check_free, run, say
 from jobs._terminal import Terminal
 from pipeline.cluster.runtime import joins_cluster, start_ray, stop_ray
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 from serve.schema import API_KEY_VARIABLE
 from serve.settings import Settings
 

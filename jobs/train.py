@@ -183,7 +183,7 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     from pipeline.data.manifest import label_set
     from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.features.store import known_hashes, load_features
-    from pipeline.training.distillation import refuse_leaks
+    from pipeline.training.losses import refuse_leaks
     from pipeline.training.plan import SPLIT_SEED, Plan
     from pipeline.training.run import begin, check, check_resumes, read_splits, refuse_changed
 

@@ -191,8 +191,8 @@ def report(arguments: argparse.Namespace) -> None:
     from pipeline.data.splits import assignment, folds_of
     from pipeline.features.store import load_features
     from pipeline.models.ensemble import mean_answers
-    from pipeline.reporting.protocol_report import protocol_row, protocols_summary, write_protocols
     from pipeline.reporting.report import write_report
+    from pipeline.training.cross_validation import protocol_row, protocols_summary, write_protocols
 
     table, answers = labelled_recordings(arguments.features), np.load(arguments.answers)
     tested = assignment(table, SPLITS / "ravdess_split.csv", "split") == "test"

@@ -42,7 +42,7 @@ class Recipe:
     model: str = "inception"
     dropout: float | None = None
     teachers: list[str] = field(default_factory=list)  # recipes of an earlier wave
-    share: float = 0.7  # of the loss that is the teachers', as in pipeline.training.distillation
+    share: float = 0.7  # of the loss that is the teachers', as in pipeline.training.losses
     like_best_of: list[str] = field(default_factory=list)
     folds: list[int] = field(default_factory=list)  # of these only
 

@@ -76,17 +76,17 @@ class ModelWorker:
         card = worker.card()
         logger.info("model %s, version %s, is loaded", card.name, card.version)
 
-    async def predict(self, data: bytes, request: PredictRequest, apart: bool = False) -> WorkerResult:
+    async def predict(self, data: bytes, request: PredictRequest, isolated: bool = False) -> WorkerResult:
         """What a recording sounds like."""
         with self._counted() as worker:
-            result = await worker.predict(data, request, apart=apart)
+            result = await worker.predict(data, request, isolated=isolated)
         self._meter.work(result.model, result.timing)
         return result
 
-    async def explain(self, data: bytes, request: PredictRequest, apart: bool = False) -> Explained:
+    async def explain(self, data: bytes, request: PredictRequest, isolated: bool = False) -> Explained:
         """Why."""
         with self._counted() as worker:
-            return await worker.explain(data, request, apart=apart)
+            return await worker.explain(data, request, isolated=isolated)
 
     @contextmanager
     def _counted(self) -> Iterator[Worker]:

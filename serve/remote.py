@@ -88,7 +88,7 @@ class RemoteModels:
         return True
 
     async def _twice(self, model: str, method: str, data: bytes, request: PredictRequest) -> Any:
-        """Ask; when the worker dies over it, ask another one, the recording then decoded apart."""
+        """Ask; when the worker dies over it, ask another one, the recording then decoded in a process of its own."""
         self._open[model] += 1
         try:
             return await self._once(model, method, data, request)

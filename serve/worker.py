@@ -110,39 +110,41 @@ class Worker:
             text=text.read_text(encoding="utf-8") if text.is_file() else "",
         )
 
-    async def predict(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> WorkerResult:
+    async def predict(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> WorkerResult:
         """What a recording sounds like; one that cannot be used is told in the prediction, not raised.
 
         Args:
             data: a file's content.
-            apart: decode in a process of its own, for a recording under suspicion.
+            isolated: decode in a process of its own, for a recording under suspicion.
         """
         predictor = self.predictor
         timeline = None
         if request.windowed:
             share = Share(expected_s=len(data) / _BYTES_A_SECOND)
-            (prediction, timeline), timing = await self._follow(self._windows(predictor, data, request, apart), share)
+            (prediction, timeline), timing = await self._follow(
+                self._windows(predictor, data, request, isolated), share
+            )
         else:
-            prediction, timing = await self._excerpt(data, request, apart)
+            prediction, timing = await self._excerpt(data, request, isolated)
         picture = None
         if request.picture and prediction.ok:
             try:
-                picture = (await self._decode(partial(self._look, predictor, data, request, apart)))[0]
+                picture = (await self._decode(partial(self._look, predictor, data, request, isolated)))[0]
             except audio.AudioError as error:
                 prediction = _refused(predictor, error)
         bundle = predictor.bundle
         return WorkerResult(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
 
-    async def explain(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> Explained:
+    async def explain(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> Explained:
         """Why the middle of a recording sounds as it does."""
-        return (await self._follow(self._explain(self.predictor, data, request, apart), Share()))[0]
+        return (await self._follow(self._explain(self.predictor, data, request, isolated), Share()))[0]
 
-    async def _excerpt(self, data: bytes, request: PredictRequest, apart: bool) -> tuple[Prediction, Timing]:
+    async def _excerpt(self, data: bytes, request: PredictRequest, isolated: bool) -> tuple[Prediction, Timing]:
         """What the middle, or the bundle's crops, sounds like."""
         predictor, started_s = self.predictor, time.monotonic()
         self.waiting += 1
         try:
-            listening = partial(predictor.listen, data, channel=request.channel, apart=apart)
+            listening = partial(predictor.listen, data, channel=request.channel, isolated=isolated)
             try:
                 excerpt = await self._decode(listening)
             except audio.AudioError as error:
@@ -221,7 +223,7 @@ class Worker:
         return list(self.predictor.log_probabilities(np.concatenate(items))[:, np.newaxis])
 
     def _windows(
-        self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool
+        self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
     ) -> Generator[Array, Floats, tuple[Prediction, Timeline | None]]:
         config = predictor.bundle.features
         window_s = config.window_s if request.window_s is None else request.window_s
@@ -229,7 +231,7 @@ class Worker:
         try:
             if window_s > config.window_s:
                 raise WindowTooLong(f"window_s {window_s:g} is more than the {config.window_s:g} s the model hears.")
-            info = describe(data, apart=apart, limits=predictor.limits)
+            info = describe(data, isolated=isolated, limits=predictor.limits)
             tracks = info.channels if request.channels == "each" else 1
             windows = tracks * (1 + max(info.duration_s - window_s, 0) / steps.hop_s)
             if windows > self._max_windows:
@@ -238,17 +240,17 @@ class Worker:
                 )
         except audio.AudioError as error:
             return _refused(predictor, error), None
-        return (yield from predictor.follow_steps(data, steps, channels=request.channels, apart=apart))
+        return (yield from predictor.follow_steps(data, steps, channels=request.channels, isolated=isolated))
 
     def _look(
-        self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool
+        self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
     ) -> tuple[Picture, audio.Clip]:
         """What the model sees of a recording's middle, and that middle."""
         config = predictor.bundle.features
         window = _load(
             audio.load_middle,
             data,
-            apart,
+            isolated,
             window_s=config.window_s,
             sample_rate_hz=config.sample_rate_hz,
             channel=request.channel,
@@ -257,17 +259,17 @@ class Worker:
         start_s, length_s = outline_part(window.info.duration_s)
         part = {"start_s": start_s, "duration_s": length_s, "sample_rate_hz": 8000, "limits": predictor.limits}
         try:
-            outline = _load(audio.load, data, apart, **part)
+            outline = _load(audio.load, data, isolated, **part)
         except audio.AudioError:  # damaged where the model does not listen
             outline = window
         return draw(window, outline, config), window
 
     def _explain(
-        self, predictor: Predictor, data: bytes, request: PredictRequest, apart: bool
+        self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
     ) -> Generator[Array, Floats, Explained]:
         bundle = predictor.bundle
         answer = partial(Explained, bundle.name, version_of(bundle), bundle.labels, features=bundle.features)
-        excerpt = predictor.listen(data, channel=request.channel, apart=apart)
+        excerpt = predictor.listen(data, channel=request.channel, isolated=isolated)
         if excerpt.status != "ok":
             return answer(prediction=predictor.classify([excerpt])[0])
         prediction = predictor.prediction(excerpt, (yield excerpt.features))
@@ -275,7 +277,7 @@ class Worker:
             unseen = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
             return answer(prediction=_refused(predictor, unseen))
         try:
-            picture, window = self._look(predictor, data, request, apart)
+            picture, window = self._look(predictor, data, request, isolated)
         except audio.AudioError as error:
             return answer(prediction=_refused(predictor, error))
         features = extract(window.samples, bundle.features)
@@ -324,8 +326,8 @@ def _refused(predictor: Predictor, error: audio.AudioError) -> Prediction:
     return predictor.classify([failed(predictor.bundle.features, error)])[0]
 
 
-def _load(decode: Callable[..., audio.Clip], data: bytes, apart: bool, **options: Any) -> audio.Clip:
-    if not apart:
+def _load(decode: Callable[..., audio.Clip], data: bytes, isolated: bool, **options: Any) -> audio.Clip:
+    if not isolated:
         return decode(data, **options)
     from pipeline.audio.isolated import decode_in_subprocess
 

@@ -1,22 +1,19 @@
 """Decoders behind one face: frames [start, start + count) of a recording as float32 blocks (frames, channels).
 
 Method: `SndfileDecoder` reads through libsndfile from a plain descriptor, or through Python where there is none, and
-seeks; `audio_av.AvDecoder` (PyAV) decodes from the start and drops what comes before. Files put end to end are read as
-one by `audio_joined`. A block holds at most 2^16 samples over all channels.
-Limits: libsndfile 1.2.2 serves MPEG audio from version 1.1 on; what it cannot open becomes `Corrupt`. What its MP3
-decoder prints on damaged files is swallowed (`audio_quiet`). Neither's own messages are shown to users.
+seeks; `pyav.AvDecoder` (FFmpeg) decodes from the start and drops what comes before. A block holds at most 2^16 samples
+over all channels. Limits: libsndfile 1.2.2 serves MPEG audio from version 1.1 on; what it cannot open becomes
+`Corrupt`. Neither's own messages are shown to users.
 
-libmpg123's remarks on damaged MP3 files kept off the terminal: libsndfile gives no way to ask for that.
-
-Method: C's ``stderr`` stream is pointed at /dev/null while an MP3 is open. The file descriptor 2 is left alone, so
-Python's ``sys.stderr`` and faulthandler go on as before; what C code of other threads prints meanwhile is lost.
+libmpg123's remarks on damaged MP3 files are kept off the terminal, for which libsndfile has no way to ask: C's
+``stderr`` stream is pointed at /dev/null while an MP3 is open. The file descriptor 2 is left alone, so Python's
+``sys.stderr`` and faulthandler go on as before; what C code of other threads prints meanwhile is lost.
 Limits: GNU libc only, whose ``stderr`` is a variable; elsewhere the remarks are printed.
 
-Recordings put end to end in one file, read as one: chained Ogg streams, and files joined by ``cat``.
-
-Method: each is opened in turn to learn its length, and again when its frames are asked for, so that a thousand of them
-hold no more memory than one. Those at another rate, or with another number of channels, than the first are left out,
-and a notice says so. (FFmpeg reads MP3 and AAC streams that are joined by itself, see ``audio_av``.)
+Recordings put end to end in one file (chained Ogg streams, files joined by ``cat``) are read as one: each is opened in
+turn to learn its length, and again when its frames are asked for, so that a thousand of them hold no more memory than
+one. Those at another rate, or with another number of channels, than the first are left out, and a notice says so.
+(FFmpeg reads MP3 and AAC streams that are joined by itself, see ``pyav``.)
 Limits: of FLAC files above 8 MiB only the part behind the last frame of the first is searched for another; one that is
 as long as the first, to the sample, may not be found there.
 """
@@ -36,10 +33,9 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from pipeline.audio.formats import SNDFILE
 from pipeline.audio.headers import Container, inspect
 from pipeline.audio.lengths import next_flac
-from pipeline.audio.source import FileView, Opened
+from pipeline.audio.source import SNDFILE, FileView, Opened
 from pipeline.storage.errors import Corrupt, ExtraNeeded, Limits, NoSamples, Truncated
 
 _lock = threading.Lock()

@@ -12,9 +12,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.audio.formats import REMEDY, what_else
 from pipeline.audio.lengths import asf_end, audio_bytes, avi_end, left_open, mp4_end, next_flac, webm_end
-from pipeline.audio.source import Opened, Splice, printable
+from pipeline.audio.source import REMEDY, Opened, Splice, printable, what_else
 from pipeline.audio.streams import Link, amr_end, check_adts, mp3_length, mpeg_start, ogg_link
 from pipeline.audio.wav import W64_RIFF, look_at_w64, look_at_wav
 from pipeline.storage.errors import Corrupt, NotAudio, Truncated, UnsupportedFormat

@@ -1,6 +1,6 @@
 """Recordings in: a path or `bytes` to float32 mono samples at the rate asked for, or an `AudioError`.
 
-Method: the header is checked (`audio_headers`), then the limits, and only then are samples decoded: libsndfile seeks to
+Method: the header is checked (`headers`), then the limits, and only then are samples decoded: libsndfile seeks to
 the frames needed plus the resampler's margin and reads them in blocks, mixed down as they pass, so that neither length
 nor channels of a recording decide how much memory is held. Where channels cancel in the mix, the loudest is taken.
 Resampling is soxr's HQ, librosa's default; a part equals that part of the whole recording resampled, for it starts
@@ -24,8 +24,7 @@ import numpy.typing as npt
 import soxr
 
 from pipeline.audio.decoders import Block, Decoder, open_recording
-from pipeline.audio.formats import EXTENSIONS
-from pipeline.audio.source import AudioSource, Segment, open_source
+from pipeline.audio.source import EXTENSIONS, AudioSource, Segment, open_source
 from pipeline.storage.errors import (
     DEFAULT_LIMITS,
     ERRORS,

@@ -19,16 +19,16 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 from av.codec.context import Flags2
 from av.stream import Discard
 
-from pipeline.audio.decoders import Block
-from pipeline.audio.formats import CODECS, REMEDY, is_accepted
 from pipeline.audio.headers import Container
 from pipeline.audio.lengths import cut_off
-from pipeline.audio.source import FileView
+from pipeline.audio.source import CODECS, REMEDY, FileView, is_accepted
 from pipeline.storage.errors import Corrupt, Limits, NoSamples, NotAudio, Truncated, UnsupportedFormat
 
+Block = npt.NDArray[np.float32]
 _KEPT_BYTES = 2**25
 _LARGEST_ALLOCATION = 2**27  # the index of ten hours of AAC takes half of it
 _BAD_PACKETS, _BAD_SHARE = 8, 0.02  # damaged ones that are passed over

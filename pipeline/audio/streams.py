@@ -18,9 +18,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from pipeline.audio.formats import REMEDY
 from pipeline.audio.lengths import cut_off, find
-from pipeline.audio.source import Opened, Splice
+from pipeline.audio.source import REMEDY, Opened, Splice
 from pipeline.storage.errors import Corrupt, UnsupportedFormat
 
 _SCAN_BYTES = 2**20

@@ -10,9 +10,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
-from pipeline.audio.formats import REMEDY
 from pipeline.audio.lengths import STREAMED, audio_bytes, find, is_chunk_name, left_open
-from pipeline.audio.source import Opened, Splice
+from pipeline.audio.source import REMEDY, Opened, Splice
 from pipeline.storage.errors import Corrupt, Truncated, UnsupportedFormat
 
 _BLOCK_TAGS = (2, 0x11)  # MS and IMA ADPCM, whose blocks say nothing of a sample's size

@@ -16,8 +16,8 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar, cast
 
 from pipeline.cluster.runtime import in_submitted_job, joins_cluster
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import RETRIES
 
 ENGINES = ("auto", "local", "ray")

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.runtime import in_submitted_job, joins_cluster, start_ray
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
-from pipeline.storage.files import local_path
-from pipeline.storage.remote import is_remote
+from pipeline.storage.files import is_remote, local_path, usable_cpus
 
 _WAIT_S = 120.0
 _SAMPLE = 32

@@ -24,7 +24,9 @@ from pipeline.storage.errors import SerError, SerWarning
 SUPPORTED = "2.60"
 BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # read where Ray decides between loopback and all interfaces
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the command of a submitted job
-TRAIN_CONTROLLER = "ray::TrainController"  # title of Ray Train's controlling process
+WORKER = "ray::"  # beginnings of the titles of Ray's processes: any that works,
+TRAIN_CONTROLLER, TRAIN_WORKER = f"{WORKER}TrainController", f"{WORKER}RayTrainWorker"
+SERVE_PROXY, SERVE_REPLICA = f"{WORKER}ProxyActor", f"{WORKER}ServeReplica:"  # APPLICATION:DEPLOYMENT follow
 TALKATIVE = (  # loggers that repeat what we say
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",

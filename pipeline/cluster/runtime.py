@@ -21,8 +21,8 @@ from typing import Any
 
 from pipeline.cluster import ray_internals
 from pipeline.cluster.submit import make_token, use_token
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.audio.formats import USUAL_ENDINGS
 from pipeline.audio.load import EXTENSIONS
+from pipeline.audio.source import USUAL_ENDINGS
 from pipeline.data.corpora import CORPORA, Corpus, Told, by_name, recognised
 from pipeline.data.corpora.audiofolder import AUDIOFOLDER, Listed, listed
 from pipeline.data.corpora.ravdess import SONG, SPEECH

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.audio.source import AudioSource, Segment
 from pipeline.data.tables import MISSING, ManifestError
-from pipeline.storage.remote import source_of
+from pipeline.storage.files import source_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -44,8 +44,8 @@ from pipeline.features.store import (
     read_shard_manifest,
     whole_parts,
 )
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import CrashLog, atomic_path, remove_temporaries, write_json
 
 __all__ = ["BlockWriter", "ShardOptions", "ShardSummary", "extract_shards"]
@@ -61,7 +61,7 @@ OUR_COLUMNS = {
     "content_hash": pa.string(),
 }
 _RECORDING_S = 0.03  # CPU seconds a recording takes: decoded, hashed, features, mel power, written
-_decode_apart = partial(decode_in_subprocess, decode=load_once, timeout_s=300.0)  # all of a recording, for its hash
+_decode_isolated = partial(decode_in_subprocess, decode=load_once, timeout_s=300.0)  # all of a recording, for its hash
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class BlockWriter:
         places = zip(batch["_row"], batch["speech"], *bounds(batch), strict=True)
         for position, (number, *place) in enumerate(places):
             notes.begin(position)
-            rows.extend(self._rows(int(number), place, _decode_apart if notes.apart(position) else load_once))
+            rows.extend(self._rows(int(number), place, _decode_isolated if notes.isolated(position) else load_once))
         notes.close()
         target = self.out / part_name(block)
         try:

@@ -34,8 +34,8 @@ from pipeline.data.corpora.voices import renewed
 from pipeline.data.splits import HASH_COLUMN
 from pipeline.features.features import FeatureConfig, normalise_power
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import stamps_of
 from pipeline.storage.journal import PLAN, atomic_path, locked, part_counts, read_plan, write_plan
-from pipeline.storage.remote import stamps_of
 
 SHARD_VERSION = 1
 MANIFEST = "manifest.json"

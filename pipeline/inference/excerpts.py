@@ -1,7 +1,7 @@
 """What is heard of a recording: its middle, its crops, or windows all over it, decoded and made into features.
 
 ``listen`` gives the middle or the crops at once; its problems are told in the Excerpt, not raised. ``walk`` gives the
-windows of one channel in stretches, so that hours pass through little memory. With ``apart``, decoding happens in a
+windows of one channel in stretches, so that hours pass through little memory. With ``isolated``, decoding happens in a
 process of its own, for a recording that may take its decoder, and with it the process, down.
 """
 
@@ -18,7 +18,7 @@ from pipeline.audio.source import name_of
 from pipeline.audio.windows import SlidingWindow, covered_s, crop_starts
 from pipeline.features.features import FeatureConfig, extract
 from pipeline.inference.timeline import SILENCE_DBFS
-from pipeline.storage.remote import source_of
+from pipeline.storage.files import source_of
 
 Array = NDArray[np.float32]
 LEAST_S = 0.25
@@ -71,7 +71,7 @@ def listen(
     crops: int = 1,
     channel: audio.Channel = "mix",
     *,
-    apart: bool = False,
+    isolated: bool = False,
     limits: audio.Limits = audio.DEFAULT_LIMITS,
 ) -> Excerpt:
     """Decode ``crops`` windows of a recording and make their features, ``(crops, *config.input_shape)``.
@@ -81,7 +81,7 @@ def listen(
     """
     try:
         hear = _middle if crops == 1 else _crops
-        return hear(_Recording(source, config, channel, apart, limits), crops)
+        return hear(_Recording(source, config, channel, isolated, limits), crops)
     except Exception as error:  # a recording must never end the job: what was not foreseen becomes a row as well
         return failed(config, error)
 
@@ -97,15 +97,15 @@ def failed(config: FeatureConfig, error: Exception) -> Excerpt:
 
 
 def describe(
-    source: audio.AudioSource, *, apart: bool = False, limits: audio.Limits = audio.DEFAULT_LIMITS
+    source: audio.AudioSource, *, isolated: bool = False, limits: audio.Limits = audio.DEFAULT_LIMITS
 ) -> audio.AudioInfo:
-    """What a recording is: ``audio.probe``, perhaps ``apart``.
+    """What a recording is: ``audio.probe``, perhaps ``isolated``.
 
     Raises:
         AudioError: it cannot be used.
     """
-    if apart:
-        return _decode_apart(audio.load_middle, _local(source), limits=limits).info
+    if isolated:
+        return _decode_isolated(audio.load_middle, _local(source), limits=limits).info
     return audio.probe(_local(source), limits=limits)
 
 
@@ -117,7 +117,7 @@ def walk(
     channel: audio.Channel = "mix",
     *,
     at_once: int = 16,
-    apart: bool = False,
+    isolated: bool = False,
     limits: audio.Limits = audio.DEFAULT_LIMITS,
 ) -> Iterator[WindowBatch]:
     """The windows of a recording, ``at_once`` in a WindowBatch; never more than a minute of audio is held.
@@ -128,7 +128,7 @@ def walk(
     Raises:
         AudioError: the recording cannot be used; perhaps only after some stretches.
     """
-    recording = _Recording(source, config, channel, apart, limits)
+    recording = _Recording(source, config, channel, isolated, limits)
     starts = steps.starts(duration_s)
     for part in _parts(starts, steps.window_s):
         cut = recording.reader(part, steps.window_s)
@@ -168,7 +168,7 @@ class _Recording:
     source: audio.AudioSource
     config: FeatureConfig
     channel: audio.Channel
-    apart: bool
+    isolated: bool
     limits: audio.Limits
     notice: str = ""
 
@@ -188,7 +188,7 @@ class _Recording:
         return cut
 
     def _decoded(self, load: Callable[..., audio.Clip], **part: float) -> audio.Clip:
-        decode = _decode_apart if self.apart else _decode
+        decode = _decode_isolated if self.isolated else _decode
         rate_hz = self.config.sample_rate_hz
         clip = decode(
             load, _local(self.source), sample_rate_hz=rate_hz, channel=self.channel, limits=self.limits, **part
@@ -201,7 +201,7 @@ def _decode(load: Callable[..., audio.Clip], source: audio.AudioSource, **option
     return load(source, **options)
 
 
-def _decode_apart(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
+def _decode_isolated(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
     from pipeline.audio.isolated import decode_in_subprocess
 
     return decode_in_subprocess(source, decode=load, timeout_s=_APART_LIMIT_S, **options)
@@ -226,7 +226,7 @@ def _middle(recording: _Recording, crops: int = 1) -> Excerpt:
 
 def _crops(recording: _Recording, crops: int) -> Excerpt:
     config = recording.config
-    info = describe(recording.source, apart=recording.apart, limits=recording.limits)
+    info = describe(recording.source, isolated=recording.isolated, limits=recording.limits)
     starts = crop_starts(info.duration_s, config.window_s, crops)
     if len(starts) == 1:
         return _middle(recording)

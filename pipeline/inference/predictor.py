@@ -174,14 +174,14 @@ class Predictor:
             results += self.classify([self.listen(source, channel=channel) for source in part])
         return results
 
-    def listen(self, source: audio.AudioSource, *, channel: audio.Channel = "mix", apart: bool = False) -> Excerpt:
+    def listen(self, source: audio.AudioSource, *, channel: audio.Channel = "mix", isolated: bool = False) -> Excerpt:
         """Decode a recording and make its features; problems are told in the Excerpt, not raised.
 
         Args:
             channel: ``mix``, or the number of one channel.
-            apart: decode in a process of its own, so that a decoder that crashes costs no more than its recording.
+            isolated: decode in a process of its own, so that a decoder that crashes costs no more than its recording.
         """
-        return listen(source, self.bundle.features, self.crops, channel, apart=apart, limits=self.limits)
+        return listen(source, self.bundle.features, self.crops, channel, isolated=isolated, limits=self.limits)
 
     def classify(self, excerpts: Sequence[Excerpt]) -> list[Prediction]:
         """One Prediction an excerpt, in order, the network run over all of them together."""
@@ -202,19 +202,19 @@ class Predictor:
         *,
         channels: Channels = "mix",
         silence_dbfs: float = SILENCE_DBFS,
-        apart: bool = False,
+        isolated: bool = False,
     ) -> tuple[Prediction, Timeline]:
         """A recording over time, and all of it together: the windows that are not silent, pooled.
 
         Args:
             steps: the windows; they may not be longer than the model's.
             channels: ``mix``, the number of one channel, or ``each``.
-            apart: as in ``listen``.
+            isolated: as in ``listen``.
 
         Raises:
             SerError: windows that are longer than the model's.
         """
-        walking = self.follow_steps(source, steps, channels=channels, silence_dbfs=silence_dbfs, apart=apart)
+        walking = self.follow_steps(source, steps, channels=channels, silence_dbfs=silence_dbfs, isolated=isolated)
         try:
             features = next(walking)
             while True:
@@ -230,7 +230,7 @@ class Predictor:
         *,
         channels: Channels = "mix",
         silence_dbfs: float = SILENCE_DBFS,
-        apart: bool = False,
+        isolated: bool = False,
     ) -> Generator[Array, Floats, tuple[Prediction, Timeline]]:
         """``follow`` for whoever runs the network elsewhere, or shares it: what it decodes, it decodes in between.
 
@@ -247,11 +247,11 @@ class Predictor:
                 f"at a time; give --window_s {config.window_s:g}"
             )
         try:
-            info = describe(source, apart=apart, limits=self.limits)
+            info = describe(source, isolated=isolated, limits=self.limits)
             check_sound(source, info.duration_s, 0.0, info.duration_s)
             tracks = []
             for channel in range(info.channels) if channels == "each" else [channels]:
-                tracks.append((yield from self._track(source, steps, info.duration_s, channel, apart)))
+                tracks.append((yield from self._track(source, steps, info.duration_s, channel, isolated)))
             timeline = joined([track for track, _, _ in tracks])
             if steps.window_s >= LEAST_S:
                 sound_s = max(sound_s for _, sound_s, _ in tracks)
@@ -270,12 +270,14 @@ class Predictor:
         return self._prediction(heard, timeline.pooled(silence_dbfs)), timeline
 
     def _track(
-        self, source: audio.AudioSource, steps: SlidingWindow, duration_s: float, channel: audio.Channel, apart: bool
+        self, source: audio.AudioSource, steps: SlidingWindow, duration_s: float, channel: audio.Channel, isolated: bool
     ) -> Generator[Array, Floats, tuple[Timeline, float, str]]:
         """The windows of a channel, seconds of sound in the fullest, and what users should know."""
         config, size = self.bundle.features, self.batch_size
         sound_s, notice = 0.0, ""
-        stretches = walk(source, config, steps, duration_s, channel, at_once=size, apart=apart, limits=self.limits)
+        stretches = walk(
+            source, config, steps, duration_s, channel, at_once=size, isolated=isolated, limits=self.limits
+        )
         parts = []
         for s in stretches:
             parts.append((s.start_s, s.end_s, s.level_dbfs, (yield s.features)))

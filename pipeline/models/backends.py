@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.models.bundle import Bundle
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import atomic_path
 
 if TYPE_CHECKING:

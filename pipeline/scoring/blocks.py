@@ -72,17 +72,17 @@ def score_block(rows: pa.Table, task: Task) -> pa.Table:
     timelines: list[Timeline] | None = None
     if options.steps is None:
         excerpts: list[Excerpt] = []
-        for source, apart in _watched(rows, task):
-            excerpts.append(predictor.listen(source, channel=options.channel, apart=apart))
+        for source, isolated in _watched(rows, task):
+            excerpts.append(predictor.listen(source, channel=options.channel, isolated=isolated))
             if len(excerpts) == task.batch_size:
                 predictions += predictor.classify(excerpts)
                 excerpts.clear()
         predictions += predictor.classify(excerpts)
     else:
         timelines = []
-        for source, apart in _watched(rows, task):
+        for source, isolated in _watched(rows, task):
             prediction, timeline = predictor.follow(
-                source, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs, apart=apart
+                source, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs, isolated=isolated
             )
             predictions.append(prediction)
             timelines.append(timeline.later(source.start_s) if isinstance(source, Segment) else timeline)
@@ -94,8 +94,8 @@ def listen_block(rows: pa.Table, task: Task) -> pa.Table:
     bundle = _bundle(task.weights)
     crops, channel = task.options.crops or bundle.crops, task.options.channel
     excerpts = [
-        pickle.dumps(listen(source, bundle.features, crops, channel, apart=apart), protocol=5)
-        for source, apart in _watched(rows, task)
+        pickle.dumps(listen(source, bundle.features, crops, channel, isolated=isolated), protocol=5)
+        for source, isolated in _watched(rows, task)
     ]
     return rows.append_column("excerpt", pa.array(excerpts, pa.large_binary()))
 
@@ -149,13 +149,13 @@ def _bundle(weights: str) -> Bundle:
 
 
 def _watched(rows: pa.Table, task: Task) -> Iterator[tuple[str | Segment, bool]]:
-    """The recordings of a block, each noted down before it is given, and whether to decode it apart."""
+    """The recordings of a block, each noted down before it is given, and whether to isolate its decoder."""
     notes = CrashLog(Path(task.notes), rows["block"][0].as_py(), task.run)
     notes.check()
     places = zip(*(rows[name].to_pylist() for name in ("speech", START, END)), strict=True)
     for position, (path, *place) in enumerate(places):
         notes.begin(position)
-        yield path if tuple(place) == WHOLE else Segment(path, *place), notes.apart(position)
+        yield path if tuple(place) == WHOLE else Segment(path, *place), notes.isolated(position)
     notes.close()
 
 

@@ -33,6 +33,7 @@ from pipeline.reporting import REPORT
 from pipeline.scoring import AUDACITY
 from pipeline.scoring.options import ScoreOptions
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import stamps_of
 from pipeline.storage.journal import (
     locked,
     part_counts,
@@ -43,7 +44,6 @@ from pipeline.storage.journal import (
     write_part,
     write_plan,
 )
-from pipeline.storage.remote import stamps_of
 
 RUN = "run.json"
 TABLES = ("predictions", "segments", "channels", "timeline")

@@ -44,8 +44,8 @@ from pipeline.scoring.blocks import (
 from pipeline.scoring.ledger import Ledger, LedgerError, Tally, open_ledger, plan_of, record_of
 from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import PARQUET, plain_manifest, restore_csv, write_exports, write_tables
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 
 __all__ = ["Execution", "ScoreOptions", "ScoreRun", "score_manifest"]
 

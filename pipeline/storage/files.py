@@ -1,4 +1,4 @@
-"""Audio files below a folder, and file names as text.
+"""Where recordings lie: files below a folder, names as text, objects in a store.
 
 ``scan`` walks a folder the way an analyst expects: recursive, in a fixed order, hidden files and other files counted
 rather than listed, each real folder entered once however many links lead to it (so symlink loops end), very deep trees
@@ -6,6 +6,15 @@ cut with a message. Links to files are recordings of their own.
 
 Tables hold text, and a POSIX file name may be any bytes. A name that is not valid UTF-8 is written as its ``file://``
 URI (RFC 8089, percent-encoded bytes): ``path_text`` and ``local_path`` convert, and lose nothing.
+
+Objects (``s3://bucket/key``, ``gs://bucket/key``) come through Arrow's file systems. Keys are written as they are, as
+the stores' own tools do, without percent encoding. Credentials, region and endpoint come from where those tools take
+them (environment, profile, role); Arrow's options may follow the key
+(``?region=eu-west-1&endpoint_override=host:port&scheme=http``). An object is fetched whole, once for all that is heard
+of it. Limits: no object above 1 GiB; a process keeps the last object in memory.
+
+A recording's stamp is size and time of change, as ``make`` and ``rsync`` use them: one that was replaced is told
+without reading it. Limits: a copy that keeps both is not seen.
 """
 
 from __future__ import annotations
@@ -14,10 +23,19 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from pipeline.storage.errors import NotAFile, NotFound, SerError, TooLarge, Unreadable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_DEPTH = 128
 _SHOWN_ENDINGS, _LONGEST_ENDING = 6, 20
@@ -200,3 +218,148 @@ def _printable(ending: str) -> str:
 
 def _example(paths: tuple[str, ...], limit: int = 80) -> str:
     return paths[0] if len(paths[0]) <= limit else f"{paths[0][:limit]}..."
+
+
+SCHEMES = ("s3", "gs")
+_OBJECT = re.compile(r"^(s3|gs)://([^/?]+)/?(.*?)(\?(?:(?:region|endpoint_override|scheme)=[^&]*&?)+)?$", re.DOTALL)
+_LARGEST = 2**30
+
+
+def is_remote(text: object) -> bool:
+    """Whether a path is the URI of an object.
+
+    >>> is_remote("s3://calls/1.wav"), is_remote("/calls/1.wav"), is_remote(b"RIFF")
+    (True, False, False)
+    """
+    return isinstance(text, str) and _OBJECT.match(text) is not None
+
+
+@lru_cache(maxsize=1)
+def fetch(uri: str) -> bytes:
+    """The object's content.
+
+    Raises:
+        NotFound, NotAFile, TooLarge, Unreadable: see ``pipeline.storage.errors``.
+    """
+    try:
+        files, path, _, _ = _open(uri)
+    except SerError as error:  # one bucket that cannot be opened must not end a job on others
+        raise Unreadable(f"{uri}: {error}") from error
+    try:
+        info = files.get_file_info(path)
+        if info.type.name == "NotFound":
+            raise NotFound(f"{uri}: no such object. Check bucket and key.")
+        if info.type.name != "File":
+            raise NotAFile(f"{uri}: a folder. Give the URI of a recording.")
+        if info.size > _LARGEST:
+            raise TooLarge(f"{uri}: {info.size / 2**20:.0f} MiB; the limit is {_LARGEST / 2**20:.0f} MiB. Split it.")
+        with files.open_input_stream(path) as stream:
+            content: bytes = stream.read()
+    except OSError as error:
+        raise Unreadable(f"{uri}: {error}. Check credentials, region and endpoint.") from error
+    except ValueError as error:  # Arrow's, of a path that it takes for none, as with //
+        raise Unreadable(f"{uri}: {error}. Check bucket and key.") from error
+    return content
+
+
+def source_of(speech: str) -> str | bytes:
+    """What ``audio.load`` can open of a manifest's cell: a path, also of a ``file://`` URI, or an object's content.
+
+    Raises:
+        AudioError: an object that cannot be fetched.
+    """
+    return fetch(speech) if is_remote(speech) else local_path(speech)
+
+
+def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
+    """Objects below ``uri`` whose lower-case extension is in ``extensions``, in the order of their keys.
+
+    Raises:
+        SerError: they cannot be listed.
+    """
+    import pyarrow.fs
+
+    files, path, store, options = _open(uri)
+    try:
+        found = files.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    except (OSError, ValueError) as error:
+        raise SerError(f"cannot list {uri}: {error}; check bucket, credentials, region and endpoint") from error
+    names: list[str] = []
+    hidden, other = 0, Counter[str]()
+    for info in found:
+        parts = PurePosixPath(info.path).relative_to(PurePosixPath(path)).parts
+        if info.type.name != "File":
+            continue
+        if any(part.startswith(".") for part in parts):
+            hidden += 1
+        elif (ending := PurePosixPath(info.path).suffix.lower()) in extensions:
+            names.append(info.path)
+        else:
+            other[ending] += 1
+    return FolderScan(tuple(f"{store}://{name}{options}" for name in sorted(names)), hidden, other)
+
+
+def stamp_of(uri: str) -> tuple[int, int]:
+    """Size and time of change (ns) of the object; -1 where it is not known."""
+    try:
+        files, path, _, _ = _open(uri)
+        info = files.get_file_info(path)
+    except (OSError, ValueError, SerError):
+        return -1, -1
+    return (-1 if info.size is None else info.size), (info.mtime_ns or -1)
+
+
+def _open(uri: str) -> tuple[Any, str, str, str]:
+    """File system, path in it, scheme and options of a URI."""
+    match = _OBJECT.match(uri)
+    if match is None:
+        raise SerError(f"{uri!r} is no URI of an object; expected {' or '.join(f'{s}://bucket/key' for s in SCHEMES)}")
+    scheme, bucket, key, options = match.groups(default="")
+    return _file_system(f"{scheme}://{bucket}{options}"), f"{bucket}/{key}".rstrip("/"), scheme, options
+
+
+@lru_cache(maxsize=8)
+def _file_system(store: str) -> Any:
+    """The store's file system."""
+    import pyarrow.fs
+
+    try:
+        return pyarrow.fs.FileSystem.from_uri(store)[0]
+    except (OSError, ValueError) as error:
+        raise SerError(f"cannot open {store}: {error}; check bucket, credentials, region and endpoint") from error
+
+
+_AT_ONCE = 512
+_LATEST_NS = 2**63 - 1  # in the year 2262; broken clocks write later ones
+
+
+def stamps_of(recordings: Sequence[str]) -> NDArray[np.int64]:
+    """Size in bytes and time of change in ns of each recording, ``(n, 2)``; -1 where it cannot be told.
+
+    In threads, as network storage answers slowly; in groups, as a file that is here is told faster than a thread.
+    """
+    import numpy as np
+
+    groups = [recordings[begin : begin + _AT_ONCE] for begin in range(0, len(recordings), _AT_ONCE)]
+    with ThreadPoolExecutor(8) as pool:
+        stamps = [stamp for found in pool.map(_stamps, groups) for stamp in found]
+    return np.array(stamps, dtype=np.int64).reshape(-1, 2)
+
+
+def _stamps(recordings: Sequence[str]) -> list[tuple[int, int]]:
+    return [_stamp(recording) for recording in recordings]
+
+
+def _stamp(recording: str) -> tuple[int, int]:
+    try:
+        if is_remote(recording):
+            return stamp_of(recording)
+        status = os.stat(local_path(recording))
+    except (OSError, ValueError, SerError):
+        return -1, -1
+    return status.st_size, min(status.st_mtime_ns, _LATEST_NS)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

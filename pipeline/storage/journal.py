@@ -30,7 +30,7 @@ PLAN = "plan.json"
 PLAN_FORMAT = 1
 _POSITION_BYTES = 8
 RETRIES = 20  # attempts at a block before the job gives up
-_SUSPECT_ALL = 4  # attempts at a block that died before each of its recordings is decoded apart
+_SUSPECT_ALL = 4  # attempts at a block that died before each of its recordings is decoded in isolation
 
 
 @contextmanager
@@ -201,7 +201,7 @@ class CrashLog:
                 f"block {block} took its process down {self.attempts} times; is memory short? See Ray's logs"
             )
 
-    def apart(self, position: int) -> bool:
+    def isolated(self, position: int) -> bool:
         """Whether to decode that recording in a process of its own."""
         return position in self.suspects or self.attempts >= _SUSPECT_ALL
 

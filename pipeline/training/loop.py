@@ -1,17 +1,18 @@
 """The training loop in plain PyTorch: epochs, validation, early stopping, best weights, exact resume.
 
-Runs alone, or in each of several workers once `torch.distributed` is initialised (see `workers`). AdamW, cosine or
+Runs alone, or in each of several workers once `torch.distributed` is initialised (see `Workers`). AdamW, cosine or
 one-cycle learning rate with warm-up, gradient clipping, an exponential moving average (EMA) of weights and buffers.
 Validation is shared among the workers; every decision is made from the gathered numbers, so that all take the same one.
 Every random choice is a function of (seed, epoch, worker), so that resuming from a checkpoint repeats nothing and loses
 nothing. Limits: the validation part is small enough to be gathered after every epoch; batch-norm statistics are each
 worker's own during an epoch, averaged at its end.
 
-Keeping freed memory in the process, so that the next training step finds it there.
+Workers exchange through plain `torch.distributed` (gloo or nccl), whoever initialised it: Ray Train, torchrun, a test.
+Alone (world 1) every exchange gives back what it was given.
 
-glibc gives large blocks back to the kernel when they are freed, and the kernel clears every page again when the next
-block is asked for. A training step frees and asks for all its activations, over a gigabyte. Source: mallopt(3). Limits:
-Linux with glibc, elsewhere nothing changes; the process stays as large as it once was.
+Freed memory is kept in the process, so that the next step finds it there: glibc gives large blocks back to the kernel,
+which clears every page again when the next one is asked for, and a step asks for over a gigabyte of activations.
+Source: mallopt(3). Limits: Linux with glibc, elsewhere nothing changes; the process stays as large as it once was.
 """
 
 from __future__ import annotations
@@ -26,16 +27,69 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.evaluation.outcomes import scores, tally
 from pipeline.storage.errors import SerError
 from pipeline.training.batches import Batches, TrainingData, WeightedSampler, shares_of
 from pipeline.training.config import FitConfig, learning_rates
-from pipeline.training.distillation import Teachers
-from pipeline.training.distributed import Workers
-from pipeline.training.losses import ClassificationLoss
+from pipeline.training.losses import ClassificationLoss, Teachers
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process's number among all workers, and how many there are."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def current(cls) -> Workers:
+        """As `torch.distributed` says; alone when it is not initialised."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def share_gradients(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model whose backward pass averages gradients over the workers; batch-norm statistics stay apart."""
+        if self.world == 1:
+            return model
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def wait_for_all(self) -> None:
+        """Return when every worker has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all workers of a tensor (of any shape, the same everywhere), in place."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def average_buffers(self, module: nn.Module) -> None:
+        """Give all workers the mean of their floating-point buffers (batch-norm statistics)."""
+        floating = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        if self.world == 1 or not floating:
+            return
+        mean = self.sum(torch.cat([buffer.flatten() for buffer in floating])) / self.world
+        for buffer, part in zip(floating, mean.split([b.numel() for b in floating]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def gather_rows(self, rows: Tensor, total: int, device: torch.device) -> Tensor:
+        """Interleave the workers' rows: row i of the (total, C) result is row i // world of worker i % world."""
+        if self.world == 1:
+            return rows
+        longest = -(-total // self.world)
+        padded = functional.pad(rows, (0, 0, 0, longest - len(rows))).to(device)
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).reshape(-1, rows.shape[1])[:total].to(rows.device)
+
 
 # numbers and limits of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

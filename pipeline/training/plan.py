@@ -28,7 +28,7 @@ from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import PLAN
 from pipeline.training.config import FitConfig
-from pipeline.training.distillation import DISTILL
+from pipeline.training.losses import DISTILL
 
 PLAN_VERSION = 1
 KIND = "training"  # of plan.json
@@ -45,7 +45,7 @@ class Plan:
     model_name: str
     model_options: Mapping[str, Any]
     fit: FitConfig
-    teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.training.distillation`)
+    teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.training.losses`)
     distill: float = DISTILL  # their share of the loss
     init: Path | None = None  # bundle whose weights the training starts from
     crops: int = 1  # windows a recording that are heard of those reported on

@@ -33,9 +33,8 @@ from pipeline.storage import journal
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import PLAN, atomic_path, locked, remove_temporaries, write_plan
 from pipeline.training.batches import TrainingData, from_arrays
-from pipeline.training.distillation import load_teachers
-from pipeline.training.distributed import Workers
-from pipeline.training.loop import BatchCallback, EpochCallback, FitResult, Record, Run, batches_of, fit
+from pipeline.training.loop import BatchCallback, EpochCallback, FitResult, Record, Run, Workers, batches_of, fit
+from pipeline.training.losses import load_teachers
 from pipeline.training.plan import KIND, Plan, read_plan, start_from
 
 if TYPE_CHECKING:

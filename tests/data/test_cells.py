@@ -14,8 +14,8 @@ import pytest
 
 from jobs import score
 from pipeline.audio.load import AudioError, probe
-from pipeline.data.cells import read_cells
 from pipeline.data.manifest import ManifestError, read_manifest, resolve_path
+from pipeline.data.tables import read_cells
 from pipeline.models.bundle import Bundle
 from pipeline.storage.files import is_address
 

@@ -28,7 +28,7 @@ from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
 from pipeline.features.features import FeatureConfig
 from pipeline.features.store import NOTES, ShardError, known_hashes, load_features
 from pipeline.storage.errors import SerError
-from pipeline.storage.remote import stamps_of
+from pipeline.storage.files import stamps_of
 
 CONFIG = FeatureConfig()
 NO_POWER, ONE_EACH = ShardOptions(mel_power_s=0), ShardOptions(mel_power_s=0, block_rows=1)

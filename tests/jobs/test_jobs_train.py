@@ -30,7 +30,7 @@ from pipeline.features.extract import ShardOptions, ShardSummary
 from pipeline.features.store import load_features
 from pipeline.models.bundle import load_bundle
 from pipeline.storage.errors import SerError
-from pipeline.storage.remote import stamps_of
+from pipeline.storage.files import stamps_of
 from pipeline.training.run import read_history
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,6 +29,7 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 from serving import form, wav
 
 from jobs import infer
+from pipeline.cluster.ray_internals import SERVE_REPLICA
 from pipeline.features.store import load_features
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle, save_bundle
@@ -193,7 +194,7 @@ def test_up_to_the_limit_bodies_pass(http: httpx.Client) -> None:
 
 def test_ports_of_workers_are_not_open_everywhere_and_need_ray_s_token(url: str) -> None:
     request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps({}))
-    replicas = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::ServeReplica:ser:")]
+    replicas = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(f"{SERVE_REPLICA}ser:")]
     assert len(replicas) >= 2
     for replica in replicas:
         answers = {}
@@ -262,7 +263,7 @@ def _code(client: Client, data: bytes) -> str:
 
 
 def _workers() -> list[int]:
-    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith("ray::ServeReplica:ser:Model")]
+    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(f"{SERVE_REPLICA}ser:Model")]
 
 
 def test_every_metric_of_ours_is_exported_with_its_help(http: httpx.Client) -> None:

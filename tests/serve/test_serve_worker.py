@@ -14,7 +14,6 @@ import soundfile
 from conftest import speech_like
 from serving import run, wav
 
-from pipeline.audio import isolated
 from pipeline.audio.windows import SlidingWindow
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
@@ -93,16 +92,16 @@ def test_explanations_are_of_the_label_that_was_predicted(predictor: Predictor) 
     assert run(Worker(predictor).explain(b"words", PredictRequest())).prediction.status == "not_audio"
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Predictor, apart: bool) -> None:
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Predictor, isolated: bool) -> None:
     samples = speech_like(duration_s=10.0)
     samples[16_000] = np.nan
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, 16_000, format="WAV", subtype="FLOAT")
     data = buffer.getvalue()
     (expected,) = predictor.predict([data])
-    heard = run(Worker(predictor).predict(data, PredictRequest(picture=True), apart=apart))
-    explained = run(Worker(predictor).explain(data, PredictRequest(), apart=apart))
+    heard = run(Worker(predictor).predict(data, PredictRequest(picture=True), isolated=isolated))
+    explained = run(Worker(predictor).explain(data, PredictRequest(), isolated=isolated))
     assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
     for picture in (heard.picture, explained.picture):
         assert picture is not None
@@ -121,24 +120,24 @@ def test_what_cannot_be_drawn_is_a_status(predictor: Predictor, monkeypatch: pyt
 
 
 def test_a_recording_under_suspicion_is_decoded_apart(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    apart = []
+    sources = []
 
     def crash(source: bytes, **options: object) -> None:
-        apart.append(source)
+        sources.append(source)
         raise DecoderCrashed("recording: its decoder ended the process with SIGSEGV.")
 
-    monkeypatch.setattr(isolated, "decode_in_subprocess", crash)
+    monkeypatch.setattr("pipeline.audio.isolated.decode_in_subprocess", crash)
     worker = Worker(predictor)
-    assert run(worker.predict(b"evil", PredictRequest(), apart=True)).prediction.status == "decoder_crashed"
-    assert run(worker.predict(b"evil", PredictRequest(window_s=1.0), apart=True)).prediction.status == "decoder_crashed"
-    assert run(worker.explain(b"evil", PredictRequest(), apart=True)).prediction.status == "decoder_crashed"
-    assert len(apart) == 3
+    for request in (PredictRequest(), PredictRequest(window_s=1.0)):
+        assert run(worker.predict(b"evil", request, isolated=True)).prediction.status == "decoder_crashed"
+    assert run(worker.explain(b"evil", PredictRequest(), isolated=True)).prediction.status == "decoder_crashed"
+    assert len(sources) == 3
 
 
 def test_apart_gives_the_same(predictor: Predictor) -> None:
     data = wav(3.0)
     here = run(Worker(predictor).predict(data, PredictRequest(picture=True)))
-    there = run(Worker(predictor).predict(data, PredictRequest(picture=True), apart=True))
+    there = run(Worker(predictor).predict(data, PredictRequest(picture=True), isolated=True))
     np.testing.assert_allclose(there.prediction.probabilities, here.prediction.probabilities, atol=1e-6)
     assert here.picture is not None
     assert there.picture is not None

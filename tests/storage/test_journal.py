@@ -225,7 +225,7 @@ def test_attempts_that_die_again_and_again_suspect_all_and_are_given_up(
     for _ in range(6):
         notes = CrashLog(tmp_path, 7, "run")
         notes.check()
-        suspected.append((notes.apart(3), notes.apart(4)))
+        suspected.append((notes.isolated(3), notes.isolated(4)))
         notes.begin(3)
     assert suspected == [(False, False), *[(True, False)] * 3, *[(True, True)] * 2]
     with pytest.raises(SerError, match="block 7 took its process down 6 times"):

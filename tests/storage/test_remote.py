@@ -24,9 +24,9 @@ from pipeline.models.bundle import Bundle
 from pipeline.reporting import report
 from pipeline.scoring import scoring
 from pipeline.scoring.predictions import read_predictions
-from pipeline.storage import remote
+from pipeline.storage import files as remote
 from pipeline.storage.errors import NotAFile, NotFound, SerError, TooLarge, Unreadable
-from pipeline.storage.remote import fetch, is_remote, scan_remote, stamp_of
+from pipeline.storage.files import fetch, is_remote, scan_remote, stamp_of
 
 WriteAudio = Callable[..., Path]
 
@@ -135,8 +135,8 @@ def test_an_object_is_a_recording_like_any_other(tiny_bundle: Bundle, store: Pat
     local, there, gone = predictor.predict([path, uri, "s3://calls/gone.wav"])
     np.testing.assert_array_equal(there.probabilities, local.probabilities)
     assert gone.status == "not_found"
-    apart = predictor.classify([predictor.listen(uri, apart=True)])[0]
-    np.testing.assert_array_equal(apart.probabilities, local.probabilities)
+    isolated = predictor.classify([predictor.listen(uri, isolated=True)])[0]
+    np.testing.assert_array_equal(isolated.probabilities, local.probabilities)
 
 
 def test_a_bucket_is_scored(

@@ -19,7 +19,7 @@ from pipeline.models.bundle import Bundle
 from pipeline.scoring import scoring
 from pipeline.scoring.predictions import read_predictions
 from pipeline.storage.errors import NotFound, SerError
-from pipeline.storage.remote import fetch, scan_remote, stamp_of
+from pipeline.storage.files import fetch, scan_remote, stamp_of
 
 WriteAudio = Callable[..., Path]
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from pipeline.cluster.ray_internals import WORKER
 from tests.support.processes import ROOT, command_of, descendants
 
 HIDDEN = ("pipeline", "jobs", "serve", "models", "benchmarks", "lab", "tests")
@@ -271,7 +272,7 @@ class Hosts:
     def working(self, host: Host, *titles: str) -> list[int]:
         """Workers of a host whose title, as Ray writes it, holds one of the words: what they do right now."""
         found = [(pid, command_of(pid)) for pid in self.processes(host)]
-        return [pid for pid, title in found if title.startswith("ray::") and any(word in title for word in titles)]
+        return [pid for pid, title in found if title.startswith(WORKER) and any(word in title for word in titles)]
 
     def kill(self, host: Host) -> int:
         """Kill every process of the host at once, as a power cut would; returns how many there were."""

@@ -27,10 +27,9 @@ from pipeline.features.extract import ShardSummary
 from pipeline.features.store import load_features
 from pipeline.models.bundle import load_bundle, save_bundle
 from pipeline.models.networks import build_model
-from pipeline.reporting.protocol_report import gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked
-from pipeline.training.cross_validation import FoldConcurrency
+from pipeline.training.cross_validation import FoldConcurrency, gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.training.plan import read_plan
 
 FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]

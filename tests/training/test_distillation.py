@@ -18,8 +18,8 @@ from pipeline.models.bundle import load_bundle, save_bundle
 from pipeline.models.networks import build_model
 from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
-from pipeline.training.distillation import Teachers, load_teachers, refuse_leaks, without_batch_norms
 from pipeline.training.loop import Run, fit
+from pipeline.training.losses import Teachers, load_teachers, refuse_leaks, without_batch_norms
 from pipeline.training.plan import Plan
 
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]

@@ -18,8 +18,7 @@ from toy_data import toy_data, toy_model
 from pipeline.storage.errors import SerError
 from pipeline.training.batches import Batches
 from pipeline.training.config import FitConfig
-from pipeline.training.distributed import Workers
-from pipeline.training.loop import Run, fit
+from pipeline.training.loop import Run, Workers, fit
 
 WORLD = 2
 # 40, 8 and 12 clips of the three classes: far from balanced

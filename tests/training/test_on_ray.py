@@ -14,6 +14,7 @@ import pytest
 import torch
 from toy_data import LABELS, write_features
 
+from pipeline.cluster.ray_internals import TRAIN_WORKER
 from pipeline.data.splits import split_table
 from pipeline.features.store import load_features
 from pipeline.storage.errors import SerError
@@ -22,6 +23,7 @@ from pipeline.training.config import FitConfig
 from pipeline.training.on_ray import _Beat, _user_error, _Watch, train_on_ray
 from pipeline.training.plan import Plan
 from pipeline.training.run import begin, load_checkpoint, read_history, train_here, write_history
+from tests.support.processes import command_of, descendants
 
 CONFIG = FitConfig(epochs=2, batch_size=16, lr=1e-3, ema=0.9, augment=("crop", "mixup"), threads=1)
 
@@ -122,16 +124,7 @@ def test_ctrl_c_stops_the_workers_and_keeps_the_checkpoint(features: Path, tmp_p
 
 def ray_workers() -> list[int]:
     """Training workers below this process."""
-    parents, workers = {}, []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if (entry / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                    workers.append(int(entry.name))
-            except OSError:
-                continue
-    return [pid for pid in workers if parents.get(parents[pid]) == os.getpid()]  # driver, raylet, worker
+    return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(TRAIN_WORKER)]
 
 
 def test_a_users_mistake_is_found_in_rays_wrapping() -> None:

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.cells import read_cells
 from pipeline.data.corpora.record import Corpus
-from pipeline.data.tables import ManifestError
+from pipeline.data.tables import ManifestError, read_cells
 
 AUDIOFOLDER = Corpus(
     name="audiofolder",

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-from pipeline.data.cells import read_cells
 from pipeline.data.corpora.record import Corpus, Told, code_pattern
 from pipeline.data.labels import canonical_name, normalise_name
-from pipeline.data.tables import ManifestError
+from pipeline.data.tables import ManifestError, read_cells
 
 _NAME = code_pattern(
     r"(?P<code>(?P<speaker>1\d{3})_(?P<sentence>[A-Z]{3})_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_(?P<level>LO|MD|HI|XX?))"

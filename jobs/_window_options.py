@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.inference.predictor import Channels
 
 
-def add_hearing(parser: argparse.ArgumentParser) -> None:
+def add_window_options(parser: argparse.ArgumentParser) -> None:
     """Add them, as a group."""
     group = parser.add_argument_group("what is heard, and how it is called")
     group.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
@@ -34,7 +34,7 @@ def add_hearing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def hearing(arguments: argparse.Namespace) -> ScoreOptions:
+def window_options(arguments: argparse.Namespace) -> ScoreOptions:
     """What the options say.
 
     Raises:
