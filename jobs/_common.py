@@ -166,21 +166,21 @@ def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
 
 
 def add_engine(parser: argparse._ActionsContainer) -> None:
-    """``--engine`` and ``--num_cpus``: where recordings are scored."""
+    """``--engine`` and ``--num_cpus``: where the work is done."""
     parser.add_argument(
         "--engine",
         choices=("auto", "local", "ray"),
         default="auto",
-        help="ray: Ray Data, here or on the cluster of RAY_ADDRESS; local: processes of this machine; auto (default): "
+        help="ray: Ray, here or on the cluster of RAY_ADDRESS; local: processes of this machine; auto (default): "
         "local where the work is too small to repay Ray's start",
     )
     parser.add_argument("--num_cpus", type=int, help="CPUs to use (default: all)")
 
 
-def tell_engine(arguments: argparse.Namespace, engine: str, recordings: int) -> None:
-    """Say so when ``auto`` chose the local engine."""
+def tell_engine(arguments: argparse.Namespace, engine: str, work: str, other: str = "Ray Data") -> None:
+    """Say so when ``auto`` chose the local engine for ``work``."""
     if engine == "local" and arguments.engine == "auto" and arguments.num_cpus != 0:
-        say(f"{recordings:,} recordings: in processes of this machine; --engine ray for Ray Data")
+        say(f"{work}: in processes of this machine; --engine ray for {other}")
 
 
 def dated(below: str) -> str:

@@ -1,4 +1,4 @@
-"""A recipe trained and tested on folds of the recordings, one model each; several ways to fold are compared. On Ray."""
+"""A recipe trained and tested on folds of the recordings, one model each; several ways to fold are compared."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from jobs._common import (
     EXIT_TARGET_MISSED,
     LabelMap,
     Parser,
+    add_engine,
     add_label_names,
     add_out,
     called,
     run,
     say,
+    tell_engine,
     true_or_false,
     underscored,
 )
@@ -43,8 +45,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.data.splits import Fold
+    from pipeline.training.config import FitConfig
     from pipeline.training.cross_validation import FoldConcurrency
 
+_CLIP_S = 0.03  # CPU seconds a clip takes in training, roughly
 _NAMES = ("holdout", "kfold", "speaker_kfold", "loso", "loco")  # folds.PROTOCOLS; its import takes a second
 
 
@@ -76,7 +80,7 @@ def _add_data_options(parser: Parser) -> None:
     group.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
     group.add_argument("--crops", type=int, default=1, help="windows a tested recording, evenly spaced (default 1)")
-    group.add_argument("--num_cpus", type=int, help="CPUs of the Ray started here (default: all)")
+    add_engine(group)
 
 
 def _add_fold_options(parser: Parser) -> None:
@@ -269,6 +273,7 @@ def _run(
 
     fits = {fold.name: fit_config(arguments, labels, fold.splits["train"], threads=side.cpus) for fold in folds}
     seeds = arguments.join_seeds or [plan.fit.seed]
+    engine = _engine(plan.fit, folds, len(seeds), side, arguments)
     tables = []
     for seed in seeds:
         if len(seeds) > 1:
@@ -281,6 +286,7 @@ def _run(
                 fits={name: replace(fit, seed=seed) for name, fit in fits.items()},
                 keep_weights=arguments.keep_weights,
                 max_failures=arguments.max_failures,
+                engine=engine,
                 on_epoch=show,
             )
         )
@@ -295,6 +301,20 @@ def _run(
     return protocol_row(protocol, folds, answers, labels.names, evaluation), evaluation["verdict"]
 
 
+def _engine(fit: FitConfig, folds: list[Fold], seeds: int, side: FoldConcurrency, arguments: argparse.Namespace) -> str:
+    """The engine that trains; says so when ``auto`` chose the local one."""
+    from pipeline.cluster.engine import choose_engine
+
+    if side.gpus:
+        if arguments.engine == "local":
+            raise SerError("--engine local trains on CPUs; give --use_gpu False too, or --engine ray")
+        return "ray"
+    clips = seeds * fit.epochs * sum(fit.draws or len(fold.splits["train"]) for fold in folds)
+    engine = choose_engine(arguments.engine, clips * _CLIP_S, arguments.num_cpus)
+    tell_engine(arguments, engine, f"{seeds * len(folds)} trainings", "Ray")
+    return engine
+
+
 def _side_by_side(folds: int, arguments: argparse.Namespace) -> FoldConcurrency:
     import torch
 
@@ -303,9 +323,7 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> FoldConcurrency:
     gpus = torch.cuda.device_count() if arguments.use_gpu is not False else 0
     if arguments.use_gpu and not gpus:
         raise SerError("--use_gpu True, but PyTorch sees no GPU here; leave it out to train on CPUs")
-    cpus = usable_cpus() if arguments.num_cpus is None else arguments.num_cpus
-    if cpus < 1:
-        raise SerError(f"--num_cpus {cpus}: folds are trained on Ray; give 1 or more, or leave it out for all CPUs")
+    cpus = arguments.num_cpus or usable_cpus()
     return FoldConcurrency.of(folds, arguments.folds_at_once, cpus, gpus)
 
 

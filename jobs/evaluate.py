@@ -201,7 +201,7 @@ def _score(
 
     say(f"scoring {len(manifest):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {out}")
     execution = Execution(engine=arguments.engine, num_cpus=arguments.num_cpus)
-    tell_engine(arguments, execution.chosen(len(manifest), walked=False), len(manifest))
+    tell_engine(arguments, execution.chosen(len(manifest), walked=False), f"{len(manifest):,} recordings")
     result = score_manifest(
         manifest,
         out,

@@ -1,4 +1,4 @@
-"""Recordings -> log-mel Parquet shards, in parallel on Ray Data."""
+"""Recordings -> log-mel Parquet shards, in parallel: on Ray Data, or in processes of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, LabelMap, Parser, Progress, add_label_names, called, run, say
+from jobs._common import (
+    EXIT_DONE,
+    EXIT_SOME_FAILED,
+    LabelMap,
+    Parser,
+    Progress,
+    add_engine,
+    add_label_names,
+    called,
+    run,
+    say,
+    tell_engine,
+)
 from pipeline.data.labels import describe
 from pipeline.features.features import KINDS, FeatureConfig
 from pipeline.storage.errors import SerError
@@ -47,6 +59,7 @@ def build_parser() -> Parser:
         help="also extract pitch-shifted copies, for training with --augment pitch: --pitch_semitones=-1,1",
     )
     parser.add_argument("--block_rows", type=int, default=128, help="recordings a part (default 128)")
+    add_engine(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace other shards in --out")
     parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
     return parser
@@ -141,7 +154,7 @@ def describe_labels(table: pd.DataFrame) -> None:
 
 def job(arguments: argparse.Namespace) -> int:
     """Extract, and say what came of it."""
-    from pipeline.features.extract import ShardOptions, extract_shards
+    from pipeline.features.extract import ShardOptions, extract_shards, extraction_engine
 
     config = FeatureConfig(
         kind=arguments.features_kind,
@@ -158,6 +171,9 @@ def job(arguments: argparse.Namespace) -> int:
     table = read_data(arguments)
     describe_labels(table)
     say(f"extracting {len(table)} recordings -> {arguments.out}")
+    tell_engine(
+        arguments, extraction_engine(arguments.engine, len(table), arguments.num_cpus), f"{len(table):,} recordings"
+    )
     start = time.monotonic()
     summary = extract_shards(
         table,
@@ -165,6 +181,8 @@ def job(arguments: argparse.Namespace) -> int:
         config,
         options=options,
         overwrite=arguments.overwrite,
+        engine=arguments.engine,
+        num_cpus=arguments.num_cpus,
         on_progress=Progress("extract"),
     )
     kept = f" ({summary.reused} parts were there already)" if summary.reused else ""

@@ -139,7 +139,7 @@ def job(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         block_rows=arguments.block_rows,
     )
-    tell_engine(arguments, execution.chosen(len(table), walked=options.steps is not None), len(table))
+    tell_engine(arguments, execution.chosen(len(table), walked=options.steps is not None), f"{len(table):,} recordings")
     result = score_manifest(
         table,
         arguments.out,

@@ -1,15 +1,11 @@
-"""Recordings -> feature shards with Ray Data: one Parquet part a block of rows, written whole or not at all.
+"""Recordings -> feature shards, with Ray Data or in processes of this machine (``pipeline.cluster.engine``).
 
-Each task reads its block of the manifest, computes the features, and writes ``part-NNNNN.parquet`` under a temporary
-name that it renames at the end; only counts travel back. So memory does not grow with the number of recordings, order
-is the manifest's, and a second run of the same extraction does only the parts that are missing. ``manifest.json`` is
-written last: its presence means complete. A recording that cannot be read is a row with ``status`` and ``error``; one
-that takes its decoder's process down is decoded in isolation at the next attempt, and becomes ``decoder_crashed``.
-
-One part of an extraction: a block of the manifest decoded, its features computed, written whole or not at all.
-
-What a worker of ``pipeline.features.extract`` runs. A recording is decoded once, for its features and its content hash.
-One that cannot be read is a row with ``status`` and ``error``.
+Each task reads its block of the manifest, decodes every recording once (features and content hash), and writes
+``part-NNNNN.parquet`` under a temporary name that it renames at the end; only counts travel back. So memory does not
+grow with the number of recordings, order is the manifest's, and a second run of the same extraction does only the parts
+that are missing. ``manifest.json`` is written last: its presence means complete. A recording that cannot be read is a
+row with ``status`` and ``error``; one that takes its decoder's process down is decoded in a process of its own at the
+next attempt, and becomes ``decoder_crashed``.
 """
 
 from __future__ import annotations
@@ -32,6 +28,7 @@ import pyarrow.parquet as pq
 
 from pipeline.audio.isolated import decode_in_subprocess
 from pipeline.audio.load import AudioError, Clip, Reading, load_once
+from pipeline.cluster.engine import choose_engine, in_processes
 from pipeline.data.segments import HASH_COLUMN, bounds, source_at
 from pipeline.features.features import FeatureConfig, extract, mel_power
 from pipeline.features.store import (
@@ -48,6 +45,7 @@ from pipeline.features.store import (
     whole_parts,
 )
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import CrashLog, atomic_path, remove_temporaries, write_json
 
 __all__ = ["BlockWriter", "ShardOptions", "ShardSummary", "extract_shards"]
@@ -62,6 +60,7 @@ OUR_COLUMNS = {
     "n_frames": pa.int64(),
     "content_hash": pa.string(),
 }
+_RECORDING_S = 0.03  # CPU seconds a recording takes: decoded, hashed, features, mel power, written
 _decode_isolated = partial(decode_in_subprocess, decode=load_once, timeout_s=300.0)  # all of a recording, for its hash
 
 
@@ -233,12 +232,15 @@ def extract_shards(
     *,
     options: ShardOptions | None = None,
     overwrite: bool = False,
+    engine: str = "auto",
+    num_cpus: int | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> ShardSummary:
     """Extract the features of every recording of ``manifest`` into ``out``; a finished or begun run is continued.
 
     Args:
         manifest: as ``pipeline.data.manifest`` makes it; its columns are kept.
+        engine, num_cpus: where, see ``choose_engine``; the shards are the same.
         on_progress: called with (rows done, rows in all, failed so far).
 
     Raises:
@@ -254,7 +256,7 @@ def extract_shards(
         )
     table = _renamed(manifest.reset_index(drop=True), config)
     with lock(out):
-        return _extract(table, out, config, options, overwrite, on_progress)
+        return _extract(table, out, config, options, overwrite, engine, num_cpus, on_progress)
 
 
 def _extract(
@@ -263,6 +265,8 @@ def _extract(
     config: FeatureConfig,
     options: ShardOptions,
     overwrite: bool,
+    engine: str,
+    num_cpus: int | None,
     on_progress: ProgressCallback | None,
 ) -> ShardSummary:
     """``extract_shards``, in a folder that is held."""
@@ -284,7 +288,9 @@ def _extract(
         begin_notes(out, run)
         schema = pa.Schema.from_pandas(table, preserve_index=False)
         block = BlockWriter(out.absolute(), schema, config, options, run)
-        for recordings, written, bad in _run_blocks(blocks, todo, block):
+        chosen = extraction_engine(engine, sum(len(blocks[i]) for i in todo), num_cpus)
+        run_blocks = _in_processes if chosen == "local" else _on_ray
+        for recordings, written, bad in run_blocks(blocks, todo, block, num_cpus):
             finished, rows, failed = finished + recordings, rows + written, failed + bad
             if on_progress:
                 on_progress(finished, len(table), failed)
@@ -324,7 +330,26 @@ def _fingerprint(table: pd.DataFrame, config: FeatureConfig, options: ShardOptio
     return digest.hexdigest()[:16]
 
 
-def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter) -> Iterator[tuple[int, int, int]]:
+def extraction_engine(engine: str, recordings: int, num_cpus: int | None = None) -> str:
+    """The engine that extracts so many recordings, see ``choose_engine``."""
+    return choose_engine(engine, recordings * _RECORDING_S, num_cpus)
+
+
+def _in_processes(
+    blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter, num_cpus: int | None
+) -> Iterator[tuple[int, int, int]]:
+    """``_on_ray``, in processes of this machine."""
+    batches = [blocks[i].assign(_block=i, _row=blocks[i].index) for i in todo]
+    yield from in_processes(batches, partial(_counted, write=write), min(len(batches), num_cpus or usable_cpus()))
+
+
+def _counted(batch: pd.DataFrame, write: BlockWriter) -> tuple[int, int, int]:
+    return len(batch), *write(batch)
+
+
+def _on_ray(
+    blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter, num_cpus: int | None
+) -> Iterator[tuple[int, int, int]]:
     """Run the blocks ``todo`` on Ray Data; yields (recordings, rows, failed rows) for each as it is done.
 
     A block travels as one item: for a list of tables Ray Data would first run a task for each, to describe it.
@@ -334,7 +359,7 @@ def _run_blocks(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter)
     from pipeline.cluster.nodes import check_nodes
     from pipeline.cluster.runtime import data_context, start_ray, task_pool
 
-    start_ray()
+    start_ray(num_cpus or None)
     check_nodes(write.out / NOTES, some_of=[path for i in todo for path in blocks[i]["speech"]])
     data_context()
     items = [{"block": i, "first": int(blocks[i].index[0]), "rows": _packed(blocks[i], write.schema)} for i in todo]

@@ -7,19 +7,12 @@ attempt decodes that one in a process of its own.
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
-import signal
-import traceback
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 
@@ -32,7 +25,7 @@ from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import to_table
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import RETRIES, CrashLog
+from pipeline.storage.journal import CrashLog
 
 REFUSAL = "refusal"
 
@@ -133,85 +126,6 @@ class Classifier:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """See ``classify_block`` and ``or_refusal``."""
         return or_refusal(rows, classify_block, self._task)
-
-
-def in_processes(blocks: Sequence[pa.Table], task: Task, processes: int) -> Iterator[pa.Table]:
-    """``score_block`` of each in one of ``processes`` child processes, in any order; one that dies is replaced.
-
-    Raises:
-        SerError: a block that processes died at again and again, or an error of a process itself.
-    """
-    pending, deaths = deque(blocks), Counter[int]()
-    children: dict[Connection, tuple[BaseProcess, pa.Table]] = {}
-    try:
-        while pending or children:
-            while pending and len(children) < processes:
-                _give(*_child(task), pending.popleft(), children)
-            for ready in wait(list(children)):
-                connection = cast("Connection", ready)
-                process, block = children.pop(connection)
-                try:
-                    answer = connection.recv()
-                except (EOFError, ConnectionError) as error:
-                    _end(process, connection)
-                    number = block["block"][0].as_py()
-                    deaths[number] += 1
-                    if deaths[number] > RETRIES:
-                        raise SerError(
-                            f"the scoring process died {deaths[number]} times at one block; is memory short?"
-                        ) from error
-                    pending.appendleft(block)
-                    continue
-                if pending:
-                    _give(process, connection, pending.popleft(), children)
-                else:
-                    _end(process, connection)
-                if isinstance(answer, Exception):
-                    raise answer
-                yield answer
-    finally:
-        for connection, (process, _) in children.items():
-            _end(process, connection)
-
-
-def _give(
-    process: BaseProcess,
-    connection: Connection,
-    block: pa.Table,
-    children: dict[Connection, tuple[BaseProcess, pa.Table]],
-) -> None:
-    with suppress(ConnectionError):  # it has died: told where its answer is awaited
-        connection.send(block)
-    children[connection] = process, block
-
-
-def _child(task: Task) -> tuple[BaseProcess, Connection]:
-    """A process that answers blocks; it ends soon after this process if that is killed."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer_blocks, args=(theirs, task), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
-
-
-def _end(process: BaseProcess, connection: Connection) -> None:
-    process.kill()
-    process.join()
-    connection.close()
-
-
-def _answer_blocks(connection: Connection, task: Task) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    with suppress(EOFError, ConnectionError):  # the parent has gone
-        while True:
-            rows = connection.recv()
-            try:
-                answer: object = score_block(rows, task)
-            except Exception as error:
-                error.add_note(traceback.format_exc())
-                answer = error
-            connection.send(answer)
 
 
 @lru_cache(maxsize=1)

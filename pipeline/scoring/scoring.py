@@ -26,8 +26,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cluster.engine import choose_engine, in_processes
 from pipeline.cluster.nodes import check_nodes, cpus_here
-from pipeline.cluster.runtime import in_submitted_job, joins_cluster
+from pipeline.cluster.runtime import joins_cluster
 from pipeline.data.segments import bounds
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
@@ -35,7 +36,6 @@ from pipeline.scoring.blocks import (
     REFUSAL,
     Classifier,
     Task,
-    in_processes,
     listen_block,
     make_block,
     or_refusal,
@@ -49,9 +49,6 @@ from pipeline.storage.files import usable_cpus
 
 __all__ = ["Execution", "ScoreOptions", "ScoreRun", "score_manifest"]
 
-ENGINES = ("auto", "local", "ray")
-_RAY_START_S = 35.0  # until the first block of a local Ray is done, two CPUs (benchmarks/bench_score.py)
-_RAY_PAYS_AT = 5.0  # times its start: estimated work from which on Ray is started
 _RECORDING_S, _WALKED_S = 0.0125, 0.5  # CPU seconds a recording, of 2 s, and of all of it in windows
 _BLOCK_ROWS, _BLOCK_ROWS_WALKED = 256, 8
 _BLOCKS_A_CPU = 8  # smaller runs get smaller blocks, so that every CPU has some
@@ -82,8 +79,7 @@ class Execution:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SerError(f"{name} must be {least} or more, got {value}")
-        if self.engine not in ENGINES:
-            raise SerError(f"unknown engine {self.engine!r}; choose one of {', '.join(ENGINES)}")
+        choose_engine(self.engine, 0.0)
         if self.num_gpus and self.is_local():
             raise SerError("the local engine uses no GPU; leave --num_gpus out, or give --engine ray")
 
@@ -95,10 +91,9 @@ class Execution:
         """The engine for so many recordings: "local" or "ray"."""
         if self.is_local():
             return "local"
-        if self.engine == "ray" or self.num_gpus or joins_cluster() or in_submitted_job():
+        if self.num_gpus:
             return "ray"
-        work_s = recordings * (_WALKED_S if walked else _RECORDING_S) / (self.num_cpus or usable_cpus())
-        return "local" if work_s <= _RAY_PAYS_AT * _RAY_START_S else "ray"
+        return choose_engine(self.engine, recordings * (_WALKED_S if walked else _RECORDING_S), self.num_cpus)
 
 
 @dataclass(frozen=True)
@@ -259,7 +254,9 @@ def _score_blocks(todo: Mapping[int, pd.DataFrame], task: Task, execution: Execu
     blocks = [make_block(number, list(rows["speech"]), bounds(rows)) for number, rows in todo.items()]
     recordings = sum(map(len, blocks))
     if execution.chosen(recordings, walked=task.options.steps is not None) == "local":
-        results = in_processes(blocks, task, min(len(blocks), execution.num_cpus or usable_cpus()))
+        results = in_processes(
+            blocks, partial(score_block, task=task), min(len(blocks), execution.num_cpus or usable_cpus())
+        )
     else:
         results = _on_ray(blocks, task, execution)
     pieces: dict[int, list[pa.Table]] = {}  # Ray Data cuts very large results

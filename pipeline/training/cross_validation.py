@@ -1,4 +1,4 @@
-"""A protocol run: one model a fold, trained on Ray side by side, and the answers of all folds in one table.
+"""A protocol run: one model a fold, trained side by side on Ray or in processes of this machine; one table of answers.
 
 Each fold is a run folder (``pipeline.training.run``) below ``OUT/PROTOCOL``: a worker that dies goes on from its last
 epoch, and the same command again trains only what is missing. A finished fold keeps its plan, splits, history and
@@ -17,12 +17,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pipeline.cluster.engine import in_processes
 from pipeline.data.splits import HASH_COLUMN, UNSEEN_SPEAKERS, Fold, sharing
 from pipeline.data.tables import write_csv
 from pipeline.evaluation.outcomes import scores, tally
@@ -73,6 +75,7 @@ def train_folds(
     fits: Mapping[str, FitConfig] | None = None,
     keep_weights: bool = False,
     max_failures: int = 3,
+    engine: str = "ray",
     on_epoch: FoldCallback = lambda _fold, _record: None,
 ) -> pd.DataFrame:
     """Train and test every fold that is not done yet.
@@ -82,7 +85,8 @@ def train_folds(
             of the same protocol with ``keep_weights``.
         fits: settings of single folds, by name, in place of those of ``base``.
         keep_weights: make a bundle of each fold's folder.
-        max_failures: how often a fold whose process died is started again.
+        max_failures: how often a fold whose process died is started again, on Ray.
+        engine: "ray", or "local" for CPUs of this machine.
         on_epoch: called in this process with each new epoch.
 
     Returns:
@@ -101,7 +105,11 @@ def train_folds(
     if keep_weights:
         _refuse_without_weights([plan.out for name, plan in plans.items() if name not in todo])
     if todo:
-        _run(todo, side, keep_weights, max_failures, on_epoch)
+        watch = _Watch(todo, on_epoch)
+        if engine == "local":
+            _in_processes(todo, side, keep_weights, watch)
+        else:
+            _on_ray(todo, side, keep_weights, max_failures, watch)
     tables = [pd.read_parquet(plan.out / PREDICTIONS).assign(fold=name) for name, plan in plans.items()]
     return pd.concat(tables, ignore_index=True)
 
@@ -148,8 +156,34 @@ def _same_recordings(begun: pd.DataFrame, found: pd.DataFrame) -> bool:
     return before.keys() == now.keys() and all(now[row] in (known, "") for row, known in before.items() if known)
 
 
-def _run(
-    todo: dict[str, Plan], side: FoldConcurrency, keep_weights: bool, max_failures: int, on_epoch: FoldCallback
+class _Watch:
+    """Tells of each new epoch of the folds."""
+
+    def __init__(self, plans: Mapping[str, Plan], on_epoch: FoldCallback) -> None:
+        self._outs = {name: plan.out for name, plan in plans.items()}
+        self._on_epoch = on_epoch
+        self._seen = {name: len(read_history(out)) for name, out in self._outs.items()}
+
+    def __call__(self) -> None:
+        for name, out in self._outs.items():
+            records = read_history(out)[self._seen[name] :]
+            self._seen[name] += len(records)
+            for record in records:
+                self._on_epoch(name, record)
+
+
+def _in_processes(todo: Mapping[str, Plan], side: FoldConcurrency, keep_weights: bool, watch: _Watch) -> None:
+    work = partial(_train_plan, device="cpu", keep_weights=keep_weights)
+    for _ in in_processes(list(todo.values()), work, side.folds, look_s=_LOOK_S, look=watch):
+        watch()
+
+
+def _train_plan(plan: Plan, device: str, keep_weights: bool) -> None:
+    _train_fold(plan.to_dict(), str(plan.out.absolute()), device, keep_weights)
+
+
+def _on_ray(
+    todo: Mapping[str, Plan], side: FoldConcurrency, keep_weights: bool, max_failures: int, watch: _Watch
 ) -> None:
     import ray
 
@@ -161,21 +195,12 @@ def _run(
     check_nodes(first.out, [*(folder / MANIFEST for folder in first.features), *first.teachers])
     task = ray.remote(_train_fold).options(num_cpus=side.cpus, num_gpus=side.gpus, max_retries=max_failures)
     device = "cuda" if side.gpus else "cpu"
-    seen = {name: len(read_history(plan.out)) for name, plan in todo.items()}
-    running = {
-        task.remote(plan.to_dict(), str(plan.out.absolute()), device, keep_weights): name for name, plan in todo.items()
-    }
+    running = [task.remote(plan.to_dict(), str(plan.out.absolute()), device, keep_weights) for plan in todo.values()]
     try:
         while running:
-            done, _ = ray.wait(list(running), timeout=_LOOK_S)
-            for name in list(running.values()):
-                records = read_history(todo[name].out)[seen[name] :]
-                seen[name] += len(records)
-                for record in records:
-                    on_epoch(name, record)
-            for reference in done:
-                ray.get(reference)
-                running.pop(reference)
+            done, running = ray.wait(running, timeout=_LOOK_S)
+            watch()
+            ray.get(done)
     except SerError as error:  # Ray's copy carries the worker's traceback in its text
         raise SerError(str(getattr(error, "cause", error))) from error
     finally:

@@ -21,7 +21,6 @@ from pipeline.features.extract import BlockWriter, ShardOptions
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.scoring import scoring
-from pipeline.scoring.blocks import score_block
 from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import read_predictions
 from pipeline.scoring.scoring import Execution, score_manifest
@@ -76,7 +75,7 @@ def test_a_segment_is_read_as_the_file_cut_out_there(long: Path, cut: list[Path]
 def test_scores_are_those_of_the_files_cut_out(
     tiny_bundle: Bundle, long: Path, cut: list[Path], tmp_path: Path, monkeypatch: Any, window_s: float | None
 ) -> None:
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
 
     def scored(manifest: pd.DataFrame, name: str) -> pd.DataFrame:
         options = ScoreOptions(window_s=window_s)

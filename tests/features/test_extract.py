@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import soundfile as sf
 
 from pipeline.audio.load import Reading, load_middle, load_once
@@ -24,7 +26,7 @@ from pipeline.features.store import NOTES, ShardError, load_features
 from pipeline.storage.errors import DecoderCrashed
 
 CONFIG = FeatureConfig()
-pytestmark = pytest.mark.usefixtures("ray_session")
+RAY = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture
@@ -79,6 +81,16 @@ def test_rows_out_equal_rows_in_with_reasons(manifest: pd.DataFrame, tmp_path: P
     assert not failed["speech"].str.contains("good").any()
     assert (failed["error"].str.len() > 0).all()
     assert seen[-1] == (19, 19, 10)
+
+
+@RAY
+def test_both_engines_write_the_same_shards(manifest: pd.DataFrame, tmp_path: Path) -> None:
+    for engine in ("local", "ray"):
+        extract_shards(manifest, tmp_path / engine, CONFIG, options=ShardOptions(block_rows=4), engine=engine)
+    for part in sorted((tmp_path / "ray").glob("part-*.parquet")):
+        assert pq.read_table(part).equals(pq.read_table(tmp_path / "local" / part.name))
+    plans = [json.loads((tmp_path / engine / "manifest.json").read_text()) for engine in ("local", "ray")]
+    assert plans[0] == plans[1]
 
 
 def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, tmp_path: Path) -> None:
@@ -182,29 +194,33 @@ def test_nothing_readable(tmp_path: Path) -> None:
     assert store.read_shard_manifest(tmp_path / "out")["rows"] == 1
 
 
-def test_a_decoder_that_kills_its_process_costs_one_row(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    good = manifest[manifest["speech"].str.contains("good")].reset_index(drop=True)
-    victim = good["speech"][4]
+class Crashing(BlockWriter):
+    """Its decoder aborts the process at one recording, as C libraries do; in a process of its own, it says so."""
 
-    class Crashing(BlockWriter):
-        """Its decoder aborts the process at one recording, as C libraries do; decoded in isolation, it says so."""
+    def _rows(self, number: int, place: Sequence[Any], read: Callable[..., Reading]) -> list[dict[str, Any]]:
+        if not place[0].endswith("good4.wav"):
+            return super()._rows(number, place, read)
+        if read is load_once:
+            os.abort()
 
-        def _rows(self, number: int, place: Sequence[Any], read: Callable[..., Reading]) -> list[dict[str, Any]]:
-            if place[0] != victim:
-                return super()._rows(number, place, read)
-            if read is load_once:
-                os.abort()
+        def crash(*_: object, **__: object) -> Reading:
+            raise DecoderCrashed("its decoder ended the process")
 
-            def crash(*_: object, **__: object) -> Reading:
-                raise DecoderCrashed("its decoder ended the process")
+        return super()._rows(number, place, crash)
 
-            return super()._rows(number, place, crash)
 
+@RAY
+@pytest.mark.parametrize("run", [shards._on_ray, shards._in_processes])
+def test_a_decoder_that_kills_its_process_costs_one_row(
+    run: Callable[..., Any], manifest: pd.DataFrame, tmp_path: Path
+) -> None:
+    good = manifest[manifest["speech"].str.contains("good")].sort_values("speech", ignore_index=True)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test
     out = tmp_path / "out"
     (out / NOTES).mkdir(parents=True)
     write = Crashing(out, pa.Schema.from_pandas(good, preserve_index=False), CONFIG, ShardOptions(mel_power_s=0))
     blocks = [good.iloc[i : i + 3] for i in (0, 3, 6)]
-    assert sorted(shards._run_blocks(blocks, [0, 1, 2], write)) == [(3, 3, 0), (3, 3, 0), (3, 3, 1)]
+    assert sorted(run(blocks, [0, 1, 2], write, None)) == [(3, 3, 0), (3, 3, 0), (3, 3, 1)]
     rows = read_parts(out)
     assert rows["speech"].tolist() == good["speech"].tolist()
     assert rows["status"].tolist() == ["ok"] * 4 + ["decoder_crashed"] + ["ok"] * 4

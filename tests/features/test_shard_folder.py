@@ -32,7 +32,6 @@ from pipeline.storage.files import stamps_of
 
 CONFIG = FeatureConfig()
 NO_POWER, ONE_EACH = ShardOptions(mel_power_s=0), ShardOptions(mel_power_s=0, block_rows=1)
-RUN_BLOCKS = extract._run_blocks
 OURS = ("row_id", "status", "error", "log_mel", "_row", "_block")
 
 
@@ -40,13 +39,15 @@ OURS = ("row_id", "status", "error", "log_mel", "_row", "_block")
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """One block after the other, by the workers' own code."""
 
-    def run(blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter) -> Iterator[tuple[int, int, int]]:
+    def run(
+        blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter, _: int | None
+    ) -> Iterator[tuple[int, int, int]]:
         for i in todo:
             first = int(blocks[i].index[0])
             written, bad = write(blocks[i].assign(_block=i, _row=range(first, first + len(blocks[i]))))
             yield len(blocks[i]), written, bad
 
-    monkeypatch.setattr(extract, "_run_blocks", run)
+    monkeypatch.setattr(extract, "_in_processes", run)
 
 
 @pytest.fixture
@@ -221,13 +222,12 @@ def test_what_a_task_refuses_ends_the_job_in_one_line(
             return iter(self.items)
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=SimpleNamespace(from_items=Dataset)))
-    monkeypatch.setattr(extract, "_run_blocks", RUN_BLOCKS)
     monkeypatch.setattr(nodes, "check_nodes", lambda *_, **__: None)
     for name in ("start_ray", "data_context", "task_pool"):
         monkeypatch.setattr(runtime, name, lambda *_: None)
     with no_file_above(2_000), pytest.raises(ShardError, match=r"^cannot write \S+part-00000.parquet"):
-        extract_shards(recordings, tmp_path / "out", CONFIG, options=ONE_EACH)
-    assert extract_shards(recordings, tmp_path / "out", CONFIG, options=ONE_EACH).rows == 4
+        extract_shards(recordings, tmp_path / "out", CONFIG, options=ONE_EACH, engine="ray")
+    assert extract_shards(recordings, tmp_path / "out", CONFIG, options=ONE_EACH, engine="ray").rows == 4
 
 
 def test_training_runs_and_files_of_others_are_left_alone(recordings: pd.DataFrame, tmp_path: Path) -> None:

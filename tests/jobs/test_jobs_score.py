@@ -21,7 +21,6 @@ from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle
 from pipeline.reporting import figures
 from pipeline.scoring import scoring
-from pipeline.scoring.blocks import score_block
 from pipeline.scoring.predictions import read_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +38,7 @@ def call(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
     """Run the job in this process, blocks and all; (exit code, stdout, stderr)."""
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
 
     def run(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -23,7 +23,6 @@ from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle, save_bundle
 from pipeline.models.networks import build_model
 from pipeline.scoring import scoring
-from pipeline.scoring.blocks import score_block
 from serve.service import PredictRequest
 from serve.worker import Worker
 
@@ -79,7 +78,7 @@ def test_every_command_and_the_service_give_the_network_s_answer(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
     expected = by_hand(bundle, files)
     assert np.ptp(expected, axis=0).max() > 0.01, "the recordings sound alike: this test cannot fail"
     columns = [f"p_{label}" for label in bundle.labels]

@@ -12,7 +12,6 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,7 @@ def manifest(ravdess_like: Path) -> pd.DataFrame:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are scored without the child process, whose start takes seconds."""
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
 
 
 def probabilities(table: pd.DataFrame) -> np.ndarray:
@@ -398,7 +397,7 @@ def test_what_a_task_on_ray_refuses_is_told_as_such(
 ) -> None:
     monkeypatch.setattr("pipeline.scoring.scoring.Task", lambda weights, _sha256, *rest: Task(weights, "0" * 64, *rest))
     with pytest.raises(SerError, match=r"was replaced while its model was scoring; give the same command again$"):
-        score_manifest(manifest, tmp_path / "out", weights=bundle.folder, execution=Execution(num_cpus=2))
+        score_manifest(manifest, tmp_path / "out", weights=bundle.folder, execution=Execution("ray", num_cpus=2))
 
 
 def test_a_refusal_of_either_half_comes_out_at_the_end(bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path) -> None:
@@ -409,16 +408,14 @@ def test_a_refusal_of_either_half_comes_out_at_the_end(bundle: Bundle, manifest:
     assert "was replaced while its model was scoring" in told
 
 
-def test_a_process_that_dies_at_every_block_is_given_up(
-    bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.scoring.blocks.RETRIES", 1)
-    monkeypatch.setattr("pipeline.scoring.blocks._answer_blocks", die)
-    with pytest.raises(SerError, match="the scoring process died 2 times at one block"):
-        score_manifest(manifest.head(2), tmp_path / "out", weights=bundle.folder, execution=CHILD)
+def test_work_that_kills_every_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cluster.engine.RETRIES", 1)
+    with pytest.raises(SerError, match="a process died 2 times at the same piece of the work"):
+        list(scoring.in_processes([0, 1], die, 1))
+    assert multiprocessing.active_children() == []
 
 
-def die(connection: Connection, task: Task) -> None:
+def die(item: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -17,7 +17,6 @@ from jobs import score
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.scoring import scoring
-from pipeline.scoring.blocks import score_block
 from pipeline.scoring.predictions import read_predictions
 from pipeline.storage.errors import NotFound, SerError
 from pipeline.storage.files import fetch, scan_remote, stamp_of
@@ -64,7 +63,7 @@ def bucket() -> Iterator[Bucket]:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, task, _: (score_block(block, task) for block in blocks))
+    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
 
 
 def test_odd_keys_are_listed_and_fetched(bucket: Bucket) -> None:
