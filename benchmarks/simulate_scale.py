@@ -28,10 +28,9 @@ import pyarrow as pa
 
 from pipeline.audio.load import EXTENSIONS
 from pipeline.cluster.runtime import start_ray
-from pipeline.inference.predictor import Prediction
+from pipeline.inference.predictor import Prediction, ScoreOptions
 from pipeline.models.bundle import load_bundle
 from pipeline.scoring.blocks import Task, make_block
-from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import to_table
 from pipeline.scoring.scoring import Execution, score_manifest
 from pipeline.storage.files import scan

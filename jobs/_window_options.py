@@ -6,10 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pipeline.inference.timeline import SILENCE_DBFS
-from pipeline.scoring.options import ScoreOptions
 
 if TYPE_CHECKING:
-    from pipeline.inference.predictor import Channels
+    from pipeline.inference.predictor import Channels, ScoreOptions
 
 
 def add_window_options(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +39,8 @@ def window_options(arguments: argparse.Namespace) -> ScoreOptions:
     Raises:
         SerError: a number out of range, or options that exclude each other.
     """
+    from pipeline.inference.predictor import ScoreOptions
+
     return ScoreOptions(
         crops=arguments.crops,
         min_confidence=arguments.min_confidence,

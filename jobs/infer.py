@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
 from jobs._window_options import add_window_options, window_options
 from pipeline.audio.source import EXTENSIONS, printable
+from pipeline.inference.predictor import ScoreOptions
 from pipeline.inference.timeline import SILENCE
 from pipeline.models.backends import BACKENDS
-from pipeline.scoring.options import ScoreOptions
 from pipeline.storage.files import scan
 
 if TYPE_CHECKING:

@@ -244,7 +244,7 @@ def fit_config(
     Raises:
         SerError: a value out of range, an unknown class or name.
     """
-    from pipeline.cluster.nodes import cpus_a_worker
+    from pipeline.cluster.engine import cpus_a_worker
     from pipeline.training.batches import parse_class_values
 
     if threads is None:

@@ -356,7 +356,7 @@ def _on_ray(
     """
     import ray
 
-    from pipeline.cluster.nodes import check_nodes
+    from pipeline.cluster.engine import check_nodes
     from pipeline.cluster.runtime import data_context, start_ray, task_pool
 
     start_ray(num_cpus or None)

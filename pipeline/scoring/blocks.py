@@ -19,10 +19,9 @@ import pyarrow as pa
 from pipeline.audio.source import Segment
 from pipeline.data.segments import END, START, WHOLE
 from pipeline.inference.excerpts import Excerpt, listen
-from pipeline.inference.predictor import Prediction, Predictor
+from pipeline.inference.predictor import Prediction, Predictor, ScoreOptions
 from pipeline.inference.timeline import Timeline
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import to_table
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import CrashLog

@@ -28,10 +28,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.inference.predictor import ScoreOptions
 from pipeline.models.bundle import Bundle
 from pipeline.reporting import REPORT
 from pipeline.scoring import AUDACITY
-from pipeline.scoring.options import ScoreOptions
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import stamps_of
 from pipeline.storage.journal import (

@@ -26,10 +26,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cluster.engine import choose_engine, in_processes
-from pipeline.cluster.nodes import check_nodes, cpus_here
+from pipeline.cluster.engine import check_nodes, choose_engine, cpus_here, in_processes
 from pipeline.cluster.runtime import joins_cluster
 from pipeline.data.segments import bounds
+from pipeline.inference.predictor import ScoreOptions
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.scoring.blocks import (
@@ -42,7 +42,6 @@ from pipeline.scoring.blocks import (
     score_block,
 )
 from pipeline.scoring.ledger import Ledger, LedgerError, Tally, open_ledger, plan_of, record_of
-from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import PARQUET, plain_manifest, restore_csv, write_exports, write_tables
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus

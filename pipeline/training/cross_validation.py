@@ -187,7 +187,7 @@ def _on_ray(
 ) -> None:
     import ray
 
-    from pipeline.cluster.nodes import check_nodes
+    from pipeline.cluster.engine import check_nodes
     from pipeline.cluster.runtime import start_ray
 
     start_ray(side.folds * side.cpus)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.nodes import alive_nodes, check_nodes
+from pipeline.cluster.engine import alive_nodes, check_nodes
 from pipeline.cluster.ray_internals import TRAIN_CONTROLLER, end_at_exit
 from pipeline.cluster.runtime import joins_cluster, restore_priority, start_ray
 from pipeline.features.store import MANIFEST

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import nodes as cluster
-from pipeline.cluster.nodes import Node, NodeError, check_nodes
+from pipeline.cluster import engine as cluster
+from pipeline.cluster.engine import Node, NodeError, check_nodes
 
 TWO = [Node("aa", "one (10.0.0.1)", 2), Node("bb", "two (10.0.0.2)", 2)]
 Ask = Callable[[Sequence[Node], str, str, Sequence[str]], dict[Node, str | None]]

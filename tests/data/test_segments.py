@@ -18,10 +18,9 @@ from pipeline.data.segments import bounds, ids
 from pipeline.data.splits import add_hashes, check_disjoint, leaked, split_table
 from pipeline.evaluation import leaks
 from pipeline.features.extract import BlockWriter, ShardOptions
-from pipeline.inference.predictor import Predictor
+from pipeline.inference.predictor import Predictor, ScoreOptions
 from pipeline.models.bundle import Bundle
 from pipeline.scoring import scoring
-from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.predictions import read_predictions
 from pipeline.scoring.scoring import Execution, score_manifest
 from pipeline.storage.errors import AudioError

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.audio.load import content_hash
-from pipeline.cluster import nodes, runtime
+from pipeline.cluster import engine, runtime
 from pipeline.data import splits
 from pipeline.features import extract
 from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
@@ -222,7 +222,7 @@ def test_what_a_task_refuses_ends_the_job_in_one_line(
             return iter(self.items)
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=SimpleNamespace(from_items=Dataset)))
-    monkeypatch.setattr(nodes, "check_nodes", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "check_nodes", lambda *_, **__: None)
     for name in ("start_ray", "data_context", "task_pool"):
         monkeypatch.setattr(runtime, name, lambda *_: None)
     with no_file_above(2_000), pytest.raises(ShardError, match=r"^cannot write \S+part-00000.parquet"):

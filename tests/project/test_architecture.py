@@ -25,7 +25,7 @@ PACKAGES = ("pipeline", "jobs", "serve", "app_pages")
 RAY_MODULES = {
     "pipeline.cluster.ray_internals",
     "pipeline.cluster.runtime",
-    "pipeline.cluster.nodes",
+    "pipeline.cluster.engine",
     "pipeline.cluster.submit",
     "pipeline.features.extract",
     "pipeline.training.on_ray",
@@ -51,7 +51,6 @@ LAYERS = (
     {"training.loop", "inference.predictor"},
     {
         "cluster.runtime",
-        "cluster.nodes",
         "cluster.submit",
         "features.extract",
         "training.on_ray",

@@ -22,13 +22,12 @@ import pytest
 from jobs import infer
 from pipeline.data.manifest import scan_folder
 from pipeline.features.store import load_features
-from pipeline.inference.predictor import Predictor
+from pipeline.inference.predictor import Predictor, ScoreOptions
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, save_bundle
 from pipeline.scoring import scoring
 from pipeline.scoring.blocks import REFUSAL, Classifier, Task, listen_block, make_block, or_refusal, score_block
 from pipeline.scoring.ledger import LedgerError, open_ledger
-from pipeline.scoring.options import ScoreOptions
 from pipeline.scoring.scoring import Execution, score_manifest
 from pipeline.storage.errors import SerError
 
