@@ -171,6 +171,19 @@ def test_layers_import_downwards() -> None:
             assert not wrong, f"pipeline.{name} reaches {sorted(wrong)}"
 
 
+def test_the_walks_in_the_documents_name_what_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    walks = text.partition("\n## One recording's walk")[2].partition("\n## ")[0]
+    names = [name for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", walks) if not name.endswith(".json")]
+    assert len(names) > 30
+    for name in names:
+        full = name if name.split(".")[0] in PACKAGES else f"pipeline.{name}"
+        module = max((m for m in SOURCES if f"{full}.".startswith(f"{m}.")), key=len)
+        kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        defined = {node.name for node in ast.walk(_tree(module)) if isinstance(node, kinds)}
+        assert set(full.removeprefix(module).split(".")[1:]) <= defined, name
+
+
 def test_no_import_cycles() -> None:
     """Imports of the head of a module form no circle; those inside functions may look back."""
     try:
