@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import pkgutil
 import re
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def test_it_holds_no_logic() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 assert not {name.split(".")[0] for name in names} & {"torch", "librosa", "sklearn", "soundfile", "ray"}
+
+
+def test_what_it_imports_is_there() -> None:
+    for cell in cells():
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline"):
+                for name in node.names:
+                    pkgutil.resolve_name(f"{node.module}.{name.name}")
 
 
 def test_it_tells_how_the_shipped_model_was_made() -> None:
