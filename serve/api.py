@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 
 from serve import routes
 from serve.auth import PageCheck, require_key, require_loopback
-from serve.middleware import Access, Identify, Unpack, UntilGone, cors_of, limits_of
+from serve.middleware import Access, Closing, Identify, Unpack, UntilGone, cors_of, limits_of
 from serve.problems import KINDS, MEDIA_TYPE, ServiceError, answer
 from serve.schema import ExplainOptions, FieldError, Options, Problem, TaskInput
 from serve.service import Service
@@ -29,8 +29,8 @@ from serve.uploads import check_query
 _HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application."""
+def create_app(service: Service, closed: Callable[[], bool] | None = None) -> FastAPI:
+    """The application; it takes no new work once ``closed()``, where that is given."""
     settings = service.settings
     app = FastAPIOffline(title="Speech emotion recognition", version="1", redoc_url=None)
     app.state.service = service
@@ -42,7 +42,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     pages = [] if service.key_digest else [Middleware(PageCheck, origins=settings.cors_origins)]
-    inner = [Middleware(UntilGone), limits_of(settings), *pages, Middleware(Access, meter=service.meter)]
+    closing = [Middleware(Closing, closed=closed)] if closed else []
+    inner = [Middleware(UntilGone), limits_of(settings), *pages, *closing, Middleware(Access, meter=service.meter)]
     outwards = [*inner, *cors_of(settings), Middleware(Unpack), Middleware(Identify)]
     for middleware in outwards:
         app.add_middleware(middleware.cls, *middleware.args, **middleware.kwargs)

@@ -11,9 +11,9 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,7 +31,9 @@ from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.errors import SerError
 from serve.batching import Batcher, FairThreads, Share
+from serve.metrics import WorkMeter
 from serve.service import Card, Explained, PredictRequest, Timing, WorkerResult
+from serve.settings import Settings
 
 Array = NDArray[np.float32]
 Result = TypeVar("Result")
@@ -68,10 +70,18 @@ class Worker:
         predictor: the model, with the limits that recordings must keep.
         max_windows: windows of a recording, over all channels, that are granted.
         decode_timeout_s: until a recording counts as one that its decoder hangs on.
+        meter: where figures go.
     """
 
-    def __init__(self, predictor: Predictor, *, max_windows: int = 1800, decode_timeout_s: float = 20.0) -> None:
-        self.predictor = predictor
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        max_windows: int = 1800,
+        decode_timeout_s: float = 20.0,
+        meter: WorkMeter | None = None,
+    ) -> None:
+        self.predictor, self._meter = predictor, meter
         self._max_windows, self._decode_timeout_s = max_windows, decode_timeout_s
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._threads = FairThreads(_LONG_THREADS, "long")
@@ -88,6 +98,11 @@ class Worker:
         for count in {1, size}:
             self.predictor.log_probabilities(np.zeros((count, *shape), np.float32))
         extract(np.zeros(self.predictor.bundle.features.window_samples, np.float32), self.predictor.bundle.features)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is at work."""
+        return bool(self._running)
 
     def check(self) -> None:
         """Raise RuntimeError when a thread has hung for far too long: it is lost, and so is the worker."""
@@ -117,6 +132,31 @@ class Worker:
             data: a file's content.
             apart: decode in a process of its own, for a recording under suspicion.
         """
+        with self._metered():
+            result = await self._predict(data, request, apart)
+        if self._meter:
+            self._meter.work(result.model, result.timing)
+        return result
+
+    async def explain(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> Explained:
+        """Why the middle of a recording sounds as it does."""
+        with self._metered():
+            return (await self._follow(self._explain(self.predictor, data, request, apart), Share()))[0]
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        """For one recording: what is in work is told when one comes and when one goes."""
+        if not (meter := self._meter):
+            yield
+            return
+        name = self.predictor.bundle.name
+        asyncio.get_running_loop().call_soon(lambda: meter.load(name, self.waiting, self.long))
+        try:
+            yield
+        finally:
+            meter.load(name, self.waiting, self.long)
+
+    async def _predict(self, data: bytes, request: PredictRequest, apart: bool) -> WorkerResult:
         predictor = self.predictor
         timeline = None
         if request.windowed:
@@ -132,10 +172,6 @@ class Worker:
                 prediction = _refused(predictor, error)
         bundle = predictor.bundle
         return WorkerResult(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
-
-    async def explain(self, data: bytes, request: PredictRequest, *, apart: bool = False) -> Explained:
-        """Why the middle of a recording sounds as it does."""
-        return (await self._follow(self._explain(self.predictor, data, request, apart), Share()))[0]
 
     async def _excerpt(self, data: bytes, request: PredictRequest, apart: bool) -> tuple[Prediction, Timing]:
         """What the middle, or the bundle's crops, sounds like."""
@@ -296,6 +332,19 @@ def _advance(
         return (next(work) if log_p is None else work.send(log_p)), None
     except StopIteration as end:
         return None, (end.value,)
+
+
+def open_worker(folder: str, settings: Settings, meter: WorkMeter) -> Worker:
+    """The bundle in ``folder`` at work, warm, as ``settings`` want it.
+
+    Raises:
+        SerError: it cannot be used.
+    """
+    limits = settings.audio_limits
+    predictor = Predictor.from_bundle(folder, threads=settings.threads, batch_size=settings.batch_size, limits=limits)
+    worker = Worker(predictor, max_windows=settings.max_windows, meter=meter)
+    worker.warm_up()
+    return worker
 
 
 def open_bundles(paths: Sequence[str]) -> list[Bundle]:
