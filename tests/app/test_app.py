@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from app_service import FakeService, refused, spoken
 from streamlit import deprecation_util
 from streamlit.testing.v1 import AppTest
 
-from app_pages import service
+from app_pages import own_service, service
 from app_pages.recordings import examples
 from serve.client import Client
 
@@ -44,6 +47,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeService]:
     """The service that the page talks to."""
     made = FakeService()
     monkeypatch.setattr(service, "Client", functools.partial(Client, transport=made.transport, retries=0))
+    monkeypatch.setenv("SER_API_URL", "http://127.0.0.1:8000")
+    monkeypatch.delenv("SER_API_SINCE", raising=False)
     service._client.clear()
     yield made
     service._client.clear()
@@ -214,12 +219,59 @@ def test_a_service_that_is_away_is_told_with_the_remedy_and_waited_for(fake: Fak
     page = listen()
     assert not page.exception
     assert "does not answer at http://127.0.0.1:8000" in page.warning[0].value
-    assert page.code[0].value == "python -m jobs.serve"
     page = upload(page, ("a.wav", spoken("sad")))
     fake.up = True
     page.run()  # as the page does itself as soon as the service is ready
     assert "sounds sad" in html(page)
     assert not page.warning
+
+
+def test_a_service_that_starts_is_waited_for_with_the_seconds(
+    fake: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SER_API_SINCE", str(time.time() - 9.2))
+    fake.up = False
+    page = listen()
+    assert "The model is starting … 9 s" in [info.value for info in page.info]
+    assert not page.warning
+    fake.up = True
+    assert "sounds calm" in html(page.run())
+    fake.up = False
+    monkeypatch.setenv("SER_API_SINCE", str(time.time() - 3600))  # it ran, and has gone
+    assert "does not answer" in upload(page, ("a.wav", spoken("sad"))).warning[0].value
+
+
+def test_without_an_address_the_page_starts_the_service_itself_once_and_again_where_it_ended(
+    fake: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    ends = [sys.executable, "-c", "import sys; sys.exit(sys.stdin.read() != '')"]
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, words: list[str], **options: Any) -> None:
+            assert words[1:5] == ["-m", "jobs.serve", "--engine", "local"]
+            super().__init__(ends, **options)
+            started.append(self)
+
+    monkeypatch.delenv("SER_API_URL")
+    monkeypatch.setattr(own_service, "_found", None)
+    monkeypatch.setattr(own_service.subprocess, "Popen", Noted)
+    monkeypatch.setattr(own_service, "DEFAULT_URL", "http://127.0.0.1:1")  # nobody listens there
+    fake.up = False
+    page = listen()
+    listen()
+    (child,) = started
+    assert page.info[0].value.startswith("The model is starting … ")
+    assert service.address().startswith("http://127.0.0.1:")
+    assert child.poll() is None
+    child.stdin.close()  # type: ignore[union-attr]  # as when the page ends
+    assert child.wait(60) == 0
+    page.run()
+    assert "could not be started" in page.error[0].value
+    page = press(page, "Start it again")
+    assert len(started) == 2
+    assert page.info[0].value.startswith("The model is starting … ")
+    started[1].communicate(timeout=60)
 
 
 def test_looking_again_draws_the_page_anew_only_when_the_service_is_ready(

@@ -378,14 +378,13 @@ def test_refusals_and_mistakes_of_ours_can_be_read_by_pages_of_the_origin(tiny_b
 
 
 def test_a_full_model_keeps_no_request_from_another(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = LocalService(tiny_bundle)
+    service = LocalService(tiny_bundle, names=("tiny", "second"))
     full = {"tiny"}
 
     def check_room(name: str) -> None:
         if name in full:
             raise retry_later("overloaded", "full")
 
-    monkeypatch.setattr(type(service.models), "names", ("tiny", "second"))
     monkeypatch.setattr(service.models, "check_room", check_room)
     for path in ("/v1/predict", "/v1/explain"):
         assert service.post(path, **form(wav(), model="second")).status_code == 200

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,10 +53,10 @@ def problem_of(response: Any, status: int, code: str) -> Problem:
 
 
 class ScriptedModels(LocalModels):
-    """One worker in this process. ``error`` is raised instead of an answer when it is set."""
+    """One worker in this process, under several names. ``error`` is raised instead of an answer when it is set."""
 
-    def __init__(self, worker: Worker, settings: Settings) -> None:
-        super().__init__({worker.predictor.bundle.name: worker}, settings)
+    def __init__(self, worker: Worker, settings: Settings, names: Sequence[str]) -> None:
+        super().__init__(dict.fromkeys(names, worker), settings)
         self.worker = worker
         self.error: Exception | None = None
         self.full: Exception | None = None
@@ -100,10 +100,11 @@ class KeptFigures:
 class LocalService:
     """The service over ``bundle``; ``request`` sends one HTTP request to it, as from this machine."""
 
-    def __init__(self, bundle: Bundle, *, key: str | None = None, **settings: Any) -> None:
+    def __init__(self, bundle: Bundle, *, key: str | None = None, names: Sequence[str] = (), **settings: Any) -> None:
         self.settings = Settings(**settings)
         predictor = Predictor.from_bundle(bundle.folder, threads=1, limits=self.settings.audio_limits)
-        self.models = ScriptedModels(Worker(predictor, max_windows=self.settings.max_windows), self.settings)
+        worker = Worker(predictor, max_windows=self.settings.max_windows)
+        self.models = ScriptedModels(worker, self.settings, names or [bundle.name])
         self.meter = KeptFigures()
         digest = key_digest(key) if key else None
         self.app = create_app(Service(self.models, self.settings, self.meter, bundle.features.window_s, digest))
