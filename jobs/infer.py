@@ -17,6 +17,7 @@ from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
 from jobs._hearing import add_hearing, hearing
 from pipeline.audio.formats import EXTENSIONS
 from pipeline.audio.source import printable
+from pipeline.audio.windows import LONG_S
 from pipeline.inference.timeline import SILENCE
 from pipeline.models.backends import BACKENDS
 from pipeline.scoring.options import ScoreOptions
@@ -73,6 +74,7 @@ def job(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         crops=options.crops,
     )
+    window_s = predictor.bundle.features.window_s
     answers = [_answer(name, predictor, options) for name in expanded(arguments.file)]
     if arguments.json:
         found = [as_json(answer, predictor.labels, options) for answer in answers]
@@ -84,6 +86,9 @@ def job(arguments: argparse.Namespace) -> int:
             say(answer.prediction.error)
         if answer.prediction.notice:
             say(f"notice: {printable(answer.name)}: {answer.prediction.notice}")
+        if answer.windows is None and answer.prediction.ok and answer.prediction.duration_s > LONG_S:
+            heard = f"{answer.prediction.scored_s:g} s of {answer.prediction.duration_s:g} s scored"
+            say(f"notice: {printable(answer.name)}: {heard}; --window_s {window_s:g} scores all of it")
     return EXIT_DONE if all(answer.prediction.ok for answer in answers) else EXIT_SOME_FAILED
 
 

@@ -104,7 +104,7 @@ def _document(app: FastAPI, names: Sequence[str], window_s: float, settings: Set
         for operation in operations.values():
             _complete(operation, path, settings, names)
     form = document["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    form["properties"]["window_s"]["maximum"] = window_s
+    form["properties"]["window_s"]["anyOf"][0]["maximum"] = window_s
     return document
 
 
@@ -155,8 +155,8 @@ def _plain(properties: Mapping[str, Any]) -> dict[str, Any]:
     fields = {}
     for name, given in properties.items():
         kept = {key: value for key, value in given.items() if key not in ("anyOf", "default") or value is not None}
-        for choice in kept.pop("anyOf", []):
-            kept |= choice if choice.get("type") != "null" else {}
+        choices = [choice for choice in kept.pop("anyOf", []) if choice.get("type") != "null"]
+        kept |= choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {}
         fields[name] = kept
     return fields
 

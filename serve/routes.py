@@ -32,7 +32,9 @@ async def predict(request: Request) -> schema.Prediction:
     files, options = await uploads.read_form(request, Options, service.settings.max_files)
     model = service.model(options.model)
     service.models.check_room(model)
-    if options.window_s is not None and options.window_s > service.window_s:
+    if options.window_s == "middle" and (options.hop_s is not None or options.channels == "each"):
+        raise uploads.invalid("window_s", "middle is one window; leave out hop_s and channels=each, or give a length")
+    if isinstance(options.window_s, float) and options.window_s > service.window_s:
         raise uploads.invalid("window_s", f"{options.window_s:g} is above {service.window_s:g}, all that models hear")
     note(request.scope, model=model, files=len(files))
     async with _deadline(service):
@@ -122,7 +124,9 @@ def _counted(service: Service, model: str) -> Iterator[None]:
     service.meter.recording(model, "ok")
 
 
-def _channels(text: str) -> Channels:
+def _channels(text: str | None) -> Channels | None:
+    if text is None:
+        return None
     if text.isdecimal():
         return int(text)
     return "each" if text == "each" else "mix"
