@@ -14,8 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from serve.client import DEFAULT_URL, Client
-
+DEFAULT_URL = "http://127.0.0.1:8000"  # as serve.client has it
 SINCE_VARIABLE = "SER_API_SINCE"
 """When the service at ``SER_API_URL`` was started (``time.time``), by whoever started both."""
 STARTS_WITHIN_S = 180.0  # the first time it also exports its network: half a minute on a busy machine
@@ -35,9 +34,8 @@ class OwnService:
     def __init__(self) -> None:
         self.url, self.since_s = DEFAULT_URL, float("nan")
         self._process: subprocess.Popen[bytes] | None = None
-        with Client(DEFAULT_URL) as client:
-            if not client.live():
-                self.start()
+        if not _answers(DEFAULT_URL):
+            self.start()
 
     def start(self) -> None:
         """Start it, again where it has ended."""
@@ -59,6 +57,18 @@ class OwnService:
     def ended(self) -> bool:
         """Whether it was started, and is there no more."""
         return self._process is not None and self._process.poll() is not None
+
+
+def _answers(url: str) -> bool:
+    host, _, port = url.removeprefix("http://").partition(":")
+    try:
+        socket.create_connection((host, int(port)), 1.0).close()
+    except OSError:
+        return False
+    from serve.client import Client  # reading it takes long: only where something listens
+
+    with Client(url) as client:
+        return client.live()
 
 
 def own() -> OwnService:

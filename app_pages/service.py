@@ -38,17 +38,22 @@ def _client(url: str, key: str | None) -> Client:
     return Client(url, key, patience_s=_PATIENCE_S)
 
 
-def asked(question: Callable[[Client], Answer]) -> Answer | None:
-    """The answer; None after the page has told why there is none, and what to do."""
+def asked(question: Callable[[Client], Answer], about: str | None = None) -> Answer | None:
+    """The answer; None after the page has told why there is none, and what to do.
+
+    Args:
+        about: name of the recording that is asked about.
+    """
     try:
         return question(client())
     except ClientError as error:
-        tell(error)
+        tell(error, about)
         return None
 
 
-def tell(error: ClientError) -> None:
-    """One sentence; where waiting helps, the page also looks again by itself."""
+def tell(error: ClientError, about: str | None = None) -> None:
+    """One sentence; where waiting helps, the page also looks again by itself. Trouble is with the file ``about``."""
+    named = f"{plain(about)}: " if about else ""
     if isinstance(error, Unreachable):
         _unreachable()
     elif isinstance(error, Busy):
@@ -56,9 +61,9 @@ def tell(error: ClientError) -> None:
     elif isinstance(error, WrongKey) and error.code != "key_required":  # else the service has none
         st.error("The service wants its key: start this page with SER_API_KEY set to it.", icon=":material/key:")
     elif isinstance(error, BadRecording):
-        st.error(plain(trouble(error)), icon=":material/error:")
+        st.error(named + plain(trouble(error)), icon=":material/error:")
     else:
-        st.error(plain(trouble(error)), icon=":material/error:")
+        st.error(named + plain(trouble(error)), icon=":material/error:")
         st.button("Try again", key="try_again", icon=":material/refresh:")
 
 

@@ -104,7 +104,7 @@ def _document(app: FastAPI, names: Sequence[str], window_s: float, settings: Set
         for operation in operations.values():
             _complete(operation, path, settings, names)
     form = document["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    form["properties"]["window_s"]["anyOf"][0]["maximum"] = window_s
+    form["properties"]["window_s"]["oneOf"][0]["maximum"] = window_s
     return document
 
 
