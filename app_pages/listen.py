@@ -60,7 +60,7 @@ def page() -> None:
 
 def _choose(*, large: bool) -> None:
     """Microphone, drop zone and examples: two large choices side by side, or small ones below each other."""
-    speak, drop = st.columns(2, gap="large") if large else (st.container(), st.container())
+    speak, drop = st.columns(2, gap="small") if large else (st.container(), st.container())
     with speak, st.container(border=large, height="stretch", key="ser-record"):
         if large:
             st.header("Record", anchor=False)

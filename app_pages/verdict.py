@@ -89,7 +89,7 @@ def show(found: Agreement) -> None:
         False: "Not all targets are met.",
         None: "Not decidable: some classes have no recording. Those that have are good enough.",
     }[found.met]
-    words, matrix = st.columns([5, 11], gap="large")
+    words, matrix = st.columns([1, 1], gap="large")
     with words:
         st.markdown(f"**{told}**")
         st.html(targets_html(figures(found)))
