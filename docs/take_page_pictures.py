@@ -60,12 +60,12 @@ def many_files() -> list[File]:
 
 def first(page: Any) -> None:
     """The first visit."""
-    page.get_by_role("button", name=EXAMPLE).wait_for()
+    page.get_by_text(EXAMPLE, exact=True).wait_for()
 
 
 def listen(page: Any) -> None:
     """An example."""
-    page.get_by_role("button", name="Anna, angry").click()
+    page.get_by_text("Anna, angry", exact=True).click()
     page.wait_for_function(DRAWN, arg=["anna_angry_window.flac", 3])
 
 

@@ -19,10 +19,10 @@ import uvicorn
 
 from pipeline.models.bundle import Bundle
 from pipeline.storage.errors import SerError
-from serve.api import create_app
 from serve.metrics import RequestMeter, WorkMeter, in_process
 from serve.problems import overloaded
 from serve.ray_settings import limit_slow_headers
+from serve.routes import create_app
 from serve.service import Card, Explained, PredictRequest, Service, WorkerResult
 from serve.settings import Settings
 from serve.worker import Worker, open_bundles, open_worker

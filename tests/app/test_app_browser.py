@@ -368,7 +368,7 @@ def test_overload_and_a_wrong_key_are_a_sentence_each(tab: Callable[..., Any]) -
         page = tab(address)
         for status[0], told in ((429, "busy"), (503, "busy"), (401, "SER_API_KEY"), (500, "Told so.")):
             page.reload()
-            page.get_by_role("button", name=EXAMPLE).click()
+            page.get_by_text(EXAMPLE, exact=True).click()
             page.get_by_test_id("stAlert").get_by_text(told).wait_for()
             rested(page)
             assert page.get_by_test_id("stAlert").count() == 1

@@ -15,8 +15,8 @@ from conftest import speech_like
 
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
-from serve.api import create_app
 from serve.local import LocalModels
+from serve.routes import create_app
 from serve.schema import Problem, key_digest
 from serve.service import Explained, PredictRequest, Service, WorkerResult
 from serve.settings import Settings
