@@ -1,6 +1,6 @@
-"""The web page: ``streamlit run app.py``, or ``make app`` for page and service together.
+"""The web page: ``streamlit run app.py``, or ``make app``.
 
-It asks the service at ``SER_API_URL`` (http://127.0.0.1:8000 when unset) with the key ``SER_API_KEY``.
+It asks the service at ``SER_API_URL`` with the key ``SER_API_KEY``; where no address is set, it starts one itself.
 """
 
 from __future__ import annotations

@@ -6,22 +6,32 @@ from collections.abc import Sequence
 from html import escape
 
 from app_pages.palette import colour
-from app_pages.words import explained, headline, percent, sentence, spoken
+from app_pages.words import UNCERTAIN, explained, headline, over_time, percent, sentence, spoken
 from serve.schema import Recording, Score
+
+FOLDED_BELOW = 0.05
+"""Classes of a smaller share are told on request."""
 
 
 def answer_html(recording: Recording) -> str:
     """Headline and how sure the model is; announced when it changes.
 
-    Of recordings of which the model hears less than half, it says that the answer is about their middle.
+    Of a recording that was heard in parts it says how much of the time it sounds how.
     """
-    whole = recording.duration_s <= 2 * recording.scored_s
-    dot = f'<span class="dot" aria-hidden="true" style="background:{colour(recording.label)}"></span>'
+    if recording.segments:
+        from app_pages.timeline import shares
+
+        found = shares(recording.segments)
+        told, below = over_time(found)
+        label = next((label for label in found if label != UNCERTAIN), UNCERTAIN)  # that which is named first
+    else:
+        label = recording.label
+        told, below = headline(label, recording.scores), explained(label, recording.confidence)
+    dot = f'<span class="dot" aria-hidden="true" style="background:{colour(label)}"></span>'
     return (
         '<div role="status">'
-        f'<h2 class="ser-answer">{dot}{escape(headline(recording.label, whole=whole))}</h2>'
-        f'<p class="ser-sure">{escape(explained(recording.label, recording.confidence, recording.scores))}</p>'
-        f"{_notice(recording)}</div>"
+        f'<h2 class="ser-answer">{dot}{escape(told)}</h2>'
+        f'<p class="ser-sure">{escape(below)}</p>{_notice(recording)}</div>'
     )
 
 
@@ -29,10 +39,30 @@ def _notice(recording: Recording) -> str:
     return f'<p class="ser-sure">{escape(sentence(recording.notice))}</p>' if recording.notice else ""
 
 
-def bars_html(scores: Sequence[Score], caption: str = "What it could be") -> str:
-    """A table with a bar for each class, most probable first."""
-    rows = "".join(_row(score, best=i == 0) for i, score in enumerate(scores))
-    return f'<table class="ser-bars"><caption>{escape(caption)}</caption><tbody>{rows}</tbody></table>'
+def scores_html(recording: Recording) -> str:
+    """All classes as bars; of a recording that was heard in parts, how much of the time it sounds how."""
+    if not recording.segments:
+        return bars_html(recording.scores) if recording.scores else ""
+    from app_pages.timeline import shares
+
+    found = [Score(label=label, score=min(share, 1.0)) for label, share in shares(recording.segments).items()]
+    return bars_html(found, "Share of the time")
+
+
+def bars_html(scores: Sequence[Score], caption: str = "All scores") -> str:
+    """A table with a bar for each class, most probable first; those below ``FOLDED_BELOW`` folded."""
+    shown = [score for i, score in enumerate(scores) if i == 0 or score.score >= FOLDED_BELOW]
+    folded = scores[len(shown) :]
+    table = f'<table class="ser-bars"><caption>{escape(caption)}</caption><tbody>{_rows(shown)}</tbody></table>'
+    if not folded:
+        return table
+    words = f"{len(folded)} more, each under {percent(FOLDED_BELOW)}"
+    more = f'<table class="ser-bars"><tbody>{_rows(folded, first=False)}</tbody></table>'
+    return f'{table}<details class="ser-folded"><summary>{escape(words)}</summary>{more}</details>'
+
+
+def _rows(scores: Sequence[Score], *, first: bool = True) -> str:
+    return "".join(_row(score, best=first and i == 0) for i, score in enumerate(scores))
 
 
 def _row(score: Score, *, best: bool) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from app_pages.recordings import Recorded
-from app_pages.words import NOT_SURE_BELOW, SILENCE, UNCERTAIN, reason, spoken, unsure
+from app_pages.timeline import shares
+from app_pages.words import NO_ANSWER, NOT_SURE_BELOW, UNCERTAIN, percent, reason, spoken, unsure
 from serve.schema import Failure, Recording
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -61,12 +62,12 @@ class Collection:
 
 def as_told(answer: Recording) -> Recording:
     """The answer as people are told it: ``uncertain`` where it is more likely wrong than right."""
-    unsure_of_it = answer.label != SILENCE and (answer.confidence or 0.0) < NOT_SURE_BELOW
+    unsure_of_it = answer.label not in NO_ANSWER and (answer.confidence or 0.0) < NOT_SURE_BELOW
     return answer.model_copy(update={"label": UNCERTAIN}) if unsure_of_it else answer
 
 
 def result_table(collection: Collection) -> pd.DataFrame:
-    """Columns ``row file sounds word confidence duration_s``, with labels also ``label``; rows: what was read.
+    """Columns ``row file sounds word confidence duration_s``, with labels also ``label wrong``; rows: what was read.
 
     ``sounds`` is what people read, ``word`` (its answer, or "not sure") what they choose by.
     """
@@ -74,16 +75,27 @@ def result_table(collection: Collection) -> pd.DataFrame:
         {
             "row": number,
             "file": entry.recorded.name,
-            "sounds": unsure(answer.scores[0].label) if answer.label == UNCERTAIN else spoken(answer.label),
-            "word": spoken(answer.label),
-            "confidence": math.nan if answer.confidence is None else answer.confidence,
+            **_sounds(as_told(answer)),
             "label": spoken(collection.label_of(entry) or ""),
+            "wrong": (label := collection.label_of(entry)) is not None and label != answer.label,
             "duration_s": answer.duration_s,
         }
-        for number, (entry, answer) in enumerate((entry, as_told(answer)) for entry, answer in collection.read())
+        for number, (entry, answer) in enumerate(collection.read())
     ]
-    table = pd.DataFrame(rows, columns=["row", "file", "sounds", "word", "confidence", "label", "duration_s"])
-    return table if collection.truth else table.drop(columns="label")
+    columns = ["row", "file", "sounds", "word", "confidence", "label", "wrong", "duration_s"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table if collection.truth else table.drop(columns=["label", "wrong"])
+
+
+def _sounds(answer: Recording) -> dict[str, object]:
+    """What people read of an answer, the word that they choose by, and how sure the model is."""
+    if answer.segments:  # it sounds so for a part of the time: that is no matter of being sure
+        label, share = next(iter(shares(answer.segments).items()))
+        told = spoken(label) if share == 1 else f"{spoken(label)}, {percent(share)} of the time"
+        return {"sounds": told, "word": spoken(label), "confidence": math.nan}
+    told = unsure(answer.scores[0].label) if answer.label == UNCERTAIN else spoken(answer.label)
+    confidence = math.nan if answer.confidence is None else answer.confidence
+    return {"sounds": told, "word": spoken(answer.label), "confidence": confidence}
 
 
 def failure_table(collection: Collection) -> pd.DataFrame:
@@ -92,8 +104,15 @@ def failure_table(collection: Collection) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["file", "reason"])
 
 
-def chosen_rows(table: pd.DataFrame, text: str, words: Sequence[str], order: str) -> pd.DataFrame:
-    """The rows whose file name holds ``text`` and whose word is one of ``words`` (any when empty), sorted."""
+def chosen_rows(
+    table: pd.DataFrame, text: str, words: Sequence[str], order: str, *, only_wrong: bool = False
+) -> pd.DataFrame:
+    """The rows whose file name holds ``text`` and whose word is one of ``words`` (any when empty), sorted.
+
+    Args:
+        only_wrong: those whose answer is not their label.
+    """
+    table = table[table["wrong"]] if only_wrong else table
     found = table[table["file"].str.contains(text, case=False, regex=False)]
     if words:
         found = found[found["word"].isin(list(words))]

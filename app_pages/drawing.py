@@ -1,4 +1,4 @@
-"""Pictures of sound as Altair charts: waveform, log-mel picture, what mattered, and the time line.
+"""Pictures of sound as Altair charts: waveform, spectrogram, what the model sees, and what mattered.
 
 Times are seconds of the recording. The log-mel picture is one image stretched over its axes (a chart of 12,032
 rectangles would take seconds); its rows are mel bands, and the axis says which frequencies they are.
@@ -20,20 +20,22 @@ from PIL import Image
 from app_pages.palette import ACCENT, AGAINST, FOR, NEUTRAL, grey, heat
 from serve.schema import Explanation, Picture
 
-WAVEFORM_PX, PICTURE_PX = 118, 246
+WAVEFORM_PX, PICTURE_PX, STRIP_PX = 96, 226, 150
+_MINUTES_FROM_S = 60.0  # of longer recordings the axis counts minutes
+_TICK_PX = 4
 _AXIS_PX = 46  # both charts leave as much at the left, so that they stand one below the other
 _TICKS_HZ = (100, 500, 1000, 2000, 5000, 10000, 20000)
 _SILENT_DB = -80.0
 
 
-def waveform(picture: Picture) -> alt.LayerChart:
-    """The outline of a recording, with the part that the model hears marked."""
+def waveform(picture: Picture, *, whole: bool = False) -> alt.LayerChart:
+    """The outline of a recording, with the part that was analysed marked, unless that is the ``whole``."""
     outline = picture.waveform
     times = np.linspace(outline.start_s, outline.end_s, len(outline.low))
     sound = pd.DataFrame({"time_s": times, "low": outline.low, "high": outline.high})
     peak = max(0.02, float(np.abs([outline.low, outline.high]).max()))
     window = pd.DataFrame({"start": [picture.window_start_s], "end": [picture.window_start_s + picture.window_s]})
-    span = [min(outline.start_s, window["start"][0]), max(outline.end_s, window["end"][0])]
+    span = _span(picture)
     height = alt.Scale(domain=[-peak, peak])
     marked = (
         alt.Chart(window)
@@ -48,19 +50,32 @@ def waveform(picture: Picture) -> alt.LayerChart:
             y=alt.Y(
                 "low:Q",
                 scale=height,
-                axis=alt.Axis(labels=False, ticks=False, grid=False, minExtent=_AXIS_PX),
+                axis=alt.Axis(labels=False, ticks=False, grid=False, minExtent=_AXIS_PX + _TICK_PX),
                 title=None,
             ),
             y2="high:Q",
             tooltip=[alt.Tooltip("time_s:Q", title="second", format=".2f")],
         )
     )
-    return framed(WAVEFORM_PX, marked, drawn)
+    return framed(WAVEFORM_PX, *([drawn] if whole else [marked, drawn]))
 
 
-def spectrogram(picture: Picture) -> alt.LayerChart:
-    """What the model sees: time to the right, pitch upwards, the brighter the louder."""
-    return framed(PICTURE_PX, _ground(picture, heat(_shares(picture))))
+def spectrogram(picture: Picture, *, strip: bool = False) -> alt.LayerChart:
+    """What the model sees: time to the right, pitch upwards, the brighter the louder; ``strip``: lower."""
+    return framed(STRIP_PX if strip else PICTURE_PX, _ground(picture, heat(_shares(picture.level_db))))
+
+
+def overview(picture: Picture) -> alt.LayerChart:
+    """All of the recording as the model would see it, on the waveform's time axis."""
+    outline = picture.waveform
+    levels = heat(_shares(picture.overview_db or []))
+    return framed(PICTURE_PX, _ground(picture, levels, (outline.start_s, outline.end_s), _span(picture)))
+
+
+def _span(picture: Picture) -> list[float]:
+    """What the time axis shows: all of the recording, and the padding where it is shorter than the window."""
+    outline, end_s = picture.waveform, picture.window_start_s + picture.window_s
+    return [min(outline.start_s, picture.window_start_s), max(outline.end_s, end_s)]
 
 
 def mattered(explanation: Explanation) -> alt.LayerChart:
@@ -107,11 +122,17 @@ def mattered(explanation: Explanation) -> alt.LayerChart:
             ],
         )
     )
-    return framed(PICTURE_PX + 120, _ground(picture, grey(_shares(picture))), patches)
+    return framed(PICTURE_PX + 120, _ground(picture, grey(_shares(picture.level_db))), patches)
 
 
-def _ground(picture: Picture, colours: NDArray[np.uint8]) -> alt.Chart:
-    span = [picture.window_start_s, picture.window_start_s + picture.window_s]
+def _ground(
+    picture: Picture,
+    colours: NDArray[np.uint8],
+    place_s: tuple[float, float] | None = None,
+    shown_s: Sequence[float] | None = None,
+) -> alt.Chart:
+    """A picture that lies at ``place_s``, by default the model's window, on an axis that shows ``shown_s``."""
+    span = list(place_s or (picture.window_start_s, picture.window_start_s + picture.window_s))
     bands = len(picture.frequency_hz)
     ticks = [hz for hz in _TICKS_HZ if picture.frequency_hz[0] <= hz <= picture.frequency_hz[-1]]
     at = [round(float(band), 3) for band in _band_of(ticks, picture)]
@@ -124,7 +145,7 @@ def _ground(picture: Picture, colours: NDArray[np.uint8]) -> alt.Chart:
         alt.Chart(place)
         .mark_image(aspect=False)
         .encode(
-            x=_time_axis("start:Q", span),
+            x=_time_axis("start:Q", shown_s or span),
             x2="end:Q",
             y=alt.Y("low:Q", scale=alt.Scale(domain=[0, bands], nice=False), axis=axis, title=None),
             y2="high:Q",
@@ -137,12 +158,15 @@ def _ground(picture: Picture, colours: NDArray[np.uint8]) -> alt.Chart:
 
 def _time_axis(field: str, span: Sequence[float], title: str | None = "seconds") -> alt.X:
     axis = alt.Axis(grid=False, format="~f", tickCount=8)
+    if span[1] > _MINUTES_FROM_S:
+        minutes = "floor(datum.value / 60) + ':' + format(datum.value % 60, '02')"
+        axis, title = alt.Axis(grid=False, labelExpr=minutes, tickCount=8), title and "minutes : seconds"
     return alt.X(field, scale=alt.Scale(domain=list(span), nice=False), title=title, axis=axis)
 
 
-def _shares(picture: Picture) -> NDArray[np.float64]:
+def _shares(level_db: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     """Levels as 0 (silent) to 1 (loudest), bands x frames, lowest band first."""
-    shares: NDArray[np.float64] = np.clip(1.0 - np.asarray(picture.level_db, dtype=float) / _SILENT_DB, 0.0, 1.0)
+    shares: NDArray[np.float64] = np.clip(1.0 - np.asarray(level_db, dtype=float) / _SILENT_DB, 0.0, 1.0)
     return shares
 
 

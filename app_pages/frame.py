@@ -1,40 +1,78 @@
-"""What all pages share: navigation, style, the notice at the foot, and a last line of defence against tracebacks."""
+"""What all pages share: navigation, style, the notice at the foot, and a last line of defence against tracebacks.
+
+Pages are imported when they are drawn: the first one stands before tables and charts can be drawn, and the libraries
+for those are read beside it.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
+from importlib import import_module
 from pathlib import Path
 
 import streamlit as st
 
-from app_pages import listen, many, model
-
 _log = logging.getLogger(__name__)
 
 STYLE = Path(__file__).with_name("style.css")
+PLAYHEAD = Path(__file__).with_name("playhead.js")
 ICON = Path(__file__).with_name("icon.png")
 FOOT = (
     '<footer class="ser-foot">For trying out and research. Learned from acted speech: it does not know what anybody '
     "feels. Do not use it to judge people, and tell people when it listens to them; at work and in schools the EU "
     "forbids it. More on the page The model.</footer>"
 )
+_LATER = ("serve.client", "pandas", "altair", "app_pages.drawing", "app_pages.many")
 
 
 def run() -> None:
     """Draw the chosen page."""
-    table = st.Page(many.page, title="Many recordings", icon=":material/queue_music:", url_path="many")
+    many = st.Page(_many, title="Many recordings", icon=":material/queue_music:", url_path="many")
     pages = [
-        st.Page(listen.page, title="Listen", icon=":material/hearing:", url_path="listen", default=True),
-        table,
-        st.Page(model.page, title="The model", icon=":material/info:", url_path="model"),
+        st.Page(_listen, title="Listen", icon=":material/hearing:", url_path="listen", default=True),
+        many,
+        st.Page(_model, title="The model", icon=":material/info:", url_path="model"),
     ]
-    chosen = st.navigation(pages, position="top")
+    chosen = st.navigation(pages, position="hidden")  # its own menu hides on a phone
     if st.session_state.pop("go_to_many", False):
-        st.switch_page(table)
+        st.switch_page(many)
     st.html(STYLE)
+    with st.container(horizontal=True, key="ser-navigation"):
+        for page in pages:
+            st.page_link(page)
     try:
         chosen.run()
     except Exception:  # people get a sentence, the terminal gets the details
         _log.exception("the page %s failed", chosen.title)
         st.error("Something went wrong on this page; reload it, please. What happened is in the page's terminal.")
     st.html(FOOT)
+    st.html(f"<script>{PLAYHEAD.read_text(encoding='utf-8')}</script>", unsafe_allow_javascript=True)
+    _prepare()
+
+
+def _listen() -> None:
+    import_module("app_pages.listen").page()
+
+
+def _many() -> None:
+    import_module("app_pages.many").page()
+
+
+def _model() -> None:
+    import_module("app_pages.model").page()
+
+
+@st.cache_resource(show_spinner=False)
+def _prepare() -> None:
+    """Once: have the service start where it is this page's own, and read what the next view needs."""
+
+    def prepare() -> None:
+        from app_pages import own_service
+
+        if own_service.configured() is None:
+            own_service.own()
+        for name in _LATER:
+            import_module(name)
+
+    threading.Thread(target=prepare, daemon=True).start()

@@ -1,60 +1,85 @@
-"""Listen: one recording, uploaded, spoken or an example; what the model hears in it, and why. Several go to Many.
+"""Listen: one recording, spoken, dropped or an example; what the model hears in it, and why. Several go to Many.
 
 The recording is kept in the session, not in the widget it came from: it survives a look at another page, and a service
-that is away for a while.
+that is away for a while. What was answered for an earlier one is gone as soon as another is given.
 """
 
 from __future__ import annotations
 
 import html
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from app_pages import many, mattered, over_time
-from app_pages.bars import answer_html, bars_html
-from app_pages.drawing import spectrogram, waveform
 from app_pages.recordings import Recorded, example, examples
-from app_pages.service import asked
-from app_pages.words import NOT_SURE_BELOW, SILENCE, clock, percent, spoken
-from serve.schema import Recording
+from app_pages.words import NO_ANSWER, NOT_SURE_BELOW, clock, percent, spoken
+
+if TYPE_CHECKING:
+    from serve.schema import Recording
 
 MICROPHONE_HZ = 48_000  # the widget's default of 16 kHz would leave the upper third of the picture empty
-FIRST_EXAMPLE = "Anna, happy"
+ABOUT = (
+    "Record or drop speech: a model that learned from actors names the emotion that it conveys, says how sure it is, "
+    "and shows what it heard."
+)
 _ANSWER_PX = 500  # the height of an answer on a desktop: its placeholder is as high, so that nothing jumps
 
 
 def page() -> None:
     """The page."""
-    st.title("How does this voice sound?", anchor=False)
-    left, right = st.columns([5, 11], gap="large")
-    with left:
-        _choose()
+    st.title("What emotion does this voice convey?", anchor=False)
     recorded: Recorded | None = st.session_state.get("recorded")
     if recorded is None:
-        with right:
-            st.info("Upload a recording, speak, or choose an example.", icon=":material/arrow_back:")
+        st.markdown(ABOUT)
+        _choose(large=True)
         return
-    player = left.empty()
+    left, right = st.columns([5, 11], gap="large")
+    with left, st.expander("Another recording", icon=":material/add:", key=f"another_{recorded.digest[:12]}"):
+        _choose(large=False)
+    player, answer = left.empty(), left.empty()
+    pictures, below = right.empty(), st.empty()
+    below.empty()
+    pictures.skeleton(height=_ANSWER_PX)
     with player.container():
         _playback(recorded)
-    with right:
+    with answer.container():
         heard = _heard(recorded)
     if heard is None:
         player.empty()
+        pictures.empty()
         return
-    mattered.section(recorded)
-    over_time.section(recorded, heard)
+    with answer.container():
+        _show(recorded, heard)
+    with pictures.container():
+        _pictures(heard)
+    with below.container():
+        from app_pages import mattered
+
+        mattered.section(recorded)
 
 
-def _choose() -> None:
-    names = list(examples())
-    if "recorded" not in st.session_state and FIRST_EXAMPLE in names:
-        st.session_state["recorded"] = example(FIRST_EXAMPLE)
-    upload, speak, try_one = st.tabs(["Upload", "Speak", "Examples"])
-    with upload:
+def _choose(*, large: bool) -> None:
+    """Microphone, drop zone and examples: two large choices side by side, or small ones below each other."""
+    speak, drop = st.columns(2, gap="small") if large else (st.container(), st.container())
+    with speak, st.container(border=large, height="stretch", key="ser-record"):
+        if large:
+            st.header("Record", anchor=False)
+        st.audio_input(
+            "Speak for a few seconds" if large else "Record",
+            sample_rate=MICROPHONE_HZ,
+            key="microphone",
+            on_change=_take,
+            args=("microphone",),
+            help="Browsers give a page the microphone only on this computer (localhost) or over https.",
+        )
+        if large:
+            st.caption("The microphone works on localhost and https addresses only.")
+    with drop, st.container(border=large, height="stretch", key="ser-drop"):
+        if large:
+            st.header("Drop audio", anchor=False)
         key = f"upload_{st.session_state.setdefault('uploads', 0)}"  # another key: empty again
         st.file_uploader(
-            "One recording, or several",
+            "Drop one recording here, or several" if large else "Drop audio",
             accept_multiple_files=True,
             key=key,
             on_change=_take_files,
@@ -62,19 +87,8 @@ def _choose() -> None:
             help="WAV, FLAC, OGG, MP3 and more, up to 32 MB each; several become a table on the page Many recordings. "
             "They are sent to the service and not stored.",
         )
-    with speak:
-        st.audio_input(
-            "Speak for a few seconds",
-            sample_rate=MICROPHONE_HZ,
-            key="microphone",
-            on_change=_take,
-            args=("microphone",),
-            help="Browsers give a page the microphone only on this computer (localhost) or over https.",
-        )
-        st.caption("The microphone works on localhost and https addresses only.")
-    with try_one:
-        st.pills("Example", names, key="example", on_change=_take, args=("example",), label_visibility="collapsed")
-        st.caption("Synthetic voices: nobody felt anything. The word is what the synthesiser was told to imitate.")
+    st.pills("Or try an example", list(examples()), key="example", on_change=_take, args=("example",))
+    st.caption("Synthetic voices: nobody felt anything. The word is what the synthesiser was told to imitate.")
 
 
 def _take_files(key: str) -> None:
@@ -83,6 +97,8 @@ def _take_files(key: str) -> None:
     if len(files) == 1:
         st.session_state["recorded"] = Recorded(*files[0])
     elif files:
+        from app_pages import many
+
         many.add(files)
         st.session_state["go_to_many"] = True
     st.session_state["uploads"] += 1
@@ -110,60 +126,75 @@ def _playback(recorded: Recorded) -> None:
 
 
 def _heard(recorded: Recorded) -> Recording | None:
-    """The answer, drawn; asked for once a recording."""
-    place = st.empty()
-    known = st.session_state.get("heard")
+    """The answer; asked for once a recording."""
+    from app_pages.service import asked
+
+    known: tuple[str, Recording] | None = st.session_state.get("heard")
     if known is None or known[0] != recorded.digest:
-        place.skeleton(height=_ANSWER_PX)
-        with place.container():
-            answer = asked(lambda client: client.predict(recorded.source, picture=True, min_confidence=NOT_SURE_BELOW))
+        with st.spinner("Listening …"):
+            answer = asked(
+                lambda client: client.predict(recorded.source, picture=True, min_confidence=NOT_SURE_BELOW),
+                about=recorded.name,
+            )
         if answer is None:
             return None
         known = (recorded.digest, answer)
         st.session_state["heard"] = known
-    with place.container():
-        _show(recorded, known[1])
     return known[1]
 
 
 def _show(recorded: Recorded, heard: Recording) -> None:
-    assert heard.picture is not None
+    from app_pages import mattered
+    from app_pages.bars import answer_html, scores_html
+
     st.html(answer_html(heard))
-    bars, pictures = st.columns([4, 7], gap="medium")
-    with bars:
-        if heard.scores:
-            st.html(bars_html(heard.scores))
-        mattered.button(recorded, heard)
-    with pictures:
-        st.altair_chart(waveform(heard.picture), alt=_waveform_alt(heard))
-        st.altair_chart(spectrogram(heard.picture), alt=_picture_alt(heard))
-        st.caption(_caption(heard))
+    if scores := scores_html(heard):
+        st.html(scores)
+    mattered.button(recorded, heard)
+
+
+def _pictures(heard: Recording) -> None:
+    """The recording as waveform and spectrogram on one time axis, and what the model saw of it."""
+    from app_pages import over_time
+    from app_pages.drawing import overview, spectrogram, waveform
+
+    picture = heard.picture
+    assert picture is not None
+    st.altair_chart(waveform(picture, whole=bool(heard.segments)), alt=_waveform_alt(heard))
+    apart = picture.overview_db is not None and (heard.segments or heard.duration_s > picture.window_s)
+    st.altair_chart(overview(picture) if apart else spectrogram(picture), alt=_picture_alt(heard))
+    over_time.section(heard, _caption(heard))
+    if apart and not heard.segments:
+        st.altair_chart(spectrogram(picture, strip=True), alt=f"The analysed {picture.window_s:g} seconds, enlarged.")
+        st.caption(f"Enlarged: the {picture.window_s:g} s that were analysed, as the model sees them.")
 
 
 def _caption(heard: Recording) -> str:
     assert heard.picture is not None
-    if heard.duration_s <= heard.picture.window_s:
-        part = "all of which the model hears"
+    window = f"{heard.picture.window_s:g} s"
+    if heard.segments:
+        part = f"all {clock(heard.duration_s)} were analysed, in parts of {window}"
+    elif heard.duration_s <= heard.picture.window_s:
+        part = "all of it was analysed"
     else:
-        part = f"and the marked {heard.picture.window_s:g} seconds of {clock(heard.duration_s)} that the model hears"
-    return f"Above: the sound, {part}. Below: what it sees; high sounds are up, loud ones bright."
+        part = f"the shaded {window} were analysed"
+    return f"Top: waveform, {part}. Bottom: spectrogram; high sounds are up, loud ones bright."
 
 
 def _waveform_alt(heard: Recording) -> str:
     assert heard.picture is not None
+    told = f"Loudness over time of a recording of {heard.duration_s:.1f} seconds. "
+    if heard.segments:
+        return told + "All of it was analysed."
     start_s = max(0.0, heard.picture.window_start_s)
     end_s = min(heard.duration_s, heard.picture.window_start_s + heard.picture.window_s)
-    return (
-        f"Loudness over time of a recording of {heard.duration_s:.1f} seconds. "
-        f"The model hears the part from second {start_s:.1f} to second {end_s:.1f}."
-    )
+    return told + f"The part from second {start_s:.1f} to second {end_s:.1f} was analysed."
 
 
 def _picture_alt(heard: Recording) -> str:
-    if heard.label == SILENCE:
-        return "Picture of the sound by time and pitch: silence."
+    if heard.label in NO_ANSWER or not heard.scores:
+        return f"Spectrogram by time and pitch: {spoken(heard.label)}."
+    if heard.segments:
+        return "Spectrogram of all of the recording, by time and pitch."
     best = heard.scores[0]
-    return (
-        "Picture of the sound that the model sees, by time and pitch. "
-        f"Its best guess from it: {spoken(best.label)}, {percent(best.score)}."
-    )
+    return f"Spectrogram by time and pitch. The closest answer to it: {spoken(best.label)}, {percent(best.score)}."

@@ -6,14 +6,14 @@ import pandas as pd
 import streamlit as st
 
 from app_pages import verdict
-from app_pages.bars import answer_html, bars_html
+from app_pages.bars import answer_html, scores_html
 from app_pages.collection import Collection, as_told, chosen_rows, csv_bytes, failure_table, result_table
 from app_pages.recordings import Recorded
 from app_pages.words import plain
 from serve.schema import ModelInfo, Recording
 
 ORDERS = ("As added", "File name", "Most sure first", "Least sure first")
-_SOUNDS_PX, _SURE_PX = 160, 130  # room for "not sure (disgusted?)", also where labels have a column
+_SOUNDS_PX, _SURE_PX = 190, 130  # room for "disgusted, 45 % of the time", also where labels have a column
 _ROW_PX, _SHOWN_ROWS = 35, 10.5  # half a row says that there are more
 
 
@@ -56,29 +56,35 @@ def _browse(collection: Collection, table: pd.DataFrame) -> None:
     text = find.text_input("Find a file", placeholder="Part of its name", key="many_find")
     by = order.selectbox("Order", ORDERS, key="many_order")
     picked = st.pills("Only those that sound", sorted(table["word"].unique()), selection_mode="multi", key="many_words")
-    found = chosen_rows(table, text, picked, by)
-    rows, details = st.columns([7, 4], gap="medium")
+    only_wrong = "wrong" in table and st.toggle("Only wrong ones", key="many_wrong")
+    found = chosen_rows(table, text, picked, by, only_wrong=only_wrong)
+    row = _chosen(found)
+    rows, details = st.columns([7, 4], gap="medium") if row is not None else (st.container(), None)
     with rows:
-        row = _choose(found)
-        st.caption(f"{len(found)} of {len(table)} shown; of long ones the middle was heard.")
-    with details, st.container(border=True):
-        if row is None:
-            st.markdown("Tick a row to hear it, and to see everything that it could be.")
-        else:
-            entry, answer = collection.read()[row]
+        _choose(found)
+        st.caption(f"{len(found)} of {len(table)} shown. Select a row to play it and see all scores.")
+    if details and row is not None:
+        entry, answer = collection.read()[row]
+        with details, st.container(border=True):
             _one(entry.recorded, as_told(answer))
 
 
-def _choose(found: pd.DataFrame) -> int | None:
-    """The table; returns the number of the recording whose row is ticked."""
-    chosen = st.dataframe(
-        found.drop(columns=["row", "word"]).assign(confidence=100 * found["confidence"]),
+def _chosen(found: pd.DataFrame) -> int | None:
+    """The number of the recording whose row is selected."""
+    rows = st.session_state.get("many_table", {}).get("selection", {}).get("rows", [])
+    return int(found.iloc[rows[0]]["row"]) if rows and rows[0] < len(found) else None
+
+
+def _choose(found: pd.DataFrame) -> None:
+    """The table."""
+    st.dataframe(
+        found.drop(columns=["row", "word", "wrong"], errors="ignore").assign(confidence=100 * found["confidence"]),
         hide_index=True,
         height=round(_ROW_PX * (min(len(found), _SHOWN_ROWS) + 1)) + 2,
         on_select="rerun",
         selection_mode="single-row",
         key="many_table",
-        alt="Table of the answers: file, what it sounds like, how sure the model is, length.",
+        alt="Table of the answers: file, what emotion it conveys, how sure the model is, length.",
         column_config={
             "file": st.column_config.TextColumn("File", width="medium"),
             "sounds": st.column_config.TextColumn("Sounds", width=_SOUNDS_PX),
@@ -89,8 +95,6 @@ def _choose(found: pd.DataFrame) -> int | None:
             "duration_s": st.column_config.NumberColumn("Length", format="%.1f s", width="small"),
         },
     )
-    rows = chosen.selection.rows
-    return int(found.iloc[rows[0]]["row"]) if rows and rows[0] < len(found) else None
 
 
 def _one(recorded: Recorded, answer: Recording) -> None:
@@ -101,8 +105,8 @@ def _one(recorded: Recorded, answer: Recording) -> None:
         st.audio(recorded.data, format=recorded.media_type, alt=f"The recording {recorded.name}")
     else:
         st.caption("Browsers cannot play this kind of file.")
-    if answer.scores:
-        st.html(bars_html(answer.scores))
+    if scores := scores_html(answer):
+        st.html(scores)
 
 
 def _judge(collection: Collection, model: ModelInfo) -> None:

@@ -8,16 +8,17 @@ import streamlit as st
 from app_pages.drawing import mattered
 from app_pages.recordings import Recorded
 from app_pages.service import asked
-from app_pages.words import SILENCE, spoken
+from app_pages.words import NO_ANSWER, spoken
 from serve.schema import Explanation, Recording
 
 _LITTLE = 0.1  # fall of the log-odds: a probability of 50 % becomes 47.5 %
 
 
 def button(recorded: Recorded, heard: Recording) -> None:
-    """The button that asks for it; silence has nothing to explain."""
-    if heard.label != SILENCE:
-        st.button("Show what mattered", on_click=_want, args=(recorded.digest,), icon=":material/visibility:")
+    """The button that asks for it; what is no voice has nothing to explain."""
+    if heard.label not in NO_ANSWER:
+        middle = " in the middle" if heard.segments else ""
+        st.button(f"Show what mattered{middle}", on_click=_want, args=(recorded.digest,), icon=":material/visibility:")
 
 
 def _want(digest: str) -> None:
@@ -32,7 +33,7 @@ def section(recorded: Recorded) -> None:
     known = st.session_state.get("explained")
     if known is None or known[0] != recorded.digest:
         with st.spinner("Covering one patch after the other …"):
-            answer = asked(lambda client: client.explain(recorded.source))
+            answer = asked(lambda client: client.explain(recorded.source), about=recorded.name)
         if answer is None:
             return
         known = (recorded.digest, answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,7 +12,7 @@ import streamlit as st
 from app_pages import verdict
 from app_pages.palette import colour
 from app_pages.service import address, asked
-from app_pages.words import spoken
+from app_pages.words import percent, spoken
 from serve.schema import ModelInfo
 
 NOTICE = """
@@ -55,54 +55,127 @@ def page() -> None:
 
 def _figures(model: ModelInfo) -> None:
     st.header("How well it does", anchor=False)
+    st.html(two_figures_html(model.metrics))
     test = model.metrics.get("test")
-    if not _measured(test):
-        st.info("No recordings were kept out of its training to measure it on. The model card says what is known.")
-    else:
+    if _measured(test):
         assert test is not None
-        recall = {name: float(share) for name, share in test["class_recall"].items() if share is not None}
-        weakest = min(recall, key=lambda name: recall[name])
-        lowest = (recall[weakest], weakest)
-        st.html(verdict.targets_html(float(test["accuracy"]), float(test["weighted_f1"]), lowest))
-        n = f"{test['n']} recordings" if isinstance(test.get("n"), int) else "recordings"
-        st.caption(f"Measured on {n} that were kept out of training. Voices it has never heard are harder for it.")
-        st.markdown(f"**How many it recognises** of each of its {len(model.labels)} answers")
-        st.html(_recall_html(model, recall))
+        st.html(verdict.targets_html(_targets(test)))
+        st.markdown("**Recall by emotion**, with 95 % intervals")
+        st.html(_recall_html(model, test))
         _confusion(model, test)
+    _elsewhere(model.metrics)
     st.header("What it hears", anchor=False)
     hears = model.features
     st.markdown(
-        f"{model.crops * hears.get('window_s', 2):g} seconds from the middle of a recording, as a picture of "
-        f"{hears.get('n_mels', '?')} pitch bands, at {hears.get('sample_rate_hz', 0) / 1000:g} kHz. Voice, not words."
+        f"{model.crops * hears.get('window_s', 2):g} seconds from the middle of a recording, and all of one that is "
+        f"longer than 6 seconds in parts, as a picture of {hears.get('n_mels', '?')} pitch bands, at "
+        f"{hears.get('sample_rate_hz', 0) / 1000:g} kHz. Voice, not words."
     )
+
+
+def two_figures_html(metrics: Mapping[str, Any]) -> str:
+    """Right answers for voices it knows and for new ones, equally large; "not measured" where the bundle has none."""
+    told = (
+        ("Voices it knows", metrics.get("test"), "other recordings of speakers it learned from"),
+        ("New voices", metrics.get("unseen_speakers"), "speakers it has never heard"),
+    )
+    return f'<div class="ser-figures">{"".join(_figure(*one) for one in told)}</div>'
+
+
+def _figure(title: str, block: Any, what: str) -> str:
+    share = block.get("accuracy") if isinstance(block, Mapping) else None
+    if not isinstance(share, int | float):
+        return f'<section><h3>{title}</h3><p class="figure">not measured</p><p>right answers for {what}</p></section>'
+    n = block.get("n")
+    interval = _interval(block, "accuracy") or (verdict.wilson(float(share), n) if isinstance(n, int) else None)
+    count = f" ({n:,} recordings)" if isinstance(n, int) else ""
+    count += ", by models of the same recipe" if "protocol" in block else ""
+    return (
+        f'<section><h3>{title}</h3><p class="figure">{percent(float(share))}</p>'
+        f"<p>95 % interval: {verdict.interval_words(interval)}</p><p>right answers for {what}{count}</p></section>"
+    )
+
+
+def _interval(block: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """The interval that was measured with a figure."""
+    given = block.get("intervals_95")
+    given = given.get(name) if isinstance(given, Mapping) else block.get(f"{name}_interval_95")
+    return (float(given[0]), float(given[1])) if isinstance(given, list | tuple) and len(given) == 2 else None
 
 
 def _measured(test: Any) -> bool:
     return isinstance(test, Mapping) and bool(test.get("class_recall")) and {"accuracy", "weighted_f1"} <= test.keys()
 
 
-def _recall_html(model: ModelInfo, recall: Mapping[str, float]) -> str:
+def _recalls(test: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(share) for name, share in test["class_recall"].items() if share is not None}
+
+
+def _counts(test: Mapping[str, Any]) -> Any:
+    found = test.get("confusion")
+    return found.get("counts") if isinstance(found, Mapping) else found
+
+
+def _of_class(test: Mapping[str, Any], labels: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Intervals of the recall of each class whose number of recordings is known."""
+    counts, recall = _counts(test), _recalls(test)
+    if not counts or len(counts) != len(labels):
+        return {}
+    sums = {name: sum(row) for name, row in zip(labels, counts, strict=True)}
+    return {name: verdict.wilson(share, sums[name]) for name, share in recall.items() if sums.get(name)}
+
+
+def _targets(test: Mapping[str, Any]) -> list[verdict.Figure]:
+    recall = _recalls(test)
+    weakest = min(recall, key=lambda name: recall[name])
+    of_class = _of_class(test, list(test["class_recall"]))
+    accuracy, f1 = float(test["accuracy"]), float(test["weighted_f1"])
+    return [
+        verdict.Figure("Right answers (accuracy)", accuracy, verdict.ACCURACY, _interval(test, "accuracy")),
+        verdict.Figure("Balanced (weighted F1)", f1, verdict.WEIGHTED_F1, _interval(test, "weighted_f1")),
+        verdict.Figure(
+            f"Weakest class: {spoken(weakest)} (recall)", recall[weakest], verdict.CLASS_RECALL, of_class.get(weakest)
+        ),
+    ]
+
+
+def _recall_html(model: ModelInfo, test: Mapping[str, Any]) -> str:
+    recall, intervals = _recalls(test), _of_class(test, model.labels)
     rows = "".join(
         f'<tr><th scope="row">{spoken(name)}</th><td><div class="track">'
         f'<div class="bar" style="width:{100 * recall.get(name, 0):.0f}%;background:{colour(name)}"></div></div></td>'
-        f'<td class="share">{f"{100 * recall[name]:.0f} %" if name in recall else "none"}</td></tr>'
+        f'<td class="share">{f"{100 * recall[name]:.0f} %" if name in recall else "none"}</td>'
+        f'<td class="interval">{verdict.interval_words(intervals[name]) if name in intervals else ""}</td></tr>'
         for name in model.labels
     )
     return f'<table class="ser-bars"><tbody>{rows}</tbody></table>'
 
 
 def _confusion(model: ModelInfo, test: Mapping[str, Any]) -> None:
-    found = test.get("confusion")
-    counts = found.get("counts") if isinstance(found, Mapping) else found
+    counts = _counts(test)
     if not counts or len(counts) != len(model.labels):
         return
-    st.markdown("**What it takes for what**, in percent of each class")
+    st.markdown("**What it confuses**, in percent of each class")
     st.altair_chart(verdict.confusion(model.labels, counts), alt=verdict.confusion_alt(model.labels, counts))
+
+
+def _elsewhere(metrics: Mapping[str, Any]) -> None:
+    """What else was measured: corpora that it was not trained on."""
+    told = [
+        f"- {name}: {percent(float(block['accuracy']))} right"
+        + (f" (95 % interval {verdict.interval_words(verdict.wilson(float(block['accuracy']), block['n']))})")
+        + f" of {block['n']:,} recordings"
+        for name, block in metrics.items()
+        if name not in ("test", "unseen_speakers") and isinstance(block, Mapping)
+        if isinstance(block.get("accuracy"), float) and isinstance(block.get("n"), int)
+    ]
+    if told:
+        st.markdown("**Measured elsewhere**\n\n" + "\n".join(told))
 
 
 def _service(model: ModelInfo | None) -> None:
     st.header("The service", anchor=False)
-    rows = [("Address", address()), ("State", "answers" if model else "does not answer")]
+    rows = [("Address", address()), ("Status", "running" if model else "not answering")]
     if model is not None:
         rows += [("Model", f"{model.name}, version {model.version}")]
         rows += [

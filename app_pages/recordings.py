@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-
-import pandas as pd
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 _TYPES = {
@@ -53,9 +52,9 @@ def examples() -> dict[str, Path]:
     listed = SAMPLES / "metadata.csv"
     if not listed.is_file():
         return {}
-    table = pd.read_csv(listed, dtype=str)
-    names = table["speaker"].str.capitalize() + ", " + table["label"]
-    return {name: SAMPLES / speech for name, speech in zip(names, table["speech"], strict=True)}
+    with listed.open(encoding="utf-8", newline="") as table:
+        rows = list(csv.DictReader(table))
+    return {f"{row['speaker'].capitalize()}, {row['label']}": SAMPLES / row["speech"] for row in rows}
 
 
 def example(name: str) -> Recorded:

@@ -1,7 +1,8 @@
 """The service as the page sees it: where it is, asking it, and waiting for it when it does not answer.
 
-``SER_API_URL`` and ``SER_API_KEY`` say where it is and with which key. A page that cannot go on without an answer shows
-one sentence and looks again every two seconds; what people have chosen stays as it is meanwhile.
+``SER_API_URL`` and ``SER_API_KEY`` say where it is and with which key; without the first, the page starts one itself
+(``own_service``). A page that cannot go on without an answer shows one sentence and looks again every second or two;
+what people have chosen stays as it is meanwhile.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import TypeVar
 
 import streamlit as st
 
+from app_pages.own_service import configured, own, starting_for_s
 from app_pages.words import plain, trouble
-from serve.client import DEFAULT_URL, BadRecording, Busy, Client, ClientError, Unreachable, WrongKey
+from serve.client import BadRecording, Busy, Client, ClientError, Unreachable, WrongKey
 
 Answer = TypeVar("Answer")
 _LOOK_AGAIN_S = 2.0
@@ -23,7 +25,7 @@ _PATIENCE_S = 15.0  # a person waits: rather tell that the service is busy, and 
 
 def address() -> str:
     """Where the service is."""
-    return (os.environ.get("SER_API_URL") or DEFAULT_URL).rstrip("/")
+    return configured() or own().url
 
 
 def client() -> Client:
@@ -36,41 +38,58 @@ def _client(url: str, key: str | None) -> Client:
     return Client(url, key, patience_s=_PATIENCE_S)
 
 
-def asked(question: Callable[[Client], Answer]) -> Answer | None:
-    """The answer; None after the page has told why there is none, and what to do."""
+def asked(question: Callable[[Client], Answer], about: str | None = None) -> Answer | None:
+    """The answer; None after the page has told why there is none, and what to do.
+
+    Args:
+        about: name of the recording that is asked about.
+    """
     try:
         return question(client())
     except ClientError as error:
-        tell(error)
+        tell(error, about)
         return None
 
 
-def tell(error: ClientError) -> None:
-    """One sentence; where waiting helps, the page also looks again by itself."""
+def tell(error: ClientError, about: str | None = None) -> None:
+    """One sentence; where waiting helps, the page also looks again by itself. Trouble is with the file ``about``."""
+    named = f"{plain(about)}: " if about else ""
     if isinstance(error, Unreachable):
-        _wait(f"The listening service does not answer at {address()}.", start=True)
+        _unreachable()
     elif isinstance(error, Busy):
-        _wait("The listening service is busy at the moment; this page asks again by itself.", start=False)
+        _wait("The service is busy at the moment; this page asks again by itself.")
     elif isinstance(error, WrongKey) and error.code != "key_required":  # else the service has none
         st.error("The service wants its key: start this page with SER_API_KEY set to it.", icon=":material/key:")
     elif isinstance(error, BadRecording):
-        st.error(plain(trouble(error)), icon=":material/error:")
+        st.error(named + plain(trouble(error)), icon=":material/error:")
     else:
-        st.error(plain(trouble(error)), icon=":material/error:")
+        st.error(named + plain(trouble(error)), icon=":material/error:")
         st.button("Try again", key="try_again", icon=":material/refresh:")
 
 
-def _wait(sentence: str, *, start: bool) -> None:
+def _unreachable() -> None:
+    if configured() is None and own().ended:
+        st.error("The model could not be started; why is told in the page's terminal.", icon=":material/error:")
+        st.button("Start it again", key="start_again", on_click=own().start, icon=":material/refresh:")
+    elif starting_for_s() is not None:
+        _starting()
+    else:
+        _wait(f"The service does not answer at {address()}; this page goes on by itself as soon as it does.")
+
+
+def _wait(sentence: str) -> None:
     st.warning(sentence, icon=":material/hourglass_top:")
-    if start:
-        st.markdown("Start it in a terminal, in the project's folder:")
-        st.code("python -m jobs.serve", language=None)  # the colours of "shell" are too pale to read
-        st.caption(
-            "Or start service and page together with `make app`. This page goes on by itself as soon as the service "
-            "answers; what you have chosen is kept."
-        )
     st.session_state["waiting_since_s"] = time.monotonic()
     _look_again()
+
+
+@st.fragment(run_every=1.0)
+def _starting() -> None:
+    """Tell for how long the model has been starting; draw the page again once it is there, or has ended."""
+    passed_s = starting_for_s()
+    if passed_s is None or (configured() is None and own().ended) or client().ready():
+        st.rerun(scope="app")
+    st.info(f"The model is starting … {passed_s:.0f} s", icon=":material/hourglass_top:")
 
 
 @st.fragment(run_every=_LOOK_AGAIN_S)

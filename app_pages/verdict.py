@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +17,7 @@ from app_pages.words import percent, spoken
 
 ACCURACY, WEIGHTED_F1, CLASS_RECALL = 0.80, 0.80, 0.75
 _CELL_PX = 42
+_Z, _DRAWS = 1.959964, 1000
 CELL = "#1d8f89"
 EMPTY, FULL = 0.06, 0.75
 """Opacity of a cell without recordings and of one with all of its row: on light and on dark, text can be read on it."""
@@ -31,6 +33,7 @@ class Agreement:
     weighted_f1: float
     recall: Mapping[str, float | None]
     counts: tuple[tuple[int, ...], ...]
+    f1_interval: tuple[float, float] | None = None
 
     @property
     def met(self) -> bool | None:
@@ -58,7 +61,25 @@ def agreement(truth: Sequence[str], answers: Sequence[str], classes: Sequence[st
         weighted_f1=float(f1_score(truth, answers, labels=labels, average="weighted", zero_division=0)),
         recall={name: float(r) if name in present else None for name, r in zip(labels, recalls, strict=True)},
         counts=tuple(tuple(map(int, row)) for row in confusion_matrix(truth, answers, labels=labels)),
+        f1_interval=_f1_interval(truth, answers, labels),
     )
+
+
+def _f1_interval(truth: Sequence[str], answers: Sequence[str], labels: Sequence[str]) -> tuple[float, float]:
+    """The 95 % interval of the weighted F1: recordings drawn again, with replacement."""
+    codes = {name: number for number, name in enumerate(labels)}
+    right = np.array([codes[name] for name in truth])
+    told = np.array([codes.get(name, len(labels)) for name in answers])
+    rng, found = np.random.default_rng(0), []
+    for _ in range(_DRAWS):
+        drawn = rng.integers(len(right), size=len(right))
+        matrix = np.zeros((len(labels) + 1, len(labels) + 1))
+        np.add.at(matrix, (right[drawn], told[drawn]), 1)
+        hits, support, answered = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+        f1 = 2 * hits / np.maximum(support + answered, 1)
+        found.append(float((f1 * support).sum() / len(drawn)))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def show(found: Agreement) -> None:
@@ -68,32 +89,67 @@ def show(found: Agreement) -> None:
         False: "Not all targets are met.",
         None: "Not decidable: some classes have no recording. Those that have are good enough.",
     }[found.met]
-    lowest = min((r, name) for name, r in found.recall.items() if r is not None)
-    words, matrix = st.columns([5, 11], gap="large")
+    words, matrix = st.columns([1, 1], gap="large")
     with words:
         st.markdown(f"**{told}**")
-        st.html(targets_html(found.accuracy, found.weighted_f1, lowest))
+        st.html(targets_html(figures(found)))
         st.caption(
             "In the picture, each row is a given label, each column an answer, and a row adds up to 100 %. "
-            "The best guess counts, also where the model is not sure."
+            "The best guess counts, also where the model is not sure. "
+            "Intervals take every recording for a speaker of its own."
         )
     with matrix:
         st.altair_chart(confusion(found.classes, found.counts), alt=confusion_alt(found.classes, found.counts))
 
 
-def targets_html(accuracy: float, weighted_f1: float, lowest: tuple[float, str]) -> str:
-    """A table of the three figures, each with its target and whether it is met."""
-    rows = (
-        ("Right answers (accuracy)", accuracy, ACCURACY),
-        ("Balanced over the classes (weighted F1)", weighted_f1, WEIGHTED_F1),
-        (f"Weakest class: {spoken(lowest[1])} (recall)", lowest[0], CLASS_RECALL),
-    )
+@dataclass(frozen=True)
+class Figure:
+    """A share, its 95 % interval where that is known, and its target."""
+
+    name: str
+    share: float
+    target: float
+    interval: tuple[float, float] | None = None
+
+
+def figures(found: Agreement) -> list[Figure]:
+    """The three figures of the targets, each with its interval."""
+    lowest, name = min((r, name) for name, r in found.recall.items() if r is not None)
+    n = sum(found.counts[found.classes.index(name)])
+    return [
+        Figure("Right answers (accuracy)", found.accuracy, ACCURACY, wilson(found.accuracy, found.n)),
+        Figure("Balanced (weighted F1)", found.weighted_f1, WEIGHTED_F1, found.f1_interval),
+        Figure(f"Weakest class: {spoken(name)} (recall)", lowest, CLASS_RECALL, wilson(lowest, n)),
+    ]
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of ``n`` recordings (Wilson 1927); as if no two were of one speaker."""
+    if n < 1:
+        return 0.0, 1.0
+    middle, width = share + _Z**2 / (2 * n), _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2)
+    low, high = (middle - width) / (1 + _Z**2 / n), (middle + width) / (1 + _Z**2 / n)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def interval_words(interval: tuple[float, float] | None) -> str:
+    """An interval in whole percent.
+
+    >>> interval_words((0.811, 0.9049)), interval_words(None)
+    ('81 to 90', 'not known')
+    """
+    return f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f}" if interval else "not known"
+
+
+def targets_html(shown: Sequence[Figure]) -> str:
+    """A table of figures, each with its interval, its target and whether it is met."""
     cells = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{percent(share)}</td><td>{percent(target)}</td>'
-        f"<td>{'met' if share >= target else 'missed'}</td></tr>"
-        for name, share, target in rows
+        f'<tr><th scope="row">{escape(figure.name)}</th><td>{percent(figure.share)}</td>'
+        f"<td>{interval_words(figure.interval)}</td><td>{percent(figure.target)}</td>"
+        f"<td>{'met' if figure.share >= figure.target else 'missed'}</td></tr>"
+        for figure in shown
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Figure", "Value", "Target", "Verdict"))
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Figure", "Value", "95 % interval", "Target", "Verdict"))
     return f'<table class="ser-targets"><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>'
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from serve.client import BadRecording, ClientError
-from serve.schema import Problem, Score
+if TYPE_CHECKING:
+    from serve.client import ClientError
+    from serve.schema import Problem, Score
 
 NOT_SURE_BELOW = 0.5
 """Confidence below which an answer is more likely wrong than right, and is told as "not sure"."""
 UNCERTAIN, SILENCE = "uncertain", "silence"
+NO_ANSWER = {SILENCE: "silent", "not_speech": "no speech", "too_short": "too short"}
+"""What a label may be where there is no voice to answer for, in words."""
 
 _ADJECTIVES = {"disgust": "disgusted", "fear": "fearful", "anger": "angry", "happiness": "happy", "sadness": "sad"}
-_SURE = ((0.9, "almost certain"), (0.7, "fairly sure"), (NOT_SURE_BELOW, "leaning this way"))
+_SURE = ((0.9, "Almost certain"), (0.7, "Fairly sure"))
 _REASONS = {
     "not_audio": "This is not an audio file, or it is damaged beyond reading.",
     "empty_file": "This file is empty.",
@@ -38,7 +43,7 @@ _REASONS = {
 
 def spoken(label: str) -> str:
     """A label as it ends the sentence "this voice sounds ..."."""
-    return {UNCERTAIN: "not sure", SILENCE: "silent"}.get(label, _ADJECTIVES.get(label, label))
+    return {UNCERTAIN: "not sure", **NO_ANSWER}.get(label, _ADJECTIVES.get(label, label))
 
 
 def unsure(best: str) -> str:
@@ -53,10 +58,10 @@ def unsure(best: str) -> str:
 def how_sure(confidence: float) -> str:
     """How sure the model is, without the number.
 
-    >>> how_sure(0.95), how_sure(0.55)
-    ('almost certain', 'leaning this way')
+    >>> how_sure(0.95), how_sure(0.51)
+    ('Almost certain', 'Weak guess')
     """
-    return next((words for least, words in _SURE if confidence >= least), "not sure")
+    return next((words for least, words in _SURE if confidence >= least), "Weak guess")
 
 
 def percent(share: float) -> str:
@@ -73,25 +78,44 @@ def percent(share: float) -> str:
     return f"{number}\u00a0%"
 
 
-def headline(label: str, *, whole: bool) -> str:
-    """The answer in a sentence; ``whole``: the model heard all of the recording, not only its middle."""
-    what = "This voice" if whole else "The middle of this recording"
+def headline(label: str, scores: Sequence[Score]) -> str:
+    """The answer in a sentence."""
     if label == SILENCE:
-        return "There is nothing to hear" + ("" if whole else " in the middle of this recording")
+        return "There is nothing to hear"
+    if label in NO_ANSWER:
+        return "This is no speech" if label == "not_speech" else "There is too little to hear"
     if label == UNCERTAIN:
-        return "Not sure"
-    return f"{what} sounds {spoken(label)}"
+        closest = ", ".join(f"{spoken(score.label)} ({percent(score.score)})" for score in scores[:2])
+        return f"No clear answer. Closest: {closest}"
+    return f"This voice sounds {spoken(label)}"
 
 
-def explained(label: str, confidence: float | None, scores: list[Score]) -> str:
+def explained(label: str, confidence: float | None) -> str:
     """The sentence below the headline."""
-    if label == SILENCE or confidence is None:
+    if label == SILENCE:
         return "It is so quiet that any answer would be a guess."
-    first, *others = scores
+    if confidence is None or label in NO_ANSWER:
+        return "No emotion is named without a voice."
     if label == UNCERTAIN:
-        second = f", then {spoken(others[0].label)} ({percent(others[0].score)})" if others else ""
-        return f"No answer stands out. The best guess is {spoken(first.label)} ({percent(first.score)}){second}."
-    return f"The model is {how_sure(confidence)}: {percent(confidence)}."
+        return "No answer is more likely right than wrong."
+    return f"{how_sure(confidence)}: {percent(confidence)}"
+
+
+def over_time(shares: Mapping[str, float]) -> tuple[str, str]:
+    """Headline and sentence of a long recording: how much of the time it sounds how.
+
+    Args:
+        shares: label -> share of the time, largest first.
+    """
+    named = [(spoken(label), share) for label, share in shares.items() if label not in (UNCERTAIN, *NO_ANSWER)]
+    if not named:
+        if UNCERTAIN in shares:
+            return "No clear answer in any part", "No answer is more likely right than wrong."
+        return headline(next(iter(shares)), ()), explained(next(iter(shares)), None)
+    first, *others = [f"{word} for {percent(share)}" for word, share in named[:3]]
+    told = f"Sounds {first} of the time" + "".join(f", {more}" for more in others)
+    unsure_for = shares.get(UNCERTAIN, 0.0)
+    return told, f"For {percent(unsure_for)} of the time the model is not sure." if unsure_for else ""
 
 
 def clock(seconds: float) -> str:
@@ -120,7 +144,8 @@ def reason(problem: Problem) -> str:
 
 def trouble(error: ClientError) -> str:
     """What went wrong, in one sentence."""
-    return reason(error.problem) if isinstance(error, BadRecording) else sentence(str(error))
+    problem: Problem | None = getattr(error, "problem", None)  # of a recording that is to blame
+    return reason(problem) if problem else sentence(str(error))
 
 
 def plain(text: str) -> str:

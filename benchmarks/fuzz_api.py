@@ -23,9 +23,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=100, help="test cases an operation and phase, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=("ray", "local"), default="ray")
     arguments = parser.parse_args()
     os.environ["SER_API_KEY"] = KEY
-    with started(ours()) as service:
+    with started(ours("--engine", arguments.engine)) as service:
         words = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{service.url}/openapi.json"]
         words += ["--checks", "all", "--header", f"Authorization: Bearer {KEY}", "--request-timeout", "60"]
         words += ["--max-examples", str(arguments.examples), "--seed", str(arguments.seed)]

@@ -49,9 +49,10 @@ class Running:
         return memory_mib(self.parts())
 
     def parts(self) -> dict[str, list[int]]:
-        """Pids of the proxy, the ingress, the model workers."""
+        """Pids of the proxy, the ingress, the model workers; of the local engine its one process."""
         titles = {"proxy": SERVE_PROXY, "ingress": ":Ingress", "model": ":Model"}
-        return {name: list(self.processes(title)) for name, title in titles.items()}
+        found = {name: list(self.processes(title)) for name, title in titles.items()}
+        return found if any(found.values()) else {"service": [self.pid]}  # without Ray it is one process
 
 
 def memory_mib(parts: Mapping[str, Sequence[int]]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Uploads that mean harm, or are mistakes: the status of each, how long it took, and what memory it cost.
 
-    python -m benchmarks.upload_attacks
+    python -m benchmarks.upload_attacks [--engine local]
 
 A service of its own is started. Memory is the peak of the proxy, the ingress and the model worker while the upload ran,
 less what each held before; after each, an ordinary recording must still be answered.
@@ -8,6 +8,7 @@ less what each held before; after each, an ordinary recording must still be answ
 
 from __future__ import annotations
 
+import argparse
 import io
 import socket
 import sys
@@ -237,13 +238,17 @@ def watched(service: Running, send: Callable[[Running], Statuses]) -> tuple[Stat
 
 def main() -> int:
     """Start a service, attack it, print; 0 when every answer was right."""
-    print(f"machine: {machine()}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("ray", "local"), default="ray")
+    engine = parser.parse_args().engine
+    print(f"machine: {machine()}; engine: {engine}")
     wrong = 0
-    with started(ours("--body_timeout_s", str(_BODY_TIMEOUT_S))) as service:
+    with started(ours("--engine", engine, "--body_timeout_s", str(_BODY_TIMEOUT_S))) as service:
         ordinary = file(clips(1)[0])
         ordinary(service)
         print(f"at rest, MiB: {', '.join(f'{name} {value:.0f}' for name, value in service.memory_mib().items())}")
-        print("\n| sent | answer | s | proxy | ingress | model |\n|---|---|---|---|---|---|")
+        parts = list(service.parts())
+        print(f"\n| sent | answer | s | {' | '.join(parts)} |\n|---|---|---{'|---' * len(parts)}|")
         for attack in attacks():
             begun_s = time.monotonic()
             found, grown_mib = watched(service, attack.send)

@@ -1,6 +1,7 @@
 """The web page and the service together, until Ctrl-C; a service that answers already is used as it is.
 
-The page opens at once and says that it waits until the service is ready. Both listen on this machine only.
+The page opens at once and counts the seconds until the service, without Ray, is ready. Both listen on this machine
+only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from pipeline.storage.errors import SerError
 
 PAGE = Path(__file__).resolve().parents[1] / "app.py"
 HOST = "127.0.0.1"
+SINCE_VARIABLE = "SER_API_SINCE"  # tells the page how long it has waited, see app_pages.own_service
 _LOOK_S = 0.5
 _STOP_S = 60.0
 
@@ -57,7 +60,8 @@ def job(arguments: argparse.Namespace) -> int:
             processes.append(
                 started.enter_context(_running(service_command(arguments), service_environment(os.environ)))
             )
-        page = started.enter_context(_running(page_command(arguments.port), {**os.environ, "SER_API_URL": url}))
+        environment = {**os.environ, "SER_API_URL": url, SINCE_VARIABLE: str(time.time())}
+        page = started.enter_context(_running(page_command(arguments.port), environment))
         processes.append(page)
         say(f"page: http://localhost:{arguments.port} (Ctrl-C stops)")
         while not ended.wait(_LOOK_S):
@@ -73,7 +77,7 @@ def service_command(arguments: argparse.Namespace) -> list[str]:
     """Words that start the service."""
     ports = ["--port", str(arguments.service_port), "--metrics_port", str(arguments.metrics_port)]
     bundles = ["--bundles", arguments.bundles] if arguments.bundles else []
-    return [sys.executable, "-m", "jobs.serve", *ports, *bundles]
+    return [sys.executable, "-m", "jobs.serve", "--engine", "local", *ports, *bundles]
 
 
 def page_command(port: int) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
 from jobs._window_options import add_window_options, window_options
 from pipeline.audio.source import EXTENSIONS, printable
+from pipeline.audio.windows import LONG_S
 from pipeline.inference.predictor import ScoreOptions
 from pipeline.inference.timeline import SILENCE
 from pipeline.models.backends import BACKENDS
@@ -72,6 +73,7 @@ def job(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         crops=options.crops,
     )
+    window_s = predictor.bundle.features.window_s
     answers = [_answer(name, predictor, options) for name in expanded(arguments.file)]
     if arguments.json:
         found = [as_json(answer, predictor.labels, options) for answer in answers]
@@ -83,6 +85,9 @@ def job(arguments: argparse.Namespace) -> int:
             say(answer.prediction.error)
         if answer.prediction.notice:
             say(f"notice: {printable(answer.name)}: {answer.prediction.notice}")
+        if answer.windows is None and answer.prediction.ok and answer.prediction.duration_s > LONG_S:
+            heard = f"{answer.prediction.scored_s:g} s of {answer.prediction.duration_s:g} s scored"
+            say(f"notice: {printable(answer.name)}: {heard}; --window_s {window_s:g} scores all of it")
     return EXIT_DONE if all(answer.prediction.ok for answer in answers) else EXIT_SOME_FAILED
 
 

@@ -32,9 +32,13 @@ def build_parser() -> Parser:
         help="where the service is (default: SER_API_URL, else port 8000 of this machine)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one answer a line, instead of a table")
-    parser.add_argument("--window_s", type=float, help="hear all of a recording in windows of this length")
+    parser.add_argument(
+        "--window_s",
+        type=_window,
+        help="hear all of a recording in windows of this length, or: middle (its default up to 6 s)",
+    )
     parser.add_argument("--hop_s", type=float, help="from one window to the next (default: the window's length)")
-    parser.add_argument("--channels", help="mix (default), each, or a channel's number")
+    parser.add_argument("--channels", help="mix, each, or a channel's number (default: the service's choice)")
     parser.add_argument("--top_k", type=int, help="so many classes an answer (default: all)")
     parser.add_argument("--min_confidence", type=float, help="answers below it become 'uncertain'")
     parser.add_argument("--model", help="name of a model of the service (default: its first)")
@@ -49,6 +53,7 @@ def job(arguments: argparse.Namespace) -> int:
     names = ("window_s", "hop_s", "channels", "top_k", "min_confidence", "model")
     options = {name: getattr(arguments, name) for name in names}
     sources = [("-", sys.stdin.buffer.read()) if name == STDIN else name for name in arguments.file]
+    windows = any(options[name] is not None for name in ("window_s", "hop_s")) or options["channels"] == "each"
     width = max(len("file"), *(len(Path(name).name) for name in arguments.file))
     failed = 0
     try:
@@ -57,7 +62,10 @@ def job(arguments: argparse.Namespace) -> int:
                 print(f"{'file':<{width}}  {'emotion':<12} {'confidence':>10}  then")
             for answer in client.predict_each(sources, **options):
                 failed += isinstance(answer, Failure)
-                print(answer.model_dump_json(exclude_none=True) if arguments.json else _row(answer, width), flush=True)
+                print(
+                    answer.model_dump_json(exclude_none=True) if arguments.json else _row(answer, width, windows),
+                    flush=True,
+                )
                 if isinstance(answer, Failure):
                     say(f"{answer.name}: {answer.problem.detail}")
     except ClientError as error:
@@ -65,14 +73,18 @@ def job(arguments: argparse.Namespace) -> int:
     return EXIT_SOME_FAILED if failed else EXIT_DONE
 
 
-def _row(answer: Recording | Failure, width: int) -> str:
+def _window(text: str) -> float | str:
+    return text if text == "middle" else float(text)
+
+
+def _row(answer: Recording | Failure, width: int, windows: bool) -> str:
     from serve.schema import Failure
 
     if isinstance(answer, Failure):
         return f"{answer.name or '':<{width}}  {answer.problem.code}"
     then = ", ".join(f"{score.label} {score.score:.1%}" for score in answer.scores[1:3])
     lines = [f"{answer.name or '':<{width}}  {answer.label:<12} {_share(answer.confidence):>10}  {then}".rstrip()]
-    for segment in answer.segments or []:
+    for segment in (answer.segments or []) if windows else []:
         channel = "" if segment.channel == "mix" else f"channel {segment.channel}  "
         span = f"{segment.start_s:8.2f} - {segment.end_s:8.2f} s"
         lines.append(f"  {channel}{span}  {segment.label:<12} {_share(segment.confidence):>10}".rstrip())

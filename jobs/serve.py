@@ -1,20 +1,23 @@
-"""The HTTP service on this machine, until Ctrl-C. Bundles, address and key are checked before anything starts."""
+"""The HTTP service on this machine, until Ctrl-C: on Ray Serve, or in this process, where it stands in seconds.
+
+Bundles, address and key are checked before anything starts.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from queue import SimpleQueue
-from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 from urllib.request import urlopen
 
 from jobs._common import EXIT_DONE, Parser, called, check_free, run, say
@@ -24,6 +27,9 @@ from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
 from serve.schema import API_KEY_VARIABLE
 from serve.settings import Settings
+
+if TYPE_CHECKING:
+    from pipeline.models.bundle import Bundle
 
 _LISTS = {"bundles", "cors_origins"}
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -37,9 +43,15 @@ def build_parser() -> Parser:
         description=__doc__,
         epilog="example: %(prog)s --bundles runs/first --max_replicas 2",
     )
+    parser.add_argument(
+        "--engine", choices=("ray", "local"), default="ray", help="Ray Serve, or this process (default ray)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help=f"beyond loopback {API_KEY_VARIABLE} must be set")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
     parser.add_argument("--metrics_port", type=int, default=8080, help="Prometheus metrics (default 8080)")
+    parser.add_argument(
+        "--stop_with_stdin", action="store_true", help="stop when standard input ends; with --engine local"
+    )
     for name, field in Settings.model_fields.items():
         kind = {"type": str, "metavar": "A,B"} if name in _LISTS else {"type": field.annotation}
         shown = "" if name in _LISTS else f" (default {field.default})"
@@ -50,18 +62,58 @@ def build_parser() -> Parser:
 def job(arguments: argparse.Namespace) -> int:
     """Check, start, wait for a signal, drain."""
     from serve.auth import is_loopback, key_digest_from_environment
-    from serve.ray_settings import prepare
     from serve.worker import open_bundles
 
     settings = _settings(arguments)
     digest = key_digest_from_environment()
     if not is_loopback(arguments.host) and digest is None:
         raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
+    if arguments.engine == "local" and max(settings.replicas, settings.max_replicas) > 1:
+        raise SerError("--engine local has one worker a model; leave out --replicas and --max_replicas")
+    if arguments.engine == "ray" and arguments.stop_with_stdin:
+        raise SerError("--stop_with_stdin is for --engine local; stop Ray Serve with a signal")
     check_free(arguments.host, arguments.port, "choose another --port")
-    open_bundles(settings.bundles)
-    if not joins_cluster():  # a cluster may grow
+    bundles = open_bundles(settings.bundles)
+    if arguments.engine == "local" or not joins_cluster():  # a cluster may grow
         settings.check_cpus(usable_cpus())
     metrics = _Metrics(arguments.metrics_port)
+    try:
+        if arguments.engine == "local":
+            _here(arguments, settings, digest, bundles, metrics)
+        else:
+            _on_ray(arguments, settings, digest, metrics)
+    except KeyboardInterrupt:
+        say("stopping")
+    finally:
+        metrics.end()
+    return EXIT_DONE
+
+
+def _here(
+    arguments: argparse.Namespace, settings: Settings, digest: str | None, bundles: Sequence[Bundle], metrics: _Metrics
+) -> None:
+    """In this process."""
+    from serve.local import LocalService
+
+    _take_signals(_interrupt, lambda: None)
+    say("starting")
+    os.environ.pop(API_KEY_VARIABLE, None)  # its hash is enough
+    service = LocalService(settings, digest)
+    if arguments.stop_with_stdin:
+        threading.Thread(target=_until_stdin_ends, args=(service.stop,), daemon=True).start()
+    else:
+        _log_to_stderr()
+    service.open(bundles)
+    metrics.source = service.metrics
+    _take_signals(service.stop, service.renew)
+    service.run(arguments.host, arguments.port, lambda: _say_ready(arguments, metrics))
+    say("stopped")
+
+
+def _on_ray(arguments: argparse.Namespace, settings: Settings, digest: str | None, metrics: _Metrics) -> None:
+    """On Ray Serve."""
+    from serve.ray_settings import prepare
+
     prepare(settings)
     os.environ.pop(API_KEY_VARIABLE, None)  # the processes of Ray need its hash only
     say("starting")
@@ -71,11 +123,10 @@ def job(arguments: argparse.Namespace) -> int:
 
     renewals: SimpleQueue[int] = SimpleQueue()
     try:
-        _take_signals(renewals)
+        _take_signals(_interrupt, lambda: renewals.put(1))
         deployment.run(settings, arguments.host, arguments.port, digest)
-        metrics.source = deployment.metrics_address
-        say(f"ready: http://{arguments.host}:{arguments.port} (/docs; Ctrl-C stops, SIGHUP opens the bundles again)")
-        say(f"metrics: http://127.0.0.1:{metrics.server_port}/metrics")
+        metrics.source = lambda: fetched(deployment.metrics_address())
+        _say_ready(arguments, metrics)
         while renewals.get():
             _roll_out(settings, digest)
     except KeyboardInterrupt:
@@ -86,16 +137,34 @@ def job(arguments: argparse.Namespace) -> int:
         with redirect_stdout(StringIO()):  # where Ray tells of its controller's end as if it were a failure
             deployment.stop()
             stop_ray()
-        metrics.end()
         tidy_up()
-    return EXIT_DONE
+
+
+def _say_ready(arguments: argparse.Namespace, metrics: _Metrics) -> None:
+    say(f"ready: http://{arguments.host}:{arguments.port} (/docs; Ctrl-C stops, SIGHUP opens the bundles again)")
+    say(f"metrics: http://127.0.0.1:{metrics.server_port}/metrics")
+
+
+def _until_stdin_ends(stop: Callable[[], None]) -> None:
+    """Stop once whoever started this process, and holds the other end of its input, has gone."""
+    with suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    stop()
+
+
+def _log_to_stderr() -> None:
+    """A line a request, as Ray Serve writes into its files."""
+    log = logging.getLogger("ray.serve.ser")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
 
 
 class _Metrics(ThreadingHTTPServer):
     """The page of metrics, in this process: its port is free as soon as that ends, however it ends.
 
     Ray exports a megabyte a scrape, on any free port. ``/metrics`` has the service's own of it, those of all its
-    processes summed; ``/metrics/all`` has everything.
+    processes summed; ``/metrics/all`` has everything. Without Ray both are the same.
 
     Raises:
         SerError: the port is taken.
@@ -106,7 +175,7 @@ class _Metrics(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         check_free("127.0.0.1", port, "choose another --metrics_port")
         super().__init__(("127.0.0.1", port), _MetricsPage)
-        self.source: Callable[[], str] | None = None  # gives the address of what Ray exports, once it does
+        self.source: Callable[[], str] | None = None  # gives what is exported, once something is; OSError while not
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def end(self) -> None:
@@ -124,12 +193,11 @@ class _MetricsPage(BaseHTTPRequestHandler):
         if self.path in ("/metrics", "/metrics/all"):
             try:
                 if self.server.source is None:
-                    raise ConnectionError("Ray is starting")
-                with urlopen(self.server.source(), timeout=10) as answer:
-                    text = answer.read().decode()
+                    raise ConnectionError("it is starting")
+                text = self.server.source()
                 status, text = HTTPStatus.OK, text if self.path.endswith("all") else own_metrics(text)
             except OSError:
-                status, text = HTTPStatus.SERVICE_UNAVAILABLE, "Ray exports no metrics now\n"
+                status, text = HTTPStatus.SERVICE_UNAVAILABLE, "there are no metrics now\n"
         self.send_response(status)
         self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.end_headers()
@@ -137,6 +205,13 @@ class _MetricsPage(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
+
+
+def fetched(address: str) -> str:
+    """What is at an address. Raises OSError."""
+    with urlopen(address, timeout=10) as answer:
+        text: str = answer.read().decode()
+        return text
 
 
 def own_metrics(text: str) -> str:
@@ -156,28 +231,33 @@ def own_metrics(text: str) -> str:
     return "".join(line + ("" if value is None else f" {value}") + "\n" for line, value in lines.items())
 
 
-def _take_signals(renewals: SimpleQueue[int]) -> None:
-    """Have SIGINT and SIGTERM end what this thread does, whatever that is; SIGHUP goes into ``renewals``.
+def _interrupt() -> NoReturn:
+    """End what the main thread does: the one exception that comes safely out of Ray's compiled parts."""
+    raise KeyboardInterrupt
 
-    They raise KeyboardInterrupt, the one exception that comes safely out of Ray's compiled parts. A SIGHUP because the
-    terminal has gone, where there was one, ends it as well. After the first end all are ignored.
+
+def _take_signals(stop: Callable[[], None], renew: Callable[[], None]) -> None:
+    """Have SIGINT and SIGTERM call ``stop``, once: after that all are ignored; and SIGHUP ``renew``.
+
+    A SIGHUP because the terminal has gone, where there was one, stops as well.
     """
-    renew = getattr(signal, "SIGHUP", None)  # Windows has none
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, renew) if number]
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, hang_up) if number]
     terminal = Terminal()
 
-    def stop(*_: object) -> NoReturn:
+    def stopping(*_: object) -> None:
         for number in numbers:
             signal.signal(number, lambda *_: None)
-        raise KeyboardInterrupt
+        stop()
 
-    def hang_up(number: int, _: FrameType | None) -> None:
+    def hung_up(*_: object) -> None:
         if terminal.left():
-            stop()
-        renewals.put(number)
+            stopping()
+        else:
+            renew()
 
     for number in numbers:
-        signal.signal(number, hang_up if number == renew else stop)
+        signal.signal(number, hung_up if number == hang_up else stopping)
 
 
 def _roll_out(settings: Settings, digest: str | None) -> None:

@@ -1,8 +1,9 @@
-"""The HTTP service on Ray Serve, and its client.
+"""The HTTP service, on Ray Serve or in one process, and its client.
 
 Around the application: ``schema`` (wire types), ``settings``, ``auth`` (key, host), ``middleware`` (ids, log, limits),
-``problems`` (errors), ``uploads`` (bodies in), ``answers`` (bodies out), ``routes``, ``api`` (all of it together).
+``problems`` (errors), ``uploads`` (bodies in), ``answers`` (bodies out), ``routes`` (all of it together).
 What answers: ``worker`` runs a model in batches (``batching``); ``service`` is what the two sides tell each other.
-On Ray: ``deployment`` (ingress and workers), ``remote`` (asking them), ``ray_settings`` (Serve's proxy), ``metrics``.
+On Ray: ``deployment`` (ingress and workers), ``remote`` (asking them), ``ray_settings`` (Serve's proxy). Without:
+``local``. Figures of both: ``metrics``.
 ``client`` is for everybody else, with ``client_wire`` beneath; it needs neither library nor Ray.
 """

@@ -106,6 +106,7 @@ def picture(drawn: Picture) -> schema.Picture:
         frequency_hz=drawn.frequency_hz.round(1).tolist(),
         time_s=drawn.time_s.round(_DIGITS).tolist(),
         level_db=drawn.level_db.astype(float).round(1).tolist(),
+        overview_db=drawn.overview_db.astype(float).round().tolist(),
     )
 
 

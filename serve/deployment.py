@@ -16,8 +16,8 @@ are loaded beside the old ones and take over between two requests.
 import asyncio
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -31,15 +31,14 @@ from ray.util import get_node_ip_address
 
 from pipeline.cluster.ray_internals import OwnPort
 from pipeline.cluster.runtime import joins_cluster
-from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.storage.errors import SerError
 from serve.auth import key_digest_from_environment
-from serve.metrics import RequestMeter, WorkMeter
+from serve.metrics import RequestMeter, WorkMeter, on_ray
 from serve.remote import Offer
 from serve.service import Card, Explained, PredictRequest, WorkerResult
 from serve.settings import APP_NAME, Settings
-from serve.worker import Worker, open_bundles
+from serve.worker import Worker, open_bundles, open_worker
 
 logger = logging.getLogger("ray.serve.ser")
 _INGRESS_ONGOING = 1000  # slow uploads hold a place each
@@ -57,7 +56,7 @@ class ModelWorker:
         self._port = OwnPort()
         self._port.install()
         self._settings = settings
-        self._meter = WorkMeter()
+        self._meter = WorkMeter(on_ray())
         self._worker: Worker | None = None
 
     async def reconfigure(self, config: Mapping[str, str]) -> None:
@@ -66,7 +65,7 @@ class ModelWorker:
         Weights that cannot be used are an error at start; later they are told in the log, and the old ones stay.
         """
         try:
-            worker = await asyncio.to_thread(_open, config["bundle"], self._settings)
+            worker = await asyncio.to_thread(open_worker, config["bundle"], self._settings, self._meter)
         except SerError as error:
             if self._worker is None:
                 raise
@@ -78,26 +77,11 @@ class ModelWorker:
 
     async def predict(self, data: bytes, request: PredictRequest, isolated: bool = False) -> WorkerResult:
         """What a recording sounds like."""
-        with self._counted() as worker:
-            result = await worker.predict(data, request, isolated=isolated)
-        self._meter.work(result.model, result.timing)
-        return result
+        return await self._now.predict(data, request, isolated=isolated)
 
     async def explain(self, data: bytes, request: PredictRequest, isolated: bool = False) -> Explained:
         """Why."""
-        with self._counted() as worker:
-            return await worker.explain(data, request, isolated=isolated)
-
-    @contextmanager
-    def _counted(self) -> Iterator[Worker]:
-        """The worker, for one recording; what it has in work is told when one comes and when one goes."""
-        worker = self._now
-        name = worker.predictor.bundle.name
-        asyncio.get_running_loop().call_soon(lambda: self._meter.load(name, worker.waiting, worker.long))
-        try:
-            yield worker
-        finally:
-            self._meter.load(name, worker.waiting, worker.long)
+        return await self._now.explain(data, request, isolated=isolated)
 
     async def card(self) -> Card:
         """What is known of the model."""
@@ -112,15 +96,6 @@ class ModelWorker:
     def _now(self) -> Worker:
         assert self._worker is not None, "reconfigure comes before the first request"
         return self._worker
-
-
-def _open(folder: str, settings: Settings) -> Worker:
-    predictor = Predictor.from_bundle(
-        folder, threads=settings.threads, batch_size=settings.batch_size, limits=settings.audio_limits
-    )
-    worker = Worker(predictor, max_windows=settings.max_windows)
-    worker.warm_up()
-    return worker
 
 
 class Ingress:
@@ -139,7 +114,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application."""
-        return self._offer.application(RequestMeter())
+        return self._offer.application(RequestMeter(on_ray()))
 
     async def offer(self) -> Offer:
         """What this process serves, for proxies that take the short way."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 import uuid
 import zlib
@@ -37,12 +36,15 @@ from serve.problems import (
 from serve.settings import MIB, Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from serve.service import Meter
 
 _GZIP = 31  # zlib's word for it, whatever the window
 _CLOSE = {"Connection": "close"}
+_LOOK_S = 0.2  # how often a request that comes slowly looks whether the service stops
 
 
 class BodyLimit:
@@ -275,21 +277,58 @@ class UntilGone:
 
 
 class Closing:
-    """Refuses new work once the file ``mark`` is there, while what is in work is answered: 503 with ``Retry-After``."""
+    """Refuses new work once ``closed()``, while what is in work is answered: 503 with ``Retry-After``.
 
-    def __init__(self, app: ASGIApp, *, mark: str) -> None:
-        self.app, self._mark = app, mark
+    A request whose body has not come by then is refused as well, so that a slow sender does not hold up the end.
+    """
+
+    def __init__(self, app: ASGIApp, *, closed: Callable[[], bool]) -> None:
+        self.app, self._closed = app, closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
-        if scope["type"] != "http" or not os.path.exists(self._mark):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+        elif not self._closed():
+            await self._serve(scope, receive, send)
         elif scope["path"] == "/v2/health/live":
             await JSONResponse({"live": True})(scope, receive, send)
         else:
-            error = retry_later("unavailable", "the service is stopping; send it again in a moment", after_s=5)
-            error.headers |= _CLOSE
-            await answer(error, scope)(scope, receive, send)
+            await _stopping(scope)(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        complete = refused = False
+
+        async def next_message() -> Message:
+            nonlocal complete, refused
+            while not (complete or refused):
+                try:
+                    async with asyncio.timeout(_LOOK_S):
+                        message = await receive()
+                except TimeoutError:
+                    if self._closed():
+                        refused = True
+                        await _stopping(scope)(scope, receive, send)
+                    continue
+                complete = not message.get("more_body", False)
+                return message
+            return {"type": "http.disconnect"} if refused else await receive()
+
+        async def unless_refused(message: Message) -> None:
+            if not refused:
+                await send(message)
+
+        try:
+            await self.app(scope, next_message, unless_refused)
+        except Exception:
+            if not refused:
+                raise  # else: the application, surprised that its client has gone
+
+
+def _stopping(scope: Scope) -> JSONResponse:
+    error = retry_later("unavailable", "the service is stopping; send it again in a moment", after_s=5)
+    error.headers |= _CLOSE
+    return answer(error, scope)
 
 
 class Identify:

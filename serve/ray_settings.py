@@ -176,9 +176,9 @@ def longest_message(settings: Settings) -> str:
 def in_proxy() -> list[Middleware]:
     """What Ray Serve's proxy puts around itself, the outermost last."""
     from serve import remote  # imports Ray, which runs already where this is called
-    from serve.metrics import RequestMeter
+    from serve.metrics import RequestMeter, on_ray
 
-    meter = RequestMeter()
+    meter = RequestMeter(on_ray())
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
     short_way = Middleware(ShortWay, ask=remote.asking(APP_NAME), make=lambda found: found.application(meter))
     inwards = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
@@ -188,6 +188,6 @@ def in_proxy() -> list[Middleware]:
     elif digest is not None:
         inwards.append(Middleware(PageCheck, origins=settings.cors_origins))
     if mark := os.environ.get(_CLOSING):
-        inwards.append(Middleware(Closing, mark=mark))
+        inwards.append(Middleware(Closing, closed=lambda: os.path.exists(mark)))
     limit_slow_headers()
     return [*inwards, Middleware(Access, meter=meter, refusals=True), *cors_of(settings), Middleware(Identify)]

@@ -17,8 +17,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve.api import create_app
 from serve.problems import ServiceError, overloaded, retry_later
+from serve.routes import create_app
 from serve.service import Card, Explained, Meter, PredictRequest, Service, WorkerResult
 from serve.settings import Settings
 

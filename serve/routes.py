@@ -1,4 +1,4 @@
-"""The endpoints: recordings in, emotions out; what is known of the models, and whether they answer.
+"""The endpoints, and the application around them over some ``Models``, with its OpenAPI document. No Ray in here.
 
 Key and length of the queue are asked before a body is read. One recording that cannot be used is the answer's problem;
 among several, each has its own, and the others are answered. ``/v2`` is the Open Inference Protocol's.
@@ -7,18 +7,28 @@ among several, each has its own, and the others are answered. ``/v2`` is the Ope
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
 from pipeline.inference.predictor import Channels
 from serve import answers, schema, uploads
-from serve.problems import ServiceError, note, request_id, retry_later
-from serve.schema import ExplainOptions, Options
+from serve.auth import PageCheck, require_key, require_loopback
+from serve.middleware import Access, Closing, Identify, Unpack, UntilGone, cors_of, limits_of
+from serve.problems import KINDS, MEDIA_TYPE, ServiceError, answer, note, request_id, retry_later
+from serve.schema import ExplainOptions, FieldError, Options, Problem, TaskInput
 from serve.service import PredictRequest, Service, WorkerResult, service_of
-from serve.uploads import Upload
+from serve.settings import Settings
+from serve.uploads import Upload, check_query
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 _AT_ONCE = 8  # recordings of one request that are in work together; others shall come through as well
@@ -32,7 +42,9 @@ async def predict(request: Request) -> schema.Prediction:
     files, options = await uploads.read_form(request, Options, service.settings.max_files)
     model = service.model(options.model)
     service.models.check_room(model)
-    if options.window_s is not None and options.window_s > service.window_s:
+    if options.window_s == "middle" and (options.hop_s is not None or options.channels == "each"):
+        raise uploads.invalid("window_s", "middle is one window; leave out hop_s and channels=each, or give a length")
+    if isinstance(options.window_s, float) and options.window_s > service.window_s:
         raise uploads.invalid("window_s", f"{options.window_s:g} is above {service.window_s:g}, all that models hear")
     note(request.scope, model=model, files=len(files))
     async with _deadline(service):
@@ -122,7 +134,9 @@ def _counted(service: Service, model: str) -> Iterator[None]:
     service.meter.recording(model, "ok")
 
 
-def _channels(text: str) -> Channels:
+def _channels(text: str | None) -> Channels | None:
+    if text is None:
+        return None
     if text.isdecimal():
         return int(text)
     return "each" if text == "each" else "mix"
@@ -182,3 +196,150 @@ async def _readiness(service: Service, names: Sequence[str], response: Response)
     if not all(answers_now):
         response.status_code = 503
     return schema.Ready(ready=all(answers_now))
+
+
+_HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+def create_app(service: Service, closed: Callable[[], bool] | None = None) -> FastAPI:
+    """The application; it takes no new work once ``closed()``, where that is given."""
+    settings = service.settings
+    app = FastAPIOffline(title="Speech emotion recognition", version="1", redoc_url=None)
+    app.state.service = service
+    allowed = [Depends(require_key if service.key_digest else require_loopback), Depends(check_query)]
+    app.include_router(router, dependencies=allowed)
+    app.include_router(models, dependencies=allowed)
+    app.include_router(health)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    pages = [] if service.key_digest else [Middleware(PageCheck, origins=settings.cors_origins)]
+    closing = [Middleware(Closing, closed=closed)] if closed else []
+    inner = [Middleware(UntilGone), limits_of(settings), *pages, *closing, Middleware(Access, meter=service.meter)]
+    outwards = [*inner, *cors_of(settings), Middleware(Unpack), Middleware(Identify)]
+    for middleware in outwards:
+        app.add_middleware(middleware.cls, *middleware.args, **middleware.kwargs)
+    app.openapi = _described(app, service.models.names, service.window_s, settings)  # type: ignore[method-assign]
+    return app
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return answer(error, request.scope)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    errors = [FieldError(field=".".join(map(str, e["loc"][1:])), message=e["msg"]) for e in error.errors()]
+    told = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
+    return answer(ServiceError("invalid_request", told, errors=errors), request.scope)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "bad_request")
+    detail = {"not_found": "no such endpoint; see /docs", "method_not_allowed": "see the header Allow"}.get(code)
+    return answer(ServiceError(code, detail or str(error.detail), headers=error.headers), request.scope)
+
+
+_PROBLEM = {"$ref": "#/components/schemas/Problem"}
+_BINARY = {"type": "string", "format": "binary"}
+_REF = "#/components/schemas/{model}"
+_UPLOAD_STATUSES = (400, 408, 413, 415, 422, 429, 500, 503)
+_DESCRIPTION = (
+    "Emotions from recordings of speech. Errors are RFC 9457 problem documents with a stable `code`; 429 and 503 carry "
+    "`Retry-After` when trying again makes sense. Recordings are sent as bytes: no paths, no addresses."
+)
+
+
+def _described(app: FastAPI, names: Sequence[str], window_s: float, settings: Settings) -> Callable[[], dict[str, Any]]:
+    """The function that FastAPI calls for its document, which is made once.
+
+    Args:
+        names: of the models.
+        window_s: the longest window that a model hears.
+    """
+    made: dict[str, Any] = {}
+
+    def document() -> dict[str, Any]:
+        if not made:
+            made.update(_document(app, names, window_s, settings))
+        return made
+
+    return document
+
+
+def _document(app: FastAPI, names: Sequence[str], window_s: float, settings: Settings) -> dict[str, Any]:
+    document = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
+    document["components"].setdefault("schemas", {}).update(_schemas(Problem, Options, ExplainOptions, TaskInput))
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _complete(operation, path, settings, names)
+    form = document["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    form["properties"]["window_s"]["oneOf"][0]["maximum"] = window_s
+    return document
+
+
+def _complete(operation: dict[str, Any], path: str, settings: Settings, names: Sequence[str]) -> None:
+    statuses = [401] if operation.get("security") else [403] if path.startswith("/v1") or "models" in path else []
+    bodies = {
+        "/v1/predict": lambda: _form(Options, settings.max_files),
+        "/v1/explain": lambda: _form(ExplainOptions, 1),
+        "/v1/audio-classification": _task,
+    }
+    if path in bodies:
+        operation["requestBody"] = bodies[path]()
+        statuses += _UPLOAD_STATUSES
+        statuses += [404] if path != "/v1/audio-classification" else []
+    elif "models" in path or path == "/v1/model":
+        statuses += [404, 422, 503]
+    for parameter in operation.get("parameters", []):
+        parameter["schema"]["examples"] = list(names)
+    responses = operation["responses"]
+    responses.pop("422", None)
+    for status in statuses:
+        told = responses.setdefault(str(status), {"description": _titles(status), "content": {}})
+        told.setdefault("content", {})[MEDIA_TYPE] = {"schema": _PROBLEM}
+    for described_response in responses.values():
+        described_response["headers"] = {"X-Request-ID": {"schema": {"type": "string"}}}
+    for retried in {"429", "503"} & set(responses):
+        responses[retried]["headers"]["Retry-After"] = {"schema": {"type": "integer"}, "description": "seconds"}
+
+
+def _titles(status: int) -> str:
+    return "; ".join(f"{code}: {kind.title}" for code, kind in KINDS.items() if kind.status == status)
+
+
+def _form(options: type[BaseModel], max_files: int) -> dict[str, Any]:
+    fields = options.model_json_schema()
+    files: Mapping[str, Any] = {"type": "array", "items": _BINARY, "minItems": 1, "maxItems": max_files}
+    form = {
+        "type": "object",
+        "properties": {"file": files if max_files > 1 else _BINARY, **_plain(fields["properties"])},
+        "required": ["file"],
+        "additionalProperties": False,
+    }
+    return {"required": True, "content": {"multipart/form-data": {"schema": form}}}
+
+
+def _plain(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a form: a form knows no null, one leaves a field out."""
+    fields = {}
+    for name, given in properties.items():
+        kept = {key: value for key, value in given.items() if key not in ("anyOf", "default") or value is not None}
+        choices = [choice for choice in kept.pop("anyOf", []) if choice.get("type") != "null"]
+        kept |= choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {}
+        fields[name] = kept
+    return fields
+
+
+def _task() -> dict[str, Any]:
+    content: dict[str, Any] = {kind: {"schema": _BINARY} for kind in ("application/octet-stream", "audio/wav")}
+    content["application/json"] = {"schema": {"$ref": _REF.format(model=TaskInput.__name__)}}
+    return {"required": True, "content": content}
+
+
+def _schemas(*models: type[BaseModel]) -> dict[str, Any]:
+    _, found = models_json_schema([(model, "serialization") for model in models], ref_template=_REF)
+    schemas: dict[str, Any] = found["$defs"]
+    return schemas

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 API_KEY_VARIABLE = "SER_API_KEY"
 CHANNELS_PATTERN = r"^(mix|each|[0-7])$"
@@ -69,7 +69,7 @@ class Segment(Wire):
 
 
 class Waveform(Wire):
-    """Outline of a recording's sound, all channels mixed: lowest and highest sample of each of n equal parts."""
+    """Outline of a recording's sound, all of it, channels mixed: lowest and highest sample of each of n equal parts."""
 
     start_s: float
     end_s: float
@@ -86,6 +86,9 @@ class Picture(Wire):
     frequency_hz: list[float] = Field(description="centres of the mel bands, ascending")
     time_s: list[float] = Field(description="centres of the frames")
     level_db: list[list[float]] = Field(description="bands x frames, dB below the loudest; row 0 is the lowest band")
+    overview_db: list[list[float]] | None = Field(
+        default=None, description="bands x columns of equal length, of what the waveform outlines: dB below its loudest"
+    )
 
 
 class Recording(Wire):
@@ -102,7 +105,7 @@ class Recording(Wire):
     channels: int
     level_dbfs: float = Field(description="RMS level of what was heard, of its loudest window")
     notice: str | None = Field(default=None, description="what to know of how it was read, a sentence")
-    segments: list[Segment] | None = Field(default=None, description="its windows, when they were asked for")
+    segments: list[Segment] | None = Field(default=None, description="its windows, where all of it was heard")
     picture: Picture | None = Field(default=None, description="when it was asked for")
 
 
@@ -190,16 +193,22 @@ class ModelMetadata(Wire):
     outputs: list[Tensor]
 
 
+_LENGTH, _MIDDLE = "a length", "a word"
+WindowLength = Annotated[
+    Annotated[float, Field(ge=0.1, allow_inf_nan=False), Tag(_LENGTH)] | Annotated[Literal["middle"], Tag(_MIDDLE)],
+    Discriminator(lambda value: _MIDDLE if value == "middle" else _LENGTH),
+]
+
+
 class Options(BaseModel):
     """The form fields of ``POST /v1/predict`` beside ``file``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    window_s: float | None = Field(
+    window_s: WindowLength | None = Field(
         default=None,
-        ge=0.1,
-        allow_inf_nan=False,
-        description="hear all of the recording in windows of this length, at most the model's own; default: its middle",
+        description="hear all of the recording in windows of this length, at most the model's own; middle: one window "
+        "in its middle, or the model's crops; default: middle up to 6 s, all of it in the model's windows beyond",
     )
     hop_s: float | None = Field(
         default=None,
@@ -207,10 +216,10 @@ class Options(BaseModel):
         allow_inf_nan=False,
         description="from one window to the next; default: the window's length. Alone it implies the model's window",
     )
-    channels: str = Field(
-        default="mix",
-        pattern=CHANNELS_PATTERN,
-        description="mix, a channel's number from 0, or each (which implies windows)",
+    channels: Annotated[str, Field(pattern=CHANNELS_PATTERN)] | None = Field(
+        default=None,
+        description="mix, a channel's number from 0, or each (which implies windows); default: mix, and each where a "
+        "recording of more than 6 s is heard in full and its channels differ",
     )
     top_k: int | None = Field(default=None, ge=1, description="so many classes in scores; default: all")
     min_confidence: float = Field(default=0.0, ge=0, le=1, description="answers below it are called uncertain")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from fastapi import Request
 
@@ -22,25 +22,32 @@ class PredictRequest:
 
     Attributes:
         window_s: hear all of it in windows of this length; ``hop_s`` from one to the next. Either implies the other:
-            the model's window, and the window's length. None and None: the middle, or the bundle's crops.
-        channels: ``mix``, the number of one channel, or ``each``, which implies windows.
+            the model's window, and the window's length. ``middle``: the middle, or the bundle's crops. None and None:
+            the middle up to ``LONG_S``, all of it in the model's windows beyond.
+        channels: ``mix``, the number of one channel, or ``each``, which implies windows. None: ``mix``, and ``each``
+            where all of a recording beyond ``LONG_S`` is heard and its channels differ.
         picture: whether to add what the model sees.
     """
 
-    window_s: float | None = None
+    window_s: float | Literal["middle"] | None = None
     hop_s: float | None = None
-    channels: Channels = "mix"
+    channels: Channels | None = None
     picture: bool = False
 
     @property
     def channel(self) -> Channel:
         """The one channel that is heard, or the mix of all where each is."""
-        return "mix" if self.channels == "each" else self.channels
+        return "mix" if self.channels is None or self.channels == "each" else self.channels
 
     @property
     def windowed(self) -> bool:
-        """Whether all of the recording is heard."""
-        return self.window_s is not None or self.hop_s is not None or self.channels == "each"
+        """Whether all of the recording is heard, however long it is."""
+        return isinstance(self.window_s, float) or self.hop_s is not None or self.channels == "each"
+
+    @property
+    def by_length(self) -> bool:
+        """Whether its length decides what is heard."""
+        return self.window_s is None and not self.windowed
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def validated(model: type[Fields], fields: dict[str, str]) -> Fields:
 
 def _invalid_fields(error: ValidationError) -> ServiceError:
     errors = [
-        _field_error(".".join(map(str, item["loc"])) or "body", item["msg"])
+        _field_error(".".join(part for part in map(str, item["loc"]) if part.isidentifier()) or "body", item["msg"])
         for item in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     told = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])

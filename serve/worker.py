@@ -11,9 +11,10 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,23 +22,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
-from pipeline.audio.windows import SlidingWindow
+from pipeline.audio.windows import LONG_S, SlidingWindow
 from pipeline.features.features import extract
-from pipeline.inference.excerpts import describe, failed
-from pipeline.inference.explain import Picture, draw, occlusion_steps, outline_part
+from pipeline.inference.excerpts import channels_differ, describe, failed
+from pipeline.inference.explain import Overview, Picture, draw, occlusion_steps, outline_part
 from pipeline.inference.predictor import Prediction, Predictor
 from pipeline.inference.timeline import Floats, Timeline
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.errors import SerError
 from serve.batching import Batcher, FairThreads, Share
+from serve.metrics import WorkMeter
 from serve.service import Card, Explained, PredictRequest, Timing, WorkerResult
+from serve.settings import Settings
 
 Array = NDArray[np.float32]
 Result = TypeVar("Result")
 _DECODERS = 2
 _BYTES_A_SECOND = 4 * 2**20  # of a recording in windows, a second of a thread: a guess that only decides who is first
 _LONG_THREADS = 2  # one of them is kept for those who have had little
+_DRAWN_AT_ONCE_S = 60.0
 _STUCK_S = 120.0  # far beyond what any accepted recording takes
 _VERSION_DIGITS = 12
 _CARD_NAME = "README.md"
@@ -68,10 +72,18 @@ class Worker:
         predictor: the model, with the limits that recordings must keep.
         max_windows: windows of a recording, over all channels, that are granted.
         decode_timeout_s: until a recording counts as one that its decoder hangs on.
+        meter: where figures go.
     """
 
-    def __init__(self, predictor: Predictor, *, max_windows: int = 1800, decode_timeout_s: float = 20.0) -> None:
-        self.predictor = predictor
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        max_windows: int = 1800,
+        decode_timeout_s: float = 20.0,
+        meter: WorkMeter | None = None,
+    ) -> None:
+        self.predictor, self._meter = predictor, meter
         self._max_windows, self._decode_timeout_s = max_windows, decode_timeout_s
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._threads = FairThreads(_LONG_THREADS, "long")
@@ -88,6 +100,11 @@ class Worker:
         for count in {1, size}:
             self.predictor.log_probabilities(np.zeros((count, *shape), np.float32))
         extract(np.zeros(self.predictor.bundle.features.window_samples, np.float32), self.predictor.bundle.features)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is at work."""
+        return bool(self._running)
 
     def check(self) -> None:
         """Raise RuntimeError when a thread has hung for far too long: it is lost, and so is the worker."""
@@ -117,6 +134,31 @@ class Worker:
             data: a file's content.
             isolated: decode in a process of its own, for a recording under suspicion.
         """
+        with self._metered():
+            result = await self._predict(data, request, isolated)
+        if self._meter:
+            self._meter.work(result.model, result.timing)
+        return result
+
+    async def explain(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> Explained:
+        """Why the middle of a recording sounds as it does."""
+        with self._metered():
+            return (await self._follow(self._explain(self.predictor, data, request, isolated), Share()))[0]
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        """For one recording: what is in work is told when one comes and when one goes."""
+        if not (meter := self._meter):
+            yield
+            return
+        name = self.predictor.bundle.name
+        asyncio.get_running_loop().call_soon(lambda: meter.load(name, self.waiting, self.long))
+        try:
+            yield
+        finally:
+            meter.load(name, self.waiting, self.long)
+
+    async def _predict(self, data: bytes, request: PredictRequest, isolated: bool) -> WorkerResult:
         predictor = self.predictor
         timeline = None
         if request.windowed:
@@ -126,18 +168,21 @@ class Worker:
             )
         else:
             prediction, timing = await self._excerpt(data, request, isolated)
+            if request.by_length and await self._is_long(prediction, data, isolated):
+                share = Share(expected_s=len(data) / _BYTES_A_SECOND)
+                (whole, parts), spent = await self._follow(self._windows(predictor, data, request, isolated), share)
+                if whole.ok or not prediction.ok:
+                    prediction, timeline, timing = whole, parts, spent
+                else:
+                    prediction = replace(prediction, notice=f"only its middle was heard. {whole.error}")
         picture = None
         if request.picture and prediction.ok:
             try:
-                picture = (await self._decode(partial(self._look, predictor, data, request, isolated)))[0]
+                picture = await self._picture(predictor, data, request, isolated)
             except audio.AudioError as error:
                 prediction = _refused(predictor, error)
         bundle = predictor.bundle
         return WorkerResult(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
-
-    async def explain(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> Explained:
-        """Why the middle of a recording sounds as it does."""
-        return (await self._follow(self._explain(self.predictor, data, request, isolated), Share()))[0]
 
     async def _excerpt(self, data: bytes, request: PredictRequest, isolated: bool) -> tuple[Prediction, Timing]:
         """What the middle, or the bundle's crops, sounds like."""
@@ -159,6 +204,15 @@ class Worker:
         wait_s = max(found[0].begun_s - decoded_s, 0.0)
         network_s = found[-1].ended_s - found[0].begun_s
         return predictor.prediction(excerpt, log_p), Timing(decoded_s - started_s, wait_s, network_s, found[0].size)
+
+    async def _is_long(self, middle: Prediction, data: bytes, isolated: bool) -> bool:
+        if middle.status != "too_short":  # which says nothing of the rest
+            return middle.duration_s > LONG_S
+        try:
+            info = await self._decode(partial(describe, data, isolated=isolated, limits=self.predictor.limits))
+        except audio.AudioError:
+            return False
+        return info.duration_s > LONG_S
 
     async def _follow(self, work: Generator[Array, Floats, Result], share: Share) -> tuple[Result, Timing]:
         """Run long work, step by step, its pictures in the batches of all; ends with its caller.
@@ -225,44 +279,40 @@ class Worker:
     def _windows(
         self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
     ) -> Generator[Array, Floats, tuple[Prediction, Timeline | None]]:
-        config = predictor.bundle.features
-        window_s = config.window_s if request.window_s is None else request.window_s
-        steps = SlidingWindow(window_s, window_s if request.hop_s is None else request.hop_s)
+        config, channels = predictor.bundle.features, request.channels or "mix"
+        window_s = request.window_s if isinstance(request.window_s, float) else config.window_s
+        hop_s = window_s if request.hop_s is None else request.hop_s
         try:
             if window_s > config.window_s:
                 raise WindowTooLong(f"window_s {window_s:g} is more than the {config.window_s:g} s the model hears.")
             info = describe(data, isolated=isolated, limits=predictor.limits)
-            tracks = info.channels if request.channels == "each" else 1
-            windows = tracks * (1 + max(info.duration_s - window_s, 0) / steps.hop_s)
+            if request.by_length:  # never refused: the channels together, or longer hops, where they are too many
+                hop_s = max(hop_s, (info.duration_s - window_s) / max(self._max_windows - 2, 1))
+                most = info.channels * (2 + (info.duration_s - window_s) / hop_s)
+                room = request.channels is None and most <= self._max_windows
+                if room and channels_differ(data, info, isolated=isolated, limits=predictor.limits):
+                    channels = "each"
+            tracks = info.channels if channels == "each" else 1
+            windows = tracks * (1 + max(info.duration_s - window_s, 0) / hop_s)
             if windows > self._max_windows:
                 raise TooManyWindows(
                     f"{windows:.0f} windows; the limit is {self._max_windows}. Take a longer hop_s, or a shorter part."
                 )
         except audio.AudioError as error:
             return _refused(predictor, error), None
-        return (yield from predictor.follow_steps(data, steps, channels=request.channels, isolated=isolated))
+        steps = SlidingWindow(window_s, hop_s)
+        return (yield from predictor.follow_steps(data, steps, channels=channels, isolated=isolated))
 
-    def _look(
-        self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
-    ) -> tuple[Picture, audio.Clip]:
-        """What the model sees of a recording's middle, and that middle."""
-        config = predictor.bundle.features
-        window = _load(
-            audio.load_middle,
-            data,
-            isolated,
-            window_s=config.window_s,
-            sample_rate_hz=config.sample_rate_hz,
-            channel=request.channel,
-            limits=predictor.limits,
-        )
-        start_s, length_s = outline_part(window.info.duration_s)
-        part = {"start_s": start_s, "duration_s": length_s, "sample_rate_hz": 8000, "limits": predictor.limits}
-        try:
-            outline = _load(audio.load, data, isolated, **part)
-        except audio.AudioError:  # damaged where the model does not listen
-            outline = window
-        return draw(window, outline, config), window
+    async def _picture(self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool) -> Picture:
+        """What the model sees of a recording's middle, and all of the recording around it."""
+        window = await self._decode(partial(_window, predictor, data, request, isolated))
+        overview = Overview(0.0, window.info.duration_s, predictor.bundle.features)
+        share = Share(expected_s=len(data) / _BYTES_A_SECOND)
+        for start_s in np.arange(0.0, overview.length_s, _DRAWN_AT_ONCE_S):
+            adding = partial(_add, overview, predictor, data, isolated, float(start_s), _DRAWN_AT_ONCE_S)
+            if not await self._threads.run(share, self._watched(adding)):
+                overview.add(window)
+        return draw(window, overview, predictor.bundle.features)
 
     def _explain(
         self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
@@ -277,12 +327,34 @@ class Worker:
             unseen = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
             return answer(prediction=_refused(predictor, unseen))
         try:
-            picture, window = self._look(predictor, data, request, isolated)
+            window = _window(predictor, data, request, isolated)
         except audio.AudioError as error:
             return answer(prediction=_refused(predictor, error))
+        overview = Overview(*outline_part(window.info.duration_s), bundle.features)
+        if not _add(overview, predictor, data, isolated, overview.start_s, overview.length_s):
+            overview.add(window)
+        picture = draw(window, overview, bundle.features)
         features = extract(window.samples, bundle.features)
         occlusion = yield from occlusion_steps(features, target=int(prediction.probabilities.argmax()))
         return answer(prediction=prediction, occlusion=occlusion, picture=picture)
+
+
+def _window(predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool) -> audio.Clip:
+    config = predictor.bundle.features
+    part = {"window_s": config.window_s, "sample_rate_hz": config.sample_rate_hz, "limits": predictor.limits}
+    return _load(audio.load_middle, data, isolated, channel=request.channel, **part)
+
+
+def _add(
+    overview: Overview, predictor: Predictor, data: bytes, isolated: bool, start_s: float, length_s: float
+) -> bool:
+    """Add a part of a recording, all channels mixed; False where it is damaged."""
+    part = {"start_s": start_s, "duration_s": length_s, "limits": predictor.limits}
+    try:
+        overview.add(_load(audio.load, data, isolated, sample_rate_hz=predictor.bundle.features.sample_rate_hz, **part))
+    except audio.AudioError:
+        return False
+    return True
 
 
 def _rows(features: Array) -> list[Array]:
@@ -298,6 +370,19 @@ def _advance(
         return (next(work) if log_p is None else work.send(log_p)), None
     except StopIteration as end:
         return None, (end.value,)
+
+
+def open_worker(folder: str, settings: Settings, meter: WorkMeter) -> Worker:
+    """The bundle in ``folder`` at work, warm, as ``settings`` want it.
+
+    Raises:
+        SerError: it cannot be used.
+    """
+    limits = settings.audio_limits
+    predictor = Predictor.from_bundle(folder, threads=settings.threads, batch_size=settings.batch_size, limits=limits)
+    worker = Worker(predictor, max_windows=settings.max_windows, meter=meter)
+    worker.warm_up()
+    return worker
 
 
 def open_bundles(paths: Sequence[str]) -> list[Bundle]:

@@ -88,7 +88,8 @@ def web_page(camera: Camera, address: str, clone: Path) -> None:
     page, main = camera.page, '[data-testid="stMain"]'
     camera.caption = "The web page: upload a recording, speak, or try an example"
     page.goto(address)
-    _answered(page)
+    page.wait_for_selector("h1")
+    _rested(page)
     camera.hold(4.0)
     camera.caption = "An upload: the answer in words, all eight classes, and what the model heard"
     page.locator("input[type=file]").first.set_input_files(str(clone / "samples/ben_sad_window.wav"))

@@ -15,6 +15,8 @@ from pipeline.storage.errors import SerError
 
 MIN_WINDOW_S = 0.1
 MAX_CROPS = 100
+LONG_S = 6.0
+"""Of recordings longer than this, the middle is little: service and page hear all of them, batch jobs say so."""
 _TAIL_S = 0.001  # what may stay unheard at the end of a recording
 
 

@@ -23,6 +23,7 @@ from pipeline.storage.files import source_of
 Array = NDArray[np.float32]
 LEAST_S = 0.25
 """Seconds of sound that an answer needs: a syllable."""
+_LOOKS, _LOOK_HZ, _ALIKE = 8, 8_000, 0.9  # by which channels are compared
 _SPAN_S = 60.0  # windows that lie within this are cut from one read
 _APART_LIMIT_S = 120.0
 _FAINTEST = 1e-20  # power of digital silence: -200 dBFS
@@ -107,6 +108,36 @@ def describe(
     if isolated:
         return _decode_isolated(audio.load_middle, _local(source), limits=limits).info
     return audio.probe(_local(source), limits=limits)
+
+
+def channels_differ(
+    source: audio.AudioSource,
+    info: audio.AudioInfo,
+    *,
+    isolated: bool = False,
+    limits: audio.Limits = audio.DEFAULT_LIMITS,
+) -> bool:
+    """Whether a recording's channels hold different sound, as those of a call do, and not one voice in all of them.
+
+    Heard are eight pieces of a second, at 8 kHz. A channel is another one when its correlation with the first is below
+    0.9; those that are silent throughout do not count.
+
+    Args:
+        info: what the recording is, as ``describe`` gives it.
+
+    Raises:
+        AudioError: it cannot be used.
+    """
+    decode, starts = _decode_isolated if isolated else _decode, crop_starts(info.duration_s, 1.0, _LOOKS)
+
+    def heard(channel: int) -> NDArray[np.float64]:
+        part = {"duration_s": 1.0, "sample_rate_hz": _LOOK_HZ, "channel": channel, "limits": limits}
+        pieces = [decode(audio.load, _local(source), start_s=start, **part).samples for start in starts]
+        return np.concatenate([piece - piece.mean() for piece in pieces]).astype(np.float64)
+
+    channels = map(heard, range(info.channels if info.channels > 1 else 0))
+    sound = [one for one in channels if _level_dbfs(one.astype(np.float32)) >= SILENCE_DBFS]
+    return any(sound[0] @ one < _ALIKE * np.sqrt((sound[0] @ sound[0]) * (one @ one)) for one in sound[1:])
 
 
 def walk(

@@ -12,7 +12,7 @@ What the model sees of a recording, to be drawn: the outline of its sound, and t
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +126,8 @@ def _log_odds(log_p: Floats, target: int) -> Floats:
 
 _NO_POWER = 1e-10
 OUTLINE_S = 30.0
-"""As much of a long recording is outlined, around its middle."""
+"""As much of a long recording is drawn, around its middle, where not all of it is."""
+_POINTS, _COLUMNS, _FRAMES_A_COLUMN = 1000, 480, 4
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Picture:
         frequency_hz: centres of the mel bands, ``(bands,)``; ``time_s``: of the frames, ``(frames,)``.
         level_db: dB below the loudest cell, cut at ``top_db``, ``(bands, frames)``; row 0 the lowest band. Of digital
             silence all are at ``-top_db``.
+        overview_db: the same of what is outlined, ``(bands, columns)``, in columns of equal length.
     """
 
     outline_start_s: float
@@ -151,6 +153,7 @@ class Picture:
     frequency_hz: NDArray[np.float64]
     time_s: NDArray[np.float64]
     level_db: Array
+    overview_db: Array
 
 
 def outline_part(duration_s: float) -> tuple[float, float]:
@@ -163,25 +166,71 @@ def outline_part(duration_s: float) -> tuple[float, float]:
     return (duration_s - length_s) / 2, length_s
 
 
-def draw(window: Clip, outline: Clip, config: FeatureConfig, points: int = 600) -> Picture:
+class Overview:
+    """Outline and levels of a part of a recording, small enough to be drawn; filled clip by clip.
+
+    Args:
+        start_s: where the part begins; ``length_s``: how long it is.
+        points: parts of the outline at most.
+    """
+
+    def __init__(self, start_s: float, length_s: float, config: FeatureConfig, points: int = _POINTS) -> None:
+        self.start_s, self.length_s = start_s, max(length_s, 1.0 / config.sample_rate_hz)
+        count = max(round(self.length_s * config.sample_rate_hz), 1)
+        columns = min(_COLUMNS, 1 + count // config.hop_length)
+        hop = max(config.hop_length, count // (columns * _FRAMES_A_COLUMN))
+        self._config = replace(config, hop_length=min(hop, config.window_samples))
+        points = min(points, count)
+        self.low, self.high = np.full(points, np.inf, np.float32), np.full(points, -np.inf, np.float32)
+        self._power, self._frames = np.zeros((columns, config.n_mels)), np.zeros(columns)
+
+    def add(self, clip: Clip) -> None:
+        """Take in what lies in a clip, at the config's rate."""
+        at = (clip.start_s - self.start_s) / self.length_s
+        if not len(clip.samples):
+            return
+        point = self._places(at, len(clip.samples), 1, len(self.low))
+        first = np.flatnonzero(np.diff(point, prepend=-1))
+        here = point[first]
+        self.low[here] = np.minimum(self.low[here], np.minimum.reduceat(clip.samples, first))
+        self.high[here] = np.maximum(self.high[here], np.maximum.reduceat(clip.samples, first))
+        power = mel_power(clip.samples, self._config)
+        column = self._places(at, power.shape[1], self._config.hop_length, len(self._frames))
+        np.add.at(self._power, column, power.T)
+        np.add.at(self._frames, column, 1)
+
+    def _places(self, at: float, count: int, step: int, places: int) -> NDArray[np.intp]:
+        """In which of ``places`` equal parts ``count`` things lie, of which there is one every ``step`` samples."""
+        share = at + np.arange(count) * (step / (self._config.sample_rate_hz * self.length_s))
+        return np.clip((share * places).astype(np.intp), 0, places - 1)
+
+    @property
+    def level_db(self) -> Array:
+        """Levels in dB below the loudest cell, ``(bands, columns)``; what no clip brought is silent."""
+        mean = self._power / np.maximum(self._frames, 1)[:, np.newaxis]
+        return _level_db(mean.T.astype(np.float32), self._config)
+
+    @property
+    def outline(self) -> tuple[Array, Array]:
+        """Lowest and highest sample of each of n equal parts; 0 where no clip brought any."""
+        there = np.isfinite(self.low)
+        return np.where(there, self.low, np.float32(0)), np.where(there, self.high, np.float32(0))
+
+
+def draw(window: Clip, overview: Overview, config: FeatureConfig) -> Picture:
     """The picture of a recording.
 
     Args:
         window: what the model hears, as ``audio.load_middle`` gives it at the config's rate and length.
-        outline: what is outlined, all channels mixed, at any rate.
-        points: parts of the outline at most.
+        overview: what is drawn around it.
     """
-    low, high = _extremes(outline.samples, points)
-    power = mel_power(window.samples, config)
-    level_db = 10.0 * np.log10(np.maximum(power, np.float32(_NO_POWER)))
-    level_db = np.maximum(level_db - level_db.max(), np.float32(-config.top_db))
-    if power.max() <= _NO_POWER:  # all of it is the loudest, and would be the brightest
-        level_db[:] = -config.top_db
+    low, high = overview.outline
+    level_db = _level_db(mel_power(window.samples, config), config)
     window_start_s = window.start_s - (config.window_s - window.scored_s) / 2
     frames = np.arange(level_db.shape[1]) * config.hop_length / config.sample_rate_hz
     return Picture(
-        outline_start_s=outline.start_s,
-        outline_end_s=outline.start_s + outline.scored_s,
+        outline_start_s=overview.start_s,
+        outline_end_s=overview.start_s + overview.length_s,
         low=low,
         high=high,
         window_start_s=window_start_s,
@@ -189,10 +238,13 @@ def draw(window: Clip, outline: Clip, config: FeatureConfig, points: int = 600) 
         frequency_hz=mel_edges_hz(config)[1:-1],
         time_s=window_start_s + frames,
         level_db=level_db,
+        overview_db=overview.level_db,
     )
 
 
-def _extremes(samples: Array, points: int) -> tuple[Array, Array]:
-    """Smallest and largest sample of ``min(points, n)`` parts of samples ``(n,)``."""
-    edges = np.linspace(0, len(samples), min(points, len(samples)) + 1).astype(np.intp)
-    return np.minimum.reduceat(samples, edges[:-1]), np.maximum.reduceat(samples, edges[:-1])
+def _level_db(power: Array, config: FeatureConfig) -> Array:
+    level_db: Array = np.asarray(10.0 * np.log10(np.maximum(power, np.float32(_NO_POWER))), dtype=np.float32)
+    level_db = np.asarray(np.maximum(level_db - level_db.max(), np.float32(-config.top_db)), dtype=np.float32)
+    if power.max() <= _NO_POWER:  # all of it is the loudest, and would be the brightest
+        level_db[:] = -config.top_db
+    return level_db

@@ -28,6 +28,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.audio.windows import LONG_S
 from pipeline.inference.predictor import ScoreOptions
 from pipeline.models.bundle import Bundle
 from pipeline.reporting import REPORT
@@ -178,9 +179,6 @@ def _difference(keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any])
         short = max(len(before), len(after)) <= 24
         parts.append(f"{key} {before} instead of {after}" if short else f"another {key}")
     return ", ".join(parts)
-
-
-LONG_S = 6.0  # of recordings longer than this, most is not heard unless in windows
 
 
 @dataclass

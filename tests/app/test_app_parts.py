@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,15 +16,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from app_service import LABELS, picture_of, recording_of, refused, spoken
+from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 
 from app_pages import drawing, palette, words
-from app_pages.bars import answer_html
+from app_pages.bars import answer_html, bars_html, scores_html
 from app_pages.collection import Collection, as_told, csv_bytes, result_table
 from app_pages.labels import ALIASES, LabelsError, read_labels
+from app_pages.model import two_figures_html
 from app_pages.recordings import Recorded, example, examples
-from app_pages.timeline import as_table, summary, timeline
-from app_pages.verdict import agreement, confusion, confusion_alt
+from app_pages.timeline import as_table, shares, timeline_html
+from app_pages.verdict import agreement, confusion, confusion_alt, wilson
 from pipeline.data import labels
 from serve.schema import Explanation, Failure, Picture, Problem, Recording, Score, Segment
 from serve.settings import Settings
@@ -186,10 +189,16 @@ def test_the_csv_has_a_row_for_each_and_no_formula() -> None:
 
 @pytest.mark.parametrize(
     ("label", "confidence", "headline"),
-    [("sad", 0.8, "sounds sad"), ("sad", 0.4, ">Not sure<"), ("silence", 0.2, "nothing to hear")],
+    [
+        ("sad", 0.8, "sounds sad"),
+        ("sad", 0.51, "Weak guess: 51 %"),
+        ("sad", 0.4, "No clear answer. Closest: sad (40 %), angry (9 %)"),
+        ("silence", 0.2, "nothing to hear"),
+    ],
 )
 def test_a_recording_of_many_is_told_as_on_its_own(label: str, confidence: float, headline: str) -> None:
-    assert headline in answer_html(as_told(answer(spoken(label, confidence=confidence)))).replace("</span>", ">")
+    told = answer_html(as_told(answer(spoken(label, confidence=confidence))))
+    assert headline in told.replace("\u00a0", " ")
 
 
 def test_an_empty_collection_has_an_empty_table() -> None:
@@ -232,20 +241,103 @@ def test_overlapping_parts_meet_in_the_middle() -> None:
     assert table["from"].tolist() == ["0:00.0", "0:02.0", "0:03.0", "0:00.0"]
 
 
-def test_the_summary_goes_by_time() -> None:
+def test_a_long_recording_is_told_by_time_and_not_as_one_answer() -> None:
     parts = [segment(0, 2, "sad"), segment(2, 4, "silence"), segment(4, 6, "uncertain"), segment(6, 8, "sad")]
-    table = as_table(parts, channels=1)
-    assert (
-        summary(table).replace("\u00a0", " ") == "It sounds sad for 67 % of the time; for 33 % the model is not sure."
-    )
-    assert table["sounds"].tolist() == ["sad", "silent", "not sure (sad?)", "sad"]
-    assert "silent from beginning to end" in summary(as_table([segment(0, 2, "silence")], channels=1))
-    drawn = timeline(table, 8.0).to_dict()
-    json.dumps(drawn)
-    axes = [layer["encoding"]["x"]["axis"] for layer in drawn["layer"] if "axis" in layer["encoding"]["x"]]
-    assert axes
-    for axis in axes:  # else the first label is moved to the right, into the second one on a phone
-        assert axis["labelFlush"] is False
+    assert as_table(parts, channels=1)["sounds"].tolist() == ["sad", "silent", "not sure (sad?)", "sad"]
+    assert shares(parts) == {"sad": pytest.approx(2 / 3), "uncertain": pytest.approx(1 / 3)}
+    long = answer(spoken("angry", confidence=0.96, duration_s=8.0)).model_copy(update={"segments": parts})
+    told = answer_html(long).replace("\u00a0", " ")
+    assert "Sounds sad for 67 % of the time<" in told
+    assert "For 33 % of the time the model is not sure." in told
+    assert "96" not in told
+    assert "Share of the time" in scores_html(long)
+    for label, words_ in (("silence", "nothing to hear"), ("uncertain", "No clear answer in any part")):
+        only = long.model_copy(update={"segments": [segment(0, 8, label)]})
+        assert words_ in answer_html(only)
+
+
+def _lengths(html: str, what: str) -> list[float]:
+    return [float(width) for width in re.findall(rf'class="{what}[^>]*?width:([\d.]+)%', html)]
+
+
+def test_neighbours_of_one_answer_are_one_band_and_bands_cover_the_time_once() -> None:
+    labels_ = ["sad", "sad", "neutral", "uncertain", "uncertain", "silence", "sad"]
+    parts = [segment(2.0 * i, 2.0 * i + 2, label) for i, label in enumerate(labels_)]
+    html = timeline_html(as_table(parts, 1), 14.0)
+    assert [float(start) for start in re.findall(r'data-start="([\d.]+)"', html)] == [0, 4, 6, 10, 12]
+    assert sum(_lengths(html, "run ")) == pytest.approx(100, abs=0.01)
+    kinds = re.findall(r'class="run (\w+)"', html)
+    assert kinds == ["heard", "heard", "unsure", "empty", "heard"]  # hatched and empty are no colours
+    assert palette.colour("neutral") in html
+    assert 'aria-label="not sure, ' in html
+    calls = timeline_html(as_table([segment(0, 4, "sad", "0"), segment(0, 4, "angry", "1")], 2), 4.0)
+    assert re.findall(r'class="name">(\w+)<', calls) == ["Left", "Right"]
+
+
+def test_more_than_sixty_runs_are_stacked_columns_of_the_same_shares() -> None:
+    parts = [segment(2.0 * i, 2.0 * i + 2, ("sad", "happy", "silence")[i % 3]) for i in range(300)]
+    html = timeline_html(as_table(parts, 1), 600.0)
+    assert html.count('class="column"') == 60
+    assert 'class="run' not in html
+    heights = re.findall(r"height:([\d.]+)%;background-color:(#\w+)", html)
+    for label in ("sad", "happy"):
+        whole = sum(float(height) for height, colour in heights if colour == palette.colour(label))
+        assert whole / 60 == pytest.approx(100 / 3, abs=0.5)
+    calm = timeline_html(as_table([segment(2.0 * i, 2.0 * i + 2, "sad") for i in range(300)], 1), 600.0)
+    assert calm.count('class="run') == 1
+
+
+def test_labels_of_others_are_text_in_the_bands() -> None:
+    html = timeline_html(as_table([segment(0, 2, '"><img src=x>')], 1), 2.0)
+    assert "<img" not in html
+
+
+def test_little_is_folded_and_nothing_is_lost() -> None:
+    scores = [Score(label=f"l{i}", score=share) for i, share in enumerate((0.6, 0.3, 0.049, 0.03, 0.021))]
+    html = bars_html(scores)
+    shown, folded = html.split("<details")
+    assert re.findall(r"<th[^>]*>(\w+)<", shown) == ["l0", "l1"]
+    assert re.findall(r"<th[^>]*>(\w+)<", folded) == ["l2", "l3", "l4"]
+    assert "3 more, each under" in folded
+    assert "<details" not in bars_html(scores[:2])
+    assert "l4" in bars_html(scores[4:]).split("<details")[0]  # the first is always told
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 12), (5, 12), (12, 12), (200, 239), (1, 1)])
+def test_intervals_are_scipy_s(right: int, n: int) -> None:
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_interval_of_the_f1_holds_it() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.choice(LABELS, 300)
+    answers = np.where(rng.random(300) < 0.7, truth, rng.choice([*LABELS, "silence"], 300))
+    found = agreement(list(truth), list(answers), LABELS)
+    assert found.f1_interval is not None
+    low, high = found.f1_interval
+    assert low < found.weighted_f1 < high
+    assert 0.05 < high - low < 0.2
+    assert agreement(["sad"] * 3, ["sad"] * 3, LABELS).f1_interval == (1.0, 1.0)
+
+
+def test_two_figures_of_the_model_or_that_they_are_not_measured() -> None:
+    measured = {"accuracy": 0.88, "n": 239, "intervals_95": {"accuracy": [0.84, 0.93]}}
+    unseen = {"accuracy": 0.66, "n": 1188}
+    html = two_figures_html({"test": measured, "unseen_speakers": unseen}).replace("\u00a0", " ")
+    assert re.findall(r'class="figure">([^<]+)<', html) == ["88 %", "66 %"]
+    assert "interval: 84 to 93<" in html
+    low, high = binomtest(784, 1188).proportion_ci(method="wilson")
+    assert f"interval: {100 * low:.0f} to {100 * high:.0f}<" in html
+    assert two_figures_html({}).count("not measured") == 2
+    assert two_figures_html({"test": "?", "unseen_speakers": {"uar": 0.5}}).count("not measured") == 2
+
+
+def test_waveform_and_spectrogram_have_one_time_axis_with_all_of_the_recording() -> None:
+    for duration_s, expected in ((10.0, [0.0, 10.0]), (1.0, [-0.5, 1.5])):
+        drawn = [drawing.waveform(picture(duration_s)).to_dict(), drawing.overview(picture(duration_s)).to_dict()]
+        domains = {str(layer["encoding"]["x"]["scale"]["domain"]) for chart in drawn for layer in chart["layer"]}
+        assert domains == {str(expected)}
 
 
 def test_the_picture_is_drawn_right_way_up() -> None:

@@ -32,11 +32,14 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line on stderr of a start that does not happen."""
-    assert job.main([*words]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
+    """The one line on stderr of a start that does not happen, on either engine."""
+    lines = set()
+    for engine in ("ray", "local"):
+        assert job.main(["--engine", engine, *words]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        lines |= set(captured.err.splitlines())
+    (line,) = lines
     assert line.startswith("error: ")
     return line
 
@@ -85,6 +88,59 @@ def test_more_threads_than_cpus(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "need 9999 CPUs, and there are" in refused(capsys, "--port", "0", "--threads", "9999")
 
 
+def test_what_only_one_engine_can(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--replicas", "2", "--engine", "local"], ["--stop_with_stdin"]):
+        assert job.main(words) == 2
+        assert words[0] in capsys.readouterr().err
+
+
+def _open(bundle: Bundle, port: int, *words: str) -> subprocess.Popen[str]:
+    """``jobs.serve --engine local`` as a process, once it answers."""
+    command = [sys.executable, "-m", "jobs.serve", "--engine", "local", "--bundles", str(bundle.folder)]
+    command += ["--port", str(port), "--metrics_port", "0", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any(line.startswith("ready: ") for line in process.stderr)
+    return process
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def test_killed_it_starts_again_at_once_and_a_signal_ends_it_also_during_an_upload(tiny_bundle: Bundle) -> None:
+    port = _free_port()
+    killed = _open(tiny_bundle, port)
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        assert client.get("/v2/health/ready").json() == {"ready": True}
+        killed.kill()
+        killed.communicate()
+    process = _open(tiny_bundle, port)
+    head = "POST /v1/audio-classification HTTP/1.1\r\nHost: localhost\r\nContent-Type: audio/wav\r\n"
+    with socket.create_connection(("127.0.0.1", port), 60) as upload:
+        upload.sendall(f"{head}Content-Length: 100000\r\n\r\n".encode() + bytes(1000))
+        assert httpx.get(f"{url}/v2/health/live", trust_env=False).is_success  # by now the upload is in work
+        process.terminate()
+        answer = b"".join(iter(lambda: upload.recv(10_000), b"")).decode()
+        assert answer.startswith("HTTP/1.1 503 ")
+        assert "retry-after: " in answer.lower()
+        assert '"code":"unavailable"' in answer
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.splitlines()[-1] == "stopped"
+
+
+def test_it_ends_with_whoever_holds_its_input(tiny_bundle: Bundle) -> None:
+    process = _open(tiny_bundle, _free_port(), "--stop_with_stdin")
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
 def test_the_page_of_metrics_has_the_service_s_own_summed_over_processes() -> None:
     labels = 'Component="core_worker",NodeAddress="127.0.0.1",SessionName="session",WorkerId="{worker}"'
     bucket = 'ray_ser_request_seconds_bucket{{{tags},le="{le}",route="/v1/predict"}} {n}'
@@ -112,7 +168,7 @@ def test_the_page_of_metrics_has_the_service_s_own_summed_over_processes() -> No
     address = f"http://127.0.0.1:{page.server_port}"
     try:
         assert httpx.get(f"{address}/metrics", trust_env=False).status_code == 503  # Ray is starting
-        page.source = lambda: f"http://127.0.0.1:{source.server_port}/metrics"
+        page.source = lambda: job.fetched(f"http://127.0.0.1:{source.server_port}/metrics")
         text = httpx.get(f"{address}/metrics", trust_env=False).text
         everything = httpx.get(f"{address}/metrics/all", trust_env=False).text
         assert httpx.get(address, trust_env=False).status_code == 404

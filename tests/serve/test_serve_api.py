@@ -15,11 +15,13 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+from conftest import speech_like
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import KEY, LocalService, form, problem_of, wav
 
 from pipeline.audio.load import ERRORS
+from pipeline.audio.windows import SlidingWindow
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from serve.problems import KINDS, ServiceError, kind_of, retry_later
@@ -103,6 +105,79 @@ def test_one_word_about_windows_implies_the_others(
     (found,) = service.post("/v1/predict", **form(wav(4.0), **fields)).json()["files"]
     assert len(found.get("segments", [])) == (windows or 0)
     assert ("segments" in found) is (windows is not None)
+
+
+def _joined(*tracks: np.ndarray, rate_hz: int = 16_000) -> bytes:
+    """A recording whose channels are ``tracks``."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.stack(tracks, axis=1), rate_hz, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def test_a_long_recording_is_heard_in_full_and_its_middle_on_request(
+    service: LocalService, tiny_bundle: Bundle
+) -> None:
+    predictor = Predictor.from_bundle(tiny_bundle.folder, threads=1)
+    data = wav(6.5, seed=3)
+    (found,) = Prediction.model_validate_json(service.post("/v1/predict", **form(data)).content).files
+    pooled, timeline = predictor.follow(data, SlidingWindow(2.0, 2.0))
+    assert isinstance(found, Recording)
+    assert found.segments is not None
+    assert [(part.channel, part.start_s) for part in found.segments] == [("mix", start) for start in timeline.start_s]
+    assert found.scored_s == 6.5
+    by_label = {score.label: score.score for score in found.scores}
+    np.testing.assert_allclose([by_label[name] for name in tiny_bundle.labels], pooled.probabilities, atol=1e-6)
+    task = service.post("/v1/audio-classification", content=data).json()
+    np.testing.assert_allclose([score["score"] for score in task], [score.score for score in found.scores], atol=1e-6)
+
+    (middle,) = service.post("/v1/predict", **form(data, window_s="middle")).json()["files"]
+    (expected,) = predictor.predict([data])
+    assert "segments" not in middle
+    assert (middle["label"], middle["scored_s"]) == (expected.predicted, 2.0)
+    for fields in ({"hop_s": 1}, {"channels": "each"}):
+        problem_of(service.post("/v1/predict", **form(data, window_s="middle", **fields)), 422, "invalid_request")
+
+
+@pytest.mark.parametrize("length_s", [5.9, 6.0, 6.1])
+def test_long_begins_beyond_six_seconds(service: LocalService, length_s: float) -> None:
+    (found,) = service.post("/v1/predict", **form(wav(length_s))).json()["files"]
+    assert ("segments" in found) is (length_s > 6)
+
+
+def test_channels_are_heard_apart_where_they_differ(service: LocalService) -> None:
+    one, other = (speech_like(duration_s=8.0, f0_hz=f0_hz, seed=seed) for f0_hz, seed in ((90.0, 1), (320.0, 2)))
+    turns = np.repeat([1.0, 0.0] * 4, 16_000).astype(np.float32)
+    noise = 0.01 * np.random.default_rng(0).standard_normal(one.size).astype(np.float32)
+    cases = {
+        "a call": ((one * turns, other * (1 - turns)), {"0", "1"}),
+        "one voice twice": ((one, one), {"mix"}),
+        "one voice, panned and noisy": ((one, 0.4 * one + noise), {"mix"}),
+        "one channel empty": ((np.zeros_like(one), one), {"mix"}),
+        "both empty": ((np.zeros_like(one), np.zeros_like(one)), {"mix"}),
+    }
+    for name, (tracks, expected) in cases.items():
+        (found,) = service.post("/v1/predict", **form(_joined(*tracks))).json()["files"]
+        assert {part["channel"] for part in found["segments"]} == expected, name
+        (asked,) = service.post("/v1/predict", **form(_joined(*tracks), channels="1")).json()["files"]
+        assert {part["channel"] for part in asked["segments"]} == {"1"}, name
+
+
+def test_a_long_recording_with_nothing_in_its_middle_is_still_heard(service: LocalService) -> None:
+    voice, click = speech_like(duration_s=3.0), np.zeros(64_000, np.float32)
+    click[32_000:32_100] = 0.5  # too little sound for an answer
+    data = _joined(np.concatenate([voice, click, voice]))
+    problem_of(service.post("/v1/predict", **form(data, window_s="middle")), 422, "too_short")
+    (found,) = service.post("/v1/predict", **form(data)).json()["files"]
+    assert [part["label"] == "silence" for part in found["segments"]] == [False] * len(found["segments"])
+
+
+def test_without_options_no_length_within_the_limits_has_too_many_windows(tiny_bundle: Bundle) -> None:
+    service = LocalService(tiny_bundle, max_windows=5)
+    voices = [speech_like(duration_s=40.0, f0_hz=f0_hz, seed=seed) for f0_hz, seed in ((90.0, 1), (320.0, 2))]
+    (found,) = service.post("/v1/predict", **form(_joined(*voices))).json()["files"]
+    assert {part["channel"] for part in found["segments"]} == {"mix"}
+    assert 4 <= len(found["segments"]) <= 5
+    assert found["segments"][-1]["end_s"] == 40.0
 
 
 def test_min_confidence_and_silence_change_the_label_only(service: LocalService) -> None:
@@ -378,14 +453,13 @@ def test_refusals_and_mistakes_of_ours_can_be_read_by_pages_of_the_origin(tiny_b
 
 
 def test_a_full_model_keeps_no_request_from_another(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = LocalService(tiny_bundle)
+    service = LocalService(tiny_bundle, names=("tiny", "second"))
     full = {"tiny"}
 
     def check_room(name: str) -> None:
         if name in full:
             raise retry_later("overloaded", "full")
 
-    monkeypatch.setattr(type(service.models), "names", ("tiny", "second"))
     monkeypatch.setattr(service.models, "check_room", check_room)
     for path in ("/v1/predict", "/v1/explain"):
         assert service.post(path, **form(wav(), model="second")).status_code == 200

@@ -294,7 +294,7 @@ def test_what_nobody_waits_for_is_given_up(goes: bool) -> None:
 def test_while_it_stops_new_work_is_told_to_come_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         busy, mark = Busy(), tmp_path / "closing"
-        async with client(Identify(Closing(busy, mark=str(mark)))) as http:
+        async with client(Identify(Closing(busy, closed=mark.exists))) as http:
             held = asyncio.create_task(http.post("/v1/predict"))
             while not busy.inside:
                 await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""The service as it runs: Ray Serve's proxy, ingress and a model worker, over real sockets, started once.
+"""The service as it runs, over real sockets, started once: on Ray Serve (proxy, ingress, a model worker), and local.
 
 Limits are low here, so that they can be reached quickly.
 """
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from ipaddress import IPv6Address
 from pathlib import Path
 
@@ -35,23 +36,62 @@ from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle, save_bundle
 from serve.client import Busy, Client
 from serve.client_wire import single
+from serve.local import LocalService
 from serve.schema import Problem, Recording
 from serve.settings import Settings
+from serve.worker import open_bundles
 from tests.support.processes import command_of, descendants
 
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
-def url(ray_session: None, tiny_bundle: Bundle) -> Iterator[str]:
-    from serve import deployment
+@dataclass(frozen=True)
+class Served:
+    """A service that runs: its address, its metrics in Prometheus' format, and other models instead of its own."""
 
+    url: str
+    metrics: Callable[[], str]
+    roll_out: Callable[[Settings], None]
+
+
+@pytest.fixture(scope="module", params=["ray", "local"])
+def served(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> Iterator[Served]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    deployment.run(Settings(bundles=(str(tiny_bundle.folder),), **SERVICE_LIMITS), "127.0.0.1", port)
-    yield f"http://127.0.0.1:{port}"
-    deployment.stop()
+    settings = Settings(bundles=(str(tiny_bundle.folder),), **SERVICE_LIMITS)
+    url = f"http://127.0.0.1:{port}"
+    if request.param == "ray":
+        request.getfixturevalue("ray_session")
+        from jobs.serve import fetched
+        from serve import deployment
+
+        deployment.run(settings, "127.0.0.1", port)
+        yield Served(url, lambda: fetched(deployment.metrics_address()), deployment.roll_out)
+        deployment.stop()
+        return
+    service, ready = LocalService(settings), threading.Event()
+
+    def roll_out(other: Settings) -> None:
+        service.settings = other
+        service.open(open_bundles(other.bundles))
+
+    roll_out(settings)
+    thread = threading.Thread(target=service.run, args=("127.0.0.1", port, ready.set))
+    thread.start()
+    assert ready.wait(60)
+    yield Served(url, service.metrics, roll_out)
+    service.stop()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def url(served: Served) -> str:
+    return served.url
+
+
+on_ray = pytest.mark.parametrize("served", ["ray"], indirect=True)
 
 
 @pytest.fixture
@@ -192,6 +232,7 @@ def test_up_to_the_limit_bodies_pass(http: httpx.Client) -> None:
     assert task.status_code == 200
 
 
+@on_ray
 def test_ports_of_workers_are_not_open_everywhere_and_need_ray_s_token(url: str) -> None:
     request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps({}))
     replicas = [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(f"{SERVE_REPLICA}ser:")]
@@ -266,25 +307,23 @@ def _workers() -> list[int]:
     return [pid for pid in descendants(os.getpid()) if command_of(pid).startswith(f"{SERVE_REPLICA}ser:Model")]
 
 
-def test_every_metric_of_ours_is_exported_with_its_help(http: httpx.Client) -> None:
-    import ray
-
+def test_every_metric_of_ours_is_exported_with_its_help(served: Served, http: httpx.Client) -> None:
     problem_of(http.post("/v1/predict", **form(b"words")), 400, "not_audio")
-    (node,) = ray.nodes()
-    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    assert http.post("/v1/predict", **form(wav())).status_code == 200
     wanted = ("requests_total", "request_seconds", "recordings_total", "stage_seconds", "batch_size")
     until_s = time.monotonic() + 60
     while True:  # Ray exports every few seconds
-        lines = httpx.get(address, timeout=30).text.splitlines()
+        lines = served.metrics().splitlines()
         helped = {line.split()[2] for line in lines if line.startswith("# HELP ray_ser_") and len(line.split()) > 5}
         codes = [line for line in lines if line.startswith("ray_ser_requests_total{") and 'code="not_audio"' in line]
-        if {f"ray_ser_{name}" for name in (*wanted, "waiting_recordings")} <= helped and codes:
+        if {f"ray_ser_{name}" for name in (*wanted, "waiting_recordings", "long_requests")} <= helped and codes:
             break
         assert time.monotonic() < until_s, f"exported are only {sorted(helped)}"
         time.sleep(0.5)
     assert all('status="400"' in line and 'route="/v1/predict"' in line for line in codes)
 
 
+@on_ray
 def test_a_killed_worker_costs_no_request(url: str) -> None:
     (victim,) = _workers()
     with Client(url, retries=20) as client, ThreadPoolExecutor(3) as threads:
@@ -300,10 +339,9 @@ def test_a_killed_worker_costs_no_request(url: str) -> None:
 
 
 def test_new_weights_take_over_between_requests_and_several_models_answer_by_name(
-    url: str, tiny_bundle: Bundle, tmp_path: Path
+    served: Served, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
-    from serve import deployment
-
+    url = served.url
     state = tiny_bundle.state_dict()
     last = [name for name in state if name.endswith("bias")][-1]
     state[last] = state[last].flip(0)
@@ -334,7 +372,7 @@ def test_new_weights_take_over_between_requests_and_several_models_answer_by_nam
     for thread in threads:
         thread.start()
     try:
-        deployment.roll_out(Settings(bundles=(str(better.folder), str(second.folder)), **SERVICE_LIMITS))
+        served.roll_out(Settings(bundles=(str(better.folder), str(second.folder)), **SERVICE_LIMITS))
     finally:
         stop.set()
         for thread in threads:

@@ -93,7 +93,7 @@ def test_explanations_are_of_the_label_that_was_predicted(predictor: Predictor) 
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Predictor, isolated: bool) -> None:
+def test_a_defect_beside_the_model_s_window_costs_the_rest_only(predictor: Predictor, isolated: bool) -> None:
     samples = speech_like(duration_s=10.0)
     samples[16_000] = np.nan
     buffer = io.BytesIO()
@@ -103,17 +103,20 @@ def test_a_defect_beside_the_model_s_window_costs_the_outline_only(predictor: Pr
     heard = run(Worker(predictor).predict(data, PredictRequest(picture=True), isolated=isolated))
     explained = run(Worker(predictor).explain(data, PredictRequest(), isolated=isolated))
     assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
+    assert "middle was heard" in heard.prediction.notice
     for picture in (heard.picture, explained.picture):
         assert picture is not None
-        assert (picture.outline_start_s, picture.outline_end_s) == (4.0, 6.0)
-        assert np.isfinite(picture.low).all()
+        assert (picture.outline_start_s, picture.outline_end_s) == (0.0, 10.0)
+        sounds = np.flatnonzero(picture.high) * 10.0 / len(picture.high)
+        assert 4.0 <= sounds.min() < sounds.max() <= 6.0
+        assert np.isfinite(picture.overview_db).all()
 
 
 def test_what_cannot_be_drawn_is_a_status(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(*_: object) -> None:
         raise DecoderCrashed("recording: its decoder ended the process with SIGSEGV.")
 
-    monkeypatch.setattr(Worker, "_look", look)
+    monkeypatch.setattr("serve.worker._window", look)
     worker = Worker(predictor)
     assert run(worker.predict(wav(), PredictRequest(picture=True))).prediction.status == "decoder_crashed"
     assert run(worker.explain(wav(), PredictRequest())).prediction.status == "decoder_crashed"

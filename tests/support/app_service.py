@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 LABELS = ("angry", "calm", "disgust", "fearful", "happy", "neutral", "sad", "surprised")
-FRAMES, BANDS = 188, 64
+FRAMES, COLUMNS, BANDS = 188, 300, 64
 
 
 def spoken(label: str, *, confidence: float = 0.8, duration_s: float = 2.5, channels: int = 1, take: int = 1) -> bytes:
@@ -35,7 +35,6 @@ class FakeService:
         self.up = True
         self.status, self.code = 200, "overloaded"
         self.after = 10**9  # so many recordings are answered before the connection breaks
-        self.windows_s: list[float] = []  # as they were asked for
         self.heard: list[str] = []
         self.asked: list[str] = []
         self.metrics: dict[str, Any] = {}
@@ -59,7 +58,6 @@ class FakeService:
 
     def _predict(self, request: httpx.Request) -> httpx.Response:
         files, options = _parts(request)
-        self.windows_s += [float(options["window_s"])] if "window_s" in options else []
         if len(self.heard) + len(files) > self.after:
             raise httpx.ReadError("gone", request=request)
         self.heard += [name for name, _ in files]
@@ -150,8 +148,8 @@ def recording_of(name: str, said: dict[str, Any], options: dict[str, str]) -> di
         "channels": said["channels"],
         "level_dbfs": -20.0,
     }
-    if "window_s" in options:
-        names = [str(i) for i in range(said["channels"])] if options["channels"] == "each" else ["mix"]
+    if duration_s > 6:
+        names = [str(i) for i in range(said["channels"])] if said["channels"] > 1 else ["mix"]
         common = {"label": shown, "confidence": answer["confidence"], "scores": answer["scores"], "level_dbfs": -20.0}
         starts = [2.0 * i for i in range(int(duration_s // 2))]
         answer["segments"] = [{"channel": c, "start_s": s, "end_s": s + 2, **common} for c in names for s in starts]
@@ -170,4 +168,5 @@ def picture_of(duration_s: float) -> dict[str, Any]:
         "frequency_hz": [30.0 * 1.11**i for i in range(BANDS)],
         "time_s": [start_s + 2.0 * i / FRAMES for i in range(FRAMES)],
         "level_db": [[-float(band)] * FRAMES for band in range(BANDS)],
+        "overview_db": [[-float(band)] * COLUMNS for band in range(BANDS)],
     }

@@ -19,8 +19,8 @@ CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 PATIENCE_MS = 240_000  # of everything in the browser: the machine may be busy
 _START_S = 240.0
-FIRST = "anna_happy_train.ogg"
-"""The example that the page answers on the first visit."""
+EXAMPLE, FIRST = "Anna, happy", "anna_happy_train.ogg"
+"""An example that the first view offers, and its file."""
 DRAWN = """([name, charts]) => document.querySelector('.ser-from strong')?.innerText === name
   && document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning'
   && document.querySelector('.ser-answer')

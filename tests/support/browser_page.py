@@ -22,9 +22,10 @@ import pytest
 from app_pages.words import NOT_SURE_BELOW, headline, trouble
 from serve.client import Client, ClientError
 from serve.schema import Problem
+from tests.support.browser import EXAMPLE, FIRST
 from tests.support.processes import HOST, ROOT, free_port
 
-SERVICE_WORDS = [sys.executable, "-m", "jobs.serve"]
+SERVICE_WORDS = [sys.executable, "-m", "jobs.serve", "--engine", "local"]
 START_S = 600.0
 CHARTS = "n => document.querySelectorAll('[data-testid=stVegaLiteChart] svg').length === n"
 RESTED = """() => document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning'
@@ -40,20 +41,18 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Until it is ready; once more where it ended before, for Ray gives up after 30 s on a busy machine."""
-        for last in (False, False, True):
-            words = [*SERVICE_WORDS, "--port", str(self.port), "--metrics_port", str(free_port())]
-            log = Path(tempfile.mkstemp(prefix="page-test-", suffix=".log")[1])
-            with log.open("w") as output:
-                self._process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output)
-            until_s = time.monotonic() + START_S
-            while self._process.poll() is None and time.monotonic() < until_s:
-                if self.client.ready():
-                    return
-                time.sleep(0.2)
-            self.stop()
-            if last:
-                pytest.fail(log.read_text()[-2000:])
+        """Until it is ready."""
+        words = [*SERVICE_WORDS, "--port", str(self.port), "--metrics_port", "0"]
+        log = Path(tempfile.mkstemp(prefix="page-test-", suffix=".log")[1])
+        with log.open("w") as output:
+            self._process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output)
+        until_s = time.monotonic() + START_S
+        while self._process.poll() is None and time.monotonic() < until_s:
+            if self.client.ready():
+                return
+            time.sleep(0.2)
+        self.stop()
+        pytest.fail(log.read_text()[-2000:])
 
     def stop(self) -> None:
         if self._process is not None:
@@ -63,7 +62,8 @@ class Service:
 
     def headline(self, path: Path) -> str:
         """What the page must say of a short recording."""
-        return headline(self.client.predict(path, min_confidence=NOT_SURE_BELOW).label, whole=True)
+        answer = self.client.predict(path, min_confidence=NOT_SURE_BELOW)
+        return headline(answer.label, answer.scores)
 
     def refusal(self, path: Path) -> str:
         """The sentence that the page must say of a recording that cannot be used."""
@@ -93,6 +93,12 @@ def answered(page: Any, name: str) -> str:
     rested(page)
     page.wait_for_selector(".ser-answer")
     return str(page.inner_text(".ser-answer"))
+
+
+def first(page: Any) -> str:
+    """The headline of an example, chosen on the first view."""
+    page.get_by_text(EXAMPLE, exact=True).click()
+    return answered(page, FIRST)
 
 
 def tick(page: Any) -> None:

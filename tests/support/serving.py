@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,10 @@ from conftest import speech_like
 
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
-from serve.api import create_app
+from serve.local import LocalModels
+from serve.routes import create_app
 from serve.schema import Problem, key_digest
-from serve.service import Card, Explained, PredictRequest, Service, WorkerResult
+from serve.service import Explained, PredictRequest, Service, WorkerResult
 from serve.settings import Settings
 from serve.worker import Worker
 
@@ -51,39 +52,34 @@ def problem_of(response: Any, status: int, code: str) -> Problem:
     return problem
 
 
-class LocalModels:
-    """``service.Models`` of one worker in this process. ``error`` is raised instead of an answer when it is set."""
+class ScriptedModels(LocalModels):
+    """One worker in this process, under several names. ``error`` is raised instead of an answer when it is set."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, settings: Settings, names: Sequence[str]) -> None:
+        super().__init__(dict.fromkeys(names, worker), settings)
         self.worker = worker
         self.error: Exception | None = None
         self.full: Exception | None = None
         self.asked = 0
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.worker.predictor.bundle.name,)
-
     def check_room(self, model: str) -> None:
         if self.full:
             raise self.full
+        super().check_room(model)
 
-    async def predict(self, model: str, data: bytes, ask: PredictRequest) -> WorkerResult:
+    async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
         self.asked += 1
         if self.error:
             raise self.error
-        return await self.worker.predict(data, ask)
+        return await super().predict(model, data, request)
 
-    async def explain(self, model: str, data: bytes, ask: PredictRequest) -> Explained:
+    async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
         if self.error:
             raise self.error
-        return await self.worker.explain(data, ask)
-
-    async def card(self, model: str) -> Card:
-        return self.worker.card()
+        return await super().explain(model, data, request)
 
     async def ready(self, model: str) -> bool:
-        return self.error is None
+        return self.error is None and await super().ready(model)
 
 
 class KeptFigures:
@@ -104,10 +100,11 @@ class KeptFigures:
 class LocalService:
     """The service over ``bundle``; ``request`` sends one HTTP request to it, as from this machine."""
 
-    def __init__(self, bundle: Bundle, *, key: str | None = None, **settings: Any) -> None:
+    def __init__(self, bundle: Bundle, *, key: str | None = None, names: Sequence[str] = (), **settings: Any) -> None:
         self.settings = Settings(**settings)
         predictor = Predictor.from_bundle(bundle.folder, threads=1, limits=self.settings.audio_limits)
-        self.models = LocalModels(Worker(predictor, max_windows=self.settings.max_windows))
+        worker = Worker(predictor, max_windows=self.settings.max_windows)
+        self.models = ScriptedModels(worker, self.settings, names or [bundle.name])
         self.meter = KeptFigures()
         digest = key_digest(key) if key else None
         self.app = create_app(Service(self.models, self.settings, self.meter, bundle.features.window_s, digest))
