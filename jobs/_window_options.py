@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pipeline.inference.timeline import SILENCE_DBFS
+from pipeline.inference.timeline import SILENCE_DBFS, SURE_ENOUGH
 
 if TYPE_CHECKING:
     from pipeline.inference.predictor import Channels, ScoreOptions
@@ -23,7 +23,12 @@ def add_window_options(parser: argparse.ArgumentParser) -> None:
         "--channels", type=_channels, default="mix", help="mix, each (with --window_s), or a channel's number"
     )
     group.add_argument(
-        "--min_confidence", type=float, default=0.0, help="answers below it become 'uncertain' (default 0)"
+        "--min_confidence",
+        type=_confidence,
+        default=0.0,
+        metavar="P|auto",
+        help="answers below it, and to what is unlike the training recordings, become 'uncertain'; auto: "
+        f"{SURE_ENOUGH:g}, more likely right than wrong (default 0: never)",
     )
     group.add_argument(
         "--silence_dbfs",
@@ -49,6 +54,13 @@ def window_options(arguments: argparse.Namespace) -> ScoreOptions:
         hop_s=arguments.hop_s,
         silence_dbfs=arguments.silence_dbfs,
     )
+
+
+def _confidence(text: str) -> float:
+    try:
+        return SURE_ENOUGH if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected auto or a number from 0 to 1, got {text!r}") from None
 
 
 def _channels(text: str) -> Channels:

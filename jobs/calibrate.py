@@ -1,4 +1,4 @@
-"""Out-of-fold answers -> the temperature of a model bundle: confidences that mean what they say, answers unchanged."""
+"""Sets the doubt of a model bundle, its answers unchanged: its temperature, and what is familiar to it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,54 @@ def build_parser() -> Parser:
     parser = Parser(
         prog=called("calibrate"),
         description=__doc__,
-        epilog="example: %(prog)s --model_weights runs/first --predictions protocols/kfold",
+        epilog="examples: %(prog)s --model_weights runs/first --predictions protocols/kfold\n"
+        "          %(prog)s --model_weights runs/first --features features",
     )
-    parser.add_argument("--model_weights", type=Path, required=True, help="bundle whose temperature is set")
-    parser.add_argument(
+    parser.add_argument("--model_weights", type=Path, required=True, help="bundle that is changed")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--features",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="folders of jobs.extract that it was trained on: sets what is familiar to it (training does so itself)",
+    )
+    source.add_argument(
         "--predictions",
         type=Path,
-        required=True,
-        help="labelled answers to recordings that the answering models were not trained on: the folder of a protocol, "
-        "or the model's own, of jobs.evaluate or jobs.score (those that it was trained on are left out)",
+        help="sets the temperature, by labelled answers to recordings that the answering models were not trained on: "
+        "the folder of a protocol, or the model's own, of jobs.evaluate or jobs.score (those that it was trained on "
+        "are left out)",
     )
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
     """Fit, write, and say what it changed."""
+    return _temperature(arguments) if arguments.features is None else _familiarity(arguments)
+
+
+def _familiarity(arguments: argparse.Namespace) -> int:
+    from pipeline.data.segments import HASH_COLUMN
+    from pipeline.features.store import load_features
+    from pipeline.models.bundle import load_bundle
+    from pipeline.training.results import learn_familiarity
+
+    bundle = load_bundle(arguments.model_weights)
+    table, training = load_features(arguments.features, bundle.features).table, bundle.training
+    if training.empty or HASH_COLUMN not in table.columns:
+        raise SerError("the bundle has no training.csv, or the features no content hashes; extract them again")
+    learnt = training[training["split"] == "train"] if "split" in training.columns else training
+    rows = table.loc[table[HASH_COLUMN].isin(set(learnt[HASH_COLUMN])) & (table["parent_id"] == ""), "row_id"]
+    if not (used := learn_familiarity(bundle, arguments.features, set(rows))):
+        raise SerError(f"{len(rows)} of these recordings were trained on; give the features that the model learnt from")
+    found = load_bundle(bundle.folder).familiarity
+    assert found is not None
+    say(f"familiarity of {used:,} training recordings; unfamiliar below {found.least:.2f}")
+    return EXIT_DONE
+
+
+def _temperature(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from pipeline.evaluation.outcomes import failed_rows

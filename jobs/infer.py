@@ -18,7 +18,7 @@ from jobs._window_options import add_window_options, window_options
 from pipeline.audio.source import EXTENSIONS, printable
 from pipeline.audio.windows import LONG_S
 from pipeline.inference.predictor import ScoreOptions
-from pipeline.inference.timeline import SILENCE
+from pipeline.inference.timeline import NO_EMOTION
 from pipeline.models.backends import BACKENDS
 from pipeline.storage.files import scan
 
@@ -128,6 +128,8 @@ def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dic
             "probabilities": _named(labels, prediction.probabilities),
             "entropy": known(prediction.entropy),
             "margin": known(prediction.margin),
+            "familiarity": known(prediction.familiarity),
+            "speech_share": known(prediction.speech_share),
             "level_dbfs": prediction.level_dbfs,
             "scored_s": prediction.scored_s,
             "notice": prediction.notice or None,
@@ -178,7 +180,7 @@ def print_table(answers: Sequence[Answer], labels: Sequence[str], options: Score
             print(f"{name:<{width}}  {prediction.status}")
             continue
         label = prediction.label(options.min_confidence, options.silence_dbfs)
-        if label == SILENCE:
+        if label in NO_EMOTION:
             print(f"{name:<{width}}  {label}")
         else:
             order = prediction.probabilities.argsort()[::-1]
@@ -191,7 +193,7 @@ def print_table(answers: Sequence[Answer], labels: Sequence[str], options: Score
 def _print_windows(windows: Timeline, labels: Sequence[str], options: ScoreOptions) -> None:
     names = windows.names(labels, options.min_confidence, options.silence_dbfs)
     for i, (name, p) in enumerate(zip(names, windows.told(options.silence_dbfs), strict=True)):
-        sure = "" if name == SILENCE else f"{p.max():.1%}"
+        sure = "" if name in NO_EMOTION else f"{p.max():.1%}"
         channel = "" if windows.channel[i] == "mix" else f"channel {windows.channel[i]}  "
         print(f"  {channel}{windows.start_s[i]:8.2f} - {windows.end_s[i]:8.2f} s  {name:<12} {sure:>10}".rstrip())
 

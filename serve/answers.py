@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.inference.explain import Picture
 from pipeline.inference.predictor import Prediction
-from pipeline.inference.timeline import SILENCE, SILENCE_DBFS, UNCERTAIN, Timeline
+from pipeline.inference.timeline import NOT_SPEECH, SILENCE, SILENCE_DBFS, UNCERTAIN, Timeline
 from serve import schema
 from serve.problems import recording_error
 from serve.schema import Options
@@ -19,7 +19,9 @@ from serve.service import Card, Explained, WorkerResult
 _SILENT_DBFS = -200.0
 _DIGITS = 4
 OTHER_ANSWERS = {
-    UNCERTAIN: "the most probable class is less probable than min_confidence asks for",
+    UNCERTAIN: "the most probable class is less probable than min_confidence asks for, or, where that is above 0, the "
+    "recording is unlike those that the model was trained on",
+    NOT_SPEECH: "no voice, or nothing like one: no class, no confidence, no scores",
     SILENCE: f"below {SILENCE_DBFS:g} dBFS: no class, no confidence, no scores",
 }
 _PLATFORMS = {"onnx": "onnxruntime_onnx", "torch": "pytorch"}
@@ -43,6 +45,8 @@ def recording(result: WorkerResult, name: str | None, options: Options) -> schem
         scored_s=prediction.scored_s,
         sample_rate_hz=prediction.sample_rate_hz,
         channels=prediction.channels,
+        familiarity=known(prediction.familiarity),
+        speech_share=known(prediction.speech_share),
         level_dbfs=level(prediction.level_dbfs),
         notice=prediction.notice or None,
         segments=None if result.timeline is None else segments(result.timeline, result.labels, options),
@@ -76,6 +80,7 @@ def segments(timeline: Timeline, labels: Sequence[str], options: Options) -> lis
             label=label,
             confidence=known(float(probabilities[i].max())),
             scores=scores(labels, probabilities[i], options.top_k),
+            familiarity=known(float(timeline.familiarity[i])),
             level_dbfs=level(float(timeline.level_dbfs[i])),
         )
         for i, label in enumerate(timeline.names(labels, options.min_confidence))

@@ -62,9 +62,12 @@ class Segment(Wire):
     channel: str = Field(description="mix, or the channel's number from 0")
     start_s: float
     end_s: float
-    label: str = Field(description="the class, or uncertain, or silence")
-    confidence: Confidence = Field(description="probability of the most probable class; null of silence")
-    scores: list[Score] = Field(description="most probable first; none of silence")
+    label: str = Field(description="the class, or uncertain, silence, not_speech")
+    confidence: Confidence = Field(description="probability of the most probable class; null of silence and not_speech")
+    scores: list[Score] = Field(description="most probable first; none of silence and not_speech")
+    familiarity: float | None = Field(
+        default=None, description="how like the training recordings it is, 0 to 1; null where the model does not know"
+    )
     level_dbfs: float
 
 
@@ -96,13 +99,17 @@ class Recording(Wire):
 
     status: Literal["ok"] = "ok"
     name: str | None = Field(description="its file name as sent")
-    label: str = Field(description="the class, or uncertain below min_confidence, or silence")
-    confidence: Confidence = Field(description="probability of the most probable class; null of silence")
-    scores: list[Score] = Field(description="most probable first, top_k of them; none of silence")
+    label: str = Field(description="the class, or uncertain, silence, not_speech")
+    confidence: Confidence = Field(description="probability of the most probable class; null of silence and not_speech")
+    scores: list[Score] = Field(description="most probable first, top_k of them; none of silence and not_speech")
     duration_s: float
     scored_s: float = Field(description="how much of it was heard")
     sample_rate_hz: int
     channels: int
+    familiarity: float | None = Field(
+        default=None, description="how like the training recordings it is, 0 to 1; null where the model does not know"
+    )
+    speech_share: float | None = Field(default=None, description="share of the time that may be speech, 0 to 1")
     level_dbfs: float = Field(description="RMS level of what was heard, of its loudest window")
     notice: str | None = Field(default=None, description="what to know of how it was read, a sentence")
     segments: list[Segment] | None = Field(default=None, description="its windows, where all of it was heard")
@@ -153,7 +160,7 @@ class ModelInfo(Wire):
     version: str
     labels: list[str] = Field(description="in index order")
     other_answers: dict[str, str] = Field(
-        default_factory=dict, description="what a label may be besides, and when: uncertain, silence"
+        default_factory=dict, description="what a label may be besides, and when: uncertain, silence, not_speech"
     )
     features: dict[str, Any] = Field(description="what the model hears: window, rate, analysis")
     crops: int = Field(description="windows a recording, pooled")
@@ -222,7 +229,12 @@ class Options(BaseModel):
         "recording of more than 6 s is heard in full and its channels differ",
     )
     top_k: int | None = Field(default=None, ge=1, description="so many classes in scores; default: all")
-    min_confidence: float = Field(default=0.0, ge=0, le=1, description="answers below it are called uncertain")
+    min_confidence: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="answers below it, and to recordings unlike the training's, are called uncertain",
+    )
     picture: FormBool = Field(default=False, description="add waveform and log-mel picture of what the model sees")
     model: str | None = Field(default=None, max_length=100, description="a name of GET /v1/model; default: its first")
 

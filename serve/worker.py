@@ -218,7 +218,7 @@ class Worker:
         """Run long work, step by step, its pictures in the batches of all; ends with its caller.
 
         Args:
-            work: yields features ``(n, *input_shape)``, is sent log-probabilities ``(n, classes)``.
+            work: yields features ``(n, *input_shape)``, is sent ``Predictor.answers``, ``(n, classes + 1)``.
         """
         log_p, started_s, network_s, size = None, time.monotonic(), 0.0, 0
         self.long += 1
@@ -273,8 +273,8 @@ class Worker:
         return watched
 
     def _classify(self, items: Sequence[Array]) -> list[Floats]:
-        """Log-probabilities ``(1, classes)`` of each of several features ``(1, *input_shape)``."""
-        return list(self.predictor.log_probabilities(np.concatenate(items))[:, np.newaxis])
+        """``Predictor.answers`` ``(1, classes + 1)`` of each of several features ``(1, *input_shape)``."""
+        return list(self.predictor.answers(np.concatenate(items))[:, np.newaxis])
 
     def _windows(
         self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
@@ -335,7 +335,9 @@ class Worker:
             overview.add(window)
         picture = draw(window, overview, bundle.features)
         features = extract(window.samples, bundle.features)
-        occlusion = yield from occlusion_steps(features, target=int(prediction.probabilities.argmax()))
+        occlusion = yield from _without_familiarity(
+            occlusion_steps(features, target=int(prediction.probabilities.argmax()))
+        )
         return answer(prediction=prediction, occlusion=occlusion, picture=picture)
 
 
@@ -343,6 +345,17 @@ def _window(predictor: Predictor, data: bytes, request: PredictRequest, isolated
     config = predictor.bundle.features
     part = {"window_s": config.window_s, "sample_rate_hz": config.sample_rate_hz, "limits": predictor.limits}
     return _load(audio.load_middle, data, isolated, channel=request.channel, **part)
+
+
+def _without_familiarity(work: Generator[Array, Floats, Result]) -> Generator[Array, Floats, Result]:
+    """``work``, which is sent log-probabilities ``(n, classes)``, for whoever sends ``Predictor.answers``."""
+    try:
+        features = next(work)
+        while True:
+            features = work.send((yield features)[:, :-1])
+    except StopIteration as end:
+        found: Result = end.value
+        return found
 
 
 def _add(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
 from pipeline.audio.source import name_of
+from pipeline.audio.speech import speech_share
 from pipeline.audio.windows import SlidingWindow, covered_s, crop_starts
 from pipeline.features.features import FeatureConfig, extract
 from pipeline.inference.timeline import SILENCE_DBFS
@@ -37,6 +38,7 @@ class Excerpt:
         features: ``(windows, *input_shape)``; none when the recording cannot be used.
         level_dbfs: RMS level of the loudest window, of the real audio in it.
         notice: what users should know of how it was read, "" mostly.
+        speech_share: see ``audio.speech``; of the window with most.
         status: ``ok`` or the code of an AudioError.
     """
 
@@ -47,13 +49,14 @@ class Excerpt:
     channels: int = 0
     level_dbfs: float = float("nan")
     notice: str = ""
+    speech_share: float = float("nan")
     status: str = "ok"
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Consecutive windows: features ``(n, *input_shape)``; start, end, RMS level and seconds of sound of each ``(n,)``.
+    """Consecutive windows: features ``(n, *input_shape)``; start, end, level, sound, speech of each ``(n,)``.
 
     ``notice``: as in Excerpt.
     """
@@ -63,6 +66,7 @@ class WindowBatch:
     end_s: NDArray[np.float64]
     level_dbfs: NDArray[np.float64]
     sound_s: NDArray[np.float64]
+    speech_share: NDArray[np.float64]
     notice: str
 
 
@@ -172,6 +176,7 @@ def walk(
                 np.minimum(start_s + steps.window_s, duration_s),
                 np.array([_level_dbfs(piece) for piece in pieces]),
                 np.array([_sound_s(piece, config.sample_rate_hz) for piece in pieces]),
+                np.array([speech_share(piece, config.sample_rate_hz) for piece in pieces]),
                 recording.notice,
             )
 
@@ -307,6 +312,7 @@ def _excerpt(
     level_dbfs = max(map(_level_dbfs, pieces))
     sound_s = max(_sound_s(piece, recording.config.sample_rate_hz) for piece in pieces)
     check_sound(recording.source, info.duration_s, level_dbfs, sound_s)
+    share = float(np.fmax.reduce([speech_share(piece, recording.config.sample_rate_hz) for piece in pieces]))
     return Excerpt(
-        features, info.duration_s, scored_s, info.sample_rate_hz, info.channels, level_dbfs, recording.notice
+        features, info.duration_s, scored_s, info.sample_rate_hz, info.channels, level_dbfs, recording.notice, share
     )

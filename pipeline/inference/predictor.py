@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
+from pipeline.audio.speech import LEAST_SHARE
 from pipeline.audio.windows import SlidingWindow, check_crops, covered_s
 from pipeline.inference.excerpts import LEAST_S, Excerpt, check_sound, describe, failed, listen, walk
 from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, joined, log_softmax, named, no_windows, pool
@@ -46,6 +47,9 @@ class Prediction:
         channels: of the recording as stored.
         level_dbfs: RMS level of what was heard, of the loudest window when there are several.
         notice: what users should know of how the recording was read, "" mostly.
+        speech_share: of what was heard, see ``audio.speech``; of the window with most when there are several.
+        familiarity: see ``models.familiarity``, the mean of the windows; NaN where the bundle does not know.
+        speech, familiar: whether these are enough for an answer, and for one that may be relied on.
     """
 
     status: str
@@ -59,6 +63,10 @@ class Prediction:
     channels: int
     level_dbfs: float = float("nan")
     notice: str = ""
+    speech_share: float = float("nan")
+    familiarity: float = float("nan")
+    speech: bool = True
+    familiar: bool = True
 
     @property
     def ok(self) -> bool:
@@ -76,14 +84,15 @@ class Prediction:
         return float(margin(self.probabilities))
 
     def label(self, min_confidence: float = 0.0, silence_dbfs: float = SILENCE_DBFS) -> str | None:
-        """``predicted``; ``silence`` below that level, else ``uncertain`` below ``min_confidence``."""
+        """``predicted``; or ``silence``, ``not_speech`` or ``uncertain``, see ``timeline.named``."""
         if self.predicted is None:
             return None
-        return named(self.predicted, self.confidence, self.level_dbfs, min_confidence, silence_dbfs)
+        doubt = self.speech, self.familiar
+        return named(self.predicted, self.confidence, self.level_dbfs, min_confidence, silence_dbfs, *doubt)
 
     def told(self, silence_dbfs: float = SILENCE_DBFS) -> Prediction:
-        """As it is told: silence has no probabilities, and no confidence."""
-        if not self.level_dbfs < silence_dbfs:
+        """As it is told: silence, and what is no speech, has no probabilities, and no confidence."""
+        if self.speech and not self.level_dbfs < silence_dbfs:
             return self
         none = np.full(len(self.probabilities), np.nan)
         return replace(self, confidence=float("nan"), probabilities=none)
@@ -107,6 +116,7 @@ class Predictor:
             check_crops(crops)
         self.bundle = bundle
         self.backend = backend
+        self._familiarity = bundle.familiarity
         self.batch_size = batch_size
         self.crops = crops or bundle.crops
         self.limits = limits
@@ -152,16 +162,27 @@ class Predictor:
         Raises:
             SerError: features of another shape.
         """
+        return self.answers(features)[:, :-1]
+
+    def answers(self, features: Array) -> Floats:
+        """``log_probabilities`` and, in a last column, the familiarity (NaN where the bundle does not know).
+
+        Raises:
+            SerError: features of another shape.
+        """
         expected = self.bundle.features.input_shape
         if features.shape[1:] != expected:
             raise SerError(f"expected features (n, {', '.join(map(str, expected))}), got {features.shape}")
         if len(features) == 0:
-            return np.empty((0, len(self.labels)))
+            return np.empty((0, len(self.labels) + 1))
         features = np.ascontiguousarray(features, dtype=np.float32)
         batches = [
-            self.backend.logits(features[i : i + self.batch_size]) for i in range(0, len(features), self.batch_size)
+            self.backend.outputs(features[i : i + self.batch_size]) for i in range(0, len(features), self.batch_size)
         ]
-        return log_softmax(np.concatenate(batches).astype(np.float64) / self.bundle.temperature)
+        logits, embeddings = (np.concatenate(found) for found in zip(*batches, strict=True))
+        log_p = log_softmax(logits.astype(np.float64) / self.bundle.temperature)
+        known = self._familiarity
+        return np.column_stack([log_p, np.full(len(log_p), np.nan) if known is None else known.of(embeddings)])
 
     def probabilities(self, features: Array) -> Floats:
         """Calibrated probabilities, float64 ``(n, classes)``, rows summing to 1, of features ``(n, *input_shape)``."""
@@ -187,14 +208,27 @@ class Predictor:
     def classify(self, excerpts: Sequence[Excerpt]) -> list[Prediction]:
         """One Prediction an excerpt, in order, the network run over all of them together."""
         usable = [excerpt for excerpt in excerpts if excerpt.status == "ok"]
-        log_p = self.log_probabilities(np.concatenate([e.features for e in usable])) if usable else np.empty((0, 0))
+        answers = self.answers(np.concatenate([e.features for e in usable])) if usable else np.empty((0, 0))
         ends = np.cumsum([len(e.features) for e in usable], dtype=int)
-        pooled = iter([pool(log_p[end - len(e.features) : end]) for e, end in zip(usable, ends, strict=True)])
-        return [self._prediction(e, next(pooled) if e.status == "ok" else None) for e in excerpts]
+        parts = iter([answers[end - len(e.features) : end] for e, end in zip(usable, ends, strict=True)])
+        return [self.prediction(e, next(parts)) if e.status == "ok" else self._prediction(e, None) for e in excerpts]
 
-    def prediction(self, excerpt: Excerpt, log_p: Floats) -> Prediction:
-        """The Prediction of a usable excerpt whose windows have these log-probabilities, ``(windows, classes)``."""
-        return self._prediction(excerpt, pool(log_p))
+    def prediction(self, excerpt: Excerpt, answers: Floats) -> Prediction:
+        """The Prediction of a usable excerpt whose windows have these ``answers``, ``(windows, classes + 1)``."""
+        familiarity = float(answers[:, -1].mean())
+        speech = bool(self._speech(np.array([excerpt.speech_share]), np.array([familiarity]))[0])
+        found = self._prediction(excerpt, pool(answers[:, :-1]))
+        return replace(found, familiarity=familiarity, speech=speech, familiar=bool(self._familiar(familiarity)))
+
+    def _familiar(self, familiarity: float | Floats) -> NDArray[np.bool_]:
+        """Whether a window is like enough to the training recordings."""
+        least = 0.0 if self._familiarity is None else self._familiarity.least
+        return np.asarray(~np.less(familiarity, least))
+
+    def _speech(self, share: Floats, familiarity: Floats) -> NDArray[np.bool_]:
+        """Whether windows may be speech."""
+        least = 0.0 if self._familiarity is None else self._familiarity.least_of_speech
+        return np.asarray(~(share < LEAST_SHARE) & ~(familiarity < least))
 
     def follow(
         self,
@@ -219,7 +253,7 @@ class Predictor:
         try:
             features = next(walking)
             while True:
-                features = walking.send(self.log_probabilities(features))
+                features = walking.send(self.answers(features))
         except StopIteration as end:
             found: tuple[Prediction, Timeline] = end.value
             return found
@@ -236,7 +270,7 @@ class Predictor:
         """``follow`` for whoever runs the network elsewhere, or shares it: what it decodes, it decodes in between.
 
         Yields features ``(n, *input_shape)`` of the next windows, n up to ``batch_size``, and is sent their
-        log-probabilities ``(n, classes)``.
+        ``answers``, ``(n, classes + 1)``.
 
         Raises:
             SerError: windows longer than the model's.
@@ -253,9 +287,9 @@ class Predictor:
             tracks = []
             for channel in range(info.channels) if channels == "each" else [channels]:
                 tracks.append((yield from self._track(source, steps, info.duration_s, channel, isolated)))
-            timeline = joined([track for track, _, _ in tracks])
+            timeline = joined([track for track, *_ in tracks])
             if steps.window_s >= LEAST_S:
-                sound_s = max(sound_s for _, sound_s, _ in tracks)
+                sound_s = max(sound_s for _, sound_s, *_ in tracks)
                 check_sound(source, info.duration_s, float(timeline.level_dbfs.max()), sound_s)
         except Exception as error:  # as in listen: a recording never ends the job
             return self._prediction(failed(config, error), None), no_windows(len(self.labels))
@@ -266,14 +300,17 @@ class Predictor:
             info.sample_rate_hz,
             info.channels,
             float(timeline.level_dbfs.max()),
-            next((notice for _, _, notice in tracks if notice), info.notice),
+            next((notice for _, _, notice, _ in tracks if notice), info.notice),
+            float(np.fmax.reduce([share for *_, share in tracks])),
         )
-        return self._prediction(heard, timeline.pooled(silence_dbfs)), timeline
+        speech, familiarity, familiar = timeline.doubt(silence_dbfs)
+        found = self._prediction(heard, timeline.pooled(silence_dbfs))
+        return replace(found, speech=speech, familiarity=familiarity, familiar=familiar), timeline
 
     def _track(
         self, source: audio.AudioSource, steps: SlidingWindow, duration_s: float, channel: audio.Channel, isolated: bool
-    ) -> Generator[Array, Floats, tuple[Timeline, float, str]]:
-        """The windows of a channel, seconds of sound in the fullest, and what users should know."""
+    ) -> Generator[Array, Floats, tuple[Timeline, float, str, float]]:
+        """The windows of a channel, seconds of sound in the fullest, what users should know, most speech_share."""
         config, size = self.bundle.features, self.batch_size
         sound_s, notice = 0.0, ""
         stretches = walk(
@@ -281,11 +318,17 @@ class Predictor:
         )
         parts = []
         for s in stretches:
-            parts.append((s.start_s, s.end_s, s.level_dbfs, (yield s.features)))
+            parts.append((s.start_s, s.end_s, s.level_dbfs, s.speech_share, (yield s.features)))
             sound_s, notice = max(sound_s, float(s.sound_s.max())), notice or s.notice
-        start_s, end_s, level_dbfs, log_p = (np.concatenate(column) for column in zip(*parts, strict=True))
-        name = np.full(len(start_s), str(channel), dtype=object)
-        return Timeline(name, start_s, end_s, level_dbfs, log_p), sound_s, notice
+        start_s, end_s, level_dbfs, share, answers = (np.concatenate(column) for column in zip(*parts, strict=True))
+        name, familiarity = np.full(len(start_s), str(channel), dtype=object), answers[:, -1]
+        doubt = self._speech(share, familiarity), familiarity, self._familiar(familiarity)
+        return (
+            Timeline(name, start_s, end_s, level_dbfs, answers[:, :-1], *doubt),
+            sound_s,
+            notice,
+            float(np.fmax.reduce(share)),
+        )
 
     def _prediction(self, excerpt: Excerpt, log_p: Floats | None) -> Prediction:
         p = np.full(len(self.labels), np.nan) if log_p is None else np.exp(log_p)
@@ -302,6 +345,7 @@ class Predictor:
             channels=excerpt.channels,
             level_dbfs=excerpt.level_dbfs,
             notice=excerpt.notice,
+            speech_share=excerpt.speech_share,
         )
 
 

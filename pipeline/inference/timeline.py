@@ -7,7 +7,7 @@ renormalised: a window that is sure weighs more than one that is not. Silence is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,16 +17,32 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Floats = NDArray[np.float64]
-SILENCE, UNCERTAIN = "silence", "uncertain"
+SILENCE, NOT_SPEECH, UNCERTAIN = "silence", "not_speech", "uncertain"
+NO_EMOTION = (SILENCE, NOT_SPEECH)  # answers without probabilities
+SURE_ENOUGH = 0.5
+"""The ``min_confidence`` of ``auto``: of calibrated answers above it more are right than wrong."""
 SILENCE_DBFS = -70.0
 """Windows below this RMS level are silence; the quietest whispering in studio corpora lies at -61 dBFS."""
 
 
-def named(best: str, confidence: float, level_dbfs: float, min_confidence: float, silence_dbfs: float) -> str:
-    """The answer to show: ``best``, or ``silence`` or ``uncertain`` in its place."""
+def named(
+    best: str,
+    confidence: float,
+    level_dbfs: float,
+    min_confidence: float,
+    silence_dbfs: float,
+    speech: bool = True,
+    familiar: bool = True,
+) -> str:
+    """The answer to show: ``best``, or ``silence``, ``not_speech`` or ``uncertain`` in its place.
+
+    What is unlike the training recordings is ``uncertain`` wherever a ``min_confidence`` is asked for.
+    """
     if level_dbfs < silence_dbfs:
         return SILENCE
-    return UNCERTAIN if confidence < min_confidence else best
+    if not speech:
+        return NOT_SPEECH
+    return UNCERTAIN if confidence < min_confidence or (min_confidence > 0 and not familiar) else best
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -49,6 +65,8 @@ class Timeline:
         start_s: where each window starts, ``(n,)``; ``end_s``: where it ends.
         level_dbfs: its RMS level, ``(n,)``.
         log_p: its log-probabilities, ``(n, C)``.
+        speech: whether it may be speech, ``(n,)``; ``familiarity``: see ``models.familiarity``, NaN where unknown;
+            ``familiar``: whether that is enough. By default all is speech, and familiar.
     """
 
     channel: NDArray[np.object_]
@@ -56,6 +74,14 @@ class Timeline:
     end_s: Floats
     level_dbfs: Floats
     log_p: Floats
+    speech: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+    familiarity: Floats = field(default_factory=lambda: np.empty(0))
+    familiar: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+
+    def __post_init__(self) -> None:
+        for name, value in (("speech", True), ("familiarity", np.nan), ("familiar", True)):
+            if len(getattr(self, name)) != len(self):
+                object.__setattr__(self, name, np.full(len(self), value))
 
     def __len__(self) -> int:
         return len(self.start_s)
@@ -71,16 +97,22 @@ class Timeline:
         """What to call each window, see ``named``."""
         p = self.probabilities
         best = [labels[i] for i in p.argmax(axis=1)] if len(p) else []
-        shown = zip(best, p.max(axis=1, initial=0.0), self.level_dbfs, strict=True)
-        return [named(label, sure, level, min_confidence, silence_dbfs) for label, sure, level in shown]
+        shown = zip(best, p.max(axis=1, initial=0.0), self.level_dbfs, self.speech, self.familiar, strict=True)
+        return [
+            named(label, sure, level, min_confidence, silence_dbfs, speech, familiar)
+            for label, sure, level, speech, familiar in shown
+        ]
 
     def told(self, silence_dbfs: float = SILENCE_DBFS) -> Floats:
-        """``(n, C)`` probabilities as they are told: silence has none (NaN)."""
-        return np.where((self.level_dbfs < silence_dbfs)[:, np.newaxis], np.nan, self.probabilities)
+        """``(n, C)`` probabilities as they are told: silence, and what is no speech, has none (NaN)."""
+        return np.where(self._heard(silence_dbfs)[:, np.newaxis], self.probabilities, np.nan)
+
+    def _heard(self, silence_dbfs: float) -> NDArray[np.bool_]:
+        return (self.level_dbfs >= silence_dbfs) & self.speech
 
     def pooled(self, silence_dbfs: float = SILENCE_DBFS) -> Floats:
-        """Log-probabilities ``(C,)`` of all windows together: those that are not silent, or all when all are."""
-        heard = self.level_dbfs >= silence_dbfs
+        """Log-probabilities ``(C,)`` of all windows together: those with speech, or all when none has any."""
+        heard = self._heard(silence_dbfs)
         return pool(self.log_p[heard] if heard.any() else self.log_p)
 
     def per_channel(self, silence_dbfs: float = SILENCE_DBFS) -> Timeline:
@@ -92,13 +124,18 @@ class Timeline:
             np.array([c.end_s.max() for c in channels]),
             np.array([c.level_dbfs.max() for c in channels]),
             np.array([c.pooled(silence_dbfs) for c in channels]).reshape(len(channels), self.log_p.shape[1]),
+            *(np.array(found) for found in zip(*(c.doubt(silence_dbfs) for c in channels), strict=True)),
         )
+
+    def doubt(self, silence_dbfs: float = SILENCE_DBFS) -> tuple[bool, float, bool]:
+        """Of all windows together: whether any is speech, their mean familiarity, whether most are familiar."""
+        heard = self._heard(silence_dbfs)
+        rows = heard if heard.any() else np.ones(len(self), bool)
+        return bool(self.speech.any()), float(self.familiarity[rows].mean()), bool(self.familiar[rows].mean() >= 0.5)
 
     def where(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Timeline:
         """The windows of an index or a mask."""
-        return Timeline(
-            self.channel[rows], self.start_s[rows], self.end_s[rows], self.level_dbfs[rows], self.log_p[rows]
-        )
+        return Timeline(*(getattr(self, name)[rows] for name in _FIELDS))
 
     def later(self, seconds: float) -> Timeline:
         """The same windows, that much later: of a recording of which this is a segment."""
@@ -128,8 +165,14 @@ class Timeline:
             np.concatenate([np.where(overlap, border, end_s[:-1]), end_s[-1:]]),
             np.maximum.reduceat(self.level_dbfs, first),
             np.array([pool(self.log_p[a:b]) for a, b in zip(first, last, strict=True)]),
+            self.speech[first],
+            np.add.reduceat(self.familiarity, first) / (last - first),
+            self.familiar[first],
         )
         return segments, list(called[first])
+
+
+_FIELDS = tuple(field.name for field in fields(Timeline))
 
 
 def no_windows(classes: int) -> Timeline:
@@ -140,13 +183,7 @@ def no_windows(classes: int) -> Timeline:
 
 def joined(timelines: Sequence[Timeline]) -> Timeline:
     """One Timeline of several, in their order."""
-    return Timeline(
-        np.concatenate([t.channel for t in timelines]),
-        np.concatenate([t.start_s for t in timelines]),
-        np.concatenate([t.end_s for t in timelines]),
-        np.concatenate([t.level_dbfs for t in timelines]),
-        np.concatenate([t.log_p for t in timelines]),
-    )
+    return Timeline(*(np.concatenate([getattr(t, name) for t in timelines]) for name in _FIELDS))
 
 
 def nested(timelines: Sequence[Timeline]) -> pa.ListArray:
@@ -154,25 +191,31 @@ def nested(timelines: Sequence[Timeline]) -> pa.ListArray:
     import pyarrow as pa
 
     whole = joined(timelines)
-    fields = {
+    columns = {
         "channel": pa.array(whole.channel, pa.string()),
         "start_s": pa.array(whole.start_s),
         "end_s": pa.array(whole.end_s),
         "level_dbfs": pa.array(whole.level_dbfs),
         "log_p": pa.FixedSizeListArray.from_arrays(pa.array(whole.log_p.ravel()), whole.log_p.shape[1]),
+        "speech": pa.array(whole.speech),
+        "familiarity": pa.array(whole.familiarity),
+        "familiar": pa.array(whole.familiar),
     }
-    windows = pa.StructArray.from_arrays(list(fields.values()), names=list(fields))
+    windows = pa.StructArray.from_arrays(list(columns.values()), names=list(columns))
     return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, timelines)]), pa.int32()), windows)
 
 
 def unnested(column: pa.ChunkedArray) -> list[Timeline]:
     """What ``nested`` was given."""
     lists = column.combine_chunks()
-    fields = lists.flatten()
-    log_p = fields.field("log_p")
-    times = {name: fields.field(name).to_numpy() for name in ("start_s", "end_s", "level_dbfs")}
+    windows = lists.flatten()
+    log_p = windows.field("log_p")
+    known = [windows.type.field(i).name for i in range(windows.type.num_fields)]  # earlier versions kept five
+    times = {
+        name: windows.field(name).to_numpy(zero_copy_only=False) for name in known if name not in ("channel", "log_p")
+    }
     whole = Timeline(
-        channel=fields.field("channel").to_numpy(zero_copy_only=False),
+        channel=windows.field("channel").to_numpy(zero_copy_only=False),
         log_p=log_p.flatten().to_numpy().reshape(-1, log_p.type.list_size),
         **times,
     )

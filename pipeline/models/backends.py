@@ -5,15 +5,16 @@ set explicitly: ONNX Runtime a session, PyTorch for the whole process.
 
 A bundle's network as ONNX: written once, checked by the weights' hash, never half.
 
-``model.onnx`` maps ``features`` (batch, *input_shape) to ``logits`` (batch, classes), float32, any batch size; batch
-norm is folded into the convolutions. Its metadata name the sha256 of the weights it was made from, so that a file left
-behind by another training is made again rather than believed. The tracing exporter of PyTorch is used: it takes 1 s
-where the newer one takes 20 s, and gives the same logits within 1e-6. Needs the packages torch and onnx.
+``model.onnx`` maps ``features`` (batch, *input_shape) to ``logits`` (batch, classes) and ``embedding`` (batch, d), the
+penultimate features, float32, any batch size; batch norm is folded into the convolutions. Its metadata name the sha256
+of the weights it was made from, so that a file left behind by another training is made again rather than believed. The
+tracing exporter of PyTorch is used: it takes 1 s where the newer one takes 20 s, and gives the same logits within 1e-6.
+Needs the packages torch and onnx.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 ONNX_NAME = "model.onnx"
 _OPSET = 17
 _SHA_KEY = "weights_sha256"
+_OUTPUTS = ("logits", "embedding")
 
 
 class ExportError(SerError):
@@ -61,7 +63,8 @@ def open_session(bundle: Bundle, threads: int) -> ort.InferenceSession | None:
         session = _open(path, threads) if path.is_file() else None
         if session is None:
             continue
-        if session.get_modelmeta().custom_metadata_map.get(_SHA_KEY) == bundle.weights_sha256:
+        ours = session.get_modelmeta().custom_metadata_map.get(_SHA_KEY) == bundle.weights_sha256
+        if ours and [output.name for output in session.get_outputs()] == list(_OUTPUTS):  # else of an earlier version
             return session
     return None
 
@@ -122,19 +125,28 @@ def _onnx_bytes(bundle: Bundle) -> bytes:
     except ImportError as error:
         raise ExportError(f"the package {error.name} is missing; install it with pip") from error
 
-    model = bundle.build_model()
+    class Outputs(torch.nn.Module):
+        """What the file gives: both outputs of the network."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = bundle.build_model()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.model.outputs(x)
+
     example = torch.zeros(1, *bundle.features.input_shape)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter announces its successor, and LSTM limits that batch 1 meets
         path = os.path.join(folder, ONNX_NAME)
         try:
             torch.onnx.export(
-                model,
+                Outputs(),
                 (example,),
                 path,
                 input_names=["features"],
-                output_names=["logits"],
-                dynamic_axes={"features": {0: "batch"}, "logits": {0: "batch"}},
+                output_names=list(_OUTPUTS),
+                dynamic_axes={name: {0: "batch"} for name in ("features", *_OUTPUTS)},
                 opset_version=_OPSET,
                 dynamo=False,
             )
@@ -163,8 +175,8 @@ class Backend(Protocol):
 
     name: str
 
-    def logits(self, features: Array) -> Array:
-        """float32 ``(n, *input_shape)`` -> float32 ``(n, classes)``."""
+    def outputs(self, features: Array) -> tuple[Array, Array]:
+        """float32 ``(n, *input_shape)`` -> logits ``(n, classes)``, penultimate features ``(n, d)``, float32."""
         ...
 
 
@@ -210,10 +222,10 @@ class OnnxBackend:
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
 
-    def logits(self, features: Array) -> Array:
-        """Float32 ``(n, classes)`` of float32 ``(n, *input_shape)``."""
-        result: Any = self._session.run(["logits"], {"features": features})[0]
-        return np.asarray(result, dtype=np.float32)
+    def outputs(self, features: Array) -> tuple[Array, Array]:
+        """See ``Backend``."""
+        logits, embedding = self._session.run(list(_OUTPUTS), {"features": features})
+        return np.asarray(logits, dtype=np.float32), np.asarray(embedding, dtype=np.float32)
 
 
 class TorchBackend:
@@ -236,11 +248,11 @@ class TorchBackend:
         self._format = torch.channels_last if pictures else torch.contiguous_format
         self._model = model.to(memory_format=self._format)  # type: ignore[call-overload]
 
-    def logits(self, features: Array) -> Array:
-        """Float32 ``(n, classes)`` of float32 ``(n, *input_shape)``."""
+    def outputs(self, features: Array) -> tuple[Array, Array]:
+        """See ``Backend``."""
         import torch
 
         with torch.inference_mode():
             batch = torch.from_numpy(features).to(self._device).contiguous(memory_format=self._format)
-            result: Array = self._model(batch).float().cpu().numpy()
-        return result
+            logits, embedding = (found.float().cpu().numpy() for found in self._model.outputs(batch))
+        return logits, embedding

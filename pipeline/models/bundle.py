@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.labels import LabelError, LabelSet
 from pipeline.features.features import FeatureConfig, FeatureError
 from pipeline.storage.errors import SerError
-from pipeline.storage.journal import write_json
+from pipeline.storage.journal import atomic_path, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from pipeline.models.familiarity import Familiarity
+    from pipeline.models.networks import Network
 
 FORMAT_VERSION = 1
 DEFAULT_BUNDLE = Path(__file__).resolve().parents[2] / "models" / "inception_ser_final"
@@ -69,6 +72,23 @@ class Bundle:
         path = self.folder / _TRAINING
         return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
 
+    @property
+    def familiarity(self) -> Familiarity | None:
+        """How like the training recordings a recording is; None of bundles that were made without.
+
+        Raises:
+            BundleError: a damaged file.
+        """
+        from pipeline.models.familiarity import NAME, Familiarity
+
+        path = self.folder / NAME
+        if not path.is_file():
+            return None
+        try:
+            return Familiarity.from_bytes(path.read_bytes())
+        except (OSError, ValueError, KeyError) as error:
+            raise BundleError(f"{path} is damaged ({error}); get the bundle again") from error
+
     def state_dict(self) -> dict[str, Tensor]:
         """The weights, each of any shape, on the CPU.
 
@@ -86,7 +106,7 @@ class Bundle:
             raise BundleError(f"{self.weights_path} holds no state_dict; expected the weights that jobs.train wrote")
         return state
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Network:
         """The network with its weights, in evaluation mode, on the CPU.
 
         Raises:
@@ -238,6 +258,17 @@ def set_temperature(bundle: Bundle, temperature: float, figures: Mapping[str, An
     block = {"calibration": {"temperature": temperature, **figures}}
     write_json(bundle.folder / _METRICS, bundle.metrics | stamped(block, bundle.weights_sha256))
     write_json(bundle.folder / _CONFIG, config | {"temperature": temperature})
+
+
+def set_familiarity(bundle: Bundle, found: Familiarity) -> None:
+    """Write into a bundle how like its training recordings others are."""
+    from pipeline.models.familiarity import NAME
+
+    with atomic_path(bundle.folder / NAME) as beside:
+        beside.write_bytes(found.to_bytes())
+    config = dict(_read_json(bundle.folder / _CONFIG))
+    config["files"] = config["files"] | {NAME: file_sha256(bundle.folder / NAME)}
+    write_json(bundle.folder / _CONFIG, config)
 
 
 def stamped(metrics: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]:

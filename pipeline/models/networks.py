@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,28 @@ def _pool() -> nn.MaxPool2d:
     return nn.MaxPool2d(3, stride=2, padding=1)
 
 
-class EnhancedInceptionModel(nn.Module):
+class Network(nn.Module):
+    """A classifier that ends in a linear layer, and can tell what that layer is given.
+
+    ``head`` is the end of every network here, its last module a linear layer.
+    """
+
+    head: nn.Sequential
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What ``head`` is given."""
+        raise NotImplementedError
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, n_classes), and the penultimate features (B, d) that they are a linear function of."""
+        embedding: Tensor = self.head[:-1](self.pooled(x))
+        return self.head[-1](embedding), embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outputs(x)[0]
+
+
+class EnhancedInceptionModel(Network):
     """GoogLeNet with batch norm for (B, 1, n_mels, frames) float32 -> (B, n_classes) logits. 5.98 M weights.
 
     ``width`` multiplies the channels of every layer, in steps of eight (the multiplier of MobileNet, Howard et al.
@@ -101,12 +122,12 @@ class EnhancedInceptionModel(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.stage5(self.stage4(self.stage3(self.stem(x)))))
-        return logits
+    def pooled(self, x: Tensor) -> Tensor:
+        found: Tensor = self.stage5(self.stage4(self.stage3(self.stem(x))))
+        return found
 
 
-class CnnBiLstmAttention(nn.Module):
+class CnnBiLstmAttention(Network):
     """Conv1d stack, BiLSTM, self-attention, mean over time: (B, frames, n_dims) float32 -> (B, n_classes) logits.
 
     Three max-pools by 2 shorten the sequence eightfold before the LSTM.
@@ -128,25 +149,26 @@ class CnnBiLstmAttention(nn.Module):
             nn.Linear(256, 128), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(128, n_classes)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
         hidden, _ = self.lstm(self.convolutions(x.transpose(1, 2)).transpose(1, 2))
         attended, _ = self.attention(hidden, hidden, hidden, need_weights=False)
-        logits: Tensor = self.head(self.norm(hidden + attended).mean(dim=1))
-        return logits
+        found: Tensor = self.norm(hidden + attended).mean(dim=1)
+        return found
 
 
-class JoinedModel(nn.Module):
+class JoinedModel(Network):
     """Networks that hear the same and answer together: (B, ...) -> (B, n_classes) logits.
 
     The mean of their logits has as softmax their mean log-probability, renormalised: as several crops are pooled.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[Network]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([member(x) for member in self.members]).mean(dim=0)
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, embeddings = zip(*(cast("Network", member).outputs(x) for member in self.members), strict=True)
+        return torch.stack(logits).mean(dim=0), torch.cat(embeddings, dim=1)
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -168,7 +190,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         raise SerError(f"the model has {options[MEMBERS]} members; it must have 1 to {MAX_MEMBERS}")
 
 
-def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_shape: Sequence[int]) -> nn.Module:
+def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_shape: Sequence[int]) -> Network:
     """Build a classifier with fresh weights.
 
     Args:
@@ -193,7 +215,7 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
     return JoinedModel(members) if len(members) > 1 else members[0]
 
 
-def _network(name: str, options: Mapping[str, Any], n_classes: int, input_shape: Sequence[int]) -> nn.Module:
+def _network(name: str, options: Mapping[str, Any], n_classes: int, input_shape: Sequence[int]) -> Network:
     if name == "inception":
         return EnhancedInceptionModel(n_classes, **options)
     return CnnBiLstmAttention(input_shape[1], n_classes, **options)

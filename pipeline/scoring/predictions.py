@@ -3,9 +3,10 @@
 ``predictions``: the manifest's columns, untouched (one that collides with ours becomes ``in_NAME``), then ``status``
 (``ok`` or an error code), ``error``, ``label_name`` when labels were given, ``predicted``, ``confidence``,
 ``p_<label>`` per class, ``duration_s``, ``scored_s``, ``level_dbfs``, ``entropy`` (0 certain .. 1 uniform), ``margin``
-(best minus second), ``notice`` (what users should know of how it was read). One row per row of the manifest, in its
-order. Silence, and what could not be used, has no confidence and no probabilities. Where parts of recordings were asked
-for, ``segment_start_s`` and ``segment_end_s`` stand last.
+(best minus second), ``familiarity`` (how like the training recordings, 0 to 1), ``speech_share`` (of the frames heard),
+``notice`` (what users should know of how it was read). One row per row of the manifest, in its order. Silence, what is
+no speech, and what could not be used has no confidence and no probabilities. Where parts of recordings were asked for,
+``segment_start_s`` and ``segment_end_s`` stand last.
 
 ``segments``, for recordings heard window by window: ``row`` (from 0, of ``predictions``), ``speech``, ``channel``,
 ``start_s``, ``end_s``, ``predicted`` (also ``silence``), ``confidence``, ``p_<label>``, ``level_dbfs``, ``entropy``,
@@ -46,7 +47,7 @@ from pipeline.storage.errors import SerError
 from pipeline.storage.files import local_path
 
 PARQUET = "predictions.parquet"
-_AFTER = ("duration_s", "scored_s", "level_dbfs", "entropy", "margin")
+_AFTER = ("duration_s", "scored_s", "level_dbfs", "entropy", "margin", "familiarity", "speech_share")
 _NOTICE = "notice"
 _WINDOWED = ("channel", "start_s", "end_s")
 _ROWS_AT_ONCE, _WINDOWS_AT_ONCE = 4096, 100_000
@@ -82,6 +83,8 @@ def to_table(
         "scored_s": _numbers(x.scored_s for x in predictions),
         "level_dbfs": _numbers(x.level_dbfs for x in predictions),
         **_doubt(p),
+        "familiarity": _numbers(x.familiarity for x in predictions),
+        "speech_share": _numbers(x.speech_share for x in predictions),
         _NOTICE: pa.array([x.notice or None for x in predictions], pa.string()),
     }
     if timelines is not None:
@@ -137,8 +140,9 @@ def write_tables(
             if labelled:
                 part = part.append_column("label_name", table["label"].cast(pa.string()))
             for name in our_columns(labels, labelled=labelled):
-                known = name in part.column_names  # parts that an older version wrote have no notice
-                column = part[name] if known else pa.nulls(len(part), pa.string())
+                kind = pa.float64() if name in _AFTER else pa.string()
+                known = name in part.column_names  # parts that an older version wrote lack some
+                column = part[name] if known else pa.nulls(len(part), kind)
                 table = table.append_column(name, column)
             last = [name for name in (START, END) if name in table.column_names]
             files.write("predictions", table.select([n for n in table.column_names if n not in last] + last))
@@ -184,6 +188,7 @@ def segments_table(
             **_probabilities(p, labels),
             "level_dbfs": whole.level_dbfs,
             **_doubt(p),
+            "familiarity": pa.array(whole.familiarity, from_pandas=True),
         }
     )
 

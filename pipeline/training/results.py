@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,19 @@ import torch
 from pipeline.data.segments import END, RECORDING_HASH, START, has_segments, ids
 from pipeline.evaluation.metrics import OVERALL
 from pipeline.features.store import load_features
-from pipeline.models.bundle import Bundle, load_bundle, save_bundle
+from pipeline.models.backends import open_backend
+from pipeline.models.bundle import Bundle, load_bundle, save_bundle, set_familiarity
+from pipeline.models.familiarity import LEAST_RECORDINGS, Familiarity
 from pipeline.models.model_card import model_card
 from pipeline.models.networks import build_model
 from pipeline.reporting.report import terminal_summary, write_report
+from pipeline.storage.files import usable_cpus
 from pipeline.training.loop import StateDict, weights_of
 from pipeline.training.plan import SPLIT_SEED, Plan, about_start, earlier_training
 from pipeline.training.run import load_checkpoint, plot_curves, read_splits, rows_of
 
 INTERRUPTED = "interrupted"
+MOST_FAMILIAR = 4000  # training recordings that say what is familiar: a minute of two CPUs
 _BATCH = 64
 
 
@@ -83,7 +87,7 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
     if plan.init is not None:
         table = pd.concat([table, earlier_training(plan.init, table)], ignore_index=True)
     figures = {part: found | {"trained_on": training["trained_on"]} for part, found in figures.items()}
-    return save_bundle(
+    bundle = save_bundle(
         folder,
         name=name,
         state_dict=weights_of(dict(state)),
@@ -97,6 +101,29 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
         corpora={name: about["classes"] for name, about in training["corpora"].items()},
         card=model_card(name, plan.labels, features, training, figures, pd.concat(splits.values())),
     )
+    learn_familiarity(bundle, plan.features, set(splits["train"]["row_id"]))
+    return load_bundle(folder)
+
+
+def learn_familiarity(bundle: Bundle, folders: Sequence[Path], row_ids: Collection[str]) -> int:
+    """Tell a bundle what its training recordings are like, see ``models.familiarity``.
+
+    Args:
+        folders: of features; row_ids: of the recordings in them that it was trained on, of which it takes up to
+            ``MOST_FAMILIAR``, evenly.
+
+    Returns:
+        The recordings used; 0, and nothing is written, where there are too few.
+    """
+    arrays = load_features(folders, bundle.features)
+    rows = np.flatnonzero(arrays.table["row_id"].isin(row_ids))
+    if len(rows) < LEAST_RECORDINGS:
+        return 0
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_FAMILIAR)).astype(int)]
+    backend = open_backend(bundle, "torch", "cpu", usable_cpus())
+    parts = [backend.outputs(np.array(arrays.features[rows[i : i + _BATCH]]))[1] for i in range(0, len(rows), _BATCH)]
+    set_familiarity(bundle, Familiarity.fit(np.concatenate(parts)))
+    return len(rows)
 
 
 def _training(plan: Plan, state: Mapping[str, Any], train: pd.DataFrame) -> dict[str, Any]:
