@@ -251,7 +251,7 @@ class Predictor:
             check_sound(source, info.duration_s, 0.0, info.duration_s)
             tracks = []
             for channel in range(info.channels) if channels == "each" else [channels]:
-                tracks.append((yield from self._track(source, steps, info.duration_s, channel, apart)))
+                tracks.append((yield from self._track(source, steps, info.duration_s, channel, apart, silence_dbfs)))
             timeline = joined([track for track, _, _ in tracks])
             if steps.window_s >= LEAST_S:
                 sound_s = max(sound_s for _, sound_s, _ in tracks)
@@ -270,15 +270,28 @@ class Predictor:
         return self._prediction(heard, timeline.pooled(silence_dbfs)), timeline
 
     def _track(
-        self, source: audio.AudioSource, steps: SlidingWindow, duration_s: float, channel: audio.Channel, apart: bool
+        self,
+        source: audio.AudioSource,
+        steps: SlidingWindow,
+        duration_s: float,
+        channel: audio.Channel,
+        apart: bool,
+        silence_dbfs: float,
     ) -> Generator[Array, Floats, tuple[Timeline, float, str]]:
-        """The windows of a channel, seconds of sound in the fullest, and what users should know."""
+        """The windows of a channel, seconds of sound in the fullest, and what users should know.
+
+        Silence costs the network nothing: all classes are as likely.
+        """
         config, size = self.bundle.features, self.batch_size
         sound_s, notice = 0.0, ""
         stretches = walk(source, config, steps, duration_s, channel, at_once=size, apart=apart, limits=self.limits)
         parts = []
         for s in stretches:
-            parts.append((s.start_s, s.end_s, s.level_dbfs, (yield s.features)))
+            sounds = s.level_dbfs >= silence_dbfs
+            log_p = np.full((len(sounds), len(self.labels)), -np.log(len(self.labels)))
+            if sounds.any():
+                log_p[sounds] = yield s.features[sounds]
+            parts.append((s.start_s, s.end_s, s.level_dbfs, log_p))
             sound_s, notice = max(sound_s, float(s.sound_s.max())), notice or s.notice
         start_s, end_s, level_dbfs, log_p = (np.concatenate(column) for column in zip(*parts, strict=True))
         name = np.full(len(start_s), str(channel), dtype=object)
