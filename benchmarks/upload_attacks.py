@@ -193,7 +193,7 @@ def attacks() -> list[Attack]:
         of(f"bomb: 20 min of silence as FLAC, {len(quiet_20) // 1000} kB", file(quiet_20), "200 ok"),
         of("the same, all of it in windows of 2 s", file(quiet_20, window_s="2"), "200 ok"),
         of("the same, windows every 0.01 s", file(quiet_20, window_s="2", hop_s="0.01"), "422 too_many_windows"),
-        of("the same from 20 at once", together(20, file(quiet_20)), "200 ok", "429 overloaded"),
+        of("the same from 20 at once", together(20, file(quiet_20)), "200 ok", "429 overloaded", "503 deadline"),
         of("bomb: 60 min", file(quiet_60), "413 too_long"),
         of("bomb: 20 min, 8 channels", file(silence(1200, channels=8)), "413 too_large"),
         of("zip bomb, 100 MiB of zeros", file(zip_bomb())),

@@ -284,7 +284,17 @@ class Predictor:
         """
         config, size = self.bundle.features, self.batch_size
         sound_s, notice = 0.0, ""
-        stretches = walk(source, config, steps, duration_s, channel, at_once=size, apart=apart, limits=self.limits)
+        stretches = walk(
+            source,
+            config,
+            steps,
+            duration_s,
+            channel,
+            at_once=size,
+            silence_dbfs=silence_dbfs,
+            apart=apart,
+            limits=self.limits,
+        )
         parts = []
         for s in stretches:
             sounds = s.level_dbfs >= silence_dbfs
