@@ -62,7 +62,8 @@ def waveform(picture: Picture, *, whole: bool = False) -> alt.LayerChart:
 
 def spectrogram(picture: Picture, *, strip: bool = False) -> alt.LayerChart:
     """What the model sees: time to the right, pitch upwards, the brighter the louder; ``strip``: lower."""
-    return framed(STRIP_PX if strip else PICTURE_PX, _ground(picture, heat(_shares(picture.level_db))))
+    ticks = _TICKS_HZ[::2] if strip else _TICKS_HZ
+    return framed(STRIP_PX if strip else PICTURE_PX, _ground(picture, heat(_shares(picture.level_db)), ticks_hz=ticks))
 
 
 def overview(picture: Picture) -> alt.LayerChart:
@@ -130,11 +131,12 @@ def _ground(
     colours: NDArray[np.uint8],
     place_s: tuple[float, float] | None = None,
     shown_s: Sequence[float] | None = None,
+    ticks_hz: Sequence[int] = _TICKS_HZ,
 ) -> alt.Chart:
     """A picture that lies at ``place_s``, by default the model's window, on an axis that shows ``shown_s``."""
     span = list(place_s or (picture.window_start_s, picture.window_start_s + picture.window_s))
     bands = len(picture.frequency_hz)
-    ticks = [hz for hz in _TICKS_HZ if picture.frequency_hz[0] <= hz <= picture.frequency_hz[-1]]
+    ticks = [hz for hz in ticks_hz if picture.frequency_hz[0] <= hz <= picture.frequency_hz[-1]]
     at = [round(float(band), 3) for band in _band_of(ticks, picture)]
     names = {
         f"{band:g}": f"{hz:,} Hz" if hz < 1000 else f"{hz // 1000} kHz" for band, hz in zip(at, ticks, strict=True)

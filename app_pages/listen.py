@@ -110,6 +110,7 @@ def _take(origin: str) -> None:
     if origin == "example":
         if given:
             st.session_state["recorded"] = example(given)
+        st.session_state["example"] = None  # to be chosen again after others
     elif given is None:
         st.session_state["recorded"] = None
     else:

@@ -59,7 +59,7 @@ def _figures(model: ModelInfo) -> None:
     test = model.metrics.get("test")
     if _measured(test):
         assert test is not None
-        st.html(verdict.targets_html(_targets(test)))
+        st.html(verdict.targets_html(_targets(test, model.labels)))
         st.markdown("**Recall by emotion**, with 95 % intervals")
         st.html(_recall_html(model, test))
         _confusion(model, test)
@@ -125,10 +125,10 @@ def _of_class(test: Mapping[str, Any], labels: Sequence[str]) -> dict[str, tuple
     return {name: verdict.wilson(share, sums[name]) for name, share in recall.items() if sums.get(name)}
 
 
-def _targets(test: Mapping[str, Any]) -> list[verdict.Figure]:
+def _targets(test: Mapping[str, Any], labels: Sequence[str]) -> list[verdict.Figure]:
     recall = _recalls(test)
     weakest = min(recall, key=lambda name: recall[name])
-    of_class = _of_class(test, list(test["class_recall"]))
+    of_class = _of_class(test, labels)
     accuracy, f1 = float(test["accuracy"]), float(test["weighted_f1"])
     return [
         verdict.Figure("Right answers (accuracy)", accuracy, verdict.ACCURACY, _interval(test, "accuracy")),

@@ -176,6 +176,7 @@ def main() -> int:
     parser.add_argument("--overload_s", type=float, default=300.0)
     parser.add_argument("--threads", type=int, default=1, help="math threads of a model worker")
     parser.add_argument("--replicas", type=int, default=1, help="model workers")
+    parser.add_argument("--engine", choices=("ray", "local"), default="ray")
     arguments = parser.parse_args()
     seconds, cpus = arguments.seconds, arguments.threads * arguments.replicas
     print(f"machine: {machine()}\n{arguments.replicas} model workers of {arguments.threads} threads", flush=True)
@@ -184,7 +185,7 @@ def main() -> int:
     batches = in_batches(predictor, data, min(seconds, 15.0))
     print(f"in process, {cpus} threads: batches of 16 {batches:.1f}/s", flush=True)
     size = ("--threads", str(arguments.threads), "--replicas", str(arguments.replicas))
-    size += ("--max_replicas", str(arguments.replicas))
+    size += ("--max_replicas", str(arguments.replicas), "--engine", arguments.engine)
     turns = one_client(predictor, data, size, seconds / 5)
     single_ms, no_op_ms, one_ms = map(statistics.median, zip(*turns, strict=True))
     extra_ms = statistics.median(ours_ms - alone_ms - nothing_ms for alone_ms, nothing_ms, ours_ms in turns)

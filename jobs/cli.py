@@ -20,7 +20,7 @@ COMMANDS = {
     "score": "a folder or CSV -> a table of emotions (Ray Data)",
     "infer": "one or a few files -> emotions, without Ray",
     "submit": "extract, train, evaluate, crossval or score on a Ray cluster",
-    "serve": "the HTTP service on this machine (Ray Serve)",
+    "serve": "the HTTP service on this machine (Ray Serve, or --engine local)",
     "predict": "files -> emotions, by a running service",
     "app": "the web page and the service together",
 }

@@ -152,6 +152,7 @@ def walk(
     channel: audio.Channel = "mix",
     *,
     at_once: int = 16,
+    silence_dbfs: float = float("-inf"),
     isolated: bool = False,
     limits: audio.Limits = audio.DEFAULT_LIMITS,
 ) -> Iterator[WindowBatch]:
@@ -159,6 +160,7 @@ def walk(
 
     Args:
         duration_s: length of the recording, as ``describe`` gives it.
+        silence_dbfs: windows below this level have no features: zeros.
 
     Raises:
         AudioError: the recording cannot be used; perhaps only after some stretches.
@@ -170,11 +172,15 @@ def walk(
         for begin in range(0, len(part), at_once):
             start_s = np.array(part[begin : begin + at_once])
             pieces = [cut(start) for start in start_s]
+            level_dbfs = np.array([_level_dbfs(piece) for piece in pieces])
+            features = np.zeros((len(pieces), *config.input_shape), np.float32)
+            for number in np.flatnonzero(level_dbfs >= silence_dbfs):
+                features[number] = extract(_centred(pieces[number], config.window_samples), config)
             yield WindowBatch(
-                np.stack([extract(_centred(piece, config.window_samples), config) for piece in pieces]),
+                features,
                 start_s,
                 np.minimum(start_s + steps.window_s, duration_s),
-                np.array([_level_dbfs(piece) for piece in pieces]),
+                level_dbfs,
                 np.array([_sound_s(piece, config.sample_rate_hz) for piece in pieces]),
                 np.array([speech_share(piece, config.sample_rate_hz) for piece in pieces]),
                 recording.notice,

@@ -286,7 +286,8 @@ class Predictor:
             check_sound(source, info.duration_s, 0.0, info.duration_s)
             tracks = []
             for channel in range(info.channels) if channels == "each" else [channels]:
-                tracks.append((yield from self._track(source, steps, info.duration_s, channel, isolated)))
+                track = self._track(source, steps, info.duration_s, channel, isolated, silence_dbfs)
+                tracks.append((yield from track))
             timeline = joined([track for track, *_ in tracks])
             if steps.window_s >= LEAST_S:
                 sound_s = max(sound_s for _, sound_s, *_ in tracks)
@@ -308,17 +309,38 @@ class Predictor:
         return replace(found, speech=speech, familiarity=familiarity, familiar=familiar), timeline
 
     def _track(
-        self, source: audio.AudioSource, steps: SlidingWindow, duration_s: float, channel: audio.Channel, isolated: bool
+        self,
+        source: audio.AudioSource,
+        steps: SlidingWindow,
+        duration_s: float,
+        channel: audio.Channel,
+        isolated: bool,
+        silence_dbfs: float,
     ) -> Generator[Array, Floats, tuple[Timeline, float, str, float]]:
-        """The windows of a channel, seconds of sound in the fullest, what users should know, most speech_share."""
+        """The windows of a channel, seconds of sound in the fullest, what users should know, most speech_share.
+
+        Silence costs the network nothing: all classes are as likely, and its familiarity is not known.
+        """
         config, size = self.bundle.features, self.batch_size
         sound_s, notice = 0.0, ""
         stretches = walk(
-            source, config, steps, duration_s, channel, at_once=size, isolated=isolated, limits=self.limits
+            source,
+            config,
+            steps,
+            duration_s,
+            channel,
+            at_once=size,
+            silence_dbfs=silence_dbfs,
+            isolated=isolated,
+            limits=self.limits,
         )
         parts = []
         for s in stretches:
-            parts.append((s.start_s, s.end_s, s.level_dbfs, s.speech_share, (yield s.features)))
+            sounds, classes = s.level_dbfs >= silence_dbfs, len(self.labels)
+            answers = np.tile([-np.log(classes)] * classes + [np.nan], (len(sounds), 1))
+            if sounds.any():
+                answers[sounds] = yield s.features[sounds]
+            parts.append((s.start_s, s.end_s, s.level_dbfs, s.speech_share, answers))
             sound_s, notice = max(sound_s, float(s.sound_s.max())), notice or s.notice
         start_s, end_s, level_dbfs, share, answers = (np.concatenate(column) for column in zip(*parts, strict=True))
         name, familiarity = np.full(len(start_s), str(channel), dtype=object), answers[:, -1]

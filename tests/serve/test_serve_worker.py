@@ -6,6 +6,7 @@ import asyncio
 import io
 import threading
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.storage.errors import DecoderCrashed
 from serve import worker as worker_module
+from serve.local import LocalModels
+from serve.problems import ServiceError
 from serve.service import PredictRequest
+from serve.settings import Settings
 from serve.worker import Worker, version_of
 
 
@@ -169,6 +173,54 @@ def test_a_decoder_that_hangs_is_given_up_and_told_by_the_health_check(
         worker.check()
 
     run(scenario())
+
+
+def test_without_ray_a_worker_that_hangs_is_replaced_and_a_full_one_refuses(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, listen = threading.Event(), Predictor.listen
+    monkeypatch.setattr(Predictor, "listen", lambda *_, **__: release.wait(30))
+    renewed: list[Worker] = []
+
+    def renew(old: Worker) -> Worker:
+        renewed.append(Worker(old.predictor))
+        return renewed[-1]
+
+    async def scenario() -> None:
+        models = LocalModels(
+            {"m": Worker(predictor, decode_timeout_s=0.05)}, Settings(max_ongoing=1, max_queued=1), renew
+        )
+        held = [asyncio.create_task(models.predict("m", b"data", PredictRequest())) for _ in range(2)]
+        await asyncio.sleep(0)
+        for refused in (models.check_room, lambda name: run_soon(models.predict(name, b"data", PredictRequest()))):
+            with pytest.raises(ServiceError) as full:
+                refused("m")
+            assert full.value.code == "overloaded"
+        assert {(await one).prediction.status for one in held} == {"decode_timeout"}
+        await models.look()
+        assert not renewed
+        later_s = time.monotonic() + 1000
+        with monkeypatch.context() as clock:
+            clock.setattr(worker_module.time, "monotonic", lambda: later_s)
+            assert not await models.ready("m")
+            await models.look()
+            assert len(renewed) == 1
+            assert await models.ready("m")
+        release.set()
+        monkeypatch.setattr(Predictor, "listen", listen)
+        assert (await models.predict("m", wav(), PredictRequest())).prediction.ok
+        while models.busy:
+            await asyncio.sleep(0)
+
+    run(scenario())
+
+
+def run_soon(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Its first step, in which it must raise."""
+    try:
+        coroutine.send(None)
+    finally:
+        coroutine.close()
 
 
 def test_waiting_for_a_thread_is_not_hanging(predictor: Predictor) -> None:

@@ -28,6 +28,8 @@ from tests.support.processes import HOST, ROOT, free_port
 SERVICE_WORDS = [sys.executable, "-m", "jobs.serve", "--engine", "local"]
 START_S = 600.0
 CHARTS = "n => document.querySelectorAll('[data-testid=stVegaLiteChart] svg').length === n"
+STILL = """() => document.getAnimations().every(
+  animation => animation.playState !== 'running' || animation.effect.getTiming().iterations === Infinity)"""
 RESTED = """() => document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning'
   && !document.querySelector('[data-testid=stSkeleton]')"""
 
@@ -81,6 +83,7 @@ def accessible(page: Any) -> None:
     """No serious or critical violation of axe-core's rules in what can be seen now."""
     import axe_playwright_python
 
+    page.wait_for_function(STILL)  # what fades in is pale for a moment
     page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
     bad = [(v["id"], v["nodes"][0]["html"]) for v in found["violations"] if v["impact"] in ("serious", "critical")]
