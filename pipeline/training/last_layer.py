@@ -14,20 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cache, wraps
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import log_softmax
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from pipeline.evaluation.outcomes import Floats, Ints
 
 KEEP, BIASES, LAST_LAYER = "keep", "biases", "last layer"
 PULLS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # of the last layer towards the parent's
 OUTER_FOLDS, INNER_FOLDS = 5, 4
-_BIAS_PULL = 0.01
+_BIAS_PULL = 0.001
 REHEARSAL = 0.3  # share of the loss that the old recordings make up, where they are heard too
 _STEPS = 100  # of the optimiser
 _FACTORS = np.geomspace(0.1, 2.0, 14)  # of logits: one over the temperatures that are tried
@@ -218,7 +217,7 @@ def _loss(logits: Floats, truth: Ints) -> float:
     """Log-loss of logits (n, C), every class counting alike, at the temperature that suits them best."""
     own = np.arange(len(truth)), truth
     weights = _balance(truth)
-    return min(-float(weights @ log_softmax(logits * factor, axis=1)[own]) for factor in _FACTORS)
+    return min(-float(weights @ _log_softmax(logits * factor)[own]) for factor in _FACTORS)
 
 
 def fit(recordings: Recordings, parent: Parent, choice: Choice) -> Head:
@@ -226,12 +225,17 @@ def fit(recordings: Recordings, parent: Parent, choice: Choice) -> Head:
     return _fits(recordings, parent, [choice])[0]
 
 
+@cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all loaded libraries
+
+
 def _one_thread(function: Callable[..., list[Head]]) -> Callable[..., list[Head]]:
     """On small matrices threads of a busy machine wait for each other ten times as long as they compute."""
 
     @wraps(function)
     def alone(recordings: Recordings, *rest: object) -> list[Head]:
-        with threadpool_limits(1 if len(recordings) < 1000 else None, user_api="blas"):
+        with _threads().limit(limits=1 if len(recordings) < 1000 else None, user_api="blas"):
             return function(recordings, *rest)
 
     return alone
@@ -255,6 +259,12 @@ def _fits(recordings: Recordings, parent: Parent, choices: Sequence[Choice]) -> 
     return heads
 
 
+def _log_softmax(logits: Floats) -> Floats:
+    """As SciPy's of each row (n, C), at a fifth of its cost for a few rows."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
 def _balance(truth: Ints) -> Floats:
     """Weights (n,) of sum 1 that let every class count alike."""
     counts = np.bincount(truth).astype(np.float64)
@@ -268,7 +278,7 @@ def _biases(head: Head, recordings: Recordings) -> Head:
 
     def loss(values: Floats) -> tuple[float, Floats]:
         factor, biases = np.exp(values[0]), values[1:]
-        log_p = log_softmax(factor * logits + biases, axis=1)
+        log_p = _log_softmax(factor * logits + biases)
         slope = weights[:, None] * (np.exp(log_p) - targets)
         value = -(weights[:, None] * targets * log_p).sum() + _BIAS_PULL / 2 * float(values @ values)
         return value, np.append((slope * logits).sum() * factor, slope.sum(axis=0)) + _BIAS_PULL * values
@@ -309,7 +319,7 @@ class _Space:
 
         def loss(values: Floats) -> tuple[float, Floats]:
             change, bias = values[:-n_classes].reshape(n_classes, -1), values[-n_classes:]
-            log_p = log_softmax(self.logits + self.places @ change.T + bias, axis=1)
+            log_p = _log_softmax(self.logits + self.places @ change.T + bias)
             slope = weights * (np.exp(log_p) - self.targets)
             pulled = pull * float((change**2).sum()) + _BIAS_PULL * float(bias @ bias)
             steepest = (slope.T @ self.places + pull * change).ravel()
