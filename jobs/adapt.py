@@ -59,6 +59,13 @@ def build_parser() -> Parser:
         "where it has all of the CSV's, else mine",
     )
     parser.add_argument(
+        "--features",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="features of the old corpora (ser extract): a part of them may be rehearsed with the new recordings",
+    )
+    parser.add_argument(
         "--learning_curve", action="store_true", help="also the figure with 1/4 and 1/2 of the recordings"
     )
     parser.add_argument("--anyway", action="store_true", help="write the model whatever the verdict")
@@ -89,6 +96,8 @@ def _check_out(arguments: argparse.Namespace) -> None:
 
 def _job(arguments: argparse.Namespace) -> int:
     """``job``, in a folder that is held."""
+    from dataclasses import replace
+
     import numpy as np
     import torch
 
@@ -114,6 +123,8 @@ def _job(arguments: argparse.Namespace) -> int:
     groups = _groups(table, labels, bundle)
     recordings = Recordings(heard.hidden[rows], np.array([labels.index(name) for name in table["label"]]), groups)
     parent = parent_of(*last_layer(bundle.build_model()), bundle.labels, labels)
+    if arguments.features:
+        parent = replace(parent, old=_old(arguments, bundle, labels, table))
     progress = Progress("folds", "folds")
     found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=progress)
     verdict, about = _compared(arguments, bundle, table, labels, recordings, parent, found)
@@ -163,6 +174,24 @@ def _groups(table: pd.DataFrame, labels: Sequence[str], bundle: Bundle) -> Ints:
     else:
         say("cross-validated by recording, for want of 3 speakers: for other voices the figures will be lower")
     return groups
+
+
+def _old(
+    arguments: argparse.Namespace, bundle: Bundle, labels: tuple[str, ...], table: pd.DataFrame
+) -> Recordings | None:
+    """Recordings of the old corpora for rehearsal, said."""
+    import numpy as np
+
+    from pipeline.features.store import load_features
+    from pipeline.training.hidden import rehearsed
+    from pipeline.training.last_layer import Recordings
+
+    found = rehearsed(load_features(arguments.features, bundle.features), labels, table, bundle, seed=arguments.seed)
+    if found is None:
+        say("--features holds no recording of the new model's classes: nothing is rehearsed")
+        return None
+    say(f"rehearsal with {len(found[1])} old recordings, where the folds show that it helps")
+    return Recordings(*found, groups=np.zeros(len(found[1]), np.int64))
 
 
 def _compared(

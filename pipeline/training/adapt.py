@@ -166,19 +166,20 @@ def judge(truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, seed
     units = speakers if by_speaker and speakers is not None else np.arange(len(truth))
     differences = np.bincount(units, weights=new - old)
     differences = differences[differences != 0]
-    signs = rng.choice([-1.0, 1.0], size=(_DRAWS, len(differences)))
-    gain = float(differences.sum())
-    p_gain = float((1 + ((signs @ differences) >= gain - 1e-12).sum()) / (1 + _DRAWS))
-    guesses = np.array([(weights[order] * (after == truth[order])).sum() for order in _orders(len(truth), rng)])
-    p_guess = float((1 + (guesses >= new.sum() - 1e-12).sum()) / (1 + _DRAWS))
-    reference = float(old.sum())
-    if reference < 1 / n_classes:
-        reference, p_gain = 1 / n_classes, max(p_guess, p_gain if reference > 0 else p_guess)
-    return Verdict(reference, float(new.sum()), p_gain, p_guess, "speakers" if by_speaker else "recordings")
+    exchanged = [float(differences @ rng.choice([-1.0, 1.0], len(differences))) for _ in range(_DRAWS)]
+    guessed = [
+        float(weights[row] @ (after == truth[row])) for row in (rng.permutation(len(truth)) for _ in range(_DRAWS))
+    ]
+    p_gain, p_guess = _share(exchanged, differences.sum()), _share(guessed, new.sum())
+    if old.sum() < 1 / n_classes:
+        p_gain = p_guess
+    over = "speakers" if by_speaker else "recordings"
+    return Verdict(max(float(old.sum()), 1 / n_classes), float(new.sum()), p_gain, p_guess, over)
 
 
-def _orders(n: int, rng: np.random.Generator) -> list[Ints]:
-    return [rng.permutation(n) for _ in range(_DRAWS)]
+def _share(drawn: Sequence[float], found: float) -> float:
+    """How often chance gives as much as was found, which counts as one of the draws."""
+    return float((1 + (np.array(drawn) >= found - 1e-12).sum()) / (1 + len(drawn)))
 
 
 def answers(table: pd.DataFrame, logits: Floats, labels: Sequence[str], temperature: float = 1.0) -> pd.DataFrame:

@@ -74,8 +74,10 @@ def with_last_layer(bundle: Bundle, weight: Floats, bias: Floats) -> dict[str, T
 class Ear:
     """A bundle's network without its last layer."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval()
+    def __init__(self, bundle: Bundle) -> None:
+        model = bundle.build_model()
+        self.pictures = len(bundle.features.input_shape) == 3
+        self.model = model.to(memory_format=torch.channels_last) if self.pictures else model  # type: ignore[call-overload]
         self._given: list[Tensor] = []
         for _, layer in last_layers(model):
             layer.register_forward_pre_hook(lambda _, given: self._given.append(given[0]))
@@ -87,7 +89,7 @@ class Ear:
             for start in range(0, len(features), _BATCH):
                 self._given.clear()
                 batch = torch.from_numpy(np.ascontiguousarray(features[start : start + _BATCH]))
-                self.model(batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch)
+                self.model(batch.contiguous(memory_format=torch.channels_last) if self.pictures else batch)
                 found.append(torch.cat(self._given, dim=1))
         return torch.cat(found).numpy()
 
@@ -115,8 +117,7 @@ def hear(table: pd.DataFrame, bundle: Bundle, folder: Path, tell: Tell | None = 
     Raises:
         SerError: none can be read, or `folder` cannot be written.
     """
-    model = bundle.build_model()
-    ear = Ear(model.to(memory_format=torch.channels_last) if len(bundle.features.input_shape) == 3 else model)  # type: ignore[call-overload]
+    ear = Ear(bundle)
     places = list(zip(table["speech"], *bounds(table), strict=True))
     parts, bad = [], 0
     for start in range(0, len(places), BLOCK):
@@ -185,9 +186,32 @@ def _read(place: Sequence[object], bundle: Bundle) -> tuple[str, str, np.ndarray
 
 def of_arrays(arrays: FeatureArrays, rows: np.ndarray, bundle: Bundle) -> Floats:
     """Hidden features (n, d) of rows of extracted features."""
-    model = bundle.build_model()
-    ear = Ear(model.to(memory_format=torch.channels_last) if len(bundle.features.input_shape) == 3 else model)  # type: ignore[call-overload]
+    ear = Ear(bundle)
     return ear.hidden(np.asarray(arrays.features[rows])).astype(np.float64)
+
+
+def rehearsed(
+    arrays: FeatureArrays, labels: Sequence[str], own: pd.DataFrame, bundle: Bundle, most: int = 600, seed: int = 0
+) -> tuple[Floats, np.ndarray] | None:
+    """Hidden features (n, d) and classes (n,) of old recordings of the classes `labels`, each class alike.
+
+    None where there are none; copies of another pitch, and what `own` holds too, are left out.
+    """
+    table = arrays.table
+    fits = table["label"].isin(labels)
+    if "parent_id" in table.columns:
+        fits &= table["parent_id"].fillna("") == ""
+    if HASH_COLUMN in table.columns:
+        fits &= ~table[HASH_COLUMN].isin(set(own[HASH_COLUMN]) - {""})
+    fits &= ~table["speech"].isin(set(own["speech"]))
+    rng, rows = np.random.default_rng(seed), np.flatnonzero(fits)
+    classes = np.array([labels.index(name) for name in table["label"].iloc[rows]], np.int64)
+    number = max(1, most // max(1, len(np.unique(classes))))
+    chosen = [rng.permutation(rows[classes == index])[:number] for index in np.unique(classes)]
+    if not chosen:
+        return None
+    found = np.concatenate(chosen)
+    return of_arrays(arrays, found, bundle), np.array([labels.index(name) for name in table["label"].iloc[found]])
 
 
 def forget(folder: Path) -> None:
