@@ -30,7 +30,7 @@ from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.cpus import usable_cpus
 from pipeline.training.adapt import judge, labels_for
 from pipeline.training.hidden import last_layer, of_arrays
-from pipeline.training.last_layer import Parent, Recordings, adapt, choose, fit, parent_of
+from pipeline.training.last_layer import Parent, Recordings, adapt, choose, fit_head, parent_of
 
 SIZES = (10, 40)
 SHARE = 0.7  # of the speakers, who are learnt from
@@ -85,7 +85,7 @@ def gains(case: Case, seeds: int) -> None:
         figures = []
         for seed in range(seeds):
             learnt, tested = case.drawn(seed, of_class)
-            head = fit(learnt, case.parent, choose(learnt, case.parent))
+            head = fit_head(learnt, case.parent, choose(learnt, case.parent))
             before = case.parent.answers(tested.hidden)
             there = np.isin(np.arange(before.shape[1]), case.all.truth)
             restricted = np.where(there, before, -np.inf)

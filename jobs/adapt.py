@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,12 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--learning_curve", action="store_true", help="also the figure with 1/4 and 1/2 of the recordings"
     )
+    parser.add_argument(
+        "--max_minutes",
+        type=float,
+        default=5.0,
+        help="above 5: also try to train the last stage of the network, as long as this suffices (default 5)",
+    )
     parser.add_argument("--anyway", action="store_true", help="write the model whatever the verdict")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument("--seed", type=int, default=0, help="of folds and draws (default 0)")
@@ -127,6 +133,7 @@ def _job(arguments: argparse.Namespace) -> int:
         parent = replace(parent, old=_old(arguments, bundle, labels, table))
     progress = Progress("folds", "folds")
     found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=progress)
+    found, state = _with_last_stage(arguments, found, recordings, parent, bundle, heard.features[rows])
     verdict, about = _compared(arguments, bundle, table, labels, recordings, parent, found)
     curve = (
         _learning_curve(recordings, parent, labels, table, found, arguments.seed) if arguments.learning_curve else []
@@ -135,7 +142,8 @@ def _job(arguments: argparse.Namespace) -> int:
     about["seconds"] = round(time.monotonic() - started, 1)
     print(f"verdict: {verdict.told}")
     if verdict.adapted or arguments.anyway:
-        made = adapt.write(arguments.out, bundle, table, labels, found, about=about, truth=recordings.truth)
+        truth = recordings.truth
+        made = adapt.write(arguments.out, bundle, table, labels, found, about=about, truth=truth, state=state)
         print(f"model: {made.folder}")
     else:
         say(f"no model is written; go on with {bundle.folder}, or write the new one with --anyway")
@@ -176,6 +184,39 @@ def _groups(table: pd.DataFrame, labels: Sequence[str], bundle: Bundle) -> Ints:
     return groups
 
 
+def _with_last_stage(
+    arguments: argparse.Namespace,
+    found: Found,
+    recordings: Recordings,
+    parent: Parent,
+    bundle: Bundle,
+    features: Any,
+) -> tuple[Found, Mapping[str, Any] | None]:
+    """With ``--max_minutes`` above 5 the last stage of the network competes, too: what is better, and its weights."""
+    from pipeline.training.last_stages import MIN_MINUTES, can_be_tuned, compete
+
+    if arguments.max_minutes <= MIN_MINUTES:
+        return found, None
+    if not can_be_tuned(bundle):
+        say("--max_minutes: only a single inception network has a last stage to train; its last layer is fitted alone")
+        return found, None
+    progress = Progress("last stage", "trainings")
+    found, state, needed = compete(
+        found,
+        recordings,
+        parent,
+        bundle,
+        features,
+        minutes=arguments.max_minutes,
+        seed=arguments.seed,
+        threads=usable_cpus(),
+        tell=progress,
+    )
+    if needed:
+        say(f"training the last stage, too, would take {needed:.0f} minutes: left out; give --max_minutes {needed:.0f}")
+    return found, state
+
+
 def _old(
     arguments: argparse.Namespace, bundle: Bundle, labels: tuple[str, ...], table: pd.DataFrame
 ) -> Recordings | None:
@@ -213,6 +254,7 @@ def _compared(
     from pipeline.evaluation.compare import comparison_summary
     from pipeline.reporting.report import write_comparison
     from pipeline.training import adapt
+    from pipeline.training.last_stages import MIN_MINUTES
 
     old = parent.answers(recordings.hidden)
     before = adapt.answers(table, old, labels, bundle.temperature)
@@ -221,7 +263,13 @@ def _compared(
     meta = provenance(arguments.command, bundle) | {"data": str(arguments.data_csv)}
     print(comparison_summary(write_comparison(before, after, labels, arguments.out / "report", names=names, meta=meta)))
     speakers = pd.factorize(table["speaker"])[0] if has_speakers(table) else None
-    verdict = adapt.judge(recordings.truth, old.argmax(axis=1), found.logits.argmax(axis=1), speakers)
+    verdict = adapt.judge(
+        recordings.truth,
+        old.argmax(axis=1),
+        found.logits.argmax(axis=1),
+        speakers,
+        compared=1 if arguments.max_minutes <= MIN_MINUTES else 2,
+    )
     say(f"chosen: {found.choice.told}; in the folds: {', '.join(sorted({each.told for each in found.choices}))}")
     about = {
         "parent": bundle.name,

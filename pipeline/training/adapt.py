@@ -149,13 +149,16 @@ class Verdict:
         return f"keep the old one: the gain could be chance ({gain}; in {self.p_gain:.0%} of tries); label more"
 
 
-def judge(truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, seed: int = 0) -> Verdict:
+def judge(
+    truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, compared: int = 1, seed: int = 0
+) -> Verdict:
     """Compare two sets of answers, (n,) class indices each, to the same recordings.
 
     A parent that does worse than a guess (as one that knows none of the classes) is no measure: the guess is.
 
     Args:
         speakers: (n,) numbers; None: not known.
+        compared: how many sets of answers `after` is the best of (Bonferroni).
     """
     counts = np.bincount(truth)
     n_classes = int((counts > 0).sum())
@@ -174,6 +177,7 @@ def judge(truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, seed
     if old.sum() < 1 / n_classes:
         p_gain = p_guess
     over = "speakers" if by_speaker else "recordings"
+    p_gain, p_guess = min(1.0, compared * p_gain), min(1.0, compared * p_guess)
     return Verdict(max(float(old.sum()), 1 / n_classes), float(new.sum()), p_gain, p_guess, over)
 
 

@@ -23,7 +23,7 @@ from threadpoolctl import ThreadpoolController
 
 from pipeline.evaluation.outcomes import Floats, Ints
 
-KEEP, BIASES, LAST_LAYER = "keep", "biases", "last layer"
+KEEP, BIASES, LAST_LAYER, LAST_STAGE = "keep", "biases", "last layer", "last stage"
 PULLS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # of the last layer towards the parent's
 OUTER_FOLDS, INNER_FOLDS = 5, 4
 _BIAS_PULL = 0.001
@@ -79,7 +79,11 @@ class Choice:
     @property
     def told(self) -> str:
         """In words."""
-        names = {KEEP: "the parent as it is", BIASES: "other temperature and class biases"}
+        names = {
+            KEEP: "the parent as it is",
+            BIASES: "other temperature and class biases",
+            LAST_STAGE: "last stage of the network trained, too",
+        }
         if self.kind in names:
             return names[self.kind]
         return f"new last layer (pull {self.pull:g}{', with the old recordings' if self.rehearsal else ''})"
@@ -137,7 +141,7 @@ def adapt(recordings: Recordings, parent: Parent, *, seed: int = 0, tell: Tell |
     fold_of = folds(recordings, OUTER_FOLDS, seed)
     logits, choices = out_of_fold(recordings, parent, fold_of, seed=seed, tell=tell)
     choice = choose(recordings, parent, seed)
-    return Found(logits, choices, choice, fit(recordings, parent, choice))
+    return Found(logits, choices, choice, fit_head(recordings, parent, choice))
 
 
 def out_of_fold(
@@ -162,7 +166,7 @@ def out_of_fold(
         tested = fold_of == fold
         train = recordings.where(_some(recordings, ~tested, share, seed))
         choice = choose(train, parent, seed)
-        logits[tested] = fit(train, parent, choice).logits(recordings.hidden[tested])
+        logits[tested] = fit_head(train, parent, choice).logits(recordings.hidden[tested])
         if choice.kind == KEEP:
             logits[tested] = parent.answers(recordings.hidden[tested])
         choices.append(choice)
@@ -210,17 +214,17 @@ def choose(recordings: Recordings, parent: Parent, seed: int = 0) -> Choice:
         tested = fold_of == fold
         for number, head in enumerate(_fits(recordings.where(~tested), parent, choices)):
             logits[number, tested] = head.logits(recordings.hidden[tested])
-    return choices[int(np.argmin([_loss(each, recordings.truth) for each in logits]))]
+    return choices[int(np.argmin([loss_of(each, recordings.truth) for each in logits]))]
 
 
-def _loss(logits: Floats, truth: Ints) -> float:
+def loss_of(logits: Floats, truth: Ints) -> float:
     """Log-loss of logits (n, C), every class counting alike, at the temperature that suits them best."""
     own = np.arange(len(truth)), truth
     weights = _balance(truth)
     return min(-float(weights @ _log_softmax(logits * factor)[own]) for factor in _FACTORS)
 
 
-def fit(recordings: Recordings, parent: Parent, choice: Choice) -> Head:
+def fit_head(recordings: Recordings, parent: Parent, choice: Choice) -> Head:
     """The last layer of a choice, fitted to all the recordings."""
     return _fits(recordings, parent, [choice])[0]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import log_softmax
 
 from jobs import adapt as job
 from jobs import infer
@@ -20,7 +21,8 @@ from pipeline.features.features import FeatureConfig
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.networks import build_model
-from pipeline.training import hidden
+from pipeline.training import hidden, last_stages
+from pipeline.training.last_layer import Head
 
 DONE, USAGE, SOME_FAILED = 0, 2, 4
 CONFIG = FeatureConfig(sample_rate_hz=16_000, window_s=1.0, n_mels=32, n_fft=512, hop_length=256)
@@ -28,7 +30,11 @@ CONFIG = FeatureConfig(sample_rate_hz=16_000, window_s=1.0, n_mels=32, n_fft=512
 
 def parent_in(folder: Path, model: str = "inception", members: int = 1, training: pd.DataFrame | None = None) -> Bundle:
     """An untrained network: its features tell the voices of the tests apart, its answers are chance."""
-    config = CONFIG if model == "inception" else FeatureConfig(**{**CONFIG.to_dict(), "kind": "frame_features"})
+    config = (
+        CONFIG
+        if model == "inception"
+        else FeatureConfig(**{**CONFIG.to_dict(), "kind": "frame_features", "n_mfcc": 20})
+    )
     options = {"width": 0.125} if model == "inception" else {}
     options |= {"members": members} if members > 1 else {}
     with torch.random.fork_rng():
@@ -247,3 +253,34 @@ def test_hidden_features_and_the_last_layer_are_the_network(model: str, members:
     with torch.inference_mode():
         found = changed(torch.from_numpy(features)).numpy()
     np.testing.assert_allclose(found, heard @ other.T + shift, atol=1e-3)
+
+
+def test_the_last_stage_competes_when_there_is_time(
+    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(mine, tmp_path / "out", parent, "--max_minutes", "60", "--anyway") == DONE
+    said = capsys.readouterr().err
+    assert "last stage: 5/6 trainings" in said or "last stage: 4/5 trainings" in said
+    assert load_bundle(tmp_path / "out").build_model()
+
+
+def test_training_the_last_stage_leaves_what_comes_before_it(parent: Bundle) -> None:
+    features = np.random.default_rng(0).standard_normal((12, *parent.features.input_shape)).astype(np.float32)
+    features[::2, :, :8] += 3.0
+    truth = np.arange(12) % 2
+    given = last_stages.before_tail(parent, features)
+    weight, bias = hidden.last_layer(parent.build_model())
+    start = Head(weight[:2], bias[:2])
+    state = last_stages.tune(parent, start, given, truth, np.arange(12), threads=1)
+    before = parent.state_dict()
+    changed = {name.split(".")[0] for name in state if name in before and not torch.equal(state[name], before[name])}
+    assert changed == {"stage5", "head"}
+    assert not any("running_" in name and not torch.equal(state[name], before[name]) for name in state)
+    network = build_model("inception", dict(parent.model_options), 2, parent.features.input_shape).eval()
+    network.load_state_dict(dict(state))
+    with torch.inference_mode():
+        whole = network(torch.from_numpy(features)).numpy()
+    np.testing.assert_allclose(last_stages.tail_logits(parent, state, given), whole, atol=1e-4)
+    own = start.logits(hidden.Ear(parent).hidden(features))
+    rows = np.arange(12)
+    assert log_softmax(whole, axis=1)[rows, truth].mean() > log_softmax(own, axis=1)[rows, truth].mean()

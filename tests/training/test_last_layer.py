@@ -17,7 +17,7 @@ from pipeline.training.last_layer import (
     Recordings,
     adapt,
     choose,
-    fit,
+    fit_head,
     folds,
     out_of_fold,
     parent_of,
@@ -48,7 +48,7 @@ def right(recordings: Recordings, head: Head) -> float:
 @pytest.mark.parametrize("n", [30, 120])  # fewer and more recordings than features
 def test_from_a_blank_parent_it_is_scikit_learns_logistic_regression(n: int) -> None:
     recordings, fresh = voices(n, noise=2.0), voices(300, noise=2.0, seed=1)
-    found = fit(recordings, blank(), Choice(LAST_LAYER, 0.01))
+    found = fit_head(recordings, blank(), Choice(LAST_LAYER, 0.01))
     centred = recordings.hidden - recordings.hidden.mean(axis=0)
     scale = np.sqrt((centred**2).sum(axis=1).mean())
     theirs = LogisticRegression(C=1 / (0.01 * n), tol=1e-8, max_iter=5000).fit(centred / scale, recordings.truth)
@@ -61,19 +61,19 @@ def test_from_a_blank_parent_it_is_scikit_learns_logistic_regression(n: int) -> 
 def test_a_strong_pull_leaves_the_answers_of_the_rescaled_parent_and_a_weak_one_fits_the_recordings() -> None:
     recordings = voices(60, noise=3.0)
     parent = Parent(Head(np.random.default_rng(3).standard_normal((3, D)) / D, np.zeros(3)), np.ones(3, bool))
-    scaled = fit(recordings, parent, Choice(BIASES)).logits(recordings.hidden)
-    pulled = fit(recordings, parent, Choice(LAST_LAYER, 1e6)).logits(recordings.hidden)
+    scaled = fit_head(recordings, parent, Choice(BIASES)).logits(recordings.hidden)
+    pulled = fit_head(recordings, parent, Choice(LAST_LAYER, 1e6)).logits(recordings.hidden)
     difference = pulled - scaled
     np.testing.assert_allclose(difference - difference.mean(axis=1, keepdims=True), 0, atol=0.02)
-    assert right(recordings, fit(recordings, parent, Choice(LAST_LAYER, 1e-5))) == 1.0
+    assert right(recordings, fit_head(recordings, parent, Choice(LAST_LAYER, 1e-5))) == 1.0
 
 
 def test_biases_undo_a_parent_that_always_says_the_same() -> None:
     recordings = voices(90, noise=0.5)
-    good = fit(recordings, blank(), Choice(LAST_LAYER, 0.01))
+    good = fit_head(recordings, blank(), Choice(LAST_LAYER, 0.01))
     shifted = Parent(Head(good.weight, good.bias + np.array([10.0, 0, 0])), np.ones(3, bool))
     assert right(recordings, shifted.head) < 0.4
-    assert right(recordings, fit(recordings, shifted, Choice(BIASES))) > 0.95
+    assert right(recordings, fit_head(recordings, shifted, Choice(BIASES))) > 0.95
 
 
 def test_a_parent_that_is_right_already_is_hardly_changed() -> None:
@@ -129,8 +129,8 @@ def test_own_classes_are_learnt_and_beat_a_parent_that_knows_none() -> None:
 
 def test_old_recordings_keep_a_class_that_the_new_ones_lack() -> None:
     old, new = voices(90, noise=1.0), voices(60, n_classes=2, noise=1.0, seed=5)
-    parent = Parent(fit(old, blank(), Choice(LAST_LAYER, 0.01)), np.ones(3, bool), old)
-    alone, rehearsed = (fit(new, parent, Choice(LAST_LAYER, 3e-4, rehearsal=both)) for both in (False, True))
+    parent = Parent(fit_head(old, blank(), Choice(LAST_LAYER, 0.01)), np.ones(3, bool), old)
+    alone, rehearsed = (fit_head(new, parent, Choice(LAST_LAYER, 3e-4, rehearsal=both)) for both in (False, True))
     lost = old.where(old.truth == 2)
     assert right(lost, rehearsed) > 0.9
     assert right(lost, rehearsed) >= right(lost, alone)
@@ -142,7 +142,7 @@ def test_meaningless_labels_say_keep() -> None:
         made = voices(24, n_classes=3, noise=1.5, seed=seed)
         rng = np.random.default_rng(seed)
         shuffled = Recordings(made.hidden, rng.permutation(made.truth), made.groups)
-        parent = Parent(fit(voices(90, seed=77), blank(), Choice(LAST_LAYER, 0.01)), np.ones(3, bool))
+        parent = Parent(fit_head(voices(90, seed=77), blank(), Choice(LAST_LAYER, 0.01)), np.ones(3, bool))
         found = adapt(shuffled, parent, seed=seed)
         old, new = parent.answers(shuffled.hidden), found.logits
         adapted += judge(shuffled.truth, old.argmax(axis=1), new.argmax(axis=1), shuffled.groups).adapted
