@@ -252,6 +252,8 @@ def _compared(
     from jobs._provenance import provenance
     from pipeline.data.splits import has_speakers
     from pipeline.evaluation.compare import comparison_summary
+    from pipeline.evaluation.metrics import permutation_hint
+    from pipeline.evaluation.outcomes import outcomes
     from pipeline.reporting.report import write_comparison
     from pipeline.training import adapt
     from pipeline.training.last_stages import MIN_MINUTES
@@ -262,6 +264,8 @@ def _compared(
     names = (str(bundle.folder), f"{arguments.out} (each recording answered by folds that have not heard it)")
     meta = provenance(arguments.command, bundle) | {"data": str(arguments.data_csv)}
     print(comparison_summary(write_comparison(before, after, labels, arguments.out / "report", names=names, meta=meta)))
+    if hint := permutation_hint(outcomes(before, labels)):
+        say(hint)
     speakers = pd.factorize(table["speaker"])[0] if has_speakers(table) else None
     verdict = adapt.judge(
         recordings.truth,

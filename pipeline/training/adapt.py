@@ -53,7 +53,7 @@ def labels_for(own: Sequence[str], theirs: Sequence[str], classes: str) -> tuple
 
 
 def usable(table: pd.DataFrame, parent: Bundle) -> tuple[Ints, list[str]]:
-    """Numbers of the rows that a parent can be adapted to, and what should be said of the others.
+    """Numbers (m,) of the rows that a parent can be adapted to, and what should be said of the others.
 
     Args:
         table: labelled manifest with `content_hash`.
@@ -200,7 +200,7 @@ def answers(table: pd.DataFrame, logits: Floats, labels: Sequence[str], temperat
 
 
 def temperature_of(truth: Ints, logits: Floats) -> tuple[float, dict[str, Any]]:
-    """The temperature that suits out-of-fold logits, and the figures of it; 1 where they are too few."""
+    """The temperature that suits out-of-fold logits (n, C), and the figures of it; 1 where they are too few."""
     if len(truth) < MIN_TO_CALIBRATE:
         return 1.0, {}
     found = fit_temperature(truth, softmax(logits, axis=1))
