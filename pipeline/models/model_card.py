@@ -107,6 +107,8 @@ def _figures(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
         at = "" if part == OUT_OF_FOLD else ", at temperature 1"
         rows = {"accuracy": (found["accuracy"], intervals["accuracy"])}
         rows["weighted F1"] = (found["weighted_f1"], intervals["weighted_f1"])
+        if part == OUT_OF_FOLD:
+            rows["UAR"] = (found["uar"], intervals["uar"])
         for label, recall in found["class_recall"].items():
             rows[f"recall of {label}"] = (recall, intervals["class_recall"][label])
         lines += [

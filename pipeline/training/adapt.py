@@ -140,7 +140,8 @@ class Verdict:
         """In one line."""
         gain = f"UAR {self.before:.1%} -> {self.after:.1%}"
         if self.adapted:
-            return f"adapted: {gain}; chance gives such a gain in {self.p_gain:.1%} of tries (exchanging {self.over})"
+            often = f"{self.p_gain:.1%}" if self.p_gain >= 0.001 else "less than 0.1%"
+            return f"adapted: {gain}; chance gives such a gain in {often} of tries (exchanging {self.over})"
         if self.p_guess >= LEVEL:
             return (
                 f"keep the old one: the gain could be chance ({gain}); guessing does as well in {self.p_guess:.0%} of "

@@ -95,12 +95,14 @@ def test_it_writes_an_ordinary_bundle(
     assert figures["intervals_95"]["uar"]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert parent.weights_sha256[:12] in card
+    assert "| UAR | " in card
     assert "cross-validation by speaker" in card
     assert not (out / ".adapt").exists()
     assert json.loads((out / "report" / "comparison.json").read_text(encoding="utf-8"))["n"] == 64
     assert infer.main(["--model_weights", str(out), "--file", table["speech"][0]]) == DONE
     capsys.readouterr()
     assert run(mine, out, parent) == USAGE
+    assert run(mine, parent.folder, parent, "--overwrite") == USAGE
     assert run(mine, tmp_path / "again", made) == USAGE  # it knows them all by now
     assert "trained on them" in capsys.readouterr().err
 
