@@ -112,6 +112,7 @@ def _job(arguments: argparse.Namespace) -> int:
     from pipeline.training.hidden import forget, hear, last_layer
     from pipeline.training.last_layer import Recordings, parent_of
     from pipeline.training.last_layer import adapt as fit_and_choose
+    from pipeline.training.last_stages import MIN_MINUTES
 
     started = time.monotonic()
     torch.set_num_threads(usable_cpus())
@@ -133,7 +134,9 @@ def _job(arguments: argparse.Namespace) -> int:
         parent = replace(parent, old=_old(arguments, bundle, labels, table))
     progress = Progress("folds", "folds")
     found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=progress)
-    found, state = _with_last_stage(arguments, found, recordings, parent, bundle, heard.features[rows])
+    state = None
+    if arguments.max_minutes > MIN_MINUTES:
+        found, state = _with_last_stage(arguments, found, recordings, parent, bundle, heard.features[rows])
     verdict, about = _compared(arguments, bundle, table, labels, recordings, parent, found)
     curve = (
         _learning_curve(recordings, parent, labels, table, found, arguments.seed) if arguments.learning_curve else []
@@ -147,6 +150,8 @@ def _job(arguments: argparse.Namespace) -> int:
         print(f"model: {made.folder}")
     else:
         say(f"no model is written; go on with {bundle.folder}, or write the new one with --anyway")
+        if (arguments.out / "config.json").is_file():
+            say(f"{arguments.out} still holds the model that it held before")
     forget(arguments.out / _KEPT)
     return EXIT_SOME_FAILED if heard.unread and not arguments.tolerate_failures else EXIT_DONE
 
@@ -193,10 +198,8 @@ def _with_last_stage(
     features: Any,
 ) -> tuple[Found, Mapping[str, Any] | None]:
     """With ``--max_minutes`` above 5 the last stage of the network competes, too: what is better, and its weights."""
-    from pipeline.training.last_stages import MIN_MINUTES, can_be_tuned, compete
+    from pipeline.training.last_stages import can_be_tuned, compete
 
-    if arguments.max_minutes <= MIN_MINUTES:
-        return found, None
     if not can_be_tuned(bundle):
         say("--max_minutes: only a single inception network has a last stage to train; its last layer is fitted alone")
         return found, None
@@ -247,13 +250,14 @@ def _compared(
     """Before and after, printed and written as pages; the verdict, and what the new model's record says of it."""
     from dataclasses import asdict
 
+    import numpy as np
     import pandas as pd
 
     from jobs._provenance import provenance
     from pipeline.data.splits import has_speakers
     from pipeline.evaluation.compare import comparison_summary
     from pipeline.evaluation.metrics import permutation_hint
-    from pipeline.evaluation.outcomes import outcomes
+    from pipeline.evaluation.outcomes import outcomes, scores, tally
     from pipeline.reporting.report import write_comparison
     from pipeline.training import adapt
     from pipeline.training.last_stages import MIN_MINUTES
@@ -264,6 +268,11 @@ def _compared(
     names = (str(bundle.folder), f"{arguments.out} (each recording answered by folds that have not heard it)")
     meta = provenance(arguments.command, bundle) | {"data": str(arguments.data_csv)}
     print(comparison_summary(write_comparison(before, after, labels, arguments.out / "report", names=names, meta=meta)))
+    there = np.isin(np.arange(len(labels)), recordings.truth)
+    restricted = np.where(there, old, -np.inf).argmax(axis=1)
+    alone = float(scores(tally(recordings.truth, restricted, len(labels))).uar)
+    if not there.all():
+        say(f"the parent, if it answered the {there.sum()} classes of the recordings only: UAR {alone:.1%}")
     if hint := permutation_hint(outcomes(before, labels)):
         say(hint)
     speakers = pd.factorize(table["speaker"])[0] if has_speakers(table) else None
@@ -281,6 +290,7 @@ def _compared(
         "method": found.choice.told,
         "in_folds": [each.told for each in found.choices],
         "recordings": len(table),
+        "before_restricted": alone,
         "folds_by": adapt.groups_of(table)[1],
         "verdict": asdict(verdict) | {"adapted": verdict.adapted, "told": verdict.told},
     }
