@@ -13,6 +13,7 @@ COMMANDS = {
     "manifest": "a folder of labelled recordings -> a manifest CSV",
     "extract": "recordings -> log-mel Parquet shards (Ray Data)",
     "train": "a manifest or shards -> a trained model bundle (Ray Train)",
+    "adapt": "20 to 5,000 recordings of one's own -> a model of one's own",
     "evaluate": "a labelled CSV -> metrics, confusion matrix, verdict, report",
     "crossval": "a recipe trained and tested on folds, one model each (Ray)",
     "join": "several trained models -> one that answers with their mean",

@@ -124,20 +124,22 @@ def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed
     return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
 
 
-def _manifest(arguments: argparse.Namespace, bundle: Bundle) -> pd.DataFrame:
+def _manifest(arguments: argparse.Namespace, bundle: Bundle, labels: Sequence[str] | None = None) -> pd.DataFrame:
+    """The CSV; ``labels``: the classes that it may have, where they are not the bundle's alone."""
     from pipeline.data.manifest import label_counts, read_manifest
 
+    labels = labels or bundle.labels
     manifest = read_manifest(
         arguments.data_csv,
         root=arguments.root,
         label_map=arguments.label_map,
-        labels=bundle.labels,
+        labels=labels,
         require_labels=False,
         tell=say,
     )
-    say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(bundle.labels)))
+    say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)))
     if "label" in manifest.columns and manifest["label"].notna().any():
-        counts = label_counts(manifest, bundle.labels)
+        counts = label_counts(manifest, labels)
         say("counts: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     else:
         say(f"{arguments.data_csv} has no labels: the recordings are scored, but there are no metrics")
@@ -234,10 +236,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     given = [Path(text) for text in arguments.compare]
     sides = [_side(arguments, place) for place in given]
-    labels = [list(s.labels) if isinstance(s, Bundle) else _labels_of(s, p) for s, p in zip(sides, given, strict=True)]
+    known = [list(s.labels) if isinstance(s, Bundle) else _labels_of(s, p) for s, p in zip(sides, given, strict=True)]
     names = [str(place) for place in given]
-    if labels[0] != labels[1]:
-        raise SerError(f"{names[0]} answers {labels[0]}, {names[1]} {labels[1]}; compare models of the same classes")
+    labels = _together(known, names)
     tables: list[pd.DataFrame] = []
     failed = 0
     checks: list[dict[str, Any]] = []
@@ -246,18 +247,18 @@ def _compare(arguments: argparse.Namespace) -> int:
         if not isinstance(side, Bundle):
             tables.append(side)
             continue
-        manifest = _manifest(arguments, side)
+        manifest = _manifest(arguments, side, labels)
         if contents is None and arguments.leak_check != "off":
             contents = add_hashes(manifest, threads=usable_cpus())
         shared = _leaks(arguments, manifest, side, contents)
         table, lost = _score(arguments, manifest, side, arguments.out / place)
         if shared is not None:
-            checks.append({"name": name} | leaks.describe(shared, table, side.labels))
+            checks.append({"name": name} | leaks.describe(shared, table, labels))
         tables.append(table)
         failed += lost
     meta = provenance(arguments.command) | {"data": arguments.data_csv}
     result = write_comparison(
-        tables[0], tables[1], labels[0], arguments.out, names=(names[0], names[1]), meta=meta, leak_checks=checks
+        tables[0], tables[1], labels, arguments.out, names=(names[0], names[1]), meta=meta, leak_checks=checks
     )
     print(comparison_summary(result))
     for check in checks:
@@ -265,6 +266,22 @@ def _compare(arguments: argparse.Namespace) -> int:
         _say_leaks(check)
     print(f"comparison: {arguments.out / 'comparison.html'}")
     return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+
+
+def _together(known: Sequence[list[str]], names: Sequence[str]) -> list[str]:
+    """The classes of both sides: those of one, or, said, of either, where a class that a side lacks is a mistake of it.
+
+    Raises:
+        SerError: no class is known to both.
+    """
+    if known[0] == known[1]:
+        return known[0]
+    if not set(known[0]) & set(known[1]):
+        raise SerError(f"{names[0]} answers {known[0]}, {names[1]} {known[1]}; compare models of the same classes")
+    for name, own, other in zip(names, known, reversed(known), strict=True):
+        if lacking := sorted(set(other) - set(own)):
+            say(f"{name} does not know {', '.join(lacking)}: recordings of it count as its mistakes")
+    return sorted({*known[0], *known[1]})
 
 
 def _side(arguments: argparse.Namespace, given: Path) -> Bundle | pd.DataFrame:

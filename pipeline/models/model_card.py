@@ -14,7 +14,12 @@ import pandas as pd
 from pipeline.data.corpora import Corpus, by_name
 from pipeline.features.features import FeatureConfig
 
-PARTS = {"test": "held-out test part", "inner_val": "inner validation part, which also chose the epoch"}
+OUT_OF_FOLD = "out_of_fold"
+PARTS = {
+    "test": "held-out test part",
+    "inner_val": "inner validation part, which also chose the epoch",
+    OUT_OF_FOLD: "user's own, each answered by a model adapted to the others (cross-validation)",
+}
 _OWN = "{} are the user's own; the bundle holds no audio. Their licence may bind these weights."
 _ACTED_LIMIT = (
     "Acted emotion: {}. Spontaneous speech, other languages, children, real noise and telephone lines were not heard "
@@ -99,8 +104,11 @@ def _figures(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines: list[str] = []
     for part, found in figures.items():
         intervals, confidence = found["intervals_95"], found["confidence"]
+        at = "" if part == OUT_OF_FOLD else ", at temperature 1"
         rows = {"accuracy": (found["accuracy"], intervals["accuracy"])}
         rows["weighted F1"] = (found["weighted_f1"], intervals["weighted_f1"])
+        if part == OUT_OF_FOLD:
+            rows["UAR"] = (found["uar"], intervals["uar"])
         for label, recall in found["class_recall"].items():
             rows[f"recall of {label}"] = (recall, intervals["class_recall"][label])
         lines += [
@@ -113,7 +121,7 @@ def _figures(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
             "|---|---|---|",
             *(f"| {name} | {_percent(value)} | {_span(interval)} |" for name, (value, interval) in rows.items()),
             "",
-            f"Confidences, at temperature 1: expected calibration error {_percent(confidence['ece'])}, Brier score "
+            f"Confidences{at}: expected calibration error {_percent(confidence['ece'])}, Brier score "
             f"{confidence['brier']:.3f}, log-loss {confidence['log_loss']:.3f}.",
             "",
         ]
@@ -131,6 +139,8 @@ def _percent(value: float | None) -> str:
 def _recipe(training: Mapping[str, Any]) -> list[str]:
     if "joined" in training:
         return _joined(training["joined"])
+    if "adapted" in training:
+        return _adapted(training)
     settings = training["settings"]
     return [
         "## Recipe",
@@ -154,6 +164,20 @@ def _joined(members: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
     ]
     return ["## Recipe", "", *lines, *map(_told, members), ""]
+
+
+def _adapted(training: Mapping[str, Any]) -> list[str]:
+    about = training["adapted"]
+    lines = [
+        f"`ser adapt`: {about['method']}, on {about['recordings']} recordings, beginning with {about['parent']} "
+        f"({about['parent_sha256'][:12]}). Chosen and measured by cross-validation by {about['folds_by']}.",
+        "",
+        f"Verdict: {about['verdict']['told']}.",
+        "",
+    ]
+    curve = [f"- {row['share']:.0%}: {row['uar']:.1%} ({_span(row['interval_95'])})" for row in about["learning_curve"]]
+    lines += ["UAR with a part of the recordings, and its interval:", "", *curve, ""] if curve else []
+    return ["## Recipe", "", *lines, *_start(training)]
 
 
 def _told(model: Mapping[str, Any]) -> str:

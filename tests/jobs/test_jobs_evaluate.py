@@ -335,6 +335,20 @@ def test_two_bundles_on_one_csv(
     assert "--data_csv" in error_of(capsys)
 
 
+def test_models_of_different_classes_are_compared_on_those_of_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = made_predictions(80)
+    second = first.drop(columns="p_calm").assign(predicted=first["predicted"].replace("calm", "sad"))
+    pair = [scores(tmp_path / "a", first), scores(tmp_path / "b", second)]
+    assert job.main(["--compare", *pair, "--out", str(tmp_path / "out")]) == DONE
+    assert f"{pair[1]} does not know calm" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    recalls = {row["label"]: row["second"] for row in found["figures"]}
+    assert recalls["calm"] == 0
+    assert found["figures"][0]["second"] == pytest.approx((second["predicted"] == second["label_name"]).mean())
+
+
 def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = made_predictions(40)
     whole, part = scores(tmp_path / "whole", table), scores(tmp_path / "part", table.head(30))

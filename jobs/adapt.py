@@ -1,0 +1,329 @@
+"""A trained model and 20 to 5,000 labelled recordings of your own -> a model of your own, and whether it is better."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs._common import (
+    EXIT_DONE,
+    EXIT_SOME_FAILED,
+    LabelMap,
+    Parser,
+    Progress,
+    add_label_names,
+    called,
+    run,
+    say,
+)
+from pipeline.storage.cpus import usable_cpus
+from pipeline.storage.errors import SerError
+from pipeline.storage.journal import locked
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pipeline.evaluation.outcomes import Ints
+    from pipeline.models.bundle import Bundle
+    from pipeline.training.adapt import Verdict
+    from pipeline.training.last_layer import Found, Parent, Recordings
+
+_KEPT = ".adapt"  # what was heard, for a start after a crash
+
+
+def build_parser() -> Parser:
+    """The options of this job."""
+    parser = Parser(
+        prog=called("adapt"),
+        description=__doc__,
+        epilog="example: %(prog)s --data_csv mine.csv --out models/mine",
+    )
+    parser.add_argument("--data_csv", type=Path, required=True, help="CSV with the columns speech,label (and speaker)")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the adapted model")
+    parser.add_argument(
+        "--model_weights", type=Path, help="the parent: bundle folder or .pt (default: the shipped one)"
+    )
+    parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
+    parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
+    add_label_names(parser)
+    parser.add_argument(
+        "--classes",
+        choices=("auto", "mine", "all"),
+        default="auto",
+        help="what the new model answers with: mine (of the CSV), all (the parent's too), auto (default): the parent's "
+        "where it has all of the CSV's, else mine",
+    )
+    parser.add_argument(
+        "--features",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="features of the old corpora (ser extract): a part of them may be rehearsed with the new recordings",
+    )
+    parser.add_argument(
+        "--learning_curve", action="store_true", help="also the figure with 1/4 and 1/2 of the recordings"
+    )
+    parser.add_argument(
+        "--max_minutes",
+        type=float,
+        default=5.0,
+        help="above 5: also try to train the last stage of the network, as long as this suffices (default 5)",
+    )
+    parser.add_argument("--anyway", action="store_true", help="write the model whatever the verdict")
+    parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
+    parser.add_argument("--seed", type=int, default=0, help="of folds and draws (default 0)")
+    parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    return parser
+
+
+def job(arguments: argparse.Namespace) -> int:
+    """Hear, fit, compare, and say what came of it."""
+    _check_out(arguments)
+    with locked(arguments.out / ".adapt.lock", f"adapting into {arguments.out}"):
+        return _job(arguments)
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle
+
+    out: Path = arguments.out
+    parent = load_bundle(arguments.model_weights).folder
+    for folder in (parent, DEFAULT_BUNDLE):
+        if out.resolve() == folder.resolve():
+            raise SerError(f"--out {out} is a model that others begin with; give another folder")
+    if (out / "config.json").is_file() and not arguments.overwrite:
+        raise SerError(f"{out} holds a model already; give another --out, or --overwrite")
+
+
+def _job(arguments: argparse.Namespace) -> int:
+    """``job``, in a folder that is held."""
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+
+    from pipeline.models.bundle import load_bundle
+    from pipeline.training import adapt
+    from pipeline.training.hidden import forget, hear, last_layer
+    from pipeline.training.last_layer import Recordings, parent_of
+    from pipeline.training.last_layer import adapt as fit_and_choose
+    from pipeline.training.last_stages import MIN_MINUTES
+
+    started = time.monotonic()
+    torch.set_num_threads(usable_cpus())
+    bundle = load_bundle(arguments.model_weights)
+    manifest = _manifest(arguments)
+    say(f"parent: {bundle.folder} ({bundle.weights_sha256[:12]})")
+    heard = hear(manifest, bundle, arguments.out / _KEPT, Progress("hear"))
+    for path, error in list(heard.unread.items())[:3]:
+        say(f"left out: {path}: {error}")
+    rows, said = adapt.usable(heard.table, bundle)
+    for line in said:
+        say(line)
+    table = heard.table.iloc[rows].reset_index(drop=True)
+    labels = adapt.labels_for(sorted(set(table["label"])), bundle.labels, arguments.classes)
+    groups = _groups(table, labels, bundle)
+    recordings = Recordings(heard.hidden[rows], np.array([labels.index(name) for name in table["label"]]), groups)
+    parent = parent_of(*last_layer(bundle.build_model()), bundle.labels, labels)
+    if arguments.features:
+        parent = replace(parent, old=_old(arguments, bundle, labels, table))
+    progress = Progress("folds", "folds")
+    found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=progress)
+    state = None
+    if arguments.max_minutes > MIN_MINUTES:
+        found, state = _with_last_stage(arguments, found, recordings, parent, bundle, heard.features[rows])
+    verdict, about = _compared(arguments, bundle, table, labels, recordings, parent, found)
+    curve = (
+        _learning_curve(recordings, parent, labels, table, found, arguments.seed) if arguments.learning_curve else []
+    )
+    about["learning_curve"] = curve
+    about["seconds"] = round(time.monotonic() - started, 1)
+    print(f"verdict: {verdict.told}")
+    if verdict.adapted or arguments.anyway:
+        truth = recordings.truth
+        made = adapt.write(arguments.out, bundle, table, labels, found, about=about, truth=truth, state=state)
+        print(f"model: {made.folder}")
+    else:
+        say(f"no model is written; go on with {bundle.folder}, or write the new one with --anyway")
+        if (arguments.out / "config.json").is_file():
+            say(f"{arguments.out} still holds the model that it held before")
+    forget(arguments.out / _KEPT)
+    return EXIT_SOME_FAILED if heard.unread and not arguments.tolerate_failures else EXIT_DONE
+
+
+def _manifest(arguments: argparse.Namespace) -> pd.DataFrame:
+    from jobs.extract import describe_labels
+    from pipeline.data.corpora.voices import with_speakers
+    from pipeline.data.manifest import read_manifest
+
+    table = read_manifest(
+        arguments.data_csv,
+        root=arguments.root,
+        label_map=arguments.label_map,
+        label_names=arguments.label_names,
+        tell=say,
+    )
+    describe_labels(table)
+    return with_speakers(table)
+
+
+def _groups(table: pd.DataFrame, labels: Sequence[str], bundle: Bundle) -> Ints:
+    """What folds are made of; said, with the classes of the new model."""
+    from pipeline.training import adapt
+
+    groups, by = adapt.groups_of(table)
+    new = sorted(set(labels) - set(bundle.labels))
+    say(
+        f"{len(table)} recordings; the new model answers with {', '.join(labels)}"
+        + (f" (new to the parent: {', '.join(new)})" if new else "")
+    )
+    if by == "speaker":
+        say(f"cross-validated by speaker ({len(set(groups))}): no voice answers for itself")
+    else:
+        say("cross-validated by recording, for want of 3 speakers: for other voices the figures will be lower")
+    return groups
+
+
+def _with_last_stage(
+    arguments: argparse.Namespace,
+    found: Found,
+    recordings: Recordings,
+    parent: Parent,
+    bundle: Bundle,
+    features: Any,
+) -> tuple[Found, Mapping[str, Any] | None]:
+    """With ``--max_minutes`` above 5 the last stage of the network competes, too: what is better, and its weights."""
+    from pipeline.training.last_stages import can_be_tuned, compete
+
+    if not can_be_tuned(bundle):
+        say("--max_minutes: only a single inception network has a last stage to train; its last layer is fitted alone")
+        return found, None
+    progress = Progress("last stage", "trainings")
+    found, state, needed = compete(
+        found,
+        recordings,
+        parent,
+        bundle,
+        features,
+        minutes=arguments.max_minutes,
+        seed=arguments.seed,
+        threads=usable_cpus(),
+        tell=progress,
+    )
+    if needed:
+        say(f"training the last stage, too, would take {needed:.0f} minutes: left out; give --max_minutes {needed:.0f}")
+    return found, state
+
+
+def _old(
+    arguments: argparse.Namespace, bundle: Bundle, labels: tuple[str, ...], table: pd.DataFrame
+) -> Recordings | None:
+    """Recordings of the old corpora for rehearsal, said."""
+    import numpy as np
+
+    from pipeline.features.store import load_features
+    from pipeline.training.hidden import rehearsed
+    from pipeline.training.last_layer import Recordings
+
+    found = rehearsed(load_features(arguments.features, bundle.features), labels, table, bundle, seed=arguments.seed)
+    if found is None:
+        say("--features holds no recording of the new model's classes: nothing is rehearsed")
+        return None
+    say(f"rehearsal with {len(found[1])} old recordings, where the folds show that it helps")
+    return Recordings(*found, groups=np.zeros(len(found[1]), np.int64))
+
+
+def _compared(
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    table: pd.DataFrame,
+    labels: tuple[str, ...],
+    recordings: Recordings,
+    parent: Parent,
+    found: Found,
+) -> tuple[Verdict, dict[str, Any]]:
+    """Before and after, printed and written as pages; the verdict, and what the new model's record says of it."""
+    from dataclasses import asdict
+
+    import numpy as np
+    import pandas as pd
+
+    from jobs._provenance import provenance
+    from pipeline.data.splits import has_speakers
+    from pipeline.evaluation.compare import comparison_summary
+    from pipeline.evaluation.metrics import permutation_hint
+    from pipeline.evaluation.outcomes import outcomes, scores, tally
+    from pipeline.reporting.report import write_comparison
+    from pipeline.training import adapt
+    from pipeline.training.last_stages import MIN_MINUTES
+
+    old = parent.answers(recordings.hidden)
+    before = adapt.answers(table, old, labels, bundle.temperature)
+    after = adapt.answers(table, found.logits, labels, adapt.temperature_of(recordings.truth, found.logits)[0])
+    names = (str(bundle.folder), f"{arguments.out} (each recording answered by folds that have not heard it)")
+    meta = provenance(arguments.command, bundle) | {"data": str(arguments.data_csv)}
+    print(comparison_summary(write_comparison(before, after, labels, arguments.out / "report", names=names, meta=meta)))
+    there = np.isin(np.arange(len(labels)), recordings.truth)
+    restricted = np.where(there, old, -np.inf).argmax(axis=1)
+    alone = float(scores(tally(recordings.truth, restricted, len(labels))).uar)
+    if not there.all():
+        say(f"the parent, if it answered the {there.sum()} classes of the recordings only: UAR {alone:.1%}")
+    if hint := permutation_hint(outcomes(before, labels)):
+        say(hint)
+    speakers = pd.factorize(table["speaker"])[0] if has_speakers(table) else None
+    verdict = adapt.judge(
+        recordings.truth,
+        old.argmax(axis=1),
+        found.logits.argmax(axis=1),
+        speakers,
+        compared=1 if arguments.max_minutes <= MIN_MINUTES else 2,
+    )
+    say(f"chosen: {found.choice.told}; in the folds: {', '.join(sorted({each.told for each in found.choices}))}")
+    about = {
+        "parent": bundle.name,
+        "parent_sha256": bundle.weights_sha256,
+        "method": found.choice.told,
+        "in_folds": [each.told for each in found.choices],
+        "recordings": len(table),
+        "before_restricted": alone,
+        "folds_by": adapt.groups_of(table)[1],
+        "verdict": asdict(verdict) | {"adapted": verdict.adapted, "told": verdict.told},
+    }
+    return verdict, about
+
+
+def _learning_curve(
+    recordings: Recordings, parent: Parent, labels: tuple[str, ...], table: pd.DataFrame, found: Found, seed: int
+) -> list[dict[str, Any]]:
+    """The out-of-fold UAR with a quarter, half and all of the recordings, printed with its interval."""
+    from pipeline.evaluation.metrics import evaluate
+    from pipeline.training import adapt
+    from pipeline.training.last_layer import OUTER_FOLDS, folds, out_of_fold
+
+    curve = []
+    fold_of = folds(recordings, OUTER_FOLDS, seed)
+    print("learning curve (out of fold):")
+    for share in (0.25, 0.5, 1.0):
+        logits = found.logits if share == 1 else out_of_fold(recordings, parent, fold_of, share=share, seed=seed)[0]
+        figure = evaluate(adapt.answers(table, logits, labels), labels)["overall"]["uar"]
+        low, high = figure["over_speakers"] or figure["over_recordings"]
+        curve.append({"share": share, "uar": figure["value"], "interval_95": [low, high]})
+        print(f"  {share:>4.0%} of the recordings: UAR {figure['value']:.1%} [{low:.1%}, {high:.1%}]")
+    return curve
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
+    return run(job, parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,296 @@
+"""`ser adapt`: a model of one's own, that everything takes; and what it refuses, in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from jobs import adapt as job
+from jobs import infer
+from pipeline.data.labels import RAVDESS_LABELS
+from pipeline.data.manifest import scan_folder
+from pipeline.evaluation import leaks
+from pipeline.features.features import FeatureConfig
+from pipeline.inference.predictor import Predictor
+from pipeline.models.bundle import Bundle, load_bundle, save_bundle
+from pipeline.models.networks import build_model
+from pipeline.training import hidden, last_stages
+from pipeline.training.last_layer import Head
+
+DONE, USAGE, SOME_FAILED = 0, 2, 4
+CONFIG = FeatureConfig(sample_rate_hz=16_000, window_s=1.0, n_mels=32, n_fft=512, hop_length=256)
+
+
+def parent_in(folder: Path, model: str = "inception", members: int = 1, training: pd.DataFrame | None = None) -> Bundle:
+    """An untrained network: its features tell the voices of the tests apart, its answers are chance."""
+    config = (
+        CONFIG
+        if model == "inception"
+        else FeatureConfig(**{**CONFIG.to_dict(), "kind": "frame_features", "n_mfcc": 20})
+    )
+    options = {"width": 0.125} if model == "inception" else {}
+    options |= {"members": members} if members > 1 else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_model(model, options, len(RAVDESS_LABELS), config.input_shape)
+        example = torch.randn(16, *config.input_shape)
+        network.train()(example)  # batch norms that are not those of a fresh network
+    return save_bundle(
+        folder,
+        name=folder.name,
+        state_dict=network.state_dict(),
+        model_name=model,
+        model_options=options,
+        labels=RAVDESS_LABELS,
+        features=config,
+        metrics={},
+        training=training,
+    )
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return parent_in(tmp_path_factory.mktemp("parent") / "old")
+
+
+@pytest.fixture
+def mine(ravdess_like: Path, tmp_path: Path) -> Path:
+    """A CSV of 64 recordings of four speakers, eight classes."""
+    return written(scan_folder(ravdess_like), tmp_path / "mine.csv")
+
+
+def written(table: pd.DataFrame, path: Path) -> Path:
+    table[["speech", "label", "speaker"]].to_csv(path, index=False)
+    return path
+
+
+def run(csv: Path, out: Path, parent: Bundle, *words: str) -> int:
+    return job.main(["--data_csv", str(csv), "--out", str(out), "--model_weights", str(parent.folder), *words])
+
+
+def test_it_writes_an_ordinary_bundle(
+    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "models" / "mine"
+    assert run(mine, out, parent, "--learning_curve") == DONE
+    said = capsys.readouterr().out
+    assert "verdict: adapted" in said
+    assert said.count("of the recordings: UAR") == 3
+    made, table = load_bundle(out), pd.read_csv(mine)
+    assert made.labels == parent.labels
+    assert made.temperature > 0
+    assert leaks.find(table, made.training).mask.all()
+    heard = Predictor.from_bundle(out, threads=1).predict(table["speech"].tolist())
+    assert np.mean([one.predicted == label for one, label in zip(heard, table["label"], strict=True)]) > 0.8
+    figures = made.metrics["out_of_fold"]
+    assert figures["uar"] > made.metrics["training"]["adapted"]["verdict"]["before"]
+    assert figures["n"] == 64
+    assert figures["intervals_95"]["uar"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert parent.weights_sha256[:12] in card
+    assert "| UAR | " in card
+    assert "cross-validation by speaker" in card
+    assert not (out / ".adapt").exists()
+    assert json.loads((out / "report" / "comparison.json").read_text(encoding="utf-8"))["n"] == 64
+    assert infer.main(["--model_weights", str(out), "--file", table["speech"][0]]) == DONE
+    capsys.readouterr()
+    assert run(mine, out, parent) == USAGE
+    assert run(mine, parent.folder, parent, "--overwrite") == USAGE
+    assert run(mine, tmp_path / "again", made) == USAGE  # it knows them all by now
+    assert "trained on them" in capsys.readouterr().err
+
+
+def test_labels_without_meaning_keep_the_old_model(
+    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(mine)
+    table["label"] = np.random.default_rng(1).permutation(table["label"])
+    out = tmp_path / "mine"
+    assert run(written(table, tmp_path / "shuffled.csv"), out, parent) == DONE
+    assert "keep the old one: the gain could be chance" in capsys.readouterr().out
+    assert not (out / "config.json").exists()
+    assert run(tmp_path / "shuffled.csv", out, parent, "--anyway") == DONE
+    assert load_bundle(out).labels == parent.labels
+
+
+def test_own_classes_are_the_models_classes(mine: Path, parent: Bundle, tmp_path: Path) -> None:
+    high = ("angry", "fearful", "happy", "surprised")
+    table = pd.read_csv(mine)
+    table["label"] = np.where(table["label"].isin(high), "loud", "quiet")
+    csv = written(table, tmp_path / "two.csv")
+    assert run(csv, tmp_path / "two", parent, "--anyway") == DONE
+    assert load_bundle(tmp_path / "two").labels == ("loud", "quiet")
+    assert run(csv, tmp_path / "ten", parent, "--anyway", "--classes", "all") == DONE
+    assert set(load_bundle(tmp_path / "ten").labels) == {*parent.labels, "loud", "quiet"}
+
+
+def _one_class(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(label="sad")
+
+
+def _one_recording_of_a_class(table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table["label"] != "sad") | ~table["label"].duplicated()]
+
+
+def _few(table: pd.DataFrame) -> pd.DataFrame:
+    return table.head(12)
+
+
+def _a_class_a_speaker(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(
+        label=table["speaker"].map(dict(zip(sorted(set(table["speaker"])), parent_labels(), strict=True)))
+    )
+
+
+def parent_labels() -> tuple[str, ...]:
+    return RAVDESS_LABELS[:4]
+
+
+def _gone(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(speech=table["speech"] + ".gone")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_one_class, "another class"),
+        (_one_recording_of_a_class, "too few recordings of a class (sad 1)"),
+        (_few, "too few to adapt to"),
+        (_a_class_a_speaker, "one speaker only"),
+        (_gone, "none of the 64 recordings can be read"),
+    ],
+)
+def test_what_cannot_be_adapted_to_is_refused_in_one_line(
+    change, said, mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # type: ignore[no-untyped-def]
+    csv = written(change(pd.read_csv(mine)), tmp_path / "bad.csv")
+    assert run(csv, tmp_path / "out", parent) == USAGE
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert said in last
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_one_recording_under_two_labels_is_refused_and_a_copy_left_out(
+    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(mine)
+    shutil.copy(table["speech"][0], tmp_path / "copy.wav")
+    copy = table.iloc[[0]].assign(speech=str(tmp_path / "copy.wav"))
+    csv = written(
+        pd.concat([table, copy.assign(label="happy" if copy["label"].iloc[0] != "happy" else "sad")]),
+        tmp_path / "a.csv",
+    )
+    assert run(csv, tmp_path / "out", parent) == USAGE
+    assert "the same sound twice" in capsys.readouterr().err
+    assert run(written(pd.concat([table, copy]), tmp_path / "b.csv"), tmp_path / "out", parent, "--anyway") == DONE
+    assert load_bundle(tmp_path / "out").metrics["out_of_fold"]["n"] == 64
+
+
+def test_a_broken_recording_is_left_out_and_said(
+    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    table = pd.read_csv(mine)
+    broken = table.iloc[[0]].assign(speech=str(tmp_path / "broken.wav"))
+    csv = written(pd.concat([table, broken]), tmp_path / "a.csv")
+    assert run(csv, tmp_path / "out", parent, "--anyway") == SOME_FAILED
+    assert "broken.wav" in capsys.readouterr().err
+    assert load_bundle(tmp_path / "out").metrics["out_of_fold"]["n"] == 64
+
+
+def test_without_speakers_it_says_that_folds_are_of_recordings(
+    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(mine)
+    names = {path: tmp_path / f"{number}.wav" for number, path in enumerate(table["speech"])}
+    for path, name in names.items():
+        shutil.copy(path, name)  # names that tell no speaker
+    csv = tmp_path / "plain.csv"
+    table.assign(speech=table["speech"].map(names))[["speech", "label"]].to_csv(csv, index=False)
+    assert run(csv, tmp_path / "out", parent, "--anyway") == DONE
+    assert "by recording, for want of 3 speakers" in capsys.readouterr().err
+
+
+def test_what_was_heard_is_not_heard_again_but_for_a_changed_recording(
+    mine: Path, parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.read_csv(mine)
+    copies = [shutil.copy(path, tmp_path) for path in table["speech"]]
+    table = table.assign(speech=copies)
+    first = hidden.hear(table, parent, tmp_path / "kept")
+    decoded: list[object] = []
+    real = hidden.load_once
+    monkeypatch.setattr(hidden, "load_once", lambda source, **how: decoded.append(source) or real(source, **how))
+    again = hidden.hear(table, parent, tmp_path / "kept")
+    assert not decoded
+    np.testing.assert_array_equal(first.hidden, again.hidden)
+    shutil.copy(copies[-1], copies[0])  # another sound under the old name
+    changed = hidden.hear(table, parent, tmp_path / "kept")
+    assert decoded
+    assert changed.table["content_hash"][0] == changed.table["content_hash"].iloc[-1]
+
+
+@pytest.mark.parametrize(("model", "members"), [("inception", 1), ("inception", 2), ("cnn_bilstm", 1)])
+def test_hidden_features_and_the_last_layer_are_the_network(model: str, members: int, tmp_path: Path) -> None:
+    bundle = parent_in(tmp_path / "it", model, members)
+    features = np.random.default_rng(0).standard_normal((5, *bundle.features.input_shape)).astype(np.float32)
+    network = bundle.build_model()
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(features)).numpy()
+    weight, bias = hidden.last_layer(network)
+    heard = hidden.Ear(bundle).hidden(features)
+    np.testing.assert_allclose(heard @ weight.T + bias, expected, atol=1e-4)
+    rng = np.random.default_rng(1)
+    other, shift = rng.standard_normal((3, weight.shape[1])), rng.standard_normal(3)
+    changed = build_model(model, dict(bundle.model_options), 3, bundle.features.input_shape).eval()
+    changed.load_state_dict(hidden.with_last_layer(bundle, other, shift))
+    with torch.inference_mode():
+        found = changed(torch.from_numpy(features)).numpy()
+    np.testing.assert_allclose(found, heard @ other.T + shift, atol=1e-3)
+
+
+def test_the_last_stage_competes_when_there_is_time(
+    mine: Path,
+    parent: Bundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(last_stages, "EPOCHS", 2)
+    monkeypatch.setattr(job, "usable_cpus", lambda: 1)
+    assert run(mine, tmp_path / "out", parent, "--max_minutes", "60", "--anyway") == DONE
+    said = capsys.readouterr().err
+    assert "last stage: " in said
+    assert load_bundle(tmp_path / "out").build_model()
+
+
+def test_training_the_last_stage_leaves_what_comes_before_it(parent: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_stages, "EPOCHS", 30)
+    monkeypatch.setattr(last_stages, "RATE", 3e-3)
+    features = np.random.default_rng(0).standard_normal((12, *parent.features.input_shape)).astype(np.float32)
+    features[::2, :, :8] += 3.0
+    truth = np.arange(12) % 2
+    given = last_stages.before_tail(parent, features)
+    weight, bias = hidden.last_layer(parent.build_model())
+    start = Head(weight[:2], bias[:2])
+    state = last_stages.tune(parent, start, given, truth, np.arange(12), threads=1)
+    before = parent.state_dict()
+    changed = {name.split(".")[0] for name in state if name in before and not torch.equal(state[name], before[name])}
+    assert changed == {"stage5", "head"}
+    assert not any("running_" in name and not torch.equal(state[name], before[name]) for name in state)
+    network = build_model("inception", dict(parent.model_options), 2, parent.features.input_shape).eval()
+    network.load_state_dict(dict(state))
+    with torch.inference_mode():
+        whole = network(torch.from_numpy(features)).numpy()
+    np.testing.assert_allclose(last_stages.tail_logits(parent, state, given), whole, atol=1e-4)
+    own = start.logits(hidden.Ear(parent).hidden(features))
+    rows = np.arange(12)
+    assert log_softmax(whole, axis=1)[rows, truth].mean() > log_softmax(own, axis=1)[rows, truth].mean()
