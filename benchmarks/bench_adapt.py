@@ -27,7 +27,7 @@ from scipy.stats import t as student
 from pipeline.evaluation.outcomes import Floats, Ints
 from pipeline.features.store import load_features
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.storage.cpus import usable_cpus
+from pipeline.storage.files import usable_cpus
 from pipeline.training.adapt import judge, labels_for
 from pipeline.training.hidden import last_layer, of_arrays
 from pipeline.training.last_layer import Parent, Recordings, adapt, choose, fit_head, parent_of

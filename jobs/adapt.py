@@ -21,8 +21,8 @@ from jobs._common import (
     run,
     say,
 )
-from pipeline.storage.cpus import usable_cpus
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import locked
 
 if TYPE_CHECKING:
