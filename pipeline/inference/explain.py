@@ -212,7 +212,7 @@ class Overview:
 
     @property
     def outline(self) -> tuple[Array, Array]:
-        """Lowest and highest sample of each of n equal parts; 0 where no clip brought any."""
+        """Lowest and highest sample of each of n equal parts, ``(n,)`` each; 0 where no clip brought any."""
         there = np.isfinite(self.low)
         return np.where(there, self.low, np.float32(0)), np.where(there, self.high, np.float32(0))
 
