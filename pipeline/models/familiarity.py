@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,10 @@ class Familiarity:
         """Familiarity, 0 to 1, ``(n,)``, of penultimate features ``(n, d)``."""
         distance = self._distance(_unit(embeddings))
         return np.asarray(np.minimum(1.0, self.typical / np.maximum(distance, 1e-12)))
+
+    def widened(self, embeddings: NDArray[np.float32]) -> Familiarity:
+        """The same where these recordings ``(n, d)`` are familiar, too: of a network that is now used for them."""
+        return replace(self, least=min(self.least, float(np.quantile(self.of(embeddings), _RARE))))
 
     @property
     def least_of_speech(self) -> float:
