@@ -72,6 +72,7 @@ simulate-scale: $(DEV)  ## what the driver costs at 100,000 files: scoring with 
 kill-tests: $(DEV)  ## processes killed in the middle of training and scoring: make kill-tests DATA=/path/to/recordings
 	$(BIN)/python -m benchmarks.kill_train --data_dir "$(DATA)"
 	$(BIN)/python -m benchmarks.kill_score --data_dir "$(DATA)"
+	$(BIN)/python -m benchmarks.kill_score --data_dir "$(DATA)" --engine local
 
 AGAIN := runs/reproduced
 LONG  := runs/three-seconds

@@ -1,14 +1,15 @@
 """Batch scoring: against the plain way, against a pool written by hand, over sizes, resumed, and on a long call.
 
     python -m benchmarks.bench_score --data_dir RECORDINGS [--parts plain command slope scale call broken infer]
-        [--small 5000 --large 20000 --sizes 1000 10000 100000 --repeats 3 --plain 300 --hours 3]
+        [--ends 100 1000 5000 20000 --small 5000 --large 20000 --sizes 1000 10000 --repeats 3 --hours 3]
 
 The recordings are hard links to those in ``--data_dir``, repeated until there are enough. Sides that are compared take
 turns; a figure is the median over the repeats, a ratio the median of the ratios of each turn.
 
 - plain: what one would write first: per file ``librosa.load`` at 48 kHz, the middle 2 s, librosa's log-mel, eager
   PyTorch at batch 1, default threads; measured per file after a warm-up.
-- command: the whole command, start included, tables (and report, against the plain way) written.
+- command: the whole command, start included, tables written, by ``--engine auto`` and the pool, and at the largest of
+  ``--ends`` by ``--engine ray``; with report against the plain way.
 - slope: seconds a file more, between ``--small`` and ``--large``; Ray and pool are up and warm.
 - scale: one Ray, growing inputs; then the finished largest run once more, as a command.
 - call: a stereo telephone call, 2 s windows every second, each channel; memory over that of a 10 s call.
@@ -47,6 +48,7 @@ from tests.support.processes import descendants, linked_folder, machine, residen
 PARTS = ("plain", "command", "slope", "scale", "call", "broken", "infer")
 ROOT = Path(__file__).resolve().parents[1]
 WARM = 512
+_AGAINST_POOL = {100: 2.5, 1_000: 1.5, 5_000: 1.25}  # files -> how many times the pool's seconds are allowed
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -122,7 +124,7 @@ def run_inner(arguments: argparse.Namespace) -> None:
         import ray
 
         from pipeline.cluster.runtime import start_ray
-        from pipeline.scoring.scoring import ScoreOptions, score_manifest
+        from pipeline.scoring.scoring import Execution, ScoreOptions, score_manifest
 
         start_ray()
         cap = ray.cluster_resources()["object_store_memory"]
@@ -137,7 +139,9 @@ def run_inner(arguments: argparse.Namespace) -> None:
             table = pd.DataFrame({"speech": paths[:n]})
             with sampled(lambda: resident_bytes(os.getpid()), 1.0) as peak, sampled(stored, 2.0) as in_store:
                 start_s = time.perf_counter()
-                score_manifest(table, out, weights=bundle.folder, options=options, report=False)
+                score_manifest(
+                    table, out, weights=bundle.folder, options=options, execution=Execution("ray"), report=False
+                )
                 seconds.append(time.perf_counter() - start_s)
             memory.append(peak[0])
             store.append(in_store[0] / cap)
@@ -160,25 +164,33 @@ def slope(arguments: argparse.Namespace) -> None:
 
 
 def whole_command(arguments: argparse.Namespace, bundle: Bundle, plain_s: float | None) -> None:
-    folder, n = arguments.folder_large, arguments.large
-    ours, theirs, reported = [], [], []
-    for turn in range(arguments.repeats):
+    for n in arguments.ends:
+        folder = linked_folder(arguments.data_dir, Path(arguments.scratch) / f"end-{n}", n)
         out = Path(arguments.scratch) / "command"
-        for times, words in (
-            (ours, score_words(bundle, folder, out / "ours", "--no_report")),
-            (theirs, ["-m", "benchmarks.pool_score", folder, out / "pool", bundle.folder]),
-            (reported, score_words(bundle, folder, out / "report")),
-        ):
-            if times is not reported or turn == 0:
-                times.append(command(*words))
-        shutil.rmtree(out)
-        print(f"  turn {turn + 1}: {ours[-1]:.1f} s, pool {theirs[-1]:.1f} s", flush=True)
-    ratio = median_ratio(ours, theirs)
-    figures = f"{statistics.median(ours):.1f} s, pool {statistics.median(theirs):.1f} s"
-    result(f"whole command, {n:,} files, start included", figures, ratio, 0.7)
-    if plain_s is not None:
-        figures = f"{reported[0]:.1f} s with report; plain {plain_s * 1e3:.1f} ms a file"
-        result(f"folder of {n:,} -> tables + report, against the plain way", figures, plain_s * n / reported[0], 10.0)
+        sides = {
+            "auto": score_words(bundle, folder, out / "auto", "--no_report"),
+            "pool": ["-m", "benchmarks.pool_score", folder, out / "pool", bundle.folder],
+            "report": score_words(bundle, folder, out / "report"),
+        }
+        if n == max(arguments.ends):
+            sides["ray"] = score_words(bundle, folder, out / "ray", "--no_report", "--engine", "ray")
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for turn in range(arguments.repeats):
+            for side, words in sides.items():
+                seconds[side].append(command(*words))
+            shutil.rmtree(out)
+            print(f"  turn {turn + 1}: " + ", ".join(f"{s} {t[-1]:.1f} s" for s, t in seconds.items()), flush=True)
+        middle = {side: statistics.median(found) for side, found in seconds.items()}
+        figures = f"{middle['auto']:.1f} s ({middle['report']:.1f} with report), pool {middle['pool']:.1f} s"
+        ratio = 1 / median_ratio(seconds["auto"], seconds["pool"])
+        limit = next((most for size, most in _AGAINST_POOL.items() if n <= size), 1.15)
+        result(f"whole command over the pool's, {n:,} files", figures, ratio, limit, at_most=True)
+        if "ray" in sides:
+            ratio = 1 / median_ratio(seconds["ray"], seconds["pool"])
+            result(f"the same with --engine ray, {n:,} files", f"{middle['ray']:.1f} s", ratio, 1.4, at_most=True)
+        if plain_s is not None:
+            figures = f"{middle['report']:.1f} s with report; plain {plain_s * 1e3:.1f} ms a file"
+            result(f"folder of {n:,} against the plain way", figures, plain_s * n / middle["report"], 8.0)
 
 
 def scale(arguments: argparse.Namespace, bundle: Bundle) -> None:
@@ -307,6 +319,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--small", type=int, default=5_000)
     parser.add_argument("--large", type=int, default=20_000)
+    parser.add_argument("--ends", type=int, nargs="+", default=[100, 1_000, 5_000, 20_000])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain", type=int, default=300)
@@ -329,7 +342,6 @@ def main() -> None:
         arguments.scratch = scratch
         n = max(arguments.large, *(arguments.sizes if "scale" in arguments.parts else [0]))
         arguments.folder = linked_folder(arguments.data_dir, Path(scratch) / "audio", n)
-        arguments.folder_large = linked_folder(arguments.data_dir, Path(scratch) / "large", arguments.large)
         print("| what | figures | value | wanted | reached |\n|---|---|---|---|---|", flush=True)
         plain_s = None
         if "plain" in arguments.parts:

@@ -1,6 +1,6 @@
 """Kill tests of batch scoring: the driver, and workers, with ``kill -9``, at random moments from a seed.
 
-    python -m benchmarks.kill_score --data_dir RECORDINGS [--files 2000 --driver_kills 20 --worker_kills 20 --seed 0]
+    python -m benchmarks.kill_score --data_dir RECORDINGS [--files 2000 --worker_kills 20 --engine local]
 
 Every run scores the same folder. The driver is killed when a random share of the rows (5 to 95 %) is committed, and the
 same command is given again; workers are killed, ``--kills_a_run`` in each run, at random shares while they score, and
@@ -32,6 +32,7 @@ from tests.support.processes import command_of, descendants, finish, linked_fold
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = {"empty.wav": b"", "words.wav": b"no audio, only words\n" * 30, "cut.flac": b"fLaC" + bytes(40)}
+_WORKER = {"ray": "score_block", "local": "spawn_main"}  # what the commands of processes that score have in them
 Rows = Counter[tuple[object, ...]]
 
 
@@ -39,7 +40,7 @@ def begin(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
     """Start the command that every run gives."""
     words = ["-m", "jobs.score", "--input", arguments.folder, "--out", out, "--block_rows", arguments.block_rows]
     words += ["--model_weights", arguments.model_weights, "--no_report", "--tolerate_failures"]
-    words += ["--num_cpus", arguments.num_cpus]
+    words += ["--num_cpus", arguments.num_cpus, "--engine", arguments.engine]
     return subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -104,7 +105,7 @@ def kill_workers(
     for share in sorted(shares):
         if not wait_for(process, out, int(share * arguments.files)):
             break
-        busy = [pid for pid in descendants(process.pid) if "score_block" in command_of(pid)]
+        busy = [pid for pid in descendants(process.pid) if _WORKER[arguments.engine] in command_of(pid)]
         if busy:
             os.kill(int(rng.choice(busy)), signal.SIGKILL)
             kills.append(committed_rows(out) / arguments.files)
@@ -124,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--model_weights", type=Path, help="default: the shipped bundle")
+    parser.add_argument("--engine", choices=_WORKER, default="ray")
     parser.add_argument("--files", type=int, default=2_000)
     parser.add_argument("--block_rows", type=int, default=40)
     parser.add_argument("--num_cpus", type=int, default=os.cpu_count())
