@@ -232,7 +232,7 @@ def _old(
 
     found = rehearsed(load_features(arguments.features, bundle.features), labels, table, bundle, seed=arguments.seed)
     if found is None:
-        say("--features holds no recording of the new model's classes: nothing is rehearsed")
+        say("--features holds no recording of the new model's classes that the parent learnt from: none is rehearsed")
         return None
     say(f"rehearsal with {len(found[1])} old recordings, where the folds show that it helps")
     return Recordings(*found, groups=np.zeros(len(found[1]), np.int64))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.audio.load import AudioError, load_once
 from pipeline.data.segments import HASH_COLUMN, bounds, source_at
+from pipeline.data.splits import leaked
 from pipeline.evaluation.outcomes import Floats
 from pipeline.features.features import extract
 from pipeline.features.store import FeatureArrays
@@ -195,10 +196,12 @@ def rehearsed(
 ) -> tuple[Floats, np.ndarray] | None:
     """Hidden features (n, d) and classes (n,) of old recordings of the classes `labels`, each class alike.
 
-    None where there are none; copies of another pitch, and what `own` holds too, are left out.
+    Only what the parent has learnt from (its test part stays unheard, `training.csv` true); copies of another pitch,
+    and what `own` holds too, are left out. None where nothing remains.
     """
     table = arrays.table
-    fits = table["label"].isin(labels)
+    known = table if HASH_COLUMN in table.columns else table.assign(**{HASH_COLUMN: ""})
+    fits = table["label"].isin(labels) & leaked(known, bundle.training)
     if "parent_id" in table.columns:
         fits &= table["parent_id"].fillna("") == ""
     if HASH_COLUMN in table.columns:

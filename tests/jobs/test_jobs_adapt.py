@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import toy_data
 from scipy.special import log_softmax
 
 from jobs import adapt as job
@@ -18,6 +19,7 @@ from pipeline.data.labels import RAVDESS_LABELS
 from pipeline.data.manifest import scan_folder
 from pipeline.evaluation import leaks
 from pipeline.features.features import FeatureConfig
+from pipeline.features.store import load_features
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.networks import build_model
@@ -28,13 +30,16 @@ DONE, USAGE, SOME_FAILED = 0, 2, 4
 CONFIG = FeatureConfig(sample_rate_hz=16_000, window_s=1.0, n_mels=32, n_fft=512, hop_length=256)
 
 
-def parent_in(folder: Path, model: str = "inception", members: int = 1, training: pd.DataFrame | None = None) -> Bundle:
+def parent_in(
+    folder: Path,
+    model: str = "inception",
+    members: int = 1,
+    config: FeatureConfig = CONFIG,
+    training: pd.DataFrame | None = None,
+) -> Bundle:
     """An untrained network: its features tell the voices of the tests apart, its answers are chance."""
-    config = (
-        CONFIG
-        if model == "inception"
-        else FeatureConfig(**{**CONFIG.to_dict(), "kind": "frame_features", "n_mfcc": 20})
-    )
+    if model != "inception":
+        config = FeatureConfig(**{**CONFIG.to_dict(), "kind": "frame_features", "n_mfcc": 20})
     options = {"width": 0.125} if model == "inception" else {}
     options |= {"members": members} if members > 1 else {}
     with torch.random.fork_rng():
@@ -294,3 +299,18 @@ def test_training_the_last_stage_leaves_what_comes_before_it(parent: Bundle, mon
     own = start.logits(hidden.Ear(parent).hidden(features))
     rows = np.arange(12)
     assert log_softmax(whole, axis=1)[rows, truth].mean() > log_softmax(own, axis=1)[rows, truth].mean()
+
+
+def test_rehearsal_takes_what_the_parent_has_learnt_from_of_these_classes_and_nothing_of_the_users(
+    tmp_path: Path,
+) -> None:
+    arrays = load_features(toy_data.write_features(tmp_path / "old", 30, copies=1))
+    training = pd.DataFrame({"id": [f"{n:03d}" for n in range(30)], "content_hash": "", "speaker": ""})
+    training["split"] = ["test" if n >= 27 else "train" for n in range(30)]
+    bundle = parent_in(tmp_path / "it", config=toy_data.CONFIG, training=training)
+    own = arrays.table.head(1).assign(content_hash="")  # a calm one, by its path
+    found = hidden.rehearsed(arrays, ("calm", "sad", "bored"), own, bundle)
+    assert found is not None
+    assert np.bincount(found[1]).tolist() == [8, 9]
+    assert found[0].shape == (17, hidden.last_layer(bundle.build_model())[0].shape[1])
+    assert hidden.rehearsed(arrays, ("bored",), own, bundle) is None
