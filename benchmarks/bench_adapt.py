@@ -29,7 +29,7 @@ from pipeline.features.store import load_features
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.files import usable_cpus
 from pipeline.training.adapt import judge, labels_for
-from pipeline.training.hidden import last_layer, of_arrays
+from pipeline.training.embeddings import last_layer, of_arrays
 from pipeline.training.last_layer import Parent, Recordings, adapt, choose, fit_head, parent_of
 
 SIZES = (10, 40)
@@ -49,8 +49,8 @@ class Case:
         self.table: pd.DataFrame = arrays.table.iloc[rows].reset_index(drop=True)
         self.labels = labels_for(sorted(set(self.table["label"])), bundle.labels, "auto")
         truth = np.array([self.labels.index(name) for name in self.table["label"]], np.int64)
-        hidden = self._cached(bundle, cache, rows, lambda: of_arrays(arrays, rows, bundle))
-        self.all = Recordings(hidden, truth, pd.factorize(self.table["speaker"])[0].astype(np.int64))
+        embeddings = self._cached(bundle, cache, rows, lambda: of_arrays(arrays, rows, bundle))
+        self.all = Recordings(embeddings, truth, pd.factorize(self.table["speaker"])[0].astype(np.int64))
         self.parent: Parent = parent_of(*last_layer(bundle.build_model()), bundle.labels, self.labels)
 
     @staticmethod
@@ -86,10 +86,10 @@ def gains(case: Case, seeds: int) -> None:
         for seed in range(seeds):
             learnt, tested = case.drawn(seed, of_class)
             head = fit_head(learnt, case.parent, choose(learnt, case.parent))
-            before = case.parent.answers(tested.hidden)
+            before = case.parent.answers(tested.embeddings)
             there = np.isin(np.arange(before.shape[1]), case.all.truth)
             restricted = np.where(there, before, -np.inf)
-            after = head.logits(tested.hidden)
+            after = head.logits(tested.embeddings)
             figures.append([uar(tested.truth, logits) for logits in (before, restricted, after)])
         values = np.array(figures) * 100
         opened, closed = values[:, 2] - values[:, 0], values[:, 2] - values[:, 1]
@@ -114,9 +114,9 @@ def harm(case: Case, draws: int) -> None:
         learnt, _ = case.drawn(seed, -(-24 // n_classes))
         rng = np.random.default_rng(seed)
         rows = rng.permutation(len(learnt))[:24]
-        shuffled = Recordings(learnt.hidden[rows], rng.permutation(learnt.truth[rows]), learnt.groups[rows])
+        shuffled = Recordings(learnt.embeddings[rows], rng.permutation(learnt.truth[rows]), learnt.groups[rows])
         found = adapt(shuffled, case.parent, seed=seed)
-        old, new = case.parent.answers(shuffled.hidden), found.logits
+        old, new = case.parent.answers(shuffled.embeddings), found.logits
         keeps += not judge(shuffled.truth, old.argmax(axis=1), new.argmax(axis=1), shuffled.groups).adapted
     print(f"| {case.name} | 24, labels shuffled, {draws} draws | keep in {keeps} |", flush=True)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipeline.training.adapt import Verdict
     from pipeline.training.last_layer import Found, Parent, Recordings
 
-_KEPT = ".adapt"  # what was heard, for a start after a crash
+_KEPT = ".adapt"  # what was read, for a start after a crash
 
 
 def build_parser() -> Parser:
@@ -109,7 +109,7 @@ def _job(arguments: argparse.Namespace) -> int:
 
     from pipeline.models.bundle import load_bundle
     from pipeline.training import adapt
-    from pipeline.training.hidden import forget, hear, last_layer
+    from pipeline.training.embeddings import embed_all, forget, last_layer
     from pipeline.training.last_layer import Recordings, parent_of
     from pipeline.training.last_layer import adapt as fit_and_choose
     from pipeline.training.last_stages import MIN_MINUTES
@@ -119,16 +119,16 @@ def _job(arguments: argparse.Namespace) -> int:
     bundle = load_bundle(arguments.model_weights)
     manifest = _manifest(arguments)
     say(f"parent: {bundle.folder} ({bundle.weights_sha256[:12]})")
-    heard = hear(manifest, bundle, arguments.out / _KEPT, Progress("hear"))
-    for path, error in list(heard.unread.items())[:3]:
+    read = embed_all(manifest, bundle, arguments.out / _KEPT, Progress("read"))
+    for path, error in list(read.unread.items())[:3]:
         say(f"left out: {path}: {error}")
-    rows, said = adapt.usable(heard.table, bundle)
+    rows, said = adapt.usable(read.table, bundle)
     for line in said:
         say(line)
-    table = heard.table.iloc[rows].reset_index(drop=True)
+    table = read.table.iloc[rows].reset_index(drop=True)
     labels = adapt.labels_for(sorted(set(table["label"])), bundle.labels, arguments.classes)
     groups = _groups(table, labels, bundle)
-    recordings = Recordings(heard.hidden[rows], np.array([labels.index(name) for name in table["label"]]), groups)
+    recordings = Recordings(read.embeddings[rows], np.array([labels.index(name) for name in table["label"]]), groups)
     parent = parent_of(*last_layer(bundle.build_model()), bundle.labels, labels)
     if arguments.features:
         parent = replace(parent, old=_old(arguments, bundle, labels, table))
@@ -136,7 +136,7 @@ def _job(arguments: argparse.Namespace) -> int:
     found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=progress)
     state = None
     if arguments.max_minutes > MIN_MINUTES:
-        found, state = _with_last_stage(arguments, found, recordings, parent, bundle, heard.features[rows])
+        found, state = _with_last_stage(arguments, found, recordings, parent, bundle, read.features[rows])
     verdict, about = _compared(arguments, bundle, table, labels, recordings, parent, found)
     curve = (
         _learning_curve(recordings, parent, labels, table, found, arguments.seed) if arguments.learning_curve else []
@@ -146,14 +146,24 @@ def _job(arguments: argparse.Namespace) -> int:
     print(f"verdict: {verdict.told}")
     if verdict.adapted or arguments.anyway:
         truth = recordings.truth
-        made = adapt.write(arguments.out, bundle, table, labels, found, about=about, truth=truth, state=state)
+        made = adapt.write(
+            arguments.out,
+            bundle,
+            table,
+            labels,
+            found,
+            about=about,
+            truth=truth,
+            embeddings=recordings.embeddings,
+            state=state,
+        )
         print(f"model: {made.folder}")
     else:
         say(f"no model is written; go on with {bundle.folder}, or write the new one with --anyway")
         if (arguments.out / "config.json").is_file():
             say(f"{arguments.out} still holds the model that it held before")
     forget(arguments.out / _KEPT)
-    return EXIT_SOME_FAILED if heard.unread and not arguments.tolerate_failures else EXIT_DONE
+    return EXIT_SOME_FAILED if read.unread and not arguments.tolerate_failures else EXIT_DONE
 
 
 def _manifest(arguments: argparse.Namespace) -> pd.DataFrame:
@@ -227,7 +237,7 @@ def _old(
     import numpy as np
 
     from pipeline.features.store import load_features
-    from pipeline.training.hidden import rehearsed
+    from pipeline.training.embeddings import rehearsed
     from pipeline.training.last_layer import Recordings
 
     found = rehearsed(load_features(arguments.features, bundle.features), labels, table, bundle, seed=arguments.seed)
@@ -262,7 +272,7 @@ def _compared(
     from pipeline.training import adapt
     from pipeline.training.last_stages import MIN_MINUTES
 
-    old = parent.answers(recordings.hidden)
+    old = parent.answers(recordings.embeddings)
     before = adapt.answers(table, old, labels, bundle.temperature)
     after = adapt.answers(table, found.logits, labels, adapt.temperature_of(recordings.truth, found.logits)[0])
     names = (str(bundle.folder), f"{arguments.out} (each recording answered by folds that have not heard it)")

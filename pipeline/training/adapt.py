@@ -24,12 +24,12 @@ from pipeline.data.segments import HASH_COLUMN
 from pipeline.data.splits import has_speakers, leaked, units_of
 from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.outcomes import Floats, Ints
-from pipeline.models.bundle import Bundle, save_bundle
+from pipeline.models.bundle import Bundle, load_bundle, save_bundle, set_familiarity
 from pipeline.models.calibration import MIN_RECORDINGS as MIN_TO_CALIBRATE
 from pipeline.models.calibration import fit_temperature
 from pipeline.models.model_card import OUT_OF_FOLD, model_card
 from pipeline.storage.errors import SerError
-from pipeline.training.hidden import with_last_layer
+from pipeline.training.embeddings import with_last_layer
 from pipeline.training.last_layer import Found
 from pipeline.training.plan import about_start, earlier_training
 from pipeline.training.results import headline, training_table
@@ -217,12 +217,14 @@ def write(
     *,
     about: Mapping[str, Any],
     truth: Ints,
+    embeddings: Floats,
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> Bundle:
     """The adapted bundle, with card, figures and the recordings that it and its parents have learnt from.
 
     Args:
         about: the `adapted` block of its training record.
+        embeddings: (n, d), penultimate features of the recordings.
         state: other weights than the parent's with another last layer.
     """
     temperature, calibration = temperature_of(truth, found.logits)
@@ -245,7 +247,7 @@ def write(
     if calibration:
         blocks["calibration"] = {"temperature": temperature, **calibration}
     name = out.resolve().name
-    return save_bundle(
+    bundle = save_bundle(
         out,
         name=name,
         state_dict=with_last_layer(parent, found.head.weight, found.head.bias) if state is None else state,
@@ -260,6 +262,9 @@ def write(
         corpora={**parent.corpora, **_own_corpora(table)},
         card=model_card(name, labels, parent.features, training, {OUT_OF_FOLD: figures}, table),
     )
+    if state is None and parent.familiarity is not None:  # else the features are no longer those that it knows
+        set_familiarity(bundle, parent.familiarity.widened(embeddings.astype(np.float32)))
+    return load_bundle(out)
 
 
 def _own_corpora(table: pd.DataFrame) -> dict[str, list[str]]:

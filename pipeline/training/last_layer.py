@@ -1,7 +1,7 @@
 """A trained model made somebody's own: a new last layer on a few labelled recordings, and whether that was worth it.
 
-What the network hears stays; only its last layer, which maps a recording's hidden features (1,024 of the Inception) to
-the classes, is fitted anew. Three kinds of answers compete: the parent's (`keep`), the parent's with another
+The network stays but for its last layer, which maps a recording's penultimate features (1,024 of the Inception) to the
+classes and is fitted anew. Three kinds of answers compete: the parent's (`keep`), the parent's with another
 temperature and other class biases (`biases`), and a last layer that is pulled towards those (`last layer`, by how much:
 several). The choice is by cross-validated log-loss, every class counting alike. The figures are those of the whole
 procedure: in each outer fold the choice is made again, on the training part alone, so that no recording has a say in
@@ -41,9 +41,9 @@ class Head:
     weight: Floats
     bias: Floats
 
-    def logits(self, hidden: Floats) -> Floats:
+    def logits(self, embeddings: Floats) -> Floats:
         """(n, d) -> (n, C)."""
-        return np.asarray(hidden @ self.weight.T + self.bias)
+        return np.asarray(embeddings @ self.weight.T + self.bias)
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class Recordings:
     """Labelled recordings as a last layer gets them.
 
     Attributes:
-        hidden: (n, d), what the parent's last layer is given.
+        embeddings: (n, d), what the parent's last layer is given.
         truth: (n,) class indices.
         groups: (n,) what must not be on both sides of a fold: the speaker, or the recording itself.
     """
 
-    hidden: Floats
+    embeddings: Floats
     truth: Ints
     groups: Ints
 
     def where(self, rows: Ints | NDArray[np.bool_]) -> Recordings:
         """Some of them."""
-        return Recordings(self.hidden[rows], self.truth[rows], self.groups[rows])
+        return Recordings(self.embeddings[rows], self.truth[rows], self.groups[rows])
 
     def __len__(self) -> int:
         return len(self.truth)
@@ -119,11 +119,11 @@ class Parent:
     known: NDArray[np.bool_]
     old: Recordings | None = None
 
-    def answers(self, hidden: Floats) -> Floats:
+    def answers(self, embeddings: Floats) -> Floats:
         """The parent's own logits (n, C), -inf of what it does not know; 0 where it knows none of the classes."""
         if not self.known.any():
-            return np.zeros((len(hidden), len(self.known)))
-        return np.where(self.known, self.head.logits(hidden), -np.inf)
+            return np.zeros((len(embeddings), len(self.known)))
+        return np.where(self.known, self.head.logits(embeddings), -np.inf)
 
 
 def parent_of(weight: Floats, bias: Floats, theirs: Sequence[str], labels: Sequence[str]) -> Parent:
@@ -166,9 +166,9 @@ def out_of_fold(
         tested = fold_of == fold
         train = recordings.where(_some(recordings, ~tested, share, seed))
         choice = choose(train, parent, seed)
-        logits[tested] = fit_head(train, parent, choice).logits(recordings.hidden[tested])
+        logits[tested] = fit_head(train, parent, choice).logits(recordings.embeddings[tested])
         if choice.kind == KEEP:
-            logits[tested] = parent.answers(recordings.hidden[tested])
+            logits[tested] = parent.answers(recordings.embeddings[tested])
         choices.append(choice)
         if tell is not None:
             tell(number + 1, len(names))
@@ -196,7 +196,7 @@ def folds(recordings: Recordings, most: int, seed: int) -> Ints:
     fold_of = np.zeros(len(recordings), np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer recordings than folds: they are in some folds only
-        for fold, (_, tested) in enumerate(splitter.split(recordings.hidden, recordings.truth, recordings.groups)):
+        for fold, (_, tested) in enumerate(splitter.split(recordings.embeddings, recordings.truth, recordings.groups)):
             fold_of[tested] = fold
     return fold_of
 
@@ -213,7 +213,7 @@ def choose(recordings: Recordings, parent: Parent, seed: int = 0) -> Choice:
     for fold in np.unique(fold_of):
         tested = fold_of == fold
         for number, head in enumerate(_fits(recordings.where(~tested), parent, choices)):
-            logits[number, tested] = head.logits(recordings.hidden[tested])
+            logits[number, tested] = head.logits(recordings.embeddings[tested])
     return choices[int(np.argmin([loss_of(each, recordings.truth) for each in logits]))]
 
 
@@ -277,7 +277,7 @@ def _balance(truth: Ints) -> Floats:
 
 def _biases(head: Head, recordings: Recordings) -> Head:
     """The parent's layer times a factor, plus biases: two numbers more than there are classes decide nothing else."""
-    logits, weights = head.logits(recordings.hidden), _balance(recordings.truth)
+    logits, weights = head.logits(recordings.embeddings), _balance(recordings.truth)
     targets = np.eye(len(head.bias))[recordings.truth]
 
     def loss(values: Floats) -> tuple[float, Floats]:
@@ -300,11 +300,11 @@ class _Space:
     """
 
     def __init__(self, own: Recordings, old: Recordings | None, start: Head) -> None:
-        hidden = own.hidden if old is None else np.concatenate([own.hidden, old.hidden])
+        embeddings = own.embeddings if old is None else np.concatenate([own.embeddings, old.embeddings])
         truth = own.truth if old is None else np.concatenate([own.truth, old.truth])
-        self.start, self.mean = start, own.hidden.mean(axis=0)
-        self.scale = float(np.sqrt(((own.hidden - self.mean) ** 2).sum(axis=1).mean())) or 1.0
-        centred = (hidden - self.mean) / self.scale
+        self.start, self.mean = start, own.embeddings.mean(axis=0)
+        self.scale = float(np.sqrt(((own.embeddings - self.mean) ** 2).sum(axis=1).mean())) or 1.0
+        centred = (embeddings - self.mean) / self.scale
         if len(centred) < centred.shape[1]:
             _, size, rows = np.linalg.svd(centred, full_matrices=False)
             self.axes = rows[size > 1e-6 * size[0]].T if size[0] > 0 else rows[:0].T
@@ -313,7 +313,7 @@ class _Space:
         self.weights = _balance(own.truth)
         if old is not None:
             self.weights = np.append((1 - REHEARSAL) * self.weights, REHEARSAL * _balance(old.truth))
-        self.places, self.logits = centred @ self.axes, start.logits(hidden)
+        self.places, self.logits = centred @ self.axes, start.logits(embeddings)
         self.targets = np.eye(len(start.bias))[truth]
         self.values = np.zeros(len(start.bias) * (self.axes.shape[1] + 1))
 

@@ -20,7 +20,7 @@ from pipeline.models.bundle import Bundle
 from pipeline.models.networks import MEMBERS, EnhancedInceptionModel, build_model
 from pipeline.training.batches import TrainingData
 from pipeline.training.config import FitConfig
-from pipeline.training.hidden import with_last_layer
+from pipeline.training.embeddings import with_last_layer
 from pipeline.training.last_layer import (
     LAST_STAGE,
     OUTER_FOLDS,

@@ -16,13 +16,12 @@ import torch
 from pipeline.data.segments import END, RECORDING_HASH, START, has_segments, ids
 from pipeline.evaluation.metrics import OVERALL
 from pipeline.features.store import load_features
-from pipeline.models.backends import open_backend
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle, set_familiarity
 from pipeline.models.familiarity import LEAST_RECORDINGS, Familiarity
 from pipeline.models.model_card import model_card
 from pipeline.models.networks import build_model
 from pipeline.reporting.report import terminal_summary, write_report
-from pipeline.storage.files import usable_cpus
+from pipeline.training.embeddings import embed, open_network
 from pipeline.training.loop import StateDict, weights_of
 from pipeline.training.plan import SPLIT_SEED, Plan, about_start, earlier_training
 from pipeline.training.run import load_checkpoint, plot_curves, read_splits, rows_of
@@ -120,8 +119,8 @@ def learn_familiarity(bundle: Bundle, folders: Sequence[Path], row_ids: Collecti
     if len(rows) < LEAST_RECORDINGS:
         return 0
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_FAMILIAR)).astype(int)]
-    backend = open_backend(bundle, "torch", "cpu", usable_cpus())
-    parts = [backend.outputs(np.array(arrays.features[rows[i : i + _BATCH]]))[1] for i in range(0, len(rows), _BATCH)]
+    network = open_network(bundle)
+    parts = [embed(network, np.asarray(arrays.features[rows[i : i + _BATCH]])) for i in range(0, len(rows), _BATCH)]
     set_familiarity(bundle, Familiarity.fit(np.concatenate(parts)))
     return len(rows)
 

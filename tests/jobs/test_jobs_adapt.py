@@ -21,9 +21,10 @@ from pipeline.evaluation import leaks
 from pipeline.features.features import FeatureConfig
 from pipeline.features.store import load_features
 from pipeline.inference.predictor import Predictor
+from pipeline.models.backends import open_backend
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.networks import build_model
-from pipeline.training import hidden, last_stages
+from pipeline.training import embeddings, last_stages
 from pipeline.training.last_layer import Head
 
 DONE, USAGE, SOME_FAILED = 0, 2, 4
@@ -230,15 +231,15 @@ def test_what_was_heard_is_not_heard_again_but_for_a_changed_recording(
     table = pd.read_csv(mine)
     copies = [shutil.copy(path, tmp_path) for path in table["speech"]]
     table = table.assign(speech=copies)
-    first = hidden.hear(table, parent, tmp_path / "kept")
+    first = embeddings.embed_all(table, parent, tmp_path / "kept")
     decoded: list[object] = []
-    real = hidden.load_once
-    monkeypatch.setattr(hidden, "load_once", lambda source, **how: decoded.append(source) or real(source, **how))
-    again = hidden.hear(table, parent, tmp_path / "kept")
+    real = embeddings.load_once
+    monkeypatch.setattr(embeddings, "load_once", lambda source, **how: decoded.append(source) or real(source, **how))
+    again = embeddings.embed_all(table, parent, tmp_path / "kept")
     assert not decoded
-    np.testing.assert_array_equal(first.hidden, again.hidden)
+    np.testing.assert_array_equal(first.embeddings, again.embeddings)
     shutil.copy(copies[-1], copies[0])  # another sound under the old name
-    changed = hidden.hear(table, parent, tmp_path / "kept")
+    changed = embeddings.embed_all(table, parent, tmp_path / "kept")
     assert decoded
     assert changed.table["content_hash"][0] == changed.table["content_hash"].iloc[-1]
 
@@ -250,13 +251,13 @@ def test_hidden_features_and_the_last_layer_are_the_network(model: str, members:
     network = bundle.build_model()
     with torch.inference_mode():
         expected = network(torch.from_numpy(features)).numpy()
-    weight, bias = hidden.last_layer(network)
-    heard = hidden.Ear(bundle).hidden(features)
+    weight, bias = embeddings.last_layer(network)
+    heard = embeddings.embed(open_backend(bundle, "torch", "cpu", 1), features)
     np.testing.assert_allclose(heard @ weight.T + bias, expected, atol=1e-4)
     rng = np.random.default_rng(1)
     other, shift = rng.standard_normal((3, weight.shape[1])), rng.standard_normal(3)
     changed = build_model(model, dict(bundle.model_options), 3, bundle.features.input_shape).eval()
-    changed.load_state_dict(hidden.with_last_layer(bundle, other, shift))
+    changed.load_state_dict(embeddings.with_last_layer(bundle, other, shift))
     with torch.inference_mode():
         found = changed(torch.from_numpy(features)).numpy()
     np.testing.assert_allclose(found, heard @ other.T + shift, atol=1e-3)
@@ -284,7 +285,7 @@ def test_training_the_last_stage_leaves_what_comes_before_it(parent: Bundle, mon
     features[::2, :, :8] += 3.0
     truth = np.arange(12) % 2
     given = last_stages.before_tail(parent, features)
-    weight, bias = hidden.last_layer(parent.build_model())
+    weight, bias = embeddings.last_layer(parent.build_model())
     start = Head(weight[:2], bias[:2])
     state = last_stages.tune(parent, start, given, truth, np.arange(12), threads=1)
     before = parent.state_dict()
@@ -296,7 +297,7 @@ def test_training_the_last_stage_leaves_what_comes_before_it(parent: Bundle, mon
     with torch.inference_mode():
         whole = network(torch.from_numpy(features)).numpy()
     np.testing.assert_allclose(last_stages.tail_logits(parent, state, given), whole, atol=1e-4)
-    own = start.logits(hidden.Ear(parent).hidden(features))
+    own = start.logits(embeddings.embed(open_backend(parent, "torch", "cpu", 1), features))
     rows = np.arange(12)
     assert log_softmax(whole, axis=1)[rows, truth].mean() > log_softmax(own, axis=1)[rows, truth].mean()
 
@@ -309,8 +310,8 @@ def test_rehearsal_takes_what_the_parent_has_learnt_from_of_these_classes_and_no
     training["split"] = ["test" if n >= 27 else "train" for n in range(30)]
     bundle = parent_in(tmp_path / "it", config=toy_data.CONFIG, training=training)
     own = arrays.table.head(1).assign(content_hash="")  # a calm one, by its path
-    found = hidden.rehearsed(arrays, ("calm", "sad", "bored"), own, bundle)
+    found = embeddings.rehearsed(arrays, ("calm", "sad", "bored"), own, bundle)
     assert found is not None
     assert np.bincount(found[1]).tolist() == [8, 9]
-    assert found[0].shape == (17, hidden.last_layer(bundle.build_model())[0].shape[1])
-    assert hidden.rehearsed(arrays, ("bored",), own, bundle) is None
+    assert found[0].shape == (17, embeddings.last_layer(bundle.build_model())[0].shape[1])
+    assert embeddings.rehearsed(arrays, ("bored",), own, bundle) is None

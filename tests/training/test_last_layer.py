@@ -42,18 +42,18 @@ def blank(n_classes: int = 3) -> Parent:
 
 
 def right(recordings: Recordings, head: Head) -> float:
-    return float((head.logits(recordings.hidden).argmax(axis=1) == recordings.truth).mean())
+    return float((head.logits(recordings.embeddings).argmax(axis=1) == recordings.truth).mean())
 
 
 @pytest.mark.parametrize("n", [30, 120])  # fewer and more recordings than features
 def test_from_a_blank_parent_it_is_scikit_learns_logistic_regression(n: int) -> None:
     recordings, fresh = voices(n, noise=2.0), voices(300, noise=2.0, seed=1)
     found = fit_head(recordings, blank(), Choice(LAST_LAYER, 0.01))
-    centred = recordings.hidden - recordings.hidden.mean(axis=0)
+    centred = recordings.embeddings - recordings.embeddings.mean(axis=0)
     scale = np.sqrt((centred**2).sum(axis=1).mean())
     theirs = LogisticRegression(C=1 / (0.01 * n), tol=1e-8, max_iter=5000).fit(centred / scale, recordings.truth)
-    ours = found.logits(fresh.hidden)
-    expected = theirs.decision_function((fresh.hidden - recordings.hidden.mean(axis=0)) / scale)
+    ours = found.logits(fresh.embeddings)
+    expected = theirs.decision_function((fresh.embeddings - recordings.embeddings.mean(axis=0)) / scale)
     ours, expected = ours - ours.mean(axis=1, keepdims=True), expected - expected.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(ours, expected, atol=0.05 * np.abs(expected).max())
 
@@ -61,8 +61,8 @@ def test_from_a_blank_parent_it_is_scikit_learns_logistic_regression(n: int) -> 
 def test_a_strong_pull_leaves_the_answers_of_the_rescaled_parent_and_a_weak_one_fits_the_recordings() -> None:
     recordings = voices(60, noise=3.0)
     parent = Parent(Head(np.random.default_rng(3).standard_normal((3, D)) / D, np.zeros(3)), np.ones(3, bool))
-    scaled = fit_head(recordings, parent, Choice(BIASES)).logits(recordings.hidden)
-    pulled = fit_head(recordings, parent, Choice(LAST_LAYER, 1e6)).logits(recordings.hidden)
+    scaled = fit_head(recordings, parent, Choice(BIASES)).logits(recordings.embeddings)
+    pulled = fit_head(recordings, parent, Choice(LAST_LAYER, 1e6)).logits(recordings.embeddings)
     difference = pulled - scaled
     np.testing.assert_allclose(difference - difference.mean(axis=1, keepdims=True), 0, atol=0.02)
     assert right(recordings, fit_head(recordings, parent, Choice(LAST_LAYER, 1e-5))) == 1.0
@@ -82,7 +82,7 @@ def test_a_parent_that_is_right_already_is_hardly_changed() -> None:
     parent = Parent(Head(centres, -0.5 * (centres**2).sum(axis=1)), np.ones(3, bool))
     found = adapt(recordings, parent)
     assert right(recordings, found.head) == 1.0
-    old, new = parent.answers(recordings.hidden).argmax(axis=1), found.logits.argmax(axis=1)
+    old, new = parent.answers(recordings.embeddings).argmax(axis=1), found.logits.argmax(axis=1)
     assert not judge(recordings.truth, old, new, recordings.groups).adapted
 
 
@@ -92,7 +92,7 @@ def test_no_recording_has_a_say_in_its_own_answer() -> None:
     before, _ = out_of_fold(recordings, parent, fold_of)
     tested = fold_of == 1
     truth = np.where(tested, (recordings.truth + 1) % 3, recordings.truth)  # other labels in that fold alone
-    changed = Recordings(recordings.hidden, truth, recordings.groups)
+    changed = Recordings(recordings.embeddings, truth, recordings.groups)
     after, _ = out_of_fold(changed, parent, fold_of)
     np.testing.assert_array_equal(before[tested], after[tested])
     assert not np.allclose(before[~tested], after[~tested])
@@ -120,7 +120,7 @@ def test_own_classes_are_learnt_and_beat_a_parent_that_knows_none() -> None:
     parent = parent_of(np.ones((2, D)), np.zeros(2), ["left", "right"], ["a", "b", "c"])
     found = adapt(recordings, parent)
     verdict = judge(
-        recordings.truth, parent.answers(recordings.hidden).argmax(axis=1), found.logits.argmax(axis=1), None
+        recordings.truth, parent.answers(recordings.embeddings).argmax(axis=1), found.logits.argmax(axis=1), None
     )
     assert verdict.before == pytest.approx(1 / 3)
     assert verdict.after > 0.9
@@ -141,10 +141,10 @@ def test_meaningless_labels_say_keep() -> None:
     for seed in range(8):
         made = voices(24, n_classes=3, noise=1.5, seed=seed)
         rng = np.random.default_rng(seed)
-        shuffled = Recordings(made.hidden, rng.permutation(made.truth), made.groups)
+        shuffled = Recordings(made.embeddings, rng.permutation(made.truth), made.groups)
         parent = Parent(fit_head(voices(90, seed=77), blank(), Choice(LAST_LAYER, 0.01)), np.ones(3, bool))
         found = adapt(shuffled, parent, seed=seed)
-        old, new = parent.answers(shuffled.hidden), found.logits
+        old, new = parent.answers(shuffled.embeddings), found.logits
         adapted += judge(shuffled.truth, old.argmax(axis=1), new.argmax(axis=1), shuffled.groups).adapted
     assert adapted <= 1
 
@@ -155,7 +155,7 @@ def test_a_gain_that_is_there_is_found() -> None:
     found = adapt(made, parent)
     assert choose(made, parent).kind != KEEP
     assert judge(
-        made.truth, parent.answers(made.hidden).argmax(axis=1), found.logits.argmax(axis=1), made.groups
+        made.truth, parent.answers(made.embeddings).argmax(axis=1), found.logits.argmax(axis=1), made.groups
     ).adapted
 
 

@@ -1,8 +1,8 @@
-"""What a network's last layer is given of each recording: decoded, made into features, heard by all but that layer.
+"""The penultimate features of recordings: what a network's last layer is given of each.
 
-Recordings are heard in blocks, each kept in a file of its own, so that a start after a crash goes on where it was. The
-hidden features of a model of several networks (`members`) are theirs side by side, and its last layer is theirs
-together: the mean of their logits. Limits: one window a recording, its middle, as the bundle's network takes it.
+Recordings are decoded and embedded in blocks, each kept in a file of its own, so that a start after a crash goes on.
+The penultimate features of a model of several networks (`members`) are theirs side by side, and its last layer is
+theirs together: the mean of their logits. Limits: one window a recording, its middle, as the network takes it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -24,36 +25,31 @@ from pipeline.data.splits import leaked
 from pipeline.evaluation.outcomes import Floats
 from pipeline.features.features import extract
 from pipeline.features.store import FeatureArrays
+from pipeline.models.backends import Backend, open_backend
 from pipeline.models.bundle import Bundle
-from pipeline.models.networks import JoinedModel
+from pipeline.models.networks import JoinedModel, Network
 from pipeline.storage.errors import SerError
+from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import atomic_path
 
 BLOCK = 64  # recordings between two files
 _BATCH = 16
 
-Tell = Callable[[int, int, int], None]  # recordings heard, in all, of them unreadable
+Tell = Callable[[int, int, int], None]  # recordings done, in all, of them unreadable
 
 
-def last_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The last layer of a network, or of each of its members, and its name in the state dict.
-
-    Raises:
-        SerError: a network that does not end in a linear layer.
-    """
-    members = dict(model.members.named_children()) if isinstance(model, JoinedModel) else {"": model}
-    found = []
-    for number, member in members.items():
-        linear = [(name, layer) for name, layer in member.named_modules() if isinstance(layer, nn.Linear)]
-        if not linear:
-            raise SerError("this network has no linear layer at its end, which could be fitted anew; train it instead")
-        name, layer = linear[-1]
-        found.append((f"members.{number}.{name}" if number else name, layer))
-    return found
+def last_layers(model: Network) -> list[tuple[str, nn.Linear]]:
+    """The last layer of a network, or of each of its members, and its name in the state dict."""
+    if isinstance(model, JoinedModel):
+        members = [(number, cast("Network", member)) for number, member in model.members.named_children()]
+        return [
+            (f"members.{number}.{name}", layer) for number, member in members for name, layer in last_layers(member)
+        ]
+    return [(f"head.{len(model.head) - 1}", cast("nn.Linear", model.head[-1]))]
 
 
-def last_layer(model: nn.Module) -> tuple[Floats, Floats]:
-    """Weights (C, d) and biases (C,) that give the model's logits of its hidden features (d,)."""
+def last_layer(model: Network) -> tuple[Floats, Floats]:
+    """Weights (C, d) and biases (C,) that give the model's logits of its penultimate features (d,)."""
     layers = [layer for _, layer in last_layers(model)]
     weights = [layer.weight.detach().double().numpy() for layer in layers]
     biases = [layer.bias.detach().double().numpy() for layer in layers]
@@ -72,57 +68,45 @@ def with_last_layer(bundle: Bundle, weight: Floats, bias: Floats) -> dict[str, T
     return state
 
 
-class Ear:
-    """A bundle's network without its last layer."""
+def embed(network: Backend, features: np.ndarray) -> np.ndarray:
+    """Penultimate features, float32 (n, d), of float32 features (n, *input_shape)."""
+    starts = range(0, len(features), _BATCH)
+    return np.concatenate([network.outputs(np.ascontiguousarray(features[i : i + _BATCH]))[1] for i in starts])
 
-    def __init__(self, bundle: Bundle) -> None:
-        model = bundle.build_model()
-        self.pictures = len(bundle.features.input_shape) == 3
-        self.model = model.to(memory_format=torch.channels_last) if self.pictures else model  # type: ignore[call-overload]
-        self._given: list[Tensor] = []
-        for _, layer in last_layers(model):
-            layer.register_forward_pre_hook(lambda _, given: self._given.append(given[0]))
 
-    def hidden(self, features: np.ndarray) -> np.ndarray:
-        """float32 features (n, *input_shape) -> float32 (n, d)."""
-        found = []
-        with torch.inference_mode():
-            for start in range(0, len(features), _BATCH):
-                self._given.clear()
-                batch = torch.from_numpy(np.ascontiguousarray(features[start : start + _BATCH]))
-                self.model(batch.contiguous(memory_format=torch.channels_last) if self.pictures else batch)
-                found.append(torch.cat(self._given, dim=1))
-        return torch.cat(found).numpy()
+def open_network(bundle: Bundle) -> Backend:
+    """Its network, on all CPUs."""
+    return open_backend(bundle, "torch", "cpu", usable_cpus())
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What was heard of the rows of a manifest that can be read.
+class Embedded:
+    """The rows of a manifest that can be read.
 
     Attributes:
         table: these rows, with `content_hash`.
         features: (n, *input_shape) float32.
-        hidden: (n, d) float64.
+        embeddings: (n, d) float64.
         unread: why each row that is not there could not be read: path -> error.
     """
 
     table: pd.DataFrame
     features: np.ndarray
-    hidden: Floats
+    embeddings: Floats
     unread: Mapping[str, str]
 
 
-def hear(table: pd.DataFrame, bundle: Bundle, folder: Path, tell: Tell | None = None) -> Heard:
-    """Hear every recording of a manifest; what `folder` holds of an earlier start is taken from there.
+def embed_all(table: pd.DataFrame, bundle: Bundle, folder: Path, tell: Tell | None = None) -> Embedded:
+    """Decode and embed every recording of a manifest; what `folder` holds of an earlier start is taken from there.
 
     Raises:
         SerError: none can be read, or `folder` cannot be written.
     """
-    ear = Ear(bundle)
+    network = open_network(bundle)
     places = list(zip(table["speech"], *bounds(table), strict=True))
     parts, bad = [], 0
     for start in range(0, len(places), BLOCK):
-        part = _block(places[start : start + BLOCK], bundle, ear, folder)
+        part = _block(places[start : start + BLOCK], bundle, network, folder)
         parts.append(part)
         bad += int((part["error"] != "").sum())
         if tell is not None:
@@ -132,30 +116,32 @@ def hear(table: pd.DataFrame, bundle: Bundle, folder: Path, tell: Tell | None = 
     if not read.any():
         raise SerError(f"none of the {len(table)} recordings can be read, as {errors[0]}; see their paths and --root")
     hashes = np.concatenate([part["hash"] for part in parts])
-    return Heard(
+    return Embedded(
         table.assign(**{HASH_COLUMN: hashes})[read].reset_index(drop=True),
         np.concatenate([part["features"] for part in parts])[read],
-        np.concatenate([part["hidden"] for part in parts])[read].astype(np.float64),
+        np.concatenate([part["embeddings"] for part in parts])[read].astype(np.float64),
         dict(zip(table["speech"][~read], errors[~read], strict=True)),
     )
 
 
-def _block(places: Sequence[Sequence[object]], bundle: Bundle, ear: Ear, folder: Path) -> Mapping[str, np.ndarray]:
-    """One block, from its file or heard now."""
+def _block(
+    places: Sequence[Sequence[object]], bundle: Bundle, network: Backend, folder: Path
+) -> Mapping[str, np.ndarray]:
+    """One block, from its file or made now."""
     told = repr([(*place, _stamp(str(place[0]))) for place in places])
     path = folder / f"{hashlib.sha256(f'{bundle.weights_sha256} {told}'.encode()).hexdigest()[:20]}.npz"
     try:
         with np.load(path, allow_pickle=False) as kept:
-            return {name: kept[name] for name in ("error", "hash", "features", "hidden")}
+            return {name: kept[name] for name in ("error", "hash", "features", "embeddings")}
     except (OSError, ValueError, KeyError, EOFError):
-        pass  # not there, or cut off: heard now
+        pass  # not there, or cut off: made now
     rows = [_read(place, bundle) for place in places]
     features = np.stack([row[2] for row in rows])
     found = {
         "error": np.array([row[0] for row in rows], dtype=str),
         "hash": np.array([row[1] for row in rows], dtype=str),
         "features": features,
-        "hidden": ear.hidden(features),
+        "embeddings": embed(network, features),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,8 +173,7 @@ def _read(place: Sequence[object], bundle: Bundle) -> tuple[str, str, np.ndarray
 
 def of_arrays(arrays: FeatureArrays, rows: np.ndarray, bundle: Bundle) -> Floats:
     """Hidden features (n, d) of rows of extracted features."""
-    ear = Ear(bundle)
-    return ear.hidden(np.asarray(arrays.features[rows])).astype(np.float64)
+    return embed(open_network(bundle), np.asarray(arrays.features[rows])).astype(np.float64)
 
 
 def rehearsed(
