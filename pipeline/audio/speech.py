@@ -8,9 +8,11 @@ to 400 Hz, its power lies in more than a few bins (a beep's does not), and its s
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import irfft, rfft
+from scipy.fft import rfft
 
 _RATE_HZ, _FRAME = 8_000, 256  # 32 ms
 _SIZE = 2 * _FRAME
@@ -32,26 +34,37 @@ def speech_share(samples: NDArray[np.float32], rate_hz: int) -> float:
         rate_hz: 8,000 or more.
     """
     step = rate_hz // _RATE_HZ
-    sound = samples[: len(samples) // step * step].reshape(-1, step).mean(axis=1)
+    sound = samples[: len(samples) // step * step].reshape(-1, step) @ np.full(step, 1 / step, np.float32)
     if len(sound) < _RATE_HZ // 2:
         return float("nan")
     frames = sound[: len(sound) // _FRAME * _FRAME].reshape(-1, _FRAME)
     frames = frames - frames.mean(axis=1, keepdims=True)
-    level_db = 10 * np.log10(np.maximum((frames**2).mean(axis=1), 1e-20))
+    level_db = 10 * np.log10(np.maximum(np.einsum("ij,ij->i", frames, frames) / _FRAME, 1e-20))
     active = level_db >= max(level_db.max() - _DEEPEST_DB, _FAINTEST_DB)
-    window = np.hanning(_FRAME).astype(np.float32)
+    window, cosines = _tables()
     flat = np.diff(frames, axis=1, append=frames[:, -1:])  # else any low rumble is harmonic
-    power = np.abs(rfft(flat * window, _SIZE)) ** 2
+    spectrum = rfft(flat * window, _SIZE)
+    power = spectrum.real**2 + spectrum.imag**2
     power[:, : _LOWEST_HZ * _SIZE // _RATE_HZ] = 0
     total = np.maximum(power.sum(axis=1), 1e-20)
-    of_window = irfft(np.abs(rfft(window, _SIZE)) ** 2)
-    lags = slice(_RATE_HZ // _HIGHEST_HZ, _RATE_HZ // _LOWEST_HZ)
-    found = irfft(power, axis=1)
-    harmonicity = (found[:, lags] / np.maximum(found[:, :1], 1e-20) / (of_window[lags] / of_window[0])).max(axis=1)
+    found = power @ cosines  # at lag 0, then at those of a pitch
+    harmonicity = (found[:, 1:] / np.maximum(found[:, :1], 1e-20)).max(axis=1)
     few = np.partition(power, -6, axis=1)[:, -6:].sum(axis=1) / total
     shape = np.sqrt(power / total[:, np.newaxis])
-    same = (shape[1:] * shape[:-1]).sum(axis=1)
+    same = np.einsum("ij,ij->i", shape[1:], shape[:-1])
     changes = np.concatenate([same[:1], same]) < _STEADY
     voiced = active & (harmonicity >= _HARMONIC) & (few < _IN_FEW_BINS) & changes
     near = np.convolve(voiced, np.ones(2 * _NEAR + 1))[_NEAR : _NEAR + len(voiced)] > 0
     return float((near & active).mean())
+
+
+@cache
+def _tables() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The window ``(frame,)``; what makes autocorrelations, over the window's, of power: ``(bins, lags)``."""
+    window = np.hanning(_FRAME)
+    lags = np.r_[0, _RATE_HZ // _HIGHEST_HZ : _RATE_HZ // _LOWEST_HZ]
+    bins = np.arange(_SIZE // 2 + 1)
+    cosines = np.cos(2 * np.pi * np.outer(bins, lags) / _SIZE)
+    cosines[1:-1] *= 2  # the spectrum's other half
+    of_window = np.abs(np.fft.rfft(window, _SIZE)) ** 2 @ cosines
+    return window.astype(np.float32), (cosines / (of_window / of_window[0])).astype(np.float32)
