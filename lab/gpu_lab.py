@@ -16,7 +16,7 @@ temperature that ships). One that is to be run: joined_voices.json, three networ
 45 46 47``). ``report`` needs no GPU, only the answers that ``run`` wrote.
 
 ``five`` are the folds of the 80 %, ``six`` the actor folds, ``inner`` trains on train and answers inner_val, ``final``
-trains on the 80 % (``--keep``: and keeps them; ``--open_test``: answers the test part: write it in docs/LAB_LOG.md).
+trains on the 80 % (``--keep``: and keeps them; ``--open_test``: answers the test part: write it in docs/lab/README.md).
 Limits: one GPU; see ``lab.gpu_data`` for what is rounded, ``lab.gpu_training`` for what differs from
 ``pipeline.training.loop``.
 """

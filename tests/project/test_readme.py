@@ -1,4 +1,6 @@
-"""Every command of README.md: run here on small synthetic data, or named with the test that runs it.
+"""Every command of README.md and of docs/: run here on small synthetic data, or named with the test that runs it.
+
+Commands of docs/ are those in blocks marked sh or powershell; README and the pages in MARKED mark every block.
 
 A command that this file does not know fails: it is new or changed, and must be run somewhere first.
 """
@@ -9,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -16,11 +19,20 @@ import pytest
 from serving import Bridge, LocalService
 
 from jobs import cli
+from jobs._paths import read_words
 from pipeline.models.bundle import Bundle
 from serve.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+MARKED = [
+    "README.md",
+    *(
+        f"{topic}.md"
+        for topic in ("architecture", "cli", "data", "install", "page", "results", "troubleshooting", "windows")
+    ),
+]
+ALL = "\n".join(PAGES.values())
 
 # Commands that other tests run. A make target must exist; its recipe is what the test named here runs.
 ELSEWHERE = {
@@ -52,7 +64,7 @@ MODEL_TAKERS = {"score", "evaluate", "infer"}
 def blocks(language: str) -> list[str]:
     return [
         re.sub(r"^ +", "", body, flags=re.MULTILINE)
-        for body in re.findall(rf"^ *```{language}\n(.*?)^ *```$", README, flags=re.MULTILINE | re.DOTALL)
+        for body in re.findall(rf"^ *```{language}\n(.*?)^ *```$", ALL, flags=re.MULTILINE | re.DOTALL)
     ]
 
 
@@ -63,8 +75,12 @@ def commands() -> list[str]:
     return [line for line in found if line]
 
 
-SER = [line for line in commands() if line.startswith("ser ")]
-CURL = [line for line in commands() if line.startswith("curl ")]
+def starting(word: str) -> list[str]:
+    """The commands of a program, each once, in the order of the pages."""
+    return list(dict.fromkeys(line for line in commands() if line.startswith(f"{word} ")))
+
+
+SER, CURL, RAY = starting("ser"), starting("curl"), starting("ray job submit")
 LONG = {"extract", "train", "crossval", "submit", "calibrate"}
 
 
@@ -76,9 +92,12 @@ def is_long(line: str) -> bool:
 
 
 def test_every_block_is_marked_and_every_command_is_known() -> None:
-    fences = re.findall(r"^ *```(\w*)$", README, flags=re.MULTILINE)
-    assert set(fences[::2]) <= {"sh", "text", "powershell"}, "mark each block: sh for commands, text for output"
-    unknown = [line for line in commands() if line not in {*ELSEWHERE, *BY_HAND, *SER, *CURL}]
+    for name in MARKED:
+        fences = re.findall(r"^ *```(\w*)$", PAGES[name], flags=re.MULTILINE)
+        assert set(fences[::2]) <= {"sh", "text", "powershell"}, (
+            f"{name}: mark blocks, sh for commands, text for output"
+        )
+    unknown = [line for line in commands() if line not in {*ELSEWHERE, *BY_HAND, *SER, *CURL, *RAY}]
     assert not unknown, "run it in a test, then name that test in ELSEWHERE"
     assert len(SER) > 8
     assert len(CURL) == 2
@@ -86,7 +105,7 @@ def test_every_block_is_marked_and_every_command_is_known() -> None:
 
 @pytest.mark.parametrize(("line", "test"), ELSEWHERE.items())
 def test_what_is_run_elsewhere(line: str, test: str) -> None:
-    assert line in commands(), "no longer in the README: take it out here"
+    assert line in commands(), "no longer in README or docs: take it out here"
     file, name = test.split("::")
     assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
     if line.startswith("make "):
@@ -99,7 +118,7 @@ def test_set_up_by_hand_names_what_is_there() -> None:
     for line in BY_HAND:
         for name in re.findall(r"[\w/.-]+\.(?:txt|py)\b", line):
             assert (ROOT / name).is_file(), name
-    inline = re.findall(r"`make ([\w-]+)", README)
+    inline = re.findall(r"`make ([\w-]+)", ALL)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert set(inline) <= targets
 
@@ -154,7 +173,7 @@ def test_the_answers_shown_are_those_of_the_shipped_model(
 def test_the_long_ones_run_one_after_the_other(
     desk: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Extract, train, crossval, calibrate, as the README has them, with one epoch instead of many."""
+    """Extract, train, crossval, calibrate, as README and docs have them, with one epoch instead of many."""
     shutil.rmtree(desk / "runs")
     assert cli.main(["manifest", "RAVDESS", "--out", "metadata.csv"]) == 0
     for line in (line for line in SER if is_long(line) and not line.startswith("ser submit")):
@@ -163,6 +182,14 @@ def test_the_long_ones_run_one_after_the_other(
         assert cli.main(words) == 0, (line, capsys.readouterr().err)
     assert (desk / "runs/first/config.json").is_file()
     assert (desk / "protocols/protocols.html").is_file()
+
+
+@pytest.mark.parametrize("line", RAY)
+def test_what_ray_is_sent_is_a_job_with_its_options(line: str) -> None:
+    """On a cluster: tests/cluster/test_cluster_nodes.py and `make test-cluster`."""
+    python, flag, module, *options = shlex.split(line.partition(" -- ")[2])
+    assert (python, flag) == ("python", "-m")
+    read_words(import_module(module).build_parser(), options)
 
 
 @pytest.mark.parametrize("line", CURL)
@@ -212,8 +239,7 @@ def test_messages_of_the_table_are_messages_of_the_code() -> None:
     sources = " ".join(
         path.read_text(encoding="utf-8") for p in ("pipeline", "jobs") for path in (ROOT / p).rglob("*.py")
     )
-    table = README.split("## When something goes wrong")[1].split("\n## ")[0]
-    messages = re.findall(r"^\| `([^`]+)` ", table, flags=re.MULTILINE)
+    messages = re.findall(r"^\| `([^`]+)` ", PAGES["troubleshooting.md"], flags=re.MULTILINE)
     assert len(messages) > 8
     for message in messages:
         if message.startswith("OMP:"):
