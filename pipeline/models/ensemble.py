@@ -1,7 +1,7 @@
 """Several trained models as one: a bundle whose networks answer together with their mean log-probability.
 
 Networks of the same recipe and different seeds err differently; together they know voices never heard better than each
-alone (docs/LAB_LOG.md, experiment 37), at as many times the arithmetic (deep ensembles, Lakshminarayanan et al. 2017).
+alone (docs/lab, experiment 37), at as many times the arithmetic (deep ensembles, Lakshminarayanan et al. 2017).
 Limits: models of one kind, with the same classes and features; the joined model's temperature is 1 until it is
 calibrated.
 """
