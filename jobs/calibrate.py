@@ -24,8 +24,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog=called("calibrate"),
         description=__doc__,
-        epilog="examples: %(prog)s --model_weights runs/first --predictions protocols/kfold\n"
-        "          %(prog)s --model_weights runs/first --features features",
+        epilog="example: %(prog)s --model_weights runs/first --predictions protocols/kfold",
     )
     parser.add_argument("--model_weights", type=Path, required=True, help="bundle that is changed")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -12,7 +12,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import rfft
 
 _RATE_HZ, _FRAME = 8_000, 256  # 32 ms
 _SIZE = 2 * _FRAME
@@ -43,7 +42,7 @@ def speech_share(samples: NDArray[np.float32], rate_hz: int) -> float:
     active = level_db >= max(level_db.max() - _DEEPEST_DB, _FAINTEST_DB)
     window, cosines = _tables()
     flat = np.diff(frames, axis=1, append=frames[:, -1:])  # else any low rumble is harmonic
-    spectrum = rfft(flat * window, _SIZE)
+    spectrum = np.fft.rfft(flat * window, _SIZE)
     power = spectrum.real**2 + spectrum.imag**2
     power[:, : _LOWEST_HZ * _SIZE // _RATE_HZ] = 0
     total = np.maximum(power.sum(axis=1), 1e-20)

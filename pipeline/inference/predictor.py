@@ -165,7 +165,9 @@ class Predictor:
         return self.answers(features)[:, :-1]
 
     def answers(self, features: Array) -> Floats:
-        """``log_probabilities`` and, in a last column, the familiarity (NaN where the bundle does not know).
+        """``log_probabilities`` and, in a last column, the familiarity: float64 ``(n, classes + 1)``.
+
+        The familiarity is NaN where the bundle does not know.
 
         Raises:
             SerError: features of another shape.

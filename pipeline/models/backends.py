@@ -223,7 +223,7 @@ class OnnxBackend:
         self._session = session
 
     def outputs(self, features: Array) -> tuple[Array, Array]:
-        """See ``Backend``."""
+        """Logits ``(n, classes)`` and penultimate features ``(n, d)``, see ``Backend``."""
         logits, embedding = self._session.run(list(_OUTPUTS), {"features": features})
         return np.asarray(logits, dtype=np.float32), np.asarray(embedding, dtype=np.float32)
 
@@ -249,7 +249,7 @@ class TorchBackend:
         self._model = model.to(memory_format=self._format)  # type: ignore[call-overload]
 
     def outputs(self, features: Array) -> tuple[Array, Array]:
-        """See ``Backend``."""
+        """Logits ``(n, classes)`` and penultimate features ``(n, d)``, see ``Backend``."""
         import torch
 
         with torch.inference_mode():

@@ -75,7 +75,7 @@ class Network(nn.Module):
     head: nn.Sequential
 
     def pooled(self, x: Tensor) -> Tensor:
-        """What ``head`` is given."""
+        """What ``head`` is given, (B, ...)."""
         raise NotImplementedError
 
     def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def test_onnx_equals_torch(name: str, rows: int, request: pytest.FixtureRequest)
     onnx_backend = open_backend(bundle, "onnx", "cpu", threads=1)
     torch_backend = open_backend(bundle, "torch", "cpu", threads=1)
     found, expected = onnx_backend.outputs(features), torch_backend.outputs(features)
-    np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-3)
     found, expected = softmax(found[0]), softmax(expected[0])
     with torch.inference_mode():
         plain = softmax(bundle.build_model()(torch.from_numpy(features)).numpy())

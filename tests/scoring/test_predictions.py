@@ -57,7 +57,8 @@ def test_columns_rows_and_order(tmp_path: Path) -> None:
     found = write(manifest, parts, tmp_path)
     assert list(found.columns) == [
         *("speech", "label", "speaker", "status", "error", "label_name", "predicted", "confidence"),
-        *("p_angry", "p_calm", "p_sad", "duration_s", "scored_s", "level_dbfs", "entropy", "margin", "notice"),
+        *("p_angry", "p_calm", "p_sad", "duration_s", "scored_s", "level_dbfs", "entropy", "margin"),
+        *("familiarity", "speech_share", "notice"),
     ]
     pd.testing.assert_frame_equal(found[manifest.columns], manifest, check_dtype=False)
     assert list(found["status"]) == ["ok", "not_audio", "ok"]

@@ -196,8 +196,19 @@ def test_min_confidence_and_silence_change_the_label_only(service: LocalService)
     assert (body.status_code, body.json()) == (200, [])
     problem_of(service.post("/v1/predict", **form(wav(0.1))), 422, "too_short")
     said = service.get("/v1/model").json()["other_answers"]
-    assert set(said) == {"uncertain", "silence"}
+    assert set(said) == {"uncertain", "silence", "not_speech"}
     assert set(said).isdisjoint(service.get("/v1/model").json()["labels"])
+
+
+def test_a_tone_is_no_speech_and_has_no_emotion(service: LocalService) -> None:
+    tone, file = 0.3 * np.sin(2 * np.pi * 440 * np.arange(3 * 16_000) / 16_000), io.BytesIO()
+    soundfile.write(file, tone, 16_000, format="WAV")
+    found = service.post("/v1/predict", **form(file.getvalue())).json()["files"][0]
+    assert (found["status"], found["label"], found["scores"]) == ("ok", "not_speech", [])
+    assert (found.get("confidence"), found["speech_share"]) == (None, 0)
+    (windowed,) = service.post("/v1/predict", **form(file.getvalue(), window_s=1)).json()["files"]
+    assert {part["label"] for part in windowed["segments"]} == {windowed["label"]} == {"not_speech"}
+    assert service.post("/v1/audio-classification", content=file.getvalue()).json() == []
 
 
 def test_a_notice_goes_with_the_answer(service: LocalService) -> None:
