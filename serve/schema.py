@@ -63,7 +63,9 @@ class Segment(Wire):
     start_s: float
     end_s: float
     label: str = Field(description="the class, or uncertain, silence, not_speech")
-    confidence: Confidence = Field(description="probability of the most probable class; null of silence and not_speech")
+    confidence: Confidence = Field(
+        default=None, description="probability of the most probable class; none of silence and not_speech"
+    )
     scores: list[Score] = Field(description="most probable first; none of silence and not_speech")
     familiarity: float | None = Field(
         default=None, description="how like the training recordings it is, 0 to 1; null where the model does not know"
@@ -100,7 +102,9 @@ class Recording(Wire):
     status: Literal["ok"] = "ok"
     name: str | None = Field(description="its file name as sent")
     label: str = Field(description="the class, or uncertain, silence, not_speech")
-    confidence: Confidence = Field(description="probability of the most probable class; null of silence and not_speech")
+    confidence: Confidence = Field(
+        default=None, description="probability of the most probable class; none of silence and not_speech"
+    )
     scores: list[Score] = Field(description="most probable first, top_k of them; none of silence and not_speech")
     duration_s: float
     scored_s: float = Field(description="how much of it was heard")

@@ -24,6 +24,7 @@ from pipeline.audio.load import ERRORS
 from pipeline.audio.windows import SlidingWindow
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
+from serve import schema
 from serve.problems import KINDS, ServiceError, kind_of, retry_later
 from serve.schema import Explanation, ModelInfo, Prediction, Recording
 
@@ -203,8 +204,12 @@ def test_min_confidence_and_silence_change_the_label_only(service: LocalService)
 def test_a_tone_is_no_speech_and_has_no_emotion(service: LocalService) -> None:
     tone, file = 0.3 * np.sin(2 * np.pi * 440 * np.arange(3 * 16_000) / 16_000), io.BytesIO()
     soundfile.write(file, tone, 16_000, format="WAV")
-    found = service.post("/v1/predict", **form(file.getvalue())).json()["files"][0]
+    body = service.post("/v1/predict", **form(file.getvalue()))
+    found = body.json()["files"][0]
     assert (found["status"], found["label"], found["scores"]) == ("ok", "not_speech", [])
+    (read,) = schema.Prediction.model_validate_json(body.content).files  # as the client does
+    assert isinstance(read, schema.Recording)
+    assert read.confidence is None
     assert (found.get("confidence"), found["speech_share"]) == (None, 0)
     (windowed,) = service.post("/v1/predict", **form(file.getvalue(), window_s=1)).json()["files"]
     assert {part["label"] for part in windowed["segments"]} == {windowed["label"]} == {"not_speech"}
