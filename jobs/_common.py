@@ -140,8 +140,9 @@ def _label_names(text: str) -> tuple[str, ...]:
 
 
 def say(text: str = "") -> None:
-    """Talk: one line on stderr, at once."""
-    print(text, file=sys.stderr, flush=True)
+    """Talk: one line on stderr, at once; lost where the terminal or the pipe has gone, which ends no job."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def escape_on_consoles() -> None:

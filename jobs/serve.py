@@ -132,6 +132,7 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings, digest: str | Non
     except KeyboardInterrupt:
         pass
     finally:
+        _take_signals(lambda: None, lambda: None)  # a failure ends it too, and nothing may interrupt the end
         say("stopping")
         refuse_new_work()
         with redirect_stdout(StringIO()):  # where Ray tells of its controller's end as if it were a failure

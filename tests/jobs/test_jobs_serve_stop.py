@@ -83,8 +83,13 @@ def test_a_roll_out_that_waits_is_ended(
     assert calls == ["start", "roll_out", "stop", "stop_ray"]
 
 
-def test_the_end_is_not_interrupted(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "run", waits_for_ever(calls, "run", signal.SIGTERM))
+@pytest.mark.parametrize("started", [True, False])
+def test_the_end_is_not_interrupted(calls: list[str], monkeypatch: pytest.MonkeyPatch, started: bool) -> None:
+    def fails(*_: object) -> None:
+        calls.append("run")
+        raise SerError("out of memory")
+
+    monkeypatch.setattr(deployment, "run", waits_for_ever(calls, "run", signal.SIGTERM) if started else fails)
 
     def impatient() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -92,7 +97,7 @@ def test_the_end_is_not_interrupted(calls: list[str], monkeypatch: pytest.Monkey
         calls.append("stop")
 
     monkeypatch.setattr(deployment, "stop", impatient)
-    assert main() == 0
+    assert (main() == 0) == started
     assert calls == ["start", "run", "stop", "stop_ray"]
 
 
@@ -108,7 +113,11 @@ ray_settings.prepare = lambda _: None
 job.start_ray = lambda **_: None
 job.stop_ray = lambda: os.write(told, b"stopped\\n")
 deployment.run = lambda *_: os.write(told, b"ready\\n")
-deployment.roll_out = lambda *_: os.write(told, b"rolled out\\n")
+def roll_out(*_):
+    os.write(told, b"rolled out\\n")
+    while os.isatty(2):  # until the terminal has gone; the signal of that may be on its way
+        pass
+deployment.roll_out = roll_out
 deployment.stop = lambda: None
 raise SystemExit(job.main(["--port", "0", "--metrics_port", "0"]))
 """
