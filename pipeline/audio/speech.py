@@ -33,21 +33,23 @@ def speech_share(samples: NDArray[np.float32], rate_hz: int) -> float:
         rate_hz: 8,000 or more.
     """
     step = rate_hz // _RATE_HZ
-    sound = samples[: len(samples) // step * step].reshape(-1, step) @ np.full(step, 1 / step, np.float32)
+    sound = np.zeros(len(samples) // step, np.float32)
+    for i in range(step):
+        sound += samples[i : len(sound) * step : step] / np.float32(step)
     if len(sound) < _RATE_HZ // 2:
         return float("nan")
     frames = sound[: len(sound) // _FRAME * _FRAME].reshape(-1, _FRAME)
     frames = frames - frames.mean(axis=1, keepdims=True)
     level_db = 10 * np.log10(np.maximum(np.einsum("ij,ij->i", frames, frames) / _FRAME, 1e-20))
     active = level_db >= max(level_db.max() - _DEEPEST_DB, _FAINTEST_DB)
-    window, cosines = _tables()
+    window, of_window = _tables()
     flat = np.diff(frames, axis=1, append=frames[:, -1:])  # else any low rumble is harmonic
     spectrum = np.fft.rfft(flat * window, _SIZE)
     power = spectrum.real**2 + spectrum.imag**2
     power[:, : _LOWEST_HZ * _SIZE // _RATE_HZ] = 0
     total = np.maximum(power.sum(axis=1), 1e-20)
-    found = power @ cosines  # at lag 0, then at those of a pitch
-    harmonicity = (found[:, 1:] / np.maximum(found[:, :1], 1e-20)).max(axis=1)
+    found = np.fft.irfft(power)[:, : len(of_window)] / of_window
+    harmonicity = (found[:, _RATE_HZ // _HIGHEST_HZ :] / np.maximum(found[:, :1], 1e-20)).max(axis=1)
     few = np.partition(power, -6, axis=1)[:, -6:].sum(axis=1) / total
     shape = np.sqrt(power / total[:, np.newaxis])
     same = np.einsum("ij,ij->i", shape[1:], shape[:-1])
@@ -59,11 +61,7 @@ def speech_share(samples: NDArray[np.float32], rate_hz: int) -> float:
 
 @cache
 def _tables() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The window ``(frame,)``; what makes autocorrelations, over the window's, of power: ``(bins, lags)``."""
+    """The window ``(frame,)``; its autocorrelation ``(lags,)``, 1 at lag 0, up to the lowest pitch's."""
     window = np.hanning(_FRAME)
-    lags = np.r_[0, _RATE_HZ // _HIGHEST_HZ : _RATE_HZ // _LOWEST_HZ]
-    bins = np.arange(_SIZE // 2 + 1)
-    cosines = np.cos(2 * np.pi * np.outer(bins, lags) / _SIZE)
-    cosines[1:-1] *= 2  # the spectrum's other half
-    of_window = np.abs(np.fft.rfft(window, _SIZE)) ** 2 @ cosines
-    return window.astype(np.float32), (cosines / (of_window / of_window[0])).astype(np.float32)
+    autocorrelation = np.fft.irfft(np.abs(np.fft.rfft(window, _SIZE)) ** 2)[: _RATE_HZ // _LOWEST_HZ]
+    return window.astype(np.float32), (autocorrelation / autocorrelation[0]).astype(np.float32)

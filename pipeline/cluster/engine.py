@@ -33,6 +33,7 @@ from pipeline.storage.journal import RETRIES
 ENGINES = ("auto", "local", "ray")
 _RAY_START_S = 35.0  # until the first block of a local Ray is done, two CPUs (benchmarks/bench_score.py)
 _RAY_PAYS_AT = 5.0  # times its start: estimated work from which on Ray is started
+_BLAS_THREADS = "OMP_NUM_THREADS"  # OpenBLAS and MKL read it as well
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -123,11 +124,20 @@ def _give(
 
 
 def _child(work: Callable[[Item], Result]) -> tuple[BaseProcess, Connection]:
-    """A process that answers items; it ends soon after this process if that is killed."""
+    """A process that answers items; it ends soon after this process if that is killed.
+
+    BLAS has one thread there, as in Ray's workers: several in each of several processes wait for one another.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, work), daemon=True)
-    process.start()
+    chosen = os.environ.get(_BLAS_THREADS)
+    os.environ.setdefault(_BLAS_THREADS, "1")  # read when numpy is first imported, so before the process starts
+    try:
+        process.start()
+    finally:
+        if chosen is None:
+            del os.environ[_BLAS_THREADS]
     theirs.close()
     return process, ours
 

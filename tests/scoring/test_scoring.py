@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from threadpoolctl import threadpool_info
 
 from jobs import infer
 from pipeline.data.manifest import scan_folder
@@ -412,6 +413,21 @@ def test_work_that_kills_every_process_is_given_up(monkeypatch: pytest.MonkeyPat
     with pytest.raises(SerError, match="a process died 2 times at the same piece of the work"):
         list(scoring.in_processes([0, 1], die, 1))
     assert multiprocessing.active_children() == []
+
+
+def test_processes_side_by_side_have_one_blas_thread_each_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert list(scoring.in_processes([0], blas_threads, 1)) == [({1}, "1")]
+    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert next(scoring.in_processes([0], blas_threads, 1))[1] == os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def blas_threads(_: int) -> tuple[set[int], str]:
+    found = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    return found, os.environ["OMP_NUM_THREADS"]
 
 
 def die(item: int) -> None:
