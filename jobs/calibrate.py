@@ -75,7 +75,7 @@ def _temperature(arguments: argparse.Namespace) -> int:
 
     from pipeline.evaluation.outcomes import failed_rows
     from pipeline.models.bundle import load_bundle, set_temperature
-    from pipeline.models.calibration import fit_temperature, scaled
+    from pipeline.models.doubt import fit_temperature, scaled
     from pipeline.scoring.predictions import read_predictions
 
     bundle = load_bundle(arguments.model_weights)

@@ -164,7 +164,7 @@ def keep(training: Training, out: Path) -> None:
 def confidences(found: pd.DataFrame, names: Sequence[str]) -> str:
     """How sure the answers are beside how often they are right: as they are, as the shipped bundle scales, fitted."""
     from pipeline.models.bundle import load_bundle
-    from pipeline.models.calibration import fit_temperature, scaled
+    from pipeline.models.doubt import fit_temperature, scaled
 
     truth = found["label_name"].map({name: i for i, name in enumerate(names)}).to_numpy(np.int64)
     p = found[[f"p_{name}" for name in names]].to_numpy(np.float64)

@@ -48,7 +48,7 @@ class Prediction:
         level_dbfs: RMS level of what was heard, of the loudest window when there are several.
         notice: what users should know of how the recording was read, "" mostly.
         speech_share: of what was heard, see ``audio.speech``; of the window with most when there are several.
-        familiarity: see ``models.familiarity``, the mean of the windows; NaN where the bundle does not know.
+        familiarity: see ``models.doubt``, the mean of the windows; NaN where the bundle does not know.
         speech, familiar: whether these are enough for an answer, and for one that may be relied on.
     """
 

@@ -65,7 +65,7 @@ class Timeline:
         start_s: where each window starts, ``(n,)``; ``end_s``: where it ends.
         level_dbfs: its RMS level, ``(n,)``.
         log_p: its log-probabilities, ``(n, C)``.
-        speech: whether it may be speech, ``(n,)``; ``familiarity``: see ``models.familiarity``, NaN where unknown;
+        speech: whether it may be speech, ``(n,)``; ``familiarity``: see ``models.doubt``, NaN where unknown;
             ``familiar``: whether that is enough. By default all is speech, and familiar.
     """
 

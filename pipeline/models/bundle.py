@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from pipeline.models.familiarity import Familiarity
+    from pipeline.models.doubt import Familiarity
     from pipeline.models.networks import Network
 
 FORMAT_VERSION = 1
@@ -79,7 +79,7 @@ class Bundle:
         Raises:
             BundleError: a damaged file.
         """
-        from pipeline.models.familiarity import NAME, Familiarity
+        from pipeline.models.doubt import NAME, Familiarity
 
         path = self.folder / NAME
         if not path.is_file():
@@ -262,7 +262,7 @@ def set_temperature(bundle: Bundle, temperature: float, figures: Mapping[str, An
 
 def set_familiarity(bundle: Bundle, found: Familiarity) -> None:
     """Write into a bundle how like its training recordings others are."""
-    from pipeline.models.familiarity import NAME
+    from pipeline.models.doubt import NAME
 
     with atomic_path(bundle.folder / NAME) as beside:
         beside.write_bytes(found.to_bytes())

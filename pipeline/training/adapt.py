@@ -25,8 +25,8 @@ from pipeline.data.splits import has_speakers, leaked, units_of
 from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.outcomes import Floats, Ints
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle, set_familiarity
-from pipeline.models.calibration import MIN_RECORDINGS as MIN_TO_CALIBRATE
-from pipeline.models.calibration import fit_temperature
+from pipeline.models.doubt import MIN_RECORDINGS as MIN_TO_CALIBRATE
+from pipeline.models.doubt import fit_temperature
 from pipeline.models.model_card import OUT_OF_FOLD, model_card
 from pipeline.storage.errors import SerError
 from pipeline.training.embeddings import with_last_layer

@@ -17,7 +17,7 @@ from pipeline.data.segments import END, RECORDING_HASH, START, has_segments, ids
 from pipeline.evaluation.metrics import OVERALL
 from pipeline.features.store import load_features
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle, set_familiarity
-from pipeline.models.familiarity import LEAST_RECORDINGS, Familiarity
+from pipeline.models.doubt import LEAST_RECORDINGS, Familiarity
 from pipeline.models.model_card import model_card
 from pipeline.models.networks import build_model
 from pipeline.reporting.report import terminal_summary, write_report
@@ -105,7 +105,7 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
 
 
 def learn_familiarity(bundle: Bundle, folders: Sequence[Path], row_ids: Collection[str]) -> int:
-    """Tell a bundle what its training recordings are like, see ``models.familiarity``.
+    """Tell a bundle what its training recordings are like, see ``models.doubt``.
 
     Args:
         folders: of features; row_ids: of the recordings in them that it was trained on, of which it takes up to

@@ -15,7 +15,7 @@ from jobs.calibrate import main
 from pipeline.inference.predictor import Predictor
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.models.calibration import fit_temperature, scaled
+from pipeline.models.doubt import fit_temperature, scaled
 from pipeline.storage.errors import SerError
 
 N, CLASSES = 4000, 8

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.models.bundle import Bundle, BundleError, file_sha256, load_bundle, set_familiarity
-from pipeline.models.familiarity import NAME, Familiarity
+from pipeline.models.doubt import NAME, Familiarity
 from pipeline.storage.errors import SerError
 
 

@@ -1,8 +1,13 @@
-"""How like the training recordings a recording is to the network: the distance of its penultimate features from theirs.
+"""How far an answer can be trusted: whether its confidence is honest, and whether it is of a familiar kind.
 
-The features of the training recordings, scaled to length 1, lie close to a flat of few dimensions (their principal
-components); what is unlike them lies off it. The length of a feature vector's part off the flat is its distance, as in
-Wang, Li, Feng & Zhang, "ViM: Out-Of-Distribution with Virtual-logit Matching" (CVPR 2022), without the logit.
+Temperature scaling (Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks", ICML 2017) changes no
+answer: the logits are divided by the T that minimises the log-loss on recordings the model was not trained on. It
+starts from probabilities: their logarithms are logits up to a constant that the softmax removes.
+
+Familiarity is how like the training recordings a recording is to the network. Their penultimate features, scaled to
+length 1, lie close to a flat of few dimensions (their principal components); what is unlike them lies off it. The
+length of a feature vector's part off the flat is its distance, as in Wang, Li, Feng & Zhang, "ViM:
+Out-Of-Distribution with Virtual-logit Matching" (CVPR 2022), without the logit.
 ``familiarity`` is the median distance of training recordings over the recording's own, at most 1: at 0.5 it lies twice
 as far off as they do. Limits: it knows sounds unlike speech and corpora unlike those trained on, not which answers are
 wrong; training recordings lie closer than others of the same speakers.
@@ -103,3 +108,64 @@ class Familiarity:
 def _unit(embeddings: NDArray[np.float32]) -> Floats:
     vectors = embeddings.astype(np.float64)
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+
+
+_TEMPERATURES = (0.05, 20.0)
+_LEAST_PROBABILITY = 1e-12  # of a probability, before its logarithm
+MIN_RECORDINGS = 30
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, and the figures of the recordings it was fitted on, before and after."""
+
+    temperature: float
+    n: int
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def fit_temperature(truth: NDArray[np.int64], probabilities: Floats) -> Calibration:
+    """The temperature that minimises the log-loss.
+
+    Args:
+        truth: (n,) class indices.
+        probabilities: (n, C), at temperature 1.
+
+    Raises:
+        SerError: too few recordings, or probabilities that are none.
+    """
+    if len(truth) < MIN_RECORDINGS:
+        raise SerError(f"{len(truth)} recordings are too few to fit a temperature; expected {MIN_RECORDINGS} or more")
+    if not np.isfinite(probabilities).all() or probabilities.min() < 0:
+        raise SerError("the probabilities hold negative or missing numbers; give what jobs.evaluate wrote")
+
+    from scipy.optimize import minimize_scalar  # a second of imports that no answer needs
+
+    from pipeline.evaluation.outcomes import log_loss
+
+    def loss(log_temperature: float) -> float:
+        return log_loss(truth, scaled(probabilities, float(np.exp(log_temperature))))
+
+    found = minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    temperature = float(np.exp(found.x))
+    after = scaled(probabilities, temperature)
+    return Calibration(temperature, len(truth), _figures(truth, probabilities), _figures(truth, after))
+
+
+def scaled(probabilities: Floats, temperature: float) -> Floats:
+    """Probabilities (n, C) at another temperature."""
+    logits = np.log(np.maximum(probabilities, _LEAST_PROBABILITY)) / temperature
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def _figures(truth: NDArray[np.int64], probabilities: Floats) -> dict[str, float]:
+    from pipeline.evaluation.outcomes import brier, log_loss, reliability
+
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
+    return {
+        "log_loss": log_loss(truth, probabilities),
+        "brier": brier(truth, probabilities),
+        "ece": float(reliability(confidence, correct).ece),
+    }
