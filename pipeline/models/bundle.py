@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from pipeline.models.networks import Network
 
 FORMAT_VERSION = 1
-DEFAULT_BUNDLE = Path(__file__).resolve().parents[2] / "models" / "inception_ser_final"
+_PLACES = (Path(__file__).resolve().parents[2] / "models", Path(__file__).resolve().parents[1] / "shipped")
+DEFAULT_BUNDLE = next(filter(Path.is_dir, (place / "inception_ser_final" for place in _PLACES)), _PLACES[0])
 _CONFIG, _METRICS, _TRAINING, _CARD = "config.json", "metrics.json", "training.csv", "README.md"
 
 
@@ -139,8 +140,8 @@ def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
         folder = given.parent
     if path is None and not folder.is_dir():
         raise BundleError(
-            f"the shipped model is not here (no {folder}): an installed copy has the code alone; name a model of yours "
-            "(--model_weights, serve: --bundles), or install the project's folder with pip install -e ."
+            f"the shipped model is missing ({folder}); install the package again, or name a model of yours "
+            "(--model_weights, serve: --bundles)"
         )
     if not folder.is_dir():
         raise BundleError(f"no model bundle at {folder}; give the folder that jobs.train wrote, or the .pt in it")
