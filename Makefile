@@ -7,7 +7,7 @@ APP    := $(VENV)/.ready-app
 DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train simulate-scale
+.PHONY: help setup demo ravdess serve app docs test test-slow test-browser bench-features bench-score bench-train simulate-scale
 .PHONY: reproduce reproduce-corpora reproduced-features reproduced-teacher-1 reproduced-teacher-2 three-seconds new-voices
 .PHONY: kill-tests test-cluster bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
@@ -134,6 +134,10 @@ fuzz: $(DEV)      ## 10,000 mutated recordings through the decoder
 fuzz-api: $(DEV)  ## every check of schemathesis against the running service
 	$(PIP) schemathesis==4.32.5
 	$(BIN)/python -m benchmarks.fuzz_api
+
+docs: $(DEV)     ## the pages of docs/ as a site, in build/site
+	$(PIP) mkdocs-material==9.8.2
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 lint: $(DEV)    ## ruff, mypy --strict, and which room may import which
 	$(BIN)/ruff check .
