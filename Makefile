@@ -7,7 +7,7 @@ APP    := $(VENV)/.ready-app
 DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo ravdess serve app test test-slow test-browser bench-features bench-score bench-train simulate-scale
+.PHONY: help setup demo ravdess serve app test docs-check test-slow test-browser bench-features bench-score bench-train simulate-scale
 .PHONY: reproduce reproduce-corpora reproduced-features reproduced-teacher-1 reproduced-teacher-2 three-seconds new-voices
 .PHONY: kill-tests test-cluster bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
@@ -44,7 +44,10 @@ app: $(APP)       ## the web page and its service, on http://localhost:8501; opt
 	@$(BIN)/python -m jobs.app $(ARGS)
 
 test: $(DEV)    ## the tests, in a few minutes
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+docs-check: $(DEV)  ## README, docs and notebook: links, commands, docstrings, the worked examples of CONTRIBUTING.md
+	$(BIN)/python -m pytest -n 2 -m "docs and not slow"
 
 test-slow: $(DEV)   ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800
