@@ -22,6 +22,7 @@ from pipeline.training.loop import Run, fit
 from pipeline.training.losses import Teachers, load_teachers, refuse_leaks, without_batch_norms
 from pipeline.training.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]
 FAST += ["--width", "0.125"]
 
