@@ -181,6 +181,13 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The local engine's work is done here, without its child processes, whose start takes seconds."""
+    for module in ("scoring.scoring", "features.extract", "training.cross_validation"):
+        monkeypatch.setattr(f"pipeline.{module}.in_processes", lambda items, work, _, **__: map(work, items))
+
+
+@pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports and runs without their pictures, which take three seconds a report; tests/reporting draws them."""
     monkeypatch.setattr("pipeline.reporting.figures.drawings", lambda _: [])

@@ -17,7 +17,6 @@ from web_files import FileServer, serving
 
 from jobs.ravdess import NOTICE_FILE
 from pipeline.models.bundle import Bundle
-from pipeline.scoring import scoring
 from samples.demo import EMOTIONS, VOICES, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,12 +31,12 @@ def demo(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    in_this_process: None,
     undrawn: None,
 ) -> Demo:
     """Run samples/demo.py in an empty folder, in this process, with an untrained model; ``make demo`` runs all."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
 
     def run(*options: str) -> SimpleNamespace:
         given = ["--engine", "local", "--model_weights", str(tiny_bundle.folder), *options]

@@ -22,7 +22,6 @@ from pipeline.features.features import FeatureConfig, extract
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle, save_bundle
 from pipeline.models.networks import build_model
-from pipeline.scoring import scoring
 from serve.service import PredictRequest
 from serve.worker import Worker
 
@@ -71,15 +70,13 @@ def by_hand(bundle: Bundle, files: list[Path]) -> np.ndarray:
     return found
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("in_this_process", "undrawn")
 def test_every_command_and_the_service_give_the_network_s_answer(
     bundle: Bundle,
     files: list[Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
     expected = by_hand(bundle, files)
     assert np.ptp(expected, axis=0).max() > 0.01, "the recordings sound alike: this test cannot fail"
     columns = [f"p_{label}" for label in bundle.labels]
