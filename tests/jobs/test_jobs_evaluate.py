@@ -254,7 +254,7 @@ def trained_bundle(ravdess_like: Path, tiny_bundle: Bundle, tmp_path: Path) -> P
         name="trained",
         state_dict=tiny_bundle.state_dict(),
         model_name="inception",
-        model_options={},
+        model_options=tiny_bundle.model_options,
         labels=LABELS,
         features=FeatureConfig(),
         metrics={},

@@ -45,7 +45,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_this_process", "ray_session")
 def test_recordings_to_bundle_and_report_with_two_ray_workers(
     ravdess_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

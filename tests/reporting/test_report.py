@@ -24,7 +24,7 @@ from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.verdict import Targets, decimals
 from pipeline.reporting import figures
 from pipeline.reporting.report import _NARROW as NARROW
-from pipeline.reporting.report import meta_rows, terminal_summary, visible, write_comparison, write_report
+from pipeline.reporting.report import terminal_summary, visible, write_comparison, write_report
 from pipeline.reporting.terminal import classification_report as our_report
 from pipeline.storage.errors import SerError
 
@@ -371,11 +371,6 @@ def test_tables_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_control_and_direction_characters_are_shown() -> None:
     assert visible("a\x00b\n\u202ec\ud800é🙂") == "a\\x00b\\n\\u202ec\\ud800é🙂"
-
-
-def test_nested_facts_become_rows() -> None:
-    rows = meta_rows({"model_sha256": "ab", "versions": {"torch": "2"}, "nothing": None, "words": ["a", 1]})
-    assert rows == [("model sha256", "ab"), ("versions: torch", "2"), ("words", "a 1")]
 
 
 def test_a_full_disk_is_one_line(predictions: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

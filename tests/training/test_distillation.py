@@ -37,13 +37,13 @@ def a_bundle(
     training: pd.DataFrame | None = TRAINING,
 ) -> Path:
     torch.manual_seed(3)
-    model = build_model("inception", {}, len(labels), features.input_shape)
+    model = build_model("inception", {"width": 0.125}, len(labels), features.input_shape)
     save_bundle(
         folder,
         name="teacher",
         state_dict=model.state_dict(),
         model_name="inception",
-        model_options={},
+        model_options={"width": 0.125},
         labels=labels,
         features=features,
         metrics={},
