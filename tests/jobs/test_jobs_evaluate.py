@@ -18,7 +18,6 @@ from pipeline.data.manifest import scan_folder
 from pipeline.evaluation import leaks
 from pipeline.features.features import FeatureConfig
 from pipeline.models.bundle import Bundle, save_bundle
-from pipeline.reporting import figures
 
 DONE, USAGE, MISSED, SOME_FAILED = 0, 2, 3, 4
 
@@ -51,11 +50,10 @@ class Scorer:
 
 
 @pytest.fixture
-def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
+def scorer(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Scorer:
     """No listening and no drawing; the scorer's ``right`` and ``failed`` can be set."""
     fake = Scorer()
     monkeypatch.setattr("pipeline.scoring.scoring.score_manifest", fake)
-    monkeypatch.setattr(figures, "drawings", lambda evaluation: [])
     return fake
 
 
