@@ -180,20 +180,6 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The local engine's work is done here, without its child processes, whose start takes seconds."""
-    for module in ("scoring.scoring", "features.extract", "training.cross_validation"):
-        monkeypatch.setattr(f"pipeline.{module}.in_processes", lambda items, work, _, **__: map(work, items))
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports and runs without their pictures, which take three seconds a report; tests/reporting draws them."""
-    monkeypatch.setattr("pipeline.reporting.figures.drawings", lambda _: [])
-    monkeypatch.setattr("pipeline.training.results.plot_curves", lambda _, path: path.touch())
-
-
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray with two CPUs, started at the first use in the session and stopped at its end.
@@ -208,6 +194,20 @@ def ray_session() -> Iterator[None]:
     start_ray(num_cpus=2)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The local engine's work is done here, without its child processes, whose start takes seconds."""
+    for module in ("scoring.scoring", "features.extract", "training.cross_validation"):
+        monkeypatch.setattr(f"pipeline.{module}.in_processes", lambda items, work, _, **__: map(work, items))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports and runs without their pictures, which take three seconds a report; tests/reporting draws them."""
+    monkeypatch.setattr("pipeline.reporting.figures.drawings", lambda _: [])
+    monkeypatch.setattr("pipeline.training.results.plot_curves", lambda _, path: path.touch())
 
 
 def _on_ray(item: pytest.Item) -> bool:
