@@ -44,7 +44,7 @@ app: $(APP)       ## the web page and its service, on http://localhost:8501; opt
 	@$(BIN)/python -m jobs.app $(ARGS)
 
 test: $(DEV)    ## the tests, in a few minutes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 docs-check: $(DEV)  ## README, docs and notebook: links, commands, docstrings, the worked examples of CONTRIBUTING.md
 	$(BIN)/python -m pytest -n 2 -m "docs and not slow"

@@ -223,8 +223,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Where processes share the tests (``pytest -n``), those on Ray come first: together they take longest."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: not _on_ray(item))
+        config.option.loadgroup = True  # xdist appends the group to the test's name
         for item in filter(_on_ray, items):
-            item.add_marker(pytest.mark.xdist_group("ray"))  # --dist loadgroup appends it to the test's name
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.hookimpl(optionalhook=True)
