@@ -18,6 +18,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray reads it when a test module imports it
 
 import hypothesis
+import jinja2
 import numpy as np
 import pytest
 import soundfile
@@ -203,9 +204,22 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"pipeline.{module}.in_processes", lambda items, work, _, **__: map(work, items))
 
 
+_compile, _compiled = jinja2.Environment.compile, {}
+
+
+def _compile_once(environment: jinja2.Environment, source: str, name: str, filename: str) -> Any:
+    if source not in _compiled:
+        _compiled[source] = _compile(environment, source, name, filename)
+    return _compiled[source]
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports and runs without their pictures, which take three seconds a report; tests/reporting draws them."""
+    """Reports and runs without their pictures, which take three seconds a report; tests/reporting draws them.
+
+    Templates are compiled once, not at every report.
+    """
+    monkeypatch.setattr(jinja2.Environment, "compile", _compile_once)
     monkeypatch.setattr("pipeline.reporting.figures.drawings", lambda _: [])
     monkeypatch.setattr("pipeline.training.results.plot_curves", lambda _, path: path.touch())
 
