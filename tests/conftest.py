@@ -14,6 +14,9 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of numpy or torch
+os.environ.setdefault(
+    "OMP_THREAD_LIMIT", "1"
+)  # code may ask for more: threads that wait for a CPU cost 20 times the work
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray reads it when a test module imports it
 
