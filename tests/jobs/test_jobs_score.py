@@ -259,17 +259,8 @@ def test_odd_names_end_in_the_tables(
 
 def run_dying(death: str, bundle: Bundle, folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """The command in its own process, into which ``death`` is patched: code that sees ``Ledger`` and ``os``."""
-    words = [
-        "--model_weights",
-        str(bundle.folder),
-        "--engine",
-        "local",
-        "--num_cpus",
-        "1",
-        "--block_rows",
-        "2",
-        "--no_report",
-    ]
+    words = ["--model_weights", str(bundle.folder), "--engine", "local", "--num_cpus", "1", "--block_rows", "2"]
+    words += ["--no_report", "--input", str(folder), "--out", str(out)]
     code = "\n".join(
         [
             "import os, resource, signal, sys",
@@ -279,7 +270,7 @@ def run_dying(death: str, bundle: Bundle, folder: Path, out: Path) -> subprocess
             "commit, replace = Ledger.commit, Path.replace",
             textwrap.dedent(death),
             "if __name__ == '__main__':",
-            f"    sys.exit(main({[*words, '--input', str(folder), '--out', str(out)]!r}))",
+            f"    sys.exit(main({words!r}))",
         ]
     )
     script = out.parent / "dying.py"
@@ -394,34 +385,13 @@ def test_ray_workers_that_crash_cost_one_row_each(bundle: Bundle, write_audio: W
     )
     for i in range(40):
         write_audio(f"in/{i:02d}.wav", seed=i, duration_s=0.3, sample_rate_hz=12_345 if i in (7, 23) else 16_000)
-    words = [
-        "--model_weights",
-        bundle.folder,
-        "--engine",
-        "ray",
-        "--num_cpus",
-        "2",
-        "--input",
-        tmp_path / "in",
-        "--out",
-        tmp_path / "out",
-    ]
+    words = ["--model_weights", bundle.folder, "--input", tmp_path / "in", "--out", tmp_path / "out"]
+    words += ["--engine", "ray", "--num_cpus", 2, "--block_rows", 5]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "jobs.score",
-            *map(str, words),
-            "--engine",
-            "ray",
-            "--num_cpus",
-            "2",
-            "--block_rows",
-            "5",
-        ],
+        [sys.executable, "-m", "jobs.score", *map(str, words)],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        | {"PYTHONPATH": str(tmp_path / "patch")},
+        env=environment | {"PYTHONPATH": str(tmp_path / "patch")},
         capture_output=True,
         text=True,
         timeout=300,
