@@ -198,10 +198,7 @@ def test_a_manifest_takes_no_place_of_something_else(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--f_max_hz 99999", "f_max_hz=99999.0; expected at most half the sampling rate, 24000 Hz"),
         ("--window_s nan", "must be positive and finite"),
-        ("--block_rows -5", "block_rows must be 1 or more, got -5"),
-        ("--mel_power_s nan", "mel_power_s must be 0 to 120 s, got nan"),
         ("--pitch_semitones=-1,1 --mel_power_s 0", "give --mel_power_s 6, or no --pitch_semitones"),
     ],
 )

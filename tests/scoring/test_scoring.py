@@ -158,14 +158,6 @@ def test_labelled_rows_are_evaluated_and_doubt_changes_no_evaluation(
 
 
 @HERE
-def test_without_labels_the_report_has_no_metrics(bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path) -> None:
-    run = score_manifest(manifest[["speech"]].head(3), tmp_path / "out", weights=bundle.folder, execution=CHILD)
-    assert run.evaluation is not None
-    assert not run.evaluation["labelled"]
-    assert (tmp_path / "out" / "report.html").is_file()
-
-
-@HERE
 def test_a_finished_run_is_not_scored_again(bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path) -> None:
     def run() -> scoring.ScoreRun:
         return score_manifest(manifest.head(4), tmp_path / "out", weights=bundle.folder, execution=CHILD, report=False)
