@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 APP    := $(VENV)/.ready-app
 DEV    := $(VENV)/.ready-dev
+BROWSE := $(VENV)/.ready-browser
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo ravdess serve app docs test test-slow test-browser bench-features bench-score bench-train simulate-scale
+.PHONY: help setup demo ravdess serve app docs docs-check test test-slow test-browser bench-features bench-score bench-train simulate-scale
 .PHONY: reproduce reproduce-corpora reproduced-features reproduced-teacher-1 reproduced-teacher-2 three-seconds new-voices
 .PHONY: kill-tests test-cluster bench-serve load-test bench-page page-pictures video fuzz fuzz-api lint clean
 
@@ -31,6 +32,10 @@ $(DEV): requirements-dev.txt requirements-app.txt $(READY)
 	$(PIP) --no-compile -r requirements-dev.txt
 	@touch $@ $(APP)
 
+$(BROWSE): $(DEV)
+	$(PIP) playwright==1.65.2 greenlet==3.5.6 axe-playwright-python==0.1.8
+	@touch $@
+
 demo: $(READY)    ## score samples/ with the shipped model; your own: make demo DATA=/path/to/folder
 	@$(BIN)/python samples/demo.py --out demo_report $(if $(DATA),--data "$(DATA)")
 
@@ -46,11 +51,13 @@ app: $(APP)       ## the web page and its service, on http://localhost:8501; opt
 test: $(DEV)    ## the tests, in a few minutes
 	$(BIN)/python -m pytest -n 2
 
+docs-check: $(DEV)  ## README, docs and notebook: links, commands, docstrings, the worked examples of CONTRIBUTING.md
+	$(BIN)/python -m pytest -m "docs and not slow"
+
 test-slow: $(DEV)   ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-test-browser: $(DEV)  ## the tests in a real browser; needs chromium (CHROMIUM=/usr/bin/chromium)
-	$(PIP) playwright==1.65.2 greenlet==3.5.6 axe-playwright-python==0.1.8
+test-browser: $(BROWSE)  ## the tests in a real browser; needs chromium (CHROMIUM=/usr/bin/chromium)
 	$(BIN)/python -m pytest -m browser
 
 bench-features: $(DEV)  ## speed of decoding, features and extraction: make bench-features DATA=/path/to/recordings

@@ -6,7 +6,6 @@ a skipped test is a failure, unless its reason names a missing GPU.
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -15,10 +14,14 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of numpy or torch
+os.environ.setdefault(
+    "OMP_THREAD_LIMIT", "1"
+)  # code may ask for more: threads that wait for a CPU cost 20 times the work
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray reads it when a test module imports it
 
 import hypothesis
+import jinja2
 import numpy as np
 import pytest
 import soundfile
@@ -144,7 +147,7 @@ def ravdess_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of the Inception with seeded random weights, untrained: the eight RAVDESS classes. Do not change it.
+    """A bundle of a narrow Inception with seeded random weights, untrained: RAVDESS' eight classes. Do not change it.
 
     Batch norms and last layer are set on one clip an emotion, so that answers differ between recordings and none is
     certain: a test that mixes rows up shall see it.
@@ -153,13 +156,13 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
     from pipeline.models.networks import build_model
 
-    config = FeatureConfig()
+    config, options = FeatureConfig(), {"width": 0.25}
     voices = [dict(zip(("f0_hz", "syllables_hz", "peak"), voice, strict=True)) for voice in _VOICES.values()]
     clips = [speech_like(**voice, duration_s=config.window_s, sample_rate_hz=config.sample_rate_hz) for voice in voices]
     heard = torch.from_numpy(np.stack([extract(clip, config) for clip in clips]))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = build_model("inception", {}, len(RAVDESS_LABELS), config.input_shape)
+        model = build_model("inception", options, len(RAVDESS_LABELS), config.input_shape)
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0  # running statistics are those of the one batch that follows
@@ -174,7 +177,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         name="tiny",
         state_dict=model.state_dict(),
         model_name="inception",
-        model_options={},
+        model_options=options,
         labels=RAVDESS_LABELS,
         features=config,
         metrics={},
@@ -197,27 +200,59 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
-@functools.cache
-def _on_ray(file: Path) -> bool:
-    return "ray_session" in file.read_text(encoding="utf-8")
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The local engine's work is done here, without its child processes, whose start takes seconds."""
+    for module in ("scoring.scoring", "features.extract", "training.cross_validation"):
+        monkeypatch.setattr(f"pipeline.{module}.in_processes", lambda items, work, _, **__: map(work, items))
 
 
+_compile, _compiled = jinja2.Environment.compile, {}
+
+
+def _compile_once(environment: jinja2.Environment, source: str, name: str, filename: str) -> Any:
+    if source not in _compiled:
+        _compiled[source] = _compile(environment, source, name, filename)
+    return _compiled[source]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports and runs without their pictures, which take three seconds a report; tests/reporting draws them.
+
+    Templates are compiled once, not at every report.
+    """
+    monkeypatch.setattr(jinja2.Environment, "compile", _compile_once)
+    monkeypatch.setattr("pipeline.reporting.figures.drawings", lambda _: [])
+    monkeypatch.setattr("pipeline.training.results.plot_curves", lambda _, path: path.touch())
+
+
+def _on_ray(item: pytest.Item) -> bool:
+    """Whether a test has the fixture ``ray_session``, or a parameter that says "ray"."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "ray_session" in item.fixturenames or any(
+        isinstance(value, str) and value == "ray" for value in parameters.values()
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where processes share the tests (``pytest -n``), those that may need Ray come first: they take longest."""
+    """Where processes share the tests (``pytest -n``), those on Ray come first: together they take longest."""
     if hasattr(config, "workerinput"):
-        first = {file: _on_ray(file) for file in {item.path for item in items}}
-        items.sort(key=lambda item: not first[item.path])
+        items.sort(key=lambda item: not _on_ray(item))
+        config.option.loadgroup = True  # xdist appends the group to the test's name
+        for item in filter(_on_ray, items):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file's tests to one process, those of all files that may need Ray to the same one: Ray starts once."""
+    """All tests on Ray to one process, so that Ray starts once; of the others, each file's to one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return "ray" if _on_ray(config.rootpath / file) else file
+            return "ray" if nodeid.endswith("@ray") else nodeid.split("::")[0]
 
     config.option.loadscopereorder = False  # the order of the tests is that of above
     return OneRay(config, log)

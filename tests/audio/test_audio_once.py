@@ -14,11 +14,10 @@ from pipeline.audio import decoders
 from pipeline.audio import load as audio
 from pipeline.audio.load import Limits, load_middle
 
-ONCE = [
-    (channels, rate_hz, duration_s)
-    for channels in (1, 2, 6)
-    for rate_hz in (16_000, 44_100, 48_000)
-    for duration_s in (0.05, 2.0, 3.7, 31.3)
+ONCE = [  # each number of channels, rate and length, shorter and longer than the windows and than a block
+    *((1, 16_000, 0.05), (1, 44_100, 31.3), (1, 48_000, 3.7)),
+    *((2, 16_000, 31.3), (2, 44_100, 2.0), (2, 48_000, 0.05)),
+    *((6, 16_000, 3.7), (6, 44_100, 0.05), (6, 48_000, 2.0)),
 ]
 
 
@@ -43,7 +42,7 @@ def test_one_decode_gives_what_three_gave(channels: int, rate_hz: int, duration_
 def test_one_decode_of_every_format(
     container: str, codec: str, rate_hz: int, channels: int, error: float | None
 ) -> None:
-    assert same_as_apart(encoded(voice(9.0, rate_hz, channels), rate_hz, container, codec))
+    assert same_as_apart(encoded(voice(7.0, rate_hz, channels), rate_hz, container, codec))
 
 
 @pytest.mark.parametrize(("container", "codec", "rate_hz", "name"), AV_FORMATS)

@@ -209,18 +209,6 @@ def test_a_flac_of_unknown_length_is_counted_and_read() -> None:
         assert code_of(without_frames, call) == "no_samples"
 
 
-def test_lengths_that_streaming_writers_could_not_know() -> None:
-    samples = voice(0.5, 16_000)
-    wav, caf = bytearray(encoded(samples, 16_000)), bytearray(encoded(samples, 16_000, "CAF"))
-    expected = load(bytes(wav)).samples
-    for placeholder in (0xFFFF_FFFF, 0x7FFF_FFFF, 0x8000_0000):
-        wav[4:8] = wav[40:44] = placeholder.to_bytes(4, "little")
-        assert np.array_equal(load(bytes(wav)).samples, expected)
-    data_size = caf.index(b"data") + 4
-    caf[data_size : data_size + 8] = b"\xff" * 8
-    assert np.array_equal(load(bytes(caf)).samples, expected)
-
-
 def test_flac_behind_an_id3_tag() -> None:
     flac = encoded(voice(0.5, 16_000), 16_000, "FLAC")
     assert np.array_equal(load(b"ID3\4\0\0\0\0\0\x0a" + bytes(10) + flac).samples, load(flac).samples)

@@ -251,8 +251,8 @@ def test_a_cluster_that_cannot_be_joined(
 
 
 LOOK = """
-from tests.support.processes import command_of, descendants
-import os, ray
+from tests.support.processes import LOOPBACK, command_of, descendants, listeners
+import os, ray  # before start_ray, as scoring, extraction and the protocols do
 from pipeline.cluster.runtime import restore_priority, start_ray
 def of(pid):
     return {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
@@ -270,11 +270,13 @@ if __name__ == "__main__":
     ours = {command_of(pid): of(pid) for pid in descendants(os.getpid())}
     assert [ours[name] for name in ours if "raylet/raylet" in name or "gcs_server" in name] == [{batch}] * 2, ours
     assert os.sched_getscheduler(0) == other
+    ports = listeners(os.getpid())
+    assert len(ports) >= 4 and {address for address, _ in ports} <= LOOPBACK, ports
     print(list(ours))
 """
 
 
-def test_a_lean_ray_works_without_the_processes_that_do_nothing_for_us() -> None:
+def test_a_lean_ray_listens_on_loopback_only_and_lacks_the_processes_that_do_nothing_for_us() -> None:
     environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
     run = subprocess.run(
         [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, timeout=120, check=False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.manifest import ManifestError
@@ -65,6 +65,7 @@ def test_no_voice_is_in_two_parts(protocol: str) -> None:
         assert sharing(fold)["speakers"] == 0
 
 
+@settings(max_examples=30, deadline=None)
 @given(n=st.integers(30, 80), folds=st.integers(2, 5), seed=st.integers(0, 5))
 def test_stratified_folds_hold_each_class_evenly(n: int, folds: int, seed: int) -> None:
     counts = [

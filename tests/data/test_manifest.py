@@ -21,13 +21,11 @@ from pipeline.data.splits import split_table
 from pipeline.storage.errors import SerError
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_encodings_separators_and_column_names(tmp_path: Path, encoding: str, separator: str) -> None:
+def test_column_names_and_paths_as_people_write_them(tmp_path: Path) -> None:
+    """Encodings and separators are in test_cells."""
     rows = [["File", "Emotion", "note"], ["a.wav", "Fear", "é"], ["sub\\b.wav", "afraid", "x"]]
-    text = "\r\n".join(separator.join(row) for row in rows) + "\r\n\r\n"
     path = tmp_path / "judges.csv"
-    path.write_bytes(text.encode(encoding))
+    path.write_bytes(("\r\n".join(";".join(row) for row in rows) + "\r\n\r\n").encode("utf-8-sig"))
     table = read_manifest(path)
     assert table["label"].tolist() == ["fearful", "fearful"]
     assert table["speech"].tolist() == [str(tmp_path / "a.wav"), str(tmp_path / "sub" / "b.wav")]

@@ -20,7 +20,6 @@ from pipeline.evaluation import leaks
 from pipeline.features.extract import BlockWriter, ShardOptions
 from pipeline.inference.predictor import Predictor, ScoreOptions
 from pipeline.models.bundle import Bundle
-from pipeline.scoring import scoring
 from pipeline.scoring.predictions import read_predictions
 from pipeline.scoring.scoring import Execution, score_manifest
 from pipeline.storage.errors import AudioError
@@ -72,10 +71,8 @@ def test_a_segment_is_read_as_the_file_cut_out_there(long: Path, cut: list[Path]
 
 @pytest.mark.parametrize("window_s", [None, 1.0])
 def test_scores_are_those_of_the_files_cut_out(
-    tiny_bundle: Bundle, long: Path, cut: list[Path], tmp_path: Path, monkeypatch: Any, window_s: float | None
+    tiny_bundle: Bundle, long: Path, cut: list[Path], tmp_path: Path, in_this_process: None, window_s: float | None
 ) -> None:
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
-
     def scored(manifest: pd.DataFrame, name: str) -> pd.DataFrame:
         options = ScoreOptions(window_s=window_s)
         where, how = tmp_path / name, Execution(num_cpus=0)

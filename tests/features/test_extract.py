@@ -27,6 +27,7 @@ from pipeline.storage.errors import DecoderCrashed
 
 CONFIG = FeatureConfig()
 RAY = pytest.mark.usefixtures("ray_session")
+HERE = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def read_parts(folder: Path) -> pd.DataFrame:
     return pd.concat([pq.read_table(p).to_pandas() for p in sorted(folder.glob("part-*.parquet"))], ignore_index=True)
 
 
+@HERE
 def test_rows_out_equal_rows_in_with_reasons(manifest: pd.DataFrame, tmp_path: Path) -> None:
     seen: list[tuple[int, int, int]] = []
     summary = extract_shards(
@@ -93,6 +95,7 @@ def test_both_engines_write_the_same_shards(manifest: pd.DataFrame, tmp_path: Pa
     assert plans[0] == plans[1]
 
 
+@HERE
 def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, tmp_path: Path) -> None:
     extract_shards(manifest, tmp_path / "out", CONFIG, options=ShardOptions(block_rows=5))
     loaded = load_features(tmp_path / "out", CONFIG)
@@ -111,12 +114,14 @@ def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, tmp_pat
             np.testing.assert_allclose(normalise_power(loaded.mel_power[i, :, :188], CONFIG), expected, atol=1e-4)
 
 
+@HERE
 def test_plain_pyarrow_reads_the_shape(manifest: pd.DataFrame, tmp_path: Path) -> None:
     extract_shards(manifest, tmp_path / "out", CONFIG)
     column = pq.read_table(tmp_path / "out" / "part-00000.parquet")["log_mel"].combine_chunks()
     assert column.to_numpy_ndarray().shape == (19, 1, 64, 188)
 
 
+@HERE
 def test_only_missing_parts_are_done_again(manifest: pd.DataFrame, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ShardOptions(block_rows=4)
     extract_shards(manifest, out, CONFIG, options=options)
@@ -135,6 +140,7 @@ def test_only_missing_parts_are_done_again(manifest: pd.DataFrame, tmp_path: Pat
     assert np.array_equal(np.stack(after["log_mel"]), np.stack(before["log_mel"]))
 
 
+@HERE
 def test_other_recordings_settings_or_folders_are_refused(manifest: pd.DataFrame, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract_shards(manifest.iloc[:3], out, CONFIG)
@@ -151,6 +157,7 @@ def test_other_recordings_settings_or_folders_are_refused(manifest: pd.DataFrame
         extract_shards(manifest, tmp_path / "file", CONFIG)
 
 
+@HERE
 def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path) -> None:
     good = manifest[manifest["speech"].str.contains("good[78]")]
     frames = FeatureConfig(kind="frame_features")
@@ -172,6 +179,7 @@ def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path)
     assert table["label"].tolist() == [label for label in good["label"] for _ in range(3)]
 
 
+@HERE
 def test_wrong_configuration_version_or_part_is_refused(manifest: pd.DataFrame, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract_shards(manifest[manifest["speech"].str.contains("good")], out, CONFIG)
@@ -186,6 +194,7 @@ def test_wrong_configuration_version_or_part_is_refused(manifest: pd.DataFrame, 
         load_features(tmp_path / "nowhere")
 
 
+@HERE
 def test_nothing_readable(tmp_path: Path) -> None:
     table = pd.DataFrame({"speech": [str(tmp_path / "a.wav")], "label": ["sad"]})
     assert extract_shards(table, tmp_path / "out", CONFIG).failed == 1

@@ -23,31 +23,16 @@ import pytest
 from pipeline.audio.load import content_hash
 from pipeline.cluster import engine, runtime
 from pipeline.data import splits
-from pipeline.features import extract
 from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
 from pipeline.features.features import FeatureConfig
 from pipeline.features.store import NOTES, ShardError, known_hashes, load_features
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import stamps_of
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
 CONFIG = FeatureConfig()
 NO_POWER, ONE_EACH = ShardOptions(mel_power_s=0), ShardOptions(mel_power_s=0, block_rows=1)
 OURS = ("row_id", "status", "error", "log_mel", "_row", "_block")
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block after the other, by the workers' own code."""
-
-    def run(
-        blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter, _: int | None
-    ) -> Iterator[tuple[int, int, int]]:
-        for i in todo:
-            first = int(blocks[i].index[0])
-            written, bad = write(blocks[i].assign(_block=i, _row=range(first, first + len(blocks[i]))))
-            yield len(blocks[i]), written, bad
-
-    monkeypatch.setattr(extract, "_in_processes", run)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from pipeline.models.networks import build_model
 from pipeline.training import embeddings, last_stages
 from pipeline.training.last_layer import Head
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 DONE, USAGE, SOME_FAILED = 0, 2, 4
 CONFIG = FeatureConfig(sample_rate_hz=16_000, window_s=1.0, n_mels=32, n_fft=512, hop_length=256)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,6 @@ from pipeline.data.manifest import read_manifest, scan_folder
 from pipeline.features.features import FeatureConfig
 from pipeline.features.store import load_features
 from pipeline.storage.errors import SerError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def parser() -> Parser:
@@ -137,7 +134,7 @@ def test_progress_lines_tell_failures_and_the_end(capsys: pytest.CaptureFixture[
     assert all("3 failed" in line for line in lines)
 
 
-def test_manifest_then_extract(ravdess_like: Path, tmp_path: Path, ray_session: object) -> None:
+def test_manifest_then_extract(ravdess_like: Path, tmp_path: Path, in_this_process: None) -> None:
     csv = tmp_path / "metadata.csv"
     assert manifest.main([str(ravdess_like), "--out", str(csv)]) == 0
     table = pd.read_csv(csv)
@@ -201,10 +198,7 @@ def test_a_manifest_takes_no_place_of_something_else(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--f_max_hz 99999", "f_max_hz=99999.0; expected at most half the sampling rate, 24000 Hz"),
         ("--window_s nan", "must be positive and finite"),
-        ("--block_rows -5", "block_rows must be 1 or more, got -5"),
-        ("--mel_power_s nan", "mel_power_s must be 0 to 120 s, got nan"),
         ("--pitch_semitones=-1,1 --mel_power_s 0", "give --mel_power_s 6, or no --pitch_semitones"),
     ],
 )
@@ -237,11 +231,3 @@ def test_what_is_not_there_is_2(
     if words:
         assert talk.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
-def test_every_help_works(command: str) -> None:
-    words = [sys.executable, "-m", "jobs.cli", *filter(None, [command]), "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout

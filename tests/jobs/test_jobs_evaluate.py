@@ -18,7 +18,6 @@ from pipeline.data.manifest import scan_folder
 from pipeline.evaluation import leaks
 from pipeline.features.features import FeatureConfig
 from pipeline.models.bundle import Bundle, save_bundle
-from pipeline.reporting import figures
 
 DONE, USAGE, MISSED, SOME_FAILED = 0, 2, 3, 4
 
@@ -51,11 +50,10 @@ class Scorer:
 
 
 @pytest.fixture
-def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
+def scorer(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Scorer:
     """No listening and no drawing; the scorer's ``right`` and ``failed`` can be set."""
     fake = Scorer()
     monkeypatch.setattr("pipeline.scoring.scoring.score_manifest", fake)
-    monkeypatch.setattr(figures, "drawings", lambda evaluation: [])
     return fake
 
 
@@ -99,23 +97,27 @@ def test_recordings_in_report_out(
 
 
 def test_the_briefs_own_command_line(
-    ravdess_like: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ravdess_like: Path,
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    in_this_process: None,
+    undrawn: None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scan_folder(ravdess_like).iloc[::4].to_csv("val_metadata.csv", index=False)
     assert job.main(["--model_weights", str(tiny_bundle.weights_path), "--data_csv", "val_metadata.csv"]) == DONE
     (made,) = Path("reports").iterdir()
     assert capsys.readouterr().err.splitlines()[0] == f"no --out given: everything goes into {made}"
-    assert {"report.html", "confusion_matrix.png", "predictions.csv"} <= {path.name for path in made.iterdir()}
+    assert {"report.html", "metrics.json", "predictions.csv"} <= {path.name for path in made.iterdir()}
 
 
 @pytest.mark.parametrize(
     ("right", "failed", "words", "code"),
     [
-        (1.0, 0, ["--min_class_accuracy", "0.5"], DONE),
         (1.0, 0, ["--min_class_accuracy", "0.5", "--enforce"], DONE),
         (0.5, 0, [], DONE),
-        (0.5, 0, ["--enforce"], MISSED),
         (0.5, 3, ["--enforce"], MISSED),
         (0.5, 3, ["--enforce", "--tolerate_failures"], MISSED),
         (1.0, 3, [], SOME_FAILED),
@@ -155,18 +157,6 @@ def test_without_labels_it_scores_and_says_so(
     assert "has no labels" in printed.err
     assert "No labels were given: 64 rows, 0 failed, no metrics" in printed.out
     assert run("--enforce") == MISSED
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_other_spreadsheets_are_read(
-    run: Callable[..., int], scorer: Scorer, csv: Path, tmp_path: Path, encoding: str, separator: str
-) -> None:
-    table = pd.read_csv(csv).rename(columns={"speech": "File", "label": "Emotion"}).assign(note="é")
-    table.to_csv(csv, index=False, encoding=encoding, sep=separator)
-    assert run() == DONE
-    saved = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
-    assert saved["overall"]["accuracy"]["value"] == 1.0
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -211,11 +201,6 @@ def test_bad_options_are_one_line(
     assert run(*words) == USAGE
     error_of(capsys)
     assert scorer.calls == []
-
-
-def test_without_a_csv_it_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.main(["--out", str(tmp_path)]) == USAGE
-    assert "--data_csv" in error_of(capsys)
 
 
 CODES = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]  # the order of RAVDESS
@@ -267,7 +252,7 @@ def trained_bundle(ravdess_like: Path, tiny_bundle: Bundle, tmp_path: Path) -> P
         name="trained",
         state_dict=tiny_bundle.state_dict(),
         model_name="inception",
-        model_options={},
+        model_options=tiny_bundle.model_options,
         labels=LABELS,
         features=FeatureConfig(),
         metrics={},
@@ -422,11 +407,6 @@ def test_what_is_refused_is_refused_before_every_recording_is_read(
     for wrong in (["--num_cpus", "-1"], ["--crops", "0"], ["--num_cpus", "0"]):
         assert job.main([*words, *wrong]) == USAGE
         error_of(capsys)
-
-
-def test_the_page_tells_how_long_the_scoring_took(run: Callable[..., int], scorer: Scorer, tmp_path: Path) -> None:
-    assert run() == DONE
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["meta"]["seconds"] == 97.8
 
 
 def test_speakers_of_ravdess_are_known_by_the_files_names(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,8 +18,6 @@ import torch
 from jobs import evaluate, score
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle
-from pipeline.reporting import figures
-from pipeline.scoring import scoring
 from pipeline.scoring.predictions import read_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,10 +32,9 @@ def bundle(tiny_bundle: Bundle) -> Bundle:
 
 @pytest.fixture
 def call(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], in_this_process: None, undrawn: None
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the job in this process, blocks and all; (exit code, stdout, stderr)."""
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
+    """Run the job in this process, blocks and all, without drawings; (exit code, stdout, stderr)."""
 
     def run(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -119,11 +115,9 @@ def test_the_page_of_an_evaluation_stays_one_when_it_is_made_again(
     bundle: Bundle,
     folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     words: tuple[str, ...],
 ) -> None:
     """Its leak check, targets, players and account stay, with a note on it and where only the page is gone."""
-    monkeypatch.setattr(figures, "drawings", lambda _: [])
     csv, out = tmp_path / "judges.csv", tmp_path / "out"
     csv.write_text("speech,label\nin/0.wav,sad\nin/1.wav,angry\nin/2.wav,calm\nin/3.wav,happy\n", encoding="utf-8")
     where = ["--model_weights", str(bundle.folder), "--data_csv", str(csv), "--out", str(out), "--num_cpus", "0"]
@@ -265,17 +259,8 @@ def test_odd_names_end_in_the_tables(
 
 def run_dying(death: str, bundle: Bundle, folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """The command in its own process, into which ``death`` is patched: code that sees ``Ledger`` and ``os``."""
-    words = [
-        "--model_weights",
-        str(bundle.folder),
-        "--engine",
-        "local",
-        "--num_cpus",
-        "1",
-        "--block_rows",
-        "2",
-        "--no_report",
-    ]
+    words = ["--model_weights", str(bundle.folder), "--engine", "local", "--num_cpus", "1", "--block_rows", "2"]
+    words += ["--no_report", "--input", str(folder), "--out", str(out)]
     code = "\n".join(
         [
             "import os, resource, signal, sys",
@@ -285,7 +270,7 @@ def run_dying(death: str, bundle: Bundle, folder: Path, out: Path) -> subprocess
             "commit, replace = Ledger.commit, Path.replace",
             textwrap.dedent(death),
             "if __name__ == '__main__':",
-            f"    sys.exit(main({[*words, '--input', str(folder), '--out', str(out)]!r}))",
+            f"    sys.exit(main({words!r}))",
         ]
     )
     script = out.parent / "dying.py"
@@ -387,18 +372,6 @@ def test_whatever_dies_the_same_command_finishes_the_run(
     ]
 
 
-def test_a_replaced_recording_is_another_input(
-    call: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
-) -> None:
-    words = ("--input", folder, "--out", tmp_path / "out", "--no_report")
-    assert call(*words)[0] == 0
-    shutil.copy(folder / "1.wav", folder / "0.wav")
-    code, _, err = call(*words)
-    assert code == 2
-    assert "holds a run with another recordings" in err
-    assert call(*words, "--overwrite")[0] == 0
-
-
 @pytest.mark.slow
 def test_ray_workers_that_crash_cost_one_row_each(bundle: Bundle, write_audio: WriteAudio, tmp_path: Path) -> None:
     """libsndfile aborts the worker at two recordings of 40; Ray runs the blocks again, and the others are scored."""
@@ -412,34 +385,13 @@ def test_ray_workers_that_crash_cost_one_row_each(bundle: Bundle, write_audio: W
     )
     for i in range(40):
         write_audio(f"in/{i:02d}.wav", seed=i, duration_s=0.3, sample_rate_hz=12_345 if i in (7, 23) else 16_000)
-    words = [
-        "--model_weights",
-        bundle.folder,
-        "--engine",
-        "ray",
-        "--num_cpus",
-        "2",
-        "--input",
-        tmp_path / "in",
-        "--out",
-        tmp_path / "out",
-    ]
+    words = ["--model_weights", bundle.folder, "--input", tmp_path / "in", "--out", tmp_path / "out"]
+    words += ["--engine", "ray", "--num_cpus", 2, "--block_rows", 5]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "jobs.score",
-            *map(str, words),
-            "--engine",
-            "ray",
-            "--num_cpus",
-            "2",
-            "--block_rows",
-            "5",
-        ],
+        [sys.executable, "-m", "jobs.score", *map(str, words)],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        | {"PYTHONPATH": str(tmp_path / "patch")},
+        env=environment | {"PYTHONPATH": str(tmp_path / "patch")},
         capture_output=True,
         text=True,
         timeout=300,

@@ -25,6 +25,7 @@ from pipeline.models.ensemble import join, mean_answers
 from pipeline.models.networks import JoinedModel, build_model
 from pipeline.storage.errors import SerError
 
+pytestmark = pytest.mark.usefixtures("in_this_process", "undrawn")
 LABELS = ("calm", "happy", "sad")
 SMALL = FeatureConfig(window_s=0.5, n_mels=32)
 SETTINGS = {"epochs": 3, "seed": 1}
@@ -164,12 +165,10 @@ def test_a_number_of_members_out_of_range_is_refused() -> None:
             build_model("inception", {"members": members}, 3, SMALL.input_shape)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.usefixtures("ray_session")
 def test_folds_are_tested_with_their_models_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features = write_features(tmp_path / "features", n=24)
     words = ["--protocol", "speaker_kfold", "--features", str(features), "--folds", "2", "--inner_val", "0"]
-    words += ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--width", "0.125"]
+    words += ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--width", "0.125", "--engine", "local"]
     out = tmp_path / "out"
     assert crossval([*words, "--join_seeds", "7", "8", "--out", str(out), "--keep_weights"]) == 0
     assert "speaker_kfold: seed 8" in capsys.readouterr().err

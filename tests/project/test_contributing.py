@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("Add a corpus", "Add a model", "Add an augmentation", "Add an endpoint")
 COPIED = ("pipeline", "jobs", "serve", "pyproject.toml")

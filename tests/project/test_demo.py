@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -19,23 +17,34 @@ from web_files import FileServer, serving
 
 from jobs.ravdess import NOTICE_FILE
 from pipeline.models.bundle import Bundle
-from samples.demo import EMOTIONS, VOICES
+from samples.demo import EMOTIONS, VOICES, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def demo(tiny_bundle: Bundle, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run samples/demo.py in an empty folder, in one process without Ray, with an untrained model."""
+Demo = Callable[..., SimpleNamespace]
 
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "samples/demo.py"), "--engine", "local", "--num_cpus", "1"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+@pytest.fixture
+def demo(
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    in_this_process: None,
+    undrawn: None,
+) -> Demo:
+    """Run samples/demo.py in an empty folder, in this process, with an untrained model; ``make demo`` runs all."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def run(*options: str) -> SimpleNamespace:
+        given = ["--engine", "local", "--model_weights", str(tiny_bundle.folder), *options]
         if "--data" not in options and "--base_url" not in options:
-            command += ["--base_url", "http://127.0.0.1:9"]  # nobody answers there
-        given = [*command, "--model_weights", str(tiny_bundle.folder), *options]
-        (tmp_path / "cwd").mkdir(exist_ok=True)
-        return subprocess.run(given, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True, timeout=100)
+            given += ["--base_url", "http://127.0.0.1:9"]  # nobody answers there
+        code = main(given)
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 
     return run
 
@@ -46,7 +55,7 @@ def table_rows(stdout: str) -> list[list[str]]:
     return [line.split() for line in lines[1 : lines.index("")]]
 
 
-def test_samples_twice(demo: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_samples_twice(demo: Demo, tmp_path: Path) -> None:
     first = demo()
     assert first.returncode == 0, first.stderr
     out = tmp_path / "cwd" / "demo_report"
@@ -82,9 +91,7 @@ def record() -> Iterator[FileServer]:
         yield server
 
 
-def test_recordings_of_two_actors_are_fetched_once(
-    demo: Callable[..., subprocess.CompletedProcess[str]], record: FileServer, tmp_path: Path
-) -> None:
+def test_recordings_of_two_actors_are_fetched_once(demo: Demo, record: FileServer, tmp_path: Path) -> None:
     first = demo("--base_url", record.url)
     assert first.returncode == 0, first.stderr
     predictions = pd.read_parquet(tmp_path / "cwd" / "demo_report" / "predictions.parquet")
@@ -99,9 +106,7 @@ def test_recordings_of_two_actors_are_fetched_once(
 
 
 @pytest.mark.parametrize("trouble", ["no_ranges", "refused", "cut", "damaged", "other_content"])
-def test_a_record_in_trouble_leaves_the_synthetic_clips(
-    demo: Callable[..., subprocess.CompletedProcess[str]], record: FileServer, trouble: str
-) -> None:
+def test_a_record_in_trouble_leaves_the_synthetic_clips(demo: Demo, record: FileServer, trouble: str) -> None:
     if trouble == "no_ranges":
         record.ranges = False
     elif trouble == "refused":
@@ -119,9 +124,7 @@ def test_a_record_in_trouble_leaves_the_synthetic_clips(
     assert "synthetic" in result.stdout
 
 
-def test_own_folder_with_a_broken_recording(
-    demo: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_own_folder_with_a_broken_recording(demo: Demo, tmp_path: Path) -> None:
     calls = tmp_path / "my calls"
     calls.mkdir()
     shutil.copy(ROOT / "samples/ben_calm_train.wav", calls / "a b.wav")
@@ -137,7 +140,7 @@ def test_own_folder_with_a_broken_recording(
     assert "synthetic" not in (tmp_path / "cwd/elsewhere/report.html").read_text(encoding="utf-8")
 
 
-def test_a_folder_that_is_not_there_is_one_line(demo: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_a_folder_that_is_not_there_is_one_line(demo: Demo) -> None:
     result = demo("--data", "nowhere")
     assert result.returncode == 2
     assert result.stdout == ""

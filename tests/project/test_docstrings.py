@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path for package in ("pipeline", "serve", "jobs") for path in (ROOT / package).rglob("*.py"))
 LIBRARY = [path for path in MODULES if path.parent.name != "jobs"]

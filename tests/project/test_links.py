@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).resolve().parents[2]
 _SKIPPED = {".venv", "node_modules", "runs", "RAVDESS"}
 

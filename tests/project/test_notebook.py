@@ -21,6 +21,7 @@ def cells() -> list[nbformat.NotebookNode]:
     return [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
 
 
+@pytest.mark.docs
 def test_it_holds_no_logic() -> None:
     """No function, class, while, try or import of what the library is made of; loops only show things."""
     for cell in cells():
@@ -33,6 +34,7 @@ def test_it_holds_no_logic() -> None:
                 assert not {name.split(".")[0] for name in names} & {"torch", "librosa", "sklearn", "soundfile", "ray"}
 
 
+@pytest.mark.docs
 def test_what_it_imports_is_there() -> None:
     for cell in cells():
         for node in ast.walk(ast.parse(cell.source)):
@@ -41,6 +43,7 @@ def test_what_it_imports_is_there() -> None:
                     pkgutil.resolve_name(f"{node.module}.{name.name}")
 
 
+@pytest.mark.docs
 def test_it_tells_how_the_shipped_model_was_made() -> None:
     text = " ".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "markdown")
     (told,) = re.findall(r"`(\S+ \S+)[^`]*`[^`.]*\b(?:the model that is shipped)", text)
@@ -50,6 +53,7 @@ def test_it_tells_how_the_shipped_model_was_made() -> None:
     assert "({} and {} epochs)".format(*epochs) in text
 
 
+@pytest.mark.docs
 def test_its_stored_outputs_are_whole_small_and_without_speech() -> None:
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert len(text.encode()) < MAX_BYTES

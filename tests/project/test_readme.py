@@ -23,6 +23,7 @@ from jobs._paths import read_words
 from pipeline.models.bundle import Bundle
 from serve.client import Client
 
+pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("undrawn")]
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 MARKED = [

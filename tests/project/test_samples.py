@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -72,42 +71,33 @@ def test_clips_hold_sound_with_quiet_ends_and_the_loudness_of_their_style(
         assert 20 * np.log10(peak) == pytest.approx(wanted_dbfs, abs=1.0), row["speech"]
 
 
-def test_the_two_channels_of_a_stereo_clip_differ(rows: list[dict[str, str]]) -> None:
-    clips = [soundfile.read(SAMPLES / row["speech"], always_2d=True)[0] for row in rows]
-    levels = [np.sqrt((clip**2).mean(axis=0)) for clip in clips if clip.shape[1] == 2]
-    assert len(levels) >= 2
-    assert all(max(level) > 1.2 * min(level) for level in levels)
-
-
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
 
 
 @needs_espeak
-def test_the_script_makes_the_same_clips_again(tmp_path: Path, rows: list[dict[str, str]]) -> None:
-    """Of three times at least two agree: espeak-ng itself once spoke a clip otherwise, and not again in 1,500 times."""
-    for name in ("first", "second", "third"):
-        command = [sys.executable, str(SAMPLES / "make_samples.py"), "--out", str(tmp_path / name)]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        assert len(printed.splitlines()) == len(rows)
-    assert (tmp_path / "first/metadata.csv").read_bytes() == (SAMPLES / "metadata.csv").read_bytes()
+def test_the_script_makes_the_clips_again(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    command = [sys.executable, str(SAMPLES / "make_samples.py"), "--out", str(tmp_path / "made")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert len(printed.splitlines()) == len(rows)
+    assert (tmp_path / "made/metadata.csv").read_bytes() == (SAMPLES / "metadata.csv").read_bytes()
     for row in rows:
-        committed = soundfile.info(SAMPLES / row["speech"])
-        first, rate_hz = soundfile.read(tmp_path / "first" / row["speech"])
-        second, third = (soundfile.read(tmp_path / name / row["speech"])[0] for name in ("second", "third"))
-        assert any(np.array_equal(a, b) for a, b in ((first, second), (first, third), (second, third)))
-        assert (rate_hz, first.ndim) == (committed.samplerate, committed.channels)
+        committed, made = (soundfile.info(folder / row["speech"]) for folder in (SAMPLES, tmp_path / "made"))
+        assert (made.samplerate, made.channels) == (committed.samplerate, committed.channels)
         # Another version of espeak-ng may speak a little faster or slower than the one behind the committed clips.
-        assert len(first) / rate_hz == pytest.approx(committed.duration, rel=0.15)
+        assert made.duration == pytest.approx(committed.duration, rel=0.15)
 
 
 @needs_espeak
 def test_a_style_is_heard(maker: ModuleType) -> None:
-    import librosa
-
     def median_pitch_hz(label: str) -> float:
+        """By autocorrelation, of the half of the 40-ms frames that is loudest."""
         samples, rate_hz = maker.speak(maker.SENTENCES["kettle"], "en-us+f3", maker.STYLES[label])
-        pitch, voiced, _ = librosa.pyin(samples, fmin=60, fmax=600, sr=rate_hz)
-        return float(np.median(pitch[voiced]))
+        size, shortest, longest = rate_hz // 25, rate_hz // 600, rate_hz // 60
+        frames = samples[: len(samples) // size * size].reshape(-1, size)
+        energy = (frames**2).sum(axis=1)
+        loud = frames[energy >= np.median(energy)]
+        lags = np.fft.irfft(np.abs(np.fft.rfft(loud, 2 * size)) ** 2)[:, shortest:longest]
+        return float(np.median(rate_hz / (lags.argmax(axis=1) + shortest)))
 
     def duration_s(label: str) -> float:
         samples, rate_hz = maker.speak(maker.SENTENCES["kettle"], "en-us+f3", maker.STYLES[label])
@@ -115,15 +105,3 @@ def test_a_style_is_heard(maker: ModuleType) -> None:
 
     assert median_pitch_hz("fearful") > 1.5 * median_pitch_hz("sad")
     assert duration_s("sad") > 1.5 * duration_s("fearful")
-
-
-def test_without_espeak_the_script_says_what_to_do(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(SAMPLES / "make_samples.py"), "--out", str(tmp_path / "none")],
-        env={**os.environ, "PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
-    assert "apt-get install espeak-ng" in result.stderr
-    assert not (tmp_path / "none").exists()

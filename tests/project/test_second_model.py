@@ -22,24 +22,23 @@ from pipeline.features.features import FeatureConfig, extract
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle, save_bundle
 from pipeline.models.networks import build_model
-from pipeline.scoring import scoring
 from serve.service import PredictRequest
 from serve.worker import Worker
 
 WriteAudio = Callable[..., Path]
-OTHERS = {
-    "cnn_bilstm": FeatureConfig(kind="frame_features"),
-    "inception": FeatureConfig(window_s=3.0, hop_length=768, f_max_hz=8_000.0),
+OTHERS: dict[str, tuple[FeatureConfig, dict[str, float]]] = {
+    "cnn_bilstm": (FeatureConfig(kind="frame_features"), {}),
+    "inception": (FeatureConfig(window_s=3.0, hop_length=768, f_max_hz=8_000.0), {"width": 0.25}),
 }
 
 
 @pytest.fixture(scope="module", params=OTHERS)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Untrained, from a seed, its batch norms such that answers differ between recordings."""
-    config = OTHERS[request.param]
+    config, options = OTHERS[request.param]
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
-        model = build_model(request.param, {}, 8, config.input_shape)
+        model = build_model(request.param, options, 8, config.input_shape)
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
                 module.momentum = 1.0
@@ -49,7 +48,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         name="second",
         state_dict=model.state_dict(),
         model_name=request.param,
-        model_options={},
+        model_options=options,
         labels=RAVDESS_LABELS,
         features=config,
         metrics={},
@@ -71,14 +70,13 @@ def by_hand(bundle: Bundle, files: list[Path]) -> np.ndarray:
     return found
 
 
+@pytest.mark.usefixtures("in_this_process", "undrawn")
 def test_every_command_and_the_service_give_the_network_s_answer(
     bundle: Bundle,
     files: list[Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
     expected = by_hand(bundle, files)
     assert np.ptp(expected, axis=0).max() > 0.01, "the recordings sound alike: this test cannot fail"
     columns = [f"p_{label}" for label in bundle.labels]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import submit
+from tests.support.processes import LOOPBACK, listeners
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = [
@@ -174,72 +175,11 @@ def test_the_token_is_sent_where_there_is_one(home: Path, monkeypatch: pytest.Mo
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
-def family(pid: int) -> set[int]:
-    """A process and all that it started."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (ValueError, OSError):
-            continue
-    found = {pid}
-    while new := {child for child, parent in parents.items() if parent in found} - found:
-        found |= new
-    return found
-
-
-def listeners(pids: set[int]) -> set[tuple[str, int]]:
-    """(address, port) of each TCP socket that one of the processes listens on; address as /proc writes it."""
-    inodes = set()
-    for pid in pids:
-        try:
-            inodes |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
-        except OSError:
-            continue
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                address, port = fields[1].split(":")
-                found.add((address, int(port, 16)))
-    return found
-
-
-LOOPBACK = {
-    "0100007F",  # 127.0.0.1
-    "0000000000000000FFFF00000100007F",  # ::ffff:127.0.0.1
-    "00000000000000000000000001000000",  # ::1
-}
-
-
 def test_a_local_ray_listens_on_loopback_only(ray_session: None) -> None:
     import ray
 
     assert ray.get(ray.remote(lambda: 1).remote()) == 1  # a worker with its own ports is up
-    found = listeners(family(os.getpid()))
-    assert len(found) >= 4, "GCS, raylet and workers listen: is the scanner blind?"
-    assert {address for address, _ in found} <= LOOPBACK
-
-
-LOOK = """
-import os, ray  # before start_ray, as scoring, extraction and the protocols do
-from test_security import family, listeners
-from pipeline.cluster.runtime import start_ray
-start_ray(1, lean=True)
-ray.get(ray.remote(lambda: 1).remote())
-print(*sorted(listeners(family(os.getpid()))), sep="\\n")
-"""
-
-
-def test_a_local_ray_listens_on_loopback_only_even_when_ray_was_imported_before() -> None:
-    environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    run = subprocess.run(
-        [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    found = [ast.literal_eval(line) for line in run.stdout.splitlines()]
+    found = listeners(os.getpid())
     assert len(found) >= 4, "GCS, raylet and workers listen: is the scanner blind?"
     assert {address for address, _ in found} <= LOOPBACK
 

@@ -102,16 +102,3 @@ def test_a_report_tells_once_that_a_font_is_missing(
     assert told.startswith("warning: no font on this machine has 伤")
     assert "fonts-noto-cjk" in told
     assert (tmp_path / "report" / "confusion_matrix.png").is_file()
-
-
-def test_other_warnings_look_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
-    def job(_: object) -> int:
-        warnings.warn("of a library", UserWarning, stacklevel=1)
-        return 0
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        assert run(job, Parser(prog="any"), []) == 0
-    told = capsys.readouterr().err
-    assert "test_glyphs.py:" in told
-    assert "UserWarning: of a library" in told

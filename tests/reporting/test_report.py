@@ -24,7 +24,7 @@ from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.verdict import Targets, decimals
 from pipeline.reporting import figures
 from pipeline.reporting.report import _NARROW as NARROW
-from pipeline.reporting.report import meta_rows, terminal_summary, visible, write_comparison, write_report
+from pipeline.reporting.report import terminal_summary, visible, write_comparison, write_report
 from pipeline.reporting.terminal import classification_report as our_report
 from pipeline.storage.errors import SerError
 
@@ -82,12 +82,6 @@ def page(folder: Path) -> Page:
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without the seconds that drawing takes."""
-    monkeypatch.setattr(figures, "drawings", lambda evaluation: [])
 
 
 def test_everything_is_written(folder: Path) -> None:
@@ -175,7 +169,7 @@ def test_pictures_are_readable_files(folder: Path) -> None:
         assert ElementTree.fromstring(path.read_text(encoding="utf-8")).tag.endswith("svg")
 
 
-@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.usefixtures("undrawn")
 def test_no_labels_no_metrics_and_it_says_so(tmp_path: Path) -> None:
     table = made_predictions(30, failed=2).drop(columns=["label", "label_name"])
     for name in ("confusion_matrix.png", "mistakes.csv", "reliability.svg"):
@@ -189,7 +183,7 @@ def test_no_labels_no_metrics_and_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["one row", "one class", "nothing read", "no probabilities", "only the answer"])
-@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.usefixtures("undrawn")
 def test_poor_tables_still_give_a_page(case: str, tmp_path: Path) -> None:
     table = made_predictions(24)
     poor = {
@@ -247,7 +241,7 @@ def test_a_matrix_of_many_classes_gets_the_whole_width(
     assert ('<section class="card whole" style="--readable: 940px">' in page) == large
 
 
-@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.usefixtures("undrawn")
 def test_mistakes_can_be_heard(tmp_path: Path, write_audio: Callable[..., Path]) -> None:
     short = write_audio("short.wav", duration_s=1.5, sample_rate_hz=48_000, channels=2)
     long = write_audio("long.wav", duration_s=14.0, sample_rate_hz=8_000)
@@ -323,7 +317,7 @@ def test_the_summary_says_what_was_missed_and_that_failed_ones_count() -> None:
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_figure_just_below_its_target_does_not_look_like_it(tmp_path: Path) -> None:
+def test_a_figure_just_below_its_target_does_not_look_like_it(undrawn: None, tmp_path: Path) -> None:
     """2,498 of 3,123 are 79.99 %: told as 80.0 %, the verdict would contradict itself."""
     truth = np.arange(3123) % 2
     answer = np.where(np.arange(3123) < 2498, truth, 1 - truth)
@@ -373,11 +367,7 @@ def test_control_and_direction_characters_are_shown() -> None:
     assert visible("a\x00b\n\u202ec\ud800é🙂") == "a\\x00b\\n\\u202ec\\ud800é🙂"
 
 
-def test_nested_facts_become_rows() -> None:
-    rows = meta_rows({"model_sha256": "ab", "versions": {"torch": "2"}, "nothing": None, "words": ["a", 1]})
-    assert rows == [("model sha256", "ab"), ("versions: torch", "2"), ("words", "a 1")]
-
-
+@pytest.mark.usefixtures("undrawn")
 def test_a_full_disk_is_one_line(predictions: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -391,14 +381,14 @@ def test_a_full_disk_is_one_line(predictions: pd.DataFrame, tmp_path: Path, monk
             write()
 
 
-def test_rows_without_a_label_are_told(no_drawing: None, tmp_path: Path) -> None:
+def test_rows_without_a_label_are_told(undrawn: None, tmp_path: Path) -> None:
     table = made_predictions(40)
     table.loc[:2, "label_name"] = None
     told = " ".join(terminal_summary(write_report(table, LABELS, tmp_path, meta={})).split())
     assert "3 of 40 rows have no label: scored, but in no figure." in told
 
 
-def test_a_table_without_groups_has_its_header(no_drawing: None, tmp_path: Path) -> None:
+def test_a_table_without_groups_has_its_header(undrawn: None, tmp_path: Path) -> None:
     table = made_predictions(20)[["speech", "status", "error", "label_name", "predicted", "confidence"]]
     write_report(table, LABELS, tmp_path, meta={})
     assert list(pd.read_csv(tmp_path / "breakdowns.csv").columns)[:3] == ["column", "group", "n"]

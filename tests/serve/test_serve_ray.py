@@ -108,6 +108,7 @@ def problem_of(response: httpx.Response, status: int, code: str) -> Problem:
     return problem
 
 
+@pytest.mark.usefixtures("in_this_process", "undrawn")
 def test_shard_infer_score_and_service_agree(
     url: str, tiny_bundle: Bundle, write_audio: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

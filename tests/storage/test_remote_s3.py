@@ -16,7 +16,6 @@ from moto.server import ThreadedMotoServer
 from jobs import score
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
-from pipeline.scoring import scoring
 from pipeline.scoring.predictions import read_predictions
 from pipeline.storage.errors import NotFound, SerError
 from pipeline.storage.files import fetch, scan_remote, stamp_of
@@ -59,11 +58,6 @@ def bucket() -> Iterator[Bucket]:
         files.create_dir("calls")
         yield Bucket(options)
     server.stop()
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "in_processes", lambda blocks, work, _: map(work, blocks))
 
 
 def test_odd_keys_are_listed_and_fetched(bucket: Bucket) -> None:

@@ -65,6 +65,31 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+LOOPBACK = {
+    "0100007F",  # 127.0.0.1
+    "0000000000000000FFFF00000100007F",  # ::ffff:127.0.0.1
+    "00000000000000000000000001000000",  # ::1
+}
+
+
+def listeners(pid: int) -> set[tuple[str, int]]:
+    """(address, port) of each TCP socket on which a process or what it started listens; addresses as in /proc."""
+    inodes = set()
+    for member in (pid, *descendants(pid)):
+        try:
+            inodes |= {os.readlink(link) for link in Path(f"/proc/{member}/fd").iterdir()}
+        except OSError:
+            continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in _lines(f"/proc/net/{table}")[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                address, port = fields[1].split(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
 def command_of(pid: int) -> str:
     """Its command line, spaces between the words; empty when it has ended."""
     return _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()

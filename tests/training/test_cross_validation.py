@@ -32,6 +32,7 @@ from pipeline.storage.journal import locked
 from pipeline.training.cross_validation import FoldConcurrency, gaps, protocol_row, protocols_summary, write_protocols
 from pipeline.training.plan import read_plan
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--epochs", "1", "--batch_size", "16", "--lr", "1e-3", "--folds", "2", "--inner_val", "0"]
 FAST += ["--width", "0.125"]
 
@@ -120,28 +121,6 @@ def test_weights_are_balanced_by_what_a_fold_trains_on(
     for found, expected in seen:
         assert found == pytest.approx([expected.get(name, 1.0) for name in ("calm", "happy", "sad")])
     assert seen[0][0] != seen[1][0]
-
-
-def test_recordings_that_could_not_be_read_are_told_beside_the_figures(
-    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = shutil.copytree(features, tmp_path / "features")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8")) | {"rows": 27, "failed": 3}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-
-    def all_right(folds: list[Fold], base: Any, *_: object, **__: object) -> pd.DataFrame:
-        base.out.mkdir(parents=True)
-        tested = pd.concat([fold.splits["test"].assign(fold=fold.name) for fold in folds], ignore_index=True)
-        return tested.assign(status="ok", label_name=tested["label"], predicted=tested["label"])
-
-    monkeypatch.setattr("pipeline.training.cross_validation.train_folds", all_right)
-    monkeypatch.setattr("pipeline.reporting.figures.drawings", lambda _: [])
-    words = ["--protocol", "kfold", "--features", str(folder), "--folds", "2", "--inner_val", "0"]
-    assert main([*words, "--out", str(tmp_path / "out")]) == 0
-    told = "3 of 27 recordings could not be read: neither trained on nor tested, and in no figure."
-    assert told in capsys.readouterr().err
-    for page in ("protocols.html", "kfold/report.html"):
-        assert f'<p class="note">{told}</p>' in (tmp_path / "out" / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -343,15 +322,14 @@ def test_intervals_are_over_speakers_where_they_are_known(tmp_path: Path) -> Non
     assert page.index(", interval over recordings") < page.index(", interval over speakers")
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_this_process")
 def test_folds_learn_from_the_kept_models_of_the_same_folds(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "pipeline.data.splits._hash_or_empty", lambda path, *_: f"content of {path}"
     )  # toys have no audio
-    words = ["--protocol", "kfold", "--features", str(features), *FAST]
+    words = ["--protocol", "kfold", "--features", str(features), *FAST, "--engine", "local"]
     taught = [*words, "--seed", "43", "--teachers", str(tmp_path / "first"), "--out", str(tmp_path / "taught")]
     assert main(taught) == 2
     missing = tmp_path / "first" / "kfold" / "fold-1"
@@ -412,9 +390,3 @@ def test_the_words_from_before_it_had_a_name_of_its_own(
     )
     sent = submit.split_words(submit.build_parser(), ["evaluate", *words])
     assert (sent.job, sent.words) == ("crossval", words)
-
-
-@pytest.mark.parametrize("words", [["--keep_weights"], ["--features", "features"], ["--epochs", "3"]])
-def test_evaluate_takes_none_of_its_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate_job.main([*words, "--data_csv", "test.csv", "--out", "out"]) == 2
-    assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err

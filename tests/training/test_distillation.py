@@ -22,6 +22,7 @@ from pipeline.training.loop import Run, fit
 from pipeline.training.losses import Teachers, load_teachers, refuse_leaks, without_batch_norms
 from pipeline.training.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]
 FAST += ["--width", "0.125"]
 
@@ -36,13 +37,13 @@ def a_bundle(
     training: pd.DataFrame | None = TRAINING,
 ) -> Path:
     torch.manual_seed(3)
-    model = build_model("inception", {}, len(labels), features.input_shape)
+    model = build_model("inception", {"width": 0.125}, len(labels), features.input_shape)
     save_bundle(
         folder,
         name="teacher",
         state_dict=model.state_dict(),
         model_name="inception",
-        model_options={},
+        model_options={"width": 0.125},
         labels=labels,
         features=features,
         metrics={},

@@ -15,7 +15,6 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from toy_data import toy_data, toy_model
 
-from pipeline.storage.errors import SerError
 from pipeline.training.batches import Batches
 from pipeline.training.config import FitConfig
 from pipeline.training.loop import Run, Workers, fit
@@ -119,9 +118,3 @@ def test_alone_every_exchange_gives_back_what_it_got() -> None:
     assert alone.gather_rows(value, 2, torch.device("cpu")) is value
     model = toy_model()
     assert alone.share_gradients(model, torch.device("cpu")) is model
-
-
-def test_workers_that_cannot_share_a_batch_are_refused() -> None:
-    batches = Run(toy_model(), toy_data(), settings(batch_size=9)).batches
-    with pytest.raises(SerError, match="multiple of 2"):
-        next(batches.epoch(1, 0, 2))
