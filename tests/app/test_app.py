@@ -87,11 +87,11 @@ def press(page: AppTest, label: str) -> AppTest:
     return button.click().run()
 
 
-def test_the_first_view_is_two_choices_and_no_answer(fake: FakeService) -> None:
+def test_the_first_view_is_three_choices_and_no_answer(fake: FakeService) -> None:
     page = listen()
     assert not page.exception
     assert page.title[0].value == "What emotion does this voice convey?"
-    assert [header.value for header in page.header] == ["Record", "Drop audio"]
+    assert [header.value for header in page.header] == ["Record", "Drop audio", "Live"]
     assert 'class="ser-answer"' not in html(page)
     assert not charts(page)
     assert fake.heard == []
@@ -172,7 +172,7 @@ def test_a_voice_that_is_taken_back_is_gone(fake: FakeService) -> None:
     assert "sounds happy" in html(page)
     page.audio_input[0].set_value(None).run()
     assert "sounds happy" not in html(page)
-    assert [header.value for header in page.header] == ["Record", "Drop audio"]
+    assert [header.value for header in page.header] == ["Record", "Drop audio", "Live"]
 
 
 def test_several_recordings_become_a_table(fake: FakeService) -> None:
