@@ -137,7 +137,8 @@ class Session {
     element.style.left = share(drawn.start);
     element.style.width = share(drawn.end - drawn.start);
     if (known.kind === 'heard') Object.assign(element.style, { backgroundColor: known.colour, color: known.ink });
-    element.textContent = drawn.end - drawn.start > 3 ? known.word : '';
+    const roomPx = ((drawn.end - drawn.start) * this.parts.track.clientWidth) / SHOWN_S;
+    element.textContent = roomPx > 14 + 8 * known.word.length ? known.word : '';
     if (!this.parts.legend.querySelector(`[data-label="${segment.label}"]`)) this.explain(segment.label, known);
   }
 
