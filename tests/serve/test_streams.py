@@ -135,7 +135,7 @@ def test_webm_is_heard_as_its_file(url: str, predictor: Predictor, live: bool, s
     file = webm(voice(4.7, 48_000), live=live)
     heard = sent(url, [*pieces(file, size), END], format="webm")
     assert heard.code == 1000, heard.messages
-    assert_as(heard.windows, timeline_of(predictor, file), predictor, within=2e-3)
+    assert_as(heard.windows, timeline_of(predictor, file), predictor)
 
 
 def test_silence_and_what_is_no_speech_are_told_as_everywhere(url: str) -> None:
