@@ -1,5 +1,7 @@
 """Listen: one recording, spoken, dropped or an example; what the model hears in it, and why. Several go to Many.
 
+Live (``live``) stands in its place while somebody speaks.
+
 The recording is kept in the session, not in the widget it came from: it survives a look at another page, and a service
 that is away for a while. What was answered for an earlier one is gone as soon as another is given.
 """
@@ -28,6 +30,11 @@ _ANSWER_PX = 500  # the height of an answer on a desktop: its placeholder is as 
 def page() -> None:
     """The page."""
     st.title("What emotion does this voice convey?", anchor=False)
+    if st.session_state.get("live"):
+        from app_pages import live
+
+        live.view()
+        return
     recorded: Recorded | None = st.session_state.get("recorded")
     if recorded is None:
         st.markdown(ABOUT)
@@ -59,8 +66,8 @@ def page() -> None:
 
 
 def _choose(*, large: bool) -> None:
-    """Microphone, drop zone and examples: two large choices side by side, or small ones below each other."""
-    speak, drop = st.columns(2, gap="small") if large else (st.container(), st.container())
+    """Microphone, drop zone, live and examples: large choices side by side, or small ones below each other."""
+    speak, drop, now = st.columns(3, gap="small") if large else (st.container(), st.container(), st.container())
     with speak, st.container(border=large, height="stretch", key="ser-record"):
         if large:
             st.header("Record", anchor=False)
@@ -87,8 +94,17 @@ def _choose(*, large: bool) -> None:
             help="WAV, FLAC, OGG, MP3 and more, up to 32 MB each; several become a table on the page Many recordings. "
             "They are sent to the service and not stored.",
         )
+    with now, st.container(border=large, height="stretch", key="ser-live-choice"):
+        if large:
+            st.header("Live", anchor=False)
+            st.markdown("Speak, and watch the answer change as you go.")
+        st.button("Start live", key="start_live", on_click=_go_live, icon=":material/graphic_eq:", width="stretch")
     st.pills("Or try an example", list(examples()), key="example", on_change=_take, args=("example",))
     st.caption("Synthetic voices: nobody felt anything. The word is what the synthesiser was told to imitate.")
+
+
+def _go_live() -> None:
+    st.session_state["live"] = True
 
 
 def _take_files(key: str) -> None:

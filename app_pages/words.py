@@ -17,7 +17,8 @@ NO_ANSWER = {SILENCE: "silent", "not_speech": "no speech", "too_short": "too sho
 """What a label may be where there is no voice to answer for, in words."""
 
 _ADJECTIVES = {"disgust": "disgusted", "fear": "fearful", "anger": "angry", "happiness": "happy", "sadness": "sad"}
-_SURE = ((0.9, "Almost certain"), (0.7, "Fairly sure"))
+SURE = ((0.9, "Almost certain"), (0.7, "Fairly sure"), (0.0, "Weak guess"))
+"""How sure the model is, in words, from which confidence on."""
 _REASONS = {
     "not_audio": "This is not an audio file, or it is damaged beyond reading.",
     "empty_file": "This file is empty.",
@@ -61,7 +62,7 @@ def how_sure(confidence: float) -> str:
     >>> how_sure(0.95), how_sure(0.51)
     ('Almost certain', 'Weak guess')
     """
-    return next((words for least, words in _SURE if confidence >= least), "Weak guess")
+    return next(words for least, words in SURE if confidence >= least)
 
 
 def percent(share: float) -> str:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.inference.explain import Picture
 from pipeline.inference.predictor import Prediction
-from pipeline.inference.timeline import NOT_SPEECH, SILENCE, SILENCE_DBFS, UNCERTAIN, Timeline
+from pipeline.inference.timeline import (
+    NO_EMOTION,
+    NOT_SPEECH,
+    SILENCE,
+    SILENCE_DBFS,
+    UNCERTAIN,
+    Floats,
+    Timeline,
+    log_softmax,
+)
 from serve import schema
 from serve.problems import recording_error
-from serve.schema import Options
+from serve.schema import Options, StreamOptions
 from serve.service import Card, Explained, WorkerResult
 
 _SILENT_DBFS = -200.0
@@ -69,7 +79,7 @@ def scores(labels: Sequence[str], probabilities: NDArray[np.float64], top_k: int
     return [schema.Score(label=labels[i], score=float(probabilities[i])) for i in order]
 
 
-def segments(timeline: Timeline, labels: Sequence[str], options: Options) -> list[schema.Segment]:
+def segments(timeline: Timeline, labels: Sequence[str], options: Options | StreamOptions) -> list[schema.Segment]:
     """The windows of a recording, in order."""
     probabilities = timeline.told()
     return [
@@ -85,6 +95,69 @@ def segments(timeline: Timeline, labels: Sequence[str], options: Options) -> lis
         )
         for i, label in enumerate(timeline.names(labels, options.min_confidence))
     ]
+
+
+class Segments:
+    """The windows of a stream, one after the other, as ``Timeline.merged`` puts those of a recording together."""
+
+    def __init__(self, labels: Sequence[str], options: StreamOptions) -> None:
+        self._labels, self._options = labels, options
+        self._open: _Run | None = None
+
+    def add(self, timeline: Timeline, later_s: float) -> tuple[schema.Segment, list[schema.StreamSegment]]:
+        """The window of ``timeline``, that much later, and the segments that it changes: the one it ends, the last."""
+        found = segments(timeline, self._labels, self._options)[0]
+        start_s, end_s = round(found.start_s + later_s, 6), round(found.end_s + later_s, 6)
+        window = found.model_copy(update={"start_s": start_s, "end_s": end_s})
+        changed, run = [], self._open
+        if run is None or run.label != window.label:
+            if run is not None:
+                border_s = (run.end_s + start_s) / 2 if run.end_s > start_s else run.end_s
+                changed.append(self._told(run, border_s, final=True))
+                start_s = max(border_s, start_s)
+            run = self._open = _Run(window.label, start_s, np.zeros(len(self._labels)))
+        run.add(window, timeline.log_p[0])
+        return window, [*changed, self._told(run, run.end_s, final=False)]
+
+    def last(self) -> list[schema.StreamSegment]:
+        """The last segment, which is final now; none where there was no window."""
+        return [] if self._open is None else [self._told(self._open, self._open.end_s, final=True)]
+
+    def _told(self, run: _Run, end_s: float, *, final: bool) -> schema.StreamSegment:
+        p = np.exp(log_softmax(run.log_p[np.newaxis] / run.windows)[0])
+        p = np.full(len(p), np.nan) if run.label in NO_EMOTION else p
+        return schema.StreamSegment(
+            channel="mix",
+            start_s=run.start_s,
+            end_s=end_s,
+            label=run.label,
+            confidence=known(float(p.max())),
+            scores=scores(self._labels, p, self._options.top_k),
+            familiarity=None if run.familiarity is None else run.familiarity / run.windows,
+            level_dbfs=run.level_dbfs,
+            final=final,
+            windows=run.windows,
+        )
+
+
+@dataclass
+class _Run:
+    """Windows of one label: sums of their log-probabilities ``(classes,)`` and familiarities."""
+
+    label: str
+    start_s: float
+    log_p: Floats
+    end_s: float = 0.0
+    familiarity: float | None = 0.0
+    level_dbfs: float = -math.inf
+    windows: int = 0
+
+    def add(self, window: schema.Segment, log_p: Floats) -> None:
+        self.windows, self.end_s = self.windows + 1, window.end_s
+        self.log_p = self.log_p + log_p
+        self.level_dbfs = max(self.level_dbfs, window.level_dbfs)
+        known_too = self.familiarity is not None and window.familiarity is not None
+        self.familiarity = (self.familiarity or 0.0) + (window.familiarity or 0.0) if known_too else None
 
 
 def known(number: float) -> float | None:

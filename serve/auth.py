@@ -20,7 +20,7 @@ from fastapi.security.utils import get_authorization_scheme_param
 
 from pipeline.storage.errors import SerError
 from serve.problems import ServiceError, answer, header
-from serve.schema import API_KEY_VARIABLE, checked_key, key_digest
+from serve.schema import API_KEY_VARIABLE, checked_key, is_stream_ticket, key_digest
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -60,7 +60,8 @@ class PageCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
-        error = None if scope["type"] != "http" or scope["path"].startswith(_HEALTH) else self._refusal(scope)
+        asks = scope["type"] in ("http", "websocket") and not scope["path"].startswith(_HEALTH)
+        error = self._refusal(scope) if asks else None
         if error:
             await answer(error, scope)(scope, receive, send)
         else:
@@ -76,7 +77,7 @@ class PageCheck:
             return ServiceError("foreign_host", detail)
         if origin in self._origins or "*" in self._origins:
             return None
-        link = scope["method"] in ("GET", "HEAD") and header(scope, b"sec-fetch-mode") == "navigate"
+        link = scope.get("method") in ("GET", "HEAD") and header(scope, b"sec-fetch-mode") == "navigate"
         across = (header(scope, b"sec-fetch-site") or "").strip().lower() == "cross-site" and not link
         if across or (origin is not None and not is_loopback(_host_in(origin))):
             detail = "without a key, pages of other sites are not answered; name theirs in cors_origins"
@@ -102,11 +103,26 @@ async def require_loopback(request: Request) -> None:
     Raises:
         ServiceError: the request came by another address.
     """
-    server = request.scope.get("server")
-    if server and not is_loopback(server[0]):
-        raise ServiceError(
-            "key_required", f"beyond this machine the service answers only with a key; start it with {API_KEY_VARIABLE}"
-        )
+    if error := _beyond(request.scope):
+        raise error
+
+
+def stream_refusal(scope: Scope, digest: str | None, now: float) -> ServiceError | None:
+    """Why a WebSocket is not opened; None where it may be: with the key as of requests, or a ticket that it made."""
+    if digest is None:
+        return _beyond(scope)
+    offered = scope.get("subprotocols", ())
+    if _has_key(scope, digest) or any(is_stream_ticket(one, digest, now) for one in offered):
+        return None
+    return _unauthorized()
+
+
+def _beyond(scope: Scope) -> ServiceError | None:
+    server = scope.get("server")
+    if server is None or is_loopback(server[0]):
+        return None
+    detail = f"beyond this machine the service answers only with a key; start it with {API_KEY_VARIABLE}"
+    return ServiceError("key_required", detail)
 
 
 def _has_key(scope: Scope, digest: str) -> bool:

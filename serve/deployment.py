@@ -114,7 +114,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application."""
-        return self._offer.application(RequestMeter(on_ray()))
+        return self._offer.application(RequestMeter(on_ray()), relayed=True)
 
     async def offer(self) -> Offer:
         """What this process serves, for proxies that take the short way."""

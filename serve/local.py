@@ -25,6 +25,7 @@ from serve.ray_settings import limit_slow_headers
 from serve.routes import create_app
 from serve.service import Card, Explained, PredictRequest, Service, WorkerResult
 from serve.settings import Settings
+from serve.streams import MOST_BYTES
 from serve.worker import Worker, open_bundles, open_worker
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class LocalService:
     def run(self, host: str, port: int, ready: Callable[[], None]) -> None:
         """Serve what ``open`` opened; ``ready`` is called once requests are taken."""
         limit_slow_headers()
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
         asyncio.run(self._run(host, port, ready))
         if self._models and self._models.busy:  # a thread that hangs would keep Python from ending
             logger.error("stopped while a recording was being decoded")
@@ -185,7 +187,8 @@ class LocalService:
             log_config=None,
             access_log=False,
             lifespan="off",
-            ws="none",
+            ws_max_size=MOST_BYTES,
+            ws_per_message_deflate=False,
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
@@ -230,6 +233,11 @@ class LocalService:
             logger.error("%s; what runs goes on", error)
         else:
             logger.warning("the bundles are opened again")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for headers of WebSockets, keys among them, and for what uvicorn calls a mistake: one that was refused."""
+    return record.levelno > logging.DEBUG and "without completing handshake" not in record.getMessage()
 
 
 class _Server(uvicorn.Server):

@@ -66,7 +66,7 @@ class _Tagged:
 
     def set(self, value: float, *, tags: Mapping[str, str]) -> None:
         """Note the value of now."""
-        self._metric.labels(**tags).set(value)
+        (self._metric.labels(**tags) if tags else self._metric).set(value)
 
     def observe(self, value: float, *, tags: Mapping[str, str]) -> None:
         """Add an observation."""
@@ -93,6 +93,7 @@ class RequestMeter:
             description="Recordings by model and problem code (ok when the recording could be used).",
             tag_keys=_BY_RECORDING,
         )
+        self._streams = kinds.gauge("ser_streams", description="Live streams that are open.", tag_keys=())
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None:
         """Count a request."""
@@ -102,6 +103,10 @@ class RequestMeter:
     def recording(self, model: str, code: str) -> None:
         """Count a recording."""
         self._recordings.inc(tags={"model": model, "code": code})
+
+    def streams(self, count: int) -> None:
+        """Note how many live streams are open now."""
+        self._streams.set(count, tags={})
 
 
 class WorkMeter:

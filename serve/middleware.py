@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 
 _GZIP = 31  # zlib's word for it, whatever the window
 _CLOSE = {"Connection": "close"}
+_ASKED = ("http", "websocket")
+_STARTS = {  # messages that begin an answer, and their status where it is always the same
+    "http.response.start": None,
+    "websocket.http.response.start": None,
+    "websocket.accept": 101,
+}
 _LOOK_S = 0.2  # how often a request that comes slowly looks whether the service stops
 
 
@@ -287,8 +293,8 @@ class Closing:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
+        if scope["type"] not in _ASKED or (scope["type"] == "websocket" and not self._closed()):
+            await self.app(scope, receive, send)  # streams look for themselves
         elif not self._closed():
             await self._serve(scope, receive, send)
         elif scope["path"] == "/v2/health/live":
@@ -342,14 +348,14 @@ class Identify:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
+        if scope["type"] not in _ASKED:
             await self.app(scope, receive, send)
             return
         given = (request_id(scope).strip() or str(uuid.uuid4())).encode()
         scope["headers"] = [*((name, value) for name, value in scope["headers"] if name != _ID), (_ID, given)]
 
         async def identified(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] in _STARTS:
                 others = [pair for pair in message.get("headers", []) if pair[0].lower() != _ID]  # Ray's proxy adds one
                 message = {**message, "headers": [*others, (_ID, given)]}
             await send(message)
@@ -360,6 +366,7 @@ class Identify:
 logger = logging.getLogger("ray.serve.ser")  # below Ray Serve's logger, whose file and format it shares
 _NO_ROUTE = "unmatched"
 UPLOADS = {"/v1/predict", "/v1/explain", "/v1/audio-classification"}  # known also where no router has seen them
+STREAM = "/v1/stream"
 
 
 class Access:
@@ -374,15 +381,15 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, measure it, write its line."""
-        if scope["type"] != "http":
+        if scope["type"] not in _ASKED:
             await self.app(scope, receive, send)
             return
         status = 0
 
         async def watched(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            if message["type"] in _STARTS:
+                status = _STARTS[message["type"]] or message["status"]
             await send(message)
 
         started_s = time.perf_counter()
@@ -402,11 +409,11 @@ class Access:
         known = notes(scope)
         if self._refusals and "code" not in known:
             return
-        unrouted = scope["path"] if scope["path"] in UPLOADS else _NO_ROUTE
+        unrouted = scope["path"] if scope["path"] in {*UPLOADS, STREAM} else _NO_ROUTE
         route = str(getattr(scope.get("route"), "path", unrouted))
         code = known.pop("code", "ok" if status and status < 400 else "disconnected" if not status else "other")
         self.meter.request(route, status, code, seconds)
-        line = {"event": "request", "id": request_id(scope), "method": scope["method"], "route": route}
+        line = {"event": "request", "id": request_id(scope), "method": scope.get("method", "WS"), "route": route}
         line |= {"status": status, "code": code, "ms": round(seconds * 1e3, 1), **known}
         logger.info(json.dumps(line, ensure_ascii=True))
 

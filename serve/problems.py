@@ -47,6 +47,7 @@ KINDS: Mapping[str, Kind] = {
     "too_many_windows": Kind(422, "Too many windows"),
     "not_explainable": Kind(422, "This model cannot be explained"),
     "overloaded": Kind(429, "Too many requests"),
+    "too_fast": Kind(429, "Sound that comes faster than it sounds"),
     "internal_error": Kind(500, "Our mistake"),
     "unavailable": Kind(503, "Not ready"),
     "deadline_exceeded": Kind(503, "No answer in time"),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.middleware import Middleware
 
 from serve.auth import KeyCheck, PageCheck, key_digest_from_environment
-from serve.middleware import UPLOADS, Access, Admission, Closing, Identify, cors_of, limits_of
+from serve.middleware import STREAM, UPLOADS, Access, Admission, Closing, Identify, cors_of, limits_of
 from serve.problems import holds_body
 from serve.settings import APP_NAME, MIB, Settings
 
@@ -72,10 +72,14 @@ class ShortWay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["path"] not in UPLOADS or not holds_body(scope):
+        streams = scope["type"] == "websocket" and scope["path"] == STREAM
+        uploads = scope["type"] == "http" and scope["path"] in UPLOADS and holds_body(scope)
+        if not (streams or uploads):
             await self.app(scope, receive, send)
             return
         self._look()
+        if streams and self._application is None and self._asking is not None:
+            await asyncio.wait({self._asking})  # for a stream stays where it begins
         if self._application is None:
             await self.app(scope, receive, send)
         else:
@@ -142,6 +146,8 @@ def _limit(protocol: Any) -> None:
     connected, received = protocol.connection_made, protocol.data_received
 
     def waits(connection: Any) -> bool:
+        if connection.transport.get_protocol() is not connection:
+            return False  # it has become a WebSocket
         return connection.cycle is None or connection.cycle.response_complete
 
     def watch(connection: Any) -> None:
@@ -180,14 +186,16 @@ def in_proxy() -> list[Middleware]:
 
     meter = RequestMeter(on_ray())
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
-    short_way = Middleware(ShortWay, ask=remote.asking(APP_NAME), make=lambda found: found.application(meter))
+    mark = os.environ.get(_CLOSING)
+    closed = (lambda: os.path.exists(mark)) if mark else None
+    short_way = Middleware(ShortWay, ask=remote.asking(APP_NAME), make=lambda found: found.application(meter, closed))
     inwards = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
     digest = os.environ.get(_KEY_DIGEST)  # "": there is none; None: this process does not know
     if digest:
         inwards.append(Middleware(KeyCheck, digest=digest))
     elif digest is not None:
         inwards.append(Middleware(PageCheck, origins=settings.cors_origins))
-    if mark := os.environ.get(_CLOSING):
-        inwards.append(Middleware(Closing, closed=lambda: os.path.exists(mark)))
+    if closed:
+        inwards.append(Middleware(Closing, closed=closed))
     limit_slow_headers()
     return [*inwards, Middleware(Access, meter=meter, refusals=True), *cors_of(settings), Middleware(Identify)]

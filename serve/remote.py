@@ -145,10 +145,11 @@ class Offer:
     window_s: float
     handles: Mapping[str, DeploymentHandle[Any]]
 
-    def application(self, meter: Meter) -> FastAPI:
-        """The HTTP interface to it."""
+    def application(self, meter: Meter, closed: Callable[[], bool] | None = None, *, relayed: bool = False) -> FastAPI:
+        """The HTTP interface to it, as of ``routes.create_app``."""
         models = RemoteModels(self.handles, self.settings.room)
-        return create_app(Service(models, self.settings, meter, self.window_s, self.digest))
+        service = Service(models, self.settings, meter, self.window_s, self.digest)
+        return create_app(service, closed, relayed=relayed)
 
 
 def asking(app_name: str) -> Callable[[], Awaitable[Offer]]:

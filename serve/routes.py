@@ -23,11 +23,12 @@ from starlette.middleware import Middleware
 from pipeline.inference.predictor import Channels
 from serve import answers, schema, uploads
 from serve.auth import PageCheck, require_key, require_loopback
-from serve.middleware import Access, Closing, Identify, Unpack, UntilGone, cors_of, limits_of
+from serve.middleware import STREAM, Access, Closing, Identify, Unpack, UntilGone, cors_of, limits_of
 from serve.problems import KINDS, MEDIA_TYPE, ServiceError, answer, note, request_id, retry_later
 from serve.schema import ExplainOptions, FieldError, Options, Problem, TaskInput
 from serve.service import PredictRequest, Service, WorkerResult, service_of
 from serve.settings import Settings
+from serve.streams import Streams
 from serve.uploads import Upload, check_query
 
 router = APIRouter(prefix="/v1", tags=["inference"])
@@ -201,8 +202,8 @@ async def _readiness(service: Service, names: Sequence[str], response: Response)
 _HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def create_app(service: Service, closed: Callable[[], bool] | None = None) -> FastAPI:
-    """The application; it takes no new work once ``closed()``, where that is given."""
+def create_app(service: Service, closed: Callable[[], bool] | None = None, *, relayed: bool = False) -> FastAPI:
+    """The application; it takes no new work once ``closed()``, where that is given; ``relayed``: see ``Streams``."""
     settings = service.settings
     app = FastAPIOffline(title="Speech emotion recognition", version="1", redoc_url=None)
     app.state.service = service
@@ -210,6 +211,8 @@ def create_app(service: Service, closed: Callable[[], bool] | None = None) -> Fa
     app.include_router(router, dependencies=allowed)
     app.include_router(models, dependencies=allowed)
     app.include_router(health)
+    streams = Streams(service, closed or (lambda: False), relayed=relayed)
+    app.add_api_websocket_route(STREAM, streams.serve)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -248,7 +251,8 @@ _REF = "#/components/schemas/{model}"
 _UPLOAD_STATUSES = (400, 408, 413, 415, 422, 429, 500, 503)
 _DESCRIPTION = (
     "Emotions from recordings of speech. Errors are RFC 9457 problem documents with a stable `code`; 429 and 503 carry "
-    "`Retry-After` when trying again makes sense. Recordings are sent as bytes: no paths, no addresses."
+    "`Retry-After` when trying again makes sense. Recordings are sent as bytes: no paths, no addresses. "
+    "`WS /v1/stream` takes sound in pieces, see docs/live.md."
 )
 
 

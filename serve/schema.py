@@ -7,9 +7,10 @@ over full scale); times count from the start of the recording. Fields are only e
 from __future__ import annotations
 
 import hashlib
+import hmac
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 API_KEY_VARIABLE = "SER_API_KEY"
 CHANNELS_PATTERN = r"^(mix|each|[0-7])$"
@@ -174,6 +175,54 @@ class ModelInfo(Wire):
     limits: dict[str, float] = Field(description="what a request may hold")
 
 
+class StreamReady(Wire):
+    """First message of ``WS /v1/stream``: sound is taken from now on."""
+
+    type: Literal["ready"] = "ready"
+    id: str
+    model: str
+    version: str
+    labels: list[str] = Field(description="in index order")
+    window_s: float
+    hop_s: float
+    limits: dict[str, float]
+
+
+class StreamSegment(Segment):
+    """Windows of one label, one after the other; where two segments overlap, the border is in the middle."""
+
+    final: bool = Field(description="whether it stays as it is; the last one goes on while its label does")
+    windows: int = Field(description="how many were pooled in it")
+
+
+class StreamAnswer(Wire):
+    """A message of ``WS /v1/stream``, one a window."""
+
+    type: Literal["answer"] = "answer"
+    window: Segment = Field(description="the newest window, by itself")
+    segments: list[StreamSegment] = Field(description="what it changes: the one that it ends, if any, and the last one")
+    received_s: float = Field(description="sound that had come when this was sent")
+    lag_s: float = Field(description="from when the window's sound was here to this message")
+    skipped: int = Field(description="windows left out so far, for the service or the line was too slow for them")
+
+
+class StreamDone(Wire):
+    """Last message of ``WS /v1/stream`` after ``{"type": "end"}``."""
+
+    type: Literal["done"] = "done"
+    segments: list[StreamSegment] = Field(description="the last one, final; none where nothing was heard")
+    duration_s: float
+    windows: int
+    skipped: int
+
+
+class StreamError(Wire):
+    """Last message of ``WS /v1/stream`` when it ends with an error; the close code is 4000 and the problem's status."""
+
+    type: Literal["error"] = "error"
+    problem: Problem
+
+
 class Live(Wire):
     """Answer of ``GET /v2/health/live``."""
 
@@ -254,6 +303,28 @@ class ExplainOptions(BaseModel):
     model: str | None = Field(default=None, max_length=100, description="a name of GET /v1/model; default: its first")
 
 
+class StreamOptions(BaseModel):
+    """Parameters of the address of ``WS /v1/stream``, or of its first message."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["s16le", "f32le", "webm"] = Field(
+        description="raw samples, little-endian, channels interleaved; or WebM with Opus, as MediaRecorder gives it"
+    )
+    sample_rate_hz: int | None = Field(default=None, ge=4_000, le=192_000, description="of raw samples")
+    channels: int = Field(default=1, ge=1, le=2, description="of raw samples; their mix is heard")
+    hop_s: float = Field(default=0.5, ge=0.25, le=10, allow_inf_nan=False, description="from one answer to the next")
+    top_k: int | None = Field(default=None, ge=1, description="so many classes in scores; default: all")
+    min_confidence: float = Field(default=0.0, ge=0, le=1, description="as of POST /v1/predict")
+    model: str | None = Field(default=None, max_length=100, description="a name of GET /v1/model; default: its first")
+
+    @model_validator(mode="after")
+    def _complete(self) -> StreamOptions:
+        if (self.sample_rate_hz is None) != (self.format == "webm"):
+            raise ValueError("sample_rate_hz belongs to s16le and f32le, which need it; webm says its own")
+        return self
+
+
 class TaskParameters(BaseModel):
     """``parameters`` of the audio-classification task."""
 
@@ -290,3 +361,25 @@ def checked_key(text: str | None) -> str | None:
 def key_digest(key: str) -> str:
     """sha256 of an API key, hexadecimal."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+STREAM_PROTOCOL = "ser.v1"
+_TICKET = "ser.ticket."
+
+
+def stream_ticket(digest: str, until: float) -> str:
+    """A WebSocket subprotocol that opens streams, and nothing else, until a moment (``time.time``).
+
+    For pages, which can send no header, and must not hold the key: whoever has the key makes tickets of its ``digest``.
+    """
+    moment = str(int(until))
+    proof = hmac.new(digest.encode(), f"stream {moment}".encode(), hashlib.sha256).hexdigest()
+    return f"{_TICKET}{moment}.{proof}"
+
+
+def is_stream_ticket(given: str, digest: str, now: float) -> bool:
+    """Whether ``stream_ticket`` made it of this key, and it is still good."""
+    moment = given.removeprefix(_TICKET).partition(".")[0]
+    if not (given.startswith(_TICKET) and moment.isascii() and moment.isdecimal() and len(moment) < 15):
+        return False
+    return int(moment) >= now and hmac.compare_digest(stream_ticket(digest, int(moment)).encode(), given.encode())

@@ -27,12 +27,15 @@ class PredictRequest:
         channels: ``mix``, the number of one channel, or ``each``, which implies windows. None: ``mix``, and ``each``
             where all of a recording beyond ``LONG_S`` is heard and its channels differ.
         picture: whether to add what the model sees.
+        at: hear the windows of the model's length that start there, in seconds, ascending, and nothing else: those of a
+            stream, of which the recording is a part.
     """
 
     window_s: float | Literal["middle"] | None = None
     hop_s: float | None = None
     channels: Channels | None = None
     picture: bool = False
+    at: tuple[float, ...] = ()
 
     @property
     def channel(self) -> Channel:
@@ -42,7 +45,7 @@ class PredictRequest:
     @property
     def windowed(self) -> bool:
         """Whether all of the recording is heard, however long it is."""
-        return isinstance(self.window_s, float) or self.hop_s is not None or self.channels == "each"
+        return isinstance(self.window_s, float) or self.hop_s is not None or self.channels == "each" or bool(self.at)
 
     @property
     def by_length(self) -> bool:
@@ -143,6 +146,10 @@ class Meter(Protocol):
 
     def recording(self, model: str, code: str) -> None:
         """Count a recording; ``code`` is ``ok`` or that of its problem."""
+        ...
+
+    def streams(self, count: int) -> None:
+        """Note how many live streams are open now."""
         ...
 
 

@@ -36,6 +36,9 @@ class Settings(BaseModel):
     max_windows: int = Field(default=1800, ge=1, description="windows of a recording: 15 s of one CPU, or so")
     body_timeout_s: float = Field(default=30, gt=0, description="until a request's body must have come")
     deadline_s: float = Field(default=60, gt=0, description="from body to answer")
+    max_streams: int = Field(default=16, ge=0, description="live streams at a time, in each process that speaks HTTP")
+    max_stream_s: float = Field(default=1800, gt=0, description="length of a live stream")
+    stream_idle_s: float = Field(default=30, gt=0, description="until a live stream without new sound is closed")
     cors_origins: tuple[str, ...] = Field(default=(), description="web origins whose pages may call; none by default")
 
     @field_validator("bundles", "cors_origins", mode="before")
@@ -83,4 +86,7 @@ class Settings(BaseModel):
             "max_windows": self.max_windows,
             "body_timeout_s": self.body_timeout_s,
             "deadline_s": self.deadline_s,
+            "max_streams": self.max_streams,
+            "max_stream_s": self.max_stream_s,
+            "stream_idle_s": self.stream_idle_s,
         }

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
-from pipeline.audio.windows import LONG_S, SlidingWindow
+from pipeline.audio.windows import LONG_S, GivenWindows, SlidingWindow
 from pipeline.features.features import extract
 from pipeline.inference.excerpts import channels_differ, describe, failed
 from pipeline.inference.explain import Overview, Picture, draw, occlusion_steps, outline_part
@@ -280,6 +280,9 @@ class Worker:
         self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
     ) -> Generator[Array, Floats, tuple[Prediction, Timeline | None]]:
         config, channels = predictor.bundle.features, request.channels or "mix"
+        if request.at:
+            given = GivenWindows(config.window_s, request.at)
+            return (yield from predictor.follow_steps(data, given, isolated=isolated))
         window_s = request.window_s if isinstance(request.window_s, float) else config.window_s
         hop_s = window_s if request.hop_s is None else request.hop_s
         try:

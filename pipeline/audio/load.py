@@ -50,6 +50,7 @@ __all__ = [
     "Reading",
     "Segment",
     "content_hash",
+    "frames_for",
     "load",
     "load_middle",
     "load_once",
@@ -344,15 +345,22 @@ def _middle(read: Callable[[int, int], Samples], decoder: Decoder, window: int, 
     return Clip(samples, rate_hz, start / rate_hz, count / rate_hz, _info(decoder))  # with what reading gave notice of
 
 
-def _frames_for(start: int, count: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
-    """[first, last) frames of which samples [start, start + count) of the whole recording resampled are made."""
-    from_hz = info.sample_rate_hz
-    if from_hz == rate_hz:
+def frames_for(start: int, count: int, from_hz: int, to_hz: int) -> tuple[int, int]:
+    """[first, last) frames of which samples [start, start + count) of a recording resampled are made.
+
+    ``first`` lies where the two sample grids meet: a recording cut off before it gives the same samples.
+    """
+    if from_hz == to_hz:
         return start, start + count
-    down = from_hz // math.gcd(from_hz, rate_hz)  # every `down` frames the two grids meet
-    margin = _MARGIN * max(1, -(-from_hz // rate_hz))
-    first = max(start * from_hz // rate_hz - margin, 0) // down * down
-    return first, min(resampled_length(start + count, rate_hz, from_hz) + margin, info.frames)
+    down = from_hz // math.gcd(from_hz, to_hz)  # every `down` frames the two grids meet
+    margin = _MARGIN * max(1, -(-from_hz // to_hz))
+    first = max(start * from_hz // to_hz - margin, 0) // down * down
+    return first, resampled_length(start + count, to_hz, from_hz) + margin
+
+
+def _frames_for(start: int, count: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
+    first, last = frames_for(start, count, info.sample_rate_hz, rate_hz)
+    return first, min(last, info.frames)
 
 
 def _resampled(read: Callable[[int, int], Samples], info: AudioInfo, start: int, count: int, rate_hz: int) -> Samples:

@@ -47,6 +47,18 @@ class SlidingWindow:
         return starts if last_s - starts[-1] <= _TAIL_S else [*starts, last_s]
 
 
+@dataclass(frozen=True)
+class GivenWindows:
+    """Windows of ``window_s`` that start at ``at``, ascending: those of something longer than the recording."""
+
+    window_s: float
+    at: tuple[float, ...]
+
+    def starts(self, duration_s: float) -> list[float]:
+        """``at``, however long the recording is."""
+        return list(self.at)
+
+
 def check_crops(crops: int) -> None:
     """Refuse a number of crops that none would want.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.audio import load as audio
 from pipeline.audio.source import name_of
 from pipeline.audio.speech import speech_share
-from pipeline.audio.windows import SlidingWindow, covered_s, crop_starts
+from pipeline.audio.windows import GivenWindows, SlidingWindow, covered_s, crop_starts
 from pipeline.features.features import FeatureConfig, extract
 from pipeline.inference.timeline import SILENCE_DBFS
 from pipeline.storage.files import source_of
@@ -147,7 +147,7 @@ def channels_differ(
 def walk(
     source: audio.AudioSource,
     config: FeatureConfig,
-    steps: SlidingWindow,
+    steps: SlidingWindow | GivenWindows,
     duration_s: float,
     channel: audio.Channel = "mix",
     *,

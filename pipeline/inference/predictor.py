@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.audio import load as audio
 from pipeline.audio.speech import LEAST_SHARE
-from pipeline.audio.windows import SlidingWindow, check_crops, covered_s
+from pipeline.audio.windows import GivenWindows, SlidingWindow, check_crops, covered_s
 from pipeline.inference.excerpts import LEAST_S, Excerpt, check_sound, describe, failed, listen, walk
 from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, joined, log_softmax, named, no_windows, pool
 from pipeline.models.backends import Backend, open_backend
@@ -263,7 +263,7 @@ class Predictor:
     def follow_steps(
         self,
         source: audio.AudioSource,
-        steps: SlidingWindow,
+        steps: SlidingWindow | GivenWindows,
         *,
         channels: Channels = "mix",
         silence_dbfs: float = SILENCE_DBFS,
@@ -272,7 +272,7 @@ class Predictor:
         """``follow`` for whoever runs the network elsewhere, or shares it: what it decodes, it decodes in between.
 
         Yields features ``(n, *input_shape)`` of the next windows, n up to ``batch_size``, and is sent their
-        ``answers``, ``(n, classes + 1)``.
+        ``answers``, ``(n, classes + 1)``. Windows that are given are never refused for holding little sound.
 
         Raises:
             SerError: windows longer than the model's.
@@ -291,7 +291,7 @@ class Predictor:
                 track = self._track(source, steps, info.duration_s, channel, isolated, silence_dbfs)
                 tracks.append((yield from track))
             timeline = joined([track for track, *_ in tracks])
-            if steps.window_s >= LEAST_S:
+            if steps.window_s >= LEAST_S and not isinstance(steps, GivenWindows):
                 sound_s = max(sound_s for _, sound_s, *_ in tracks)
                 check_sound(source, info.duration_s, float(timeline.level_dbfs.max()), sound_s)
         except Exception as error:  # as in listen: a recording never ends the job
@@ -313,7 +313,7 @@ class Predictor:
     def _track(
         self,
         source: audio.AudioSource,
-        steps: SlidingWindow,
+        steps: SlidingWindow | GivenWindows,
         duration_s: float,
         channel: audio.Channel,
         isolated: bool,

@@ -23,6 +23,7 @@ from app_pages.recordings import examples
 from jobs import infer
 from pipeline.models.bundle import Bundle
 from serve.client import Client
+from serve.schema import STREAM_PROTOCOL, is_stream_ticket, key_digest
 
 pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning", "error::FutureWarning")
 APP = Path(__file__).resolve().parents[2] / "app.py"
@@ -87,11 +88,11 @@ def press(page: AppTest, label: str) -> AppTest:
     return button.click().run()
 
 
-def test_the_first_view_is_two_choices_and_no_answer(fake: FakeService) -> None:
+def test_the_first_view_is_three_choices_and_no_answer(fake: FakeService) -> None:
     page = listen()
     assert not page.exception
     assert page.title[0].value == "What emotion does this voice convey?"
-    assert [header.value for header in page.header] == ["Record", "Drop audio"]
+    assert [header.value for header in page.header] == ["Record", "Drop audio", "Live"]
     assert 'class="ser-answer"' not in html(page)
     assert not charts(page)
     assert fake.heard == []
@@ -100,6 +101,23 @@ def test_the_first_view_is_two_choices_and_no_answer(fake: FakeService) -> None:
     assert "This voice sounds calm" in html(page)
     assert fake.heard == ["anna_happy_train.ogg"]
     assert page.expander[0].label == "Another recording"
+
+
+@pytest.mark.parametrize("key", ["", "correct horse battery staple"])
+def test_live_gives_the_browser_a_ticket_and_never_the_key(
+    fake: FakeService, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("SER_API_KEY", key)
+    page = press(listen(), "Start live")
+    assert not page.exception
+    (band,) = page.get("bidi_component")
+    assert "correct" not in str(band.proto)
+    told = json.loads(band.proto.json)
+    assert (told["service"], told["protocols"][0]) == ("http://127.0.0.1:8000", STREAM_PROTOCOL)
+    tickets = [is_stream_ticket(one, key_digest(key), time.time() + 3000) for one in told["protocols"][1:]]
+    assert tickets == ([True] if key else [])
+    press(page, "Back")
+    assert [header.value for header in page.header] == ["Record", "Drop audio", "Live"]
 
 
 def test_an_upload_is_answered_in_words_with_all_classes(fake: FakeService) -> None:
@@ -172,7 +190,7 @@ def test_a_voice_that_is_taken_back_is_gone(fake: FakeService) -> None:
     assert "sounds happy" in html(page)
     page.audio_input[0].set_value(None).run()
     assert "sounds happy" not in html(page)
-    assert [header.value for header in page.header] == ["Record", "Drop audio"]
+    assert [header.value for header in page.header] == ["Record", "Drop audio", "Live"]
 
 
 def test_several_recordings_become_a_table(fake: FakeService) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -207,23 +208,55 @@ def test_a_long_recording_has_a_time_line(
     assert seconds[:6] == ["0", "2", "4", "6", "8", "10"]
 
 
-def test_a_voice_from_the_microphone_is_answered(
-    playwright: Any, address: str, write_audio: Callable[..., Path]
-) -> None:
-    voice = write_audio("voice.wav", duration_s=10.0, sample_rate_hz=48_000, peak=0.8)
+@contextmanager
+def speaking(playwright: Any, voice: Path) -> Iterator[Any]:
+    """A tab of a browser whose microphone hears ``voice``, again and again."""
     device = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
     flags = [*FLAGS, *device, f"--use-file-for-fake-audio-capture={voice}"]
     chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
     context = chromium.new_context(permissions=["microphone"])
     context.set_default_timeout(PATIENCE_MS)
-    page = context.new_page()
-    page.goto(address)
-    button = page.get_by_test_id("stAudioInputActionButton")
-    button.click()
-    page.get_by_test_id("stAudioInputWaveformTimeCode").get_by_text("00:02").wait_for()
-    button.click()
-    assert re.search("sounds|Sounds|No clear", answered(page, "Your voice.wav"))
+    yield context.new_page()
     chromium.close()
+
+
+def test_a_voice_from_the_microphone_is_answered(
+    playwright: Any, address: str, write_audio: Callable[..., Path]
+) -> None:
+    spoken = write_audio("voice.wav", duration_s=10.0, sample_rate_hz=48_000, peak=0.8)
+    with speaking(playwright, spoken) as page:
+        page.goto(address)
+        button = page.get_by_test_id("stAudioInputActionButton")
+        button.click()
+        page.get_by_test_id("stAudioInputWaveformTimeCode").get_by_text("00:02").wait_for()
+        button.click()
+        assert re.search("sounds|Sounds|No clear", answered(page, "Your voice.wav"))
+
+
+def test_live_shows_what_is_heard_as_a_moving_band(
+    playwright: Any, address: str, service: Service, write_audio: Callable[..., Path]
+) -> None:
+    spoken = write_audio("spoken.wav", samples=voice(20.0), sample_rate_hz=48_000)
+    with speaking(playwright, spoken) as page:
+        page.goto(address)
+        page.get_by_role("button", name="Start live").click()
+        page.wait_for_selector(".ser-live .run.heard, .ser-live .run.unsure")
+        assert re.search("sounds|No clear", page.inner_text(".ser-live .ser-answer"))
+        drawn = {entry.get_attribute("data-label") for entry in page.locator(".ser-live .legend li").all()}
+        assert drawn <= {*service.client.model().labels, "uncertain", "silence", "not_speech"}
+        where = "getComputedStyle(document.querySelector('.ser-live .track')).transform"
+        page.wait_for_function(f"before => {where} !== before", arg=page.evaluate(where))  # it moves
+        accessible(page)
+        page.locator(".ser-live .toggle").click()
+        page.get_by_role("button", name="Start", exact=True).wait_for()
+        page.wait_for_function("!document.querySelector('.ser-live .interim')")  # the last one is final
+        assert page.inner_text(".ser-live .told") == ""
+        service.stop()
+        page.locator(".ser-live .toggle").click()
+        page.get_by_text("could not be reached from this browser").wait_for()
+        service.start()
+        page.get_by_role("button", name="Back").click()
+        page.get_by_role("button", name="Start live").wait_for()
 
 
 def test_many_files_become_a_table_and_a_csv(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from serving import KEY, LocalService, form, problem_of, wav
+from streaming import END, PCM, opened, running, sent
+from websockets.exceptions import InvalidStatus
 
 from pipeline.models.bundle import Bundle
+from serve.schema import STREAM_PROTOCOL, key_digest, stream_ticket
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +155,91 @@ def test_ids_of_requests_are_short_plain_text(service: LocalService, given: byte
         assert found == told or (told is None and len(found) == 36)
         if path.endswith("nothing"):
             assert response.json()["request_id"] == found
+
+
+@pytest.fixture(scope="module")
+def url(tiny_bundle: Bundle) -> Iterator[str]:
+    """A service over a socket, without a key."""
+    with running(tiny_bundle) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def guarded_url(tiny_bundle: Bundle) -> Iterator[str]:
+    with running(tiny_bundle, KEY) as (url, _):
+        yield url
+
+
+def refused(url: str, **options: Any) -> tuple[int, str]:
+    with pytest.raises(InvalidStatus) as found, opened(url, **PCM, **options):
+        pass
+    response = found.value.response
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["x-request-id"]
+    return response.status_code, json.loads(response.body or b"")["code"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Origin": "http://evil.example"}, "foreign_page"),
+        ({"Origin": "null"}, "foreign_page"),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "websocket"}, "foreign_page"),
+        ({"Origin": "http://127.0.0.1.evil.example"}, "foreign_page"),
+    ],
+)
+def test_pages_of_other_sites_are_refused(url: str, headers: dict[str, str], code: str) -> None:
+    assert refused(url, headers=headers) == (403, code)
+
+
+def test_another_name_for_this_machine_is_refused(url: str) -> None:
+    """DNS rebinding: the page's own name resolves to 127.0.0.1."""
+    port = url.rpartition(":")[2]
+    handshake = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    handshake |= {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==", "Host": f"evil.example:{port}"}
+    answer = httpx.get(f"{url}/v1/stream", headers=handshake)
+    assert (answer.status_code, answer.json()["code"]) == (403, "foreign_host")
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:8501", "http://127.0.0.1:8501"])
+def test_pages_of_this_machine_may(url: str, origin: str) -> None:
+    assert sent(url, [END], headers={"Origin": origin, "Sec-Fetch-Site": "same-site"}, **PCM).code == 1000
+
+
+def ticket(key: str = KEY, seconds: float = 60.0) -> str:
+    return stream_ticket(key_digest(key), time.time() + seconds)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"headers": {"Authorization": "Bearer wrong"}},
+        {"protocols": [STREAM_PROTOCOL]},
+        {"protocols": [STREAM_PROTOCOL, ticket("another key")]},
+        {"protocols": [STREAM_PROTOCOL, ticket(seconds=-1)]},
+        {"protocols": [STREAM_PROTOCOL, "ser.ticket.99999999999.00"]},
+        {"protocols": [STREAM_PROTOCOL, "ser.ticket.", "ser.ticket.x.y"]},
+    ],
+)
+def test_without_the_key_nothing_opens(guarded_url: str, options: dict[str, Any]) -> None:
+    assert refused(guarded_url, **options) == (401, "unauthorized")
+
+
+def test_key_and_ticket_open_and_are_never_logged(guarded_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    made = ticket()
+    with caplog.at_level(logging.DEBUG):
+        assert sent(guarded_url, [END], headers={"Authorization": f"Bearer {KEY}"}, **PCM).code == 1000
+        with opened(guarded_url, protocols=[STREAM_PROTOCOL, made], **PCM) as socket:
+            assert socket.subprotocol == STREAM_PROTOCOL
+            assert json.loads(socket.recv())["type"] == "ready"
+        ours = [record.getMessage() for record in caplog.records if not record.name.startswith("websockets")]
+    assert any('"route": "/v1/stream"' in line for line in ours)
+    for secret in (KEY, made, key_digest(KEY)):
+        assert not any(secret in line for line in ours)
+
+
+def test_a_ticket_opens_streams_only(guarded_url: str) -> None:
+    for given_key in (ticket(), ticket().removeprefix("ser.ticket.")):
+        answer = httpx.get(f"{guarded_url}/v1/model", headers={"Authorization": f"Bearer {given_key}"})
+        assert answer.status_code == 401

@@ -25,9 +25,11 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SERVICE_LIMITS
+from conftest import SERVICE_LIMITS, speech_like
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 from serving import form, wav
+from streaming import END, opened, pcm_and_wav, pieces, sent, webm
+from websockets.exceptions import InvalidStatus
 
 from jobs import infer
 from pipeline.cluster.ray_internals import SERVE_REPLICA
@@ -140,6 +142,32 @@ def test_shard_infer_score_and_service_agree(
         np.testing.assert_allclose(found, score, atol=1e-5)
         assert answer.label == one["predicted"] == scores[0].label
         assert (answer.duration_s, answer.channels) == (one["duration_s"], one["channels"])
+
+
+def test_a_stream_is_heard_as_its_file(url: str, tiny_bundle: Bundle) -> None:
+    raw, file = pcm_and_wav(speech_like(duration_s=4.2), 16_000)
+    packed = webm(speech_like(duration_s=3.0, sample_rate_hz=48_000))
+    for sound, whole, said in (
+        (raw, file, {"format": "s16le", "sample_rate_hz": 16_000}),
+        (packed, packed, {"format": "webm"}),
+    ):
+        with Client(url) as client:
+            expected = client.predict(("whole", whole), window_s=2, hop_s=0.5).segments
+        heard = sent(url, [*pieces(sound, 6_001), END], **said)
+        assert (heard.code, heard.of("done")[0]["skipped"]) == (1000, 0)
+        for window, segment in zip(heard.windows, expected or [], strict=True):
+            assert (window["label"], window["start_s"]) == (segment.label, pytest.approx(segment.start_s))
+            found = {score["label"]: score["score"] for score in window["scores"]}
+            assert found == pytest.approx({score.label: score.score for score in segment.scores}, abs=2e-4)
+
+
+def test_a_stream_of_garbage_is_told_and_one_of_another_site_refused(url: str) -> None:
+    heard = sent(url, [b"garbage" * 100], format="webm")
+    assert (heard.code, heard.problem) == (4400, "not_audio")
+    with pytest.raises(InvalidStatus) as refused, opened(url, headers={"Origin": "http://evil.example"}):
+        pass
+    assert refused.value.response.status_code == 403
+    assert json.loads(refused.value.response.body or b"")["code"] == "foreign_page"
 
 
 def test_every_answer_has_one_request_id(http: httpx.Client) -> None:

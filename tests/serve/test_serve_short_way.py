@@ -131,3 +131,24 @@ def test_mistakes_of_the_application_are_raised(now: list[float]) -> None:
                 await http.post("/v1/predict")
 
     asyncio.run(scenario())
+
+
+def test_streams_wait_for_the_first_offer_and_take_the_short_way(now: list[float]) -> None:
+    """A connection stays where it begins, and behind the proxy nothing would keep a fast sender back."""
+
+    async def stream(way: ShortWay) -> str:
+        told: list[Any] = []
+
+        async def send(message: Any) -> None:
+            told.append(message)
+
+        await way({"type": "websocket", "path": "/v1/stream"}, asyncio.Event().wait, send)
+        return str(told[-1]["body"].decode())
+
+    async def scenario() -> None:
+        way = ShortWay(Says("ingress"), ask=Ingress("first"), make=lambda offer: Says("short"))
+        assert await stream(way) == "short"
+        alone = ShortWay(Says("ingress"), ask=Ingress(RuntimeError("gone")), make=lambda offer: Says("short"))
+        assert await stream(alone) == "ingress"
+
+    asyncio.run(scenario())

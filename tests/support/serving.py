@@ -88,6 +88,7 @@ class KeptFigures:
     def __init__(self) -> None:
         self.requests: list[tuple[str, int, str]] = []
         self.recordings: list[tuple[str, str]] = []
+        self.open_streams = 0
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None:
         assert seconds >= 0
@@ -95,6 +96,9 @@ class KeptFigures:
 
     def recording(self, model: str, code: str) -> None:
         self.recordings.append((model, code))
+
+    def streams(self, count: int) -> None:
+        self.open_streams = count
 
 
 class LocalService:
