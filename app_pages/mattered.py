@@ -17,8 +17,8 @@ _LITTLE = 0.1  # fall of the log-odds: a probability of 50 % becomes 47.5 %
 def button(recorded: Recorded, heard: Recording) -> None:
     """The button that asks for it; what is no voice has nothing to explain."""
     if heard.label not in NO_ANSWER:
-        middle = " in the middle" if heard.segments else ""
-        st.button(f"Show what mattered{middle}", on_click=_want, args=(recorded.digest,), icon=":material/visibility:")
+        where = " in one part" if heard.segments else ""
+        st.button(f"Show what mattered{where}", on_click=_want, args=(recorded.digest,), icon=":material/visibility:")
 
 
 def _want(digest: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import pandas as pd
@@ -28,6 +29,7 @@ anybody by these answers.
 **What happens to recordings.** This page holds them in memory while it is open, and sends them to the service below.
 Neither stores them.
 """
+OWN = "out_of_fold"  # figures of an adapted model, on the recordings that it was adapted to
 _OPEN_SECTIONS = ("Data", "Limits")
 _LIMITS = {
     "max_body_mib": ("Largest upload", 1, "{:g} MB"),
@@ -56,7 +58,7 @@ def page() -> None:
 def _figures(model: ModelInfo) -> None:
     st.header("How well it does", anchor=False)
     st.html(two_figures_html(model.metrics))
-    test = model.metrics.get("test")
+    test = model.metrics.get("test", model.metrics.get(OWN))
     if _measured(test):
         assert test is not None
         st.html(verdict.targets_html(_targets(test, model.labels)))
@@ -66,20 +68,32 @@ def _figures(model: ModelInfo) -> None:
     _elsewhere(model.metrics)
     st.header("What it hears", anchor=False)
     hears = model.features
+    speech = model.crops == 1 and hears.get("window") == "speech"
+    where = "of a recording, where most speech is" if speech else "from the middle of a recording"
     st.markdown(
-        f"{model.crops * hears.get('window_s', 2):g} seconds from the middle of a recording, and all of one that is "
-        f"longer than 6 seconds in parts, as a picture of {hears.get('n_mels', '?')} pitch bands, at "
+        f"{model.crops * hears.get('window_s', 2):g} seconds {where}, and all of one that is longer than 6 seconds in "
+        f"parts, as a picture of {hears.get('n_mels', '?')} pitch bands, at "
         f"{hears.get('sample_rate_hz', 0) / 1000:g} kHz. Voice, not words."
     )
 
 
 def two_figures_html(metrics: Mapping[str, Any]) -> str:
     """Right answers for voices it knows and for new ones, equally large; "not measured" where the bundle has none."""
+    own = _own(metrics)
     told = (
-        ("Voices it knows", metrics.get("test"), "other recordings of speakers it learned from"),
-        ("New voices", metrics.get("unseen_speakers"), "speakers it has never heard"),
+        ("Voices it knows", metrics.get("test", own.get("recording")), "other recordings of speakers it learned from"),
+        ("New voices", metrics.get("unseen_speakers", own.get("speaker")), "speakers it has never heard"),
     )
     return f'<div class="ser-figures">{"".join(_figure(*one) for one in told)}</div>'
+
+
+def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of an adapted model, by what no fold shared with another: ``speaker`` or ``recording``."""
+    training, block = metrics.get("training"), metrics.get(OWN)
+    about = training.get("adapted") if isinstance(training, Mapping) else None
+    if not isinstance(about, Mapping) or not isinstance(block, Mapping):
+        return {}
+    return {str(about.get("folds_by")): {**block, "protocol": OWN}}
 
 
 def _figure(title: str, block: Any, what: str) -> str:
@@ -142,7 +156,7 @@ def _targets(test: Mapping[str, Any], labels: Sequence[str]) -> list[verdict.Fig
 def _recall_html(model: ModelInfo, test: Mapping[str, Any]) -> str:
     recall, intervals = _recalls(test), _of_class(test, model.labels)
     rows = "".join(
-        f'<tr><th scope="row">{spoken(name)}</th><td><div class="track">'
+        f'<tr><th scope="row">{escape(spoken(name))}</th><td><div class="track">'
         f'<div class="bar" style="width:{100 * recall.get(name, 0):.0f}%;background:{colour(name)}"></div></div></td>'
         f'<td class="share">{f"{100 * recall[name]:.0f} %" if name in recall else "none"}</td>'
         f'<td class="interval">{verdict.interval_words(intervals[name]) if name in intervals else ""}</td></tr>'
@@ -166,7 +180,7 @@ def _elsewhere(metrics: Mapping[str, Any]) -> None:
         + (f" (95 % interval {verdict.interval_words(verdict.wilson(float(block['accuracy']), block['n']))})")
         + f" of {block['n']:,} recordings"
         for name, block in metrics.items()
-        if name not in ("test", "unseen_speakers") and isinstance(block, Mapping)
+        if name not in ("test", "unseen_speakers", OWN) and isinstance(block, Mapping)
         if isinstance(block.get("accuracy"), float) and isinstance(block.get("n"), int)
     ]
     if told:

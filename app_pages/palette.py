@@ -1,6 +1,7 @@
-"""Colours: one for each emotion, readable on light and dark; the scale of the sound picture.
+"""Colours: one for each class, readable on light and dark; the scale of the sound picture.
 
-A colour never stands alone: the word is always beside it.
+Classes that are no usual emotion get the next free colour when they are first seen, and keep it. A colour never stands
+alone: the word is always beside it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ _EMOTIONS = {
     "uncertain": "#a9b3b8",
     "silence": "#ccd3d6",
 }
-_OTHERS = ("#b0579a", "#5c9a4a", "#2f8fb3", "#a8763e", "#6f6fd0", "#c25b74")
+_OTHERS = (
+    *("#b0579a", "#5c9a4a", "#2f8fb3", "#a8763e", "#6f6fd0", "#c25b74"),
+    *("#4d8a72", "#94589e", "#a39a2c", "#58718f", "#c77d5b", "#7a6a52"),
+)
+_given: dict[str, str] = {}
 _HEAT = ("#0b0d1f", "#2a1458", "#5f1a77", "#982b76", "#cf4266", "#f3704f", "#fbac5c", "#fcebb0")
 
 
 def colour(label: str) -> str:
-    """The colour of a class; the same for the same name, whichever classes a model has."""
-    return _EMOTIONS.get(label) or _OTHERS[sum(label.encode()) % len(_OTHERS)]
+    """The colour of a class; the same for the same name, whichever classes a model has, and another for others."""
+    return _EMOTIONS.get(label) or _given.setdefault(label, _OTHERS[len(_given) % len(_OTHERS)])
 
 
 def ink(background: str) -> str:

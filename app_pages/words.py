@@ -43,8 +43,12 @@ _REASONS = {
 
 
 def spoken(label: str) -> str:
-    """A label as it ends the sentence "this voice sounds ..."."""
-    return {UNCERTAIN: "not sure", **NO_ANSWER}.get(label, _ADJECTIVES.get(label, label))
+    """A label as it ends the sentence "this voice sounds ...".
+
+    >>> spoken("disgust"), spoken("very_loud")
+    ('disgusted', 'very loud')
+    """
+    return {UNCERTAIN: "not sure", **NO_ANSWER}.get(label, _ADJECTIVES.get(label, label.replace("_", " ")))
 
 
 def unsure(best: str) -> str:

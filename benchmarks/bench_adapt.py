@@ -1,7 +1,7 @@
 r"""What do a few labelled recordings of one's own give, how often does it do harm, and how long does it take?
 
     python -m benchmarks.bench_adapt --case models/inception_ser_final features/emodb \
-        --case models/inception_ravdess features/crema [--seeds 10] [--limit 1500] [--draws 100]
+        --case models/inception_ravdess features/crema [--seeds 10] [--limit 1500] [--draws 100] [--clock 200]
 
 A case is a parent and the features (``ser extract``) of a corpus that it has never heard. Per seed, seven tenths of the
 speakers are drawn; 10 or 40 recordings of each class of theirs are learnt from (fewer where there are fewer), all
@@ -9,7 +9,7 @@ recordings of the other speakers are tested. UAR is over the corpus' classes. "B
 (it may answer a class that the corpus has not: a mistake), and with its answers restricted to the corpus' classes.
 "After" keeps all the parent's classes (``--classes auto``). Intervals: 95 %, Student's t over seeds, whose draws
 overlap. Harm: 24 recordings with shuffled labels, how often the verdict is "keep". Time: folds, choice and fit of 200
-recordings, cached.
+recordings (`--clock`), cached.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ class Case:
         self.parent: Parent = parent_of(*last_layer(bundle.build_model()), bundle.labels, self.labels)
 
     @staticmethod
-    def _cached(bundle: Bundle, cache: Path, rows: Ints, make) -> Floats:  # type: ignore[no-untyped-def]
+    def _cached(bundle: Bundle, cache: Path, rows: Ints, make: Callable[[], Floats]) -> Floats:
         name = hashlib.sha256(bundle.weights_sha256.encode() + rows.tobytes()).hexdigest()[:16]
         path = cache / f"{name}.npy"
         if not path.is_file():
@@ -121,9 +122,9 @@ def harm(case: Case, draws: int) -> None:
     print(f"| {case.name} | 24, labels shuffled, {draws} draws | keep in {keeps} |", flush=True)
 
 
-def clock(case: Case) -> None:
-    """Print how long choice, folds and fit take on 200 recordings."""
-    rows = np.random.default_rng(0).permutation(len(case.all))[:200]
+def clock(case: Case, most: int) -> None:
+    """Print how long choice, folds and fit take on so many recordings."""
+    rows = np.random.default_rng(0).permutation(len(case.all))[:most]
     started = time.monotonic()
     adapt(case.all.where(rows), case.parent)
     print(f"| {case.name} | {len(rows)} recordings, cached | {time.monotonic() - started:.0f} s |", flush=True)
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--limit", type=int, default=1500, help="recordings a corpus, drawn at random (0: all)")
     parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--clock", type=int, default=200, help="recordings whose time is taken (5000: with --limit 0)")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "ser-bench-adapt"))
     arguments = parser.parse_args()
     torch.set_num_threads(usable_cpus())
@@ -149,7 +151,7 @@ def main() -> None:
     for case in cases:
         harm(case, arguments.draws)
     for case in cases:
-        clock(case)
+        clock(case, arguments.clock)
 
 
 if __name__ == "__main__":

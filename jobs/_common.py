@@ -122,6 +122,14 @@ class LabelMap(argparse.Action):
         setattr(namespace, self.dest, chained(getattr(namespace, self.dest) or {}, parse_label_map(str(values))))
 
 
+def add_csv_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, integers: bool = True) -> None:
+    """``--root`` and ``--label_map`` of a CSV, and ``--label_names`` where its integer labels may be anybody's."""
+    parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
+    parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
+    if integers:
+        add_label_names(parser)
+
+
 def add_label_names(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--label_names``, of a CSV."""
     parser.add_argument(

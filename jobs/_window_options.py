@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def add_window_options(parser: argparse.ArgumentParser) -> None:
     """Add them, as a group."""
     group = parser.add_argument_group("what is heard, and how it is called")
-    group.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
+    group.add_argument(
+        "--crops", type=int, help="windows a recording, evenly spaced; 1: the model's (default: its number)"
+    )
     group.add_argument(
         "--window_s", type=float, help="hear all of a recording in windows of this length, up to the model's (2 s)"
     )

@@ -8,19 +8,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from jobs._common import (
     EXIT_DONE,
     EXIT_SOME_FAILED,
-    LabelMap,
     Parser,
     Progress,
-    add_label_names,
+    add_csv_options,
     called,
     run,
     say,
 )
+from pipeline.audio.windows import Window
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import locked
@@ -28,7 +28,7 @@ from pipeline.storage.journal import locked
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.evaluation.outcomes import Ints
+    from pipeline.evaluation.outcomes import Floats, Ints
     from pipeline.models.bundle import Bundle
     from pipeline.training.adapt import Verdict
     from pipeline.training.last_layer import Found, Parent, Recordings
@@ -48,9 +48,13 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--model_weights", type=Path, help="the parent: bundle folder or .pt (default: the shipped one)"
     )
-    parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
-    parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
-    add_label_names(parser)
+    add_csv_options(parser)
+    parser.add_argument(
+        "--window",
+        choices=get_args(Window),
+        help="what the new model hears of a recording: its middle, or the window with most speech; both are compared "
+        "(default: as the parent, the shipped one the middle)",
+    )
     parser.add_argument(
         "--classes",
         choices=("auto", "mine", "all"),
@@ -112,14 +116,21 @@ def _job(arguments: argparse.Namespace) -> int:
     from pipeline.training.embeddings import embed_all, forget, last_layer
     from pipeline.training.last_layer import Recordings, parent_of
     from pipeline.training.last_layer import adapt as fit_and_choose
-    from pipeline.training.last_stages import MIN_MINUTES
 
     started = time.monotonic()
     torch.set_num_threads(usable_cpus())
     bundle = load_bundle(arguments.model_weights)
+    window: Window = arguments.window or bundle.features.window
     manifest = _manifest(arguments)
     say(f"parent: {bundle.folder} ({bundle.weights_sha256[:12]})")
-    read = embed_all(manifest, bundle, arguments.out / _KEPT, Progress("read"))
+    read = embed_all(
+        manifest,
+        bundle,
+        arguments.out / _KEPT,
+        sorted(get_args(Window), key=lambda one: one != window),
+        keep_features=arguments.max_minutes > adapt.MIN_MINUTES,
+        tell=Progress("read"),
+    )
     for path, error in list(read.unread.items())[:3]:
         say(f"left out: {path}: {error}")
     rows, said = adapt.usable(read.table, bundle)
@@ -127,25 +138,26 @@ def _job(arguments: argparse.Namespace) -> int:
         say(line)
     table = read.table.iloc[rows].reset_index(drop=True)
     labels = adapt.labels_for(sorted(set(table["label"])), bundle.labels, arguments.classes)
-    groups = _groups(table, labels, bundle)
-    recordings = Recordings(read.embeddings[rows], np.array([labels.index(name) for name in table["label"]]), groups)
+    truth, groups = np.array([labels.index(name) for name in table["label"]]), _groups(table, labels, bundle)
+    heard = {name: Recordings(every[rows], truth, groups) for name, every in read.embeddings.items()}
+    recordings = heard[window]
     parent = parent_of(*last_layer(bundle.build_model()), bundle.labels, labels)
     if arguments.features:
-        parent = replace(parent, old=_old(arguments, bundle, labels, table))
-    progress = Progress("folds", "folds")
-    found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=progress)
+        parent = replace(parent, old=_old(arguments, bundle, window, labels, table))
+    found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=Progress("folds", "folds"))
+    windows = _windows(heard, window, parent, found, arguments.seed)
     state = None
-    if arguments.max_minutes > MIN_MINUTES:
+    if read.features is not None:
         found, state = _with_last_stage(arguments, found, recordings, parent, bundle, read.features[rows])
-    verdict, about = _compared(arguments, bundle, table, labels, recordings, parent, found)
-    curve = (
+    before = parent.answers(heard[bundle.features.window].embeddings)
+    verdict, about = _compared(arguments, bundle, table, labels, truth, before, found)
+    about |= {"window": window, "windows": windows}
+    about["learning_curve"] = (
         _learning_curve(recordings, parent, labels, table, found, arguments.seed) if arguments.learning_curve else []
     )
-    about["learning_curve"] = curve
     about["seconds"] = round(time.monotonic() - started, 1)
     print(f"verdict: {verdict.told}")
     if verdict.adapted or arguments.anyway:
-        truth = recordings.truth
         made = adapt.write(
             arguments.out,
             bundle,
@@ -155,6 +167,7 @@ def _job(arguments: argparse.Namespace) -> int:
             about=about,
             truth=truth,
             embeddings=recordings.embeddings,
+            window=window,
             state=state,
         )
         print(f"model: {made.folder}")
@@ -167,19 +180,33 @@ def _job(arguments: argparse.Namespace) -> int:
 
 
 def _manifest(arguments: argparse.Namespace) -> pd.DataFrame:
-    from jobs.extract import describe_labels
+    from jobs.extract import describe_labels, read_csv
     from pipeline.data.corpora.voices import with_speakers
-    from pipeline.data.manifest import read_manifest
 
-    table = read_manifest(
-        arguments.data_csv,
-        root=arguments.root,
-        label_map=arguments.label_map,
-        label_names=arguments.label_names,
-        tell=say,
-    )
+    table = read_csv(arguments)
     describe_labels(table)
     return with_speakers(table)
+
+
+def _windows(
+    heard: Mapping[Window, Recordings], used: Window, parent: Parent, found: Found, seed: int
+) -> dict[Window, float]:
+    """Out-of-fold UAR with each window, printed: of the one that is not used by what was chosen in the same folds."""
+    from pipeline.evaluation.outcomes import scores, tally
+    from pipeline.training.last_layer import OUTER_FOLDS, folds, out_of_fold
+
+    uars, named = {}, {"middle": "the middle", "speech": "the window with most speech"}
+    fold_of = folds(heard[used], OUTER_FOLDS, seed)
+    moved = int((heard["middle"].embeddings != heard["speech"].embeddings).any(axis=1).sum())
+    for window, recordings in heard.items():
+        logits = found.logits
+        if window != used and moved:
+            logits = out_of_fold(recordings, parent, fold_of, choices=found.choices, seed=seed)[0]
+        uars[window] = float(scores(tally(recordings.truth, logits.argmax(axis=1), len(parent.known))).uar)
+    print(f"heard: {named[used]} of each recording (--window {used}); most speech is elsewhere in {moved}")
+    if moved:
+        print("  out of fold: " + ", ".join(f"{named[window]}: UAR {uar:.1%}" for window, uar in uars.items()))
+    return uars
 
 
 def _groups(table: pd.DataFrame, labels: Sequence[str], bundle: Bundle) -> Ints:
@@ -208,7 +235,7 @@ def _with_last_stage(
     features: Any,
 ) -> tuple[Found, Mapping[str, Any] | None]:
     """With ``--max_minutes`` above 5 the last stage of the network competes, too: what is better, and its weights."""
-    from pipeline.training.last_stages import can_be_tuned, compete
+    from pipeline.training.adapt import can_be_tuned, compete
 
     if not can_be_tuned(bundle):
         say("--max_minutes: only a single inception network has a last stage to train; its last layer is fitted alone")
@@ -231,16 +258,19 @@ def _with_last_stage(
 
 
 def _old(
-    arguments: argparse.Namespace, bundle: Bundle, labels: tuple[str, ...], table: pd.DataFrame
+    arguments: argparse.Namespace, bundle: Bundle, window: Window, labels: tuple[str, ...], table: pd.DataFrame
 ) -> Recordings | None:
     """Recordings of the old corpora for rehearsal, said."""
+    from dataclasses import replace
+
     import numpy as np
 
     from pipeline.features.store import load_features
     from pipeline.training.embeddings import rehearsed
     from pipeline.training.last_layer import Recordings
 
-    found = rehearsed(load_features(arguments.features, bundle.features), labels, table, bundle, seed=arguments.seed)
+    arrays = load_features(arguments.features, replace(bundle.features, window=window))
+    found = rehearsed(arrays, labels, table, bundle, seed=arguments.seed)
     if found is None:
         say("--features holds no recording of the new model's classes that the parent learnt from: none is rehearsed")
         return None
@@ -253,11 +283,15 @@ def _compared(
     bundle: Bundle,
     table: pd.DataFrame,
     labels: tuple[str, ...],
-    recordings: Recordings,
-    parent: Parent,
+    truth: Ints,
+    old: Floats,
     found: Found,
 ) -> tuple[Verdict, dict[str, Any]]:
-    """Before and after, printed and written as pages; the verdict, and what the new model's record says of it."""
+    """Before and after, printed and written as pages; the verdict, and what the new model's record says of it.
+
+    Args:
+        old: (n, C) logits of the parent.
+    """
     from dataclasses import asdict
 
     import numpy as np
@@ -270,28 +304,26 @@ def _compared(
     from pipeline.evaluation.outcomes import outcomes, scores, tally
     from pipeline.reporting.report import write_comparison
     from pipeline.training import adapt
-    from pipeline.training.last_stages import MIN_MINUTES
 
-    old = parent.answers(recordings.embeddings)
     before = adapt.answers(table, old, labels, bundle.temperature)
-    after = adapt.answers(table, found.logits, labels, adapt.temperature_of(recordings.truth, found.logits)[0])
+    after = adapt.answers(table, found.logits, labels, adapt.temperature_of(truth, found.logits)[0])
     names = (str(bundle.folder), f"{arguments.out} (each recording answered by folds that have not heard it)")
     meta = provenance(arguments.command, bundle) | {"data": str(arguments.data_csv)}
     print(comparison_summary(write_comparison(before, after, labels, arguments.out / "report", names=names, meta=meta)))
-    there = np.isin(np.arange(len(labels)), recordings.truth)
+    there = np.isin(np.arange(len(labels)), truth)
     restricted = np.where(there, old, -np.inf).argmax(axis=1)
-    alone = float(scores(tally(recordings.truth, restricted, len(labels))).uar)
+    alone = float(scores(tally(truth, restricted, len(labels))).uar)
     if not there.all():
         say(f"the parent, if it answered the {there.sum()} classes of the recordings only: UAR {alone:.1%}")
     if hint := permutation_hint(outcomes(before, labels)):
         say(hint)
     speakers = pd.factorize(table["speaker"])[0] if has_speakers(table) else None
     verdict = adapt.judge(
-        recordings.truth,
+        truth,
         old.argmax(axis=1),
         found.logits.argmax(axis=1),
         speakers,
-        compared=1 if arguments.max_minutes <= MIN_MINUTES else 2,
+        compared=1 if arguments.max_minutes <= adapt.MIN_MINUTES else 2,
     )
     say(f"chosen: {found.choice.told}; in the folds: {', '.join(sorted({each.told for each in found.choices}))}")
     about = {

@@ -14,10 +14,9 @@ from jobs._common import (
     EXIT_DONE,
     EXIT_SOME_FAILED,
     EXIT_TARGET_MISSED,
-    LabelMap,
     Parser,
+    add_csv_options,
     add_engine,
-    add_label_names,
     add_out,
     called,
     run,
@@ -73,9 +72,7 @@ def _add_data_options(parser: Parser) -> None:
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label; extracted to OUT/features")
     source.add_argument("--features", type=Path, nargs="+", metavar="FOLDER", help="folders that jobs.extract wrote")
-    group.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
-    group.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
-    add_label_names(group)
+    add_csv_options(group)
     add_out(group, "reports", "figures and pages; the same one again goes on where it ended")
     group.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")

@@ -14,9 +14,9 @@ from jobs._common import (
     EXIT_DONE,
     EXIT_SOME_FAILED,
     EXIT_TARGET_MISSED,
-    LabelMap,
     Parser,
     Progress,
+    add_csv_options,
     add_engine,
     add_out,
     called,
@@ -45,8 +45,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
-    parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
-    parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
+    add_csv_options(parser, integers=False)
     add_out(parser, "reports", "predictions, metrics, figures, report.html")
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")

@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from jobs._common import (
     EXIT_DONE,
@@ -21,6 +21,7 @@ from jobs._common import (
     say,
     tell_engine,
 )
+from pipeline.audio.windows import Window
 from pipeline.data.labels import describe
 from pipeline.features.features import KINDS, FeatureConfig
 from pipeline.storage.errors import SerError
@@ -69,6 +70,12 @@ def add_contract_options(parser: Parser) -> None:
     """What a model hears, where it is not the default; it travels in the bundle."""
     default, group = FeatureConfig(), parser.add_argument_group("what is heard (as the shipped weights do, by default)")
     group.add_argument("--window_s", type=float, default=default.window_s, help="seconds of the window (default 2)")
+    group.add_argument(
+        "--window",
+        choices=get_args(Window),
+        default=default.window,
+        help="which: the middle of a recording (default), or that with most speech, for which all of it is decoded",
+    )
     group.add_argument("--n_mels", type=int, default=default.n_mels, help="mel bands (default 64)")
     group.add_argument(
         "--f_max_hz", type=float, help="top of the highest mel band (default: half the sampling rate, 24000)"
@@ -120,7 +127,7 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
         SerError: ``--root`` beside ``--data_dir``, nothing that can be read there, or corpora that do not go together.
     """
     from pipeline.data.corpora.voices import check_corpora
-    from pipeline.data.manifest import read_manifest, scan_folder
+    from pipeline.data.manifest import scan_folder
 
     if arguments.data_dir is not None:
         if arguments.root is not None:
@@ -132,15 +139,22 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
                 "--label_names is for the integers of a --data_csv; for a folder say --label_map given=wanted,..."
             )
         return scan_folder(arguments.data_dir, label_map=arguments.label_map, tell=say)
-    table = read_manifest(
+    table = read_csv(arguments)
+    check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
+    return table
+
+
+def read_csv(arguments: argparse.Namespace) -> pd.DataFrame:
+    """The manifest of ``--data_csv``, as the options of ``add_csv_options`` say."""
+    from pipeline.data.manifest import read_manifest
+
+    return read_manifest(
         arguments.data_csv,
         root=arguments.root,
         label_map=arguments.label_map,
         label_names=arguments.label_names,
         tell=say,
     )
-    check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
-    return table
 
 
 def describe_labels(table: pd.DataFrame) -> None:
@@ -159,6 +173,7 @@ def job(arguments: argparse.Namespace) -> int:
     config = FeatureConfig(
         kind=arguments.features_kind,
         window_s=arguments.window_s,
+        window=arguments.window,
         n_mels=arguments.n_mels,
         hop_length=arguments.hop_length,
         f_max_hz=arguments.f_max_hz,

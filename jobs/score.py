@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from jobs._common import (
     EXIT_DONE,
     EXIT_SOME_FAILED,
-    LabelMap,
     Parser,
     Progress,
+    add_csv_options,
     add_engine,
     add_out,
     called,
@@ -48,8 +48,7 @@ def build_parser() -> Parser:
         help="folder of recordings (also s3://, gs://), a recording, or a CSV, JSON Lines or list of paths",
     )
     add_out(parser, "scores", "predictions.parquet, .csv, report, run.json; the same one again goes on where it ended")
-    parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
-    parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
+    add_csv_options(parser, integers=False)
     parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
     parser.add_argument("--no_report", action="store_true", help="write the tables only")
     parser.add_argument("--note", help="a sentence to show at the top of the report")
@@ -176,6 +175,8 @@ def tell(result: ScoreRun, bundle: Bundle) -> None:
         say(f"{result.failed:,} of {result.rows:,} recordings could not be used: {causes}")
     if result.noted:
         say(f"{result.noted:,} recordings carry a notice of how they were read, in the column notice")
+    if result.silence_s >= 1:
+        say(f"{result.silence_s:,.0f} s of silence skipped: windows called silence in segments.csv")
     if result.unheard:
         say(f"{result.unheard} scored; --window_s {bundle.features.window_s:g} scores all of it")
 

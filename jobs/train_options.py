@@ -9,7 +9,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import LabelMap, Parser, add_label_names, add_out, true_or_false
+from jobs._common import Parser, add_csv_options, add_out, true_or_false
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
@@ -50,11 +50,7 @@ def add_data_options(parser: Parser) -> None:
     source.add_argument(
         "--features", type=Path, nargs="+", metavar="FOLDER", help="folder that jobs.extract wrote, or several"
     )
-    group.add_argument(
-        "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
-    )
-    group.add_argument("--label_map", action=LabelMap, help="other label names: given=wanted,...")
-    add_label_names(group)
+    add_csv_options(group)
     add_out(group, "runs", "the run: checkpoints, history, bundle, report")
     group.add_argument(
         "--split",

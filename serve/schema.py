@@ -268,7 +268,8 @@ class Options(BaseModel):
     window_s: WindowLength | None = Field(
         default=None,
         description="hear all of the recording in windows of this length, at most the model's own; middle: one window "
-        "in its middle, or the model's crops; default: middle up to 6 s, all of it in the model's windows beyond",
+        "(its middle, or that with most speech, as the model is), or the model's crops; default: middle up to 6 s, "
+        "all of it in the model's windows beyond",
     )
     hop_s: float | None = Field(
         default=None,

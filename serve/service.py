@@ -22,7 +22,7 @@ class PredictRequest:
 
     Attributes:
         window_s: hear all of it in windows of this length; ``hop_s`` from one to the next. Either implies the other:
-            the model's window, and the window's length. ``middle``: the middle, or the bundle's crops. None and None:
+            the model's window, and the window's length. ``middle``: the bundle's one window, or crops. None and None:
             the middle up to ``LONG_S``, all of it in the model's windows beyond.
         channels: ``mix``, the number of one channel, or ``each``, which implies windows. None: ``mix``, and ``each``
             where all of a recording beyond ``LONG_S`` is heard and its channels differ.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from pipeline.audio.load import frames_for
+from pipeline.audio.windows import frames_for
 from serve.schema import StreamOptions
 from serve.webm import OPUS_HZ, Packet, WebmReader, webm_of
 
@@ -78,7 +79,7 @@ class Tape(ABC):
 
     def _needed(self, start_s: float, window_s: float) -> tuple[int, int]:
         count = round(window_s * self._rate_hz)
-        return frames_for(round(start_s * self._rate_hz), count, self.from_hz, self._rate_hz)
+        return frames_for(round(start_s * self._rate_hz), count, sys.maxsize, self.from_hz, self._rate_hz)
 
     @abstractmethod
     def _cut(self, first: int, last: int) -> tuple[bytes, int]:

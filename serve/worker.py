@@ -141,7 +141,7 @@ class Worker:
         return result
 
     async def explain(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> Explained:
-        """Why the middle of a recording sounds as it does."""
+        """Why the model's one window of a recording sounds as it does."""
         with self._metered():
             return (await self._follow(self._explain(self.predictor, data, request, isolated), Share()))[0]
 
@@ -174,7 +174,7 @@ class Worker:
                 if whole.ok or not prediction.ok:
                     prediction, timeline, timing = whole, parts, spent
                 else:
-                    prediction = replace(prediction, notice=f"only its middle was heard. {whole.error}")
+                    prediction = replace(prediction, notice=f"only one window of it was heard. {whole.error}")
         picture = None
         if request.picture and prediction.ok:
             try:
@@ -185,7 +185,7 @@ class Worker:
         return WorkerResult(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
 
     async def _excerpt(self, data: bytes, request: PredictRequest, isolated: bool) -> tuple[Prediction, Timing]:
-        """What the middle, or the bundle's crops, sounds like."""
+        """What the bundle's one window, or its crops, sounds like."""
         predictor, started_s = self.predictor, time.monotonic()
         self.waiting += 1
         try:
@@ -307,7 +307,7 @@ class Worker:
         return (yield from predictor.follow_steps(data, steps, channels=channels, isolated=isolated))
 
     async def _picture(self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool) -> Picture:
-        """What the model sees of a recording's middle, and all of the recording around it."""
+        """What the model sees of a recording's one window, and all of the recording around it."""
         window = await self._decode(partial(_window, predictor, data, request, isolated))
         overview = Overview(0.0, window.info.duration_s, predictor.bundle.features)
         share = Share(expected_s=len(data) / _BYTES_A_SECOND)
@@ -333,7 +333,8 @@ class Worker:
             window = _window(predictor, data, request, isolated)
         except audio.AudioError as error:
             return answer(prediction=_refused(predictor, error))
-        overview = Overview(*outline_part(window.info.duration_s), bundle.features)
+        part = outline_part(window.info.duration_s, window.start_s + window.scored_s / 2)
+        overview = Overview(*part, bundle.features)
         if not _add(overview, predictor, data, isolated, overview.start_s, overview.length_s):
             overview.add(window)
         picture = draw(window, overview, bundle.features)
@@ -346,8 +347,8 @@ class Worker:
 
 def _window(predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool) -> audio.Clip:
     config = predictor.bundle.features
-    part = {"window_s": config.window_s, "sample_rate_hz": config.sample_rate_hz, "limits": predictor.limits}
-    return _load(audio.load_middle, data, isolated, channel=request.channel, **part)
+    part = {"window_s": config.window_s, "window": config.window, "sample_rate_hz": config.sample_rate_hz}
+    return _load(audio.load_middle, data, isolated, channel=request.channel, limits=predictor.limits, **part)
 
 
 def _without_familiarity(work: Generator[Array, Floats, Result]) -> Generator[Array, Floats, Result]:

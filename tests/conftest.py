@@ -6,7 +6,9 @@ a skipped test is a failure, unless its reason names a missing GPU.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.labels import RAVDESS_EMOTIONS, RAVDESS_LABELS
 from pipeline.features.features import FeatureConfig, extract
-from pipeline.models.bundle import Bundle, save_bundle
+from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from serve.ray_settings import prepare
 from serve.settings import Settings
 
@@ -182,6 +184,17 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         features=config,
         metrics={},
     )
+
+
+@pytest.fixture(scope="session")
+def speech_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """``tiny_bundle``, which hears the window with most speech. Do not change it."""
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    shutil.copytree(tiny_bundle.folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["features"]["window"] = "speech"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return load_bundle(folder)
 
 
 @pytest.fixture(scope="session")

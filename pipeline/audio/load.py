@@ -25,6 +25,8 @@ import soxr
 
 from pipeline.audio.decoders import Block, Decoder, open_recording
 from pipeline.audio.source import EXTENSIONS, AudioSource, Segment, open_source
+from pipeline.audio.speech import SpeechSearch
+from pipeline.audio.windows import Window, frames_for, placed, resampled_length
 from pipeline.storage.errors import (
     DEFAULT_LIMITS,
     ERRORS,
@@ -50,7 +52,6 @@ __all__ = [
     "Reading",
     "Segment",
     "content_hash",
-    "frames_for",
     "load",
     "load_middle",
     "load_once",
@@ -60,7 +61,6 @@ __all__ = [
 Samples = npt.NDArray[np.float32]
 Channel = int | Literal["mix"]
 
-_MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
 _OVERHANG_S = 0.5  # by which a segment may end past the recording's end: people round, and codecs pad
 _CANCELLED = 0.2  # of the power that channels with nothing in common keep
 _INEXACT_SEEKS = (
@@ -121,9 +121,10 @@ def load_middle(
     window_s: float = 2.0,
     sample_rate_hz: int = 48_000,
     channel: Channel = "mix",
+    window: Window = "middle",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Clip:
-    """The middle of a recording, as it would be cut from the whole recording resampled.
+    """The middle of a recording, or where most speech is, as it would be cut from the whole recording resampled.
 
     Args:
         source: path or bytes.
@@ -131,14 +132,16 @@ def load_middle(
             zeros when the recording is shorter.
         sample_rate_hz: rate of the samples returned.
         channel: "mix" (the mean of all channels), or one channel, counted from 0.
+        window: "speech": the part with most speech; to find it all of the recording is decoded.
         limits: what is refused before decoding.
 
     Raises:
         AudioError: the recording cannot be used; `code` says why.
     """
-    window = _window(window_s, sample_rate_hz)
+    size = _window(window_s, sample_rate_hz)
     with _decoder(source, limits) as decoder:
-        return _middle(partial(_mono, decoder, channel), decoder, window, sample_rate_hz)
+        centre_s = _most_speech(decoder, window_s, channel)[0] if window == "speech" else None
+        return _middle(partial(_mono, decoder, channel), decoder, size, sample_rate_hz, centre_s)
 
 
 def load_once(
@@ -146,17 +149,19 @@ def load_once(
     *,
     windows_s: Sequence[float],
     sample_rate_hz: int = 48_000,
+    window: Window = "middle",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Reading:
     """What `load_middle` gives for each of `windows_s`, and what `content_hash` gives, from decoding once.
 
     Decodes all of the recording and holds its longest middle. MP3 and Opus are decoded again for each middle, from
-    where `load_middle` starts, as their samples depend on that.
+    where `load_middle` starts, as their samples depend on that; and so is any recording once speech was found in it.
 
     Args:
         source: path or bytes.
         windows_s: lengths of the middles in seconds, one or more.
         sample_rate_hz: rate of the samples returned.
+        window: "speech": all lie around the part of the first length with most speech.
         limits: what is refused before decoding.
 
     Returns:
@@ -169,12 +174,18 @@ def load_once(
     digest = ""
     try:
         with _decoder(source, limits) as decoder:
+            if window == "speech":
+                centre_s, digest = _most_speech(decoder, windows_s[0])
+                read = partial(_mono, decoder, "mix")
+                clips = [_middle(read, decoder, size, sample_rate_hz, centre_s) for size in windows]
+                return Reading(tuple(clips), digest)
             if not decoder.codec.startswith(_INEXACT_SEEKS):
                 return _read_once(decoder, windows, sample_rate_hz)
             digest = _hashed(decoder, decoder.blocks(0, decoder.frames))
     except AudioError:
         pass  # if it is the middles' as well, they tell
-    clips = [load_middle(source, window_s=s, sample_rate_hz=sample_rate_hz, limits=limits) for s in windows_s]
+    load_part = partial(load_middle, source, sample_rate_hz=sample_rate_hz, window=window, limits=limits)
+    clips = [load_part(window_s=length_s) for length_s in windows_s]
     return Reading(tuple(clips), digest)
 
 
@@ -225,11 +236,6 @@ def content_hash(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> str
     """
     with _decoder(source, limits) as decoder:
         return _hashed(decoder, decoder.blocks(0, decoder.frames))
-
-
-def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
-    """Samples that `frames` at `from_hz` become at `to_hz`: the ceiling of the exact ratio."""
-    return -(-frames * to_hz // from_hz)
 
 
 @contextmanager
@@ -296,10 +302,30 @@ def _window(window_s: float, rate_hz: int) -> int:
     return window
 
 
+def _most_speech(decoder: Decoder, window_s: float, channel: Channel = "mix") -> tuple[float | None, str]:
+    """Middle of the `window_s` seconds with most speech (None: the recording's), and the hash, from one pass."""
+    _check_channel(decoder, channel)
+    search = SpeechSearch(decoder.sample_rate_hz)
+
+    def passing() -> Iterator[Block]:
+        for block in decoder.blocks(0, decoder.frames):
+            sound = np.where(np.abs(block) <= _LOUDEST, block, np.float32(0))
+            samples = _mixed(sound) if channel == "mix" else sound[:, channel]
+            if channel == "mix" and decoder.channels > 1 and _cancels(samples, powers := _powers(sound)):
+                samples = sound[:, int(powers.argmax())]
+            search.add(np.ascontiguousarray(samples))
+            yield block
+
+    digest, duration_s = _hashed(decoder, passing()), decoder.frames / decoder.sample_rate_hz
+    start_s = search.start_s(window_s, duration_s) if duration_s > window_s else None
+    return None if start_s is None else start_s + window_s / 2, digest
+
+
 def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Reading:
     """The middles of `windows` samples, and the hash, from one pass; the frames of the longest middle are held."""
     info, notice = _info(decoder), decoder.notice
-    first, last = _frames_for(*_placed(max(windows), info, rate_hz), info, rate_hz)
+    total = resampled_length(info.frames, info.sample_rate_hz, rate_hz)
+    first, last = frames_for(*placed(max(windows), total, rate_hz), info.frames, info.sample_rate_hz, rate_hz)
     held = np.empty((last - first, decoder.channels), np.float32)
 
     def passing() -> Iterator[Block]:
@@ -327,17 +353,12 @@ def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Readin
     return Reading(tuple(_middle(read, decoder, window, rate_hz) for window in windows), digest)
 
 
-def _placed(window: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
-    """(start, count) of the middle `window` samples of the recording resampled; all of it when it is shorter."""
-    total = resampled_length(info.frames, info.sample_rate_hz, rate_hz)
-    count = min(window, total)
-    return (total - count) // 2, count
-
-
-def _middle(read: Callable[[int, int], Samples], decoder: Decoder, window: int, rate_hz: int) -> Clip:
-    """The middle `window` samples, zeros around a shorter recording; `read` as for `_resampled`."""
+def _middle(
+    read: Callable[[int, int], Samples], decoder: Decoder, window: int, rate_hz: int, centre_s: float | None = None
+) -> Clip:
+    """`window` samples around `centre_s`, zeros around a shorter recording; `read` as for `_resampled`."""
     info = _info(decoder)
-    start, count = _placed(window, info, rate_hz)
+    start, count = placed(window, resampled_length(info.frames, info.sample_rate_hz, rate_hz), rate_hz, centre_s)
     samples = _resampled(read, info, start, count, rate_hz)
     if count < window:
         before = (window - count) // 2
@@ -345,30 +366,12 @@ def _middle(read: Callable[[int, int], Samples], decoder: Decoder, window: int, 
     return Clip(samples, rate_hz, start / rate_hz, count / rate_hz, _info(decoder))  # with what reading gave notice of
 
 
-def frames_for(start: int, count: int, from_hz: int, to_hz: int) -> tuple[int, int]:
-    """[first, last) frames of which samples [start, start + count) of a recording resampled are made.
-
-    ``first`` lies where the two sample grids meet: a recording cut off before it gives the same samples.
-    """
-    if from_hz == to_hz:
-        return start, start + count
-    down = from_hz // math.gcd(from_hz, to_hz)  # every `down` frames the two grids meet
-    margin = _MARGIN * max(1, -(-from_hz // to_hz))
-    first = max(start * from_hz // to_hz - margin, 0) // down * down
-    return first, resampled_length(start + count, to_hz, from_hz) + margin
-
-
-def _frames_for(start: int, count: int, info: AudioInfo, rate_hz: int) -> tuple[int, int]:
-    first, last = frames_for(start, count, info.sample_rate_hz, rate_hz)
-    return first, min(last, info.frames)
-
-
 def _resampled(read: Callable[[int, int], Samples], info: AudioInfo, start: int, count: int, rate_hz: int) -> Samples:
     """Samples [start, start + count) of the whole recording resampled to `rate_hz`, reading little more than them.
 
     `read(first, count)` gives frames of one channel at the recording's own rate, (count,).
     """
-    first, last = _frames_for(start, count, info, rate_hz)
+    first, last = frames_for(start, count, info.frames, info.sample_rate_hz, rate_hz)
     frames = read(first, last - first)
     if info.sample_rate_hz == rate_hz:
         return frames
@@ -382,9 +385,7 @@ def _resampled(read: Callable[[int, int], Samples], info: AudioInfo, start: int,
 
 def _mono(decoder: Decoder, channel: Channel, start: int, count: int) -> Samples:
     """Frames [start, start + count) as one channel, (count,) at the recording's own rate; finite."""
-    if channel != "mix" and not 0 <= channel < decoder.channels:
-        expected = f"0 to {decoder.channels - 1} or 'mix'"
-        raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
+    _check_channel(decoder, channel)
     samples = np.empty(count, np.float32)
     several = channel == "mix" and decoder.channels > 1
     powers, filled = np.zeros(decoder.channels), 0
@@ -397,6 +398,12 @@ def _mono(decoder: Decoder, channel: Channel, start: int, count: int) -> Samples
     if several and _cancels(samples, powers):
         return _mono(decoder, _loudest(decoder, powers), start, count)
     return samples
+
+
+def _check_channel(decoder: Decoder, channel: Channel) -> None:
+    if channel != "mix" and not 0 <= channel < decoder.channels:
+        expected = f"0 to {decoder.channels - 1} or 'mix'"
+        raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
 
 
 def _powers(block: Block) -> npt.NDArray[np.float64]:

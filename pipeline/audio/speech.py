@@ -1,4 +1,4 @@
-"""How much of a sound may be speech, by energy and harmonicity.
+"""How much of a sound may be speech, and where in a recording most of it is, by energy and harmonicity.
 
 A frame of 32 ms counts when it is not far below the loudest, and is voiced or next to a voiced one: its normalised
 autocorrelation (Boersma 1993, "Accurate short-term analysis of the fundamental frequency") has a peak at a pitch of 75
@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+import soxr
 from numpy.typing import NDArray
 
 _RATE_HZ, _FRAME = 8_000, 256  # 32 ms
@@ -19,6 +20,7 @@ _LOWEST_HZ, _HIGHEST_HZ = 75, 400
 _DEEPEST_DB, _FAINTEST_DB = 35.0, -75.0  # of a frame: below the loudest one; over full scale
 _HARMONIC, _IN_FEW_BINS, _STEADY = 0.5, 0.9, 0.99
 _NEAR = 3  # frames: consonants stand within 100 ms of a vowel
+_AT_ONCE = 256  # frames that a search looks at together
 
 
 LEAST_SHARE = 0.12
@@ -38,10 +40,78 @@ def speech_share(samples: NDArray[np.float32], rate_hz: int) -> float:
         sound += samples[i : len(sound) * step : step] / np.float32(step)
     if len(sound) < _RATE_HZ // 2:
         return float("nan")
-    frames = sound[: len(sound) // _FRAME * _FRAME].reshape(-1, _FRAME)
+    level_db, tonal = _frames(sound[: len(sound) // _FRAME * _FRAME].reshape(-1, _FRAME))
+    return float(_speech(level_db, tonal, level_db.max()).mean())
+
+
+class SpeechSearch:
+    """Where in a recording most speech is; it is given part by part, and nine bytes are kept of every 32 ms.
+
+    Other than in ``speech_share``, frames are compared with the loudest voiced one: a door that slams hides no speech.
+    """
+
+    def __init__(self, rate_hz: int) -> None:
+        self._stream = None if rate_hz == _RATE_HZ else soxr.ResampleStream(rate_hz, _RATE_HZ, 1, dtype="float32")
+        self._waiting: list[NDArray[np.float32]] = []
+        self._size = 0  # samples that wait
+        self._before = np.empty((0, _FRAME), np.float32)  # the last frame that was looked at
+        self._found: list[tuple[NDArray[np.float32], NDArray[np.bool_]]] = []
+
+    def add(self, samples: NDArray[np.float32]) -> None:
+        """Take in the next mono samples ``(n,)``, finite, at the recording's rate."""
+        self._take(samples, last=False)
+
+    def start_s(self, window_s: float, duration_s: float) -> float | None:
+        """Start of the window with most speech, once all has been added; of several alike the middle of them.
+
+        None: none has more than the recording's middle.
+
+        Args:
+            duration_s: of the recording; more than ``window_s``.
+        """
+        self._take(np.empty(0, np.float32), last=True)
+        level_db, tonal = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+        if not tonal.any():
+            return None
+        speech, frame_s = _speech(level_db, tonal, level_db[tonal].max()), _FRAME / _RATE_HZ
+        before = np.concatenate([[0], np.cumsum(speech)])  # frames of speech before each border of frames
+
+        def held(start_s: NDArray[np.float64]) -> NDArray[np.float64]:
+            ends = np.interp([start_s / frame_s, (start_s + window_s) / frame_s], np.arange(len(before)), before)
+            return np.asarray(ends[1] - ends[0])
+
+        last_s = duration_s - window_s
+        starts = np.append(np.arange(0.0, last_s, frame_s), last_s)
+        found = held(starts)
+        most = found.max() - 1e-6
+        if held(np.array([last_s / 2]))[0] >= most:
+            return None
+        borders = np.flatnonzero(np.diff(np.concatenate([[False], found >= most, [False]])))
+        middles = (starts[borders[::2]] + starts[borders[1::2] - 1]) / 2
+        return float(middles[np.abs(middles - last_s / 2).argmin()])
+
+    def _take(self, samples: NDArray[np.float32], last: bool) -> None:
+        part = samples if self._stream is None else self._stream.resample_chunk(samples, last=last)
+        self._waiting.append(part)
+        self._size += len(part)
+        if self._size < _AT_ONCE * _FRAME and not last:
+            return
+        sound = np.concatenate(self._waiting)
+        if last and not self._found:
+            sound = np.pad(sound, (0, max(_FRAME - len(sound), 0)))
+        whole = len(sound) // _FRAME * _FRAME
+        self._waiting, self._size = [sound[whole:]], len(sound) - whole
+        if whole:
+            frames = np.concatenate([self._before, sound[:whole].reshape(-1, _FRAME)])
+            seen, self._before = len(self._before), frames[-1:]
+            level_db, tonal = _frames(frames)
+            self._found.append((level_db[seen:], tonal[seen:]))
+
+
+def _frames(frames: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Level of each frame ``(n, 256)`` in dB over full scale; whether its sound is a voice's, were it loud enough."""
     frames = frames - frames.mean(axis=1, keepdims=True)
     level_db = 10 * np.log10(np.maximum(np.einsum("ij,ij->i", frames, frames) / _FRAME, 1e-20))
-    active = level_db >= max(level_db.max() - _DEEPEST_DB, _FAINTEST_DB)
     window, of_window = _tables()
     flat = np.diff(frames, axis=1, append=frames[:, -1:])  # else any low rumble is harmonic
     spectrum = np.fft.rfft(flat * window, _SIZE)
@@ -53,10 +123,15 @@ def speech_share(samples: NDArray[np.float32], rate_hz: int) -> float:
     few = np.partition(power, -6, axis=1)[:, -6:].sum(axis=1) / total
     shape = np.sqrt(power / total[:, np.newaxis])
     same = np.einsum("ij,ij->i", shape[1:], shape[:-1])
-    changes = np.concatenate([same[:1], same]) < _STEADY
-    voiced = active & (harmonicity >= _HARMONIC) & (few < _IN_FEW_BINS) & changes
-    near = np.convolve(voiced, np.ones(2 * _NEAR + 1))[_NEAR : _NEAR + len(voiced)] > 0
-    return float((near & active).mean())
+    changes = np.concatenate([same[:1] if len(same) else [0.0], same]) < _STEADY
+    return level_db, (harmonicity >= _HARMONIC) & (few < _IN_FEW_BINS) & changes
+
+
+def _speech(level_db: NDArray[np.float32], tonal: NDArray[np.bool_], loudest_db: float) -> NDArray[np.bool_]:
+    """Which frames count, ``(n,)``."""
+    active = level_db >= max(loudest_db - _DEEPEST_DB, _FAINTEST_DB)
+    near = np.convolve(active & tonal, np.ones(2 * _NEAR + 1))[_NEAR : _NEAR + len(active)] > 0
+    return np.asarray(near & active)
 
 
 @cache

@@ -2,7 +2,8 @@
 
 A crop is as long as the model's window. ``K`` crops of a recording split what the window can slide over into ``K``
 equal parts and sit in their middles: one crop is the recording's middle, and no crop touches the very ends. Walking
-windows start every hop from the beginning; a last one ends where the recording ends. All times are in seconds.
+windows start every hop from the beginning; a last one ends where the recording ends. All times are in seconds; where a
+part lies in a recording that is resampled is counted in samples.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.storage.errors import SerError
 
+Window = Literal["middle", "speech"]
+"""Which part of a recording a model takes in where it takes one: its middle, or the one with most speech."""
 MIN_WINDOW_S = 0.1
 MAX_CROPS = 100
 LONG_S = 6.0
 """Of recordings longer than this, the middle is little: service and page hear all of them, batch jobs say so."""
 _TAIL_S = 0.001  # what may stay unheard at the end of a recording
+_MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
 
 
 @dataclass(frozen=True)
@@ -95,3 +100,33 @@ def covered_s(starts: Sequence[float], duration_s: float, window_s: float) -> fl
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
+    """Samples that `frames` at `from_hz` become at `to_hz`: the ceiling of the exact ratio."""
+    return -(-frames * to_hz // from_hz)
+
+
+def placed(window: int, total: int, rate_hz: int, centre_s: float | None = None) -> tuple[int, int]:
+    """(start, count) of `window` of `total` samples: the middle ones, or around `centre_s`; all where they are fewer.
+
+    >>> placed(4, 10, 1), placed(4, 10, 1, 7.0), placed(4, 10, 1, 9.5), placed(12, 10, 1, 3.0)
+    ((3, 4), (5, 4), (6, 4), (0, 10))
+    """
+    count = min(window, total)
+    if centre_s is None:
+        return (total - count) // 2, count
+    return min(max(round(centre_s * rate_hz - count / 2), 0), total - count), count
+
+
+def frames_for(start: int, count: int, frames: int, from_hz: int, to_hz: int) -> tuple[int, int]:
+    """[first, last) of a recording's `frames`, of which samples [start, start + count) of it resampled are made.
+
+    ``first`` lies where the two sample grids meet: a recording cut off before it gives the same samples.
+    """
+    if from_hz == to_hz:
+        return start, start + count
+    down = from_hz // math.gcd(from_hz, to_hz)  # every `down` frames the two grids meet
+    margin = _MARGIN * max(1, -(-from_hz // to_hz))
+    first = max(start * from_hz // to_hz - margin, 0) // down * down
+    return first, min(resampled_length(start + count, to_hz, from_hz) + margin, frames)

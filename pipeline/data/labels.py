@@ -26,6 +26,7 @@ RAVDESS_EMOTIONS: Mapping[str, str] = {
     "08": "surprised",
 }
 RAVDESS_LABELS: tuple[str, ...] = tuple(sorted(RAVDESS_EMOTIONS.values()))
+NO_CLASSES = ("not_speech", "silence", "uncertain")  # what an answer may be besides a class
 OTHER_CLASSES = ("boredom", "bored")  # known words for how people sound that no model here is trained to tell
 
 ALIASES: Mapping[str, str] = {
@@ -172,8 +173,18 @@ class LabelSet:
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> LabelSet:
-        """The set of ``names``, in sorted order."""
-        return cls(tuple(sorted(set(names))))
+        """The set of ``names``, in sorted order.
+
+        Raises:
+            LabelError: fewer than two, or one of ``NO_CLASSES``.
+        """
+        found = tuple(sorted(set(names)))
+        for name in set(found) & set(NO_CLASSES):
+            raise LabelError(
+                f"a class cannot be called {name}: answers use that word where no class is named; give it another "
+                f"name with --label_map {name}=..."
+            )
+        return cls(found)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.audio.isolated import decode_in_subprocess
-from pipeline.audio.load import AudioError, Clip, Reading, load_once
+from pipeline.audio.load import AudioError, Reading, load_once
 from pipeline.cluster.engine import choose_engine, in_processes
 from pipeline.data.segments import HASH_COLUMN, bounds, source_at
 from pipeline.features.features import FeatureConfig, extract, mel_power
@@ -69,7 +69,7 @@ class ShardOptions:
     """How to extract.
 
     Attributes:
-        mel_power_s: seconds around the middle, the window at least, kept for training-time crops; 0 keeps none.
+        mel_power_s: seconds around the window, itself at least, kept for training-time crops; 0 keeps none.
         block_rows: recordings a part.
         pitch_semitones: of the copies, which are made of what is kept.
 
@@ -146,13 +146,15 @@ class BlockWriter:
         config, frames = self.config, power_frames(self.config, self.options)
         windows_s = [config.window_s] + ([max(self.options.mel_power_s, config.window_s)] if frames else [])
         try:
-            found = read(source_at(*place), windows_s=windows_s, sample_rate_hz=config.sample_rate_hz)
+            found = read(
+                source_at(*place), windows_s=windows_s, sample_rate_hz=config.sample_rate_hz, window=config.window
+            )
         except AudioError as error:
             return [base | {"status": error.code, "error": str(error)}]
         base |= {"content_hash": found.content_hash, "features": extract(found.clips[0].samples, config)}
         if not frames:
             return [base]
-        samples = _excerpt(found.clips[1], config)
+        samples = _excerpt(found, config)
         rows = [base | _power(samples, config, frames)]
         for semitones in self.options.pitch_semitones:
             shifted = _pitch_shift(samples, config, semitones)
@@ -174,10 +176,15 @@ class BlockWriter:
         return table
 
 
-def _excerpt(whole: Clip, config: FeatureConfig) -> np.ndarray:
-    """The real audio of a clip, the window at least."""
+def _excerpt(found: Reading, config: FeatureConfig) -> np.ndarray:
+    """The real audio around the window, the window at least, which is in its middle."""
+    window, whole = found.clips
     real = min(len(whole.samples), max(config.window_samples, round(whole.scored_s * config.sample_rate_hz)))
     start = (len(whole.samples) - real) // 2
+    if config.window != "middle":  # it may be nearer to an end of the recording
+        before = round((window.start_s - whole.start_s) * config.sample_rate_hz)
+        beside = max(min(before, real - config.window_samples - before), 0)
+        start, real = start + before - beside, config.window_samples + 2 * beside
     return whole.samples[start : start + real]
 
 

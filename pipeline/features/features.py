@@ -17,11 +17,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.audio.windows import Window
 from pipeline.storage.errors import SerError
 
 _LINEAR_HZ_PER_MEL = 200.0 / 3.0
@@ -106,8 +107,11 @@ class FeatureConfig:
     top_db: float = 80.0
     n_mfcc: int = 40
     f_max_hz: float | None = None  # top of the highest mel band; None: half the sampling rate
+    window: Window = "middle"  # which window of a recording: its middle, or the one with most speech
 
     def __post_init__(self) -> None:
+        if self.window not in get_args(Window):
+            raise FeatureError(f"unknown window {self.window!r}; expected one of {', '.join(get_args(Window))}")
         if self.kind not in KINDS:
             raise FeatureError(f"unknown feature kind {self.kind!r}; expected one of {', '.join(KINDS)}")
         positive = (
@@ -165,11 +169,9 @@ class FeatureConfig:
         return (1, self.n_mels, self.n_frames) if self.kind == "log_mel" else (self.n_frames, self.n_dims)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; without ``f_max_hz`` where it is None, as before it existed."""
-        values = asdict(self)
-        if self.f_max_hz is None:
-            del values["f_max_hz"]
-        return values
+        """Plain values, for JSON; without ``f_max_hz`` and ``window`` at their defaults, as before they existed."""
+        later = {"f_max_hz": None, "window": "middle"}
+        return {name: value for name, value in asdict(self).items() if later.get(name, ...) != value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FeatureConfig:
@@ -184,6 +186,11 @@ class FeatureConfig:
                 f"unknown feature settings {unknown}; update this project, or extract the features again"
             )
         return cls(**values)
+
+    def unlike(self, other: FeatureConfig) -> str:
+        """The settings that differ from another's, in words: "window speech, not middle"; "" where none does."""
+        theirs = asdict(other)
+        return ", ".join(f"{n} {value}, not {theirs[n]}" for n, value in asdict(self).items() if value != theirs[n])
 
     def fingerprint(self) -> str:
         """16 hex digits that change when any setting does."""

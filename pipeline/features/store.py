@@ -95,10 +95,10 @@ class FeatureArrays:
     n_frames: NDArray[np.int64]
 
     def crops(self, row: int, crops: int) -> NDArray[np.float32]:
-        """Model input of evenly spaced windows of a recording, ``(crops, *config.input_shape)``; its middle for one.
+        """Model input of evenly spaced windows of a recording, ``(crops, *config.input_shape)``; one: what is stored.
 
         As ``windows.crop_starts`` places them, but on the grid of ``mel_power``'s frames and within what it holds (6 s
-        around the middle by default). One window only when that is not longer.
+        around the window by default). One window only when that is not longer.
 
         Raises:
             ShardError: several crops of features without mel power.
@@ -157,10 +157,7 @@ def load_features(
     manifest = read_shard_manifest(folder)
     found = FeatureConfig.from_dict(manifest["features"])
     if config is not None and config.fingerprint() != found.fingerprint():
-        raise ShardError(
-            f"{folder} holds {found.kind} features {found.fingerprint()}, "
-            f"expected {config.kind} {config.fingerprint()}; extract again into another folder"
-        )
+        raise ShardError(f"{folder} holds features of {found.unlike(config)}; extract again into another folder")
     cache = folder / f"arrays-{manifest['plan']}"
     if not (cache / "table.parquet").is_file():
         _build_cache(folder, manifest, found, cache)

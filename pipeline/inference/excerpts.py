@@ -1,8 +1,9 @@
-"""What is heard of a recording: its middle, its crops, or windows all over it, decoded and made into features.
+"""What is heard of a recording: one window, crops, or windows all over it, decoded and made into features.
 
-``listen`` gives the middle or the crops at once; its problems are told in the Excerpt, not raised. ``walk`` gives the
-windows of one channel in stretches, so that hours pass through little memory. With ``isolated``, decoding happens in a
-process of its own, for a recording that may take its decoder, and with it the process, down.
+``listen`` gives the window (the middle, or that with most speech) or the crops at once; its problems are told in the
+Excerpt, not raised. ``walk`` gives the windows of one channel in stretches, so that hours pass through little memory.
+With ``isolated``, decoding happens in a process of its own, for a recording that may take its decoder, and with it the
+process, down.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ class _Recording:
     notice: str = ""
 
     def middle(self) -> audio.Clip:
-        return self._decoded(audio.load_middle, window_s=self.config.window_s)
+        return self._decoded(audio.load_middle, window_s=self.config.window_s, window=self.config.window)
 
     def reader(self, starts: Sequence[float], window_s: float) -> Callable[[float], Array]:
         """A function from one of ``starts`` to the samples of its window, shorter at the recording's end."""
@@ -229,7 +230,7 @@ class _Recording:
 
         return cut
 
-    def _decoded(self, load: Callable[..., audio.Clip], **part: float) -> audio.Clip:
+    def _decoded(self, load: Callable[..., audio.Clip], **part: float | str) -> audio.Clip:
         decode = _decode_isolated if self.isolated else _decode
         rate_hz = self.config.sample_rate_hz
         clip = decode(

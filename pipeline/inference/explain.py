@@ -126,7 +126,7 @@ def _log_odds(log_p: Floats, target: int) -> Floats:
 
 _NO_POWER = 1e-10
 OUTLINE_S = 30.0
-"""As much of a long recording is drawn, around its middle, where not all of it is."""
+"""As much of a long recording is drawn, around the model's window, where not all of it is."""
 _POINTS, _COLUMNS, _FRAMES_A_COLUMN = 1000, 480, 4
 
 
@@ -156,14 +156,14 @@ class Picture:
     overview_db: Array
 
 
-def outline_part(duration_s: float) -> tuple[float, float]:
-    """Start and length in seconds of the part to outline: all, or ``OUTLINE_S`` around the middle.
+def outline_part(duration_s: float, centre_s: float) -> tuple[float, float]:
+    """Start and length in seconds of the part to outline: all, or ``OUTLINE_S`` around the window's middle.
 
-    >>> outline_part(3.0), outline_part(100.0)
-    ((0.0, 3.0), (35.0, 30.0))
+    >>> outline_part(3.0, 1.5), outline_part(100.0, 50.0), outline_part(100.0, 99.0)
+    ((0.0, 3.0), (35.0, 30.0), (70.0, 30.0))
     """
     length_s = min(duration_s, OUTLINE_S)
-    return (duration_s - length_s) / 2, length_s
+    return min(max(centre_s - length_s / 2, 0.0), duration_s - length_s), length_s
 
 
 class Overview:

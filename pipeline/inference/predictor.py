@@ -2,7 +2,7 @@
 
 A recording is decoded (``pipeline.audio.load``), its window or crops become features (``pipeline.features.features``),
 the network gives logits (``pipeline.models.backends``), which are divided by the bundle's temperature; several crops
-are pooled as the mean of their log-probabilities, renormalised. ``predict`` hears the middle (or crops) of recordings,
+are pooled as the mean of their log-probabilities, renormalised. ``predict`` hears one window (or crops) of recordings,
 ``follow`` all of one, window by window. A recording that cannot be used becomes a Prediction with its error's code;
 neither raises. ``ScoreOptions`` is what ``jobs.score`` and ``jobs.infer`` ask of it.
 """
@@ -42,7 +42,7 @@ class Prediction:
         confidence: its probability, calibrated by the bundle's temperature; NaN when there is none.
         probabilities: float64 ``(classes,)`` in the bundle's label order, sum 1; NaN when there are none.
         duration_s: length of the recording.
-        scored_s: how much of it was heard.
+        scored_s: how much of it was heard; of windows all over it those that are silent were not.
         sample_rate_hz: of the recording as stored.
         channels: of the recording as stored.
         level_dbfs: RMS level of what was heard, of the loudest window when there are several.
@@ -296,10 +296,11 @@ class Predictor:
                 check_sound(source, info.duration_s, float(timeline.level_dbfs.max()), sound_s)
         except Exception as error:  # as in listen: a recording never ends the job
             return self._prediction(failed(config, error), None), no_windows(len(self.labels))
+        sounding = np.unique(timeline.start_s[timeline.level_dbfs >= silence_dbfs]).tolist()
         heard = Excerpt(
             np.empty((0, *config.input_shape), np.float32),
             info.duration_s,
-            covered_s(steps.starts(info.duration_s), info.duration_s, steps.window_s),
+            covered_s(sounding, info.duration_s, steps.window_s),
             info.sample_rate_hz,
             info.channels,
             float(timeline.level_dbfs.max()),

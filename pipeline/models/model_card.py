@@ -79,8 +79,9 @@ def model_card(
 
 def _hears(features: FeatureConfig) -> str:
     top_hz = features.sample_rate_hz / 2 if features.f_max_hz is None else features.f_max_hz
+    which = "by default the middle" if features.window == "middle" else "those with most speech"
     return (
-        f"It hears {features.window_s:g} s of a recording (by default the middle) at "
+        f"It hears {features.window_s:g} s of a recording ({which}) at "
         f"{features.sample_rate_hz / 1000:g} kHz: `{features.kind}` of {features.n_mels} mel bands up to "
         f"{top_hz / 1000:g} kHz, {features.n_frames} frames."
     )
@@ -173,6 +174,8 @@ def _adapted(training: Mapping[str, Any]) -> list[str]:
         f"({about['parent_sha256'][:12]}). Chosen and measured by cross-validation by {about['folds_by']}.",
         "",
         f"Verdict: {about['verdict']['told']}.",
+        "",
+        "UAR by the window that is heard: " + ", ".join(f"{name} {uar:.1%}" for name, uar in about["windows"].items()),
         "",
     ]
     curve = [f"- {row['share']:.0%}: {row['uar']:.1%} ({_span(row['interval_95'])})" for row in about["learning_curve"]]

@@ -249,6 +249,7 @@ def record_of(
         "scored_s": round(tally.scored_s, 3),
         "noted": tally.noted,
         "unheard": unheard if options.window_s is None else None,
+        "silence_s": None if options.window_s is None else round(tally.duration_s - tally.scored_s, 3),
         "scored_now": scored,
         "seconds": round(seconds, 3),
         "files_per_s": round(scored / seconds, 2) if seconds else 0.0,

@@ -106,6 +106,7 @@ class ScoreRun:
         evaluation: the content of ``metrics.json``, when a report was asked for.
         exports: further files and folders written.
         noted: recordings with something to know of how they were read, in the column ``notice``.
+        silence_s: seconds that lie in silent windows only, and were skipped.
     """
 
     out: Path
@@ -117,6 +118,7 @@ class ScoreRun:
     evaluation: Mapping[str, Any] | None
     exports: Sequence[Path]
     noted: int = 0
+    silence_s: float = 0.0
 
     @property
     def failed(self) -> int:
@@ -182,8 +184,8 @@ def score_manifest(
         if run is None:
             run = record_of(plan, block_rows, bundle, options, tally, scored, seconds)
             ledger.finish(run)
-    noted = run.get("noted", 0)
-    return ScoreRun(out, len(table), run["statuses"], scored, seconds, run["unheard"], evaluation, exported, noted)
+    of_read = run.get("noted", 0), run.get("silence_s") or 0.0  # not there in runs of earlier versions
+    return ScoreRun(out, len(table), run["statuses"], scored, seconds, run["unheard"], evaluation, exported, *of_read)
 
 
 def _check(options: ScoreOptions, execution: Execution, bundle: Bundle, *, windows_needed: bool) -> None:

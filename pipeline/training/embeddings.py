@@ -2,7 +2,7 @@
 
 Recordings are decoded and embedded in blocks, each kept in a file of its own, so that a start after a crash goes on.
 The penultimate features of a model of several networks (`members`) are theirs side by side, and its last layer is
-theirs together: the mean of their logits. Limits: one window a recording, its middle, as the network takes it.
+theirs together: the mean of their logits. Limits: one window a recording, its middle or the one with most speech.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.audio.load import AudioError, load_once
+from pipeline.audio.windows import Window
 from pipeline.data.segments import HASH_COLUMN, bounds, source_at
 from pipeline.data.splits import leaked
 from pipeline.evaluation.outcomes import Floats
-from pipeline.features.features import extract
+from pipeline.features.features import FeatureConfig, extract
 from pipeline.features.store import FeatureArrays
 from pipeline.models.backends import Backend, open_backend
 from pipeline.models.bundle import Bundle
@@ -75,8 +77,8 @@ def embed(network: Backend, features: np.ndarray) -> np.ndarray:
 
 
 def open_network(bundle: Bundle) -> Backend:
-    """Its network, on all CPUs."""
-    return open_backend(bundle, "torch", "cpu", usable_cpus())
+    """Its network, on all CPUs; by ONNX Runtime where it can, in half of PyTorch's time."""
+    return open_backend(bundle, "auto", "cpu", usable_cpus())
 
 
 @dataclass(frozen=True)
@@ -85,28 +87,40 @@ class Embedded:
 
     Attributes:
         table: these rows, with `content_hash`.
-        features: (n, *input_shape) float32.
-        embeddings: (n, d) float64.
+        embeddings: (n, d) float64, of each window that was asked for.
+        features: (n, *input_shape) float32 of the first of them; None where they were not to be kept.
         unread: why each row that is not there could not be read: path -> error.
     """
 
     table: pd.DataFrame
-    features: np.ndarray
-    embeddings: Floats
+    embeddings: Mapping[Window, Floats]
+    features: np.ndarray | None
     unread: Mapping[str, str]
 
 
-def embed_all(table: pd.DataFrame, bundle: Bundle, folder: Path, tell: Tell | None = None) -> Embedded:
+def embed_all(
+    table: pd.DataFrame,
+    bundle: Bundle,
+    folder: Path,
+    windows: Sequence[Window] = ("middle",),
+    *,
+    keep_features: bool = False,
+    tell: Tell | None = None,
+) -> Embedded:
     """Decode and embed every recording of a manifest; what `folder` holds of an earlier start is taken from there.
+
+    Args:
+        windows: of which windows of a recording.
 
     Raises:
         SerError: none can be read, or `folder` cannot be written.
     """
     network = open_network(bundle)
+    configs = [replace(bundle.features, window=window) for window in windows]
     places = list(zip(table["speech"], *bounds(table), strict=True))
     parts, bad = [], 0
     for start in range(0, len(places), BLOCK):
-        part = _block(places[start : start + BLOCK], bundle, network, folder)
+        part = _block(places[start : start + BLOCK], bundle, configs, network, folder, keep_features)
         parts.append(part)
         bad += int((part["error"] != "").sum())
         if tell is not None:
@@ -118,31 +132,40 @@ def embed_all(table: pd.DataFrame, bundle: Bundle, folder: Path, tell: Tell | No
     hashes = np.concatenate([part["hash"] for part in parts])
     return Embedded(
         table.assign(**{HASH_COLUMN: hashes})[read].reset_index(drop=True),
-        np.concatenate([part["features"] for part in parts])[read],
-        np.concatenate([part["embeddings"] for part in parts])[read].astype(np.float64),
+        {name: np.concatenate([part[name] for part in parts])[read].astype(np.float64) for name in windows},
+        np.concatenate([part["features"] for part in parts])[read] if keep_features else None,
         dict(zip(table["speech"][~read], errors[~read], strict=True)),
     )
 
 
 def _block(
-    places: Sequence[Sequence[object]], bundle: Bundle, network: Backend, folder: Path
+    places: Sequence[Sequence[object]],
+    bundle: Bundle,
+    configs: Sequence[FeatureConfig],
+    network: Backend,
+    folder: Path,
+    keep_features: bool,
 ) -> Mapping[str, np.ndarray]:
-    """One block, from its file or made now."""
+    """One block, from its file or made now: `error` and `hash`, the embeddings of each window, perhaps `features`."""
     told = repr([(*place, _stamp(str(place[0]))) for place in places])
-    path = folder / f"{hashlib.sha256(f'{bundle.weights_sha256} {told}'.encode()).hexdigest()[:20]}.npz"
+    asked = f"{bundle.weights_sha256} {[config.fingerprint() for config in configs]} {keep_features} {told}"
+    path = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:20]}.npz"
     try:
         with np.load(path, allow_pickle=False) as kept:
-            return {name: kept[name] for name in ("error", "hash", "features", "embeddings")}
-    except (OSError, ValueError, KeyError, EOFError):
+            return dict(kept)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass  # not there, or cut off: made now
-    rows = [_read(place, bundle) for place in places]
-    features = np.stack([row[2] for row in rows])
-    found = {
-        "error": np.array([row[0] for row in rows], dtype=str),
-        "hash": np.array([row[1] for row in rows], dtype=str),
-        "features": features,
-        "embeddings": embed(network, features),
-    }
+    rows = [_read(place, configs) for place in places]
+    found = {name: np.array([row[i] for row in rows], dtype=str) for i, name in enumerate(("error", "hash"))}
+    features = [np.stack([row[2][number] for row in rows]) for number in range(len(configs))]
+    first = embed(network, features[0])
+    for config, these in zip(configs, features, strict=True):
+        moved = (these != features[0]).any(axis=tuple(range(1, these.ndim)))
+        found[config.window] = first.copy()
+        if moved.any():
+            found[config.window][moved] = embed(network, these[moved])
+    if keep_features:
+        found["features"] = features[0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as beside, beside.open("wb") as file:
@@ -161,14 +184,21 @@ def _stamp(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _read(place: Sequence[object], bundle: Bundle) -> tuple[str, str, np.ndarray]:
-    """Error, content hash and features of a recording."""
-    config = bundle.features
-    try:
-        found = load_once(source_at(*place), windows_s=[config.window_s], sample_rate_hz=config.sample_rate_hz)  # type: ignore[arg-type]
-    except AudioError as error:
-        return " ".join(str(error).split()), "", np.zeros(config.input_shape, np.float32)
-    return "", found.content_hash, extract(found.clips[0].samples, config)
+def _read(place: Sequence[object], configs: Sequence[FeatureConfig]) -> tuple[str, str, list[np.ndarray]]:
+    """Error, content hash and features of each window of a recording; those of the first where another has none."""
+    digest, found = "", list[np.ndarray]()
+    for config in configs:
+        how = {"windows_s": [config.window_s], "sample_rate_hz": config.sample_rate_hz, "window": config.window}
+        try:
+            heard = load_once(source_at(*place), **how)  # type: ignore[arg-type]
+        except AudioError as error:
+            if not found:
+                return " ".join(str(error).split()), "", [np.zeros(config.input_shape, np.float32)] * len(configs)
+            found.append(found[0])
+            continue
+        digest = digest or heard.content_hash
+        found.append(extract(heard.clips[0].samples, config))
+    return "", digest, found
 
 
 def of_arrays(arrays: FeatureArrays, rows: np.ndarray, bundle: Bundle) -> Floats:

@@ -25,7 +25,7 @@ from pipeline.evaluation.outcomes import Floats, Ints
 
 KEEP, BIASES, LAST_LAYER, LAST_STAGE = "keep", "biases", "last layer", "last stage"
 PULLS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # of the last layer towards the parent's
-OUTER_FOLDS, INNER_FOLDS = 5, 4
+OUTER_FOLDS, INNER_FOLDS, MANY = 5, 4, 1500
 _BIAS_PULL = 0.001
 REHEARSAL = 0.3  # share of the loss that the old recordings make up, where they are heard too
 _STEPS = 100  # of the optimiser
@@ -150,6 +150,7 @@ def out_of_fold(
     fold_of: Ints,
     *,
     share: float = 1.0,
+    choices: Sequence[Choice] = (),
     seed: int = 0,
     tell: Tell | None = None,
 ) -> tuple[Floats, tuple[Choice, ...]]:
@@ -158,21 +159,22 @@ def out_of_fold(
     Args:
         fold_of: (n,) as `folds` gives it.
         share: of each training part that is used, for learning curves: the same of every class, two at least.
+        choices: of each fold, where they are made already.
     """
     logits = np.empty((len(recordings), len(parent.known)))
-    choices: list[Choice] = []
+    made: list[Choice] = []
     names = np.unique(fold_of)
     for number, fold in enumerate(names):
         tested = fold_of == fold
         train = recordings.where(_some(recordings, ~tested, share, seed))
-        choice = choose(train, parent, seed)
+        choice = choices[number] if choices else choose(train, parent, seed)
         logits[tested] = fit_head(train, parent, choice).logits(recordings.embeddings[tested])
         if choice.kind == KEEP:
             logits[tested] = parent.answers(recordings.embeddings[tested])
-        choices.append(choice)
+        made.append(choice)
         if tell is not None:
             tell(number + 1, len(names))
-    return logits, tuple(choices)
+    return logits, tuple(made)
 
 
 def _some(recordings: Recordings, among: NDArray[np.bool_], share: float, seed: int) -> Ints:
@@ -202,19 +204,24 @@ def folds(recordings: Recordings, most: int, seed: int) -> Ints:
 
 
 def choose(recordings: Recordings, parent: Parent, seed: int = 0) -> Choice:
-    """The choice of the lowest log-loss in folds of these recordings, every class counting alike."""
+    """The choice of the lowest log-loss in folds of these recordings, every class counting alike.
+
+    Of `MANY` recordings one of the folds is enough.
+    """
     choices = [Choice(KEEP), Choice(BIASES), *(Choice(LAST_LAYER, pull) for pull in PULLS)]
     if parent.old is not None:
         choices += [replace(c, rehearsal=True) for c in choices if c.kind == LAST_LAYER]
     if len(np.unique(recordings.groups)) < 2:
         return choices[1]
     fold_of = folds(recordings, INNER_FOLDS, seed)
+    names = np.unique(fold_of)[: 1 if len(recordings) >= MANY else INNER_FOLDS]
     logits = np.empty((len(choices), len(recordings), len(parent.known)))
-    for fold in np.unique(fold_of):
+    for fold in names:
         tested = fold_of == fold
         for number, head in enumerate(_fits(recordings.where(~tested), parent, choices)):
             logits[number, tested] = head.logits(recordings.embeddings[tested])
-    return choices[int(np.argmin([loss_of(each, recordings.truth) for each in logits]))]
+    told = np.isin(fold_of, names)
+    return choices[int(np.argmin([loss_of(each[told], recordings.truth[told]) for each in logits]))]
 
 
 def loss_of(logits: Floats, truth: Ints) -> float:
@@ -305,17 +312,17 @@ class _Space:
         self.start, self.mean = start, own.embeddings.mean(axis=0)
         self.scale = float(np.sqrt(((own.embeddings - self.mean) ** 2).sum(axis=1).mean())) or 1.0
         centred = (embeddings - self.mean) / self.scale
+        self.axes: Floats | None = None
         if len(centred) < centred.shape[1]:
             _, size, rows = np.linalg.svd(centred, full_matrices=False)
             self.axes = rows[size > 1e-6 * size[0]].T if size[0] > 0 else rows[:0].T
-        else:
-            self.axes = np.eye(centred.shape[1])
         self.weights = _balance(own.truth)
         if old is not None:
             self.weights = np.append((1 - REHEARSAL) * self.weights, REHEARSAL * _balance(old.truth))
-        self.places, self.logits = centred @ self.axes, start.logits(embeddings)
+        self.places = centred if self.axes is None else centred @ self.axes
+        self.logits = start.logits(embeddings)
         self.targets = np.eye(len(start.bias))[truth]
-        self.values = np.zeros(len(start.bias) * (self.axes.shape[1] + 1))
+        self.values = np.zeros(len(start.bias) * (self.places.shape[1] + 1))
 
     def fit(self, pull: float) -> Head:
         """The layer that minimises log-loss + pull / 2 * the squared distance from where it began."""
@@ -335,5 +342,5 @@ class _Space:
         options = {"maxiter": _STEPS}
         self.values = minimize(loss, self.values, jac=True, method="L-BFGS-B", options=options).x
         change, bias = self.values[:-n_classes].reshape(n_classes, -1), self.values[-n_classes:]
-        weight = change @ self.axes.T / self.scale
+        weight = (change if self.axes is None else change @ self.axes.T) / self.scale
         return Head(self.start.weight + weight, self.start.bias + bias - weight @ self.mean)

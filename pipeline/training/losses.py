@@ -185,7 +185,7 @@ def load_teachers(
             )
         if bundle.features.fingerprint() != features.fingerprint():
             raise SerError(
-                f"the teacher {path} hears {bundle.features.kind} features of other settings; train one on these"
+                f"the teacher {path} hears features of {bundle.features.unlike(features)}; train one on these"
             )
         model = without_batch_norms(bundle.build_model()).requires_grad_(False).to(device)
         if len(features.input_shape) == 3:

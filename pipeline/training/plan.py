@@ -137,7 +137,7 @@ def check_start(path: Path, model_name: str, features: FeatureConfig) -> Bundle:
         raise SerError(f"--init {path} is a {bundle.model_name}, the training is of a {model_name}; give --model alike")
     if bundle.features.fingerprint() != features.fingerprint():
         raise SerError(
-            f"--init {path} takes {bundle.features.kind} features of other settings; extract the recordings with its "
+            f"--init {path} takes features of {bundle.features.unlike(features)}; extract the recordings with its "
             "settings, or leave --init out"
         )
     return bundle

@@ -495,6 +495,16 @@ def test_the_model_is_told_with_figures_limits_and_law(fake: FakeService) -> Non
     assert page.table[0].value.to_numpy().tolist()[:2] == [["Address", "http://127.0.0.1:8000"], ["Status", "running"]]
 
 
+def test_an_adapted_model_is_told_with_the_figures_of_its_folds(fake: FakeService) -> None:
+    """Folds without a common speaker say how it does with new voices."""
+    for by, title in (("speaker", "New voices"), ("recording", "Voices it knows")):
+        fake.metrics = {"training": {"adapted": {"folds_by": by}}, "out_of_fold": MODEL_FIGURES["test"]}
+        told = html(model())
+        assert re.search(title + r'</h3><p class="figure">86 %</p>', told)
+        assert told.count("not measured") == 1
+        assert "Weakest class: fearful" in told
+
+
 def test_a_model_without_figures_is_told_without(fake: FakeService) -> None:
     page = model()
     assert html(page).count("not measured") == 2

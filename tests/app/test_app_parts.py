@@ -81,6 +81,11 @@ def test_text_of_the_theme_can_be_read(section: str) -> None:
         assert contrast(theme["linkColor"], ground) > 4.5
 
 
+def test_classes_of_one_s_own_have_colours_of_their_own() -> None:
+    own = ["loud", "quiet", "annoyed", "relieved", "bored", "very_angry", "calm", "sad"]
+    assert len({palette.colour(label) for label in own}) == len(own)
+
+
 @pytest.mark.parametrize("label", [*LABELS, "uncertain", "silence", "bored", "wütend"])
 def test_words_on_a_band_can_be_read(label: str) -> None:
     colour = palette.colour(label)
@@ -331,6 +336,7 @@ def test_two_figures_of_the_model_or_that_they_are_not_measured() -> None:
     assert f"interval: {100 * low:.0f} to {100 * high:.0f}<" in html
     assert two_figures_html({}).count("not measured") == 2
     assert two_figures_html({"test": "?", "unseen_speakers": {"uar": 0.5}}).count("not measured") == 2
+    assert two_figures_html({"training": "?", "out_of_fold": {"accuracy": 0.5}}).count("not measured") == 2
 
 
 def test_waveform_and_spectrogram_have_one_time_axis_with_all_of_the_recording() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,36 @@ def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, tmp_pat
             np.testing.assert_allclose(normalise_power(loaded.mel_power[i, :, :188], CONFIG), expected, atol=1e-4)
 
 
+def test_the_window_with_most_speech_is_extracted_and_stands_in_the_middle_of_what_is_kept(
+    write_audio: Callable[..., Path], speech_like: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    voice = speech_like(duration_s=1.0, sample_rate_hz=48_000)
+    paths = []
+    for number, (before, after) in enumerate([(1.0, 10.0), (6.0, 5.0), (0.1, 3.0), (8.0, 0.0), (0.2, 0.2)]):
+        parts = [np.zeros(round(s * 48_000), np.float32) for s in (before, after)]
+        paths.append(
+            str(
+                write_audio(f"{number}.wav", samples=np.concatenate([parts[0], voice, parts[1]]), sample_rate_hz=48_000)
+            )
+        )
+    config, out = replace(CONFIG, window="speech"), tmp_path / "out"
+    options = ShardOptions(pitch_semitones=(0.0,))
+    extract_shards(pd.DataFrame({"speech": paths, "label": "sad"}), out, config, options=options)
+    loaded = load_features(out, config)
+    assert loaded.mel_power is not None
+    assert len(loaded.table) == 2 * len(paths)
+    for row, path in enumerate(loaded.table["speech"]):
+        expected = extract(load_middle(path, window="speech").samples, config)
+        if not loaded.table["parent_id"][row]:
+            np.testing.assert_array_equal(loaded.features[row], expected)
+        first = (loaded.n_frames[row] - 188) // 2
+        inner = normalise_power(loaded.mel_power[row, :, first : first + 188], config)
+        assert np.corrcoef(inner.ravel(), expected.ravel())[0, 1] > 0.95
+    with pytest.raises(ShardError, match="window speech, not middle") as refused:
+        load_features(out, CONFIG)
+    assert "\n" not in str(refused.value)
+
+
 @HERE
 def test_plain_pyarrow_reads_the_shape(manifest: pd.DataFrame, tmp_path: Path) -> None:
     extract_shards(manifest, tmp_path / "out", CONFIG)
@@ -183,7 +214,7 @@ def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path)
 def test_wrong_configuration_version_or_part_is_refused(manifest: pd.DataFrame, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract_shards(manifest[manifest["speech"].str.contains("good")], out, CONFIG)
-    with pytest.raises(ShardError, match="expected frame_features"):
+    with pytest.raises(ShardError, match="kind log_mel, not frame_features"):
         load_features(out, FeatureConfig(kind="frame_features"))
     values = json.loads((out / "manifest.json").read_text())
     for change in ({"version": 99}, {"parts": ["part-00009.parquet"]}, {"parts": None}):

@@ -137,16 +137,20 @@ def test_fingerprint_changes_with_every_setting_and_survives_json() -> None:
             "top_db": 60.0,
             "kind": "frame_features",
             "f_max_hz": 8_000.0,
+            "window": "speech",
         }.items()
     ]
-    assert len({CONFIG.fingerprint(), *(c.fingerprint() for c in others)}) == 7
+    assert len({CONFIG.fingerprint(), *(c.fingerprint() for c in others)}) == 8
     for config in (CONFIG, *others):
         assert FeatureConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_the_default_contract_is_that_of_the_weights_in_circulation() -> None:
-    """Bundles and shards made before `f_max_hz` existed carry this fingerprint."""
+    """Bundles and shards made before `f_max_hz` and `window` existed carry this fingerprint."""
     assert FeatureConfig().fingerprint() == "37816ab17e87f83d"
+    assert FeatureConfig.from_dict({"n_mels": 64}).window == "middle"
+    with pytest.raises(FeatureError, match="unknown window 'loudest'"):
+        FeatureConfig.from_dict({"window": "loudest"})
 
 
 @pytest.mark.parametrize("f_max_hz", [4_000.0, 8_000.0, 24_000.0])

@@ -19,7 +19,7 @@ AT_ONCE_S = 7.0
 
 def drawn(path: Path, points: int = 600) -> Picture:
     window = load_middle(path, window_s=CONFIG.window_s, sample_rate_hz=CONFIG.sample_rate_hz)
-    overview = Overview(*outline_part(window.info.duration_s), CONFIG, points)
+    overview = Overview(*outline_part(window.info.duration_s, window.info.duration_s / 2), CONFIG, points)
     for start_s in np.arange(overview.start_s, overview.start_s + overview.length_s, AT_ONCE_S):
         left_s = overview.start_s + overview.length_s - start_s
         overview.add(load(path, start_s=start_s, duration_s=min(AT_ONCE_S, left_s)))

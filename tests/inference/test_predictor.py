@@ -236,6 +236,25 @@ def test_features_of_another_shape_are_refused(predictor: Predictor) -> None:
         predictor.probabilities(np.zeros((1, 1, 64, 100), np.float32))
 
 
+def test_a_bundle_says_which_window_it_hears(
+    speech_bundle: Bundle, torch_model: torch.nn.Module, write_audio: WriteAudio
+) -> None:
+    samples = np.zeros(480_000, np.float32)
+    voice = audio.load(write_audio(duration_s=1.0, sample_rate_hz=48_000), sample_rate_hz=48_000).samples
+    samples[336_000:384_000] = voice
+    path = write_audio("late.wav", samples=samples, sample_rate_hz=48_000, subtype="FLOAT")
+    heard = audio.load_middle(path, window="speech")
+    assert heard.start_s == pytest.approx(6.5, abs=0.1)
+    for isolated in (False, True):
+        ours = Predictor.from_bundle(speech_bundle.folder, threads=1)
+        (found,) = ours.classify([ours.listen(path, isolated=isolated)])
+        expected = np.exp(by_hand(torch_model, [heard.samples]))[0]
+        np.testing.assert_allclose(found.probabilities, expected, atol=1e-4)
+        assert found.label() == found.predicted
+    (other,) = Predictor.from_bundle(speech_bundle.folder, threads=1, crops=1).predict([path])
+    np.testing.assert_allclose(other.probabilities, found.probabilities, atol=1e-6)
+
+
 # --- windows all over a recording ------------------------------------------------------------------------------------
 
 
@@ -283,10 +302,11 @@ def test_silence_is_marked_and_not_pooled(predictor: Predictor, write_audio: Wri
     assert timeline.names(predictor.labels) == [SILENCE, found.predicted, SILENCE]
     np.testing.assert_allclose(found.probabilities, timeline.probabilities[1], atol=1e-12)
     assert found.label() == found.predicted
+    assert (found.duration_s, found.scored_s) == (6.0, 2.0)
     nothing, _ = predictor.follow(
         write_audio("nothing.wav", samples=pause, sample_rate_hz=48_000), SlidingWindow(2.0, 2.0)
     )
-    assert (nothing.status, nothing.label()) == ("ok", SILENCE)
+    assert (nothing.status, nothing.label(), nothing.scored_s) == ("ok", SILENCE, 0.0)
     assert predictor.predict([write_audio("nothing.wav", samples=pause)])[0].label() == SILENCE
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
 import toy_data
 from scipy.special import log_softmax
@@ -24,7 +26,7 @@ from pipeline.inference.predictor import Predictor
 from pipeline.models.backends import open_backend
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.networks import build_model
-from pipeline.training import embeddings, last_stages
+from pipeline.training import adapt, embeddings
 from pipeline.training.last_layer import Head
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -127,6 +129,38 @@ def test_labels_without_meaning_keep_the_old_model(
     assert load_bundle(out).labels == parent.labels
 
 
+def test_a_model_of_the_window_with_most_speech_is_heard_so_and_compared_with_the_middle(
+    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Voices of a second at the end of a long silence: the middle tells nothing."""
+    table = pd.read_csv(mine)
+    for number, path in enumerate(table["speech"]):
+        voice, rate_hz = soundfile.read(path, dtype="float32")
+        late = tmp_path / f"{number}.wav"
+        soundfile.write(late, np.concatenate([np.zeros(5 * rate_hz, np.float32), voice]), rate_hz)
+        table.loc[number, "speech"] = str(late)
+    csv = written(table, tmp_path / "late.csv")
+    assert run(csv, tmp_path / "middle", parent) == DONE
+    said = capsys.readouterr().out
+    assert "keep the old one" in said
+    assert "most speech is elsewhere in 64" in said
+    assert run(csv, tmp_path / "speech", parent, "--window", "speech") == DONE
+    said = capsys.readouterr().out
+    assert "verdict: adapted" in said
+    made = load_bundle(tmp_path / "speech")
+    assert made.features == replace(parent.features, window="speech")
+    about = made.metrics["training"]["adapted"]
+    assert about["window"] == "speech"
+    assert about["windows"]["speech"] > about["windows"]["middle"] + 0.2
+    assert about["windows"]["speech"] == about["verdict"]["after"]
+    heard = Predictor.from_bundle(made.folder, backend="torch", threads=1).predict(table["speech"].tolist())
+    assert np.mean([one.predicted == label for one, label in zip(heard, table["label"], strict=True)]) > 0.8
+    old = toy_data.write_features(tmp_path / "old", 30)
+    capsys.readouterr()
+    assert run(csv, tmp_path / "no", parent, "--window", "speech", "--features", str(old)) == USAGE
+    assert "window middle, not speech" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_own_classes_are_the_models_classes(mine: Path, parent: Bundle, tmp_path: Path) -> None:
     high = ("angry", "fearful", "happy", "surprised")
     table = pd.read_csv(mine)
@@ -136,6 +170,14 @@ def test_own_classes_are_the_models_classes(mine: Path, parent: Bundle, tmp_path
     assert load_bundle(tmp_path / "two").labels == ("loud", "quiet")
     assert run(csv, tmp_path / "ten", parent, "--anyway", "--classes", "all") == DONE
     assert set(load_bundle(tmp_path / "ten").labels) == {*parent.labels, "loud", "quiet"}
+
+
+def test_words_for_no_class_are_no_classes(
+    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(mine).replace({"label": {"calm": "silence"}})
+    assert run(written(table, tmp_path / "no.csv"), tmp_path / "no", parent, "--anyway") == USAGE
+    assert "--label_map silence=" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def _one_class(table: pd.DataFrame) -> pd.DataFrame:
@@ -238,7 +280,7 @@ def test_what_was_heard_is_not_heard_again_but_for_a_changed_recording(
     monkeypatch.setattr(embeddings, "load_once", lambda source, **how: decoded.append(source) or real(source, **how))
     again = embeddings.embed_all(table, parent, tmp_path / "kept")
     assert not decoded
-    np.testing.assert_array_equal(first.embeddings, again.embeddings)
+    np.testing.assert_array_equal(first.embeddings["middle"], again.embeddings["middle"])
     shutil.copy(copies[-1], copies[0])  # another sound under the old name
     changed = embeddings.embed_all(table, parent, tmp_path / "kept")
     assert decoded
@@ -271,7 +313,7 @@ def test_the_last_stage_competes_when_there_is_time(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(last_stages, "EPOCHS", 2)
+    monkeypatch.setattr(adapt, "EPOCHS", 2)
     monkeypatch.setattr(job, "usable_cpus", lambda: 1)
     assert run(mine, tmp_path / "out", parent, "--max_minutes", "60", "--anyway") == DONE
     said = capsys.readouterr().err
@@ -280,15 +322,15 @@ def test_the_last_stage_competes_when_there_is_time(
 
 
 def test_training_the_last_stage_leaves_what_comes_before_it(parent: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_stages, "EPOCHS", 30)
-    monkeypatch.setattr(last_stages, "RATE", 3e-3)
+    monkeypatch.setattr(adapt, "EPOCHS", 30)
+    monkeypatch.setattr(adapt, "RATE", 3e-3)
     features = np.random.default_rng(0).standard_normal((12, *parent.features.input_shape)).astype(np.float32)
     features[::2, :, :8] += 3.0
     truth = np.arange(12) % 2
-    given = last_stages.before_tail(parent, features)
+    given = adapt.before_tail(parent, features)
     weight, bias = embeddings.last_layer(parent.build_model())
     start = Head(weight[:2], bias[:2])
-    state = last_stages.tune(parent, start, given, truth, np.arange(12), threads=1)
+    state = adapt.tune(parent, start, given, truth, np.arange(12), threads=1)
     before = parent.state_dict()
     changed = {name.split(".")[0] for name in state if name in before and not torch.equal(state[name], before[name])}
     assert changed == {"stage5", "head"}
@@ -297,7 +339,7 @@ def test_training_the_last_stage_leaves_what_comes_before_it(parent: Bundle, mon
     network.load_state_dict(dict(state))
     with torch.inference_mode():
         whole = network(torch.from_numpy(features)).numpy()
-    np.testing.assert_allclose(last_stages.tail_logits(parent, state, given), whole, atol=1e-4)
+    np.testing.assert_allclose(adapt.tail_logits(parent, state, given), whole, atol=1e-4)
     own = start.logits(embeddings.embed(open_backend(parent, "torch", "cpu", 1), features))
     rows = np.arange(12)
     assert log_softmax(whole, axis=1)[rows, truth].mean() > log_softmax(own, axis=1)[rows, truth].mean()

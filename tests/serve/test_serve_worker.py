@@ -60,6 +60,26 @@ def test_the_bundle_s_crops_are_pooled(tiny_bundle: Bundle) -> None:
     assert heard.prediction.scored_s == expected.scored_s == pytest.approx(14 / 3, abs=0.01)
 
 
+def test_answer_picture_and_reason_are_of_the_window_that_the_bundle_hears(speech_bundle: Bundle) -> None:
+    samples = np.zeros(40 * 16_000, np.float32)
+    samples[36 * 16_000 : 37 * 16_000] = speech_like(duration_s=1.0)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="WAV")
+    data, ours = buffer.getvalue(), Predictor.from_bundle(speech_bundle.folder, threads=1)
+    (expected,) = ours.predict([data])
+    heard = run(Worker(ours).predict(data, PredictRequest("middle", picture=True)))
+    explained = run(Worker(ours).explain(data, PredictRequest()))
+    for found in (heard, explained):
+        assert found.prediction.label() == expected.label() == expected.predicted
+        np.testing.assert_allclose(found.prediction.probabilities, expected.probabilities, atol=1e-6)
+        assert found.picture is not None
+        assert found.picture.window_start_s == pytest.approx(35.5, abs=0.1)
+        assert found.picture.outline_start_s <= found.picture.window_start_s
+        assert found.picture.outline_end_s >= found.picture.window_start_s + 2
+    assert explained.occlusion is not None
+    np.testing.assert_allclose(np.exp(explained.occlusion.log_p), expected.probabilities, atol=1e-5)
+
+
 def test_windows_are_those_of_follow(predictor: Predictor) -> None:
     data = wav(5.0, channels=2)
     heard = run(Worker(predictor).predict(data, PredictRequest(1.5, 0.5, "each")))
@@ -107,7 +127,7 @@ def test_a_defect_beside_the_model_s_window_costs_the_rest_only(predictor: Predi
     heard = run(Worker(predictor).predict(data, PredictRequest(picture=True), isolated=isolated))
     explained = run(Worker(predictor).explain(data, PredictRequest(), isolated=isolated))
     assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
-    assert "middle was heard" in heard.prediction.notice
+    assert "one window of it was heard" in heard.prediction.notice
     for picture in (heard.picture, explained.picture):
         assert picture is not None
         assert (picture.outline_start_s, picture.outline_end_s) == (0.0, 10.0)

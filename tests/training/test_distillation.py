@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
 from pipeline.training.loop import Run, fit
 from pipeline.training.losses import Teachers, load_teachers, refuse_leaks, without_batch_norms
-from pipeline.training.plan import Plan
+from pipeline.training.plan import Plan, check_start
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--num_workers", "0", "--epochs", "1", "--batch_size", "16", "--inner_val", "0", "--threads", "1"]
@@ -115,8 +116,14 @@ def test_who_may_teach(tmp_path: Path) -> None:
         load_teachers([tmp_path / "nobody"], 0.5, LABELS, CONFIG)
     with pytest.raises(SerError, match="knows the classes calm, happy, sad; expected calm, sad, happy"):
         load_teachers([teacher], 0.5, ("calm", "sad", "happy"), CONFIG)
-    with pytest.raises(SerError, match="features of other settings"):
+    with pytest.raises(SerError, match=r"features of .*n_mels 16, not 64"):
         load_teachers([teacher], 0.5, LABELS, FeatureConfig())
+    with pytest.raises(SerError, match="features of window middle, not speech; train one on these"):
+        load_teachers([teacher], 0.5, LABELS, replace(CONFIG, window="speech"))
+    (teacher / "metrics.json").write_text('{"training": {}}')
+    assert check_start(teacher, "inception", CONFIG)
+    with pytest.raises(SerError, match="features of window middle, not speech; extract the recordings"):
+        check_start(teacher, "inception", replace(CONFIG, window="speech"))
 
 
 def test_batch_norms_folded_into_convolutions_answer_the_same(tmp_path: Path) -> None:
