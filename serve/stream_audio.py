@@ -3,6 +3,11 @@
 A part holds one window and what resampling needs around it: its samples are those that the window would have in a
 file of the whole stream. Of a stream only what the next window needs is kept. PCM becomes a WAV, the Opus of a WebM
 another WebM, which begins half a second early, for Opus remembers what was before.
+
+Browsers' MediaRecorder sends a WebM in pieces of any size, of which the later have no header: its Opus packets are
+taken out, plain bytes. Sources: RFC 8794 (EBML), RFC 9559 (Matroska), RFC 6716 section 3 (how long an Opus packet
+is), RFC 7845 (OpusHead). Limits: the first audio track; it must be Opus of one or two channels, without lacing and
+compression, as browsers write it.
 """
 
 from __future__ import annotations
@@ -14,8 +19,189 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from pipeline.audio.windows import frames_for
+from serve.problems import ServiceError
 from serve.schema import StreamOptions
-from serve.webm import OPUS_HZ, Packet, WebmReader, webm_of
+
+OPUS_HZ = 48_000
+_EBML, _SEGMENT, _CLUSTER, _TRACKS, _TRACK, _AUDIO = 0x1A45DFA3, 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE, 0xE1
+_BLOCK_GROUP, _BLOCK, _SIMPLE_BLOCK, _DISCARD = 0xA0, 0xA1, 0xA3, 0x75A2
+_NUMBER, _TYPE, _CODEC, _PRIVATE, _DELAY, _ENCODINGS = 0xD7, 0x83, 0x86, 0x63A2, 0x56AA, 0x6D80
+_ENTERED = frozenset((_SEGMENT, _CLUSTER, _TRACKS, _TRACK, _AUDIO, _BLOCK_GROUP))
+_KEPT = frozenset((_NUMBER, _TYPE, _CODEC, _PRIVATE, _DELAY, _ENCODINGS, _BLOCK, _SIMPLE_BLOCK, _DISCARD))
+_MOST_BYTES = 2**16  # of an element that is kept; an Opus packet has 61,298 at most
+_MOST_SKIPPED = 2**20  # of one that is not
+_MOST_TRACKS = 8
+_LONGEST = 5_760  # samples of an Opus packet
+
+
+@dataclass(frozen=True)
+class Packet:
+    """An Opus packet, and how many samples at 48 kHz it becomes."""
+
+    data: bytes
+    samples: int
+
+
+class WebmReader:
+    """The packets of a stream; ``head`` (its OpusHead) and ``delay_ns`` are known once the first has come.
+
+    ``discard``: samples at the end of the newest packet that are no sound.
+    """
+
+    def __init__(self) -> None:
+        self.head, self.delay_ns, self.discard = b"", 0, 0
+        self._waiting = bytearray()
+        self._skip, self._begun = 0, False
+        self._tracks: list[dict[int, bytes]] = []
+        self._number: int | None = None
+
+    @property
+    def pre_skip(self) -> int:
+        """Samples at the start that are no sound."""
+        return int.from_bytes(self.head[10:12], "little")
+
+    def add(self, data: bytes) -> list[Packet]:
+        """The packets that are complete with ``data``.
+
+        Raises:
+            ServiceError: ``not_audio``, ``corrupt`` or ``unsupported_format``.
+        """
+        self._waiting += data
+        packets: list[Packet] = []
+        at = 0
+        while True:
+            dropped = min(self._skip, len(self._waiting) - at)
+            at, self._skip = at + dropped, self._skip - dropped
+            header = None if self._skip else _header(self._waiting, at)
+            if header is None:
+                break
+            name, size, body = header
+            if not self._begun and name != _EBML:
+                raise ServiceError("not_audio", "this is no WebM; send what MediaRecorder gives, from its first piece")
+            self._begun = True
+            if name in _ENTERED:
+                at = body
+                if name == _TRACK:
+                    self._enter_track()
+            elif size is None or size > (_MOST_BYTES if name in _KEPT else _MOST_SKIPPED):
+                raise _corrupt("an element is too large")
+            elif name not in _KEPT:
+                at, self._skip = body, size
+            elif body + size > len(self._waiting):
+                break
+            else:
+                at = body + size
+                packets += self._take(name, bytes(self._waiting[body:at]))
+        del self._waiting[:at]
+        return packets
+
+    def _enter_track(self) -> None:
+        if len(self._tracks) >= _MOST_TRACKS:
+            raise _corrupt("it has too many tracks")
+        self._tracks.append({})
+
+    def _take(self, name: int, value: bytes) -> list[Packet]:
+        if name in (_BLOCK, _SIMPLE_BLOCK):
+            return self._packets(value)
+        if name == _DISCARD:
+            self.discard = min(int.from_bytes(value[:8], "big") * OPUS_HZ // 1_000_000_000, _LONGEST)
+        elif self._tracks:
+            self._tracks[-1][name] = value
+        return []
+
+    def _packets(self, block: bytes) -> list[Packet]:
+        if self._number is None:
+            self._number = self._chosen()
+        number = _number(block, 0, keep_marker=False)
+        if number is None or len(block) < number[1] + 4:
+            raise _corrupt("a block is empty")
+        track, at = number
+        if track != self._number:
+            return []
+        if block[at + 2] & 0x06:
+            raise ServiceError("unsupported_format", "WebM with lacing is not accepted; send what MediaRecorder gives")
+        packet, self.discard = block[at + 3 :], 0
+        return [Packet(packet, _samples(packet))]
+
+    def _chosen(self) -> int:
+        """The number of the first audio track, which must be one that is understood here."""
+        track = next((track for track in self._tracks if track.get(_TYPE) == b"\x02"), None)
+        if track is None:
+            raise ServiceError("not_audio", "a WebM without an audio track; send that of a microphone")
+        head, codec = track.get(_PRIVATE, b""), track.get(_CODEC, b"").rstrip(b"\0")
+        if codec != b"A_OPUS" or _ENCODINGS in track:
+            detail = "a WebM must hold Opus; record with mimeType audio/webm;codecs=opus, or send PCM"
+            raise ServiceError("unsupported_format", detail)
+        if len(head) != 19 or not head.startswith(b"OpusHead") or head[9] not in (1, 2) or head[18]:
+            raise ServiceError("bad_channels", "Opus of one or two channels is accepted; record fewer, or send PCM")
+        self.head, self.delay_ns = head, int.from_bytes(track.get(_DELAY, b"")[:8], "big")
+        return int.from_bytes(track.get(_NUMBER, b"\x01")[:8], "big")
+
+
+def webm_of(packets: list[Packet], head: bytes, delay_ns: int) -> bytes:
+    """A WebM of these packets, 30 s of them at most, as a recording of its own."""
+    delay = _element(_DELAY, delay_ns.to_bytes(8, "big")) if delay_ns else b""
+    audio = _element(_AUDIO, _element(0xB5, struct.pack(">d", OPUS_HZ)) + _element(0x9F, head[9:10]))
+    track = [(_NUMBER, b"\x01"), (0x73C5, b"\x01"), (_TYPE, b"\x02"), (_CODEC, b"A_OPUS"), (_PRIVATE, head)]
+    tracks = _element(_TRACK, b"".join(_element(*pair) for pair in track) + delay + audio)
+    blocks, passed = [_element(0xE7, b"\0")], 0
+    for packet in packets:
+        time_ms = passed * 1000 // OPUS_HZ
+        blocks.append(_element(_SIMPLE_BLOCK, b"\x81" + struct.pack(">hB", time_ms, 0x80) + packet.data))
+        passed += packet.samples
+    info = _element(0x1549A966, _element(0x2AD7B1, (1_000_000).to_bytes(4, "big")))
+    segment = _element(_SEGMENT, info + _element(_TRACKS, tracks) + _element(_CLUSTER, b"".join(blocks)))
+    return _element(_EBML, _element(0x4282, b"webm")) + segment
+
+
+def _samples(packet: bytes) -> int:
+    """How many samples at 48 kHz an Opus packet becomes."""
+    kind, count = packet[0] >> 3, packet[0] & 3
+    if kind < 12:
+        frame = (480, 960, 1_920, 2_880)[kind % 4]
+    elif kind < 16:
+        frame = (480, 960)[kind % 2]
+    else:
+        frame = (120, 240, 480, 960)[kind % 4]
+    if count == 3 and len(packet) < 2:
+        raise _corrupt("an Opus packet is cut off")
+    frames = packet[1] & 0x3F if count == 3 else min(count, 1) + 1
+    if not 0 < frame * frames <= _LONGEST:
+        raise _corrupt("an Opus packet is longer than 120 ms, or empty")
+    return frame * frames
+
+
+def _header(data: bytearray, at: int) -> tuple[int, int | None, int] | None:
+    """Name and size (None: not known) of the element at ``at``, and where its body starts; None: more is needed."""
+    name = _number(data, at, keep_marker=True, longest=4)
+    size = None if name is None else _number(data, name[1], keep_marker=False)
+    if name is None or size is None:
+        return None
+    length = size[1] - name[1]
+    return name[0], None if size[0] == 2 ** (7 * length) - 1 else size[0], size[1]
+
+
+def _number(data: bytes | bytearray, at: int, *, keep_marker: bool, longest: int = 8) -> tuple[int, int] | None:
+    """The variable-length number at ``at``, and where it ends; None when it is not complete."""
+    if at >= len(data):
+        return None
+    length = 9 - data[at].bit_length()
+    if length > longest:
+        raise _corrupt("a number in it is none")
+    if at + length > len(data):
+        return None
+    value = int.from_bytes(data[at : at + length], "big")
+    return value if keep_marker else value & (2 ** (7 * length) - 1), at + length
+
+
+def _element(name: int, body: bytes) -> bytes:
+    size = len(body) | 1 << 28  # four bytes
+    return name.to_bytes((name.bit_length() + 7) // 8, "big") + size.to_bytes(4, "big") + body
+
+
+def _corrupt(what: str) -> ServiceError:
+    return ServiceError("corrupt", f"the WebM cannot be read: {what}; start the recording anew")
+
 
 _LEAD = OPUS_HZ // 2  # samples of Opus before a window
 _SAMPLE_BYTES = {"s16le": 2, "f32le": 4}

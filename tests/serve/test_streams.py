@@ -31,7 +31,7 @@ from pipeline.models.bundle import Bundle
 from serve.local import LocalService
 from serve.problems import ServiceError, overloaded
 from serve.routes import create_app
-from serve.webm import WebmReader
+from serve.stream_audio import WebmReader
 
 
 @pytest.fixture(scope="module")
