@@ -167,6 +167,24 @@ def test_a_folder_that_could_not_be_read_exits_4(
     assert "1 folders that cannot be read (first: " in err
 
 
+def test_skipped_silence_is_said(
+    call: Callable[..., tuple[int, str, str]],
+    write_audio: WriteAudio,
+    speech_like: Callable[..., np.ndarray],
+    tmp_path: Path,
+) -> None:
+    samples = np.concatenate([speech_like(duration_s=2.0), np.zeros(4 * 16_000, np.float32)])
+    write_audio("in/pause.wav", samples=samples)
+    words = ("--input", tmp_path / "in", "--out", tmp_path / "out", "--no_report", "--engine", "local")
+    code, _, err = call(*words, "--window_s", "2")
+    assert code == 0
+    assert "4 s of silence skipped" in err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["silence_s"] == 4
+    segments = pd.read_csv(tmp_path / "out" / "segments.csv")
+    assert (segments["predicted"] == "silence").tolist() == [False, True, True]
+    assert read_predictions(tmp_path / "out")["scored_s"].tolist() == [2.0]
+
+
 def test_long_recordings_are_noticed(
     call: Callable[..., tuple[int, str, str]], write_audio: WriteAudio, tmp_path: Path
 ) -> None:
