@@ -14,9 +14,6 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of numpy or torch
-os.environ.setdefault(
-    "OMP_THREAD_LIMIT", "1"
-)  # code may ask for more: threads that wait for a CPU cost 20 times the work
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray reads it when a test module imports it
 
@@ -85,6 +82,17 @@ def speech_like(
     envelope = 0.1 + 0.9 * np.sin(np.pi * syllables_hz * t + rng.random()) ** 2
     samples = voice * envelope + 0.01 * rng.standard_normal(t.size)
     return np.asarray(samples * (peak / np.abs(samples).max()), dtype=np.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """PyTorch has one thread here, whatever the code asks for: two that wait for a busy CPU take ten times as long."""
+    import torch
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session", name="speech_like")
