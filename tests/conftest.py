@@ -6,19 +6,18 @@ a skipped test is a failure, unless its reason names a missing GPU.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of numpy or torch
-os.environ.setdefault(
-    "OMP_THREAD_LIMIT", "1"
-)  # code may ask for more: threads that wait for a CPU cost 20 times the work
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray reads it when a test module imports it
 
@@ -87,6 +86,31 @@ def speech_like(
     envelope = 0.1 + 0.9 * np.sin(np.pi * syllables_hz * t + rng.random()) ** 2
     samples = voice * envelope + 0.01 * rng.standard_normal(t.size)
     return np.asarray(samples * (peak / np.abs(samples).max()), dtype=np.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """PyTorch has one thread here, whatever the code asks for: two that wait for a busy CPU take ten times as long."""
+    import torch
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_scanned_once() -> Iterator[None]:
+    """Streamlit reads the metadata of every installed package whenever a page opens, for a second each time."""
+    if "streamlit" not in sys.modules:
+        yield
+        return
+    from streamlit.components.v2 import manifest_scanner
+
+    with pytest.MonkeyPatch.context() as patch:
+        once = functools.cache(manifest_scanner.scan_component_manifests)
+        patch.setattr(manifest_scanner, "scan_component_manifests", once)
+        yield
 
 
 @pytest.fixture(scope="session", name="speech_like")
