@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from pipeline.models.networks import Network
 
 FORMAT_VERSION = 1
-_PLACES = (Path(__file__).resolve().parents[2] / "models", Path(__file__).resolve().parents[1] / "shipped")
-DEFAULT_BUNDLE = next(filter(Path.is_dir, (place / "inception_ser_final" for place in _PLACES)), _PLACES[0])
+_SHIPPED = [
+    Path(__file__).resolve().parents[n] / place / "inception_ser_final" for n, place in ((2, "models"), (1, "shipped"))
+]
+DEFAULT_BUNDLE = next(filter(Path.is_dir, _SHIPPED), _SHIPPED[0])  # of the project's folder, else of an installed copy
 _CONFIG, _METRICS, _TRAINING, _CARD = "config.json", "metrics.json", "training.csv", "README.md"
 
 
