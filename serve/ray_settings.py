@@ -4,8 +4,8 @@
 (``docs/serving.md``). Without them the service is slower.
 
 Serve's own way of a request is proxy, ingress, worker: two calls between processes. The second costs 2 to 3 ms and 2 ms
-of CPU. So the proxy asks the ingress once a second what it serves (``remote.Offer``), makes the same application of it,
-and answers uploads with that (``ShortWay``). All else, and uploads while nothing is known, goes to the ingress.
+of CPU. So the proxy asks the ingress once a second what it serves (``deployment.Offer``), makes the same application
+of it, and answers uploads with that (``ShortWay``). All else, and uploads while nothing is known, goes to the ingress.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from serve.settings import APP_NAME, MIB, Settings
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from serve.remote import Offer
+    from serve.deployment import Offer
 
 logger = logging.getLogger("ray.serve.ser")
 _EVERY_S = 1.0
@@ -181,14 +181,16 @@ def longest_message(settings: Settings) -> str:
 
 def in_proxy() -> list[Middleware]:
     """What Ray Serve's proxy puts around itself, the outermost last."""
-    from serve import remote  # imports Ray, which runs already where this is called
+    from serve import deployment  # imports Ray, which runs already where this is called
     from serve.metrics import RequestMeter, on_ray
 
     meter = RequestMeter(on_ray())
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
     mark = os.environ.get(_CLOSING)
     closed = (lambda: os.path.exists(mark)) if mark else None
-    short_way = Middleware(ShortWay, ask=remote.asking(APP_NAME), make=lambda found: found.application(meter, closed))
+    short_way = Middleware(
+        ShortWay, ask=deployment.asking(APP_NAME), make=lambda found: found.application(meter, closed)
+    )
     inwards = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
     digest = os.environ.get(_KEY_DIGEST)  # "": there is none; None: this process does not know
     if digest:

@@ -2,8 +2,8 @@
 
 Two tasks a session: one takes sound, no faster than it sounds (what comes faster stays with its sender, by TCP), one
 asks a worker for the oldest window that is complete and sends the answer. Windows that have waited too long are left
-out, so that an answer is about now. A part is a short recording (``stream_audio``), its window goes through the batches
-of all others; any worker can answer it, and one that dies costs that window only. Protocol: docs/live.md.
+out, so that an answer is about now. A part is a short recording (``pipeline.audio.live``), its window goes through the
+batches of all others; any worker can answer it, and one that dies costs that window only. Protocol: docs/live.md.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import TypeVar
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from pipeline.audio.live import PcmTape, Tape, WebmTape, ends
+from pipeline.storage.errors import AudioError
 from serve import answers, schema
 from serve.auth import stream_refusal
 from serve.problems import ServiceError, answer, note, recording_error, request_id, retry_later
 from serve.schema import STREAM_PROTOCOL, StreamOptions
 from serve.service import Card, PredictRequest, Service, WorkerResult
-from serve.stream_audio import Tape, ends, tape_for
 
 Told = TypeVar("Told")
 logger = logging.getLogger("ray.serve.ser")
@@ -135,7 +136,7 @@ class _Session:
         model = service.model(options.model)
         card = await self._in_time(service.models.card(model))
         note(self._websocket.scope, model=model, format=options.format)
-        tape = tape_for(options, card.features.sample_rate_hz)
+        tape = _tape(options, card.features.sample_rate_hz)
         limits = service.settings.public_limits
         await _send(
             self._websocket,
@@ -224,7 +225,10 @@ class _Session:
             length_s = len(message) / tape.bytes_a_second
             _check_piece(length_s)
             before_s = tape.received_s
-            tape.add(message)
+            try:
+                tape.add(message)
+            except AudioError as error:
+                raise recording_error(error.code, str(error)) from error
             length_s = max(length_s, tape.received_s - before_s, 1 / _MESSAGES_A_SECOND)
             _check_piece(length_s)
             if message:
@@ -328,3 +332,10 @@ def _read(text: str) -> object:
     except (ValueError, RecursionError):
         raise ServiceError("bad_request", "a message in text must be JSON; sound is sent as binary") from None
     return found
+
+
+def _tape(options: StreamOptions, rate_hz: int) -> Tape:
+    """What takes the sound of a stream, for a model of that sample rate."""
+    if options.sample_rate_hz is None:
+        return WebmTape(rate_hz)
+    return PcmTape(rate_hz, options.format, options.sample_rate_hz, options.channels)

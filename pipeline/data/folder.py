@@ -19,7 +19,7 @@ from pipeline.audio.load import EXTENSIONS
 from pipeline.audio.source import USUAL_ENDINGS
 from pipeline.data.corpora import CORPORA, Corpus, Told, by_name, recognised
 from pipeline.data.corpora.audiofolder import AUDIOFOLDER, Listed, listed
-from pipeline.data.corpora.ravdess import SONG, SPEECH
+from pipeline.data.corpora.readers import SONG, SPEECH
 from pipeline.data.corpora.voices import check_corpora
 from pipeline.data.labels import OTHER_CLASSES, as_integer, canonical_name, emotion_of, is_named
 from pipeline.data.tables import MISSING, ManifestError

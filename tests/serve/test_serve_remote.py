@@ -12,8 +12,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from serving import run
 
+from serve.deployment import RemoteModels
 from serve.problems import ServiceError, kind_of
-from serve.remote import RemoteModels
 from serve.service import PredictRequest
 
 ASK = PredictRequest()
@@ -113,14 +113,14 @@ def test_readiness(step: Any, running: bool, ready: bool, monkeypatch: pytest.Mo
     state = {"RUNNING" if running else "STARTING": 1}
     deployments = {"Model0": SimpleNamespace(replica_states=state)}
     status = SimpleNamespace(applications={"ser": SimpleNamespace(deployments=deployments)})
-    monkeypatch.setattr("serve.remote.ray_serve.status", lambda: status)
-    monkeypatch.setattr("serve.remote._READY_WITHIN_S", 0.05)
+    monkeypatch.setattr("serve.deployment.ray_serve.status", lambda: status)
+    monkeypatch.setattr("serve.deployment._READY_WITHIN_S", 0.05)
     remote, _ = models(step)
     assert run(remote.ready("m")) is ready
 
 
 def test_a_busy_worker_s_card_is_the_last_one_it_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.remote._READY_WITHIN_S", 0.05)
+    monkeypatch.setattr("serve.deployment._READY_WITHIN_S", 0.05)
     remote, handle = models("first", "second", lambda: asyncio.sleep(60), FULL, DeploymentUnavailableError(None))  # type: ignore[arg-type]
 
     async def scenario() -> list[object]:

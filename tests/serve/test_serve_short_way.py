@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.deployment import Offer
 from serve.middleware import Admission
 from serve.ray_settings import ShortWay
-from serve.remote import Offer
 from serve.settings import Settings
 
 

@@ -24,14 +24,15 @@ from streaming import END, PCM, opened, pcm_and_wav, pieces, running, sent, webm
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
+from pipeline.audio.live import WebmReader
 from pipeline.audio.windows import SlidingWindow
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.timeline import Timeline
 from pipeline.models.bundle import Bundle
+from pipeline.storage.errors import AudioError
 from serve.local import LocalService
-from serve.problems import ServiceError, overloaded
+from serve.problems import overloaded
 from serve.routes import create_app
-from serve.stream_audio import WebmReader
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,7 @@ def test_damaged_webm_is_refused_or_read_but_never_more(parts: list[bytes], at: 
         try:
             for piece in data:
                 assert sum(packet.samples for packet in reader.add(piece)) <= 48_000 * 60
-        except ServiceError as error:
+        except AudioError as error:
             found = error.code
         else:
             found = "read"

@@ -1,6 +1,6 @@
-"""The corpora that are known by the names of their files, one small module each; who speaks in them is in ``voices``.
+"""The corpora that are known by the names of their files (``readers``); who speaks in them is in ``voices``.
 
-A new corpus is a module with its ``Corpus`` record, and a line in ``CORPORA``.
+A new corpus is a ``Corpus`` record (CONTRIBUTING.md shows one) and a line in ``CORPORA``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from pipeline.data.corpora.audiofolder import AUDIOFOLDER
-from pipeline.data.corpora.crema_d import CREMA_D
-from pipeline.data.corpora.emodb import EMODB
-from pipeline.data.corpora.ravdess import SONG, SPEECH
+from pipeline.data.corpora.readers import CREMA_D, EMODB, SAVEE, SONG, SPEECH, TESS
 from pipeline.data.corpora.record import Corpus as Corpus
 from pipeline.data.corpora.record import Told as Told
-from pipeline.data.corpora.savee import SAVEE
-from pipeline.data.corpora.tess import TESS
 
 CORPORA: tuple[Corpus, ...] = (
     SPEECH,

@@ -1,4 +1,4 @@
-"""The sound of a stream, as it comes, and parts of it as short recordings, which workers hear like any other.
+"""The sound of a live stream, as it comes, and parts of it as short recordings, to be read like any other.
 
 A part holds one window and what resampling needs around it: its samples are those that the window would have in a
 file of the whole stream. Of a stream only what the next window needs is kept. PCM becomes a WAV, the Opus of a WebM
@@ -19,8 +19,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from pipeline.audio.windows import frames_for
-from serve.problems import ServiceError
-from serve.schema import StreamOptions
+from pipeline.storage.errors import BadChannels, Corrupt, NotAudio, UnsupportedFormat
 
 OPUS_HZ = 48_000
 _EBML, _SEGMENT, _CLUSTER, _TRACKS, _TRACK, _AUDIO = 0x1A45DFA3, 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE, 0xE1
@@ -64,7 +63,7 @@ class WebmReader:
         """The packets that are complete with ``data``.
 
         Raises:
-            ServiceError: ``not_audio``, ``corrupt`` or ``unsupported_format``.
+            AudioError: it is no WebM, or not as described above.
         """
         self._waiting += data
         packets: list[Packet] = []
@@ -77,7 +76,7 @@ class WebmReader:
                 break
             name, size, body = header
             if not self._begun and name != _EBML:
-                raise ServiceError("not_audio", "this is no WebM; send what MediaRecorder gives, from its first piece")
+                raise NotAudio("this is no WebM; send what MediaRecorder gives, from its first piece")
             self._begun = True
             if name in _ENTERED:
                 at = body
@@ -119,7 +118,7 @@ class WebmReader:
         if track != self._number:
             return []
         if block[at + 2] & 0x06:
-            raise ServiceError("unsupported_format", "WebM with lacing is not accepted; send what MediaRecorder gives")
+            raise UnsupportedFormat("WebM with lacing is not accepted; send what MediaRecorder gives")
         packet, self.discard = block[at + 3 :], 0
         return [Packet(packet, _samples(packet))]
 
@@ -127,13 +126,13 @@ class WebmReader:
         """The number of the first audio track, which must be one that is understood here."""
         track = next((track for track in self._tracks if track.get(_TYPE) == b"\x02"), None)
         if track is None:
-            raise ServiceError("not_audio", "a WebM without an audio track; send that of a microphone")
+            raise NotAudio("a WebM without an audio track; send that of a microphone")
         head, codec = track.get(_PRIVATE, b""), track.get(_CODEC, b"").rstrip(b"\0")
         if codec != b"A_OPUS" or _ENCODINGS in track:
             detail = "a WebM must hold Opus; record with mimeType audio/webm;codecs=opus, or send PCM"
-            raise ServiceError("unsupported_format", detail)
+            raise UnsupportedFormat(detail)
         if len(head) != 19 or not head.startswith(b"OpusHead") or head[9] not in (1, 2) or head[18]:
-            raise ServiceError("bad_channels", "Opus of one or two channels is accepted; record fewer, or send PCM")
+            raise BadChannels("Opus of one or two channels is accepted; record fewer, or send PCM")
         self.head, self.delay_ns = head, int.from_bytes(track.get(_DELAY, b"")[:8], "big")
         return int.from_bytes(track.get(_NUMBER, b"\x01")[:8], "big")
 
@@ -199,12 +198,12 @@ def _element(name: int, body: bytes) -> bytes:
     return name.to_bytes((name.bit_length() + 7) // 8, "big") + size.to_bytes(4, "big") + body
 
 
-def _corrupt(what: str) -> ServiceError:
-    return ServiceError("corrupt", f"the WebM cannot be read: {what}; start the recording anew")
+def _corrupt(what: str) -> Corrupt:
+    return Corrupt(f"the WebM cannot be read: {what}; start the recording anew")
 
 
 _LEAD = OPUS_HZ // 2  # samples of Opus before a window
-_SAMPLE_BYTES = {"s16le": 2, "f32le": 4}
+SAMPLE_BYTES = {"s16le": 2, "f32le": 4}
 _OPUS_BYTES_A_SECOND = 64_000
 
 
@@ -248,7 +247,7 @@ class Tape(ABC):
         """Take what has come.
 
         Raises:
-            ServiceError: it cannot be read.
+            AudioError: it cannot be read.
         """
 
     def holds(self, start_s: float, window_s: float) -> bool:
@@ -275,11 +274,10 @@ class Tape(ABC):
 class PcmTape(Tape):
     """Raw samples, little-endian, channels interleaved; a piece may end within one."""
 
-    def __init__(self, options: StreamOptions, rate_hz: int) -> None:
-        assert options.sample_rate_hz is not None
-        self._bytes, self._channels = _SAMPLE_BYTES[options.format], options.channels
+    def __init__(self, rate_hz: int, sample_format: str, from_hz: int, channels: int) -> None:
+        self._bytes, self._channels = SAMPLE_BYTES[sample_format], channels
         self._frame = self._bytes * self._channels
-        super().__init__(rate_hz, options.sample_rate_hz, options.sample_rate_hz * self._frame)
+        super().__init__(rate_hz, from_hz, from_hz * self._frame)
         self._kept, self._kept_from = bytearray(), 0
 
     def add(self, data: bytes) -> None:
@@ -327,13 +325,6 @@ class WebmTape(Tape):
             taken.append(packet)
             reached += packet.samples
         return webm_of(taken, self._reader.head, self._reader.delay_ns), self._kept_from
-
-
-def tape_for(options: StreamOptions, rate_hz: int) -> Tape:
-    """What takes the sound of a stream for a model that hears ``rate_hz``."""
-    if options.format == "webm":
-        return WebmTape(rate_hz)
-    return PcmTape(options, rate_hz)
 
 
 def ends(received_s: float, window_s: float, hop_s: float, heard: int) -> list[float]:
