@@ -6,14 +6,15 @@ prediction. So hundreds of logical CPUs fit on a few real ones, and what is left
 more nodes. Given are CPU seconds of the driver and of Ray's own processes, which other work on the machine does not
 change much, for each phase; a file's cost is the slope between two sizes. docs/scaling.md draws the conclusions.
 
-    python -m benchmarks.simulate_scale --sizes 20000 100000 --num_cpus 32
+    python -m benchmarks.simulate_scale [--engine ray|local] --sizes 20000 100000 --num_cpus 32
+
+``--engine local`` does the same with this machine's processes, without Ray.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from pipeline.scoring.blocks import Task, make_block
 from pipeline.scoring.predictions import to_table
 from pipeline.scoring.scoring import Execution, score_manifest
 from pipeline.storage.files import scan
-from tests.support.processes import command_of, descendants, machine
+from tests.support.processes import command_of, descendants, machine, resident_bytes, sampled
 
 CLIP_S = 0.0076  # docs/benchmarks.md: slope between 5,000 and 20,000 files
 PHASES = ("list", "plan", "blocks", "tables")
@@ -91,7 +92,7 @@ class Meter:
         self.system[name] = system_cpu_s() - system_s
 
 
-def simulate(folder: Path, out: Path, num_cpus: int) -> tuple[int, Meter, float]:
+def simulate(folder: Path, out: Path, execution: Execution) -> tuple[int, Meter, float]:
     """Score everything in ``folder``; rows, what each phase cost, and seconds in all."""
     meter, begin_s = Meter(), time.monotonic()
     with meter.phase("list"):
@@ -107,7 +108,7 @@ def simulate(folder: Path, out: Path, num_cpus: int) -> tuple[int, Meter, float]
             table,
             out,
             options=ScoreOptions(crops=1),
-            execution=Execution(num_cpus=num_cpus, block_rows=256),
+            execution=execution,
             report=False,
             on_progress=progress,
         )
@@ -131,6 +132,7 @@ def bytes_a_file(labels: Sequence[str], path: str) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("ray", "local"), default="ray")
     parser.add_argument("--sizes", type=int, nargs=2, default=[20_000, 100_000], help="files, two sizes")
     parser.add_argument("--num_cpus", type=int, default=32, help="logical CPUs; each is a sleeping process")
     parser.add_argument("--scratch", type=Path, help="folder for the files (default: the system's)")
@@ -138,17 +140,21 @@ def main() -> None:
     print(
         f"machine: {machine()}\nlogical CPUs: {arguments.num_cpus}, {CLIP_S * 1e3:g} ms of sleep a file\n", flush=True
     )
-    start_ray(arguments.num_cpus)
+    if arguments.engine == "ray":
+        start_ray(arguments.num_cpus)
+    execution = Execution(arguments.engine, num_cpus=arguments.num_cpus, block_rows=256)
     found: list[tuple[int, Meter]] = []
-    print("| files | | " + " | ".join(PHASES) + " | seconds in all |\n" + "|---" * (len(PHASES) + 3) + "|", flush=True)
+    heads = ["files", "", *PHASES, "seconds in all", "driver's memory, MiB"]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="simulate-") as scratch:
         for n in (2_000, *arguments.sizes):  # the first run warms up
             make_files(Path(scratch) / f"in-{n}", n)
-            rows, meter, seconds = simulate(Path(scratch) / f"in-{n}", Path(scratch) / f"out-{n}", arguments.num_cpus)
+            with sampled(lambda: resident_bytes(os.getpid()), 0.2) as peak:
+                rows, meter, seconds = simulate(Path(scratch) / f"in-{n}", Path(scratch) / f"out-{n}", execution)
             found.append((rows, meter))
             for who, costs in (("driver", meter.own), ("Ray's processes", meter.system)):
                 cells = " | ".join(f"{costs[name]:.2f} s" for name in PHASES)
-                print(f"| {rows:,} | {who} | {cells} | {seconds:.0f} |", flush=True)
+                print(f"| {rows:,} | {who} | {cells} | {seconds:.0f} | {peak[0] / 2**20:.0f} |", flush=True)
         kept = sum(path.stat().st_size for path in (Path(scratch) / f"out-{arguments.sizes[-1]}").iterdir())
     (_, _), (small, first), (large, second) = found
     for who, costs in (("driver", (first.own, second.own)), ("Ray's processes", (first.system, second.system))):
@@ -156,10 +162,9 @@ def main() -> None:
         cells = " | ".join(f"{slope[name]:.1f} ms" for name in PHASES)
         print(f"| 1,000 more | {who} | {cells} | {sum(slope.values()):.1f} ms of CPU together |", flush=True)
     there, back = bytes_a_file(load_bundle().labels, f"{tempfile.gettempdir()}/folder/00042/00042042.wav")
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"\nobject store: {there:.0f} bytes a file to the worker, {back:.0f} back; tables: {kept / large:.0f} bytes a "
-        f"file on the disk; driver's largest memory {peak_mib:.0f} MiB"
+        "file on the disk"
     )
 
 
