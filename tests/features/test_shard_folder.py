@@ -168,7 +168,7 @@ def test_damaged_arrays_are_told_and_made_anew(recordings: pd.DataFrame, tmp_pat
     assert load_features(out).mel_power is not None
     (cache,) = out.glob("arrays-*")
     (cache / name).write_bytes((cache / name).read_bytes()[:300])
-    with pytest.raises(ShardError, match=rf"{cache.name} is damaged \(.*\); remove it: it is made anew"):
+    with pytest.raises(ShardError, match=rf"{cache.name} is damaged \(.*\); remove it: it is made again"):
         load_features(out)
     shutil.rmtree(cache)
     assert len(load_features(out).features) == 4
