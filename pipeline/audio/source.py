@@ -208,7 +208,7 @@ def _open_path(path: str | os.PathLike[str], name: str) -> io.FileIO:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
         if is_address(os.fsdecode(path)):
             raise NotFetched(
-                f"{name}: this is a URL; only s3:// and gs:// URLs are fetched. Download the file first."
+                f"{name}: this is a URL; only s3:// and gs:// URLs are fetched. Download it first."
             ) from error
         raise NotFound(f"{name or 'empty path'}: {_why_missing(path)}") from error
     except PermissionError as error:

@@ -223,9 +223,9 @@ def test_metadata_of_an_audiofolder(tmp_path: Path) -> None:
         (
             "metadata.jsonl",
             '{"file_name": "1.wav", "label": "sad"}\n{"file_name"\n',
-            "line 2: .*one JSON object a line",
+            "line 2: .*one JSON object per line",
         ),
-        ("metadata.jsonl", "[1]\n", "line 1: '.1.' is no JSON object"),
+        ("metadata.jsonl", "[1]\n", "line 1: '.1.' is not a JSON object"),
         ("metadata.jsonl", '{"file_name": "1.wav", "label": "sad"}\n{"label": "sad"}\n', "give every row both"),
     ],
 )

@@ -34,7 +34,7 @@ def test_column_names_and_paths_as_people_write_them(tmp_path: Path) -> None:
 
 def test_a_row_with_too_few_or_too_many_cells_is_told_with_its_own_remedy(tmp_path: Path) -> None:
     path = tmp_path / "short.csv"
-    for row, remedy in (("a.wav", "give the missing ones, or their ','"), ("a.wav,x,sad", "in double quotes")):
+    for row, remedy in (("a.wav", "add the missing cells, or a ','"), ("a.wav,x,sad", "in double quotes")):
         path.write_text(f"speech,label\nb.wav,sad\n{row}\n")
         with pytest.raises(SerError, match=rf"line 3: \d cells, the header has 2; .*{remedy}"):
             read_manifest(path)
