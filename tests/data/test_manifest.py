@@ -73,7 +73,7 @@ def test_unlabelled_cells_are_allowed_only_when_scoring(tmp_path: Path) -> None:
         ("Speech,speech,label\na.wav,b.wav,sad\n", "twice"),
         ("\n\nspeech,label\n\na.wav,sad\n\n,sad\n", "line 7: the path is empty"),
         ('\n\nspeech,label\n\n"a\nb.wav",sad\n\nc.wav,sad,x\n', "line 8: 3 cells"),
-        ("speech,label\n\na.wav,sad\nb.wav,9\n", "line 4: the label 9 is an integer, that of .*line 3 is 'sad'"),
+        ("speech,label\n\na.wav,sad\nb.wav,9\n", "line 4: the label 9 is an integer, but .*line 3 has 'sad'"),
         ("speech,label\na.wav,NaN\n", "line 2: the label is empty"),
         ("speech,label\nfile://../../a.wav,sad\n", "line 2: 'file://../../a.wav' is not absolute"),
     ],
@@ -228,7 +228,7 @@ def test_integers_that_file_names_or_words_contradict_are_refused_with_the_map_t
         integers(range(8), emotion=RAVDESS_CODES),
         integers(range(8), Class_Name=["Neutral", "calm", "joy", "sadness", "anger", "fear", "disgust", "ps"]),
     ):
-        with pytest.raises(LabelError, match="row 1: label 0 is taken for angry") as caught:
+        with pytest.raises(LabelError, match="row 1: label 0 means angry") as caught:
             from_dataframe(table, **given)
         advice = str(caught.value).rpartition("--label_map ")[2]
         mended = from_dataframe(table, label_map=parse_label_map(advice), **given)

@@ -162,7 +162,7 @@ def test_what_selects_nothing_is_said(columns: Any, said: str) -> None:
 def test_a_cell_that_is_no_time_is_one_line(tmp_path: Path, cell: str) -> None:
     path = tmp_path / "m.csv"
     path.write_text(f"speech,start,end\na.wav,0,1\nb.wav,{cell},9\n")
-    with pytest.raises(ManifestError, match=f"line 3, column start: '{cell}' is no time"):
+    with pytest.raises(ManifestError, match=f"line 3, column start: '{cell}' is not a time"):
         read_manifest(path, require_labels=False)
 
 
