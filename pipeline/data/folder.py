@@ -220,13 +220,13 @@ def _said(kept: Sequence[_Recording], sexes: Mapping[str, str]) -> Iterator[str]
             speakers = {one.speaker for one in told}
             line = f"{known.name}: {_count(told)} of {len(speakers)} speakers, by names such as {known.example}"
             if not known.tried:
-                line += "; its reader is not tested on the real corpus"
+                line += "; its reader is untested on the real corpus"
             if known.sexes and not speakers & set(sexes):
                 line += f"; no {known.speakers_file} in their folder or above: the column sex is empty"
             yield line
     named = Counter(one.listed["corpus"] for one in kept if one.listed is not None and one.told is None)
     for name, count in named.items():
-        yield f"{name}: {count:,} recordings, labelled by metadata ({AUDIOFOLDER.title}; not tested on a real one)"
+        yield f"{name}: {count:,} recordings, labelled by metadata ({AUDIOFOLDER.title}; untested on a real one)"
     if folders := [one for one in kept if one.told is None and one.listed is None]:
         yield f"{_count(folders)} of no known corpus, labelled by the folders they lie in"
 

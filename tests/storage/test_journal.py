@@ -228,7 +228,7 @@ def test_attempts_that_die_again_and_again_suspect_all_and_are_given_up(
         suspected.append((notes.isolated(3), notes.isolated(4)))
         notes.begin(3)
     assert suspected == [(False, False), *[(True, False)] * 3, *[(True, True)] * 2]
-    with pytest.raises(SerError, match="block 7 took its process down 6 times"):
+    with pytest.raises(SerError, match="block 7 crashed its process 6 times"):
         CrashLog(tmp_path, 7, "run").check()
     CrashLog(tmp_path, 7, "another start").check()
 
