@@ -327,11 +327,11 @@ class WebmTape(Tape):
         return webm_of(taken, self._reader.head, self._reader.delay_ns), self._kept_from
 
 
-def ends(received_s: float, window_s: float, hop_s: float, heard: int) -> list[float]:
-    """Start times of the remaining windows when a stream ends, after ``heard`` windows were analysed."""
+def ends(received_s: float, window_s: float, hop_s: float, done: int) -> list[float]:
+    """Start times of the remaining windows when a stream ends, after ``done`` windows were analysed."""
     last_s = received_s - window_s
     if last_s <= 0:
-        return [0.0] if not heard else []
-    starts = [index * hop_s for index in range(heard, math.floor(last_s / hop_s + 1e-9) + 1)]
-    reached_s = starts[-1] if starts else (heard - 1) * hop_s
+        return [0.0] if not done else []
+    starts = [index * hop_s for index in range(done, math.floor(last_s / hop_s + 1e-9) + 1)]
+    reached_s = starts[-1] if starts else (done - 1) * hop_s
     return starts if last_s - reached_s <= 0.001 else [*starts, last_s]

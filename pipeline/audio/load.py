@@ -3,8 +3,8 @@
 Method: the header is checked first (`headers`), then the limits, and only then are samples decoded. libsndfile seeks to
 the needed frames plus the resampler's margin. They are read and mixed down block by block, so memory use does not
 depend on the recording's length or channels. If the channels cancel each other in the mix, the loudest one is taken.
-Resampling is soxr's HQ, librosa's default. A part equals the same part of the whole recording resampled, because it
-starts at a time that lies on both sample grids, with a margin for the filter.
+Resampling is soxr's HQ, librosa's default. Reading starts at a time on both sample grids, with a margin for the filter.
+So a part equals the same part of the whole recording resampled.
 Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` for conventions (mean of channels, ceil of lengths).
 Limits: formats that libsndfile cannot read (m4a, mp4, webm, AMR ...) are decoded from their start by FFmpeg (PyAV).
 """
@@ -422,8 +422,8 @@ def _loudest(decoder: Decoder, powers: npt.NDArray[np.float64]) -> int:
 def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
     """Whether channels of these powers (sums of squares) cancel in their mean.
 
-    If one channel has all the sound, or the channels are unrelated, the mean keeps at least the power of the loudest
-    divided by the squared number of channels. A mean 7 dB below that has lost its content.
+    Let P be the power of the loudest channel, divided by the squared number of channels. If one channel has all the
+    sound, or the channels are unrelated, the mean keeps at least P. A mean 7 dB below P has lost its content.
     """
     return float(mix @ mix) < _CANCELLED * float(powers.max()) / len(powers) ** 2
 

@@ -289,9 +289,9 @@ def is_accepted(codec: str) -> bool:
 def what_else(head: bytes) -> str:
     """What kind of file this is if not a recording, by its first 64 bytes, and the remedy: the end of a sentence."""
     beginning = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
-    for magic, told in _OTHERS:
+    for magic, description in _OTHERS:
         if beginning.startswith(magic):
-            return f"{told}."
+            return f"{description}."
     if head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         return f"it holds text. Accepted are {ACCEPTED}."
     return f"its format is not known. Accepted are {ACCEPTED}."

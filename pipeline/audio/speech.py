@@ -1,9 +1,10 @@
 """Voice activity: the share of frames that may be speech, and the window of a recording with most speech.
 
-A frame of 32 ms counts as speech if its level is near the loudest one and it is voiced or close to a voiced frame.
-Voiced means: its normalised autocorrelation (Boersma 1993, "Accurate short-term analysis of the fundamental frequency")
-has a peak at a pitch of 75 to 400 Hz, its power lies in more than a few bins (unlike a beep), and its spectrum changes
-from frame to frame (unlike a hum). Limits: singing and instruments are harmonic too; whispering is not.
+A frame of 32 ms counts as speech if its level is near the loudest one, and it is voiced or close to a voiced frame.
+Voiced means three things. Its normalised autocorrelation has a peak at a pitch of 75 to 400 Hz. Its power is spread
+over more than a few bins (unlike a beep). Its spectrum changes from frame to frame (unlike a hum).
+Source: Boersma 1993, "Accurate short-term analysis of the fundamental frequency".
+Limits: singing and instruments are harmonic too; whispering is not.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ class SpeechSearch:
         self._take(samples, last=False)
 
     def start_s(self, window_s: float, duration_s: float) -> float | None:
-        """Start of the window with most speech, after all samples were added; of equal windows, a central one.
+        """Start of the window with most speech, after all samples were added; None if the recording's middle is best.
 
-        None if no window has more speech than the recording's middle.
+        Of equally good windows, the middle one of the run nearest to the recording's middle is taken.
 
         Args:
             duration_s: of the recording; more than ``window_s``.

@@ -1,7 +1,7 @@
 """The real length of an Ogg, MP3, AMR or AAC stream, from its pages and frame headers.
 
 Method, Ogg: the headers of all pages are read, and the last page must be complete. A page that begins a new stream
-after the first streams have had data starts another recording. The samples on the last page are counted too, because
+after the first streams have had data starts another recording. The samples on the last page are counted too:
 libsndfile 1.2.2 seeks wrongly into the last page of a Vorbis stream (off by the samples trimmed at its end).
 Method, MP3: without a Xing, Info or VBRI frame, libsndfile estimates the length from the first frame. For variable
 bit rates that can be wrong by half, and reading stops there. So all frames are counted, and a Xing frame with the count

@@ -242,8 +242,8 @@ def _raylets() -> set[int]:
 def end_at_exit(title: str) -> None:
     """Kill a local Ray's current workers with this process title when this process exits; call it after their work.
 
-    In Ray 2.60 a worker whose objects are still watched by others can block forever in its own destructor (it publishes
-    to an event loop that no longer exists), and then outlives Ray. Does nothing on systems without /proc.
+    In Ray 2.60 a worker whose objects are still watched by others can block forever in its own destructor, which
+    publishes to an event loop that no longer exists. It then outlives Ray. Does nothing on systems without /proc.
     """
     ours = children()
     _finished.update(

@@ -1,6 +1,6 @@
 """Divides a manifest into training, inner validation and test parts; also content hashes and the leak check.
 
-Rows are sorted by file stem before any random choice, so a split depends only on the recordings' names and the seed,
+Rows are sorted by file stem before any random choice. So a split depends only on the recordings' names and the seed,
 not on folders or formats. Recordings with the same content (decoded samples, rate, channels) always go to the same
 part. Stratified splits are scikit-learn's ``StratifiedShuffleSplit`` over such groups of equal content.
 

@@ -1,8 +1,8 @@
 """Extracts features of recordings into shards, with Ray Data or in processes of this machine (``cluster.engine``).
 
-Each task reads one block of the manifest, decodes every recording once (features and content hash), and writes
-``part-NNNNN.parquet`` under a temporary name that it renames at the end. It returns only counts, so memory use does
-not grow with the number of recordings. Rows keep the manifest's order. A second run of the same extraction makes only
+Each task reads one block of the manifest and decodes every recording once, for features and content hash. It writes
+``part-NNNNN.parquet`` under a temporary name and renames it at the end. It returns only counts, so memory use does not
+grow with the number of recordings. Rows keep the manifest's order. A second run of the same extraction makes only
 the missing parts. ``manifest.json`` is written last: its presence means that the folder is complete. A recording that
 cannot be read becomes a row with ``status`` and ``error``. If a recording crashed the process of its block, the next
 attempt decodes it in a process of its own; if it crashes there too, its status is ``decoder_crashed``.

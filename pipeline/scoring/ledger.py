@@ -5,9 +5,9 @@ together decide the result. ``OUT/.score/part-NNNNNN.parquet`` holds a finished 
 under a lock. After a crash, only the blocks without a part are scored again. ``OUT/run.json``, the record of the run,
 is written last and marks it as finished; then the work folder is removed.
 
-Ray Data's own checkpointing is not used. In Ray 2.60 it silently scores everything twice if the source is not a file
-read, deletes committed rows if a resumed run overwrites, and does not record the model, options and input of the
-committed rows.
+Ray Data's own checkpointing is not used, for three reasons (Ray 2.60). It silently scores everything twice if the
+source is not a file read. It deletes committed rows if a resumed run overwrites. It does not record the model, options
+and input of the committed rows.
 """
 
 from __future__ import annotations
