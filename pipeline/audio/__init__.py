@@ -1,4 +1,4 @@
-"""Bytes to samples: every format read by one door, what is refused and why, and which windows are cut out.
+"""Bytes to samples: reads every audio format, refuses bad recordings with a reason, and chooses the windows to cut out.
 
 Not here: features of the samples (``features``), and where files come from (``storage``).
 """

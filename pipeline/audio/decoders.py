@@ -1,21 +1,19 @@
-"""Decoders behind one face: frames [start, start + count) of a recording as float32 blocks (frames, channels).
+"""Decoders with one interface: frames [start, start + count) of a recording as float32 blocks (frames, channels).
 
-Method: `SndfileDecoder` reads through libsndfile from a plain descriptor, or through Python where there is none, and
-seeks; `pyav.AvDecoder` (FFmpeg) decodes from the start and drops what comes before. A block holds at most 2^16 samples
-over all channels. Limits: libsndfile 1.2.2 serves MPEG audio from version 1.1 on; what it cannot open becomes
-`Corrupt`. Neither's own messages are shown to users.
+Method: `SndfileDecoder` reads through libsndfile and seeks, from a file descriptor or else through a Python file
+object. `pyav.AvDecoder` (FFmpeg) decodes from the start and drops the frames before `start`. Files that a library
+cannot open raise `Corrupt`; the library's own messages are not shown to users.
 
-libmpg123's remarks on damaged MP3 files are kept off the terminal, for which libsndfile has no way to ask: C's
-``stderr`` stream is pointed at /dev/null while an MP3 is open. The file descriptor 2 is left alone, so Python's
-``sys.stderr`` and faulthandler go on as before; what C code of other threads prints meanwhile is lost.
-Limits: GNU libc only, whose ``stderr`` is a variable; elsewhere the remarks are printed.
+libmpg123 prints warnings on damaged MP3 files, and libsndfile has no option against that. So C's ``stderr`` stream is
+pointed at /dev/null while an MP3 is open. File descriptor 2 stays as it is, so Python's ``sys.stderr`` and faulthandler
+still work; output of C code in other threads is lost meanwhile. Limits: GNU libc only, whose ``stderr`` is a variable;
+on other systems the warnings are printed.
 
-Recordings put end to end in one file (chained Ogg streams, files joined by ``cat``) are read as one: each is opened in
-turn to learn its length, and again when its frames are asked for, so that a thousand of them hold no more memory than
-one. Those at another rate, or with another number of channels, than the first are left out, and a notice says so.
-(FFmpeg reads MP3 and AAC streams that are joined by itself, see ``pyav``.)
-Limits: of FLAC files above 8 MiB only the part behind the last frame of the first is searched for another; one that is
-as long as the first, to the sample, may not be found there.
+Recordings put end to end in one file (chained Ogg streams, files joined by ``cat``) are read as one recording. Each is
+opened to find its length, and again to read its frames, so a thousand of them need no more memory than one. Those with
+another rate or number of channels than the first are left out, and a notice says so. (FFmpeg itself reads joined MP3
+and AAC streams, see ``pyav``.) Limits: in FLAC files above 8 MiB, only the part after the first recording's last frame
+is searched for another; one of exactly the same length as the first may be missed.
 """
 
 from __future__ import annotations
@@ -39,12 +37,12 @@ from pipeline.audio.source import SNDFILE, FileView, Opened
 from pipeline.storage.errors import Corrupt, ExtraNeeded, Limits, NoSamples, Truncated
 
 _lock = threading.Lock()
-_open = 0  # how many are inside `quiet_c_stderr`
+_open = 0  # number of callers inside `quiet_c_stderr`
 
 
 @contextmanager
 def quiet_c_stderr() -> Iterator[None]:
-    """Nothing that C code prints to its ``stderr`` is seen inside."""
+    """Within this context, output of C code to its ``stderr`` is discarded."""
     _count(1)
     try:
         yield
@@ -53,7 +51,7 @@ def quiet_c_stderr() -> Iterator[None]:
 
 
 def _count(step: int) -> None:
-    """Swap the stream when the first enters and when the last leaves."""
+    """Change the number of callers by ``step``; redirect the stream while there are any."""
     global _open
     with _lock:
         _open += step
@@ -64,10 +62,10 @@ def _count(step: int) -> None:
 
 @lru_cache(maxsize=1)
 def _streams() -> tuple[ctypes.c_void_p, int | None, int] | None:
-    """The variable ``stderr``, its stream, and one to /dev/null; None where that cannot be had."""
+    """(C's variable ``stderr``, its stream, a stream to /dev/null); None without GNU libc."""
     try:
         library = ctypes.CDLL(None)
-    except TypeError:  # Windows wants a name
+    except TypeError:  # Windows requires a name
         return None
     if not hasattr(library, "gnu_get_libc_version"):
         return None
@@ -78,18 +76,18 @@ def _streams() -> tuple[ctypes.c_void_p, int | None, int] | None:
 
 
 Block = npt.NDArray[np.float32]
-BLOCK_SAMPLES = 2**16
-_UNKNOWN_FRAMES = 2**62  # libsndfile says 2^63 - 1 where a header leaves the length open
+BLOCK_SAMPLES = 2**16  # at most in one block of `SndfileDecoder`, over all channels
+_UNKNOWN_FRAMES = 2**62  # libsndfile reports 2^63 - 1 if a header leaves the length open
 _INT16_STEP = np.float32(2.0**-15)
 _READ_AHEAD_BYTES = 2**17  # libsndfile and libFLAC read no further ahead
-_LAP_FRAMES = 8192  # the largest Vorbis block; what a seek yields first can lack its overlap (libsndfile issue 885)
+_LAP_FRAMES = 8192  # the largest Vorbis block; the first one after a seek can lack its overlap (libsndfile issue 885)
 
 
 class Decoder(Protocol):
     """An open recording.
 
-    `frames`: its length in samples a channel; `name`: how messages call it; `notice`: what users should know of it, ""
-    mostly; `next_at`: where in the file another recording begins, 0 where none does.
+    `frames`: its length in samples per channel; `name`: its name in messages; `notice`: a remark for users, usually "";
+    `next_at`: offset in the file where another recording begins, or 0.
     """
 
     name: str
@@ -102,16 +100,16 @@ class Decoder(Protocol):
     next_at: int
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
-        """Frames [start, start + count) in order, float32 (n, channels); `Truncated` if the recording ends before.
+        """Frames [start, start + count) in order, float32 (n, channels). `Truncated` if the recording ends earlier.
 
-        To be called as often as needed, but one at a time.
+        May be called repeatedly, but not while another iteration is running.
         """
         ...
 
 
 @contextmanager
 def open_decoder(container: Container, limits: Limits) -> Iterator[Decoder]:
-    """The decoder for one recording, its limits checked, at least one frame long."""
+    """The decoder of one recording; its limits are checked, and it has at least one frame."""
     with ExitStack() as stack:
         if container.demuxer is None:
             if container.name == "MP3":
@@ -122,15 +120,15 @@ def open_decoder(container: Container, limits: Limits) -> Iterator[Decoder]:
             from pipeline.audio.pyav import AvDecoder
         except ImportError as error:
             problem = f"{container.name} needs PyAV, which is not installed, or not for this system"
-            remedy = f"pip install av, or convert the file; read without it are {SNDFILE}"
+            remedy = f"pip install av, or convert the file; formats read without it: {SNDFILE}"
             raise ExtraNeeded(f"{container.file.name}: {problem}. {remedy}.") from error
         yield AvDecoder(container, limits)
 
 
 class _Sound(soundfile.SoundFile):  # type: ignore[misc]
-    """A `SoundFile` that does not seek to where it already is after every read.
+    """A `SoundFile` without the extra seek to its current position that follows every read.
 
-    That costs a FLAC one more decoded frame a block, and fails in a stream whose header leaves its length open.
+    That seek decodes one more FLAC frame per block, and fails in a stream whose header leaves its length open.
     """
 
     def seekable(self) -> bool:
@@ -138,7 +136,7 @@ class _Sound(soundfile.SoundFile):  # type: ignore[misc]
 
 
 class SndfileDecoder:
-    """A recording read by libsndfile. What it opens is closed with `stack`."""
+    """A recording read by libsndfile. Its files are closed with `stack`."""
 
     def __init__(self, container: Container, limits: Limits, stack: ExitStack) -> None:
         self._file, self._container = container.file, container
@@ -175,7 +173,7 @@ class SndfileDecoder:
                 yield block
 
     def _count_frames(self, limits: Limits) -> None:
-        """Set `frames`, which the header leaves open, by decoding everything; stops at the limits."""
+        """Decode everything to set `frames`, which the header leaves open. Raises where a limit is exceeded."""
         self.frames = 0
         with self._coded():
             while block := len(self._sound.read(self._block_frames, dtype="float32", always_2d=True)):
@@ -186,7 +184,7 @@ class SndfileDecoder:
         limits.check(self.name, rate_hz=self.sample_rate_hz, channels=self.channels, frames=self.frames)
 
     def _check_end(self) -> None:
-        """Read the last frame, `Truncated` when it is not there: of a compressed file the size tells nothing."""
+        """Read the last frame; `Truncated` if it is missing. The size of a compressed file does not show that."""
         try:
             self._sound.seek(self.frames - 1)
             if len(self._sound.read(1, dtype="float32")):
@@ -200,8 +198,8 @@ class SndfileDecoder:
         return max(BLOCK_SAMPLES // self.channels, 1)
 
     def _seek(self, start: int) -> int:
-        """Go to `start` or before it; how many frames there are to drop."""
-        if self._unseekable:  # once read to its end, a stream of open length cannot go back
+        """Seek to `start` or before it; return the number of frames to drop."""
+        if self._unseekable:  # a stream of open length cannot seek back after it was read to its end
             self._sound.close()
             self._sound = self._opened()
         target = max(min(start - self._lap, self._last_seek), 0)
@@ -218,7 +216,7 @@ class SndfileDecoder:
 
     def _read(self, count: int) -> Block:
         block: Block
-        if self.codec == "PCM_16":  # three times as fast as libsndfile's conversion, and the same
+        if self.codec == "PCM_16":  # three times as fast as libsndfile's conversion, same values
             block = np.multiply(self._sound.read(count, dtype="int16", always_2d=True), _INT16_STEP, dtype=np.float32)
         else:
             block = self._sound.read(count, dtype="float32", always_2d=True)
@@ -243,14 +241,14 @@ class SndfileDecoder:
             raise Corrupt(f"{file.name}: {problem}. Copy or export it again.") from error
 
     def _position(self) -> int:
-        """How far libsndfile has read in the file."""
+        """Offset in the file up to which libsndfile has read."""
         if self._view is not None:
             return self._view.tell()
         assert self._file.descriptor is not None
         return os.lseek(self._file.descriptor, 0, os.SEEK_CUR)
 
 
-_MOST = 10_000
+_MOST = 10_000  # recordings in one file
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ class _Part:
 
 
 class JoinedDecoder:
-    """Several recordings in a row; rate, channels, container and codec are those of the first."""
+    """Several recordings read as one; rate, channels, container and codec are those of the first."""
 
     next_at = 0
 
@@ -292,7 +290,7 @@ def _part(container: Container, decoder: Decoder) -> _Part:
 
 @contextmanager
 def open_recording(file: Opened, limits: Limits) -> Iterator[Decoder]:
-    """The decoder for all that `file` holds, its limits checked, at least one frame long."""
+    """The decoder of all recordings in `file` together; its limits are checked, and it has at least one frame."""
     container = inspect(file)
     with open_decoder(container, limits) as first:
         if not first.next_at:

@@ -1,9 +1,9 @@
-"""What a recording's header says, checked before a decoder sees a byte.
+"""Detects the container of a recording and checks its header, before any decoder reads it.
 
-Method: the container is told from its first bytes, behind tags and zeros, never from the file's name; its chunks are
-walked, and codec tags decide who decodes it: libsndfile where it can, FFmpeg for what `audio_formats` lists.
+Method: the container is recognised by the first bytes after tags and zeros, never by the file's name. Its chunks are
+read, and the codec decides which library decodes it: libsndfile where it can, else FFmpeg (codecs in `source.CODECS`).
 Sources: Apple AIFF-C and CAF specifications, Sun AU, NIST SPHERE, RFC 9639 (FLAC), RFC 3533 and 7845 (Ogg, Opus),
-ISO/IEC 11172-3 (MPEG audio), ID3v2.4, APEv2; WAV is in `audio_wav`, lengths in `audio_lengths`.
+ISO/IEC 11172-3 (MPEG audio), ID3v2.4, APEv2. WAV is in `wav`, lengths are in `lengths` and `streams`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _AU_CODECS = {1: "mu-law", 2: "PCM", 3: "PCM", 4: "PCM", 5: "PCM", 6: "float", 7
 _AU_G726 = {23, 25, 26}
 _OGG_CODECS = (b"\x01vorbis", b"OpusHead")
 _MAX_CHUNKS = 4096
-_ZEROS_BYTES = 2**24  # so many may stand before an MP3
+_ZEROS_BYTES = 2**24  # at most, before an MP3
 _MAX_TAGS = 64
 _SEARCHED_BYTES = 2**23
 
 
 @dataclass(frozen=True)
 class Container:
-    """What the first bytes tell.
+    """A recognised recording and how to decode it.
 
     Attributes:
-        whole: the file's bytes from where the recording starts, behind tags.
-        demuxer: FFmpeg's, to read it with; None where libsndfile reads it.
+        whole: the file's bytes from the start of the recording, after tags.
+        demuxer: the name of FFmpeg's demuxer for it; None if libsndfile reads it.
         splice: a repair that its decoder needs.
-        last_page_frames: samples a channel on the last Ogg page.
-        length: bytes until another recording follows in the same file; 0 where none does.
-        gain: what samples are to be multiplied with.
+        last_page_frames: samples per channel on the last Ogg page.
+        length: bytes until another recording begins in the same file; 0 if none does.
+        gain: factor to multiply the samples with.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Container:
 
 
 def inspect(file: Opened) -> Container:
-    """Tell the container and check its header; `AudioError` for what no decoder should be given."""
+    """Detect the container and check its header. Raises `AudioError` for a file that no decoder should get."""
     start = _behind_tags(file)
     if start >= file.size_bytes:
         what = "nothing follows its tag" if file.bytes_at(0, 1) != b"\0" else "it holds zeros only"
@@ -103,7 +103,7 @@ def _tell_compressed(file: Opened, head: bytes) -> Container | None:
         return _look_at_ogg(file, ogg_link(file))
     if head[:4] == b"fLaC":
         unknown = not (head[21:22] or b"\1")[0] & 0x0F and head[22:26] == bytes(4)  # its number of samples
-        searched = unknown or file.size_bytes <= _SEARCHED_BYTES  # in larger ones its decoder looks
+        searched = unknown or file.size_bytes <= _SEARCHED_BYTES  # larger files: searched by `SndfileDecoder`
         return Container("FLAC", file, length=next_flac(file, 4) if searched else 0)
     if head[:5] == b"#!AMR":
         return Container("AMR", file, "amr", length=amr_end(file, head))
@@ -148,7 +148,7 @@ _BY_MAGIC: tuple[tuple[bytes, str, str, Callable[[Opened], int] | None], ...] = 
 
 
 def _behind_tags(file: Opened) -> int:
-    """Where the recording starts: behind ID3v2 and APEv2 tags, and zeros before an MP3."""
+    """Offset of the recording: after ID3v2 and APEv2 tags, and zeros before an MP3."""
     start = 0
     for _ in range(_MAX_TAGS):
         head = file.bytes_at(start, 32)
@@ -183,7 +183,7 @@ def _first_not_zero(file: Opened, start: int) -> int:
 
 
 def _joined_at(file: Opened, end: int) -> int:
-    """`end`, where another recording of this kind begins there (behind pad bytes, perhaps); else 0."""
+    """Offset of another recording of this kind at `end` or up to 7 pad bytes later; 0 if there is none."""
     magic = file.bytes_at(0, 4)
     return next((place for place in range(end, end + 8) if file.bytes_at(place, 4) == magic), 0)
 
@@ -217,7 +217,7 @@ def _look_at_aiff(file: Opened) -> Container:
 
 
 def _look_at_caf(file: Opened) -> Container:
-    """A length that the recorder did not write (-1, or 0 before audio) is repaired: libsndfile refuses it."""
+    """Check a CAF file; repair a length that the recorder did not write (-1, or 0 to 4), which libsndfile refuses."""
     position, demuxer = 8, None
     for _ in range(_MAX_CHUNKS):
         header = file.bytes_at(position, 12)
@@ -252,7 +252,7 @@ def _look_at_au(file: Opened, head: bytes, order: str) -> Container:
 
 
 def _look_at_sphere(file: Opened) -> Container:
-    """NIST SPHERE, whose header is lines of text: read with the header of an AU file in its place."""
+    """Check a NIST SPHERE file, whose header is lines of text; the decoder gets an AU header in its place."""
     lines = file.bytes_at(0, 2**16).split(b"\n")
     fields = {words[0]: words[2] for line in lines if len(words := line.decode("latin-1").split(None, 2)) == 3}
     try:
@@ -265,7 +265,7 @@ def _look_at_sphere(file: Opened) -> Container:
         if not (16 <= start <= 2**16 and 0 < rate_hz < 2**31 and 0 < channels < 2**15 and declared >= 0):
             raise ValueError
     except (KeyError, ValueError, IndexError, OverflowError):
-        raise Corrupt(f"{file.name}: a SPHERE header that cannot be read. Export it again.") from None
+        raise Corrupt(f"{file.name}: its SPHERE header cannot be read. Export it again.") from None
     encoding = {("pcm", size): size + 1, ("ulaw", 1): 1, ("mu-law", 1): 1, ("alaw", 1): 27}.get((coding, size))
     if encoding not in (1, 2, 3, 4, 5, 27):
         remedy = "Convert it, for example: sph2pipe -f wav IN OUT.wav"
@@ -291,7 +291,7 @@ def _is_loas(file: Opened, head: bytes) -> bool:
 
 
 def _is_gsm(file: Opened) -> bool:
-    """Whether these are bare GSM 6.10 frames of 33 bytes, as telephone systems keep them: each begins with 0xD."""
+    """Whether these are bare GSM 6.10 frames of 33 bytes, as telephone systems store them: each begins with 0xD."""
     if file.size_bytes < 330:
         return False
     data = file.bytes_at(0, 33 * 512)

@@ -1,9 +1,9 @@
-"""Decoding in a process of its own, for a recording under suspicion: a decoder that crashes costs one recording.
+"""Decodes a suspicious recording in a process of its own, so that a decoder crash costs only this recording.
 
-Method: a fresh Python process gets the recording (its path, or its bytes) on stdin and answers on stdout with one line
-of JSON and the samples of its clips; nothing is pickled. A process that dies becomes `DecoderCrashed`, one that does
-not answer in time is killed and becomes `DecodeTimeout`; an `AudioError` comes back as itself.
-Limits: some 0.3 s a recording for the new process; not for the first try of every recording.
+Method: a new Python process gets the recording (its path, or its bytes) on stdin. It answers on stdout with one line
+of JSON and the samples of its clips; nothing is pickled. If the process dies, `DecoderCrashed` is raised. If it does
+not answer in time, it is killed and `DecodeTimeout` is raised. An `AudioError` in it is raised here unchanged.
+Limits: the new process costs about 0.3 s a recording; do not use it for the first try of every recording.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def decode_in_subprocess(
 def decode_in_subprocess(
     source: AudioSource, *, timeout_s: float = 30.0, decode: Callable[..., Clip | Reading] = load_middle, **options: Any
 ) -> Clip | Reading:
-    """`decode(source, **options)` in a process of its own.
+    """The result of `decode(source, **options)`, run in a process of its own.
 
     Args:
         source: path or bytes of a recording, or a segment of one.
         timeout_s: seconds until the process is killed.
-        decode: `load_middle`, `load`, `load_once`, or another function at the top of an importable module.
+        decode: `load_middle`, `load`, `load_once`, or another top-level function of an importable module.
         options: its keyword arguments (numbers, strings, lists of them, `limits`).
 
     Raises:
@@ -81,13 +81,13 @@ def decode_in_subprocess(
 
 
 def answer() -> None:
-    """The child's side: read the question on stdin, write the answer on stdout."""
+    """Run in the child process: read the request on stdin, write the answer on stdout."""
     with suppress(ImportError):  # Windows has no such module
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump of a decoder that crashes
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump if a decoder crashes
     reply = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what decoders print must not get into the answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output printed by decoders must not mix with the answer
     question = json.loads(sys.stdin.buffer.readline())
     options = question["options"]
     if "limits" in options:

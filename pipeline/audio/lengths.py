@@ -1,13 +1,12 @@
-"""How much audio a file holds, where its header says something else.
+"""How much audio a file holds if its header's length is wrong, and whether a container for FFmpeg is cut off.
 
-A header's length is a promise only when nothing speaks against it. Recorders that were killed leave 0, streaming
-writers a placeholder (0x7FFFF000, 2e9, 0xFFFFFFFF), some count their own header; then all that is there is taken. Where
-the rest of the header agrees with the promise, and less is there, the recording is cut off.
+Uncompressed audio: the length in a header can be wrong. A killed recorder leaves 0, a streaming writer a placeholder
+(0x7FFFF000, 2e9, 0xFFFFFFFF), and some writers count their own header. Then all audio up to the end of the file is
+taken. If the length is none of these and bytes are missing, the recording is cut off.
 
-Containers that FFmpeg reads: whether they break off, and where another recording follows in the same file.
-
-FFmpeg takes a file that ends too early for a shorter one. The outermost boxes say how long they are: one that reaches
-past the end of the file was cut. Lengths that recorders leave open, as browsers do, say nothing.
+Containers for FFmpeg: FFmpeg reads a file that ends too early as a shorter one, without an error. The outermost boxes
+state their length: one that reaches past the end of the file was cut. Lengths left open, as browsers do, are ignored.
+Also found here: where another recording follows in the same file.
 Sources: ISO/IEC 14496-12 and Apple's QuickTime File Format (boxes), RFC 8794 (EBML) and RFC 9559 (Matroska),
 Microsoft's ASF specification and AVI RIFF file reference.
 """
@@ -18,8 +17,8 @@ from pipeline.audio.source import Opened
 from pipeline.storage.errors import Corrupt, Truncated
 
 STREAMED = 0x7F00_0000  # sox, arecord and ffmpeg write such a length or more when they cannot know it
-_ROUND_FROM, _ROUND = 10**9, 10**6  # 2e9 is nobody's length
-_HEADER_BYTES = 128  # a length that is too large by this much or less counts the header
+_ROUND_FROM, _ROUND = 10**9, 10**6  # a large round length such as 2e9 is a placeholder
+_HEADER_BYTES = 128  # a length too large by up to this much includes the header
 
 
 def audio_bytes(
@@ -31,15 +30,16 @@ def audio_bytes(
     streamed: int = STREAMED,
     outer_end: int | None = None,
 ) -> int:
-    """How many bytes of audio there are from `start`, whole frames: `declared`, or all up to the end of the file.
+    """Bytes of audio from `start`: `declared`, or if that is wrong the whole frames up to the end of the file.
 
     Args:
-        declared: what the header says; 0 is taken at its word, see `left_open`.
-        streamed: from here on a length is a placeholder.
-        outer_end: where the outer chunk ends by its own length.
+        declared: length by the header; 0 is accepted as 0, see `left_open`.
+        streamed: lengths of this size or more are placeholders.
+        outer_end: offset where the outer chunk ends by its own length.
 
     Raises:
-        Truncated: `declared` bytes are not there, by a frame or more, and nothing says that they never were.
+        Truncated: a frame or more of the `declared` bytes is missing, and the length is neither a placeholder nor
+            contradicted by `outer_end`.
     """
     present = max(file.size_bytes - start, 0)
     missing = declared - present
@@ -56,7 +56,7 @@ def audio_bytes(
 
 
 def left_open(file: Opened, start: int, order: str) -> bool:
-    """Whether the bytes from `start` are audio, though their chunk says that it is empty: they are no chunks."""
+    """Whether the bytes from `start` are audio although the data chunk states length 0: they are no chunks."""
     position = start
     while position < file.size_bytes:
         header = file.bytes_at(position, 8)
@@ -73,12 +73,12 @@ def is_chunk_name(name: bytes) -> bool:
 
 
 def cut_off(file: Opened, what: str) -> Truncated:
-    """The error of a recording that ends within `what`."""
+    """The error for a recording that ends within `what`."""
     return Truncated(f"{file.name}: cut off within {what}. Copy or download it again.")
 
 
 def find(file: Opened, pattern: bytes, start: int, end: int | None = None) -> int:
-    """Where `pattern` begins first, from `start` on and before `end`; -1 where it does not."""
+    """Offset of the first `pattern` that lies in [start, end); -1 if there is none."""
     end = file.size_bytes if end is None else min(end, file.size_bytes)
     step = 2**20
     for position in range(start, end, step):
@@ -89,7 +89,7 @@ def find(file: Opened, pattern: bytes, start: int, end: int | None = None) -> in
 
 
 def next_flac(file: Opened, start: int) -> int:
-    """Where a FLAC begins, from `start` on; 0 where none does."""
+    """Offset of the first FLAC file at or after `start`; 0 if there is none."""
     at = find(file, b"fLaC", start)
     while at >= 0:
         block = file.bytes_at(at + 4, 4)
@@ -109,10 +109,10 @@ _BROADCAST = 1
 
 
 def mp4_end(file: Opened, head: bytes) -> int | None:
-    """Where a second MP4 or QuickTime file begins, 0 where none does; None where this is none.
+    """Offset of a second MP4 or QuickTime file, 0 if there is none; None if this file is not MP4 at all.
 
     Raises:
-        Truncated: its sound or its index reaches past the end. Corrupt: there is no index.
+        Truncated: the box with its audio or its index reaches past the end of the file. Corrupt: it has no index.
     """
     if head[4:8] not in _FIRST_BOXES:
         return None
@@ -143,7 +143,7 @@ def mp4_end(file: Opened, head: bytes) -> int | None:
 
 
 def webm_end(file: Opened) -> int:
-    """Where a second WebM or Matroska file begins, 0 where none does. Raises `Truncated`."""
+    """Offset of a second WebM or Matroska file, or 0. Raises `Truncated` if the first is cut off."""
     header = _element_bytes(file, len(_EBML))
     position = header[1] if header else 0
     if file.bytes_at(position, 4) == _SEGMENT:
@@ -159,7 +159,7 @@ def webm_end(file: Opened) -> int:
 
 
 def _element_bytes(file: Opened, position: int) -> tuple[int | None, int] | None:
-    """Length of an EBML element, None where it is left open, and where it ends, by the number at `position`."""
+    """(length, end offset) of an EBML element whose length is stored at `position`; length None if left open."""
     data = file.bytes_at(position, 8)
     if not data or not data[0]:
         return None
@@ -171,7 +171,7 @@ def _element_bytes(file: Opened, position: int) -> tuple[int | None, int] | None
 
 
 def asf_end(file: Opened) -> int:
-    """Where a second ASF file begins, 0 where none does. Raises `Truncated` where its header says that it is longer."""
+    """Offset of a second ASF file, or 0. Raises `Truncated` if the file is shorter than its header states."""
     head = file.bytes_at(0, _ASF_HEADER_BYTES)
     at = head.find(_ASF_PROPERTIES)
     properties = head[at : at + 92] if at >= 0 else b""
@@ -184,7 +184,7 @@ def asf_end(file: Opened) -> int:
 
 
 def avi_end(file: Opened) -> int:
-    """Always 0. Raises `Truncated` where the file is shorter than its first chunk says."""
+    """Always 0. Raises `Truncated` if the file is shorter than its first chunk states."""
     size = int.from_bytes(file.bytes_at(4, 4), "little")
     if file.size_bytes < size + 8 < STREAMED:
         raise cut_off(file, "its AVI chunks")

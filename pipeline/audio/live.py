@@ -1,13 +1,13 @@
-"""The sound of a live stream, as it comes, and parts of it as short recordings, to be read like any other.
+"""Buffers the audio of a live stream and cuts each window out of it as a short recording, read like any other file.
 
-A part holds one window and what resampling needs around it: its samples are those that the window would have in a
-file of the whole stream. Of a stream only what the next window needs is kept. PCM becomes a WAV, the Opus of a WebM
-another WebM, which begins half a second early, for Opus remembers what was before.
+A part holds one window plus the margin that resampling needs, so its samples equal those of the whole stream in one
+file. Only the audio for the next windows is kept. PCM becomes a WAV file. Opus in WebM becomes another WebM file that
+begins half a second early, because Opus decoding depends on earlier packets.
 
-Browsers' MediaRecorder sends a WebM in pieces of any size, of which the later have no header: its Opus packets are
-taken out, plain bytes. Sources: RFC 8794 (EBML), RFC 9559 (Matroska), RFC 6716 section 3 (how long an Opus packet
-is), RFC 7845 (OpusHead). Limits: the first audio track; it must be Opus of one or two channels, without lacing and
-compression, as browsers write it.
+Browsers' MediaRecorder sends a WebM in pieces of any size, and only the first piece has a header. So the Opus packets
+are extracted without decoding. Sources: RFC 8794 (EBML), RFC 9559 (Matroska), RFC 6716 section 3 (duration of an Opus
+packet), RFC 7845 (OpusHead). Limits: only the first audio track is read; it must be Opus of one or two channels,
+without lacing and compression, as browsers write it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ _BLOCK_GROUP, _BLOCK, _SIMPLE_BLOCK, _DISCARD = 0xA0, 0xA1, 0xA3, 0x75A2
 _NUMBER, _TYPE, _CODEC, _PRIVATE, _DELAY, _ENCODINGS = 0xD7, 0x83, 0x86, 0x63A2, 0x56AA, 0x6D80
 _ENTERED = frozenset((_SEGMENT, _CLUSTER, _TRACKS, _TRACK, _AUDIO, _BLOCK_GROUP))
 _KEPT = frozenset((_NUMBER, _TYPE, _CODEC, _PRIVATE, _DELAY, _ENCODINGS, _BLOCK, _SIMPLE_BLOCK, _DISCARD))
-_MOST_BYTES = 2**16  # of an element that is kept; an Opus packet has 61,298 at most
-_MOST_SKIPPED = 2**20  # of one that is not
+_MOST_BYTES = 2**16  # of an element that is read; an Opus packet has at most 61,298
+_MOST_SKIPPED = 2**20  # bytes of an element that is skipped
 _MOST_TRACKS = 8
-_LONGEST = 5_760  # samples of an Opus packet
+_LONGEST = 5_760  # samples of an Opus packet at 48 kHz: 120 ms
 
 
 @dataclass(frozen=True)
 class Packet:
-    """An Opus packet, and how many samples at 48 kHz it becomes."""
+    """An Opus packet, and the number of samples at 48 kHz that it decodes to."""
 
     data: bytes
     samples: int
 
 
 class WebmReader:
-    """The packets of a stream; ``head`` (its OpusHead) and ``delay_ns`` are known once the first has come.
+    """Extracts the Opus packets of a WebM stream; ``head`` (its OpusHead) and ``delay_ns`` are set with the first one.
 
-    ``discard``: samples at the end of the newest packet that are no sound.
+    ``discard``: padding samples at the end of the newest packet.
     """
 
     def __init__(self) -> None:
@@ -56,14 +56,14 @@ class WebmReader:
 
     @property
     def pre_skip(self) -> int:
-        """Samples at the start that are no sound."""
+        """Samples at the start of the stream that a decoder must drop."""
         return int.from_bytes(self.head[10:12], "little")
 
     def add(self, data: bytes) -> list[Packet]:
-        """The packets that are complete with ``data``.
+        """Take the next bytes of the stream; return the packets that are now complete.
 
         Raises:
-            AudioError: it is no WebM, or not as described above.
+            AudioError: the stream is not WebM, or breaks the limits described above.
         """
         self._waiting += data
         packets: list[Packet] = []
@@ -76,7 +76,7 @@ class WebmReader:
                 break
             name, size, body = header
             if not self._begun and name != _EBML:
-                raise NotAudio("this is no WebM; send what MediaRecorder gives, from its first piece")
+                raise NotAudio("this is not WebM; send the data of MediaRecorder, starting with its first chunk")
             self._begun = True
             if name in _ENTERED:
                 at = body
@@ -118,27 +118,27 @@ class WebmReader:
         if track != self._number:
             return []
         if block[at + 2] & 0x06:
-            raise UnsupportedFormat("WebM with lacing is not accepted; send what MediaRecorder gives")
+            raise UnsupportedFormat("WebM with lacing is not accepted; send the data of MediaRecorder unchanged")
         packet, self.discard = block[at + 3 :], 0
         return [Packet(packet, _samples(packet))]
 
     def _chosen(self) -> int:
-        """The number of the first audio track, which must be one that is understood here."""
+        """The number of the first audio track. Raises `AudioError` unless it is Opus of one or two channels."""
         track = next((track for track in self._tracks if track.get(_TYPE) == b"\x02"), None)
         if track is None:
-            raise NotAudio("a WebM without an audio track; send that of a microphone")
+            raise NotAudio("a WebM without an audio track; record a stream that has one")
         head, codec = track.get(_PRIVATE, b""), track.get(_CODEC, b"").rstrip(b"\0")
         if codec != b"A_OPUS" or _ENCODINGS in track:
             detail = "a WebM must hold Opus; record with mimeType audio/webm;codecs=opus, or send PCM"
             raise UnsupportedFormat(detail)
         if len(head) != 19 or not head.startswith(b"OpusHead") or head[9] not in (1, 2) or head[18]:
-            raise BadChannels("Opus of one or two channels is accepted; record fewer, or send PCM")
+            raise BadChannels("only Opus of one or two channels is accepted; record fewer channels, or send PCM")
         self.head, self.delay_ns = head, int.from_bytes(track.get(_DELAY, b"")[:8], "big")
         return int.from_bytes(track.get(_NUMBER, b"\x01")[:8], "big")
 
 
 def webm_of(packets: list[Packet], head: bytes, delay_ns: int) -> bytes:
-    """A WebM of these packets, 30 s of them at most, as a recording of its own."""
+    """A complete WebM file of these packets, at most 30 s of them (block times are 16-bit milliseconds)."""
     delay = _element(_DELAY, delay_ns.to_bytes(8, "big")) if delay_ns else b""
     audio = _element(_AUDIO, _element(0xB5, struct.pack(">d", OPUS_HZ)) + _element(0x9F, head[9:10]))
     track = [(_NUMBER, b"\x01"), (0x73C5, b"\x01"), (_TYPE, b"\x02"), (_CODEC, b"A_OPUS"), (_PRIVATE, head)]
@@ -154,7 +154,7 @@ def webm_of(packets: list[Packet], head: bytes, delay_ns: int) -> bytes:
 
 
 def _samples(packet: bytes) -> int:
-    """How many samples at 48 kHz an Opus packet becomes."""
+    """Number of samples at 48 kHz that an Opus packet decodes to."""
     kind, count = packet[0] >> 3, packet[0] & 3
     if kind < 12:
         frame = (480, 960, 1_920, 2_880)[kind % 4]
@@ -171,7 +171,7 @@ def _samples(packet: bytes) -> int:
 
 
 def _header(data: bytearray, at: int) -> tuple[int, int | None, int] | None:
-    """Name and size (None: not known) of the element at ``at``, and where its body starts; None: more is needed."""
+    """(id, size or None if unknown, offset of the body) of the element at ``at``; None if more data is needed."""
     name = _number(data, at, keep_marker=True, longest=4)
     size = None if name is None else _number(data, name[1], keep_marker=False)
     if name is None or size is None:
@@ -181,12 +181,12 @@ def _header(data: bytearray, at: int) -> tuple[int, int | None, int] | None:
 
 
 def _number(data: bytes | bytearray, at: int, *, keep_marker: bool, longest: int = 8) -> tuple[int, int] | None:
-    """The variable-length number at ``at``, and where it ends; None when it is not complete."""
+    """(value, end offset) of the variable-length number at ``at``; None if it is incomplete."""
     if at >= len(data):
         return None
     length = 9 - data[at].bit_length()
     if length > longest:
-        raise _corrupt("a number in it is none")
+        raise _corrupt("it holds an invalid number")
     if at + length > len(data):
         return None
     value = int.from_bytes(data[at : at + length], "big")
@@ -199,21 +199,21 @@ def _element(name: int, body: bytes) -> bytes:
 
 
 def _corrupt(what: str) -> Corrupt:
-    return Corrupt(f"the WebM cannot be read: {what}; start the recording anew")
+    return Corrupt(f"the WebM cannot be read: {what}; start a new recording")
 
 
-_LEAD = OPUS_HZ // 2  # samples of Opus before a window
+_LEAD = OPUS_HZ // 2  # samples of Opus decoded before a window
 SAMPLE_BYTES = {"s16le": 2, "f32le": 4}
 _OPUS_BYTES_A_SECOND = 64_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """A recording with one window.
+    """A short recording that holds one window.
 
     Attributes:
-        data: a file's content.
-        start_s: where the window starts in it; ``shift_s``: where it starts in the stream, less that.
+        data: the content of an audio file.
+        start_s: where the window starts in the file; ``shift_s``: where the file starts in the stream.
     """
 
     data: bytes
@@ -222,14 +222,14 @@ class Part:
 
 
 class Tape(ABC):
-    """The sound of a stream.
+    """The received audio of a stream.
 
     Args:
-        rate_hz: of the model.
+        rate_hz: the model's sample rate.
 
     Attributes:
-        frames: that have come, at ``from_hz``.
-        bytes_a_second: of raw sound; of packed sound the most that encoders give.
+        frames: number received so far, at ``from_hz``.
+        bytes_a_second: of raw audio; for compressed audio, the most that encoders produce.
     """
 
     def __init__(self, rate_hz: int, from_hz: int, bytes_a_second: int) -> None:
@@ -239,23 +239,23 @@ class Tape(ABC):
 
     @property
     def received_s(self) -> float:
-        """How much has come."""
+        """Seconds received so far."""
         return max(self.frames, 0) / self.from_hz
 
     @abstractmethod
     def add(self, data: bytes) -> None:
-        """Take what has come.
+        """Append received bytes.
 
         Raises:
-            AudioError: it cannot be read.
+            AudioError: they cannot be read.
         """
 
     def holds(self, start_s: float, window_s: float) -> bool:
-        """Whether all that the window needs has come, or no more will."""
+        """Whether all audio for the window has been received, or the stream has ended."""
         return self.ended or self.frames >= self._needed(start_s, window_s)[1]
 
     def part(self, start_s: float, window_s: float) -> Part:
-        """A recording with the window; what came before it is forgotten."""
+        """A recording with the window; older audio is dropped."""
         sample = round(start_s * self._rate_hz)
         first, last = self._needed(start_s, window_s)
         data, first = self._cut(first, last)
@@ -268,11 +268,11 @@ class Tape(ABC):
 
     @abstractmethod
     def _cut(self, first: int, last: int) -> tuple[bytes, int]:
-        """A recording of frames up to ``last``, from ``first`` or before, and where it begins."""
+        """(file content, its first frame): the frames from ``first`` or earlier up to ``last``."""
 
 
 class PcmTape(Tape):
-    """Raw samples, little-endian, channels interleaved; a piece may end within one."""
+    """Raw samples, little-endian, channels interleaved; a received chunk may end within a sample."""
 
     def __init__(self, rate_hz: int, sample_format: str, from_hz: int, channels: int) -> None:
         self._bytes, self._channels = SAMPLE_BYTES[sample_format], channels
@@ -292,7 +292,7 @@ class PcmTape(Tape):
         return self._header(len(sound)) + sound, first
 
     def _header(self, size: int) -> bytes:
-        """A WAV's, for ``size`` bytes of samples."""
+        """A WAV header for ``size`` bytes of samples."""
         tag, bits = (3 if self._bytes == 4 else 1), 8 * self._bytes
         rates = self.from_hz, self.from_hz * self._frame, self._frame, bits
         form = struct.pack("<4sIHHIIHH", b"fmt ", 16, tag, self._channels, *rates)
@@ -300,7 +300,7 @@ class PcmTape(Tape):
 
 
 class WebmTape(Tape):
-    """Opus in WebM, as MediaRecorder gives it."""
+    """Opus in WebM, as MediaRecorder produces it."""
 
     def __init__(self, rate_hz: int) -> None:
         super().__init__(rate_hz, OPUS_HZ, _OPUS_BYTES_A_SECOND)
@@ -327,11 +327,11 @@ class WebmTape(Tape):
         return webm_of(taken, self._reader.head, self._reader.delay_ns), self._kept_from
 
 
-def ends(received_s: float, window_s: float, hop_s: float, heard: int) -> list[float]:
-    """Where the windows start that are left when a stream ends, after ``heard`` of them."""
+def ends(received_s: float, window_s: float, hop_s: float, done: int) -> list[float]:
+    """Start times of the remaining windows when a stream ends, after ``done`` windows were analysed."""
     last_s = received_s - window_s
     if last_s <= 0:
-        return [0.0] if not heard else []
-    starts = [index * hop_s for index in range(heard, math.floor(last_s / hop_s + 1e-9) + 1)]
-    reached_s = starts[-1] if starts else (heard - 1) * hop_s
+        return [0.0] if not done else []
+    starts = [index * hop_s for index in range(done, math.floor(last_s / hop_s + 1e-9) + 1)]
+    reached_s = starts[-1] if starts else (done - 1) * hop_s
     return starts if last_s - reached_s <= 0.001 else [*starts, last_s]

@@ -1,12 +1,12 @@
-"""Recordings in: a path or `bytes` to float32 mono samples at the rate asked for, or an `AudioError`.
+"""Loads a recording (path or `bytes`) as float32 mono samples at a given rate, or raises an `AudioError`.
 
-Method: the header is checked (`headers`), then the limits, and only then are samples decoded: libsndfile seeks to
-the frames needed plus the resampler's margin and reads them in blocks, mixed down as they pass, so that neither length
-nor channels of a recording decide how much memory is held. Where channels cancel in the mix, the loudest is taken.
-Resampling is soxr's HQ, librosa's default; a part equals that part of the whole recording resampled, for it starts
-where the two sample grids meet, with margin for the filter.
+Method: the header is checked first (`headers`), then the limits, and only then are samples decoded. libsndfile seeks to
+the needed frames plus the resampler's margin. They are read and mixed down block by block, so memory use does not
+depend on the recording's length or channels. If the channels cancel each other in the mix, the loudest one is taken.
+Resampling is soxr's HQ, librosa's default. Reading starts at a time on both sample grids, with a margin for the filter.
+So a part equals the same part of the whole recording resampled.
 Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` for conventions (mean of channels, ceil of lengths).
-Limits: what libsndfile does not read (m4a, mp4, webm, AMR ...) is decoded from its start by FFmpeg (PyAV).
+Limits: formats that libsndfile cannot read (m4a, mp4, webm, AMR ...) are decoded from their start by FFmpeg (PyAV).
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ __all__ = [
 Samples = npt.NDArray[np.float32]
 Channel = int | Literal["mix"]
 
-_OVERHANG_S = 0.5  # by which a segment may end past the recording's end: people round, and codecs pad
-_CANCELLED = 0.2  # of the power that channels with nothing in common keep
+_OVERHANG_S = 0.5  # a segment may end this much past the recording's end: people round, and codecs pad
+_CANCELLED = 0.2  # share of the power that unrelated channels keep in the mix; below it they cancel
 _INEXACT_SEEKS = (
     "MPEG",
     "OPUS",
-)  # libsndfile's codecs whose samples after a seek may differ from those on the way there
+)  # libsndfile codecs whose samples after a seek may differ from those read without seeking
 _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a recording is: rate in Hz, channels, frames (samples a channel), seconds, container, codec.
+    """Facts about a recording: rate in Hz, channels, frames (samples per channel), seconds, container, codec.
 
-    `notice`: what users should know of how it was read, "" mostly.
+    `notice`: a remark for users on how it was read; usually "".
     """
 
     sample_rate_hz: int
@@ -90,8 +90,8 @@ class AudioInfo:
 class Clip:
     """A part of a recording.
 
-    `samples`: float32 mono (n,) at `sample_rate_hz`; `start_s`: where in the recording its real audio starts;
-    `scored_s`: seconds of real audio in it, the rest is zero padding.
+    `samples`: float32 mono (n,) at `sample_rate_hz`; `start_s`: where in the recording its audio starts; `scored_s`:
+    seconds of audio from the recording, the rest is zero padding.
     """
 
     samples: Samples
@@ -103,14 +103,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Reading:
-    """What `load_once` takes from a recording: `clips`, one for each length asked for, and `content_hash` (or "")."""
+    """The result of `load_once`: `clips`, one for each requested length, and the `content_hash` (or "")."""
 
     clips: tuple[Clip, ...]
     content_hash: str
 
 
 def probe(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> AudioInfo:
-    """What `source` is, checked against `limits`. Decodes only where its header does not tell the length."""
+    """Facts about `source`, checked against `limits`. Decodes audio only where needed to find its length."""
     with _decoder(source, limits) as decoder:
         return _info(decoder)
 
@@ -124,16 +124,16 @@ def load_middle(
     window: Window = "middle",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Clip:
-    """The middle of a recording, or where most speech is, as it would be cut from the whole recording resampled.
+    """The middle of a recording, or its part with most speech; the same samples as from the whole one resampled.
 
     Args:
         source: path or bytes.
-        window_s: length in seconds; the clip has exactly round(window_s * sample_rate_hz) samples, centred between
-            zeros when the recording is shorter.
+        window_s: length in seconds; the clip has exactly round(window_s * sample_rate_hz) samples; a shorter
+            recording is centred and padded with zeros.
         sample_rate_hz: rate of the samples returned.
         channel: "mix" (the mean of all channels), or one channel, counted from 0.
-        window: "speech": the part with most speech; to find it all of the recording is decoded.
-        limits: what is refused before decoding.
+        window: "speech": the part with most speech; this decodes the whole recording.
+        limits: recordings beyond them are refused, before decoding where possible.
 
     Raises:
         AudioError: the recording cannot be used; `code` says why.
@@ -152,20 +152,20 @@ def load_once(
     window: Window = "middle",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Reading:
-    """What `load_middle` gives for each of `windows_s`, and what `content_hash` gives, from decoding once.
+    """The results of `load_middle` for each of `windows_s`, and of `content_hash`, decoding only once where possible.
 
-    Decodes all of the recording and holds its longest middle. MP3 and Opus are decoded again for each middle, from
-    where `load_middle` starts, as their samples depend on that; and so is any recording once speech was found in it.
+    Decodes the whole recording and keeps its longest middle in memory. MP3 and Opus are decoded again for each middle,
+    because their samples depend on where decoding starts. With `window` "speech", each part is decoded again too.
 
     Args:
         source: path or bytes.
         windows_s: lengths of the middles in seconds, one or more.
         sample_rate_hz: rate of the samples returned.
-        window: "speech": all lie around the part of the first length with most speech.
-        limits: what is refused before decoding.
+        window: "speech": all clips are centred where the clip of the first length has most speech.
+        limits: recordings beyond them are refused, before decoding where possible.
 
     Returns:
-        The clips, all channels mixed; the hash is "" where the recording is damaged, but not within its middles.
+        The clips, all channels mixed; the hash is "" if the recording is damaged outside its middles.
 
     Raises:
         AudioError: as `load_middle`.
@@ -183,7 +183,7 @@ def load_once(
                 return _read_once(decoder, windows, sample_rate_hz)
             digest = _hashed(decoder, decoder.blocks(0, decoder.frames))
     except AudioError:
-        pass  # if it is the middles' as well, they tell
+        pass  # if the error affects the middles too, reading them below raises it
     load_part = partial(load_middle, source, sample_rate_hz=sample_rate_hz, window=window, limits=limits)
     clips = [load_part(window_s=length_s) for length_s in windows_s]
     return Reading(tuple(clips), digest)
@@ -198,17 +198,17 @@ def load(
     channel: Channel = "mix",
     limits: Limits = DEFAULT_LIMITS,
 ) -> Clip:
-    """A recording or a part of it, resampled, not padded: as `load_middle`, but where the caller says.
+    """A recording, or the part between given times, resampled and not padded.
 
-    Holds what it returns, 4 bytes a sample: take long recordings in parts.
+    The result needs 4 bytes of memory a sample: load long recordings in parts.
 
     Args:
         source: path or bytes.
         sample_rate_hz: rate of the samples returned.
         start_s: start of the part, in seconds.
-        duration_s: length of the part, in seconds, shortened at the recording's end; None for all that follows.
+        duration_s: length of the part in seconds, shortened at the recording's end; None: up to the end.
         channel: "mix" (the mean of all channels), or one channel, counted from 0.
-        limits: what is refused before decoding.
+        limits: recordings beyond them are refused, before decoding where possible.
 
     Raises:
         AudioError: the recording cannot be used; `NoSamples` when `start_s` lies at or past its end.
@@ -231,8 +231,8 @@ def load(
 def content_hash(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> str:
     """sha256 (64 hex digits) of the decoded samples, the rate and the number of channels.
 
-    Samples count as little-endian float32, so a WAV and the FLAC made from it have one hash, whatever their names and
-    tags. Raises `AudioError`.
+    Samples are hashed as little-endian float32, so a WAV and the FLAC made from it have the same hash; names and tags
+    do not matter. Raises `AudioError`.
     """
     with _decoder(source, limits) as decoder:
         return _hashed(decoder, decoder.blocks(0, decoder.frames))
@@ -245,10 +245,10 @@ def _decoder(source: AudioSource, limits: Limits) -> Iterator[Decoder]:
 
 
 class _Cut:
-    """The frames of a segment, as a decoder of their own.
+    """A decoder that reads only the frames of a segment.
 
     Raises:
-        NoSuchSegment: it begins past the recording's end, ends past it by more than `_OVERHANG_S`, or holds nothing.
+        NoSuchSegment: it begins past the recording's end, ends more than `_OVERHANG_S` past it, or is empty.
     """
 
     next_at = 0
@@ -262,7 +262,7 @@ class _Cut:
         self._first = round(segment.start_s * rate_hz) if math.isfinite(segment.start_s) else -1
         self.frames = min(round(min(end_s, whole_s) * rate_hz), decoder.frames) - self._first
         if segment.start_s >= whole_s or end_s > whole_s + _OVERHANG_S:
-            remedy = "are these times of another recording?"
+            remedy = "check that the times belong to this recording"
         elif self._first < 0 or not self.frames > 0:
             remedy = "expected 0 <= start < end"
         else:
@@ -303,7 +303,7 @@ def _window(window_s: float, rate_hz: int) -> int:
 
 
 def _most_speech(decoder: Decoder, window_s: float, channel: Channel = "mix") -> tuple[float | None, str]:
-    """Middle of the `window_s` seconds with most speech (None: the recording's), and the hash, from one pass."""
+    """(centre in seconds of the window with most speech, or None for the recording's middle; hash), in one pass."""
     _check_channel(decoder, channel)
     search = SpeechSearch(decoder.sample_rate_hz)
 
@@ -322,7 +322,7 @@ def _most_speech(decoder: Decoder, window_s: float, channel: Channel = "mix") ->
 
 
 def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Reading:
-    """The middles of `windows` samples, and the hash, from one pass; the frames of the longest middle are held."""
+    """The middles of `windows` samples, and the hash, in one pass; keeps the frames of the longest middle in memory."""
     info, notice = _info(decoder), decoder.notice
     total = resampled_length(info.frames, info.sample_rate_hz, rate_hz)
     first, last = frames_for(*placed(max(windows), total, rate_hz), info.frames, info.sample_rate_hz, rate_hz)
@@ -356,20 +356,20 @@ def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Readin
 def _middle(
     read: Callable[[int, int], Samples], decoder: Decoder, window: int, rate_hz: int, centre_s: float | None = None
 ) -> Clip:
-    """`window` samples around `centre_s`, zeros around a shorter recording; `read` as for `_resampled`."""
+    """`window` samples around `centre_s`; a shorter recording is padded with zeros. `read` as for `_resampled`."""
     info = _info(decoder)
     start, count = placed(window, resampled_length(info.frames, info.sample_rate_hz, rate_hz), rate_hz, centre_s)
     samples = _resampled(read, info, start, count, rate_hz)
     if count < window:
         before = (window - count) // 2
         samples = np.pad(samples, (before, window - count - before))
-    return Clip(samples, rate_hz, start / rate_hz, count / rate_hz, _info(decoder))  # with what reading gave notice of
+    return Clip(samples, rate_hz, start / rate_hz, count / rate_hz, _info(decoder))  # again: reading may set the notice
 
 
 def _resampled(read: Callable[[int, int], Samples], info: AudioInfo, start: int, count: int, rate_hz: int) -> Samples:
-    """Samples [start, start + count) of the whole recording resampled to `rate_hz`, reading little more than them.
+    """Samples [start, start + count) of the recording resampled to `rate_hz`; reads only these plus a margin.
 
-    `read(first, count)` gives frames of one channel at the recording's own rate, (count,).
+    `read(first, count)` returns frames of one channel at the recording's own rate, (count,).
     """
     first, last = frames_for(start, count, info.frames, info.sample_rate_hz, rate_hz)
     frames = read(first, last - first)
@@ -378,7 +378,7 @@ def _resampled(read: Callable[[int, int], Samples], info: AudioInfo, start: int,
     resampled = soxr.resample(frames, info.sample_rate_hz, rate_hz, quality="HQ")
     skipped = start - first * rate_hz // info.sample_rate_hz  # without remainder: the grids meet there
     samples = np.zeros(count, np.float32)
-    part = resampled[skipped : skipped + count]  # at the recording's end soxr may round down: a zero follows
+    part = resampled[skipped : skipped + count]  # at the recording's end soxr may return one sample less
     samples[: len(part)] = part
     return samples
 
@@ -403,27 +403,27 @@ def _mono(decoder: Decoder, channel: Channel, start: int, count: int) -> Samples
 def _check_channel(decoder: Decoder, channel: Channel) -> None:
     if channel != "mix" and not 0 <= channel < decoder.channels:
         expected = f"0 to {decoder.channels - 1} or 'mix'"
-        raise NoSuchChannel(f"{decoder.name}: channel {channel!r} asked for; it has {expected}.")
+        raise NoSuchChannel(f"{decoder.name}: no channel {channel!r}; expected {expected}.")
 
 
 def _powers(block: Block) -> npt.NDArray[np.float64]:
     """Sum of squares of each channel of a block (n, channels): (channels,)."""
-    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` finds what is not finite
+    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` reports values that are not finite
         return np.asarray(np.einsum("nc,nc->c", block, block), dtype=np.float64)
 
 
 def _loudest(decoder: Decoder, powers: npt.NDArray[np.float64]) -> int:
-    """The channel that is taken where all of them cancel in their mean; a notice says so."""
+    """The channel to use if the channels cancel in their mean; also sets the decoder's notice."""
     loudest = int((powers >= 0.999 * powers.max()).argmax())  # the first of equals
-    decoder.notice = f"its channels cancel each other when mixed: channel {loudest}, the loudest, was heard alone"
+    decoder.notice = f"its channels cancel each other when mixed: only channel {loudest}, the loudest, was used"
     return loudest
 
 
 def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
     """Whether channels of these powers (sums of squares) cancel in their mean.
 
-    One channel that sounds alone, or several that have nothing in common, keep the power of the loudest over the number
-    of channels squared, or more; a mean that lies 7 dB below that has lost what it should tell.
+    Let P be the power of the loudest channel, divided by the squared number of channels. If one channel has all the
+    sound, or the channels are unrelated, the mean keeps at least P. A mean 7 dB below P has lost its content.
     """
     return float(mix @ mix) < _CANCELLED * float(powers.max()) / len(powers) ** 2
 
@@ -433,7 +433,7 @@ def _mixed(block: Block) -> Samples:
     channels = block.shape[1]
     if channels == 1:
         return block[:, 0]
-    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` finds what is not finite
+    with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` reports values that are not finite
         mean: Samples = block @ np.full(channels, 1.0 / channels, np.float32)
     return mean
 

@@ -1,12 +1,11 @@
-"""Recordings that libsndfile does not read, through PyAV (FFmpeg): m4a, mp4, webm, AMR, AAC, WMA and more.
+"""Decodes what libsndfile cannot read, through PyAV (FFmpeg): m4a, mp4, webm, AMR, AAC, WMA and more.
 
-Method: the demuxer is named by our own look at the file and the codec must be on a list, so that FFmpeg neither guesses
-nor follows playlists; the first audio track is decoded from its start, once to count its samples, once to hand out the
-frames asked for; what comes before them is dropped as it passes. Short recordings are kept from the first time. All
-that there is is taken, end to end: no length that a container tells is believed, and pauses are left out, as what was
-said in them is not there. Encoder delay is trimmed as FFmpeg does it. Where rate or channels change on the way, the
-rest is converted to those of the beginning.
-Limits: no seeking, so the middle of a long recording costs the decoding of all of it, and little memory.
+Method: `headers` names the demuxer and the codec must be on a list, so FFmpeg neither guesses nor follows playlists.
+The first audio track is decoded from its start to count its samples, and again for each request of frames. Short
+recordings are kept in memory after the first pass. All audio present is joined; the length that the container
+states and gaps between packets are ignored. Encoder delay is trimmed as FFmpeg does it. If rate or channels change
+within the track, the rest is converted to those of the beginning.
+Limits: no seeking, so reading the middle of a long recording decodes everything before it, in little memory.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from pipeline.storage.errors import Corrupt, Limits, NoSamples, NotAudio, Trunca
 Block = npt.NDArray[np.float32]
 _KEPT_BYTES = 2**25
 _LARGEST_ALLOCATION = 2**27  # the index of ten hours of AAC takes half of it
-_BAD_PACKETS, _BAD_SHARE = 8, 0.02  # damaged ones that are passed over
-_LOST_SHARE = 0.1  # of a short recording, which eight are much of
+_BAD_PACKETS, _BAD_SHARE = 8, 0.02  # damaged packets tolerated: 8 plus 2 % of those read
+_LOST_SHARE = 0.1  # tolerated in the whole recording; matters in short ones, where 8 packets are many
 _BLOCK_SAMPLES = 2**14
-_SCALES = {  # sample formats: what full scale is divided by, and what silence is
+_SCALES = {  # sample format: (factor to +-1, value of silence)
     **dict.fromkeys(("flt", "fltp", "dbl", "dblp"), (1.0, 0.0)),
     **dict.fromkeys(("s16", "s16p"), (2.0**-15, 0.0)),
     **dict.fromkeys(("s32", "s32p"), (2.0**-31, 0.0)),
     **dict.fromkeys(("u8", "u8p"), (2.0**-7, 128.0)),
 }
-_OPTIONS = {"codec_whitelist": ",".join(sorted(CODECS))}  # nothing else is tried, pictures above all
+_OPTIONS = {"codec_whitelist": ",".join(sorted(CODECS))}  # no other decoder is opened, above all none for pictures
 
 
 class AvDecoder:
@@ -142,9 +141,9 @@ class AvDecoder:
 
 @lru_cache(maxsize=1)
 def _limit_allocations() -> None:
-    """Have FFmpeg refuse to allocate what a forged header asks for; PyAV has no call for that.
+    """Limit FFmpeg's single allocations, so that a forged header cannot exhaust memory; PyAV has no call for that.
 
-    Limits: not on Windows, where functions of libraries behind a library are not found.
+    Limits: has no effect on Windows, where a library's own dependencies cannot be searched for a function.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(_LARGEST_ALLOCATION))
@@ -155,7 +154,7 @@ def _together(blocks: list[Block]) -> Block:
 
 
 class _Converter:
-    """Frames as float32 blocks (n, channels), all at the rate and with the channels of the first."""
+    """Converts frames to float32 blocks (n, channels), all with the rate and channels of the first frame."""
 
     def __init__(self, decoder: AvDecoder) -> None:
         self._decoder = decoder
@@ -178,7 +177,7 @@ class _Converter:
         return [*rest, _block(frame)]
 
     def rest(self) -> list[Block]:
-        """What the resampler still holds."""
+        """Samples left in the resampler."""
         blocks = [] if self._resampler is None else self._resampled(None)
         self._resampler = None
         return blocks
@@ -191,7 +190,7 @@ class _Converter:
 
 
 def _block(frame: Any) -> Block:
-    """Samples (n, channels) of a frame, planar or not, within +-1 where they are integers."""
+    """Samples (n, channels) of a frame, planar or interleaved; integers are scaled to +-1."""
     name, samples = frame.format.name, frame.to_ndarray()
     samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
     scale, offset = _SCALES[name]

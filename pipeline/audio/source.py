@@ -1,13 +1,12 @@
-"""A path or `bytes` opened as one thing: a regular, non-empty file that is read at a place.
+"""Opens a path or `bytes` as a regular, non-empty file with random access; lists the accepted endings and codecs.
 
-Method: a path is opened once, without blocking where the system can, after a look at what it is, so that a pipe, a
-device or a folder ends in an error and never in a wait. On Linux `bytes` become an anonymous file in memory, so that
-decoders get a descriptor either way; where there is none (Windows, a part of a file) they read through a `FileView`.
+Method: the kind of file is checked before it is opened (without blocking, where the system allows that). So a pipe, a
+device or a folder gives an error and never hangs. On Linux `bytes` become an anonymous file in memory, so decoders get
+a descriptor either way. Without a descriptor (Windows, a part of a file) they read through a `FileView`.
 
-Also which recordings are taken: endings for folder scans, the codecs that FFmpeg may decode, and what other files are.
-A file's ending only says whether a folder scan takes it; what it is, its content decides (``headers``).
+Endings only decide whether a folder scan takes a file; its format is detected from its content (``headers``).
 Sources: the endings that FFmpeg's, libsndfile's and SoX's documentation name for their formats; libmagic's "magic"
-files for the beginnings of other files; the Git LFS specification (v1) for its pointers.
+files for the first bytes of other files; the Git LFS specification (v1) for its pointers.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Recording = str | os.PathLike[str] | bytes
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a recording, which is then read as if it had been cut out: from `start_s` to `end_s`, or to its end."""
+    """A part of a recording, from `start_s` to `end_s` (infinity: to the end), read like a recording of its own."""
 
     recording: Recording
     start_s: float = 0.0
@@ -57,13 +56,13 @@ AudioSource = Recording | Segment
 
 @dataclass(frozen=True)
 class Opened:
-    """A regular file open for reading, or a part of one. For one thread.
+    """A regular file open for reading, or a part of one. Not thread-safe.
 
     Attributes:
-        name: how messages call it.
-        read_at: (offset in the file, count) -> up to so many bytes.
-        descriptor: of the whole file, where C code can read from it; else None.
-        base: where in the file the part starts.
+        name: its name in messages.
+        read_at: (offset in the file, count) -> up to `count` bytes.
+        descriptor: file descriptor of the whole file, if C code can read from it; else None.
+        base: offset in the file where the part starts.
     """
 
     name: str
@@ -73,7 +72,7 @@ class Opened:
     base: int = 0
 
     def bytes_at(self, offset: int, count: int) -> bytes:
-        """Up to `count` bytes from `offset`; fewer at the end. Leaves the descriptor's position alone."""
+        """Up to `count` bytes from `offset`; fewer at the end. Does not move the descriptor's read position."""
         if offset >= self.size_bytes:
             return b""
         try:
@@ -88,7 +87,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Splice:
-    """A repair that a decoder sees and the file does not: `data` in place of `dropped_bytes` bytes at `position`."""
+    """A repair made while reading, not in the file: `data` replaces `dropped_bytes` bytes at `position`."""
 
     position: int
     dropped_bytes: int
@@ -96,7 +95,7 @@ class Splice:
 
 
 class FileView(io.RawIOBase):
-    """`file`, with or without a repair, as a binary file object of its own position."""
+    """`file`, with an optional repair, as a binary file object with its own position."""
 
     def __init__(self, file: Opened, splice: Splice | None = None) -> None:
         super().__init__()
@@ -141,9 +140,9 @@ class FileView(io.RawIOBase):
 
 @contextmanager
 def open_source(source: AudioSource) -> Iterator[Opened]:
-    """Open a path or `bytes` as a regular file, closed on leaving. Never blocks on a pipe or a device.
+    """Open a path or `bytes` as a regular file, and close it at the end. Never blocks on a pipe or a device.
 
-    Of a segment, the recording is opened.
+    For a segment, its recording is opened.
     """
     if isinstance(source, Segment):
         source = source.recording
@@ -162,7 +161,7 @@ def open_source(source: AudioSource) -> Iterator[Opened]:
 
 
 def name_of(source: AudioSource) -> str:
-    """How messages call a source."""
+    """The name of a source in messages."""
     if isinstance(source, Segment):
         return f"{name_of(source.recording)} {source}"
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -171,7 +170,7 @@ def name_of(source: AudioSource) -> str:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path for one line of text: control characters and undecodable bytes escaped, the middle of a long one cut."""
+    """A path as one printable line: control characters and undecodable bytes escaped, cut in the middle if long."""
     text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= 200 else f"{text[:80]}...{text[-100:]}"
@@ -204,12 +203,12 @@ def _open_path(path: str | os.PathLike[str], name: str) -> io.FileIO:
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
 
     try:
-        _refuse_irregular(os.stat(path).st_mode, name)  # before opening: to open a device can have effects
+        _refuse_irregular(os.stat(path).st_mode, name)  # before opening: opening a device can have side effects
         return open(path, "rb", buffering=0, opener=without_waiting)  # binary on Windows too
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
         if is_address(os.fsdecode(path)):
             raise NotFetched(
-                f"{name}: an address, and addresses are not fetched but for s3:// and gs://. Download it first."
+                f"{name}: this is a URL; only s3:// and gs:// URLs are fetched. Download it first."
             ) from error
         raise NotFound(f"{name or 'empty path'}: {_why_missing(path)}") from error
     except PermissionError as error:
@@ -220,12 +219,12 @@ def _open_path(path: str | os.PathLike[str], name: str) -> io.FileIO:
 
 
 def _why_missing(path: str | os.PathLike[str]) -> str:
-    """What is not there of a path, and the remedy: the end of a sentence."""
+    """Why a path does not exist, and the remedy, as the end of a sentence."""
     with suppress(OSError, ValueError):
         target = os.readlink(path)
         if "annex" in Path(target).parts:
             return "a git-annex link whose recording is not here. Run git annex get in its repository."
-        return f"a link to {printable(target)}, which is not there. Fetch that, or correct the link."
+        return f"a link to {printable(target)}, which does not exist. Fetch that file, or correct the link."
     return "no such file. Check the path and the folder it is read from."
 
 
@@ -249,7 +248,7 @@ _ENDINGS = {
     "more": "aac adts amr awb avi flv mp2 mpa ac3 eac3 gsm wv tta ape mpc ts mts mpg mpeg voc loas ra rm",
 }
 EXTENSIONS = frozenset(f".{ending}" for endings in _ENDINGS.values() for ending in endings.split())
-"""Endings, each with its dot, that a folder scan takes for recordings."""
+"""File endings, each with its dot, that a folder scan treats as recordings."""
 USUAL_ENDINGS = ".wav, .flac, .mp3, .ogg, .m4a, .webm or the like (docs/formats.md lists all)"
 
 _SPEECH = (
@@ -271,28 +270,28 @@ _OTHERS = (
     (b"/annex/objects/", "a git-annex pointer instead of the recording itself. Run git annex get in its repository"),
     (b"<!doctype html", "a web page saved in its place. Download it again, perhaps after signing in"),
     (b"<html", "a web page saved in its place. Download it again, perhaps after signing in"),
-    (b"<?xml", "an XML document; servers answer so when they refuse. Download it again"),
-    (b"{", "a JSON document; servers answer so when they refuse. Download it again"),
+    (b"<?xml", "an XML document, perhaps a server's error message. Download it again"),
+    (b"{", "a JSON document, perhaps a server's error message. Download it again"),
     (b"pk\3\4", "a ZIP archive. Unpack it"),
     (b"\x1f\x8b", "compressed with gzip. Unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive. Unpack it"),
     (b"rar!", "a RAR archive. Unpack it"),
-    (b"#extm3u", "a playlist. Give the recordings that it names"),
+    (b"#extm3u", "a playlist. Pass the recordings that it lists"),
     (b"mthd", "MIDI: notes, not sound. Render it to WAV"),
 )
 
 
 def is_accepted(codec: str) -> bool:
-    """Whether FFmpeg may decode this codec (its decoder's name)."""
+    """Whether FFmpeg may decode this codec, given by the name of FFmpeg's decoder."""
     return codec in CODECS or codec.startswith(("pcm_", "adpcm_"))
 
 
 def what_else(head: bytes) -> str:
-    """What a file that is no recording is, by its first 64 bytes, and what to do about it: the end of a sentence."""
+    """What kind of file this is if not a recording, by its first 64 bytes, and the remedy: the end of a sentence."""
     beginning = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
-    for magic, told in _OTHERS:
+    for magic, description in _OTHERS:
         if beginning.startswith(magic):
-            return f"{told}."
+            return f"{description}."
     if head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         return f"it holds text. Accepted are {ACCEPTED}."
-    return f"no kind of recording that is known here. Accepted are {ACCEPTED}."
+    return f"its format is not known. Accepted are {ACCEPTED}."

@@ -1,9 +1,10 @@
-"""How much of a sound may be speech, and where in a recording most of it is, by energy and harmonicity.
+"""Voice activity: the share of frames that may be speech, and the window of a recording with most speech.
 
-A frame of 32 ms counts when it is not far below the loudest, and is voiced or next to a voiced one: its normalised
-autocorrelation (Boersma 1993, "Accurate short-term analysis of the fundamental frequency") has a peak at a pitch of 75
-to 400 Hz, its power lies in more than a few bins (a beep's does not), and its spectrum changes from frame to frame
-(that of a hum does not). Limits: singing and instruments are harmonic too; whispering is not.
+A frame of 32 ms counts as speech if its level is near the loudest one, and it is voiced or close to a voiced frame.
+Voiced means three things. Its normalised autocorrelation has a peak at a pitch of 75 to 400 Hz. Its power is spread
+over more than a few bins (unlike a beep). Its spectrum changes from frame to frame (unlike a hum).
+Source: Boersma 1993, "Accurate short-term analysis of the fundamental frequency".
+Limits: singing and instruments are harmonic too; whispering is not.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from numpy.typing import NDArray
 _RATE_HZ, _FRAME = 8_000, 256  # 32 ms
 _SIZE = 2 * _FRAME
 _LOWEST_HZ, _HIGHEST_HZ = 75, 400
-_DEEPEST_DB, _FAINTEST_DB = 35.0, -75.0  # of a frame: below the loudest one; over full scale
+_DEEPEST_DB, _FAINTEST_DB = 35.0, -75.0  # lowest level of speech: below the loudest frame; relative to full scale
 _HARMONIC, _IN_FEW_BINS, _STEADY = 0.5, 0.9, 0.99
-_NEAR = 3  # frames: consonants stand within 100 ms of a vowel
-_AT_ONCE = 256  # frames that a search looks at together
+_NEAR = 3  # frames: consonants are within 100 ms of a vowel
+_AT_ONCE = 256  # frames that `SpeechSearch` processes together
 
 
 LEAST_SHARE = 0.12
-"""Below it there is no speech: a quarter of the lowest among the training recordings (CREMA-D, 0.47)."""
+"""A lower share counts as no speech: a quarter of the lowest share in the training recordings (CREMA-D, 0.47)."""
 
 
 def speech_share(samples: NDArray[np.float32], rate_hz: int) -> float:
-    """Share of the frames that may be speech, 0 to 1; NaN of less than half a second, where it cannot be told.
+    """Share of the frames that may be speech, 0 to 1; NaN for less than half a second, which is too short to decide.
 
     Args:
-        samples: ``(samples,)`` mono; those of a few seconds.
+        samples: ``(samples,)`` mono, a few seconds.
         rate_hz: 8,000 or more.
     """
     step = rate_hz // _RATE_HZ
@@ -45,26 +46,26 @@ def speech_share(samples: NDArray[np.float32], rate_hz: int) -> float:
 
 
 class SpeechSearch:
-    """Where in a recording most speech is; it is given part by part, and nine bytes are kept of every 32 ms.
+    """Finds the window with most speech in a recording that is added part by part; keeps five bytes of every 32 ms.
 
-    Other than in ``speech_share``, frames are compared with the loudest voiced one: a door that slams hides no speech.
+    Unlike ``speech_share``, levels are compared with the loudest voiced frame, so a slamming door hides no speech.
     """
 
     def __init__(self, rate_hz: int) -> None:
         self._stream = None if rate_hz == _RATE_HZ else soxr.ResampleStream(rate_hz, _RATE_HZ, 1, dtype="float32")
         self._waiting: list[NDArray[np.float32]] = []
-        self._size = 0  # samples that wait
-        self._before = np.empty((0, _FRAME), np.float32)  # the last frame that was looked at
+        self._size = 0  # samples in `_waiting`
+        self._before = np.empty((0, _FRAME), np.float32)  # the last frame processed
         self._found: list[tuple[NDArray[np.float32], NDArray[np.bool_]]] = []
 
     def add(self, samples: NDArray[np.float32]) -> None:
-        """Take in the next mono samples ``(n,)``, finite, at the recording's rate."""
+        """Add the next mono samples ``(n,)``, finite, at the recording's rate."""
         self._take(samples, last=False)
 
     def start_s(self, window_s: float, duration_s: float) -> float | None:
-        """Start of the window with most speech, once all has been added; of several alike the middle of them.
+        """Start of the window with most speech, after all samples were added; None if the recording's middle is best.
 
-        None: none has more than the recording's middle.
+        Of equally good windows, the middle one of the run nearest to the recording's middle is taken.
 
         Args:
             duration_s: of the recording; more than ``window_s``.
@@ -109,11 +110,11 @@ class SpeechSearch:
 
 
 def _frames(frames: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Level of each frame ``(n, 256)`` in dB over full scale; whether its sound is a voice's, were it loud enough."""
+    """Frames ``(n, 256)`` -> level in dB relative to full scale ``(n,)``, whether voiced at any level ``(n,)``."""
     frames = frames - frames.mean(axis=1, keepdims=True)
     level_db = 10 * np.log10(np.maximum(np.einsum("ij,ij->i", frames, frames) / _FRAME, 1e-20))
     window, of_window = _tables()
-    flat = np.diff(frames, axis=1, append=frames[:, -1:])  # else any low rumble is harmonic
+    flat = np.diff(frames, axis=1, append=frames[:, -1:])  # without this, any low rumble is harmonic
     spectrum = np.fft.rfft(flat * window, _SIZE)
     power = spectrum.real**2 + spectrum.imag**2
     power[:, : _LOWEST_HZ * _SIZE // _RATE_HZ] = 0
@@ -128,7 +129,7 @@ def _frames(frames: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
 
 
 def _speech(level_db: NDArray[np.float32], tonal: NDArray[np.bool_], loudest_db: float) -> NDArray[np.bool_]:
-    """Which frames count, ``(n,)``."""
+    """Which frames count as speech, ``(n,)``."""
     active = level_db >= max(loudest_db - _DEEPEST_DB, _FAINTEST_DB)
     near = np.convolve(active & tonal, np.ones(2 * _NEAR + 1))[_NEAR : _NEAR + len(active)] > 0
     return np.asarray(near & active)
@@ -136,7 +137,7 @@ def _speech(level_db: NDArray[np.float32], tonal: NDArray[np.bool_], loudest_db:
 
 @cache
 def _tables() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The window ``(frame,)``; its autocorrelation ``(lags,)``, 1 at lag 0, up to the lowest pitch's."""
+    """The Hann window ``(frame,)``; its autocorrelation ``(lags,)``, 1 at lag 0, for lags up to the lowest pitch."""
     window = np.hanning(_FRAME)
     autocorrelation = np.fft.irfft(np.abs(np.fft.rfft(window, _SIZE)) ** 2)[: _RATE_HZ // _LOWEST_HZ]
     return window.astype(np.float32), (autocorrelation / autocorrelation[0]).astype(np.float32)

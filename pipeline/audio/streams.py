@@ -1,16 +1,16 @@
-"""How long an Ogg, MP3, AMR or AAC stream really is, from its pages and frame headers.
+"""The real length of an Ogg, MP3, AMR or AAC stream, from its pages and frame headers.
 
-Method, Ogg: the headers of all pages are read; the last one must lie whole in the file, and where a page begins a new
-stream after the first ones have brought data, another recording follows. How much the last page holds is told, because
+Method, Ogg: the headers of all pages are read, and the last page must be complete. A page that begins a new stream
+after the first streams have had data starts another recording. The samples on the last page are counted too:
 libsndfile 1.2.2 seeks wrongly into the last page of a Vorbis stream (off by the samples trimmed at its end).
-Method, MP3: without a Xing, Info or VBRI frame the length is estimated from the first frame, wrong by half for variable
-bit rates, and reading stops there; so the frame headers are counted and a Xing frame with that count is put in front.
-Where frames go on behind the length that such a frame tells, or at another rate, several files were joined.
+Method, MP3: without a Xing, Info or VBRI frame, libsndfile estimates the length from the first frame. For variable
+bit rates that can be wrong by half, and reading stops there. So all frames are counted, and a Xing frame with the count
+is put in front. Frames beyond the length in a Xing frame, or frames of another rate, mean that several files were
+joined.
 Sources: RFC 3533 (Ogg), ISO/IEC 11172-3 and 13818-3 (MPEG audio), the Xing header as LAME writes it, RFC 4867 (AMR),
 ISO/IEC 13818-7 (ADTS).
-Limits: a recording cut between two frames of an MP3 without Xing frame, or between two Ogg pages, is taken for a whole
-one. Ogg's end-of-stream flag would tell, but Android's own writer (AOSP `OggWriter`) and Telegram's voice messages
-never set it.
+Limits: a recording cut exactly between two Ogg pages, or two frames of an MP3 without Xing frame, passes as complete.
+Ogg's end-of-stream flag does not help: Android's writer (AOSP `OggWriter`) and Telegram's voice messages never set it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from pipeline.audio.source import REMEDY, Opened, Splice
 from pipeline.storage.errors import Corrupt, UnsupportedFormat
 
 _SCAN_BYTES = 2**20
-_JUNK_BYTES = 2**16  # what may stand before the first MP3 frame, or between two
+_JUNK_BYTES = 2**16  # searched for an MP3 frame, before the first one or between two
 _KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)  # MPEG-1 layer III
 _KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # MPEG-2 and 2.5
 _RATES_HZ = (44_100, 48_000, 32_000)
 _XING_BITRATE = 9  # index of a bit rate whose frames have room for a Xing header at every sample rate
 _MAX_TAGS = 8  # between two files put end to end
-_CHAIN = 4  # so many frames in a row are no accident
+_CHAIN = 4  # frames in a row; fewer may be chance
 _OGG_AUDIO = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex   ")
-_AMR_NB_BYTES = (12, 13, 15, 17, 19, 20, 26, 31, 5, 6, 5, 5, 0, 0, 0, 0)  # of a frame, behind its first byte
+_AMR_NB_BYTES = (12, 13, 15, 17, 19, 20, 26, 31, 5, 6, 5, 5, 0, 0, 0, 0)  # of a frame, after its first byte
 _AMR_WB_BYTES = (17, 23, 32, 36, 40, 46, 50, 58, 60, 5, 0, 0, 0, 0, 0, 0)
 _BEGINS_STREAM = 2  # an Ogg page's flag
 
 
 class Link(NamedTuple):
-    """An Ogg recording: the first packets of its streams, samples on the last page, where the next recording begins."""
+    """An Ogg recording: first bytes of each stream, samples on the last page, byte offset where the recording ends."""
 
     packets: tuple[bytes, ...]
     last_page_frames: int
@@ -45,7 +45,7 @@ class Link(NamedTuple):
 
 
 def ogg_link(file: Opened) -> Link:
-    """The first recording in an Ogg file. Raises `Truncated` when its last page is not all there."""
+    """The first recording in an Ogg file. Raises `Truncated` when its last page is incomplete."""
     packets: list[bytes] = []
     position, granule, before, data_seen = 0, 0, 0, False
     while True:
@@ -54,7 +54,7 @@ def ogg_link(file: Opened) -> Link:
             if head and b"OggS".startswith(head[:4]):
                 raise cut_off(file, "an Ogg page")
             position = find(file, b"OggS\0", position)
-            if position < 0:  # a tag, or what else programs append
+            if position < 0:  # only a tag or other appended data is left
                 return _link(file, packets, granule - before, file.size_bytes)
             continue
         body = position + 27 + (head[26] if len(head) > 26 else 255)
@@ -81,7 +81,7 @@ def _link(file: Opened, packets: list[bytes], last_page_frames: int, end: int) -
 
 
 def amr_end(file: Opened, head: bytes) -> int:
-    """Where another AMR file begins behind this one, 0 where none does. Raises `Truncated` for a cut last frame."""
+    """Offset of another AMR file after this one, or 0. Raises `Truncated` for a cut last frame."""
     wide = head.startswith(b"#!AMR-WB")
     sizes = _AMR_WB_BYTES if wide else _AMR_NB_BYTES
     position = head.find(b"\n") + 1
@@ -95,7 +95,7 @@ def amr_end(file: Opened, head: bytes) -> int:
 
 
 def check_adts(file: Opened) -> None:
-    """Raise `Truncated` where the last frame of an AAC stream is cut; FFmpeg would leave it out."""
+    """Raise `Truncated` if the last frame of an AAC stream is cut; FFmpeg would silently drop it."""
     position = 0
     while len(head := file.bytes_at(position, 7)) == 7 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
         size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
@@ -107,14 +107,14 @@ def check_adts(file: Opened) -> None:
 
 
 class Xing(NamedTuple):
-    """The Xing frame to put into an MP3 that has none; `joined`: files were put end to end."""
+    """`splice`: the Xing frame to put into an MP3 without one; `joined`: several MP3 files were put end to end."""
 
     splice: Splice | None
     joined: bool
 
 
 def mpeg_start(file: Opened) -> int | None:
-    """Where MPEG frames start: at once, or behind other bytes, where several follow each other; None without any."""
+    """Offset of the first MPEG frame: 0, or the first place where `_CHAIN` frames follow each other; None without."""
     head = file.bytes_at(0, 4)
     if len(head) >= 2 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2:
         return 0
@@ -128,9 +128,9 @@ def mpeg_start(file: Opened) -> int | None:
 
 
 def mp3_length(file: Opened, start: int) -> Xing:
-    """What libsndfile needs to know of an MP3 whose frames begin at `start` or soon after.
+    """Count the frames of an MP3 that begins at `start` or soon after, where it does not state its own length.
 
-    Raises `Corrupt` without any frame, `Truncated` when the last frame is cut.
+    Raises `Corrupt` if there is no frame, `Truncated` if the last frame is cut.
     """
     first = _next_frame(file, start)
     if first is None:
@@ -147,7 +147,7 @@ def mp3_length(file: Opened, start: int) -> Xing:
 
 
 def _behind_tags(file: Opened, position: int) -> int:
-    """Where ID3 and APE tags end that begin at `position`, as between files put end to end."""
+    """Offset after the ID3 and APE tags at `position`; such tags lie between files put end to end."""
     for _ in range(_MAX_TAGS):
         head = file.bytes_at(position, 32)
         if head[:3] == b"TAG":
@@ -163,7 +163,7 @@ def _behind_tags(file: Opened, position: int) -> int:
 
 
 def _told_bytes(head: bytes) -> int | None:
-    """Bytes of the stream by its Xing, Info or VBRI frame, 0 where that does not tell; None without such a frame."""
+    """Stream length in bytes, from its Xing, Info or VBRI frame; 0 if that omits it; None without such a frame."""
     if (at := head.find(b"VBRI")) >= 0:
         return int.from_bytes(head[at + 10 : at + 14], "big")
     at = max(head.find(b"Xing"), head.find(b"Info"))
@@ -175,7 +175,7 @@ def _told_bytes(head: bytes) -> int | None:
 
 
 def _chained(file: Opened, at: int) -> bool:
-    """Whether `_CHAIN` frames of one stream follow each other from `at` on."""
+    """Whether `_CHAIN` frames of one stream follow each other, starting at `at`."""
     stream = None
     for _ in range(_CHAIN):
         frame = _frame(file.bytes_at(at, 4))
@@ -188,11 +188,11 @@ def _chained(file: Opened, at: int) -> bool:
 class _Frame(NamedTuple):
     stream: int  # version and rate, the same in all frames of a stream
     size_bytes: int
-    side_bytes: int  # side information, which a Xing header stands behind
+    side_bytes: int  # side information; a Xing header follows it
 
 
 def _frame(header: bytes) -> _Frame | None:
-    """The layer III frame that these 4 bytes start, or None."""
+    """The layer III frame with this 4-byte header, or None."""
     return _parse_frame(int.from_bytes(header, "big") & 0xFFFE_FEC0) if len(header) == 4 else None
 
 
@@ -209,7 +209,7 @@ def _parse_frame(header: int) -> _Frame | None:
 
 
 def _next_frame(file: Opened, start: int, stream: int | None = None) -> int | None:
-    """Position of the first frame from `start` on that another of its stream follows (or the end of the file)."""
+    """Offset of the first frame at or after `start` that is followed by another of its stream, a tag or the end."""
     data = file.bytes_at(start, _JUNK_BYTES)
     at = data.find(b"\xff")
     while at >= 0:
@@ -224,7 +224,7 @@ def _next_frame(file: Opened, start: int, stream: int | None = None) -> int | No
 
 
 def _count_frames(file: Opened, first: int) -> tuple[int, int]:
-    """Whole frames from `first` to the end of the stream, junk between them skipped, and where that end is."""
+    """(number of whole frames from `first` to the end of the stream, offset of that end); junk between is skipped."""
     stream = (_frame(file.bytes_at(first, 4)) or _Frame(0, 0, 0)).stream
     count, position, base, data = 0, first, first, b""
     while True:
@@ -240,7 +240,7 @@ def _count_frames(file: Opened, first: int) -> tuple[int, int]:
             raise cut_off(file, "its last MP3 frame")
         if len(data) - at < 4:
             return count, position
-        position = _behind_tags(file, position)  # with a picture in it, one may be larger than what is looked through
+        position = _behind_tags(file, position)  # a tag with a picture can be longer than `_JUNK_BYTES`
         resumed = _next_frame(file, position, stream)
         if resumed is None:
             return count, position

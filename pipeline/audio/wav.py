@@ -1,7 +1,8 @@
-"""WAV, RF64 and W64: where the audio lies, how much there is, and a header that libsndfile reads where theirs is wrong.
+"""WAV, RF64 and W64: finds the audio data and its length, and makes a correct header where the file's own is wrong.
 
-Method: the chunks are walked; where a chunk of odd length has no pad byte, or none is called ``data`` where one should
-begin, it is looked for. A header of our own, in front of the audio, replaces one whose layout or length is wrong.
+Method: the chunks are read one after the other. If the pad byte of an odd chunk is missing, the next chunk is searched
+one byte off; if that finds no ``data`` chunk, its name is searched. A new header replaces one with wrong layout or
+length.
 Sources: RIFF/WAVE (Microsoft, mmreg.h), EBU Tech 3306 (RF64), Sony Wave64.
 """
 
@@ -14,7 +15,7 @@ from pipeline.audio.lengths import STREAMED, audio_bytes, find, is_chunk_name, l
 from pipeline.audio.source import REMEDY, Opened, Splice
 from pipeline.storage.errors import Corrupt, Truncated, UnsupportedFormat
 
-_BLOCK_TAGS = (2, 0x11)  # MS and IMA ADPCM, whose blocks say nothing of a sample's size
+_BLOCK_TAGS = (2, 0x11)  # MS and IMA ADPCM; for these, bytes a frame is the size of a block
 _SNDFILE_TAGS = (1, 3, 6, 7, *_BLOCK_TAGS)  # PCM, float, A-law, mu-law
 _FFMPEG_TAGS = frozenset(
     {0x10, 0x14, 0x17, 0x20, 0x22, 0x31, 0x40, 0x42, 0x45, 0x50, 0x55, 0x64, 0x65, 0x69, 0x83, 0xFF, 0x133, 0x160}
@@ -33,13 +34,13 @@ _MAX_FORMAT_BYTES = 1024
 
 @dataclass(frozen=True)
 class Wav:
-    """What there is.
+    """The audio data of a file and how to read it.
 
     Attributes:
-        splice: a header for the decoder in place of the file's own, where that is wrong.
-        sndfile: whether libsndfile reads its codec; else FFmpeg may.
-        end: where the audio ends.
-        gain: what samples are to be multiplied with.
+        splice: a header for the decoder in place of the file's own; None if that is correct.
+        sndfile: True if libsndfile reads the codec, False if FFmpeg does.
+        end: offset where the audio ends.
+        gain: factor to multiply the samples with.
     """
 
     splice: Splice | None
@@ -50,7 +51,7 @@ class Wav:
 
 @dataclass(frozen=True)
 class _Format:
-    """A ``fmt`` chunk: codec tag, channels, bits a sample, bytes a frame, its body and what that is to be."""
+    """A ``fmt`` chunk: codec tag, channels, bits a sample, bytes a frame, its body, whether WAVEFORMATEXTENSIBLE."""
 
     tag: int
     channels: int
@@ -62,7 +63,7 @@ class _Format:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the audio begins, how long its chunk says it is, and whether chunks lie where they should."""
+    """Start of the audio, its length by its chunk (from ``streamed`` on a placeholder), if libsndfile can read it."""
 
     form: _Format
     start: int
@@ -72,10 +73,10 @@ class _Layout:
 
 
 def look_at_wav(file: Opened, order: str) -> Wav:
-    """What a RIFF (``<``) or RIFX (``>``) file with WAVE in it holds.
+    """Find the audio of a WAVE file, RIFF (``order`` ``<``) or RIFX (``>``).
 
     Raises:
-        Truncated, Corrupt: no audio where it should be.
+        Truncated: no audio data. Corrupt: the format is impossible or missing. UnsupportedFormat: unknown codec.
     """
     head = file.bytes_at(0, 12)
     outer = int.from_bytes(head[4:8], "little" if order == "<" else "big")
@@ -83,7 +84,7 @@ def look_at_wav(file: Opened, order: str) -> Wav:
 
 
 def look_at_w64(file: Opened) -> Wav:
-    """As `look_at_wav`, of a Wave64 file."""
+    """As `look_at_wav`, for a Wave64 file."""
     form: _Format | None = None
     position = 40
     for _ in range(_MAX_CHUNKS):
@@ -98,7 +99,7 @@ def look_at_w64(file: Opened) -> Wav:
             if form is None:
                 raise _no_format(file)
             outer = int.from_bytes(file.bytes_at(16, 8), "little")
-            regular = not form.extensible  # libsndfile takes its floats for integers
+            regular = not form.extensible  # libsndfile would read floats as integers
             layout = _Layout(form, position + 24, max(size - 24, 0), regular, streamed=2**62)
             return _settled(file, layout, "<", outer_end=outer)
         position += max(size + -size % 8, 24)
@@ -107,7 +108,7 @@ def look_at_w64(file: Opened) -> Wav:
 
 def _walk(file: Opened, order: str) -> _Layout:
     form: _Format | None = None
-    position, data_bytes_64, regular = 12, 0, file.bytes_at(0, 4) != b"BW64"  # which libsndfile does not know
+    position, data_bytes_64, regular = 12, 0, file.bytes_at(0, 4) != b"BW64"  # libsndfile does not know BW64
     for _ in range(_MAX_CHUNKS):
         shift = _shift(file, position)
         position, regular = position + shift, regular and not shift
@@ -134,7 +135,7 @@ def _walk(file: Opened, order: str) -> _Layout:
 
 
 def _shift(file: Opened, position: int) -> int:
-    """How far from `position` a chunk begins: the pad byte behind an odd length is missing, or one is too many."""
+    """Distance from `position` to the next chunk: -1 for a missing pad byte, 1 for one too many, else 0."""
     for known in (_KNOWN.__contains__, is_chunk_name):
         for shift in (0, -1, 1):
             if known(file.bytes_at(position + shift, 4)):
@@ -174,7 +175,7 @@ def _settled(file: Opened, layout: _Layout, order: str, outer_end: int) -> Wav:
         streamed=layout.streamed,
         outer_end=outer_end if outer_end > 8 else None,
     )
-    if form.tag in _FFMPEG_TAGS:  # always with a header of ours: FFmpeg allocates what the size of a format chunk says
+    if form.tag in _FFMPEG_TAGS:  # always a new header: FFmpeg allocates whatever size a format chunk states
         return Wav(Splice(0, start, _header(form.body, size, order)), sndfile=False, end=start + size)
     gain = 1.0
     wide = form.tag == 1 and form.frame_bytes != form.channels * -(-form.bits // 8)
@@ -186,15 +187,15 @@ def _settled(file: Opened, layout: _Layout, order: str, outer_end: int) -> Wav:
 
 
 def _widened(file: Opened, form: _Format, start: int, order: str) -> tuple[_Format, float]:
-    """Samples in more bytes than they need, as samples of all these bytes, and what to multiply them with.
+    """The format for samples stored in more bytes than their bits need, read at full width, and the gain they need.
 
-    WAVEFORMATEXTENSIBLE has them in the upper bits; some plain files have them in the lower ones: then every upper
-    byte repeats the sign.
+    WAVEFORMATEXTENSIBLE keeps the sample in the upper bits. Some plain files keep it in the lower bits: then every
+    upper byte repeats the sign.
     """
     size = form.frame_bytes // form.channels
     low, full = True, False
     step = max((file.size_bytes - start) // _LOOKS // size * size, size)
-    for place in range(start, file.size_bytes, step):  # all over it: the beginning may be silent
+    for place in range(start, file.size_bytes, step):  # samples of the whole file: the beginning may be silent
         data = file.bytes_at(place, min(step, _LOOKED_AT_BYTES // size * size))
         values = [data[i::size] for i in (range(size) if order == "<" else reversed(range(size)))]  # lowest byte first
         low = low and all(top == (0xFF if below & 0x80 else 0) for top, below in zip(*values[:-3:-1], strict=False))
@@ -206,7 +207,7 @@ def _widened(file: Opened, form: _Format, start: int, order: str) -> tuple[_Form
 
 
 def _header(form: bytes, size: int, order: str) -> bytes:
-    """All that stands before `size` bytes of audio; as RF64 where RIFF cannot hold the length."""
+    """The complete header before `size` bytes of audio; RF64 where RIFF cannot hold the length."""
     form = form + bytes(len(form) % 2)
     chunk = b"fmt " + struct.pack(order + "I", len(form)) + form
     if size + len(chunk) + 20 < 2**32:
@@ -219,7 +220,7 @@ def _header(form: bytes, size: int, order: str) -> bytes:
 
 
 def _no_format(file: Opened) -> Corrupt:
-    return Corrupt(f"{file.name}: its data comes before its format. Export it again.")
+    return Corrupt(f"{file.name}: its data chunk comes before its format chunk. Export it again.")
 
 
 def _no_audio(file: Opened) -> Truncated:

@@ -1,9 +1,9 @@
-"""Which parts of a recording are heard: evenly spaced crops, or windows that walk over all of it. Plain arithmetic.
+"""Which parts of a recording the model reads: evenly spaced crops, or sliding windows over all of it.
 
-A crop is as long as the model's window. ``K`` crops of a recording split what the window can slide over into ``K``
-equal parts and sit in their middles: one crop is the recording's middle, and no crop touches the very ends. Walking
-windows start every hop from the beginning; a last one ends where the recording ends. All times are in seconds; where a
-part lies in a recording that is resampled is counted in samples.
+A crop is as long as the model's input window. The range of possible start times is split into ``K`` equal parts, and
+each of the ``K`` crops starts in the middle of one part. So one crop is the recording's middle, and no crop touches the
+recording's ends. Sliding windows start every hop from the beginning; the last one ends where the recording ends.
+Times are in seconds. Positions in a recording that is resampled are counted in samples.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Literal
 from pipeline.storage.errors import SerError
 
 Window = Literal["middle", "speech"]
-"""Which part of a recording a model takes in where it takes one: its middle, or the one with most speech."""
+"""Which part of a recording a model reads when it reads only one: the middle, or the part with most speech."""
 MIN_WINDOW_S = 0.1
 MAX_CROPS = 100
 LONG_S = 6.0
-"""Of recordings longer than this, the middle is little: service and page hear all of them, batch jobs say so."""
-_TAIL_S = 0.001  # what may stay unheard at the end of a recording
-_MARGIN = 512  # frames on either side of a part, at the lower rate; from 256 on the result stays the same
+"""Longer recordings need more than their middle: service and page analyse all of them, batch jobs print a note."""
+_TAIL_S = 0.001  # this much at the end of a recording may lie outside all windows
+_MARGIN = 512  # frames on either side of a part, at the lower rate; more than 256 does not change the result
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SlidingWindow:
                 raise SerError(f"{name} must be {least_s} s or more, and finite, got {getattr(self, name)}")
 
     def starts(self, duration_s: float) -> list[float]:
-        """Where the windows of a recording start; one only when it is not longer than the window.
+        """Start times of the windows; only one if the recording is not longer than the window.
 
         >>> SlidingWindow(2.0, 1.0).starts(4.5), SlidingWindow(2.0, 2.0).starts(4.0)
         ([0.0, 1.0, 2.0, 2.5], [0.0, 2.0])
@@ -54,7 +54,7 @@ class SlidingWindow:
 
 @dataclass(frozen=True)
 class GivenWindows:
-    """Windows of ``window_s`` that start at ``at``, ascending: those of something longer than the recording."""
+    """Windows of ``window_s`` at the given ascending start times ``at``, for a part cut out of a longer stream."""
 
     window_s: float
     at: tuple[float, ...]
@@ -65,7 +65,7 @@ class GivenWindows:
 
 
 def check_crops(crops: int) -> None:
-    """Refuse a number of crops that none would want.
+    """Refuse an impossible or excessive number of crops.
 
     Raises:
         SerError: below 1 or above ``MAX_CROPS``.
@@ -73,11 +73,11 @@ def check_crops(crops: int) -> None:
     if crops < 1:
         raise SerError(f"crops must be 1 or more, got {crops}")
     if crops > MAX_CROPS:
-        raise SerError(f"crops must be {MAX_CROPS} or fewer, got {crops}; to hear all of a recording use windows")
+        raise SerError(f"crops must be {MAX_CROPS} or fewer, got {crops}; to cover a whole recording, use windows")
 
 
 def crop_starts(duration_s: float, window_s: float, crops: int) -> list[float]:
-    """Starts of ``crops`` windows; one only when the recording is not longer than the window.
+    """Start times of ``crops`` windows; only one if the recording is not longer than the window.
 
     >>> crop_starts(5.0, 2.0, 1), crop_starts(5.0, 2.0, 3), crop_starts(1.0, 2.0, 3)
     ([1.5], [0.5, 1.5, 2.5], [0.0])
@@ -103,12 +103,12 @@ def covered_s(starts: Sequence[float], duration_s: float, window_s: float) -> fl
 
 
 def resampled_length(frames: int, from_hz: int, to_hz: int) -> int:
-    """Samples that `frames` at `from_hz` become at `to_hz`: the ceiling of the exact ratio."""
+    """Number of samples after resampling `frames` from `from_hz` to `to_hz`: the ceiling of the exact ratio."""
     return -(-frames * to_hz // from_hz)
 
 
 def placed(window: int, total: int, rate_hz: int, centre_s: float | None = None) -> tuple[int, int]:
-    """(start, count) of `window` of `total` samples: the middle ones, or around `centre_s`; all where they are fewer.
+    """(start, count) of `window` samples out of `total`, in the middle or around `centre_s`; all if there are fewer.
 
     >>> placed(4, 10, 1), placed(4, 10, 1, 7.0), placed(4, 10, 1, 9.5), placed(12, 10, 1, 3.0)
     ((3, 4), (5, 4), (6, 4), (0, 10))
@@ -120,13 +120,13 @@ def placed(window: int, total: int, rate_hz: int, centre_s: float | None = None)
 
 
 def frames_for(start: int, count: int, frames: int, from_hz: int, to_hz: int) -> tuple[int, int]:
-    """[first, last) of a recording's `frames`, of which samples [start, start + count) of it resampled are made.
+    """[first, last): the input frames needed for output samples [start, start + count) after resampling.
 
-    ``first`` lies where the two sample grids meet: a recording cut off before it gives the same samples.
+    ``first`` is a time that lies on both sample grids, so resampling from there gives the same samples.
     """
     if from_hz == to_hz:
         return start, start + count
-    down = from_hz // math.gcd(from_hz, to_hz)  # every `down` frames the two grids meet
+    down = from_hz // math.gcd(from_hz, to_hz)  # the two sample grids share a point every `down` frames
     margin = _MARGIN * max(1, -(-from_hz // to_hz))
     first = max(start * from_hz // to_hz - margin, 0) // down * down
     return first, min(resampled_length(start + count, to_hz, from_hz) + margin, frames)

@@ -1,4 +1,4 @@
-"""Ray: started or joined, its nodes checked, commands submitted to it.
+"""Ray: starts or joins it, checks its nodes, and submits commands to it.
 
-Not here: what is computed on it; that asks for Ray here and nowhere else.
+Not here: the work that runs on Ray; other packages start Ray only through this one.
 """

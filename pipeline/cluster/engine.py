@@ -1,12 +1,11 @@
-"""Where the work of a job is done: on Ray, or by the local engine, which is child processes of this one.
+"""Chooses where a job runs: on Ray, or by the local engine, which uses child processes; and checks a cluster's nodes.
 
-Ray takes half a minute to start on two CPUs; work that is over in a few of those is done sooner without it.
+Ray takes half a minute to start on two CPUs, so work of a few such times is finished sooner without it.
 
-Before a job runs on several nodes, ``check_nodes`` asks whether all of them see what it reads, and whether its folder
-is one and the same to all. A small task goes to each node that is alive, whatever that node is doing. It reads a file
-with a random content that the driver has just written, opens the inputs, and answers with a file of its own. What does
-not hold is one line with the node and the path. Nothing is asked on a cluster of one node, nor of nodes that an
-autoscaler brings up later.
+Before a job runs on several nodes, ``check_nodes`` checks that all of them can read its inputs and see the same output
+folder. A small task runs on each live node, even a busy one. It reads a file of random content, just written by the
+driver, and opens the inputs. Then it writes a file of its own into the folder. A failure is reported in one line with
+the node and the path. Not checked: a cluster of one node, and nodes that an autoscaler adds later.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from pipeline.storage.files import is_remote, local_path, usable_cpus
 from pipeline.storage.journal import RETRIES
 
 ENGINES = ("auto", "local", "ray")
-_RAY_START_S = 35.0  # until the first block of a local Ray is done, two CPUs (benchmarks/bench_score.py)
-_RAY_PAYS_AT = 5.0  # times its start: estimated work from which on Ray is started
+_RAY_START_S = 35.0  # until a local Ray has finished its first block, on two CPUs (benchmarks/bench_score.py)
+_RAY_PAYS_AT = 5.0  # "auto" starts Ray if the estimated work takes longer than this many starts
 _BLAS_THREADS = "OMP_NUM_THREADS"  # OpenBLAS and MKL read it as well
 
 Item = TypeVar("Item")
@@ -40,18 +39,18 @@ Result = TypeVar("Result")
 
 
 def choose_engine(engine: str, work_s: float, num_cpus: int | None = None) -> str:
-    """The engine that does the work: "local" or "ray".
+    """The engine for the work: "local" or "ray".
 
     Args:
         engine: one of ENGINES. "auto" is Ray on a cluster (``RAY_ADDRESS``), in a Ray job, and for long work.
         work_s: estimated CPU seconds.
-        num_cpus: CPUs that may be used; all when None. 0, as earlier versions had it, is the local engine on all.
+        num_cpus: CPUs that may be used; None: all. With "auto", 0 (from earlier versions) is the local engine.
 
     Raises:
         SerError: an unknown engine.
     """
     if engine not in ENGINES:
-        raise SerError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+        raise SerError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
     if engine != "auto":
         return engine
     if num_cpus == 0:
@@ -69,15 +68,17 @@ def in_processes(
     look_s: float | None = None,
     look: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """``work`` of each item in one of ``processes`` child processes, in any order; one that dies is replaced.
+    """Run ``work`` on each item in ``processes`` child processes; yields results in any order.
+
+    A process that dies is replaced, and its item is tried again.
 
     Args:
-        items, work: what can be pickled.
-        look: called every ``look_s`` seconds at most, while the children work.
+        items, work: must be picklable.
+        look: called while the children work: after each result, and at the latest every ``look_s`` seconds.
 
     Raises:
-        SerError: an item at which processes died again and again.
-        Exception: what ``work`` raised.
+        SerError: an item at which more than ``RETRIES`` processes died.
+        Exception: raised by ``work``.
     """
     pending, deaths = deque(enumerate(items)), Counter[int]()
     children: dict[Connection, tuple[BaseProcess, tuple[int, Item]]] = {}
@@ -95,7 +96,7 @@ def in_processes(
                     deaths[piece[0]] += 1
                     if deaths[piece[0]] > RETRIES:
                         raise SerError(
-                            f"a process died {deaths[piece[0]]} times at the same piece of the work; is memory short?"
+                            f"a process died {deaths[piece[0]]} times at the same piece of work; check free memory"
                         ) from error
                     pending.appendleft(piece)
                     continue
@@ -118,21 +119,21 @@ def _give(
     piece: tuple[int, Item],
     children: dict[Connection, tuple[BaseProcess, tuple[int, Item]]],
 ) -> None:
-    with suppress(ConnectionError):  # it has died: told where its answer is awaited
+    with suppress(ConnectionError):  # it has died: handled where its answer is received
         connection.send(piece[1])
     children[connection] = process, piece
 
 
 def _child(work: Callable[[Item], Result]) -> tuple[BaseProcess, Connection]:
-    """A process that answers items; it ends soon after this process if that is killed.
+    """Start a process that receives items and sends results; it also ends soon after this process is killed.
 
-    BLAS has one thread there, as in Ray's workers: several in each of several processes wait for one another.
+    BLAS uses one thread there, as in Ray's workers: more threads in each of several processes block one another.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, work), daemon=True)
     chosen = os.environ.get(_BLAS_THREADS)
-    os.environ.setdefault(_BLAS_THREADS, "1")  # read when numpy is first imported, so before the process starts
+    os.environ.setdefault(_BLAS_THREADS, "1")  # numpy reads it at import, so it must be set before the process starts
     try:
         process.start()
     finally:
@@ -149,8 +150,8 @@ def _end(process: BaseProcess, connection: Connection) -> None:
 
 
 def _answer(connection: Connection, work: Callable[[Item], Result]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    with suppress(EOFError, ConnectionError):  # the parent has gone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    with suppress(EOFError, ConnectionError):  # the parent has ended
         while True:
             item = connection.recv()
             try:
@@ -167,12 +168,12 @@ _REMEDY = "every node must see it at the same path: put it on a file system that
 
 
 class NodeError(SerError):
-    """A node that does not see what the job needs."""
+    """A node cannot access the files that the job needs, or does not answer."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is alive: Ray's name for it, what people call it, its CPUs."""
+    """A live node: its Ray id, its host name and address, its number of CPUs."""
 
     id: str
     name: str
@@ -180,7 +181,7 @@ class Node:
 
 
 def alive_nodes() -> list[Node]:
-    """The nodes of the Ray that this process is connected to."""
+    """The live nodes of the Ray that this process is connected to."""
     import ray
 
     return [
@@ -196,7 +197,7 @@ def _name_of(node: dict[str, Any]) -> str:
 
 
 def cpus_here() -> int:
-    """CPUs that work can be spread over: those of the cluster that is joined, else those that this process may use."""
+    """Number of CPUs for the work: those of the joined cluster, else those that this process may use."""
     if not joins_cluster():
         return usable_cpus()
     start_ray()
@@ -204,7 +205,7 @@ def cpus_here() -> int:
 
 
 def cpus_a_worker(workers: int) -> int:
-    """The largest number of CPUs that each of so many workers can have, no worker on two nodes; at least 1."""
+    """The largest number of CPUs for each of ``workers``, if no worker spans two nodes; at least 1."""
     if not joins_cluster():
         return max(1, usable_cpus() // max(workers, 1))
     start_ray()
@@ -214,20 +215,20 @@ def cpus_a_worker(workers: int) -> int:
 
 
 def check_nodes(folder: Path, inputs: Sequence[str | Path] = (), some_of: Sequence[str] = ()) -> None:
-    """Refuse to begin where a node would fail in the middle.
+    """Check before a job starts that every node can read its inputs and write into its folder.
 
     Args:
-        folder: one that the job writes into, on all nodes; it is there already.
-        inputs: files that every node must be able to open. Those that this process cannot open either are not the
-            nodes' fault and are left out, as are object-store URIs.
-        some_of: many files, of which some, spread evenly, are tried in the same way.
+        folder: an existing folder that the job writes into on all nodes.
+        inputs: files that every node must be able to open. Files that this process cannot open either are not
+            checked, nor are object-store URIs.
+        some_of: many files, of which about 32, evenly spaced, are checked in the same way.
 
     Raises:
-        NodeError: names the node, the path and the remedy.
+        NodeError: with the node, the path and the remedy.
     """
     if in_submitted_job() and "runtime_resources" in folder.absolute().parts:
         raise NodeError(
-            f"results in {folder} would be lost: it lies in Ray's temporary copy of the uploaded folder; "
+            f"results in {folder} would be lost: it is in Ray's temporary copy of the uploaded folder; "
             "give --out as an absolute path on storage that all nodes share"
         )
     nodes = alive_nodes() if joins_cluster() else []
@@ -242,28 +243,28 @@ def check_nodes(folder: Path, inputs: Sequence[str | Path] = (), some_of: Sequen
             if wrong:
                 raise NodeError(f"node {node.name} {wrong}; {_REMEDY}")
             if not probe.with_name(f"{probe.name}.{node.id}").is_file():
-                raise NodeError(f"what node {node.name} writes into {folder.absolute()} is not seen here; {_REMEDY}")
+                raise NodeError(f"files of node {node.name} in {folder.absolute()} are not visible here; {_REMEDY}")
     finally:
         for path in probe.parent.glob(f"{probe.name}*"):
             path.unlink(missing_ok=True)
 
 
 def _spread(paths: Sequence[str]) -> list[str]:
-    """About ``_SAMPLE`` of the paths, the first and the last among them."""
+    """About ``_SAMPLE`` evenly spaced paths, including the first and the last."""
     return [*paths[:: max(1, len(paths) // _SAMPLE)], *paths[-1:]]
 
 
 def _readable_here(inputs: Sequence[str | Path]) -> list[str]:
-    """Absolute paths of those inputs that this process can open."""
+    """Absolute paths of the local inputs that this process can open."""
     paths = dict.fromkeys(os.path.abspath(local_path(str(path))) for path in inputs if not is_remote(str(path)))
     return [path for path in paths if os.access(path, os.R_OK)]
 
 
 def _ask(nodes: Sequence[Node], probe: str, content: str, paths: Sequence[str]) -> dict[Node, str | None]:
-    """What each node finds wrong, None when nothing; nodes that die meanwhile are left out.
+    """Node -> the problem it found, or None; nodes that die meanwhile are left out.
 
     Raises:
-        NodeError: a node does not answer.
+        NodeError: a node does not answer, or cannot run the task.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -291,12 +292,12 @@ def _ask(nodes: Sequence[Node], probe: str, content: str, paths: Sequence[str]) 
 
 
 def _last_line(error: Exception) -> str:
-    """What a remote traceback ends with."""
+    """The last line of a remote traceback."""
     return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _look(probe: str, content: str, paths: Sequence[str], name: str) -> str | None:
-    """What is wrong on this node, for a sentence that begins with the node."""
+    """Run on a node: the problem found, as the end of a sentence that begins with the node; None if all is well."""
     folder = os.path.dirname(probe)
     try:
         with open(probe, encoding="ascii") as file:

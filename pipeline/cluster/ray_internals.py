@@ -1,9 +1,9 @@
-"""The one place for names of Ray that are private, undocumented, or spelled in a string.
+"""All uses of names of Ray that are private, undocumented, or given as strings.
 
-What is here works with the Ray that is pinned (``SUPPORTED``) and may not with another. `check` looks every name up
-before a local Ray starts, and refuses in one line when one is gone: a switch that silently did nothing could leave
-ports open on all interfaces. ``python -m pipeline.cluster.ray_internals`` lists what an installed Ray lacks.
-Limits: a name that is still there may have changed its meaning; the tests of the behaviour are in ``tests/cluster``.
+This module works with the pinned version of Ray (``SUPPORTED``) and may fail with another. `check` looks the names up
+before they are used, and raises an error if one is missing: a setting that silently has no effect could leave ports
+open on all interfaces. ``python -m pipeline.cluster.ray_internals`` lists the names that the installed Ray
+lacks. Limits: an existing name may have changed its meaning; tests of the behaviour are in ``tests/cluster``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 from pipeline.storage.errors import SerError, SerWarning
 
 SUPPORTED = "2.60"
-BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # read where Ray decides between loopback and all interfaces
+BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray binds to loopback, not to all interfaces
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the command of a submitted job
-WORKER = "ray::"  # beginnings of the titles of Ray's processes: any that works,
+WORKER = "ray::"  # start of the process title of every Ray worker; the next four are of special workers
 TRAIN_CONTROLLER, TRAIN_WORKER = f"{WORKER}TrainController", f"{WORKER}RayTrainWorker"
-SERVE_PROXY, SERVE_REPLICA = f"{WORKER}ProxyActor", f"{WORKER}ServeReplica:"  # APPLICATION:DEPLOYMENT follow
-TALKATIVE = (  # loggers that repeat what we say
+SERVE_PROXY, SERVE_REPLICA = f"{WORKER}ProxyActor", f"{WORKER}ServeReplica:"  # then APPLICATION:DEPLOYMENT
+TALKATIVE = (  # loggers that repeat this project's own messages
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
@@ -48,12 +48,12 @@ _OF_SERVE = (
     ("ray.serve._private.replica", "add_port_to_grpc_server"),
 )
 _SESSION_BYTES = len("/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store.1")
-_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a path in sockaddr_un
+_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # longest path in sockaddr_un
 _finished: dict[int, bytes] = {}
 
 
 def missing(names: tuple[tuple[str, str], ...] = _CORE + _OF_DATA + _OF_SERVE) -> list[str]:
-    """Those of the names that the installed Ray lacks, as ``module.name``."""
+    """The names that the installed Ray lacks, as ``module.name``."""
     lacking = []
     for module, name in names:
         try:
@@ -66,10 +66,10 @@ def missing(names: tuple[tuple[str, str], ...] = _CORE + _OF_DATA + _OF_SERVE) -
 
 
 def check(names: tuple[tuple[str, str], ...] = _CORE) -> None:
-    """Refuse a Ray whose insides are not those that this project was written for.
+    """Refuse a Ray that lacks any of ``names``.
 
     Raises:
-        SerError: names the first that is gone.
+        SerError: with the first missing name.
     """
     if lacking := missing(names):
         import ray
@@ -80,9 +80,9 @@ def check(names: tuple[tuple[str, str], ...] = _CORE) -> None:
 
 
 def reread_environment(*, joining: bool) -> None:
-    """Have Ray read again what it reads only when it is first imported; somebody may have imported it before.
+    """Make Ray read environment variables again that it reads only at import, in case it was imported earlier.
 
-    They are ``RAY_AUTH_MODE`` and, for a local Ray, the variable that decides between loopback and all interfaces.
+    These are ``RAY_AUTH_MODE`` and, for a local Ray, ``BEYOND_LOOPBACK``.
     """
     check()
     from ray._private import ray_constants
@@ -95,10 +95,10 @@ def reread_environment(*, joining: bool) -> None:
 
 
 def stop_helpers(*, lean: bool) -> None:
-    """End processes of a local Ray that do nothing for us but use CPU time; ``ray.init`` has no options for that.
+    """End processes of a local Ray that are not needed and use CPU time; ``ray.init`` has no options for that.
 
-    One reads all log files ten times a second to print them in the driver, where we print none. ``lean``: also those
-    that serve a dashboard and ask an autoscaler for nodes.
+    The log monitor reads all log files ten times a second to print them in the driver, which is switched off here.
+    ``lean``: also end the dashboard and the autoscaler's monitor.
     """
     from ray._private import worker
 
@@ -109,11 +109,11 @@ def stop_helpers(*, lean: bool) -> None:
 
 @contextmanager
 def patience(limit_s: float) -> Iterator[None]:
-    """Give a start of a local Ray so long, and end it at once when its raylet has died.
+    """Within this context, a local Ray has ``limit_s`` seconds to start; it fails at once if its raylet dies.
 
-    Ray's own limit, 30 s, is a constant that a busy machine exceeds; and a raylet ends itself when its agents, two
-    Python processes, are not up within some 15 s, which Ray does not notice. Ray asks for the state of its new node
-    again and again: the first question is kept until it is answered, or never will be.
+    Ray's own limit of 30 s is a constant, too short for a busy machine. Also, a raylet ends itself if its agents (two
+    Python processes) do not start within about 15 s, and Ray does not notice. Ray polls the state of its new node by
+    `get_node`; this context replaces that function by one that waits until the node answers or its raylet is dead.
     """
     from ray._private import services
 
@@ -140,18 +140,18 @@ def patience(limit_s: float) -> Iterator[None]:
 
 
 def metrics_port(port: int | None) -> dict[str, Any]:
-    """The option of ``ray.init`` for the port of Prometheus metrics; none for any free port."""
+    """The option of ``ray.init`` for the port of Prometheus metrics; empty for any free port."""
     return {"_metrics_export_port": port} if port else {}
 
 
 def temp_folder() -> dict[str, Any]:
-    """The option of ``ray.init`` for the folder of its sessions; none where Ray's own choice will do.
+    """The option of ``ray.init`` for the folder of its sessions; empty if Ray's own choice works.
 
-    Ray's sockets lie in it, and the system takes paths of sockets up to some 100 bytes, fewer than batch systems put
-    into ``TMPDIR``. The first short one that can be written of a few folders is taken then, and a warning says so.
+    Ray's sockets are in that folder, and socket paths are limited to about 100 bytes. In batch systems ``TMPDIR`` is
+    often longer. Then the first of several folders that is short enough and writable is used, with a warning.
 
     Raises:
-        SerError: there is none.
+        SerError: no folder is suitable.
     """
     if sys.platform == "win32":
         return {}
@@ -164,20 +164,20 @@ def temp_folder() -> dict[str, Any]:
         if os.path.isabs(other) and _can_hold_sockets(other):
             if other != os.path.abspath(given):
                 warnings.warn(
-                    f"{name or 'the folder'} {given} is too long for Ray's sockets, or cannot be written: it keeps its "
-                    f"session in {other}/ray",
+                    f"{name or 'the folder'} {given} is too long for Ray's sockets, or cannot be written: Ray keeps "
+                    f"its session in {other}/ray",
                     SerWarning,
                     stacklevel=2,
                 )
             return {"_temp_dir": os.path.join(other, "ray")}
     raise SerError(
-        f"{name or 'the folder'} {given} cannot hold Ray's sockets, nor can /tmp: their paths may have {_SOCKET_BYTES} "
-        "bytes; set RAY_TMPDIR to a folder with a short name that can be written, or do without Ray (--num_cpus 0)"
+        f"{name or 'the folder'} {given} cannot hold Ray's sockets, nor can /tmp: their paths are limited to "
+        f"{_SOCKET_BYTES} bytes; set RAY_TMPDIR to a writable folder with a short name, or give --engine local"
     )
 
 
 def _can_hold_sockets(folder: str) -> bool:
-    """Whether Ray can make its sessions below a folder, with sockets whose paths the system takes."""
+    """Whether Ray can create its sessions in a folder, with socket paths short enough for the system."""
     if len(os.fsencode(folder.rstrip("/"))) + _SESSION_BYTES > _SOCKET_BYTES:
         return False
     place = Path(folder, "ray")
@@ -187,7 +187,7 @@ def _can_hold_sockets(folder: str) -> bool:
 
 
 def native_tensors(context: Any) -> None:
-    """Have Ray Data write tensors of one shape as plain pyarrow knows them."""
+    """Make Ray Data write tensors of one shape in pyarrow's own format."""
     check(_OF_DATA)
     from ray.data._internal.tensor_extensions.arrow import FixedShapeTensorFormat
 
@@ -195,17 +195,17 @@ def native_tensors(context: Any) -> None:
 
 
 class OwnPort:
-    """Where a process of Ray Serve opens its port for calls: at the node's address, which is loopback for a local Ray.
+    """Makes a process of Ray Serve open its gRPC port at the node's address only (loopback for a local Ray).
 
-    Ray Serve opens it after the deployment's constructor, on all interfaces. `install` has it opened at our address
-    instead; `check` fails once a process serves whose port was opened without us.
+    Ray Serve opens the port after the deployment's constructor, on all interfaces. `install` replaces the function that
+    opens it; `check`, called once the process serves, fails if the port was opened without that replacement.
     """
 
     def __init__(self) -> None:
         self._opened = False
 
     def install(self) -> None:
-        """Take the place of the function that opens the port.
+        """Replace the function that opens the port.
 
         Raises:
             SerError: Ray Serve has no such function, or does not use it by that name.
@@ -225,13 +225,13 @@ class OwnPort:
         replica.add_port_to_grpc_server = add_port  # type: ignore[attr-defined]
 
     def check(self) -> None:
-        """Raise SerError unless the port was opened where we want it."""
+        """Raise SerError unless the port was opened by the replaced function."""
         if not self._opened:
             raise SerError(f"Ray Serve has opened a port on all interfaces; install Ray {SUPPORTED}")
 
 
 def children() -> set[int]:
-    """Ray's processes that this one has started; none where there is no /proc."""
+    """Process ids of Ray's processes started by this one; empty on systems without /proc."""
     return {pid for pid, parent, command in _processes() if parent == os.getpid() and b"/ray/" in command}
 
 
@@ -240,10 +240,10 @@ def _raylets() -> set[int]:
 
 
 def end_at_exit(title: str) -> None:
-    """Have the workers of a local Ray that bear this title, and have done their work, gone when this process has ended.
+    """Kill a local Ray's current workers with this process title when this process exits; call it after their work.
 
-    In Ray 2.60 a worker that owns objects others still look at can block for ever in its own destructor (it publishes
-    to an event loop that is gone), and then outlives Ray. Nothing happens where there is no /proc.
+    In Ray 2.60 a worker whose objects are still watched by others can block forever in its own destructor, which
+    publishes to an event loop that no longer exists. It then outlives Ray. Does nothing on systems without /proc.
     """
     ours = children()
     _finished.update(
@@ -252,7 +252,7 @@ def end_at_exit(title: str) -> None:
 
 
 def end_finished() -> None:
-    """At exit, after Ray's own end: kill what is left of the workers that ``end_at_exit`` was told of."""
+    """At exit, after Ray's own handler: kill the remaining workers registered by ``end_at_exit``."""
     for pid, _, command in _processes():
         if _finished.get(pid) == command:
             with suppress(ProcessLookupError):
@@ -262,20 +262,20 @@ def end_finished() -> None:
 def schedule(process: int, policy: int) -> None:
     """Give all threads of a process this scheduling policy (Linux)."""
     for thread in Path(f"/proc/{process}/task").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended, or a sandbox forbids it
+        with suppress(OSError):  # the thread has just ended, or a sandbox forbids it
             os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
 
 
 def _processes() -> Iterator[tuple[int, int, bytes]]:
-    """Number, parent's number and command line of every process."""
+    """(process id, parent's id, command line) of every process."""
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # the process has just ended
             parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
             yield int(process.name), parent, (process / "cmdline").read_bytes()
 
 
 def main(tell: Callable[[str], None] = print) -> int:
-    """Say what an installed Ray lacks of the names used here; 1 when there is any."""
+    """Report which of the names used here the installed Ray lacks; returns 1 if any is missing, else 0."""
     import ray
 
     lacking = missing()

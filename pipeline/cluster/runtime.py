@@ -1,7 +1,7 @@
-"""Starting Ray quietly: one place for the switches that every Ray part of the pipeline relies on.
+"""Starts or joins Ray, with the settings that all Ray code of the project relies on.
 
-On its own, a command starts a local Ray bound to loopback with token authentication; inside ``ray job submit`` (or with
-``RAY_ADDRESS`` set) it joins that cluster. Ray's own chatter is turned down so that a job's output can be read.
+A command normally starts a local Ray, bound to loopback, with token authentication. Inside ``ray job submit``, or with
+``RAY_ADDRESS`` set, it joins that cluster. Ray's own log output is reduced, so that a job's output can be read.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # of 2 s; shorter ones cost the workers CPU time
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # default: 2 s; shorter intervals cost the workers CPU time
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_STDERR": "0",
-    "RAY_worker_niceness": "0",  # as the command itself; Ray's default, 15, starves on a busy machine
+    "RAY_worker_niceness": "0",  # same as the command; with Ray's default, 15, workers starve on a busy machine
 }
 _LEAN = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is the only node, and does not announce its end
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # not needed: this machine is the only node
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_num_workers_soft_limit": "0",  # an idle Python process wakes up 100 times a second
-    "RAY_memory_monitor_refresh_ms": "1000",  # of 250
+    "RAY_memory_monitor_refresh_ms": "1000",  # default: 250
 }
 _OBJECT_STORE_BYTES = 1 << 30
 _CLUSTER_TASKS = 256
-_START_LIMIT_S = 180.0  # an idle machine takes 3 to 5
+_START_LIMIT_S = 180.0  # an idle machine needs 3 to 5
 _TOLD_EVERY_S = 10.0
 
 
 def joins_cluster() -> bool:
-    """Whether ``start_ray`` joins a Ray that runs already."""
+    """Whether ``start_ray`` joins a running Ray, because ``RAY_ADDRESS`` is set."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
@@ -64,17 +64,17 @@ def start_ray(
     metrics_port: int | None = None,
     lean: bool = False,
 ) -> None:
-    """Start or join Ray; does nothing when this process is already connected.
+    """Start or join Ray; does nothing if this process is already connected.
 
     Args:
         num_cpus: logical CPUs of a local Ray, by default as many as this process may use. Ignored when joining.
-        object_store_bytes: cap of a local Ray's shared memory.
-        metrics_port: where a local Ray exports metrics in Prometheus' format; any free port when None.
-        lean: a local Ray without metrics, list of tasks and idle workers, for a long computation on all CPUs: what
-            Ray does beside it costs about twice its CPU time, as the threads of an operator wait for the slowest.
+        object_store_bytes: limit of a local Ray's shared memory.
+        metrics_port: port where a local Ray exports metrics in Prometheus' format; None: any free port.
+        lean: start a local Ray without metrics, task list and idle workers, for a long computation on all CPUs. CPU
+            time of Ray slows such work by about twice that time, because parallel threads wait for the slowest one.
 
     Raises:
-        SerError: the machine is too busy to bring Ray up, no folder can hold its sockets, or the cluster of
+        SerError: the machine is too busy to start Ray, no folder can hold its sockets, or the cluster of
             ``RAY_ADDRESS`` cannot be joined.
     """
     joining = joins_cluster()
@@ -86,7 +86,7 @@ def start_ray(
         make_token()
         os.environ.setdefault(ray_internals.BEYOND_LOOPBACK, "0")  # bind everything to 127.0.0.1
     if "ray" not in sys.modules:
-        atexit.register(ray_internals.end_finished)  # before Ray registers its own, to come after it
+        atexit.register(ray_internals.end_finished)  # registered before Ray's own handler, so it runs after that
     import ray
 
     if ray.is_initialized():
@@ -102,7 +102,7 @@ def start_ray(
         _join(options)
     else:
         if num_cpus is None and usable_cpus() < (os.cpu_count() or 1):
-            num_cpus = usable_cpus()  # else Ray counts, which knows the quotas of containers
+            num_cpus = usable_cpus()  # otherwise Ray counts CPUs; it respects the quotas of containers
         options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
         options |= ray_internals.metrics_port(metrics_port) | ray_internals.temp_folder()
         _start_here(options, lean)
@@ -110,17 +110,17 @@ def start_ray(
 
 
 def stop_ray() -> None:
-    """End a local Ray, or leave the cluster that was joined."""
+    """Stop a local Ray, or disconnect from the joined cluster."""
     import ray
 
     ray.shutdown()
 
 
 def _start_here(options: dict[str, Any], lean: bool) -> None:
-    """Start a local Ray, and say how long it takes where that is long; one that died on a busy machine, anew.
+    """Start a local Ray, printing the elapsed time every ten seconds; try again if a start fails on a busy machine.
 
     Raises:
-        SerError: none is up after ``_START_LIMIT_S``.
+        SerError: no start has succeeded within ``_START_LIMIT_S``.
     """
     import ray
 
@@ -131,11 +131,11 @@ def _start_here(options: dict[str, Any], lean: bool) -> None:
                 with ray_internals.patience(deadline_s - time.monotonic()):
                     ray.init(address="local", **options)
                 break
-            except Exception as error:  # Ray raises a bare Exception when its processes are not up in time
+            except Exception as error:  # Ray raises a bare Exception if its processes do not start in time
                 if "timed out" not in str(error):
                     raise
                 ray.shutdown()
-                for left in ray_internals.children() - before:  # Ray forgets those of a start that failed
+                for left in ray_internals.children() - before:  # Ray does not end the processes of a failed start
                     with suppress(ProcessLookupError):
                         os.kill(left, signal.SIGKILL)
                 if time.monotonic() > deadline_s:
@@ -150,7 +150,7 @@ def _start_here(options: dict[str, Any], lean: bool) -> None:
 
 @contextmanager
 def _said_how_long(doing: str) -> Iterator[None]:
-    """A line every ten seconds on stderr while the block runs."""
+    """Print the elapsed time to stderr every ten seconds while the block runs."""
     done, begun_s = threading.Event(), time.monotonic()
 
     def tell() -> None:
@@ -167,10 +167,10 @@ def _said_how_long(doing: str) -> Iterator[None]:
 
 
 def _yield_to_computation() -> None:
-    """Have the processes of a local Ray, and what they start, wait for their turn instead of interrupting a thread.
+    """Set the scheduling policy SCHED_BATCH (Linux) for the processes of a local Ray and those they start later.
 
-    A thread of the policy SCHED_BATCH (Linux) that wakes up does not take a CPU from one that computes: it gets a free
-    CPU, or comes next when the time slice is over. Its share of the time is the usual one, so that nothing starves.
+    A waking thread with this policy does not interrupt a computing one: it takes a free CPU, or waits for the end of
+    the time slice. It still gets its usual share of CPU time, so nothing starves.
     """
     if hasattr(os, "SCHED_BATCH"):
         for child in ray_internals.children():
@@ -178,45 +178,45 @@ def _yield_to_computation() -> None:
 
 
 def restore_priority(*, together: bool) -> None:
-    """In a worker of a local Ray: take this thread, and those it starts, out of what `_yield_to_computation` set.
+    """In a worker of a local Ray: undo `_yield_to_computation` for this thread and the threads it starts later.
 
-    ``together``: all threads of the process, as those that exchange gradients have been started before.
+    ``together``: for all threads of the process, because those that exchange gradients are already running.
     """
     if not hasattr(os, "SCHED_BATCH"):
         return
     if together:
         ray_internals.schedule(os.getpid(), os.SCHED_OTHER)
     else:
-        with suppress(OSError):  # a sandbox that forbids it forbade the other as well
+        with suppress(OSError):  # a sandbox that forbids this has also prevented the earlier change
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _join(options: dict[str, Any]) -> None:
-    """Join the cluster of ``RAY_ADDRESS``, or say in one line why that cannot be."""
+    """Join the cluster of ``RAY_ADDRESS``. Raises SerError if that fails."""
     import ray
     from ray.exceptions import AuthenticationError
 
     address = os.environ["RAY_ADDRESS"]
     if address.startswith(("http://", "https://")):
         raise SerError(
-            f"RAY_ADDRESS {address} is where jobs are submitted: put 'ser submit' before the command, or set "
-            "RAY_ADDRESS to host:6379 of the head"
+            f"RAY_ADDRESS {address} is a dashboard's URL, for submitting jobs: put 'ser submit' before the command, or "
+            "set RAY_ADDRESS to host:6379 of the head"
         )
     try:
         ray.init(**options)
     except AuthenticationError as error:
         raise SerError(
-            f"the Ray cluster at {address} wants its token; copy the head's ~/.ray/auth_token here, mode 600"
+            f"the Ray cluster at {address} requires its token; copy the head's ~/.ray/auth_token here, mode 600"
         ) from error
     except ConnectionError as error:
         raise SerError(f"no Ray cluster answers at RAY_ADDRESS {address}; start it, or unset RAY_ADDRESS") from error
 
 
 def _worker_environment() -> dict[str, str]:
-    """Variables that workers need to import this project and to stay quiet.
+    """Environment variables with which workers can import this project and log little.
 
-    In a submitted job Ray itself puts the uploaded folder on the workers' path, each node its own copy, and refuses
-    a variable that the job was submitted with.
+    In a submitted job, Ray itself adds each node's copy of the uploaded folder to the workers' path. It refuses
+    variables that were already set at submission, so these are left out.
     """
     if in_submitted_job():
         given = json.loads(os.environ[ray_internals.JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
@@ -227,10 +227,11 @@ def _worker_environment() -> dict[str, str]:
 
 
 def data_context() -> object:
-    """Ray Data's settings for this process: order kept, native tensor columns, no silent hang. Returns the context.
+    """Set Ray Data's options for this process: rows in order, native tensor columns, an error instead of a hang.
 
-    Its reservation of resources for each operator is off: while the grant for a new execution is on its way (seconds,
-    and for back-to-back executions all along) it holds a pipeline to one task at a time. ``task_pool`` bounds instead.
+    Its reservation of resources per operator is off. While a new execution waits for its grant (seconds, and the whole
+    time for back-to-back executions), the reservation would allow only one task at a time. ``task_pool`` sets the
+    limit instead. Returns the context.
     """
     from ray.data import DataContext
 
@@ -245,10 +246,10 @@ def data_context() -> object:
 
 
 def task_pool(blocks: int) -> Any:
-    """How many tasks of a stage Ray Data hands to Ray: two for each CPU, so that none waits for the driver's next turn.
+    """The number of a stage's tasks that Ray Data submits at once: two per CPU, so no CPU waits for the driver.
 
-    ``blocks`` is how many tasks there are in all. Each still occupies a CPU while it runs. On a cluster that was joined
-    some hundreds are handed over at least: tasks that wait are what makes an autoscaler bring up nodes.
+    ``blocks``: number of tasks in total. A task still occupies one CPU while it runs. On a joined cluster at least
+    ``_CLUSTER_TASKS`` are submitted, because an autoscaler adds nodes only for waiting tasks.
     """
     import ray
 

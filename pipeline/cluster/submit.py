@@ -1,13 +1,11 @@
-"""Commands as Ray jobs: submitted over HTTP to a cluster's dashboard, followed, stopped; failures in one line.
+"""Submits commands as Ray jobs over HTTP to a cluster's dashboard, follows and stops them; creates Ray's token.
 
-The token (``pipeline.cluster.submit``) goes along. Uploads are kept by their content: the same folder is uploaded
-once.
+Requests carry the token. Ray stores uploads by their content: an unchanged folder is uploaded only once.
 
-Ray's authentication token: whoever holds it can run code on the cluster, so only its owner may read it.
-
-Ray takes the token from ``RAY_AUTH_TOKEN``, else from the file ``RAY_AUTH_TOKEN_PATH``, else from
-``~/.ray/auth_token``, and writes that file readable by everybody. Here it is made before Ray would, with mode 0600. The
-token authenticates; it encrypts nothing. Ray itself is not imported: this must be in the environment before it is.
+Ray's authentication token: anybody who has it can run code on the cluster, so only its owner may read it. Ray takes the
+token from ``RAY_AUTH_TOKEN``, else from the file ``RAY_AUTH_TOKEN_PATH``, else from ``~/.ray/auth_token``, and would
+create that file readable by everybody. So it is created here first, with mode 0600. The token authenticates but does
+not encrypt. The token functions do not import Ray, because the environment must be set before Ray is imported.
 """
 
 from __future__ import annotations
@@ -29,15 +27,15 @@ _MODE, _TOKEN, _PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 def token_file() -> Path:
-    """Where the token is, when it is not in the environment itself."""
+    """Path of the token's file, used if the token is not in the environment."""
     return Path(os.environ.get(_PATH) or Path.home() / ".ray" / "auth_token")
 
 
 def make_token() -> None:
-    """Make a token of 256 bits unless there is one; take an existing file from all but its owner.
+    """Create a token of 256 bits unless there is one; make an existing file readable by its owner only.
 
-    Does nothing where authentication was switched off on purpose (``RAY_AUTH_MODE=disabled``), or the home folder
-    cannot be written: Ray then says so itself.
+    Does nothing if authentication was switched off (``RAY_AUTH_MODE=disabled``), or if the home folder cannot be
+    written: Ray then reports that itself.
     """
     if os.environ.get(_TOKEN) or os.environ.get(_MODE, "token").lower() != "token":
         return
@@ -53,7 +51,7 @@ def make_token() -> None:
 
 
 def keep_private(path: Path) -> None:
-    """Take a file's permissions from all but its owner, where that is allowed."""
+    """Make a file accessible by its owner only, if that is permitted."""
     try:
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
@@ -62,9 +60,9 @@ def keep_private(path: Path) -> None:
 
 
 def use_token() -> bool:
-    """Have a Ray that is imported later send the token to the cluster it joins; whether there is one.
+    """Make Ray, when imported later, send the token to the cluster it joins. Returns whether there is a token.
 
-    A mode that was set in the environment stays. A cluster without authentication takes no notice of a token.
+    A mode set in the environment is kept. A cluster without authentication ignores the token.
     """
     found = bool(os.environ.get(_TOKEN)) or token_file().is_file()
     if found:
@@ -74,17 +72,17 @@ def use_token() -> bool:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _API, _ADDRESS = "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"
-# Stopping a job is Ctrl-C to its command, which then says how to go on, and has a minute for it.
+# Stopping a job sends SIGINT (Ctrl-C) to its command, which has a minute to print how to continue, and to end.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 
 
 class ClusterError(SerError):
-    """A cluster that does not answer, or refuses."""
+    """A cluster does not answer, or refuses a request."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """Where a job is: ``state`` as Ray says it, ``exit_code`` of its command, None when it has none (yet)."""
+    """State of a job: ``state`` is Ray's word for it; ``exit_code`` of its command, None if there is none (yet)."""
 
     state: str
     exit_code: int | None
@@ -92,23 +90,23 @@ class JobState:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the job has ended."""
         return self.state in ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def new_name(job: str) -> str:
-    """A name for a run of ``job`` that no other one has."""
+    """A unique name for a run of ``job``."""
     return f"ser-{job}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 class JobClient:
-    """A cluster's jobs. ``client`` is a ``ray.job_submission.JobSubmissionClient``."""
+    """Access to a cluster's jobs. ``client`` is a ``ray.job_submission.JobSubmissionClient``."""
 
     def __init__(self, client: Any, address: str) -> None:
         self._client, self.address = client, address
 
     def submit(self, command: str, folder: Path, *, name: str, environment: Mapping[str, str]) -> str:
-        """Upload ``folder`` and start ``command`` in it, under a ``name`` that no other job has; returns that name.
+        """Upload ``folder`` and start ``command`` in it, under the unique ``name``; returns that name.
 
         Raises:
             ClusterError: the cluster refused.
@@ -116,11 +114,11 @@ class JobClient:
         settings = {"working_dir": str(folder), "env_vars": {**_STOP, **environment}}
         try:
             return str(self._client.submit_job(entrypoint=command, submission_id=name, runtime_env=settings))
-        except Exception as error:  # Ray raises RuntimeError, ValueError and those of requests
-            raise ClusterError(f"{self.address} did not take the job: {_first_line(error)}") from error
+        except Exception as error:  # RuntimeError and ValueError of Ray, and errors of requests
+            raise ClusterError(f"{self.address} did not accept the job: {_first_line(error)}") from error
 
     def state(self, name: str) -> JobState:
-        """Where the job is.
+        """The job's current state.
 
         Raises:
             ClusterError: no answer.
@@ -128,28 +126,28 @@ class JobClient:
         try:
             info = self._client.get_job_info(name)
         except Exception as error:
-            raise ClusterError(f"{self.address} does not tell about {name}: {_first_line(error)}") from error
+            raise ClusterError(f"{self.address} does not report on {name}: {_first_line(error)}") from error
         return JobState(str(getattr(info.status, "value", info.status)), info.driver_exit_code, info.message or "")
 
     def log(self, name: str) -> Iterator[str]:
-        """The job's output from its beginning, as it comes, until the job has ended.
+        """The job's output from its beginning, in pieces as they arrive, until the job has ended.
 
         Raises:
             ClusterError: the connection was lost.
         """
         lines = self._client.tail_job_logs(name)
-        with asyncio.Runner() as runner:  # whose Ctrl-C cancels what is waited for
+        with asyncio.Runner() as runner:  # on Ctrl-C it cancels the waiting call
             while True:
                 try:
                     text = runner.run(_next(lines))
                 except Exception as error:  # of Ray and of aiohttp
-                    raise ClusterError(f"{self.address} was lost: {_first_line(error)}") from error
+                    raise ClusterError(f"connection to {self.address} was lost: {_first_line(error)}") from error
                 if text is None:
                     return
                 yield text
 
     def stop(self, name: str) -> None:
-        """Ask the job's command to end, as Ctrl-C would.
+        """Ask the job's command to end, as with Ctrl-C.
 
         Raises:
             ClusterError: no answer.
@@ -161,13 +159,13 @@ class JobClient:
 
 
 def connect(address: str | None = None) -> JobClient:
-    """The jobs of the cluster at ``address``, by default where the environment says.
+    """Connect to the cluster at ``address``; default: the address in the environment, else ``DEFAULT_ADDRESS``.
 
     Raises:
-        ClusterError: nobody answers, or the token is missing or wrong.
+        ClusterError: no answer, or the token is missing or wrong.
     """
     where = address or os.environ.get(_API) or os.environ.get(_ADDRESS) or DEFAULT_ADDRESS
-    os.environ[_API] = where  # Ray's client believes the environment more than its argument
+    os.environ[_API] = where  # for Ray's client, the environment overrides its argument
     known = use_token()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -177,16 +175,16 @@ def connect(address: str | None = None) -> JobClient:
     try:
         return JobClient(JobSubmissionClient(where), where)
     except AuthenticationError as error:
-        what = "does not know our token" if known else "wants a token"
+        what = "rejects this machine's token" if known else "requires a token"
         raise ClusterError(f"{where} {what}; copy ~/.ray/auth_token from the cluster's head here, mode 600") from error
-    except Exception as error:  # ConnectionError, RuntimeError, those of requests
+    except Exception as error:  # ConnectionError, RuntimeError, and errors of requests
         raise ClusterError(
             f"no Ray cluster answers at {where} ({_first_line(error)}); start one (docs/cluster.md), or give --address"
         ) from error
 
 
 async def _next(lines: AsyncIterator[str]) -> str | None:
-    """The next piece, None after the last."""
+    """The next piece of output; None after the last."""
     return await anext(lines, None)
 
 

@@ -1,4 +1,4 @@
-"""Tables of recordings: manifests, labels, known corpora, splits and folds, CSV files that are safe to open.
+"""Tables of recordings: manifests, labels, known corpora, splits and folds, and safe CSV files.
 
-Not here: decoding (``audio``), and figures over answers (``evaluation``).
+Not here: decoding (``audio``), and metrics over predictions (``evaluation``).
 """

@@ -1,8 +1,7 @@
-"""A folder of labelled recordings as a manifest table.
+"""Scans a folder of labelled recordings into a manifest table.
 
-What a recording's label is, an audiofolder's metadata tell first, then its file name, where that is of a known corpus,
-then the folders that it lies in, where one is called as an emotion. Nothing else is ever taken for a label: names of
-splits, speakers and levels are none.
+A recording's label comes from the metadata of an audiofolder; else from its file name, if that is of a known corpus;
+else from a folder above it whose name is an emotion. Other names (splits, speakers, levels) are never used as labels.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ _SHOWN = 5
 class _Recording:
     path: Path
     label: str
-    corpus: Corpus | None = None  # whose file name it has
-    told: Told | None = None
-    listed: Mapping[str, str] | None = None  # what metadata tell of it
+    corpus: Corpus | None = None  # recognised by the file name
+    told: Told | None = None  # facts from the file name
+    listed: Mapping[str, str] | None = None  # its cells in an audiofolder's metadata
 
     def row(self, sexes: Mapping[str, str]) -> dict[str, str]:
-        """Its cells in a manifest."""
+        """The recording's cells in a manifest."""
         cells = {"speech": path_text(self.path), "label": self.label}
         if self.corpus and self.told:
             cells |= {name: getattr(self.told, name) for name in _COLUMNS[2:-1]} | {"corpus": self.corpus.name}
@@ -55,14 +54,14 @@ class _Recording:
 
 @dataclass
 class _Sorted:
-    """The recordings of a folder: those of a manifest, and those that are left out."""
+    """The recordings of a folder, divided into those for the manifest and those left out."""
 
     kept: list[_Recording] = field(default_factory=list)
     unknown: list[Path] = field(default_factory=list)
     left_out: dict[str, list[Path]] = field(default_factory=dict)  # reason -> recordings
 
     def leave_out(self, reason: str, recordings: Collection[_Recording]) -> None:
-        """Take recordings out of ``kept``."""
+        """Move recordings from ``kept`` to ``left_out``."""
         out = {recording.path for recording in recordings}
         self.left_out.setdefault(reason, []).extend(r.path for r in self.kept if r.path in out)
         self.kept = [recording for recording in self.kept if recording.path not in out]
@@ -77,20 +76,20 @@ def scan_folder(
     label_map: Mapping[str, str] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
-    """Manifest of a folder of labelled recordings, however nested, in order of file stem.
+    """The manifest of a folder of labelled recordings and its subfolders, sorted by file stem.
 
-    A recording that is found twice under one name of a corpus counts once, copies under changed names included.
+    If several files have the same code of a corpus (copies, also renamed ones), only one is kept.
 
     Args:
-        corpus: name of the one corpus that is wanted; None finds out.
-        songs: keep RAVDESS's songs beside its speech.
-        keep_classes: keep what is said in ways that no model here is trained to tell, as boredom.
-        label_map: as in ``read_manifest``; a folder's name that it names is a label, too.
-        tell: is given a line on each corpus found, and one on all that was left out.
+        corpus: name of the only corpus to keep; None keeps all labelled recordings.
+        songs: keep RAVDESS's songs in addition to its speech.
+        keep_classes: keep emotions that no model here is trained for, such as boredom.
+        label_map: as in ``read_manifest``; folder names that are in it count as labels, too.
+        tell: called with one line of text for each corpus found, and one for all that was left out.
 
     Raises:
-        ManifestError: no such folder, no recording in it, nothing of ``corpus``, recordings whose emotion cannot be
-            told or is told twice, or two speakers of one name.
+        ManifestError: no such folder, no recording in it, none of ``corpus``, too many recordings without a label, a
+            recording with two different labels, or one speaker name in two corpora.
     """
     if not folder.is_dir():
         raise ManifestError(f"no folder {folder}; give the folder that holds the recordings")
@@ -110,7 +109,7 @@ def scan_folder(
     if corpus is not None and not sorted_out.kept:
         raise ManifestError(
             f"nothing in {folder} is of {corpus} (as {wanted[0].example}); seen: {paths[0].name}; "
-            "leave --corpus out to find out what it is"
+            "leave --corpus out to detect the corpus"
         )
     if corpus is None:
         _refuse_unknown(sorted_out, root)
@@ -135,7 +134,7 @@ def _recording(
     row: Mapping[str, str] | None,
     label_map: Mapping[str, str] | None,
 ) -> _Recording | None:
-    """What is known of a recording; None when its label cannot be told."""
+    """A recording with its label and its facts; None if no label is found."""
     known, told = recognised(path, corpora) or (None, None)
     if row is not None:
         return _Recording(path, _checked(row["label"], path, label_map, "metadata"), known, told, row)
@@ -150,7 +149,7 @@ def _recording(
     if len(set(told_by.values())) > 1:
         both = " and ".join(f"{_text(name)} says {label}" for name, label in list(told_by.items())[:2])
         raise ManifestError(
-            f"{path_text(path)}: {both}; rename one of them, say that they mean the same with "
+            f"{path_text(path)}: {both}; rename one of them, map one to the other with "
             "--label_map given=wanted, or list the recordings in a CSV with the columns speech,label"
         )
     if not told_by:
@@ -159,21 +158,21 @@ def _recording(
 
 
 def _checked(text: str, path: Path, label_map: Mapping[str, str] | None, by: str) -> str:
-    """A label that a CSV keeps: a number would be read back as an index, ``NA`` as none."""
+    """The class name of a label. Refuses names that a CSV cannot keep: numbers (read as indices) and ``NA``."""
     label = canonical_name(text, label_map)
     if not label or label in MISSING or as_integer(label) is not None:
         raise ManifestError(
-            f"{path_text(path)}: the label {label!r} (by {by}) is no name of a class; "
-            "say what is meant with --label_map given=wanted, as 0=angry"
+            f"{path_text(path)}: the label {label!r} (by {by}) cannot be a class name; "
+            "translate it with --label_map given=wanted, for example 0=angry"
         )
     return label
 
 
 def _refuse_unknown(found: _Sorted, root: Path) -> None:
-    """Refuse to leave out what may be a class of its own, or most of what there is.
+    """Refuse unlabelled recordings that may be another class, or that are more than half of all.
 
     Raises:
-        ManifestError: what was seen, and how labels are given.
+        ManifestError: with the names seen, and how to give labels.
     """
     unknown, in_folders = found.unknown, [path for path in found.unknown if path.parent != root]
     by_folders = any(recording.told is None and recording.listed is None for recording in found.kept)
@@ -182,26 +181,26 @@ def _refuse_unknown(found: _Sorted, root: Path) -> None:
     first = (in_folders or unknown)[0]
     seen = list(dict.fromkeys(part for path in in_folders for part in path.relative_to(root).parts[:-1]))
     names = ", ".join(map(_text, seen[:_SHOWN])) + (f" and {len(seen) - _SHOWN} more" if len(seen) > _SHOWN else "")
-    folders = f"the folders {names} are no known emotions" if seen else "it lies in no folder named as an emotion"
+    folders = f"the folders {names} are no known emotions" if seen else "no folder above it is named after an emotion"
     example = _text(seen[-1]) if seen else "whistling"
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise ManifestError(
-        f"cannot tell the emotion of {_text(first.name)}{more} in {path_text(root)}: its name is of no known corpus, "
-        f"{folders}; use one folder an emotion (angry, calm, ...), say what a folder's name means with "
+        f"cannot tell the emotion of {_text(first.name)}{more} in {path_text(root)}: no known corpus has such names, "
+        f"{folders}; use one folder per emotion (angry, calm, ...), define a folder's name with "
         f"--label_map {example}=wanted, or list the recordings in a CSV with the columns speech,label"
     )
 
 
 def _leave_out(found: _Sorted, songs: bool, keep_classes: bool, label_map: Mapping[str, str] | None) -> None:
-    """Leave out copies, songs beside speech, recordings known to be broken, and classes that are nobody's target."""
+    """Leave out copies, songs beside speech, recordings known to be broken, and classes that no model here has."""
     first: dict[tuple[str, str], _Recording] = {}
     copies = []
-    for one in sorted(found.kept, key=lambda recording: len(recording.path.stem)):  # the plainest name first
+    for one in sorted(found.kept, key=lambda recording: len(recording.path.stem)):  # keeps the shortest name
         if one.corpus and one.told and first.setdefault((one.corpus.name, one.told.code), one) is not one:
             copies.append(one)
     found.leave_out("found twice", copies)
     if not songs and any(one.corpus is SPEECH for one in found.kept):
-        reason = "songs beside speech; ser manifest --songs keeps them"
+        reason = "songs in addition to speech; ser manifest --songs keeps them"
         found.leave_out(reason, [one for one in found.kept if one.corpus is SONG])
     broken = [one for one in found.kept if one.corpus and one.told and one.told.code in one.corpus.broken]
     found.leave_out("known to be broken", broken)
@@ -209,31 +208,31 @@ def _leave_out(found: _Sorted, songs: bool, keep_classes: bool, label_map: Mappi
         return
     nobodys = [one for one in found.kept if one.label in (one.corpus.left_out if one.corpus else OTHER_CLASSES)]
     for label in sorted({one.label for one in nobodys if not is_named(one.label, label_map)}):
-        reason = f"of {label}, which no model here is for; ser manifest --keep_classes keeps them"
+        reason = f"of {label}, a class of no model here; ser manifest --keep_classes keeps them"
         found.leave_out(reason, [one for one in nobodys if one.label == label])
 
 
 def _said(kept: Sequence[_Recording], sexes: Mapping[str, str]) -> Iterator[str]:
-    """A line on each corpus found, and one on what is labelled otherwise."""
+    """One line of text for each corpus found, and one for recordings labelled by folders."""
     for known in CORPORA:
         told = [one.told for one in kept if one.corpus is known and one.told]
         if told:
             speakers = {one.speaker for one in told}
             line = f"{known.name}: {_count(told)} of {len(speakers)} speakers, by names such as {known.example}"
             if not known.tried:
-                line += "; its reader is untested on the real thing"
+                line += "; its reader is untested on the real corpus"
             if known.sexes and not speakers & set(sexes):
-                line += f"; no {known.speakers_file} beside them: the column sex is empty"
+                line += f"; no {known.speakers_file} in their folder or above: the column sex is empty"
             yield line
     named = Counter(one.listed["corpus"] for one in kept if one.listed is not None and one.told is None)
     for name, count in named.items():
-        yield f"{name}: {count:,} recordings, labelled by metadata ({AUDIOFOLDER.title}; untested on the real thing)"
+        yield f"{name}: {count:,} recordings, labelled by metadata ({AUDIOFOLDER.title}; untested on a real one)"
     if folders := [one for one in kept if one.told is None and one.listed is None]:
         yield f"{_count(folders)} of no known corpus, labelled by the folders they lie in"
 
 
 def _said_left_out(found: _Sorted, scanned: FolderScan, corpus: str | None, missing: int) -> str:
-    """One line on all that was left out; empty when nothing was."""
+    """One line of text on all that was left out; "" if nothing was."""
     unknown = "whose emotion cannot be told" if corpus is None else f"not of {corpus}"
     parts = [
         f"{len(paths):,} {reason} (first: {_text(paths[0].name)})"
@@ -242,7 +241,7 @@ def _said_left_out(found: _Sorted, scanned: FolderScan, corpus: str | None, miss
         for reason, paths in ({unknown: found.unknown} | found.left_out).items()
         if paths
     ]
-    gone = f"{missing:,} that metadata name and are not there" if missing else ""
+    gone = f"{missing:,} listed in metadata that do not exist" if missing else ""
     text = ", ".join(filter(None, [*parts, gone, scanned.skipped()]))
     return f"left out: {text}" if text else ""
 
@@ -252,12 +251,12 @@ def _count(recordings: Sequence[object]) -> str:
 
 
 def _text(name: str) -> str:
-    """A file's name for a message, whatever its bytes."""
+    """A file's name for a message; undecodable bytes are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _sexes(kept: Sequence[_Recording], root: Path) -> dict[str, str]:
-    """Speaker -> sex, by a corpus' table of them beside its recordings or above, at or below ``root``."""
+    """Speaker -> sex, from a corpus' speakers file in its recordings' folders or above, up to ``root``."""
     found: dict[str, str] = {}
     for corpus in CORPORA:
         folders = {one.path.parent for one in kept if one.corpus is corpus}
@@ -270,7 +269,7 @@ def _sexes(kept: Sequence[_Recording], root: Path) -> dict[str, str]:
 
 
 def _table(kept: Sequence[_Recording], sexes: Mapping[str, str]) -> pd.DataFrame:
-    """The manifest; ``repetition`` only where a recording has one."""
+    """The manifest; the column ``repetition`` only if a recording has one."""
     table = pd.DataFrame([recording.row(sexes) for recording in kept]).fillna("")
     if "repetition" in table and not table["repetition"].any():
         table = table.drop(columns="repetition")

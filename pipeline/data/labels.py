@@ -1,11 +1,11 @@
-"""Ordered emotion label sets, the codes of known corpora, and the spellings people send.
+"""Emotion labels: class names and their indices, the codes of RAVDESS, and an alias table for other spellings.
 
 Source of the codes: Livingstone & Russo (2018), "The Ryerson Audio-Visual Database of Emotional Speech and Song
 (RAVDESS)", PLoS ONE 13(5): e0196391, table of file-name identifiers. The alias table collects the adjective and
 noun forms used by RAVDESS, TESS (``ps`` = pleasant surprise), CREMA-D (``ANG DIS FEA HAP NEU SAD``), SAVEE and EmoDB
 (``anxiety``).
 
-Class indices are positions in sorted order, nothing else: RAVDESS is angry 0 ... surprised 7.
+A class index is always the position in sorted order: for RAVDESS, angry is 0 and surprised is 7.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ RAVDESS_EMOTIONS: Mapping[str, str] = {
     "08": "surprised",
 }
 RAVDESS_LABELS: tuple[str, ...] = tuple(sorted(RAVDESS_EMOTIONS.values()))
-NO_CLASSES = ("not_speech", "silence", "uncertain")  # what an answer may be besides a class
-OTHER_CLASSES = ("boredom", "bored")  # known words for how people sound that no model here is trained to tell
+NO_CLASSES = ("not_speech", "silence", "uncertain")  # predictions that are not a class
+OTHER_CLASSES = ("boredom", "bored")  # known emotions that no model here is trained for
 
 ALIASES: Mapping[str, str] = {
     "anger": "angry",
@@ -59,11 +59,11 @@ _KNOWN = frozenset((*RAVDESS_LABELS, *OTHER_CLASSES))
 
 
 class LabelError(SerError):
-    """A label that is none of the classes."""
+    """A label is not a class, or a set of class names is invalid."""
 
 
 def normalise_name(text: str) -> str:
-    """One spelling of a label name: trimmed, lower case, inner blanks and hyphens as underscores.
+    """The normalised label name: trimmed, lower case, inner blanks and hyphens as underscores.
 
     >>> normalise_name(" Pleasant Surprise ")
     'pleasant_surprise'
@@ -72,7 +72,7 @@ def normalise_name(text: str) -> str:
 
 
 def canonical_name(text: str, label_map: Mapping[str, str] | None = None) -> str:
-    """The name a spelling stands for: what ``label_map`` makes of it, by the alias table, else the normalised text.
+    """The class name for a spelling: translated by ``label_map``, then by the alias table, else only normalised.
 
     >>> canonical_name("Fear"), canonical_name("joy", {"joy": "calm"}), canonical_name("Bored")
     ('fearful', 'calm', 'bored')
@@ -82,7 +82,7 @@ def canonical_name(text: str, label_map: Mapping[str, str] | None = None) -> str
 
 
 def emotion_of(text: str, label_map: Mapping[str, str] | None = None) -> str | None:
-    """The class that a name stands for: a known emotion, or what ``label_map`` says; None for any other name.
+    """The class for a name, if it is a known emotion or is in ``label_map``; None for any other name.
 
     >>> emotion_of("Fear"), emotion_of("bored"), emotion_of("train"), emotion_of("cough", {"cough": "cough"})
     ('fearful', 'bored', None, 'cough')
@@ -92,16 +92,16 @@ def emotion_of(text: str, label_map: Mapping[str, str] | None = None) -> str | N
 
 
 def is_named(text: str, label_map: Mapping[str, str] | None) -> bool:
-    """Whether ``label_map`` says what a name stands for."""
+    """Whether ``label_map`` has an entry for a name or its alias."""
     given = _map_key(text)
     return bool({given, ALIASES.get(given, given)} & set(label_map or ()))
 
 
 def mapped(text: str, label_map: Mapping[str, str], names: Sequence[str] = ()) -> str:
-    """What ``label_map`` (as ``parse_label_map`` gives it) wants for a label; the text itself where it says nothing.
+    """The entry of ``label_map`` (from ``parse_label_map``) for a label; the text itself if there is none.
 
-    The text as given is looked up first, then the name that it stands for, by the alias table or, an integer, by its
-    position in ``names``.
+    The text as given is looked up first. Then its standard name is: from the alias table, or for an integer, the name
+    at that index in ``names``.
 
     >>> wanted = parse_label_map("fear=sad,happy=calm,1=angry")
     >>> [mapped(text, wanted, ("angry", "calm", "happy")) for text in ("Fear", "joy", "2", "1.0", "afraid")]
@@ -130,7 +130,7 @@ def parse_label_map(text: str) -> dict[str, str]:
 
 
 def parse_label_names(text: str) -> tuple[str, ...]:
-    """``"sad, Fear"`` as ``("sad", "fearful")``: what the integers 0, 1, ... mean.
+    """``"sad, Fear"`` as ``("sad", "fearful")``: the classes of the integers 0, 1, ...
 
     Raises:
         LabelError: an empty name, one that is a number, or one given twice.
@@ -139,13 +139,13 @@ def parse_label_names(text: str) -> tuple[str, ...]:
     for name in names:
         if not name or as_integer(name) is not None or names.count(name) > 1:
             raise LabelError(
-                f"label names {text!r}: {name!r} is empty, a number or there twice; expected angry,sad,..."
+                f"label names {text!r}: {name!r} is empty, a number or given twice; expected angry,sad,..."
             )
     return names
 
 
 def chained(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
-    """The label map that does what ``first`` says and, with what comes of it, what ``second`` says.
+    """The label map with the effect of applying ``first`` and then ``second``.
 
     >>> chained({"excited": "happy"}, {"happy": "sad", "calm": "neutral"})
     {'happy': 'sad', 'calm': 'neutral', 'excited': 'sad'}
@@ -154,7 +154,7 @@ def chained(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, st
 
 
 def _map_key(text: str) -> str:
-    """One spelling of what stands on the left in a label map: ``3``, ``"03"`` and ``"3.0"`` are one integer."""
+    """The normalised key of a label map: ``"3"``, ``"03"`` and ``"3.0"`` are the same integer."""
     number = as_integer(text)
     return normalise_name(text) if number is None else str(number)
 
@@ -181,7 +181,7 @@ class LabelSet:
         found = tuple(sorted(set(names)))
         for name in set(found) & set(NO_CLASSES):
             raise LabelError(
-                f"a class cannot be called {name}: answers use that word where no class is named; give it another "
+                f'a class cannot be called {name}: predictions use that word for "no class"; give it another '
                 f"name with --label_map {name}=..."
             )
         return cls(found)
@@ -190,10 +190,10 @@ class LabelSet:
         return len(self.names)
 
     def index(self, value: str | int) -> int:
-        """Class index of a name, an alias, or a 0-based integer (``3``, ``"3"``, ``"3.0"``) that is no class's name.
+        """Class index of a name, an alias, or an index (``3``, ``"3"``, ``"3.0"``); class names come before indices.
 
         Raises:
-            LabelError: the value is no class of this set.
+            LabelError: the value is not a class of this set.
         """
         number = as_integer(value)
         if number is not None and not (isinstance(value, str) and value.strip() in self.names):
@@ -222,7 +222,7 @@ def describe(names: Sequence[str]) -> str:
 
 
 def as_integer(value: object) -> int | None:
-    """The integer that a label cell holds, or None when it is a name.
+    """The integer in a label cell, or None if it is not an integer.
 
     >>> as_integer("3"), as_integer(3.0), as_integer("3.5"), as_integer("sad")
     (3, 3, None, None)

@@ -1,13 +1,12 @@
-"""Recordings as a manifest table: from a folder, a CSV, or a DataFrame.
+"""The manifest, a table of recordings, from a folder, a CSV, or a DataFrame.
 
-A manifest has one row a recording: ``speech`` (path), ``label`` (a class name; absent when only scoring), and, when
-known, ``speaker sex intensity statement corpus split``; every further column is kept untouched. Folders are scanned by
-``pipeline.data.folder``, the cells of a file read by ``tables``, recordings divided by ``splits``.
+A manifest has one row per recording: ``speech`` (path), ``label`` (a class name; may be absent for scoring), and if
+known ``speaker sex intensity statement corpus split``. All other columns are kept unchanged. Folders are scanned by
+``pipeline.data.folder``, table files are read by ``tables``, recordings are divided by ``splits``.
 
-A label is a name, a spelling of one, or an integer, which means only what somebody says. With a model, integers are
-indices of its classes; with ``--label_names``, of those; else a class is called by its integer. Where files are named
-by the code of a known corpus, or a second column tells the class in words, and that names another class than the
-integer does, the integers follow another order: the table is refused.
+A label is a class name, an alias of one, or an integer. With a model, integers are indices of its classes; with
+``--label_names``, of those names; otherwise the integer itself becomes the class name. If file names of a known corpus,
+or a second column with class names, contradict the integers, their order must be different: the table is refused.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Meaning:
-    """What labels are translated with.
+    """How labels are translated to class names.
 
     Attributes:
-        label_map: given text, or the name that it stands for -> wanted name, see ``labels.mapped``.
-        labels: the classes of a model, which integers index and names must be among.
-        label_names: what integers index where there is no model, in any order.
+        label_map: label as given, or its standard name -> wanted name, see ``labels.mapped``.
+        labels: the classes of a model; integers are their indices, and every name must be one of them.
+        label_names: without a model, the names that integers are indices of, in any order.
     """
 
     label_map: Mapping[str, str] = field(default_factory=dict)
@@ -55,14 +54,14 @@ class Meaning:
 
     @property
     def by_index(self) -> Sequence[str] | None:
-        """The name of each integer."""
+        """The names that integers are indices of; None if there are none."""
         return self.labels if self.labels is not None else self.label_names
 
     def name(self, wanted: str) -> str:
-        """The class of a label that is no integer, or the name of one.
+        """The class of a label that is a name.
 
         Raises:
-            LabelError: no class is called so.
+            LabelError: there is no such class.
         """
         if self.labels is not None:
             known = LabelSet(tuple(self.labels))
@@ -76,16 +75,16 @@ class Meaning:
         return name
 
     def of_integer(self, number: int) -> str:
-        """The class that an integer stands for.
+        """The class of a label that is an integer.
 
         Raises:
-            LabelError: none.
+            LabelError: there is no such class.
         """
         names = self.by_index
         if (names is None and number >= 0) or (self.labels and str(number) in self.labels):
             return str(number)
         if self.labels and all(str(as_integer(name)) == name for name in self.labels):
-            raise LabelError(f"label {number} is none of the classes, which are called {', '.join(self.labels)}")
+            raise LabelError(f"label {number} is not one of the classes, which are {', '.join(self.labels)}")
         if names is not None and 0 <= number < len(names):
             return names[number]
         expected = f"outside 0..{len(names) - 1}; the classes are {describe(names)}" if names else "below 0"
@@ -104,12 +103,12 @@ def class_names(
 
     Args:
         required: whether a missing label is an error.
-        where: how messages call a row.
-        tell: is given a line on what integers were taken for.
+        where: row number -> its name in messages.
+        tell: called with one line of text on the meaning of integer labels.
 
     Raises:
-        LabelError: a label that is no class, names beside integers that have none, or integers that the table's own
-            words or file names contradict.
+        LabelError: a label that is not a class, names mixed with integers that have no names, or integers that
+            contradict the table's class-name column or file names.
     """
     texts = _texts(table["label"], meaning)
     names: list[str | None] = []
@@ -136,7 +135,7 @@ def class_names(
         first = next(iter(integers))
         if meaning.by_index is None and named >= 0:
             raise LabelError(
-                f"{where(first)}: the label {texts[first]} is an integer, that of {where(named)} is {texts[named]!r}; "
+                f"{where(first)}: the label {texts[first]} is an integer, but {where(named)} has {texts[named]!r}; "
                 f"say which class each integer is, with --label_map {integers[first]}=wanted,..."
             )
         _compare(table, integers, names, meaning, where, tell)
@@ -144,7 +143,7 @@ def class_names(
 
 
 def _texts(cells: pd.Series, meaning: Meaning) -> list[str]:
-    """The labels as text; empty where a cell holds what tables write for a missing one, unless that is a class."""
+    """The labels as text; "" for cells that mean "missing" (``MISSING``), unless a class has that name."""
     named = {*(meaning.by_index or ()), *meaning.label_map}
     texts = ["" if cell is None or cell is pd.NA or cell != cell else str(cell).strip() for cell in cells]
     return ["" if t.lower() in MISSING and not named & {t, normalise_name(t)} else t for t in texts]
@@ -158,7 +157,7 @@ def _compare(
     where: Callable[[int], str],
     tell: Callable[[str], None] | None,
 ) -> None:
-    """Hold integers against what else the table tells of their rows, and tell what they were taken for."""
+    """Check integer labels against class names elsewhere in their rows; report the meaning of the integers."""
     told = _told(table, integers, meaning.label_map)
     say: dict[int, set[str]] = {number: set() for number in sorted(set(integers.values()))}
     for row, (name, _) in told.items():
@@ -170,8 +169,8 @@ def _compare(
             if name in meaning.by_index and name != names[row]:
                 advice = ",".join(pairs) or f"{integers[row]}=wanted,..."
                 raise LabelError(
-                    f"{where(row)}: label {integers[row]} is taken for {names[row]} ({describe(meaning.by_index)}), "
-                    f"but {by} says {name}; say what the integers mean with --label_map {advice}"
+                    f"{where(row)}: label {integers[row]} means {names[row]} ({describe(meaning.by_index)}), "
+                    f"but {by} says {name}; define the integers with --label_map {advice}"
                 )
     if tell is None:
         return
@@ -181,12 +180,12 @@ def _compare(
         return
     called = list(map(str, say))
     shown = ", ".join(called[:_SHOWN]) + (f" and {len(called) - _SHOWN} more" if len(called) > _SHOWN else "")
-    hint = f"--label_map {','.join(pairs)}, as the table says," if pairs else "--label_names NAME,NAME,..."
-    tell(f"labels are integers: the classes are called {shown}; {hint} gives them names")
+    hint = f"--label_map {','.join(pairs)} (from the table)" if pairs else "--label_names NAME,NAME,..."
+    tell(f"labels are integers: the classes are named {shown}; to name them, give {hint}")
 
 
 def _told(table: pd.DataFrame, rows: Mapping[int, int], label_map: Mapping[str, str]) -> dict[int, tuple[str, str]]:
-    """Row -> (class, what says so) by a column of words, else by a file name of a known corpus."""
+    """Row -> (class, its source) from a column of class names, else from a file name of a known corpus."""
     words = [column for column in table.columns if str(column).strip().lower() in WORDS]
     told: dict[int, tuple[str, str]] = {}
     for row in rows:
@@ -215,20 +214,21 @@ def read_manifest(
     require_labels: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
-    """Manifest in a table file: CSV, tab separated, JSON Lines or a list of paths, see ``pipeline.data.tables``.
+    """The manifest from a table file: CSV, tab-separated, JSON Lines or a list of paths, see ``pipeline.data.tables``.
 
     Args:
         root: folder that relative paths start from; the CSV's own folder by default. Relative paths may leave the
             CSV's folder, but not an explicit ``root``.
-        label_map: given text, or the name that it stands for -> wanted name, see ``labels.mapped``.
-        labels: class names of a model, which integer labels index and names must be among; by default the names found.
-        label_names: what integer labels index, in any order, where there is no model; by default a class is called
-            by its integer.
-        tell: is given a line on what integers were taken for.
+        label_map: label as given, or its standard name -> wanted name, see ``labels.mapped``.
+        labels: class names of a model; integer labels are their indices, and every name must be one of them. By
+            default the classes are the names found.
+        label_names: without a model, the names that integer labels are indices of, in any order; by default the
+            integer itself becomes the class name.
+        tell: called with lines of text on the encoding, the segments and the meaning of integer labels.
 
     Raises:
         ManifestError: no such file, no path column, no label column though required, no rows, a path outside ``root``.
-        LabelError: a label outside ``labels``, or integers that the table itself contradicts.
+        LabelError: a label outside ``labels``, or integers that other cells of the table contradict.
     """
     table, lines = read_cells(csv_path, root, tell)
     if root is not None and not root.is_dir():
@@ -260,12 +260,12 @@ def from_dataframe(
     source: str = "the table",
     lines: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """Manifest from a table that has a path column (``speech`` or one of its names) and perhaps labels.
+    """The manifest from a table with a path column (``speech`` or another of ``PATH_NAMES``) and optional labels.
 
     Columns such as ``start,end`` select a part of the recording (``pipeline.data.segments``).
 
-    Arguments and errors as ``read_manifest``; ``fenced`` refuses relative paths that leave ``root``. ``lines`` of the
-    file that the rows begin in are for messages, which count rows without.
+    Arguments and errors as for ``read_manifest``. ``fenced`` refuses relative paths that leave ``root``. ``lines``: the
+    line of the file where each row begins, for messages; without it, messages give row numbers.
     """
 
     def where(row: int) -> str:
@@ -289,10 +289,10 @@ def from_dataframe(
 
 
 def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "the table") -> str:
-    """Absolute path of a manifest cell; back-slashes of Windows paths and blanks around a path are understood.
+    """The absolute path in a manifest cell; accepts Windows backslashes and blanks around a path. URLs are unchanged.
 
     Raises:
-        ManifestError: an empty cell, a ``file://`` URI of no absolute path, or (``fenced``) a relative path that
+        ManifestError: an empty cell, a ``file://`` URI without an absolute path, or (``fenced``) a relative path that
             leaves ``root``.
     """
     text = "" if cell is None or cell is pd.NA or cell != cell else str(cell)
@@ -303,7 +303,7 @@ def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "t
     if text.startswith("file://") and not text.startswith(("file:///", "file://localhost/")):
         raise ManifestError(f"{where}: {text!r} is not absolute; write file:///folder/name.wav, or the path alone")
     if text.startswith("file://") or is_remote(text) or is_address(text):
-        return text  # an address becomes a row that says so
+        return text  # a URL that is not fetched becomes a row with status and error
     path = Path(text)
     if "\\" in text and not _exists(root / path):
         path = Path(PureWindowsPath(text).as_posix())
@@ -318,7 +318,7 @@ def resolve_path(cell: object, root: Path, fenced: bool = False, where: str = "t
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is such a file; a name that is too long for one is none."""
+    """Whether the file exists; False for a name too long for the file system."""
     try:
         return path.exists()
     except OSError:
@@ -331,13 +331,13 @@ def label_set(table: pd.DataFrame) -> LabelSet:
 
 
 def label_counts(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, int]:
-    """Recordings a class, in label order; classes without any count 0."""
+    """Number of recordings per class, in the order of ``labels``; 0 for classes without any."""
     counts = table["label"].value_counts()
     return {name: int(counts.get(name, 0)) for name in labels}
 
 
 def _renamed(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """A copy whose path and label columns have their canonical names, and no capitals in those that parts go by."""
+    """A copy with the canonical names ``speech``, ``label``, ``speaker`` and ``split`` for these columns."""
     table = table.reset_index(drop=True).copy()
     lower = [str(column).strip().lower() for column in table.columns]
     known = {"speech": PATH_NAMES, "label": LABEL_NAMES, "speaker": ("speaker",), "split": ("split",)}

@@ -1,9 +1,10 @@
-"""Rows that name a part of a recording: ``start`` and ``end`` as people and programs write them, and what follows.
+"""Segments: table rows that select a part of a recording by ``start`` and ``end``, in many common spellings.
 
-A segment is a recording of its own: its id, its content hash and its answers are those of a file cut out there.
+A segment is treated like a file cut out at these times: it has its own id, content hash and predictions.
 Sources of the spellings: audformat's segmented index (``file,start,end``, pandas timedeltas, NaT for the end), NeMo's
 manifests (``offset,duration``), AudioSet (``start_seconds``), DCASE (``onset,offset``), SubRip (``00:16:16,059``).
-Limits: a time alone is no segment; a clock time is taken for a time in the recording, which then does not reach it.
+Limits: a start without an end (or the reverse) selects nothing. A time of day is read as a time in the recording, and
+then mostly lies past its end.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ HASH_COLUMN = "content_hash"
 RECORDING_HASH = "recording_hash"  # of the whole recording that a segment is of
 WHOLE = (0.0, np.inf)
 _MARGIN_S = 0.01  # segments that share less do not overlap
-_MARKS = (  # names without underscores, blanks and capitals, and the seconds in one of them
+_MARKS = (  # names of start and end (lower case, no underscores, blanks, hyphens), and their unit in seconds
     *(("segmentstarts", "segmentends", 1.0), ("starts", "ends", 1.0), ("start", "end", 1.0)),
     *(("starttime", "endtime", 1.0), ("startsec", "endsec", 1.0), ("startseconds", "endseconds", 1.0)),
     *(("starttimeseconds", "endtimeseconds", 1.0), ("startms", "endms", 0.001), ("begin", "end", 1.0)),
     *(("begintime", "endtime", 1.0), ("onset", "offset", 1.0)),
 )
 _LENGTHS = (("offset", "duration"), ("start", "duration"), ("starts", "durations"), ("onset", "duration"))
-_OURS = ("predicted", "confidence")  # columns of our answers, whose times were asked for by nobody
+_OURS = ("predicted", "confidence")  # columns of a predictions table, whose times select no segments
 _DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?[./]\d\d?[./]\d{2,4}")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:[.,]\d*)?)")
 
@@ -44,13 +45,14 @@ _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:[.,]\d*)?)")
 def with_segments(
     table: pd.DataFrame, where: Callable[[int], str], tell: Callable[[str], None] | None = None
 ) -> pd.DataFrame:
-    """The table with ``START`` and ``END`` as float64, where its columns select parts of recordings.
+    """The table with the columns ``START`` and ``END`` (float64 seconds) if it has columns that select segments.
 
     Args:
-        where: how messages call a row; tell: is given a line on what was taken for a segment, and what was not.
+        where: row number -> its name in messages.
+        tell: called with one line of text on which columns select segments, or why some do not.
 
     Raises:
-        ManifestError: a cell that holds no time.
+        ManifestError: a cell that is not a time.
     """
     say = tell or (lambda _: None)
     names = {re.sub(r"[\s_-]", "", str(name).lower()): str(name) for name in reversed(table.columns)}
@@ -58,11 +60,11 @@ def with_segments(
     found = found or next(((names[a], names[b], 1.0, True) for a, b in _LENGTHS if a in names and b in names), None)
     if found is None:
         if alone := [names[name] for mark in _MARKS for name in mark[:2] if name in names and name != "offset"]:
-            say(f"the column {alone[0]} alone selects no segments: those need start and end; whole recordings are read")
+            say(f"the column {alone[0]} alone selects no segments: they need start and end; whole recordings are read")
         return table
     start, end, unit, by_length = found
     if start != START and set(_OURS) <= set(names):
-        say(f"{start} and {end} are those of answers and select no segments; without the column predicted they would")
+        say(f"{start} and {end} belong to predictions and select no segments; remove the column predicted to use them")
         return table
     if all(_DATE.match(str(cell).strip()) for cell in table[start]):
         say(f"{start} holds dates, not times in a recording: whole recordings are read")
@@ -82,7 +84,7 @@ def with_segments(
 
 
 def _time(cell: object, unit: float, where: str) -> float:
-    """Seconds of a cell; NaN of an empty one. ``unit``: seconds in one of a plain number."""
+    """The time in a cell, in seconds; NaN if it is empty. ``unit``: factor to seconds for a plain number."""
     import pandas as pd
 
     if isinstance(cell, (dt.timedelta, np.timedelta64)):
@@ -105,18 +107,18 @@ def _time(cell: object, unit: float, where: str) -> float:
         return float(pd.Timedelta(text).total_seconds())
     except ValueError as error:
         raise ManifestError(
-            f"{where}: {text[:40]!r} is no time in a recording; expected seconds (3.5) or 0 days 00:00:03.5, or "
-            "another name for the column where it is about something else"
+            f"{where}: {text[:40]!r} is not a time in a recording; expected seconds (3.5) or 0 days 00:00:03.5; "
+            "if the column means something else, rename it"
         ) from error
 
 
 def has_segments(table: pd.DataFrame) -> bool:
-    """Whether rows of the table may be parts of recordings."""
+    """Whether the table has segment columns."""
     return START in table.columns and END in table.columns
 
 
 def bounds(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Start and end of each row in its recording, in seconds, (n,) each; 0 and infinity of whole recordings."""
+    """Start and end of each row in its recording, in seconds, (n,) each; 0 and infinity for whole recordings."""
     import pandas as pd
 
     if not has_segments(table):
@@ -126,23 +128,23 @@ def bounds(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64
 
 
 def source_at(speech: str, start_s: float, end_s: float) -> AudioSource:
-    """What ``audio`` reads of a row, as ``remote.source_of`` does; times as ``bounds`` gives them.
+    """The source of a row for ``pipeline.audio``: ``files.source_of``, or a segment of it; times as from ``bounds``.
 
     Raises:
-        AudioError: an object that cannot be fetched.
+        AudioError: a remote object that cannot be fetched.
     """
     return source_of(speech) if (start_s, end_s) == WHOLE else Segment(source_of(speech), start_s, end_s)
 
 
 def place_of(table: pd.DataFrame) -> pd.Series:
-    """What each row is of, to compare rows by (n,): path, start, end."""
+    """(path, start, end) of each row (n,), as a key to compare rows."""
     import pandas as pd
 
     return pd.Series(list(zip(table["speech"], *bounds(table), strict=True)), index=table.index, dtype=object)
 
 
 def ids(table: pd.DataFrame) -> pd.Series:
-    """The id of each row (n,): its file's stem, and the bounds of a segment."""
+    """The id of each row (n,): its file's stem, followed by the times of a segment."""
     import pandas as pd
 
     stems = [Path(str(path)).stem for path in table["speech"]]
@@ -159,9 +161,9 @@ def _short(seconds: float) -> str:
 
 
 def shares_sound(table: pd.DataFrame, other: pd.DataFrame) -> NDArray[np.bool_]:
-    """Whether each row of the table shares a part of a recording with any row of the other, (n,).
+    """Whether each row of the table overlaps any row of the other in the same recording, (n,).
 
-    Both as ``recordings_of`` names their recordings; rows of unknown ones share nothing.
+    Recordings are compared by ``recordings_of``; rows of unknown recordings overlap nothing.
     """
     import pandas as pd
 
@@ -178,7 +180,7 @@ def shares_sound(table: pd.DataFrame, other: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def recordings_of(table: pd.DataFrame) -> list[str]:
-    """The whole recording of each row (n,), by its content; "" where that is not known."""
+    """The content hash of each row's whole recording (n,); "" if it is not known."""
     import pandas as pd
 
     hashes = table.get(HASH_COLUMN, pd.Series("", index=table.index)).fillna("").astype(str)
@@ -187,7 +189,7 @@ def recordings_of(table: pd.DataFrame) -> list[str]:
 
 
 def stretches(table: pd.DataFrame) -> list[tuple[str, int]]:
-    """(recording, number) of each row (n,), the same for rows of one recording that overlap, and for chains of such."""
+    """(recording, number) of each row (n,); equal for rows of a recording that overlap directly or through others."""
     import pandas as pd
 
     starts, ends = bounds(table)
@@ -205,7 +207,7 @@ def stretches(table: pd.DataFrame) -> list[tuple[str, int]]:
 
 
 def joined(names: Sequence[str], others: Sequence[str]) -> list[str]:
-    """A name a row, the same for rows that share one of ``names`` or of ``others``, and for chains of such."""
+    """A group name per row (n,), shared by rows that are linked by equal entries in ``names`` or ``others``."""
     leader: dict[tuple[int, str], tuple[int, str]] = {}
 
     def lead(name: tuple[int, str]) -> tuple[int, str]:

@@ -1,17 +1,15 @@
-"""Which recordings train and which test: stratified and speaker-disjoint splits, content hashes, the leak check.
+"""Divides a manifest into training, inner validation and test parts; also content hashes and the leak check.
 
-Rows are put in order of file stem before any random choice, so that a split depends on the recordings' names and the
-seed alone, not on folders or formats. Recordings with the same content (decoded samples, rate, channels) are one unit:
-they fall on one side together. Stratified splitting is scikit-learn's ``StratifiedShuffleSplit`` over such units.
+Rows are sorted by file stem before any random choice. So a split depends only on the recordings' names and the seed,
+not on folders or formats. Recordings with the same content (decoded samples, rate, channels) always go to the same
+part. Stratified splits are scikit-learn's ``StratifiedShuffleSplit`` over such groups of equal content.
 
-Evaluation protocols as folds: each a training, an inner validation and a test part of one manifest.
-
-``holdout`` is the one stratified split of ``splits.split_table``; ``kfold`` is stratified k-fold over recordings (every
-recording is tested once, by a model that has heard the same speakers); ``speaker_kfold``, ``loso`` (leave one speaker
-out) and ``loco`` (leave one family of corpora out) test on speakers that the model has never heard. Recordings with
-the same content are one unit. Folds are scikit-learn's ``StratifiedKFold`` and ``StratifiedGroupKFold``, one a speaker
-(``loso``) or a family (``loco``), or given by a table; in ``speaker_kfold`` of several families each fold gets its
-share of every family's speakers.
+Evaluation protocols as folds, each with a training, an inner validation and a test part:
+``holdout`` is one split of ``split_table``. ``kfold`` is stratified k-fold over recordings: each is tested once, by a
+model trained on other recordings of the same speakers. ``speaker_kfold``, ``loso`` (leave one speaker out) and
+``loco`` (leave one family of corpora out) test on speakers that are not in the training parts. Folds are scikit-learn's
+``StratifiedKFold`` and ``StratifiedGroupKFold``, one per speaker (``loso``) or family (``loco``), or given by a table.
+With several families, ``speaker_kfold`` gives each fold its share of every family's speakers.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ SPLITS = ("train", "inner_val", "test")
 
 
 def by_stem(table: pd.DataFrame) -> pd.DataFrame:
-    """The table in order of file stem (then label, then path, then place in it), with a fresh index."""
+    """The table sorted by file stem, then label, path, and segment; with a new index."""
     stems = [Path(str(p)).stem for p in table["speech"]]
     places = list(zip(*bounds(table), strict=True))
     order = sorted(
@@ -69,16 +67,16 @@ def split_table(
 
     Args:
         test_size: share of all recordings (or speakers) held out for the one final test.
-        inner_val: share of the rest on which epochs and settings are chosen; 0 leaves that part empty.
-        by: ``random`` (stratified by class) or ``speaker`` (whole speakers, no voice in two parts).
+        inner_val: share of the rest for choosing epochs and settings; 0 leaves that part empty.
+        by: ``random`` (stratified by class) or ``speaker`` (no speaker in two parts).
         seed: random state of both choices.
 
-    A ``split`` column whose cells are train, inner_val (or val, validation) and test is used as it stands; where it
-    names no inner_val rows, they are drawn from its train rows, and with ``inner_val`` 0 those it names join them.
+    A ``split`` column with the cells train, inner_val (or val, valid, validation, dev) and test is used as given. If it
+    has no inner_val rows, these are drawn from its train rows. With ``inner_val`` 0, its inner_val rows become train.
 
     Raises:
         ManifestError: too few recordings of a class, no speaker column, an unknown name in the split column, or, by
-            ``speaker``, a voice in two of its parts.
+            ``speaker``, a speaker in two parts of a given split.
     """
     table = by_stem(table)
     if "split" in table.columns and table["split"].astype(str).str.strip().any():
@@ -103,26 +101,26 @@ def _given_split(table: pd.DataFrame, inner_val: float, by: str, seed: int) -> d
     elif parts["inner_val"].empty:
         parts["train"], parts["inner_val"] = divide(parts["train"], inner_val, by, seed, "inner validation")
     if by == "speaker":
-        _refuse_shared_voices(parts)
+        _refuse_shared_speakers(parts)
     return parts
 
 
-def _refuse_shared_voices(parts: Mapping[str, pd.DataFrame]) -> None:
+def _refuse_shared_speakers(parts: Mapping[str, pd.DataFrame]) -> None:
     table = pd.concat([part.assign(split=name) for name, part in parts.items()])
     _require_speakers(table)
     for speaker, names in table.groupby("speaker")["split"].unique().items():
         if len(names) > 1:
             raise ManifestError(
                 f"the given split has speaker {speaker} in the {names[0]} and the {names[1]} part; "
-                "put a voice into one part, or leave --split speaker out"
+                "put each speaker into one part, or leave --split speaker out"
             )
 
 
 def divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(the larger part, the held-out part) of ``table``.
+    """(the rest, the held-out ``share``) of ``table``; ``what`` names the held-out part in messages.
 
     Raises:
-        ManifestError: a share outside 0..1, or too few recordings or speakers for it.
+        ManifestError: a share below 0 or from 1 on, or too few recordings or speakers for it.
     """
     if not 0 <= share < 1:
         raise ManifestError(f"the share of the {what} part must be at least 0 and below 1, got {share}")
@@ -133,7 +131,7 @@ def divide(table: pd.DataFrame, share: float, by: str, seed: int, what: str) -> 
 
 
 def _held_stratified(table: pd.DataFrame, share: float, seed: int, what: str) -> np.ndarray:
-    from sklearn.model_selection import StratifiedShuffleSplit  # takes seconds to import; most commands draw no split
+    from sklearn.model_selection import StratifiedShuffleSplit  # takes seconds to import; few commands need it
 
     unit = units_of(table)
     first = ~pd.Series(unit).duplicated().to_numpy()
@@ -147,9 +145,10 @@ def _held_stratified(table: pd.DataFrame, share: float, seed: int, what: str) ->
 
 
 def units_of(table: pd.DataFrame) -> np.ndarray:
-    """What must stay together, a name a row: the content hash, or the row itself where there is none.
+    """A group name for each row (n,); rows of one group must go into the same part.
 
-    Segments that overlap stay together, too, and so do copies of one.
+    Rows with the same content hash form a group; a row without hash is its own group. Overlapping segments of one
+    recording are in one group, and so are copies of a segment.
     """
     hashes = table[HASH_COLUMN] if HASH_COLUMN in table.columns else pd.Series("", index=table.index)
     names = [h if isinstance(h, str) and h else f"row {i}" for i, h in enumerate(hashes)]
@@ -182,12 +181,13 @@ def _held_speakers(table: pd.DataFrame, share: float, seed: int, what: str) -> n
 
 
 def add_hashes(table: pd.DataFrame, *, known: pd.Series | None = None, threads: int = 2) -> pd.DataFrame:
-    """The table with ``content_hash``: sha256 of the decoded recording or segment, empty where it cannot be read.
+    """The table with ``content_hash``: sha256 of the decoded recording or segment, "" if it cannot be read.
 
-    A table with segments gets ``recording_hash``, too: that of the whole recording.
+    A table with segments also gets ``recording_hash``, that of the whole recording.
 
     Args:
-        known: hashes of the rows, as ``shard_folder.known_hashes`` finds them; only where empty is a recording decoded.
+        known: hashes of the rows, from ``features.store.known_hashes``; only rows with "" are decoded.
+        threads: number of recordings decoded at the same time.
     """
     hashes = [""] * len(table) if known is None else list(known)
     places = list(zip(table["speech"], *bounds(table), strict=True))
@@ -210,28 +210,28 @@ def _hash_or_empty(path: str, *place: float) -> str:
 
 
 def unknown_content(table: pd.DataFrame) -> str | None:
-    """What to say when recordings to be split have no ``content_hash``; None when all have one."""
+    """A warning about recordings without ``content_hash``; None if all have one."""
     unknown = table.loc[table[HASH_COLUMN] == "", "speech"]
     if unknown.empty:
         return None
     return (
-        f"{len(unknown)} of {len(table)} recordings cannot be read any more, as {unknown.iloc[0]}: copies of one "
-        "recording may fall into different parts, and the parts may differ from those of other runs"
+        f"{len(unknown)} of {len(table)} recordings cannot be read any more, first {unknown.iloc[0]}: copies of one "
+        "recording may be in different parts, and the parts may differ from those of other runs"
     )
 
 
 def duplicates_in(table: pd.DataFrame) -> list[list[str]]:
-    """Paths of recordings that share their content, a list a group; needs ``content_hash``."""
+    """Paths of recordings with equal content, one list per group; needs ``content_hash``."""
     known = table[table[HASH_COLUMN] != ""]
     groups = known.groupby(HASH_COLUMN)["speech"].agg(list)
     return [paths for paths in groups if len(paths) > 1]
 
 
 def check_disjoint(parts: Mapping[str, pd.DataFrame]) -> None:
-    """Refuse splits of which two hold the same recording, or sound of it (by content, or by path without hashes).
+    """Refuse parts that share a recording or overlapping segments, compared by content, or by path without hashes.
 
     Raises:
-        ManifestError: names one recording and both parts.
+        ManifestError: with one shared recording and both parts.
     """
     table = pd.concat([part.assign(_part=name) for name, part in parts.items()], ignore_index=True)
     owner: dict[str, tuple[str, str]] = {}
@@ -247,15 +247,14 @@ def check_disjoint(parts: Mapping[str, pd.DataFrame]) -> None:
 
 
 def used_in_training(training: pd.DataFrame) -> pd.DataFrame:
-    """The ``training`` rows of a bundle that it has learnt from or was chosen by."""
+    """The ``training`` rows of a bundle that were used to train it or to choose its epoch and settings."""
     return training[training["split"] != "test"] if "split" in training.columns else training
 
 
 def leaked(table: pd.DataFrame, training: pd.DataFrame) -> pd.Series:
-    """True for each row that a bundle's ``training`` rows hold as well.
+    """True for each row whose recording, or an overlapping part of it, a bundle was trained or chosen on.
 
-    Recordings are compared by content (``content_hash``); where that of either side is unknown, by file stem. A row
-    that shares a part of a recording with one of ``training`` counts: a segment of it, or the whole of it.
+    Recordings are compared by content (``content_hash``), or by file stem if the hash of either side is unknown.
     """
     if HASH_COLUMN not in training.columns or training.empty:
         return pd.Series(False, index=table.index)
@@ -272,12 +271,12 @@ def leaked(table: pd.DataFrame, training: pd.DataFrame) -> pd.Series:
 
 UNSEEN_SPEAKERS = ("speaker_kfold", "loso", "loco")
 PROTOCOLS = ("holdout", "kfold", *UNSEEN_SPEAKERS)
-TAKE = ("speaker", "label", "statement", "intensity")  # what two repetitions of one performance share
+TAKE = ("speaker", "label", "statement", "intensity")  # equal in all repetitions of one performance
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One model to train, and what it is tested on."""
+    """The data of one model: its training parts and its test part."""
 
     name: str
     splits: dict[str, pd.DataFrame]  # train, inner_val, test
@@ -296,18 +295,18 @@ def folds_of(
     """The folds of a labelled manifest.
 
     Args:
-        folds: how many, for ``kfold`` and ``speaker_kfold``.
+        folds: number of folds, for ``kfold`` and ``speaker_kfold``.
         test_size: share held out, for ``holdout``.
-        inner_val: share of each fold's training recordings (or speakers) that chooses the epoch; 0: none.
+        inner_val: share of each fold's training recordings (or speakers) used to choose the epoch; 0: none.
         assigned: fold of each row of ``table`` (see ``assignment``), instead of a random choice; rows without one are
-            left out.
+            left out. Ignored by ``holdout``, ``loso`` and ``loco``.
 
     Raises:
-        ManifestError: an unknown protocol, too few recordings or speakers, or a speaker or recording in two folds that
-            must not be.
+        ManifestError: an unknown protocol, too few recordings or speakers, a recording in two folds, or a speaker in
+            two folds of a protocol that tests on unseen speakers.
     """
     if protocol not in PROTOCOLS:
-        raise ManifestError(f"unknown protocol {protocol!r}; choose of {', '.join(PROTOCOLS)}")
+        raise ManifestError(f"unknown protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
     unseen = protocol in UNSEEN_SPEAKERS
     if unseen and not has_speakers(table):
         raise ManifestError(f"--protocol {protocol} needs a speaker for every recording; add the column speaker")
@@ -326,7 +325,7 @@ def folds_of(
         _refuse_split_speakers(table, fold_of)
     names = sorted(set(fold_of), key=lambda name: (len(name), name))
     if len(names) < 2:
-        raise ManifestError(f"--protocol {protocol} needs at least 2 folds, the recordings make {len(names)}")
+        raise ManifestError(f"--protocol {protocol} needs at least 2 folds, the recordings give {len(names)}")
     return [_fold(table, fold_of == name, name, inner_val, by, seed) for name in names]
 
 
@@ -338,7 +337,7 @@ def _fold(table: pd.DataFrame, tested: np.ndarray, name: str, inner_val: float, 
 
 
 def _drawn(table: pd.DataFrame, protocol: str, folds: int, seed: int) -> np.ndarray:
-    """Name of the fold that each row is tested in."""
+    """Name of the fold in which each row is tested, (n,)."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes seconds to import
 
     if protocol == "loso":
@@ -365,7 +364,7 @@ def _drawn(table: pd.DataFrame, protocol: str, folds: int, seed: int) -> np.ndar
 
 
 def families_of(table: pd.DataFrame) -> pd.Series:
-    """The family of each row's corpus (n,), whose corpora share their speakers; empty where no corpus is given."""
+    """The family of each row's corpus (n,); "" without a corpus. Corpora of one family share their speakers."""
     if "corpus" not in table.columns:
         return pd.Series("", index=table.index)
     names = table["corpus"].fillna("").astype(str)
@@ -373,7 +372,7 @@ def families_of(table: pd.DataFrame) -> pd.Series:
 
 
 def _dealt(speakers: pd.Series, families: pd.Series, folds: int, seed: int) -> np.ndarray:
-    """Name of the fold of each row (n,): every family's speakers, shuffled, are dealt out to the folds in turn."""
+    """Name of the fold of each row (n,): each family's speakers are shuffled, then assigned to the folds in turn."""
     number: dict[str, str] = {}
     dealt = 0
     for family in sorted(set(families)):
@@ -395,13 +394,13 @@ def _refuse_split_speakers(table: pd.DataFrame, fold_of: np.ndarray) -> None:
 
 
 def assignment(table: pd.DataFrame, csv: Path, column: str) -> pd.Series:
-    """The cell of ``column`` that a committed CSV gives to each row of ``table``, NaN for rows it does not name.
+    """The value of ``column`` for each row of ``table``, from a CSV; NaN for rows that the CSV does not list.
 
-    The CSV has ``column`` and one of ``content_hash``, ``id`` (file stem) or ``speaker``; the first of them that names
-    any of the rows decides (contents are unknown where the audio is gone).
+    The CSV has ``column`` and one or more of ``content_hash``, ``id`` (file stem) and ``speaker``. The first of these
+    that matches any row is used (hashes do not match where the audio no longer exists).
 
     Raises:
-        ManifestError: no such file or column, a key given twice with different cells, or no row that it names.
+        ManifestError: no such file or column, a key with two different values, or a CSV that lists none of the rows.
     """
     try:
         given = pd.read_csv(csv, dtype=str, keep_default_na=False)
@@ -428,14 +427,17 @@ def assignment(table: pd.DataFrame, csv: Path, column: str) -> pd.Series:
 
 
 def sharing(fold: Fold) -> dict[str, int | None]:
-    """How many test recordings have their speaker, and their very take (``TAKE``), in the fold's training parts."""
+    """Number of test recordings whose speaker, and whose take (``TAKE``), is in the fold's training parts.
+
+    A number is None if columns for it are missing.
+    """
     test = fold.splits["test"]
-    heard = pd.concat([fold.splits["train"], fold.splits["inner_val"]])
-    return {"speakers": _shared(test, heard, ("speaker",)), "takes": _shared(test, heard, TAKE)}
+    used = pd.concat([fold.splits["train"], fold.splits["inner_val"]])
+    return {"speakers": _shared(test, used, ("speaker",)), "takes": _shared(test, used, TAKE)}
 
 
-def _shared(test: pd.DataFrame, heard: pd.DataFrame, columns: tuple[str, ...]) -> int | None:
-    if not set(columns) <= set(test.columns) or not (has_speakers(test) and has_speakers(heard)):
+def _shared(test: pd.DataFrame, used: pd.DataFrame, columns: tuple[str, ...]) -> int | None:
+    if not set(columns) <= set(test.columns) or not (has_speakers(test) and has_speakers(used)):
         return None
-    known = set(heard[list(columns)].astype(str).itertuples(index=False, name=None))
+    known = set(used[list(columns)].astype(str).itertuples(index=False, name=None))
     return sum(row in known for row in test[list(columns)].astype(str).itertuples(index=False, name=None))

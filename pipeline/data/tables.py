@@ -1,15 +1,16 @@
-"""Tables as files: ours, safe to open in a spreadsheet and read back as they were; and those that people send.
+"""Writes tables that are safe to open in a spreadsheet and read back unchanged; reads tables that people send.
 
-A text cell that begins with ``= + - @`` or a control character can run as a formula (OWASP, "CSV Injection"); in our
-CSV such cells get a leading ``'``, which every reader here takes off again. Numbers, also as text, are left alone; in
-JSON Lines a missing value is ``null``. ``table_files`` writes piece by piece, all tables whole or none at all.
+Writing: a text cell that begins with ``= + - @`` or a control character can run as a formula (OWASP, "CSV Injection").
+In written CSV files such cells get a leading ``'``, which the readers here remove again. Numbers, also as text, are not
+changed. In JSON Lines a missing value is ``null``. ``table_files`` writes in pieces, and all of its tables or none.
 
-``read_cells`` takes CSV, tab separated, JSON Lines, or a list of paths, in whatever encoding. Text is UTF-8 or UTF-16
-where it can be. Else it is read in the encoding in which the recordings that it names are there; where no file decides,
-as Excel writes it in western Europe. Quotes must be closed, or the rows after an open one would vanish into its cell; a
-blank may stand before one. In tables separated by tabs a quote is a sign like any other where every line has its cells
-without it (Common Voice). Excel's first line ``sep=;`` is heeded, empty cells beyond the header are dropped.
-Sources: RFC 4180; RFC 7464 and jsonlines.org; Common Voice's release notes.
+Reading: ``read_cells`` takes CSV, tab-separated, JSON Lines, or a list of paths. Text is read as UTF-8 or UTF-16 if
+that is valid. Otherwise the encoding is chosen with which most of the named recordings exist; if none exist, the first
+that can decode the text, usually that of Excel in western Europe (cp1252). Every quote must be closed, else all rows
+after it would become part of one cell. A blank before a quote is allowed. In a tab-separated table whose lines all have
+the same number of cells, quotes are ordinary characters (Common Voice). Excel's first line ``sep=;`` sets the
+separator. Empty cells beyond the header are dropped. Sources: RFC 4180; RFC 7464 and jsonlines.org; Common Voice's
+release notes.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-MISSING = ("nan", "na", "n/a", "null", "<na>")  # as tables are exported
+MISSING = ("nan", "na", "n/a", "null", "<na>")  # how exported tables write a missing value
 _RISKY = re.compile(r"^'*[=+\-@\x00-\x1f\x7f]")
 _GUARDED = re.compile(r"^''*[=+\-@\x00-\x1f\x7f]")
 
 
 class ManifestError(SerError):
-    """A folder, CSV or table that is no manifest."""
+    """A folder, CSV or table cannot be used as a manifest."""
 
 
 def guard(text: str) -> str:
-    """The text as a spreadsheet may see it.
+    """The text with a leading ``'`` if a spreadsheet could run it as a formula.
 
     >>> guard("=1+1"), guard("-3.5"), guard("angry")
     ("'=1+1", '-3.5', 'angry')
@@ -51,7 +52,7 @@ def guard(text: str) -> str:
 
 
 def unguard(text: str) -> str:
-    """What ``guard`` was given.
+    """The original text of a guarded cell.
 
     >>> unguard("'=1+1"), unguard("'quoted'")
     ('=1+1', "'quoted'")
@@ -60,26 +61,26 @@ def unguard(text: str) -> str:
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write ``table`` with guarded text columns, UTF-8, one line a row, without the index."""
+    """Write ``table`` as UTF-8 CSV with guarded text cells, without the index."""
     with path.open("w", encoding="utf-8", newline="") as file:
         append_csv(table, file, header=True)
 
 
 def append_csv(table: pd.DataFrame, file: TextIO, *, header: bool) -> None:
-    """As ``write_csv``, to the end of a file that was opened with ``newline=""``."""
+    """Append rows as ``write_csv`` writes them, to a file opened with ``newline=""``."""
     import pandas as pd
 
     safe = guarded(table)
     texts = [safe[name] for name in safe.columns if not pd.api.types.is_numeric_dtype(safe[name])]
     bare = any(
         "\r" in cell for column in texts for cell in column if isinstance(cell, str)
-    )  # csv quotes it not by itself
+    )  # not quoted by QUOTE_MINIMAL
     quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL
     safe.to_csv(file, index=False, header=header, lineterminator="\n", quoting=quoting)
 
 
 def guarded(table: pd.DataFrame) -> pd.DataFrame:
-    """``table`` with every text cell and column name as ``guard`` gives it."""
+    """``table`` with ``guard`` applied to every text cell and column name."""
     import pandas as pd
 
     safe = table.rename(columns=lambda name: guard(str(name)))
@@ -90,7 +91,7 @@ def guarded(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Read what ``write_csv`` wrote: every cell as text (``01`` stays ``01``), empty cells as missing values."""
+    """Read a file of ``write_csv``: every cell as text (``01`` remains ``01``), empty cells as missing values."""
     import pandas as pd
 
     table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8")
@@ -109,7 +110,7 @@ def _is_number(text: str) -> bool:
 
 
 class TableFiles:
-    """Open tables, by name; see ``table_files``."""
+    """Tables open for writing, by name; see ``table_files``."""
 
     def __init__(self, out: Path, formats: Sequence[str], files: ExitStack) -> None:
         self._out, self._formats, self._files = out, formats, files
@@ -134,16 +135,16 @@ class TableFiles:
                 )
 
     def publish(self) -> list[Path]:
-        """Give the files their names, after everything was written."""
+        """Close the temporary files and rename them to their final names."""
         self._files.close()
         for path in self._sinks:
-            with self._temporary(path).open("r+b") as file:  # Windows syncs only what may be written
+            with self._temporary(path).open("r+b") as file:  # Windows can sync only a file opened for writing
                 os.fsync(file.fileno())
             self._temporary(path).replace(self._out / path)
         return [self._out / path for path in self._sinks]
 
     def discard(self) -> None:
-        """Remove what was not published."""
+        """Remove the temporary files that were not published."""
         for path in self._sinks:
             self._temporary(path).unlink(missing_ok=True)
 
@@ -163,7 +164,7 @@ class TableFiles:
 
 @contextmanager
 def table_files(out: Path, formats: Sequence[str] = ("parquet", "csv")) -> Iterator[TableFiles]:
-    """Tables in the folder ``out``, which appear at the end of the ``with`` block, unless it raises.
+    """Tables in the folder ``out``; the files appear at the end of the ``with`` block, unless it raises.
 
     Raises:
         SerError: the disk is full or cannot be written.
@@ -185,26 +186,26 @@ def table_files(out: Path, formats: Sequence[str] = ("parquet", "csv")) -> Itera
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio", "audio_filepath")
 _EXPECTED = "expected a CSV with the columns speech,label"
 _MARKS = ((b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\0\0\xfe\xff", "utf-32"))
-_ENCODINGS = (  # of text that is no UTF-8: those whose mistakes are rarest first, the last two take any bytes
+_ENCODINGS = (  # tried if text is not UTF-8, the most plausible first; the last ones accept any bytes
     *("cp1252", "gb18030", "cp932", "big5hkscs", "cp949", "euc_jp", "cp1250", "cp1251", "cp1253", "cp1254"),
     *("cp437", "cp850", "mac_roman", "latin-1"),
 )
-_TRIED = 100  # paths that are looked for, in each encoding
+_TRIED = 100  # paths checked for existence in each encoding
 
 
 def read_cells(
     path: Path, root: Path | None = None, tell: Callable[[str], None] | None = None
 ) -> tuple[pd.DataFrame, list[int]]:
-    """The rows as text under the names of the first, and the line that each begins in; blank rows are left out.
+    """Read a table file: its rows as text, with the first row as column names, and the line where each row begins.
 
-    A list of paths has the one column ``speech``; values of JSON Lines that are no text are JSON.
+    Blank rows are left out. A list of paths gives one column, ``speech``. JSON values other than text become JSON text.
 
     Args:
         root: folder that relative paths start from; by default the table's own.
-        tell: is given a line on an encoding that was found out.
+        tell: called with one line of text if the encoding had to be guessed.
 
     Raises:
-        ManifestError: no such file, no text, a quote that is not closed, a row of another width, a name used twice.
+        ManifestError: no such file, not text, an open quote, a row of another length, a column name used twice.
     """
     raw = _content(path)
     first: ManifestError | None = None
@@ -224,14 +225,14 @@ def read_cells(
         raise first or ManifestError(f"{path} is not a text file that can be read; {_EXPECTED}, as UTF-8")
     there, encoding, found = best
     if tell and not encoding.startswith("utf"):
-        why = "in which its files are there" if there else "by no file's name; save it as UTF-8 if names look wrong"
+        why = "as files exist under these names" if there else "a guess; save it as UTF-8 if names look wrong"
         tell(f"{path} is not UTF-8: read as {encoding}, {why}")
     return found
 
 
 def _content(path: Path) -> bytes:
     if is_address(str(path)):
-        raise ManifestError(f"{path} is an address, which is not fetched; download it, and give the path of the file")
+        raise ManifestError(f"{path} is a URL, which is not fetched; download it, and give the path of the file")
     if not path.is_file():
         raise ManifestError(f"no file {path}; make one with: ser manifest FOLDER --out metadata.csv")
     if path.suffix.lower() in EXTENSIONS:
@@ -247,7 +248,7 @@ def _content(path: Path) -> bytes:
 
 
 def _decodings(raw: bytes) -> Iterator[tuple[str, str]]:
-    """(encoding, text), the likeliest first."""
+    """(encoding, text) for each encoding that can decode ``raw``, the likeliest first."""
     mark = next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), None)
     if mark is None and b"\0" in raw[:2000]:
         even, odd = raw[0:2000:2].count(0), raw[1:2000:2].count(0)
@@ -264,7 +265,7 @@ def _decodings(raw: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _there(table: pd.DataFrame, root: Path) -> tuple[int, int]:
-    """How many of some paths that an encoding decides are those of files, and how many were looked for."""
+    """(existing, checked): of the first paths with non-ASCII characters, how many exist, and how many were checked."""
     column = next((name for name in table.columns if name.strip().lower() in PATH_NAMES), None)
     cells = [] if column is None else [cell.strip() for cell in table[column] if not cell.isascii()][:_TRIED]
     return sum(os.path.lexists(present_form(str(root / cell.replace("\\", "/")))) for cell in cells), len(cells)
@@ -288,7 +289,7 @@ def _parsed(text: str, path: Path, root: Path) -> tuple[pd.DataFrame, list[int]]
 
 
 def _is_listed(header: str, root: Path) -> bool:
-    """Whether the first line is a path, or a playlist's, and no names of columns or cells of a row."""
+    """Whether the first line is a path or a playlist's header, rather than column names or a row of cells."""
     name = header.strip('"').replace("\\", "/")
     ends = PurePath(name).suffix.lower() in EXTENSIONS
     return header == "#EXTM3U" or (ends and (not set(",;\t|") & set(name) or os.path.lexists(root / name)))
@@ -309,7 +310,7 @@ def _table(found: Sequence[tuple[int, list[str]]], separator: str, path: Path) -
         if len(row) != len(names):
             remedy = f"put cells that hold {separator!r} in double quotes"
             if len(row) < len(names):
-                remedy = f"give the missing ones, or their {separator!r} where they are empty"
+                remedy = f"add the missing cells, or a {separator!r} for each empty one"
             raise ManifestError(f"{path}, line {line}: {len(row)} cells, the header has {len(names)}; {remedy}")
     if len(set(names)) != len(names):
         raise ManifestError(f"{path} names a column twice: {names}; rename one of them")
@@ -318,12 +319,12 @@ def _table(found: Sequence[tuple[int, list[str]]], separator: str, path: Path) -
 
 
 def _width(row: list[str]) -> int:
-    """Cells up to the last that holds something."""
+    """Number of cells up to the last one that is not blank."""
     return max((n for n, cell in enumerate(row, 1) if cell.strip()), default=0)
 
 
 def _rows(text: str, separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not blank, and the line of the file that it begins in."""
+    """(line of the file where it begins, cells) of each row that is not blank."""
     if separator == "\t" and (unquoted := _unquoted(text)):
         yield from unquoted
         return
@@ -344,9 +345,9 @@ def _rows(text: str, separator: str, path: Path) -> Iterator[tuple[int, list[str
 
 
 def _unquoted(text: str) -> list[tuple[int, list[str]]]:
-    """The rows of a table separated by tabs whose lines all have as many cells; none of another.
+    """The rows of a tab-separated table, split without regard to quotes; empty if the lines differ in length.
 
-    A cell that is quoted as a whole, with every quote in it written twice, loses its quotes.
+    A cell that is quoted as a whole, with every inner quote written twice, is unquoted.
     """
     lines = [(number, line.rstrip("\r").split("\t")) for number, line in enumerate(text.split("\n"), start=1)]
     rows = [(number, row) for number, row in lines if any(cell.strip() for cell in row)]
@@ -364,22 +365,22 @@ def _json(text: str, path: Path) -> tuple[pd.DataFrame, list[int]]:
     try:
         found = [(1, row) for row in json.loads(text)] if text.lstrip().startswith("[") else []
     except ValueError as error:
-        raise ManifestError(f"{path}: {error}; expected one JSON object a line") from error
+        raise ManifestError(f"{path}: {error}; expected an array of JSON objects, or one object per line") from error
     for number, line in enumerate([] if found else text.split("\n"), start=1):
         try:
             found += [(number, json.loads(line))] if line.strip() else []
         except ValueError as error:
-            raise ManifestError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
+            raise ManifestError(f"{path}, line {number}: {error}; expected one JSON object per line") from error
     for number, row in found:
         if not isinstance(row, dict):
-            raise ManifestError(f"{path}, line {number}: {str(row)[:40]!r} is no JSON object; expected one a line")
+            raise ManifestError(f"{path}, line {number}: {str(row)[:40]!r} is not a JSON object; expected one per line")
     names = list(dict.fromkeys(str(name).strip() for _, row in found for name in row))
     body = [{str(name).strip(): _cell(value) for name, value in row.items()} for _, row in found]
     return pd.DataFrame(body, columns=names).fillna(""), [number for number, _ in found]
 
 
 def _cell(value: object) -> str:
-    """A value of JSON as a cell; null is an empty one, of ``{"path": ...}``, as data sets write audio, the path."""
+    """A JSON value as a cell: "" for null, and the path of ``{"path": ...}``, as data sets store audio."""
     if isinstance(value, dict) and isinstance(value.get("path"), str):
         value = value["path"]
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

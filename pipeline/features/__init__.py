@@ -1,4 +1,4 @@
-"""Samples to features: log-mel pictures and frame vectors, extracted into shards and read back.
+"""Samples to features: log-mel spectrograms and frame vectors, extracted into shards and read back.
 
-Not here: changes made while training (``training.augment``).
+Not here: augmentation during training (``training.augment``).
 """

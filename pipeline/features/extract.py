@@ -1,11 +1,11 @@
-"""Recordings -> feature shards, with Ray Data or in processes of this machine (``pipeline.cluster.engine``).
+"""Extracts features of recordings into shards, with Ray Data or in processes of this machine (``cluster.engine``).
 
-Each task reads its block of the manifest, decodes every recording once (features and content hash), and writes
-``part-NNNNN.parquet`` under a temporary name that it renames at the end; only counts travel back. So memory does not
-grow with the number of recordings, order is the manifest's, and a second run of the same extraction does only the parts
-that are missing. ``manifest.json`` is written last: its presence means complete. A recording that cannot be read is a
-row with ``status`` and ``error``; one that takes its decoder's process down is decoded in a process of its own at the
-next attempt, and becomes ``decoder_crashed``.
+Each task reads one block of the manifest and decodes every recording once, for features and content hash. It writes
+``part-NNNNN.parquet`` under a temporary name and renames it at the end. It returns only counts, so memory use does not
+grow with the number of recordings. Rows keep the manifest's order. A second run of the same extraction makes only
+the missing parts. ``manifest.json`` is written last: its presence means that the folder is complete. A recording that
+cannot be read becomes a row with ``status`` and ``error``. If a recording crashed the process of its block, the next
+attempt decodes it in a process of its own; if it crashes there too, its status is ``decoder_crashed``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from pipeline.storage.journal import CrashLog, atomic_path, remove_temporaries, 
 
 __all__ = ["BlockWriter", "ShardOptions", "ShardSummary", "extract_shards"]
 
-MAX_MEL_POWER_S = 120  # 3 MB a recording, which every one of a folder takes
+MAX_MEL_POWER_S = 120  # 3 MB for every recording of a folder
 OUR_COLUMNS = {
     "row_id": pa.string(),
     "parent_id": pa.string(),
@@ -60,21 +60,21 @@ OUR_COLUMNS = {
     "n_frames": pa.int64(),
     "content_hash": pa.string(),
 }
-_RECORDING_S = 0.03  # CPU seconds a recording takes: decoded, hashed, features, mel power, written
-_decode_isolated = partial(decode_in_subprocess, decode=load_once, timeout_s=300.0)  # all of a recording, for its hash
+_RECORDING_S = 0.03  # CPU seconds per recording: decoding, hash, features, mel power, writing
+_decode_isolated = partial(decode_in_subprocess, decode=load_once, timeout_s=300.0)  # decodes it all, for the hash
 
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How to extract.
+    """Options of an extraction.
 
     Attributes:
-        mel_power_s: seconds around the window, itself at least, kept for training-time crops; 0 keeps none.
-        block_rows: recordings a part.
-        pitch_semitones: of the copies, which are made of what is kept.
+        mel_power_s: seconds of mel power stored for training-time crops, at least the window; 0 stores none.
+        block_rows: recordings per part.
+        pitch_semitones: pitch shift of each copy; copies are made from the stored seconds.
 
     Raises:
-        ShardError: a value out of range, or copies of nothing.
+        ShardError: a value out of range, or pitch copies without mel power.
     """
 
     mel_power_s: float = 6.0
@@ -89,7 +89,7 @@ class ShardOptions:
         if not all(map(math.isfinite, self.pitch_semitones)):
             raise ShardError(f"pitch_semitones must be finite numbers, got {self.pitch_semitones}")
         if self.pitch_semitones and not self.mel_power_s:
-            raise ShardError("pitch copies are made of mel power; give --mel_power_s 6, or no --pitch_semitones")
+            raise ShardError("pitch copies need mel power; give --mel_power_s 6, or leave --pitch_semitones out")
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class BlockWriter:
     """Extracts one block of the manifest and writes its part.
 
     Attributes:
-        schema: the manifest's columns, for every part.
-        run: the start of the job. Attempts that died with another are not held against a block, and once ``out`` is
-            another's, nothing is written. Empty: not asked.
+        schema: the manifest's columns, the same for every part.
+        run: id of this start of the job. Crashes during an earlier start do not count against a block, and nothing
+            is written after a later start took over ``out``. Empty: no such checks.
     """
 
     out: Path
@@ -109,10 +109,13 @@ class BlockWriter:
     run: str = ""
 
     def __call__(self, batch: pd.DataFrame) -> tuple[int, int]:
-        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``): (rows with copies, failed rows).
+        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``).
+
+        Returns:
+            (number of rows including pitch copies, number of failed rows).
 
         Raises:
-            SerError: ``out`` is another start's by now, or cannot be written; the block killed attempt after attempt.
+            SerError: a later start took over ``out``; it cannot be written; the block crashed too often.
         """
         block = int(batch["_block"].iloc[0])
         notes = CrashLog(self.out / NOTES, block, self.run)
@@ -132,12 +135,12 @@ class BlockWriter:
         except OSError as error:
             raise ShardError(
                 f"cannot write {target}: {error.strerror or error}; free some space, then give the same command again: "
-                "it goes on where it stopped"
+                "it continues where it stopped"
             ) from error
         return len(rows), sum(row["status"] != "ok" for row in rows)
 
     def _rows(self, number: int, place: Sequence[Any], read: Callable[..., Reading]) -> list[dict[str, Any]]:
-        """What we add to the row of one recording, and to those of its pitch-shifted copies.
+        """The added columns of one recording's row, and of the rows of its pitch-shifted copies.
 
         ``place``: path, start and end, see ``segments.source_at``.
         """
@@ -177,11 +180,11 @@ class BlockWriter:
 
 
 def _excerpt(found: Reading, config: FeatureConfig) -> np.ndarray:
-    """The real audio around the window, the window at least, which is in its middle."""
+    """The audio around the window, without padding beyond the window; the window is in its middle."""
     window, whole = found.clips
     real = min(len(whole.samples), max(config.window_samples, round(whole.scored_s * config.sample_rate_hz)))
     start = (len(whole.samples) - real) // 2
-    if config.window != "middle":  # it may be nearer to an end of the recording
+    if config.window != "middle":  # the window may be close to an end of the recording
         before = round((window.start_s - whole.start_s) * config.sample_rate_hz)
         beside = max(min(before, real - config.window_samples - before), 0)
         start, real = start + before - beside, config.window_samples + 2 * beside
@@ -200,7 +203,7 @@ def _pitch_shift(samples: np.ndarray, config: FeatureConfig, semitones: float) -
 
 
 def power_frames(config: FeatureConfig, options: ShardOptions) -> int:
-    """Frames of mel power that are kept of a recording; 0 for none."""
+    """Frames of mel power stored per recording; 0 for none."""
     if config.kind != "log_mel" or options.mel_power_s <= 0:
         return 0
     return 1 + round(max(options.mel_power_s, config.window_s) * config.sample_rate_hz) // config.hop_length
@@ -214,7 +217,7 @@ def _power(samples: np.ndarray, config: FeatureConfig, frames: int) -> dict[str,
 
 
 def _tensor(values: list[np.ndarray | None], shape: tuple[int, ...]) -> pa.Array:
-    """A fixed-shape tensor column; recordings without features are zeros (their status says so)."""
+    """A fixed-shape tensor column; zeros for recordings without features (their ``status`` is not "ok")."""
     stacked = np.stack([np.zeros(shape, np.float32) if v is None else v for v in values])
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(stacked))
 
@@ -224,7 +227,7 @@ ProgressCallback = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What an extraction left: rows (pitch-shifted copies counted), how many failed, parts reused from before."""
+    """Result of an extraction: rows (including pitch copies), failed rows, parts reused from an earlier run."""
 
     folder: Path
     rows: int
@@ -243,23 +246,23 @@ def extract_shards(
     num_cpus: int | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> ShardSummary:
-    """Extract the features of every recording of ``manifest`` into ``out``; a finished or begun run is continued.
+    """Extract the features of every recording of ``manifest`` into ``out``, continuing an earlier run of the same.
 
     Args:
         manifest: as ``pipeline.data.manifest`` makes it; its columns are kept.
-        engine, num_cpus: where, see ``choose_engine``; the shards are the same.
-        on_progress: called with (rows done, rows in all, failed so far).
+        overwrite: remove another extraction in ``out`` instead of refusing it.
+        engine, num_cpus: where to run, see ``choose_engine``; the shards do not depend on it.
+        on_progress: called with (recordings done, recordings in total, rows failed so far).
 
     Raises:
-        ShardError: ``out`` holds another extraction, or recordings have changed since (and not ``overwrite``); it is
-            a folder that is none of ours; pitch copies of other features than log-mel.
+        ShardError: ``out`` holds another extraction, or recordings have changed since (unless ``overwrite``); it is
+            a folder with other files; pitch copies of features other than log-mel.
         SerError: another process extracts into ``out``, or it cannot be written.
     """
     options = options or ShardOptions()
     if options.pitch_semitones and config.kind != "log_mel":
         raise ShardError(
-            f"pitch copies are made of log_mel features, not of {config.kind}; leave --pitch_semitones "
-            "(or --augment pitch) out"
+            f"pitch copies need log_mel features, got {config.kind}; leave --pitch_semitones (or --augment pitch) out"
         )
     table = _renamed(manifest.reset_index(drop=True), config)
     with lock(out):
@@ -276,7 +279,7 @@ def _extract(
     num_cpus: int | None,
     on_progress: ProgressCallback | None,
 ) -> ShardSummary:
-    """``extract_shards``, in a folder that is held."""
+    """``extract_shards``, while this process holds the folder's lock."""
     blocks = [table.iloc[i : i + options.block_rows] for i in range(0, len(table), options.block_rows)]
     plan = {"plan": _fingerprint(table, config, options), "version": SHARD_VERSION, "blocks": len(blocks)}
     check_or_init(out, plan, table["speech"].tolist(), options.block_rows, overwrite=overwrite)
@@ -289,7 +292,7 @@ def _extract(
     finished = len(table) - sum(len(blocks[i]) for i in todo)
     rows, failed = (sum(counts[k] for counts in whole.values()) for k in (0, 1))
     if todo:
-        for made in out.glob("arrays-*"):  # of parts that are done again
+        for made in out.glob("arrays-*"):  # outdated: made from an earlier version of the parts
             shutil.rmtree(made)
         run = uuid.uuid4().hex
         begin_notes(out, run)
@@ -302,7 +305,7 @@ def _extract(
             if on_progress:
                 on_progress(finished, len(table), failed)
     shutil.rmtree(out / NOTES, ignore_errors=True)
-    remove_temporaries(out, "part-*")  # of a node that died while it wrote
+    remove_temporaries(out, "part-*")  # left by a node that died while writing
     values = {
         **plan,
         "features": config.to_dict(),
@@ -318,7 +321,7 @@ def _extract(
 
 
 def _renamed(manifest: pd.DataFrame, config: FeatureConfig) -> pd.DataFrame:
-    """The manifest, a column NAME that collides with ours as ``in_NAME``."""
+    """The manifest; a column NAME that collides with an added column is renamed to ``in_NAME``."""
     taken = {*OUR_COLUMNS, config.kind, "mel_power", "_block", "_row"}
     names: list[str] = []
     for name in map(str, manifest.columns):
@@ -332,20 +335,20 @@ def _renamed(manifest: pd.DataFrame, config: FeatureConfig) -> pd.DataFrame:
 def _fingerprint(table: pd.DataFrame, config: FeatureConfig, options: ShardOptions) -> str:
     digest = hashlib.sha256(config.fingerprint().encode())
     digest.update(json.dumps(asdict(options), sort_keys=True).encode())
-    as_before = table.rename(columns={f"in_{HASH_COLUMN}": HASH_COLUMN})  # hashes were kept: what was begun goes on
+    as_before = table.rename(columns={f"in_{HASH_COLUMN}": HASH_COLUMN})  # same fingerprint as in earlier versions
     digest.update(as_before.to_csv(index=False).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
 def extraction_engine(engine: str, recordings: int, num_cpus: int | None = None) -> str:
-    """The engine that extracts so many recordings, see ``choose_engine``."""
+    """The engine for extracting this number of recordings, see ``choose_engine``."""
     return choose_engine(engine, recordings * _RECORDING_S, num_cpus)
 
 
 def _in_processes(
     blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter, num_cpus: int | None
 ) -> Iterator[tuple[int, int, int]]:
-    """``_on_ray``, in processes of this machine."""
+    """The same as ``_on_ray``, in processes of this machine."""
     batches = [blocks[i].assign(_block=i, _row=blocks[i].index) for i in todo]
     yield from in_processes(batches, partial(_counted, write=write), min(len(batches), num_cpus or usable_cpus()))
 
@@ -357,9 +360,9 @@ def _counted(batch: pd.DataFrame, write: BlockWriter) -> tuple[int, int, int]:
 def _on_ray(
     blocks: list[pd.DataFrame], todo: list[int], write: BlockWriter, num_cpus: int | None
 ) -> Iterator[tuple[int, int, int]]:
-    """Run the blocks ``todo`` on Ray Data; yields (recordings, rows, failed rows) for each as it is done.
+    """Run the blocks ``todo`` on Ray Data; yields (recordings, rows, failed rows) for each finished block.
 
-    A block travels as one item: for a list of tables Ray Data would first run a task for each, to describe it.
+    Each block is one item. For a list of tables, Ray Data would first run one task per table to get its metadata.
     """
     import ray
 
@@ -386,7 +389,10 @@ def _on_ray(
 
 
 def _written(batch: pa.Table, write: BlockWriter) -> pa.Table:
-    """Write the part of a block, in its task; returns what came of it. A refusal is data: Ray buries what is raised."""
+    """Write the part of a block; runs in a Ray task. Returns counts, and a `SerError` as text in ``refusal``.
+
+    A raised error would be hidden in Ray's own error.
+    """
     (item,) = batch.to_pylist()
     rows = pa.ipc.open_stream(item["rows"]).read_all().to_pandas()
     numbers = range(item["first"], item["first"] + len(rows))

@@ -1,12 +1,11 @@
-"""Features of a window of speech: the log-mel picture of the 2-D models, the frame vectors of the 1-D model.
+"""Features of one window of speech: the log-mel spectrogram for 2-D models, the frame vectors for the 1-D model.
 
 Log-mel: ``librosa.feature.melspectrogram`` (Hann window, centred frames, zero padding, power 2, Slaney mel scale and
 norm), then ``power_to_db(ref=max, top_db=80)``, then per-clip standardisation ``(x - mean) / (std + 1e-6)``.
 Everything here works in float32 on mono samples at ``FeatureConfig.sample_rate_hz``; nothing reads files.
 
-Mel filters: triangles of unit area (Slaney norm), evenly spaced on Slaney's mel scale, as librosa has them.
-
-Malcolm Slaney, "Auditory Toolbox", 1998: linear below 1 kHz (200/3 Hz a mel), logarithmic above.
+Mel filters: triangles of unit area (Slaney norm), evenly spaced on Slaney's mel scale, as in librosa.
+Source of that scale: Malcolm Slaney, "Auditory Toolbox", 1998: linear below 1 kHz (200/3 Hz a mel), logarithmic above.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ _LOG_STEP = np.log(6.4) / 27.0
 
 
 def edges_hz(n_mels: int, top_hz: float) -> NDArray[np.float64]:
-    """Corners of the filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from k to k + 1, falls to k + 2."""
+    """Corners of the filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from corner k to k+1, falls to k+2."""
     return _mel_to_hz(np.linspace(0.0, _hz_to_mel(top_hz), n_mels + 2))
 
 
 @lru_cache(maxsize=8)
 def filters(n_mels: int, top_hz: float, n_fft: int, sample_rate_hz: int) -> Array:
-    """Filters of a power spectrum, ``(n_mels, 1 + n_fft // 2)``; a row of zeros where no frequency lies in the band."""
+    """Mel filters for a power spectrum, ``(n_mels, 1 + n_fft // 2)``; a row is zero if its band holds no FFT bin."""
     corners_hz = edges_hz(n_mels, top_hz)
     bins_hz = np.fft.rfftfreq(n_fft, 1.0 / sample_rate_hz)
     ramps = corners_hz[:, np.newaxis] - bins_hz[np.newaxis]
@@ -52,10 +51,10 @@ def filters(n_mels: int, top_hz: float, n_fft: int, sample_rate_hz: int) -> Arra
 def filter_groups(
     n_mels: int, top_hz: float, n_fft: int, sample_rate_hz: int
 ) -> tuple[tuple[slice, slice, Array], ...]:
-    """``filters`` cut into three groups of neighbours, each with the bins it touches: a quarter of the work.
+    """``filters`` in three groups of neighbouring bands, each with only the bins it needs: a quarter of the work.
 
     Returns:
-        For each group its bands, its bins, and its filters ``(bands, bins)``.
+        For each group: its bands, its bins, and its filters ``(bands, bins)``.
     """
     every = filters(n_mels, top_hz, n_fft, sample_rate_hz)
     bands = []
@@ -81,7 +80,7 @@ def _mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
 
 Array = NDArray[np.float32]
 KINDS = ("log_mel", "frame_features")
-_AMIN = 1e-10  # librosa.power_to_db's floor
+_AMIN = 1e-10  # the floor of librosa.power_to_db
 _BLOCK_FRAMES = 32
 MAX_WINDOW_S = 60.0
 
@@ -92,10 +91,10 @@ class FeatureError(SerError):
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """What the model hears: the window, the sampling rate and the analysis. Its fingerprint travels with the data.
+    """Settings of the model's input: window, sample rate and spectral analysis. Its fingerprint is saved with the data.
 
     Raises:
-        FeatureError: a value out of range, fewer mel bands than MFCCs, or bands too narrow to hear anything.
+        FeatureError: a value out of range, fewer mel bands than MFCCs, or a mel band without any FFT bin.
     """
 
     kind: str = "log_mel"
@@ -123,7 +122,7 @@ class FeatureConfig:
             self.top_db,
             self.n_mfcc,
         )
-        if not all(0 < number < float("inf") for number in positive):  # NaN is not
+        if not all(0 < number < float("inf") for number in positive):  # False for NaN
             raise FeatureError(f"every number of a FeatureConfig must be positive and finite, got {self}")
         if self.window_samples < self.hop_length:
             raise FeatureError(f"window_s={self.window_s} is shorter than one hop; use a longer window")
@@ -135,12 +134,12 @@ class FeatureConfig:
             raise FeatureError(
                 f"f_max_hz={self.f_max_hz}; expected at most half the sampling rate, {self.sample_rate_hz / 2:g} Hz"
             )
-        if self.n_mels > self.n_fft // 2:  # before filters of any size are made
-            raise FeatureError(f"n_mels={self.n_mels} is more than n_fft={self.n_fft} has frequencies for; use fewer")
-        deaf = int((~filters(*_bands(self)).any(axis=1)).sum())
-        if deaf:
+        if self.n_mels > self.n_fft // 2:  # checked before filters of that size are made
+            raise FeatureError(f"n_mels={self.n_mels} is too many for n_fft={self.n_fft}; use fewer")
+        empty = int((~filters(*_bands(self)).any(axis=1)).sum())
+        if empty:
             raise FeatureError(
-                f"{deaf} of n_mels={self.n_mels} bands lie between two frequencies of n_fft={self.n_fft}; use fewer"
+                f"{empty} of n_mels={self.n_mels} bands hold no frequency bin of n_fft={self.n_fft}; use fewer bands"
             )
 
     @property
@@ -155,12 +154,12 @@ class FeatureConfig:
 
     @property
     def n_frames(self) -> int:
-        """Frames in a window (188 by default): centred frames at every hop."""
+        """Frames in a window (188 by default): one centred frame per hop, plus one."""
         return 1 + self.window_samples // self.hop_length
 
     @property
     def n_dims(self) -> int:
-        """Values a frame of ``frame_features``: MFCC with two deltas, log-mel, and six descriptors."""
+        """Values per frame of ``frame_features``: MFCC with two deltas, log-mel, and six descriptors."""
         return 3 * self.n_mfcc + self.n_mels + 6
 
     @property
@@ -169,7 +168,7 @@ class FeatureConfig:
         return (1, self.n_mels, self.n_frames) if self.kind == "log_mel" else (self.n_frames, self.n_dims)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; without ``f_max_hz`` and ``window`` at their defaults, as before they existed."""
+        """Plain values for JSON; omits ``f_max_hz`` and ``window`` at their defaults, to keep old fingerprints."""
         later = {"f_max_hz": None, "window": "middle"}
         return {name: value for name, value in asdict(self).items() if later.get(name, ...) != value}
 
@@ -188,7 +187,7 @@ class FeatureConfig:
         return cls(**values)
 
     def unlike(self, other: FeatureConfig) -> str:
-        """The settings that differ from another's, in words: "window speech, not middle"; "" where none does."""
+        """The settings that differ from ``other``, as text: "window speech, not middle"; "" if none does."""
         theirs = asdict(other)
         return ", ".join(f"{n} {value}, not {theirs[n]}" for n, value in asdict(self).items() if value != theirs[n])
 
@@ -199,7 +198,7 @@ class FeatureConfig:
 
 
 def extract(samples: Array, config: FeatureConfig) -> Array:
-    """Model input of one window.
+    """The model input for one window.
 
     Args:
         samples: float32 mono ``(config.window_samples,)`` at ``config.sample_rate_hz``.
@@ -219,7 +218,7 @@ def extract(samples: Array, config: FeatureConfig) -> Array:
 
 
 def log_mel(samples: Array, config: FeatureConfig) -> Array:
-    """Standardised log-mel picture, float32 ``(1, n_mels, frames)``, without unit, of mono ``samples (n,)``."""
+    """Standardised log-mel spectrogram, float32 ``(1, n_mels, frames)``, without unit, of mono ``samples (n,)``."""
     return normalise_power(mel_power(samples, config), config)
 
 
@@ -244,12 +243,12 @@ def normalise_power(power: Array, config: FeatureConfig) -> Array:
 
 
 def mel_edges_hz(config: FeatureConfig) -> NDArray[np.float64]:
-    """Corners of the mel filters in Hz, ascending, ``(n_mels + 2,)``: band k rises from k to k + 1, falls to k + 2."""
+    """``edges_hz`` for this configuration, ``(n_mels + 2,)``."""
     return edges_hz(config.n_mels, config.top_hz)
 
 
 def _bands(config: FeatureConfig) -> tuple[int, float, int, int]:
-    """What the filters of ``pipeline.features.features`` depend on."""
+    """The arguments of ``filters`` and ``filter_groups``."""
     return config.n_mels, config.top_hz, config.n_fft, config.sample_rate_hz
 
 
@@ -292,16 +291,16 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
 
 
 def _stft_power(samples: Array, config: FeatureConfig) -> Array:
-    """|STFT|^2, ``(1 + n_fft // 2, frames)``: Hann window, centred frames, zeros beyond both ends."""
+    """|STFT|^2, ``(1 + n_fft // 2, frames)``: Hann window, centred frames, zero padding at both ends."""
     return np.concatenate([block for _, block in _power_blocks(samples, config)]).T
 
 
 def _power_blocks(samples: Array, config: FeatureConfig) -> Iterator[tuple[int, Array]]:
     """|STFT|^2 as blocks ``(up to 32 frames, 1 + n_fft // 2)``, each with the index of its first frame.
 
-    Blocks stay in the cache, and in memory that is used again: twice as fast as one transform of all frames.
+    A block fits into the CPU cache and its memory is reused: twice as fast as one transform of all frames.
     """
-    import scipy.fft  # half a second of CPU, which a command's help can do without
+    import scipy.fft  # costs half a second of CPU; imported here so that a command's --help is fast
 
     samples = np.ascontiguousarray(samples, np.float32)
     n_frames = _count_frames(samples, config)
@@ -321,7 +320,7 @@ def _count_frames(samples: Array, config: FeatureConfig) -> int:
 
 
 def _frames(samples: Array, first: int, last: int, config: FeatureConfig) -> Array:
-    """Frames [first, last), ``(last - first, n_fft)``, each centred on a multiple of the hop; overlapping views."""
+    """Frames [first, last), ``(last - first, n_fft)``, each centred on a multiple of the hop, as overlapping views."""
     start = first * config.hop_length - config.n_fft // 2
     stop = start + (last - first - 1) * config.hop_length + config.n_fft
     part = samples[max(start, 0) : stop]
@@ -333,6 +332,6 @@ def _frames(samples: Array, first: int, last: int, config: FeatureConfig) -> Arr
 
 @lru_cache(maxsize=8)
 def _hann(n_fft: int) -> Array:
-    """Periodic Hann window, as STFTs use it."""
+    """Periodic Hann window, ``(n_fft,)``, the variant for STFTs."""
     phase = 2.0 * np.pi * np.arange(n_fft) / n_fft
     return (0.5 - 0.5 * np.cos(phase)).astype(np.float32)

@@ -1,14 +1,13 @@
-"""Reading a feature folder: Parquet shards -> memory-mapped arrays, checked before use. No Ray, no torch.
+"""The feature folder: reads its Parquet shards as memory-mapped arrays, and guards it while an extraction writes.
 
-The first read copies the tensors into ``.npy`` files below the folder, so that every later run (and every worker on the
-machine) maps the same pages instead of decoding Parquet again.
+Reading: the first read copies the tensors into ``.npy`` files in the folder. Later runs, and all workers on the
+machine, then map these files instead of decoding Parquet again.
 
-The folder of an extraction: held by one process at a time, of one plan, its recordings as they were when it began.
-
-``plan.json`` says what is extracted and how; ``stamps.npy`` holds the stamps of the recordings, int64 ``(n, 2)``,
-taken before they are read. Features may outlive their recordings: one that is gone is no change, one that is there with
-another stamp is. Folders without ``stamps.npy``, of earlier versions, are taken as they are. The lock (``flock``) dies
-with its process; what Ray still runs of a killed one finds that ``.notes/run`` names another and writes nothing.
+Writing: one process at a time holds the folder's lock, and the folder belongs to one plan. ``plan.json`` states the
+recordings and settings. ``stamps.npy`` holds the recordings' stamps (``storage.files.stamps_of``), int64 ``(n, 2)``,
+taken before they are read. A recording with another stamp has changed; one that no longer exists has not. Folders of
+earlier versions have no ``stamps.npy`` and are not checked for changes. The lock (``flock``) ends with its process.
+Ray tasks left over from a killed process see that ``.notes/run`` names another run, and write nothing.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ NO_CROPS = "several crops need log_mel features with mel power; extract again wi
 
 
 class ShardError(SerError):
-    """A feature folder that is missing, incomplete, damaged, or of another configuration."""
+    """A feature folder is missing, incomplete, damaged, or has another configuration; or bad extraction options."""
 
 
 class Stacked:
-    """Arrays of several folders read as one: rows are taken from where they lie, nothing is copied before.
+    """Arrays of several folders with one row numbering; a row is copied only when it is read.
 
     Raises:
         ShardError: rows of different shapes.
@@ -68,7 +67,7 @@ class Stacked:
         return self.shape[0]
 
     def __getitem__(self, index: int | slice | NDArray[np.int64]) -> NDArray[np.float32]:
-        """A row, or the rows of a slice or of an array of row numbers, as an array of their own."""
+        """A copy of one row, or of the rows of a slice or of an array of row numbers."""
         wanted = np.arange(len(self))[index]
         rows = np.atleast_1d(wanted)
         found = np.empty((len(rows), *self.shape[1:]), np.float32)
@@ -81,11 +80,11 @@ class Stacked:
 
 @dataclass(frozen=True)
 class FeatureArrays:
-    """Readable recordings of a feature folder, in ``row_id`` order.
+    """The readable recordings (and pitch copies) of a feature folder, in the order of its shards.
 
-    ``features`` is float32 ``(n, *config.input_shape)``; ``mel_power`` is float32 ``(n, n_mels, max_frames)`` power of
-    the whole recording, zero beyond ``n_frames[i]`` frames, or None when it was not extracted. Of several folders both
-    are ``Stacked``, which reads rows alike.
+    ``features`` is float32 ``(n, *config.input_shape)``. ``mel_power`` is float32 ``(n, n_mels, max_frames)``: the mel
+    power around the window, zero beyond ``n_frames[i]`` frames; None if it was not extracted. For several folders both
+    are ``Stacked``, which is indexed like an array.
     """
 
     config: FeatureConfig
@@ -95,13 +94,13 @@ class FeatureArrays:
     n_frames: NDArray[np.int64]
 
     def crops(self, row: int, crops: int) -> NDArray[np.float32]:
-        """Model input of evenly spaced windows of a recording, ``(crops, *config.input_shape)``; one: what is stored.
+        """Model input for evenly spaced windows of a recording, ``(crops, *config.input_shape)``.
 
-        As ``windows.crop_starts`` places them, but on the grid of ``mel_power``'s frames and within what it holds (6 s
-        around the window by default). One window only when that is not longer.
+        One crop is the stored window. Several are placed like ``windows.crop_starts``, but start on frames of
+        ``mel_power`` and stay within it (6 s around the window by default); only one if that is not longer.
 
         Raises:
-            ShardError: several crops of features without mel power.
+            ShardError: several crops, but the features have no mel power.
         """
         frames = self.config.n_frames
         room = int(self.n_frames[row]) - frames
@@ -118,7 +117,7 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
     """``manifest.json`` of a complete feature folder.
 
     Raises:
-        ShardError: no folder, an unfinished extraction, an unknown version, or a part that is not there.
+        ShardError: no folder, an unfinished extraction, an unknown version, or a missing part.
     """
     if not folder.is_dir():
         raise ShardError(
@@ -135,21 +134,25 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
         raise ShardError(f"{folder} has shard version {version}, this code reads {SHARD_VERSION}; extract again")
     missing = [name for name in parts if not (folder / name).is_file()]
     if missing:
-        raise ShardError(f"{folder} lacks {len(missing)} parts, {missing[0]} first; extract again with --overwrite")
+        raise ShardError(
+            f"{folder}: {len(missing)} parts are missing, first {missing[0]}; extract again with --overwrite"
+        )
     return dict(manifest)
 
 
 def load_features(
     folder: str | os.PathLike[str] | Sequence[Path], config: FeatureConfig | None = None
 ) -> FeatureArrays:
-    """Open a feature folder, or several as one: their recordings follow each other, ids begin with the folder's number.
+    """Open a feature folder, or several as one.
+
+    The rows of several folders follow each other, and their ids start with the folder's number and a colon.
 
     Args:
-        config: what the features must be; None accepts what the (first) folder holds.
+        config: the configuration that the features must have; None accepts that of the (first) folder.
 
     Raises:
-        ShardError: as ``read_shard_manifest``; another FeatureConfig; no readable recording; folders that do not fit
-            together.
+        ShardError: as ``read_shard_manifest``; another FeatureConfig; no readable recording; a folder given twice;
+            folders whose features or mel power differ in shape.
     """
     if not isinstance(folder, str | os.PathLike):
         return _load_several(folder, config)
@@ -167,7 +170,7 @@ def load_features(
         power = np.load(cache / "mel_power.npy", mmap_mode="r") if manifest["mel_power_frames"] else None
     except (OSError, ValueError, EOFError) as error:  # ValueError: also Arrow's
         raise ShardError(
-            f"{cache} is damaged ({_reason(error)}); remove it: it is made anew from the shards"
+            f"{cache} is damaged ({_reason(error)}); remove it: it is made again from the shards"
         ) from error
     return FeatureArrays(found, table, features, power, table["n_frames"].to_numpy(np.int64))
 
@@ -193,13 +196,13 @@ def _load_several(folders: Sequence[Path], config: FeatureConfig | None) -> Feat
 
 
 def _numbered(table: pd.DataFrame, number: int, folder: str) -> pd.DataFrame:
-    """The table of a folder among several: ids that none of the others has, and the folder's name as a corpus's."""
+    """One of several folders' tables: ids made unique by ``number``; without a corpus column, the folder's name."""
     ids = {name: table[name].map(lambda value: value and f"{number}:{value}") for name in ("row_id", "parent_id")}
     return table.assign(**ids) if "corpus" in table.columns else table.assign(**ids, corpus=folder)
 
 
 def _build_cache(folder: Path, manifest: dict[str, Any], config: FeatureConfig, cache: Path) -> None:
-    """Write ``features.npy``, ``mel_power.npy`` and ``table.parquet`` beside the shards, whole or not at all."""
+    """Write ``features.npy``, ``mel_power.npy`` and ``table.parquet`` into ``cache``, completely or not at all."""
     if int(manifest["rows"]) == int(manifest["failed"]):
         raise ShardError(f"{folder} holds no readable recording; see the column error of its parts")
     try:
@@ -210,7 +213,7 @@ def _build_cache(folder: Path, manifest: dict[str, Any], config: FeatureConfig, 
             try:
                 temporary.rename(cache)
             except OSError:
-                if not (cache / "table.parquet").is_file():  # else another process was first: its cache is the same
+                if not (cache / "table.parquet").is_file():  # else another process has made the same cache
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -221,7 +224,7 @@ def _build_cache(folder: Path, manifest: dict[str, Any], config: FeatureConfig, 
 
 
 def _write_arrays(folder: Path, manifest: dict[str, Any], config: FeatureConfig, target: Path) -> None:
-    """The three files, in ``target``; written, not mapped: where the disk is full a process that maps is killed."""
+    """Write the three files into ``target``; not through a memory map, as a full disk would kill the process."""
     total = int(manifest["rows"]) - int(manifest["failed"])
     columns = {config.kind: "features"} | ({"mel_power": "mel_power"} if manifest["mel_power_frames"] else {})
     tables: list[pa.Table] = []
@@ -240,7 +243,7 @@ def _write_arrays(folder: Path, manifest: dict[str, Any], config: FeatureConfig,
 
 
 def _readable_rows(path: Path) -> pa.Table:
-    """The rows of a part whose recordings could be read."""
+    """The rows of a part with status "ok"."""
     try:
         part = pq.read_table(path)
         return _hashes_ours(part.filter(pa.compute.equal(part["status"], "ok")))
@@ -249,9 +252,9 @@ def _readable_rows(path: Path) -> pa.Table:
 
 
 def _hashes_ours(table: pa.Table) -> pa.Table:
-    """The table without a content hash that came with the manifest, as in shards that were made before ours was kept.
+    """The table without a content hash taken over from the manifest, as old shards have it.
 
-    Ours stands behind the manifest's columns, as ``row_id`` does.
+    The extraction's own hash column comes after the manifest's columns, and so after ``row_id``.
     """
     names = table.column_names
     given = HASH_COLUMN in names and names.index(HASH_COLUMN) < names.index("row_id")
@@ -259,27 +262,27 @@ def _hashes_ours(table: pa.Table) -> pa.Table:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, without its number and file."""
+    """An error's text without its number and file."""
     return str(getattr(error, "strerror", None) or error)
 
 
 STAMPS, NOTES, KIND = "stamps.npy", ".notes", "extraction"
 _LOCK, _RUN = ".extract.lock", "run"
-_EMPTY = (_LOCK, STAMPS, f".{STAMPS}.*tmp")  # what a start may leave that came no further
+_EMPTY = (_LOCK, STAMPS, f".{STAMPS}.*tmp")  # files left by a start that failed before writing its plan
 _OURS = (PLAN, STAMPS, NOTES, MANIFEST, f".{STAMPS}.*tmp", "part-*.parquet", ".part-*.tmp", "arrays-*", ".arrays-*")
 
 
 def part_name(block: int) -> str:
-    """File name of a block's part."""
+    """File name of the part of a block."""
     return f"part-{block:05d}.parquet"
 
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Hold the folder, made where missing, until the end of the ``with`` block or of the process.
+    """Lock the folder until the end of the ``with`` block or of the process; create it if missing.
 
     Raises:
-        ShardError: ``out`` is a file, or a folder that is none of ours.
+        ShardError: ``out`` is a file, or a folder with other files than an extraction's.
         SerError: another process extracts into it, or it cannot be written.
     """
     if out.exists() and not out.is_dir():
@@ -297,14 +300,15 @@ def lock(out: Path) -> Iterator[None]:
 def check_or_init(
     out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_rows: int, *, overwrite: bool
 ) -> None:
-    """Make the folder that of ``plan``, or find that it already is.
+    """Write ``plan`` and the recordings' stamps into the folder, or check that it already belongs to ``plan``.
 
     Args:
-        recordings: the paths of all rows, of which every ``block_rows`` are one part.
-        overwrite: begin again where the folder holds something else.
+        recordings: the paths of all rows; each ``block_rows`` of them form one part.
+        overwrite: empty the folder and start again if it holds something else.
 
     Raises:
-        ShardError: other recordings or settings, or recordings that have changed since (and not ``overwrite``).
+        ShardError: the folder holds other recordings or settings, or features of recordings that have changed since
+            (unless ``overwrite``).
     """
     stamps, known = stamps_of(recordings), read_plan(out, KIND)
     if known == plan:
@@ -330,14 +334,14 @@ def check_or_init(
 
 
 def known_hashes(folders: Sequence[Path], table: pd.DataFrame) -> pd.Series:
-    """Content hash of each recording as the shards hold it; empty where they hold none, or it has changed since.
+    """Content hash of each recording, from the shards; "" if they hold none or the recording may have changed.
 
     Args:
         folders: complete feature folders.
-        table: originals among the rows of ``load_features(folders)``.
+        table: rows of ``load_features(folders)``, without pitch copies.
 
-    A recording that is gone has not changed. One that is there and has another stamp than when it was extracted, or is
-    of a folder without stamps, has.
+    A recording that no longer exists keeps its hash. One that exists may have changed if its stamp differs from the one
+    at extraction, or if its folder has no stamps.
     """
     if HASH_COLUMN not in table.columns:
         return pd.Series("", index=table.index)
@@ -355,23 +359,23 @@ def known_hashes(folders: Sequence[Path], table: pd.DataFrame) -> pd.Series:
 
 
 def begin_notes(out: Path, run: str) -> None:
-    """Make the folder of notes, and say there which start of the job writes from now on."""
+    """Create the notes folder and record ``run`` as the start of the job that writes from now on."""
     (out / NOTES).mkdir(exist_ok=True)
     (out / NOTES / _RUN).write_text(run, encoding="ascii")
 
 
 def check_run(out: Path, run: str) -> None:
-    """Raise ShardError unless ``run`` is the start of the job that writes into ``out``."""
+    """Raise ShardError unless ``run`` is the recorded start of the job that writes into ``out``."""
     try:
         current = (out / NOTES / _RUN).read_text(encoding="ascii")
     except OSError:
         current = ""
     if current != run:
-        raise ShardError(f"another extraction has taken over {out}; this one writes nothing more into it")
+        raise ShardError(f"another extraction has taken over {out}; this one stops writing into it")
 
 
 def whole_parts(out: Path, blocks: int) -> dict[int, tuple[int, int]]:
-    """Block -> (rows, failed rows), of every part that can be read; one that is damaged is as good as missing."""
+    """Block -> (rows, failed rows), for every part that can be read; damaged parts count as missing."""
     found: dict[int, tuple[int, int]] = {}
     for block in range(blocks):
         path = out / part_name(block)
@@ -381,7 +385,7 @@ def whole_parts(out: Path, blocks: int) -> dict[int, tuple[int, int]]:
 
 
 def _empty(out: Path) -> None:
-    """Remove what an extraction leaves: first what makes it complete, last what makes the folder ours."""
+    """Remove the files of an extraction: the manifest first, as it means complete, and the plan last."""
     for path in sorted(out.iterdir(), key=lambda path: (path.name == PLAN, path.name != MANIFEST)):
         if not any(path.match(pattern) for pattern in _OURS):
             continue
@@ -392,14 +396,14 @@ def _empty(out: Path) -> None:
 
 
 def _write_stamps(out: Path, stamps: NDArray[np.int64]) -> None:
-    packed = io.BytesIO()  # numpy does not tell why a file cannot be written
+    packed = io.BytesIO()  # numpy hides the reason why a file cannot be written
     np.save(packed, stamps)
     with atomic_path(out / STAMPS) as beside:
         beside.write_bytes(packed.getvalue())
 
 
 def _stamps_before(out: Path) -> NDArray[np.int64] | None:
-    """The stamps that the folder holds, ``(n, 2)``; None where it holds none."""
+    """The stamps stored in the folder, ``(n, 2)``; None if there are none."""
     try:
         stamps: NDArray[np.int64] = np.load(out / STAMPS, allow_pickle=False)
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""A manifest to tables of answers: in blocks, here or on a cluster, resumed, one row a recording always.
+"""Scores a manifest into tables of predictions: in blocks, on one machine or a cluster, resumable, one row a recording.
 
-Not here: one recording's answer (``inference``), and how a model came to be (``training``).
+Not here: the prediction for one recording (``inference``), and training (``training``).
 """
 
 AUDACITY = "audacity"  # a folder of label tracks
-FORMATS = ("jsonl", AUDACITY)  # of exports
+FORMATS = ("jsonl", AUDACITY)  # export formats

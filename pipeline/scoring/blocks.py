@@ -1,8 +1,8 @@
-"""A block of a scoring run: what is asked of it, and scoring it in this process, whoever runs the process.
+"""Scores one block of a scoring run in the current process, a Ray task or a process of the local engine.
 
-A block is some rows of the manifest under one number. While a worker decodes, it notes the recording at hand
-(``journal.CrashLog``), so that, when the process dies (out of memory, killed, a decoder that takes it down), the next
-attempt decodes that one in a process of its own.
+A block is a numbered group of manifest rows. A worker records which recording it is decoding (``journal.CrashLog``).
+If the process dies (out of memory, killed, decoder crash), the next attempt decodes that recording in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ REFUSAL = "refusal"
 
 @dataclass(frozen=True)
 class Task:
-    """All that a worker needs to know.
+    """The settings that a worker needs.
 
     Attributes:
         notes: folder of ``journal.CrashLog``.
-        run: name of this start of the job; attempts that died with another start are not held against a block.
+        run: id of this start of the job; crashed attempts of other starts do not count against a block.
     """
 
     weights: str
@@ -48,9 +48,9 @@ class Task:
 
 
 def make_block(number: int, paths: Sequence[str], places: Sequence[Any] = ()) -> pa.Table:
-    """Columns ``block``, ``position`` in it, ``speech``, and where in it to start and end, by default nowhere.
+    """A table with the columns ``block``, ``position`` (in the block), ``speech``, and start and end in seconds.
 
-    ``places``: the starts and the ends, as ``segments.bounds`` gives them.
+    ``places``: the starts and the ends, from ``segments.bounds``; by default whole recordings.
     """
     starts, ends = places or ([WHOLE[0]] * len(paths), [WHOLE[1]] * len(paths))
     return pa.table(
@@ -65,7 +65,7 @@ def make_block(number: int, paths: Sequence[str], places: Sequence[Any] = ()) ->
 
 
 def score_block(rows: pa.Table, task: Task) -> pa.Table:
-    """Our columns (``predictions.to_table``), ``block`` and ``position``, a row per recording, in order."""
+    """Score a block: the columns of ``predictions.to_table``, ``block`` and ``position``; one row per recording."""
     predictor, options = open_predictor(task), task.options
     predictions: list[Prediction] = []
     timelines: list[Timeline] | None = None
@@ -89,7 +89,7 @@ def score_block(rows: pa.Table, task: Task) -> pa.Table:
 
 
 def listen_block(rows: pa.Table, task: Task) -> pa.Table:
-    """The first half of ``score_block``, where networks run elsewhere: a pickled ``excerpt`` a row."""
+    """The first half of ``score_block`` for runs on GPUs: decoding and features, as a pickled ``excerpt`` per row."""
     bundle = _bundle(task.weights)
     crops, channel = task.options.crops or bundle.crops, task.options.channel
     excerpts = [
@@ -100,14 +100,14 @@ def listen_block(rows: pa.Table, task: Task) -> pa.Table:
 
 
 def classify_block(rows: pa.Table, task: Task) -> pa.Table:
-    """The second half: what ``score_block`` gives, of what ``listen_block`` gave."""
+    """The second half: from the result of ``listen_block`` to that of ``score_block``."""
     predictor = open_predictor(task)
     excerpts = [pickle.loads(cell.as_py()) for cell in rows["excerpt"]]
     return _answer(rows, predictor.classify(excerpts), None, task, predictor)
 
 
 def or_refusal(rows: pa.Table, work: Callable[[pa.Table, Task], pa.Table], task: Task) -> pa.Table:
-    """What ``work`` gives; its SerError as a column ``REFUSAL``, for Ray Data buries what a task raises."""
+    """The result of ``work``, or its SerError as text in a column ``REFUSAL``: Ray Data would hide a raised error."""
     if REFUSAL in rows.column_names:
         return rows
     try:
@@ -117,7 +117,7 @@ def or_refusal(rows: pa.Table, work: Callable[[pa.Table, Task], pa.Table], task:
 
 
 class Classifier:
-    """``classify_block``, as an actor that keeps its network on a device."""
+    """``classify_block`` as an actor that keeps its network on the GPU."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -129,10 +129,10 @@ class Classifier:
 
 @lru_cache(maxsize=1)
 def open_predictor(task: Task) -> Predictor:
-    """The process's Predictor, one math thread: a task has one CPU.
+    """The Predictor of this process, with one thread, because a task has one CPU.
 
     Raises:
-        SerError: the bundle is another one than when scoring began.
+        SerError: the bundle has changed since scoring began.
     """
     predictor = Predictor.from_bundle(
         task.weights, device=task.device, threads=1, batch_size=task.batch_size, crops=task.options.crops
@@ -148,7 +148,7 @@ def _bundle(weights: str) -> Bundle:
 
 
 def _watched(rows: pa.Table, task: Task) -> Iterator[tuple[str | Segment, bool]]:
-    """The recordings of a block, each noted down before it is given, and whether to isolate its decoder."""
+    """(recording, whether to isolate its decoder) for each row of a block; each is recorded in the crash log first."""
     notes = CrashLog(Path(task.notes), rows["block"][0].as_py(), task.run)
     notes.check()
     places = zip(*(rows[name].to_pylist() for name in ("speech", START, END)), strict=True)

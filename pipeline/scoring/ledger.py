@@ -1,15 +1,13 @@
-"""The folder of a scoring run: its plan, its parts, what it leaves; each recording is scored once, whatever dies.
+"""The output folder of a scoring run: its plan, finished parts, outputs and record; finished blocks are not rescored.
 
-The manifest is cut into numbered blocks of rows. ``OUT/.score/plan.json`` says what is being scored with what;
-``OUT/.score/part-NNNNNN.parquet`` holds a finished block. Only the driver writes parts, under a lock: what is missing
-after a crash is the blocks without a part, and nothing else is scored again. ``OUT/run.json``, written last, makes the
-run finished, and the work folder is removed.
+The manifest is cut into numbered blocks of rows. ``OUT/.score/plan.json`` states the input, model and options, which
+together decide the result. ``OUT/.score/part-NNNNNN.parquet`` holds a finished block. Only the driver writes parts,
+under a lock. After a crash, only the blocks without a part are scored again. ``OUT/run.json``, the record of the run,
+is written last and marks it as finished; then the work folder is removed.
 
-Why not Ray Data's own checkpointing: in Ray 2.60 it silently scores everything twice when the source is no file
-read, deletes what was committed when a resumed run overwrites, and keeps no record of the model, options or input
-that the committed rows came from.
-
-Also what a run says of itself: the plan that decides its result, and the record that closes it (``run.json``).
+Ray Data's own checkpointing is not used, for three reasons (Ray 2.60). It silently scores everything twice if the
+source is not a file read. It deletes committed rows if a resumed run overwrites. It does not record the model, options
+and input of the committed rows.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ _LOCK, _WORK = ".score.lock", ".score"
 
 
 class LedgerError(SerError):
-    """An output folder that is in use, holds another run, or cannot be written."""
+    """An output folder holds another run or files of an unknown one, or lacks tables, or a part is damaged."""
 
 
 class Ledger:
@@ -73,19 +71,23 @@ class Ledger:
     def check_or_init(
         self, plan: Mapping[str, Any], block_rows: int, *, overwrite: bool, tables: Sequence[str] = ()
     ) -> int:
-        """Make the folder that of ``plan``, or find that it already is; returns the rows a block of this run has.
+        """Write ``plan`` into the folder, or check that the folder already belongs to it.
 
         Args:
-            tables: what a finished run must have, as Parquet.
+            block_rows: rows per block for a new run.
+            tables: names of the Parquet tables that a finished run must have.
+
+        Returns:
+            Rows per block of the run in the folder.
 
         Raises:
-            LedgerError: the folder holds another run, or a finished one without its tables, and ``overwrite`` is not
-                given.
+            LedgerError: without ``overwrite``: the folder holds another run, or outputs without a known run, or a
+                finished run whose tables are missing.
         """
         finished, begun = self.finished(), read_plan(self.work, "scoring")
         known = finished or begun
         if known is None and not overwrite and (table := next(filter(Path.exists, self._outputs()), None)):
-            raise LedgerError(f"{table} is of no run known here; choose another --out, or --overwrite to replace it")
+            raise LedgerError(f"{table} is of an unknown run; choose another --out, or --overwrite to replace it")
         if overwrite or known is None:
             for path in [*self._outputs(), *self._half_written()]:
                 _remove(path)
@@ -97,13 +99,13 @@ class Ledger:
         if differing:
             raise LedgerError(
                 f"{self.out} holds a run with {_difference(differing, known.get('plan', {}), plan)}; "
-                "choose another --out, or --overwrite to begin again"
+                "choose another --out, or --overwrite to start again"
             )
         if finished is None:
             self.notes.mkdir(parents=True, exist_ok=True)
         elif gone := [name for name in tables if not (self.out / f"{name}.parquet").is_file()]:
             raise LedgerError(
-                f"the run in {self.out} is finished, but its {gone[0]}.parquet is gone; "
+                f"the run in {self.out} is finished, but its {gone[0]}.parquet is missing; "
                 "put it back, or --overwrite to score again"
             )
         remove_temporaries(self.work)
@@ -112,19 +114,19 @@ class Ledger:
         return int(known.get("block_rows", block_rows))
 
     def part_path(self, block: int) -> Path:
-        """Where the part of a block is, or will be."""
+        """Path of the part of a block."""
         return self.work / f"part-{block:06d}.parquet"
 
     def commit(self, block: int, table: pa.Table) -> None:
-        """Write a block's part, whole or not at all, and have it on the disk before returning.
+        """Write a block's part, completely or not at all; it is on the disk when this returns.
 
         Raises:
-            SerError: the disk is full or cannot be written; what was committed before is safe.
+            SerError: the disk is full or cannot be written; parts committed earlier are safe.
         """
         write_part(self.part_path(block), table, on_disk=True)
 
     def committed(self, sizes: Mapping[int, int]) -> dict[int, int]:
-        """Block -> failed rows, of every whole part; a part that is damaged or of another size is removed.
+        """Block -> failed rows, for every valid part; a part that is damaged or has another size is removed.
 
         Args:
             sizes: rows that each block must have.
@@ -139,22 +141,22 @@ class Ledger:
         return found
 
     def finish(self, run: Mapping[str, Any]) -> None:
-        """Write ``run.json``, have it on the disk, and remove the work folder."""
+        """Write ``run.json`` to the disk, then remove the work folder."""
         write_json(self.out / RUN, run, on_disk=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _outputs(self) -> list[Path]:
-        """What a run leaves; of two models or inputs side by side it would mislead."""
+        """Paths of all possible outputs; those of an earlier run are removed, so that two runs are never mixed."""
         return [self.out / name for name in OUTPUTS]
 
     def _half_written(self) -> list[Path]:
-        """Temporary files (``.NAME.<random>.tmp``) of runs that were killed while they wrote what they leave."""
+        """Temporary files (``.NAME.<random>.tmp``) of runs that were killed while writing their outputs."""
         return [path for path in self.out.glob(".*.tmp") if path.name[1:].rsplit(".", 2)[0] in OUTPUTS]
 
 
 @contextmanager
 def open_ledger(out: Path) -> Iterator[Ledger]:
-    """The ledger in ``out`` (made when missing), locked until the end of the ``with`` block or of the process.
+    """The ledger in ``out`` (created if missing), locked until the end of the ``with`` block or of the process.
 
     Raises:
         SerError: another run is writing into ``out``, or it cannot be written.
@@ -164,7 +166,7 @@ def open_ledger(out: Path) -> Iterator[Ledger]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, where there is one."""
+    """Remove a file, or a folder with its content; does nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -172,7 +174,7 @@ def _remove(path: Path) -> None:
 
 
 def _difference(keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What two plans disagree about, for one line."""
+    """The differences between two plans, as one line of text."""
     parts = []
     for key in keys:
         before, after = str(old.get(key)), str(new[key])
@@ -183,7 +185,11 @@ def _difference(keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any])
 
 @dataclass
 class Tally:
-    """What the parts add up to."""
+    """Sums over the parts of a run.
+
+    Attributes:
+        long: recordings of more than ``LONG_S``; noted: recordings with a notice.
+    """
 
     statuses: Counter[str] = field(default_factory=Counter)
     duration_s: float = 0.0
@@ -202,7 +208,7 @@ class Tally:
 
 
 def plan_of(table: pd.DataFrame, bundle: Bundle, options: ScoreOptions) -> dict[str, Any]:
-    """What decides the result: a resumed run must agree in all of it."""
+    """Everything that decides the result; all of it must be equal when a run is resumed."""
     return {
         "version": LEDGER_VERSION,
         "model": bundle.weights_sha256,
@@ -229,8 +235,8 @@ def record_of(
     """The content of ``run.json``.
 
     Args:
-        plan: as ``plan_of`` gives it; block_rows: rows a block, which a resumption keeps to.
-        tally: of all rows; scored: how many of them were scored by this start of the job, in ``seconds``.
+        plan: from ``plan_of``; block_rows: rows per block, kept when the run is resumed.
+        tally: of all rows; scored: number of rows scored by this start of the job, in ``seconds``.
     """
     rows, good = tally.statuses.total(), tally.statuses["ok"]
     unheard = f"{tally.scored_s:,.0f} s of {tally.duration_s:,.0f} s" if tally.long > good / 2 else None

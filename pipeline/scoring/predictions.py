@@ -1,25 +1,23 @@
-"""The tables of scores: their columns, and writing them from the finished blocks of a run, little in memory at a time.
+"""The tables and exports of a scoring run, written from its finished blocks with little memory.
 
-``predictions``: the manifest's columns, untouched (one that collides with ours becomes ``in_NAME``), then ``status``
-(``ok`` or an error code), ``error``, ``label_name`` when labels were given, ``predicted``, ``confidence``,
-``p_<label>`` per class, ``duration_s``, ``scored_s``, ``level_dbfs``, ``entropy`` (0 certain .. 1 uniform), ``margin``
-(best minus second), ``familiarity`` (how like the training recordings, 0 to 1), ``speech_share`` (of the frames heard),
-``notice`` (what users should know of how it was read). One row per row of the manifest, in its order. Silence, what is
-no speech, and what could not be used has no confidence and no probabilities. Where parts of recordings were asked for,
-``segment_start_s`` and ``segment_end_s`` stand last.
+``predictions``: the manifest's columns, unchanged (a colliding name becomes ``in_NAME``), then ``status`` (``ok`` or an
+error code), ``error``, ``label_name`` if labels were given, ``predicted``, ``confidence``, ``p_<label>`` per class,
+``duration_s``, ``scored_s``, ``level_dbfs``, ``entropy`` (0 certain .. 1 uniform), ``margin`` (best minus second),
+``familiarity`` (similarity to the training recordings, 0 to 1), ``speech_share`` (of the scored frames), ``notice``
+(a remark on how the recording was read). One row per row of the manifest, in its order. Silence, recordings without
+speech, and unusable ones have no confidence and no probabilities. If the manifest selects segments,
+``segment_start_s`` and ``segment_end_s`` are the last columns.
 
-``segments``, for recordings heard window by window: ``row`` (from 0, of ``predictions``), ``speech``, ``channel``,
+``segments``, if recordings were scored in windows: ``row`` (of ``predictions``, from 0), ``speech``, ``channel``,
 ``start_s``, ``end_s``, ``predicted`` (also ``silence``), ``confidence``, ``p_<label>``, ``level_dbfs``, ``entropy``,
-``margin``. ``channels``, when each was heard apart: all windows of one channel of a recording together.
+``margin``, ``familiarity``. ``channels``, if each channel was scored separately: one row per channel of a recording.
 
-Each is written as ``.parquet``, which is exact, and as ``.csv``, whose text cells are guarded
-(``pipeline.data.tables``) and which ``read_predictions`` reads back.
+Each table is written as ``.parquet``, which is exact, and as ``.csv``, with guarded text cells
+(``pipeline.data.tables``); ``read_predictions`` reads both.
 
-What a finished run can also be had as: one segment per stretch of one emotion, JSON Lines, Audacity label tracks.
-
-Everything is made from the tables of the run, a piece at a time; nothing is scored again. ``timeline`` is ``segments``
-with neighbours that agree merged. Source: Audacity manual, "Importing and Exporting Labels" (start, end, text,
-separated by tabs, in seconds).
+Exports are made from these tables, nothing is scored again: ``timeline`` (``segments`` with consecutive windows of the
+same prediction merged), JSON Lines, and Audacity label tracks. Source: Audacity manual, "Importing and Exporting
+Labels" (start, end, text, separated by tabs, in seconds).
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ _ROWS_AT_ONCE, _WINDOWS_AT_ONCE = 4096, 100_000
 
 
 def our_columns(labels: Sequence[str], *, labelled: bool) -> list[str]:
-    """The columns of ``predictions`` that follow the manifest's."""
+    """The columns of ``predictions`` after those of the manifest."""
     name = ["label_name"] if labelled else []
     return ["status", "error", *name, "predicted", "confidence", *(f"p_{label}" for label in labels), *_AFTER, _NOTICE]
 
@@ -66,10 +64,10 @@ def to_table(
     silence_dbfs: float = SILENCE_DBFS,
     timelines: Sequence[Timeline] | None = None,
 ) -> pa.Table:
-    """Predictions as our columns, ``label_name`` excepted; missing values are null.
+    """A table with ``our_columns`` except ``label_name``; missing values are null.
 
     Args:
-        timelines: the windows of each recording, kept in a nested column ``windows``.
+        timelines: the windows of each recording, stored in a nested column ``windows``.
     """
     predictions = [prediction.told(silence_dbfs) for prediction in predictions]
     p = np.array([prediction.probabilities for prediction in predictions]).reshape(len(predictions), len(labels))
@@ -93,7 +91,7 @@ def to_table(
 
 
 def plain_manifest(manifest: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """The manifest with text that Parquet can hold, and colliding columns renamed to ``in_NAME``."""
+    """The manifest with columns that Parquet can hold, and colliding names changed to ``in_NAME``."""
     taken = {*our_columns(labels, labelled=True), *_WINDOWED}
     renamed: list[str] = []
     for column in map(str, manifest.columns):
@@ -119,13 +117,13 @@ def write_tables(
     silence_dbfs: float = SILENCE_DBFS,
     each_channel: bool = False,
 ) -> None:
-    """Write ``predictions`` (and ``segments`` where the parts hold windows, ``channels`` where asked for).
+    """Write ``predictions``, also ``segments`` if the parts hold windows, and then ``channels`` if ``each_channel``.
 
     Args:
-        manifest: as ``plain_manifest`` gives it; a ``label`` column becomes ``label_name`` as well.
-        parts: tables of ``to_table``, in order, together as long as the manifest; taken one at a time.
-        out: an existing folder. Every file appears in it whole or not at all; older tables there are removed.
-        labels: the model's, in its order.
+        manifest: from ``plain_manifest``; a ``label`` column is copied to ``label_name``.
+        parts: tables of ``to_table``, in order, together as long as the manifest; read one at a time.
+        out: an existing folder. Each file appears in it complete or not at all, and replaces an older one.
+        labels: the model's classes, in its order.
 
     Raises:
         SerError: the disk is full or cannot be written.
@@ -141,7 +139,7 @@ def write_tables(
                 part = part.append_column("label_name", table["label"].cast(pa.string()))
             for name in our_columns(labels, labelled=labelled):
                 kind = pa.float64() if name in _AFTER else pa.string()
-                known = name in part.column_names  # parts that an older version wrote lack some
+                known = name in part.column_names  # parts written by older versions lack some columns
                 column = part[name] if known else pa.nulls(len(part), kind)
                 table = table.append_column(name, column)
             last = [name for name in (START, END) if name in table.column_names]
@@ -169,8 +167,8 @@ def segments_table(
     """The table ``segments`` of some recordings.
 
     Args:
-        names: what the windows of each recording are called.
-        speech: path of each recording; the index says which row of ``predictions`` it is.
+        names: the predictions of each recording's windows.
+        speech: path of each recording; its index is the row in ``predictions``.
     """
     lengths = [len(timeline) for timeline in timelines]
     row = np.repeat(np.arange(len(timelines)), lengths)
@@ -194,15 +192,15 @@ def segments_table(
 
 
 def read_segments(out: Path, labels: Sequence[str]) -> Iterator[tuple[int, str, Timeline, list[str]]]:
-    """(row, speech, windows, what they are called) of each recording in ``segments.parquet`` that has any, in order.
+    """(row, speech, windows, their predictions) of each recording in ``segments.parquet``, in order.
 
     Raises:
         SerError: the folder has no such table.
     """
     path = out / "segments.parquet"
     if not path.is_file():
-        raise SerError(f"{out} has no segments: its recordings were not heard window by window; give --window_s")
-    with pq.ParquetFile(path) as file:  # a recording lies in one row group
+        raise SerError(f"{out} has no segments: its recordings were not scored in windows; give --window_s")
+    with pq.ParquetFile(path) as file:  # all windows of a recording are in one row group
         for group in range(file.num_row_groups):
             table = file.read_row_group(group).to_pandas()
             log_p = np.log(np.maximum(table[[f"p_{label}" for label in labels]].to_numpy(), 1e-300))
@@ -214,12 +212,12 @@ def read_segments(out: Path, labels: Sequence[str]) -> Iterator[tuple[int, str, 
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """A table of scores: the folder of a run, its ``.parquet``, or its ``.csv`` with the guards taken off.
+    """Read a predictions table: from the folder of a run, its ``.parquet``, or its ``.csv`` (guards removed).
 
-    A CSV does not say what is a number: our columns that are become numbers again, those of the manifest stay text.
+    From a CSV, the numeric columns of scoring become numbers again; the manifest's columns remain text.
 
     Raises:
-        SerError: nothing of that kind is there, or one of our columns holds other text than numbers.
+        SerError: no such table, or a numeric column of scoring holds other text.
     """
     if path.is_dir():
         path = path / PARQUET
@@ -229,7 +227,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
 
 
 def _with_numbers(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The table with our columns as numbers: those of these names, and the ``p_`` columns after ``confidence``."""
+    """The table with the columns of scoring as numbers, among them the ``p_`` columns after ``confidence``."""
     names = list(table.columns)
     times = [START, END, *(["row", "start_s", "end_s"] if "start_s" in names else [])]
     ours = {"confidence", *_AFTER, *times} & set(names)
@@ -259,7 +257,7 @@ def _doubt(p: Floats) -> dict[str, pa.Array]:
 
 
 def _gathered(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Parts joined to pieces of some thousand rows, or some ten thousand windows; columns that one lacks are null."""
+    """Parts joined to tables of about 4,000 rows or 100,000 windows; columns missing in a part become null."""
     held: list[pa.Table] = []
     rows = windows = 0
     for part in parts:
@@ -278,15 +276,15 @@ _AT_ONCE = 1000
 
 
 def write_exports(out: Path, labels: Sequence[str], formats: Sequence[str] = (), *, merge: bool = False) -> list[Path]:
-    """Write the exports of the run in ``out``; returns the files and folders.
+    """Write the exports of the run in ``out``; returns the files and folders written.
 
     Args:
-        labels: the model's, in its order.
+        labels: the model's classes, in its order.
         formats: ``jsonl``: every table as JSON Lines; ``audacity``: a label track for each recording.
-        merge: write ``timeline``; the label tracks then hold it in place of single windows.
+        merge: write ``timeline``; the label tracks then contain merged segments instead of single windows.
 
     Raises:
-        SerError: segments are asked for and the run has none, or the disk is full.
+        SerError: an export needs segments and the run has none, or the disk is full.
     """
     written: list[Path] = []
     if merge:
@@ -311,7 +309,7 @@ def _write_timeline(out: Path, labels: Sequence[str]) -> list[Path]:
             rows, speech, timelines, names = zip(*(held or [(0, "", no_windows(len(labels)), [])]), strict=True)
             table = segments_table(
                 timelines, names, pd.Series(speech, rows), labels, -math.inf
-            )  # silence has none left
+            )  # -inf: silent windows have lost their probabilities already
             files.write("timeline", table)
             if len(held) < _AT_ONCE:
                 break
@@ -319,7 +317,7 @@ def _write_timeline(out: Path, labels: Sequence[str]) -> list[Path]:
 
 
 def restore_csv(out: Path) -> None:
-    """Write the CSV tables of the run in ``out`` again that are gone, from the Parquet tables.
+    """Write missing CSV tables of the run in ``out`` again, from its Parquet tables.
 
     Raises:
         SerError: the disk is full.
@@ -336,7 +334,7 @@ def _tables(out: Path) -> list[str]:
 
 
 def _rewrite(out: Path, names: Sequence[str], form: str) -> list[Path]:
-    """Parquet tables in another format."""
+    """Write the named Parquet tables in another format; returns their paths."""
     with table_files(out, (form,)) as files:
         for name in names:
             with pq.ParquetFile(out / f"{name}.parquet") as file:
@@ -346,7 +344,7 @@ def _rewrite(out: Path, names: Sequence[str], form: str) -> list[Path]:
 
 
 def _write_audacity(out: Path, labels: Sequence[str], *, merge: bool) -> Path:
-    """``audacity/ROW-NAME.txt`` for every recording that was heard."""
+    """Write ``audacity/ROW-NAME.txt`` for every recording with segments; returns the folder."""
     folder = out / AUDACITY
     try:
         shutil.rmtree(folder, ignore_errors=True)

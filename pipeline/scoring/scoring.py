@@ -1,12 +1,12 @@
-"""Scoring a whole manifest, on Ray Data or in processes of this machine: resumable, one row a recording in any case.
+"""Scores a whole manifest, on Ray Data or in processes of this machine; resumable, and every recording gets a row.
 
-The manifest is cut into blocks (``pipeline.scoring.ledger``). On CPUs one stateless task scores one block: decode,
-features and network in one process, which keeps its Predictor from block to block; results travel to the driver, which
-commits them. With GPUs, tasks decode and make features, and an actor per GPU runs the network. When every block is
-there, the tables are written from the parts, a piece in memory at a time.
+The manifest is cut into blocks (``pipeline.scoring.ledger``). On CPUs, one stateless task scores one block: decoding,
+features and network run in one process, which keeps its Predictor for further blocks. The driver receives the results
+and commits them. With GPUs, tasks decode and compute features, and one actor per GPU runs the network. When all blocks
+are committed, the tables are written from the parts, with only a few parts in memory.
 
-A task that dies is run again, see ``pipeline.scoring.blocks`` on whom it suspects. Work too small to repay Ray's start
-is done by the local engine: processes of this machine, the same blocks, ledger and results.
+A task whose process died is run again (``pipeline.scoring.blocks``). Small work, for which starting Ray takes too
+long, uses the local engine: processes of this machine, with the same blocks, ledger and results.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ from pipeline.storage.files import usable_cpus
 
 __all__ = ["Execution", "ScoreOptions", "ScoreRun", "score_manifest"]
 
-_RECORDING_S, _WALKED_S = 0.0125, 0.5  # CPU seconds a recording, of 2 s, and of all of it in windows
+_RECORDING_S, _WALKED_S = 0.0125, 0.5  # CPU seconds per recording: for one window of 2 s, for windows over all of it
 _BLOCK_ROWS, _BLOCK_ROWS_WALKED = 256, 8
-_BLOCKS_A_CPU = 8  # smaller runs get smaller blocks, so that every CPU has some
+_BLOCKS_A_CPU = 8  # in small runs, blocks are made smaller so that every CPU gets some
 ProgressCallback = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is spread; changes no result, and may differ between a run and its resumption.
+    """Where and how the work runs. It does not change the results, and may differ when a run is resumed.
 
     Attributes:
         engine: "ray": Ray Data, here or on the cluster of ``RAY_ADDRESS``; "local": processes of this machine;
-            "auto": local for work too small to repay Ray's start, where no cluster and no GPU is asked for.
-        num_cpus: CPUs to use; all when None. 0, as earlier versions had it, is the local engine on all.
+            "auto": local for small work without a cluster and without GPUs, else Ray.
+        num_cpus: CPUs to use; None: all. 0 (from earlier versions): the local engine on all CPUs.
         num_gpus: GPUs to use, 0 for none.
-        batch_size: examples the network sees at once.
-        block_rows: recordings a block; chosen by their number and that of the CPUs when None.
+        batch_size: examples per batch of the network.
+        block_rows: recordings per block; None: chosen from the number of recordings and CPUs.
     """
 
     engine: str = "auto"
@@ -83,11 +83,11 @@ class Execution:
             raise SerError("the local engine uses no GPU; leave --num_gpus out, or give --engine ray")
 
     def is_local(self) -> bool:
-        """Whether the local engine was asked for."""
+        """Whether the options demand the local engine."""
         return self.engine == "local" or (self.engine == "auto" and self.num_cpus == 0)
 
     def chosen(self, recordings: int, *, walked: bool) -> str:
-        """The engine for so many recordings: "local" or "ray"."""
+        """The engine for this number of recordings, "local" or "ray"; ``walked``: scored in windows."""
         if self.is_local():
             return "local"
         if self.num_gpus:
@@ -100,13 +100,14 @@ class ScoreRun:
     """A finished run.
 
     Attributes:
-        statuses: rows of each status.
-        scored: rows scored now, not by an earlier start of the same run; ``seconds`` they took.
-        unheard: ``"2 s of 184 s"`` when most recordings are long and little of them was heard; else None.
-        evaluation: the content of ``metrics.json``, when a report was asked for.
+        statuses: status -> number of rows.
+        scored: rows scored now, not by an earlier start of the same run; ``seconds``: wall time of this call.
+        unheard: scored and total seconds, ``"2 s of 184 s"``, if most recordings are long and only their middle (or
+            crops) was scored; else None.
+        evaluation: the content of ``metrics.json``, if a report was requested.
         exports: further files and folders written.
-        noted: recordings with something to know of how they were read, in the column ``notice``.
-        silence_s: seconds that lie in silent windows only, and were skipped.
+        noted: number of recordings with a remark in the column ``notice``.
+        silence_s: seconds that lie only in silent windows and so were not scored.
     """
 
     out: Path
@@ -140,26 +141,25 @@ def score_manifest(
     meta: Mapping[str, Any] | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> ScoreRun:
-    """Score every recording of ``manifest`` into ``out``; a run that was cut off is continued.
+    """Score every recording of ``manifest`` into ``out``, continuing an earlier run of the same.
 
     Writes the tables (``pipeline.scoring.predictions``), report and exports, and ``run.json`` last. A finished run of
-    the same model, options and input is not scored again; a report or exports asked for now are added, CSV tables that
-    are gone are written again.
+    the same model, options and input is not scored again; a missing report, requested exports and missing CSV tables
+    are added.
 
     Args:
-        manifest: as ``pipeline.data.manifest`` makes it: ``speech``, perhaps ``label``, and further columns.
+        manifest: as ``pipeline.data.manifest`` makes it: ``speech``, optional ``label``, and further columns.
         weights: a bundle, or the ``.pt`` in it; None for the shipped one.
-        overwrite: begin again whatever ``out`` holds.
-        report: also write ``report.html`` and what belongs to it.
-        formats: exports, and merge: merged segments, see ``pipeline.scoring.predictions``.
-        meta: what the report says of the run (command, versions ...) beside the model.
-        on_progress: called with (rows done, rows in all, failed so far), in the driver.
+        overwrite: replace any run in ``out``.
+        report: also write ``report.html`` and its files.
+        formats: exports; merge: also write merged segments; see ``pipeline.scoring.predictions``.
+        meta: facts about the run for the report (command, versions ...), in addition to the model.
+        on_progress: called in the driver with (rows done, rows in total, rows failed so far).
 
     Raises:
-        LedgerError: ``out`` holds a run of another model, options or input, or one whose tables are gone; is in use,
-            or cannot be written.
+        LedgerError: ``out`` holds a run of another model, options or input, or one whose tables are missing.
         BundleError: no usable model.
-        SerError: an option out of range.
+        SerError: an option out of range; ``out`` is in use or cannot be written.
     """
     begin_s = time.monotonic()
     options, execution = options or ScoreOptions(), execution or Execution()
@@ -184,20 +184,20 @@ def score_manifest(
         if run is None:
             run = record_of(plan, block_rows, bundle, options, tally, scored, seconds)
             ledger.finish(run)
-    of_read = run.get("noted", 0), run.get("silence_s") or 0.0  # not there in runs of earlier versions
+    of_read = run.get("noted", 0), run.get("silence_s") or 0.0  # missing in runs of earlier versions
     return ScoreRun(out, len(table), run["statuses"], scored, seconds, run["unheard"], evaluation, exported, *of_read)
 
 
 def _check(options: ScoreOptions, execution: Execution, bundle: Bundle, *, windows_needed: bool) -> None:
-    """Refuse early what would be found out late."""
+    """Refuse options that do not fit together or the model, before any work starts."""
     if options.window_s is not None and options.window_s > bundle.features.window_s:
         longest = f"{bundle.features.window_s:g}"
         raise SerError(
-            f"window_s {options.window_s:g} is more than the {longest} s that {bundle.name} hears at a time; "
+            f"window_s {options.window_s:g} is more than the {longest} s that {bundle.name} reads at a time; "
             f"give --window_s {longest}"
         )
     if options.window_s is None and windows_needed:
-        raise SerError("merged segments and Audacity labels are made of windows; give --window_s too")
+        raise SerError("merged segments and Audacity labels need windows; give --window_s too")
     if options.window_s is not None and execution.num_gpus:
         raise SerError("windows are scored on CPUs only; leave --num_gpus out")
 
@@ -211,7 +211,7 @@ def _score(
     execution: Execution,
     on_progress: ProgressCallback | None,
 ) -> tuple[Tally, int]:
-    """Score the blocks that are missing, and write the tables; returns what came of all rows, and the rows scored."""
+    """Score the missing blocks and write the tables; returns (the tally of all rows, number of rows scored now)."""
     starts = range(0, len(table), block_rows)
     sizes = {block: min(block_rows, len(table) - start) for block, start in enumerate(starts)}
     before = ledger.committed(sizes)
@@ -251,7 +251,7 @@ def _block_rows(rows: int, *, walked: bool) -> int:
 
 
 def _score_blocks(todo: Mapping[int, pd.DataFrame], task: Task, execution: Execution) -> Iterator[tuple[int, pa.Table]]:
-    """Run the blocks; yields each as it is done, in any order."""
+    """Score the blocks; yields (number, part) of each finished block, in any order."""
     blocks = [make_block(number, list(rows["speech"]), bounds(rows)) for number, rows in todo.items()]
     recordings = sum(map(len, blocks))
     if execution.chosen(recordings, walked=task.options.steps is not None) == "local":
@@ -260,7 +260,7 @@ def _score_blocks(todo: Mapping[int, pd.DataFrame], task: Task, execution: Execu
         )
     else:
         results = _on_ray(blocks, task, execution)
-    pieces: dict[int, list[pa.Table]] = {}  # Ray Data cuts very large results
+    pieces: dict[int, list[pa.Table]] = {}  # Ray Data splits very large results
     for result in results:
         block = result["block"][0].as_py()
         pieces.setdefault(block, []).append(result)
@@ -307,7 +307,7 @@ def _failures(part: pa.Table) -> int:
 
 
 def _parts(ledger: Ledger, blocks: int, tally: Tally) -> Iterator[pa.Table]:
-    """The committed parts in order; tallies them on the way."""
+    """The committed parts in order; adds each one to ``tally``."""
     for block in range(blocks):
         try:
             part = pq.read_table(ledger.part_path(block))
@@ -318,7 +318,7 @@ def _parts(ledger: Ledger, blocks: int, tally: Tally) -> Iterator[pa.Table]:
 
 
 def _report(out: Path, bundle: Bundle, meta: Mapping[str, Any], *, anew: bool) -> Mapping[str, Any]:
-    """The content of ``metrics.json``; the report is made when it is not there yet, lacks a new note, or ``anew``."""
+    """The content of ``metrics.json``; the report is written if it is missing, has another note, or ``anew``."""
     from pipeline.reporting.report import rerender, write_report
 
     if not anew and (out / "metrics.json").is_file():

@@ -1,4 +1,4 @@
-"""Files and addresses: scanned, fetched, locked, written whole or not at all, and the journal of a job.
+"""Files and URLs: folder scans, downloads, locks, atomic writes, and the journal of a job.
 
-Not here: what the bytes mean (``audio``), and tables of recordings (``data``).
+Not here: decoding of audio (``audio``), and tables of recordings (``data``).
 """

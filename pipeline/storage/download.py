@@ -1,17 +1,15 @@
-"""One large file over HTTP: resumed where it was cut off, checked against its MD5, whole or not at all.
+"""Downloads one large file over HTTP, with resume and MD5 check; unpacks a ZIP archive safely into a new folder.
 
-Method: bytes go to ``NAME.part``; ``NAME.part.json`` beside it notes where they come from (URL, and the server's ETag
-or Last-Modified). Another attempt, of this process or a later one, asks for the rest with Range and If-Range (RFC
-9110, sections 13.1.5 and 14); a server that knows neither sends all of it again. Only a file with the right checksum
-gets its name, in one step. Limits: MD5 tells damage and mix-ups, not an attacker; one connection at a time.
+Download: bytes are written to ``NAME.part``; ``NAME.part.json`` records their source (URL, and the server's ETag or
+Last-Modified). The next attempt, of this process or a later one, requests the rest with Range and If-Range (RFC 9110,
+sections 13.1.5 and 14); a server without these sends the whole file again. The file is renamed to its final name only
+if its checksum is right. Limits: MD5 detects damage and mix-ups, not an attacker; one connection at a time.
 
-A ZIP archive into a new folder: whole or not at all, and nothing outside that folder.
-
-Method: every entry is judged by its header before the first byte is written: absolute paths and paths with ``..``,
-drive letters, back-slashes or control characters, links and devices, two entries of one name (also where case does not
-count), encryption, and sizes beyond the limits. Sizes are counted again while writing, as headers may lie; checksums
-are checked. The tree is written beside its place and renamed at the end. Limits: ZIP only; times and permissions are
-dropped.
+Unpacking: all entries' headers are checked before anything is written. Refused are absolute paths, paths with ``..``,
+drive letters, backslashes or control characters, links, devices, names that occur twice (ignoring case), encryption,
+and sizes beyond the limits. Sizes are counted again while writing, because headers can be wrong, and checksums are
+verified. The tree is written to a temporary folder and renamed at the end: the new folder is complete or absent, and
+nothing is written outside it. Limits: ZIP only; times and permissions are dropped.
 """
 
 from __future__ import annotations
@@ -39,24 +37,24 @@ from pipeline.storage.errors import SerError
 
 MAX_BYTES = 2 << 30
 _CHUNK = 1 << 16
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers that may be other ones a little later
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # temporary HTTP errors: worth another attempt
 _LONGEST_PAUSE_S = 30.0
 
-OnProgress = Callable[[int, int], None]  # bytes there, bytes in all (0: the server does not tell)
+OnProgress = Callable[[int, int], None]  # bytes done, bytes in total (0: unknown)
 Tell = Callable[[str], None]
 
 
 class DownloadError(SerError):
-    """A file that cannot be fetched, or is not the one that was meant."""
+    """A file cannot be downloaded, or has the wrong checksum."""
 
 
 class _CutOffError(Exception):
-    """This attempt ended too early; the next may go on."""
+    """This attempt ended too early; the next one may continue."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What has arrived so far."""
+    """The bytes received so far."""
 
     path: Path
 
@@ -68,7 +66,7 @@ class _Part:
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def validator(self, url: str) -> str | None:
-        """What If-Range shall say; None when the bytes are of another URL, or nobody noted where they are from."""
+        """The value for If-Range ("" if the server gave none); None if the bytes are of another or unknown URL."""
         try:
             note = json.loads(self.note.read_text(encoding="utf-8"))
             return str(note["validator"]) if note["url"] == url else None
@@ -92,26 +90,27 @@ def download(
     on_progress: OnProgress = lambda done, total: None,
     tell: Tell = lambda text: None,
 ) -> Path:
-    """Fetch ``url`` to ``destination``, going on with what an earlier call left behind.
+    """Download ``url`` to ``destination``, continuing an earlier download that was cut off.
+
+    The caller must make sure that only one process works on ``destination``.
 
     Args:
         md5: 32 hex digits of the whole file.
-        max_bytes: more than this is refused.
-        attempts: that may fail in a row, none of them bringing a byte, before this gives up.
-        timeout_s: silence of the server, in seconds, that ends an attempt.
+        max_bytes: larger files are refused.
+        attempts: number of failed attempts in a row, without a new byte, after which this gives up.
+        timeout_s: silence of the server, in seconds, after which an attempt ends.
         pause: called with the seconds to wait before the next attempt.
-        tell: called with a sentence when an attempt failed and another follows.
+        tell: called with one line of text when an attempt failed and another follows.
 
     Returns:
-        ``destination``. A file of the right checksum that is there already is left alone, without asking anybody.
+        ``destination``. If it already has the right checksum, nothing is downloaded.
 
     Raises:
-        DownloadError: no http or https URL, a refusal, no connection, too many bytes, a wrong checksum, a disk that
-            cannot be written. What arrived stays for the next call, unless
-            it is wrong. That one process at a time works on ``destination`` is the caller's affair.
+        DownloadError: not an http or https URL, a refusal, no connection, too many bytes, a wrong checksum, a disk that
+            cannot be written. Received bytes are kept for the next call, unless they are wrong.
     """
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-        raise DownloadError(f"{url!r} is no http or https address; give one, as https://example.org/files")
+        raise DownloadError(f"{url!r} is not an http or https URL; expected one such as https://example.org/files")
     part = _Part(destination.with_name(destination.name + ".part"))
     with _writing(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +124,7 @@ def download(
         except _CutOffError as cut:
             failed = 1 if part.size() > before else failed + 1
             if failed >= attempts:
-                raise DownloadError(f"{url}: {cut}, {failed} times in a row; the same command goes on later") from cut
+                raise DownloadError(f"{url}: {cut}, {failed} times in a row; the same command continues later") from cut
             wait_s = min(2.0 ** (failed - 1), _LONGEST_PAUSE_S)
             tell(f"{cut}; trying again in {wait_s:g} s")
             pause(wait_s)
@@ -134,7 +133,7 @@ def download(
             os.replace(part.path, destination)
             part.note.unlink(missing_ok=True)
             return destination
-        wrong += 1 if before else 2  # what was put together may be of two files: once more, from the beginning
+        wrong += 1 if before else 2  # resumed bytes may be of two different files: one more try, from the beginning
         part.drop()
     raise DownloadError(f"{url} has another MD5 checksum than {md5}: damaged or changed; try again, or another mirror")
 
@@ -146,7 +145,7 @@ def md5_of(path: Path) -> str:
 
 
 def _fetch(url: str, part: _Part, max_bytes: int, timeout_s: float, on_progress: OnProgress) -> None:
-    """One attempt; returns when the server says that all bytes are there."""
+    """One attempt; returns when all bytes that the server announced have arrived."""
     validator = part.validator(url)
     if validator is None:
         part.drop()
@@ -160,38 +159,36 @@ def _fetch(url: str, part: _Part, max_bytes: int, timeout_s: float, on_progress:
             if start == 0:
                 _begin(part, url, answer)
             if total > max_bytes:
-                raise DownloadError(
-                    f"{url} holds {total:,} bytes, more than the {max_bytes:,} expected; wrong address?"
-                )
+                raise DownloadError(f"{url} holds {total:,} bytes, more than the limit of {max_bytes:,}; check the URL")
             _receive(answer, part, start, total, max_bytes, on_progress)
     except HTTPError as error:
         with error:
             if error.code == 416 and held:
-                return  # nothing lies beyond what is there: the checksum decides
+                return  # the server has no bytes after ours: the checksum decides
             if error.code in _AGAIN:
                 raise _CutOffError(f"the server answered {error.code}") from None
             raise DownloadError(f"{url}: the server answered {error.code} {error.reason}; check --base_url") from None
     except URLError as error:
         if isinstance(error.reason, SSLCertVerificationError):
-            raise DownloadError(f"{url}: {error.reason.verify_message}; mend this machine's certificates") from None
+            raise DownloadError(f"{url}: {error.reason.verify_message}; update this machine's certificates") from None
         raise _CutOffError(f"no connection ({error.reason})") from None
     except (OSError, HTTPException) as error:
         raise _CutOffError(f"the connection broke ({error or type(error).__name__})") from None
 
 
 def _extent(answer: HTTPResponse, held: int) -> tuple[int, int]:
-    """Offset of the answer's first byte, and the size of the whole file (0 when it is not told)."""
+    """Offset of the response's first byte, and the size of the whole file (0 if unknown)."""
     if answer.status != 206:
         length = answer.headers.get("Content-Length", "")
         return 0, int(length) if length.isdecimal() else 0
     found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
     if not found or int(found[1]) != held:
-        raise DownloadError("the server sent another part of the file than was asked for; try again or another mirror")
+        raise DownloadError("the server sent another part of the file than requested; try again, or another mirror")
     return held, 0 if found[2] == "*" else int(found[2])
 
 
 def _begin(part: _Part, url: str, answer: HTTPResponse) -> None:
-    """Empty the part, and note what its bytes will be of."""
+    """Empty the part file, and record the source of its new bytes."""
     etag = answer.headers.get("ETag", "")
     strong = etag if etag.startswith('"') else ""
     note = {"url": url, "validator": strong or answer.headers.get("Last-Modified", "")}
@@ -209,7 +206,7 @@ def _receive(
         while chunk := _read(answer):
             done += len(chunk)
             if done > max_bytes:
-                raise DownloadError(f"more than the {max_bytes:,} bytes expected; wrong address?")
+                raise DownloadError(f"the file is larger than the limit of {max_bytes:,} bytes; check the URL")
             file.write(chunk)
             on_progress(done, total)
     if done < total:
@@ -228,7 +225,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DownloadError(f"cannot write {path}: {error.strerror}; make room, or choose another --out") from error
+        raise DownloadError(f"cannot write {path}: {error.strerror}; free space, or choose another --out") from error
 
 
 _COPY_BYTES = 1 << 20
@@ -236,17 +233,17 @@ _ENCRYPTED = 0x1
 
 
 class ArchiveError(SerError):
-    """An archive that is damaged, hostile or too large."""
+    """An archive is damaged, hostile or too large."""
 
 
 @dataclass(frozen=True)
 class UnpackLimits:
-    """What an archive may hold; more is refused."""
+    """Limits of an accepted archive."""
 
     entries: int = 10_000
     total_bytes: int = 4 << 30
     entry_bytes: int = 256 << 20
-    ratio: float = 200.0  # unpacked bytes a packed one, of an entry; DEFLATE can do 1,032
+    ratio: float = 200.0  # unpacked bytes per packed byte of an entry; DEFLATE can reach 1,032
 
 
 def unpack(
@@ -256,19 +253,19 @@ def unpack(
     limits: UnpackLimits | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> int:
-    """Unpack ``archive`` into ``folder``, which is made (an empty one may be there).
+    """Unpack ``archive`` into ``folder``, which must be empty or absent.
 
     Returns:
-        How many files were written.
+        Number of files written.
 
     Raises:
-        ArchiveError: no ZIP archive, a damaged or hostile one, one beyond ``limits``, ``folder`` holds something,
-            or the disk is too small. Nothing of it stays.
+        ArchiveError: not a ZIP archive, a damaged or hostile one, one beyond ``limits``, a ``folder`` that is not
+            empty, or a full disk. No unpacked files remain.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ArchiveError(f"{folder} is not empty; choose another --out, or remove it")
     beside = folder.with_name(f".{folder.name}.unpacking")
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
     try:
         with zipfile.ZipFile(archive) as opened:
             entries = _judged(opened.infolist(), limits or UnpackLimits(), archive)
@@ -283,7 +280,7 @@ def unpack(
             folder.rmdir()
         os.replace(beside, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
-        raise ArchiveError(f"{archive} is damaged or no ZIP archive ({error}); fetch it again") from error
+        raise ArchiveError(f"{archive} is damaged or not a ZIP archive ({error}); download it again") from error
     except OSError as error:
         raise ArchiveError(f"cannot unpack {archive} into {folder}: {error.strerror}; choose another --out") from error
     finally:
@@ -292,7 +289,7 @@ def unpack(
 
 
 def _judged(entries: list[zipfile.ZipInfo], limits: UnpackLimits, archive: Path) -> list[zipfile.ZipInfo]:
-    """The files among the entries, if all of them may be written."""
+    """The entries that are files. Raises `ArchiveError` if any entry is refused."""
     if len(entries) > limits.entries:
         raise ArchiveError(f"{archive} has {len(entries):,} entries, more than {limits.entries:,}; refused")
     seen: set[str] = set()
@@ -301,7 +298,7 @@ def _judged(entries: list[zipfile.ZipInfo], limits: UnpackLimits, archive: Path)
         reason = _objection(entry, limits)
         key = entry.filename.rstrip("/").casefold()
         if reason is None and key in seen:
-            reason = "is there twice"
+            reason = "occurs twice"
         if reason is not None:
             raise ArchiveError(f"{archive}: entry {entry.filename[:100]!r} {reason}; nothing was unpacked")
         seen.add(key)
@@ -314,10 +311,10 @@ def _judged(entries: list[zipfile.ZipInfo], limits: UnpackLimits, archive: Path)
 
 
 def _objection(entry: zipfile.ZipInfo, limits: UnpackLimits) -> str | None:
-    name = entry.orig_filename  # zipfile cuts its own name at a NUL and turns back-slashes on Windows
+    name = entry.orig_filename  # not `filename`: zipfile cuts that at a NUL and changes backslashes on Windows
     path = PurePosixPath(name)
     if not name.isprintable() or "\\" in name or ":" in name:
-        return "has a name with control characters, back-slashes or colons"
+        return "has a name with control characters, backslashes or colons"
     if path.is_absolute() or ".." in path.parts or not path.parts:
         return "leaves the folder"
     kind = stat.S_IFMT(entry.external_attr >> 16)
@@ -338,7 +335,7 @@ def _check_room(parent: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ArchiveError(
-            f"{needed:,} bytes are needed in {parent}, {free:,} are free; make room, or choose another --out"
+            f"{needed:,} bytes are needed in {parent}, {free:,} are free; free some space, or choose another --out"
         )
 
 

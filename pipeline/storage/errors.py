@@ -1,14 +1,16 @@
-"""Every error that a user's input can cause: one tree; and the limits of a recording, checked before decoding.
+"""The errors that a user's input can cause, as one class tree; and the limits of a recording.
 
     SerError
-    ├── labels.LabelError           a label that no class has
-    ├── features.FeatureError       audio or features that do not fit a FeatureConfig
-    ├── tables.ManifestError        a folder, CSV or table that is no manifest
-    ├── store.ShardError            a feature folder that is incomplete or of another configuration
-    ├── bundle.BundleError          a model bundle that is missing, damaged or unknown
-    └── AudioError                    code                one recording that cannot be used
+    ├── labels.LabelError           a label is not a class, or class names are invalid
+    ├── features.FeatureError       samples or settings do not fit a FeatureConfig
+    ├── tables.ManifestError        a folder, CSV or table cannot be used as a manifest
+    ├── store.ShardError            a feature folder is incomplete, damaged or of another configuration
+    ├── bundle.BundleError          a model bundle is missing, damaged or unknown
+    ├── (see their modules) backends.ExportError, download.DownloadError, download.ArchiveError, engine.NodeError,
+    │   ledger.LedgerError, loop.DivergedError, submit.ClusterError
+    └── AudioError                    code                one recording cannot be used
         ├── NotFound                  not_found            no such path
-        ├── NotFetched                not_fetched          an address of the web or of a store that is not read here
+        ├── NotFetched                not_fetched          a URL of the web or of a store that is not read here
         ├── NotAFile                  not_a_file           directory, pipe, socket, device
         ├── PermissionDenied          permission_denied
         ├── Unreadable                unreadable           the operating system failed to open or read it
@@ -19,22 +21,22 @@
         ├── Corrupt                   corrupt              header or audio data contradict themselves
         │   └── Truncated             truncated            the recording says it is longer than it is
         ├── NoSamples                 no_samples           a valid recording of 0 frames, or a part past its end
-        ├── TooShort                  too_short            so little sound that no answer can be given
+        ├── TooShort                  too_short            too little audio for a prediction
         ├── NotFinite                 not_finite           NaN or infinity among the samples
         ├── OutOfRange                out_of_range         |sample| so large that its power overflows float32
         ├── TooLong                   too_long             ┐
         ├── TooLarge                  too_large            │ beyond `Limits`
         ├── BadSampleRate             bad_sample_rate      │
         ├── BadChannels               bad_channels         ┘
-        ├── NoSuchChannel             no_such_channel      the channel asked for is not in the recording
-        ├── NoSuchSegment             no_such_segment      the part asked for is not in the recording, or is none
+        ├── NoSuchChannel             no_such_channel      the requested channel is not in the recording
+        ├── NoSuchSegment             no_such_segment      the requested part is empty, or not in the recording
         ├── DecoderCrashed            decoder_crashed      the decoder ended the process it ran in
         └── DecodeTimeout             decode_timeout       the decoder did not answer in time
 
-`code` is stable: it stands in tables (`status`) and HTTP answers (`code`) alike. `ERRORS` maps each code to its class.
+`code` never changes: it is written into tables (`status`) and HTTP responses (`code`). `ERRORS` maps code to class.
 """
 
-# ruff: noqa: D101 - the tree above says what each is
+# ruff: noqa: D101 - the tree above describes each class
 
 from __future__ import annotations
 
@@ -43,18 +45,18 @@ from typing import ClassVar
 
 
 class SerError(Exception):
-    """A mistake in what was given: one line that says what was got, what was expected, and the remedy.
+    """An input or setting cannot be used; the message is one line: what was found, what was expected, the remedy.
 
-    Jobs print it without a traceback and exit with 2.
+    Jobs print it without a traceback and exit with code 2.
     """
 
 
 class SerWarning(UserWarning):
-    """Something that the user should know of what was done: one line, with the remedy. Jobs print it as such."""
+    """A warning for the user: one line, with the remedy. Jobs print it as a warning."""
 
 
 class AudioError(SerError):
-    """A recording that cannot be used, said in one line: what was got, what is accepted, the remedy."""
+    """A recording cannot be used; the message is one line: what was found, what is accepted, the remedy."""
 
     code: ClassVar[str] = "audio_error"
 
@@ -175,11 +177,11 @@ ERRORS: dict[str, type[AudioError]] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What is accepted, checked on the header before anything is decoded.
+    """Limits of an accepted recording, checked on its header; if that lacks the length, while decoding to count it.
 
-    `max_decoded_bytes` bounds frames x channels x 4 of the whole recording: a forged sample rate shortens the
-    duration, but not this. The defaults take ten hours of eight channels at 192 kHz, for a window costs the same in a
-    recording of any length; whoever decodes all of what strangers send should pass less.
+    `max_decoded_bytes` limits frames x channels x 4 of the whole recording: a forged sample rate can shorten the
+    duration, but not this. The defaults accept ten hours of eight channels at 192 kHz, because reading one window does
+    not cost more in a long recording. Code that decodes whole recordings of strangers should pass lower limits.
     """
 
     max_duration_s: float = 36_000.0
@@ -195,7 +197,7 @@ class Limits:
             raise ValueError(f"limits need 0 < min_rate_hz <= max_rate_hz, got {self}")
 
     def check(self, name: str, *, rate_hz: int, channels: int, frames: int) -> None:
-        """Raise the `AudioError` of the first limit that the recording `name` breaks."""
+        """Raise the `AudioError` for the first limit that the recording `name` exceeds."""
         if not self.min_rate_hz <= rate_hz <= self.max_rate_hz:
             expected = f"{self.min_rate_hz} to {self.max_rate_hz} Hz"
             raise BadSampleRate(f"{name}: sample rate {rate_hz} Hz; accepted are {expected}. Resample it.")

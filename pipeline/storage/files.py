@@ -1,20 +1,20 @@
-"""Where recordings lie: files below a folder, names as text, objects in a store.
+"""Locations of recordings: scans folders, converts file names to text, and reads objects from stores.
 
-``scan`` walks a folder the way an analyst expects: recursive, in a fixed order, hidden files and other files counted
-rather than listed, each real folder entered once however many links lead to it (so symlink loops end), very deep trees
-cut with a message. Links to files are recordings of their own.
+``scan`` lists a folder recursively in a fixed order. Hidden files and files with other endings are counted, not listed.
+Each real folder is entered only once, however many links lead to it (so symlink loops end). Very deep trees are cut and
+reported. A link to a file counts as a recording of its own.
 
-Tables hold text, and a POSIX file name may be any bytes. A name that is not valid UTF-8 is written as its ``file://``
-URI (RFC 8089, percent-encoded bytes): ``path_text`` and ``local_path`` convert, and lose nothing.
+Tables hold text, but a POSIX file name can be any bytes. A name that is not valid UTF-8 is written as its ``file://``
+URI (RFC 8089, percent-encoded bytes): ``path_text`` and ``local_path`` convert without loss.
 
-Objects (``s3://bucket/key``, ``gs://bucket/key``) come through Arrow's file systems. Keys are written as they are, as
-the stores' own tools do, without percent encoding. Credentials, region and endpoint come from where those tools take
-them (environment, profile, role); Arrow's options may follow the key
-(``?region=eu-west-1&endpoint_override=host:port&scheme=http``). An object is fetched whole, once for all that is heard
-of it. Limits: no object above 1 GiB; a process keeps the last object in memory.
+Objects (``s3://bucket/key``, ``gs://bucket/key``) are read through Arrow's file systems. Keys are written without
+percent encoding, as in the stores' own tools. Credentials, region and endpoint come from the same places as for those
+tools (environment, profile, role). Arrow's options may follow the key
+(``?region=eu-west-1&endpoint_override=host:port&scheme=http``). An object is fetched as a whole, and kept for further
+reads. Limits: no object above 1 GiB; a process keeps only the last object in memory.
 
-A recording's stamp is size and time of change, as ``make`` and ``rsync`` use them: one that was replaced is told
-without reading it. Limits: a copy that keeps both is not seen.
+A recording's stamp is its size and modification time, as in ``make`` and ``rsync``: it shows that a file was replaced
+without reading it. Limits: a replacement with the same size and time is not noticed.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _URI = "file://"
 
 @dataclass(frozen=True)
 class FolderScan:
-    """What ``scan`` found.
+    """The result of ``scan``.
 
     Attributes:
-        files: absolute paths as text (see ``path_text``), each folder's files by name, then its sub-folders by name.
-        hidden: files and folders left out because their name begins with a dot.
-        other: files left out because their ending is none of those asked for: ending ("" for none) -> how many.
+        files: absolute paths as text (see ``path_text``): each folder's files by name, then its sub-folders by name.
+        hidden: number of files and folders left out because their name begins with a dot.
+        other: files left out because of their ending: ending ("" for none) -> number of files.
         unreadable: folders that could not be listed.
-        too_deep: folders left out because they lie ``MAX_DEPTH`` levels below the start, or deeper.
-        linked: links to folders left out because the folder was entered already, or lies below the start anyway.
+        too_deep: folders left out because they are ``MAX_DEPTH`` or more levels below the start.
+        linked: number of links to folders left out because the folder itself is listed elsewhere in the scan.
     """
 
     files: tuple[str, ...]
@@ -63,7 +63,7 @@ class FolderScan:
     linked: int = 0
 
     def skipped(self) -> str:
-        """One line on what was left out; empty when nothing was."""
+        """One line of text on what was left out; "" if nothing was."""
         parts = [
             f"{count:,} {what}"
             for count, what in (
@@ -129,7 +129,7 @@ def scan(folder: Path, extensions: Collection[str], *, max_depth: int = MAX_DEPT
 
 
 def path_text(path: str | bytes | os.PathLike[str]) -> str:
-    r"""The path as text that UTF-8 can hold: itself, or its ``file://`` URI when its bytes are not UTF-8.
+    r"""The path as valid UTF-8 text: unchanged, or as ``file://`` URI if its bytes are not UTF-8.
 
     >>> path_text(b"/calls/a b.wav"), path_text(b"/calls/caf\xe9.wav")
     ('/calls/a b.wav', 'file:///calls/caf%E9.wav')
@@ -142,7 +142,7 @@ def path_text(path: str | bytes | os.PathLike[str]) -> str:
 
 
 def local_path(text: str) -> str:
-    r"""The path, for ``open``, that ``path_text`` (or any ``file://`` URI of this machine) stands for.
+    r"""The path to ``open``, from the result of ``path_text`` or any ``file://`` URI of this machine.
 
     >>> local_path("/calls/a.wav"), os.fsencode(local_path("file:///calls/caf%E9.wav"))
     ('/calls/a.wav', b'/calls/caf\xe9.wav')
@@ -154,9 +154,9 @@ def local_path(text: str) -> str:
 
 
 def present_form(path: str) -> str:
-    """The path in the Unicode form, composed or decomposed, in which it is there; itself where it is in neither.
+    """The path in the Unicode form, composed or decomposed, in which it exists; unchanged if it exists in neither.
 
-    macOS decomposes names (NFD), other systems and most tables compose them (NFC); each part has a form of its own.
+    macOS decomposes names (NFD), other systems and most tables compose them (NFC); each part is checked separately.
     """
     if path.isascii() or os.path.lexists(path):
         return path
@@ -171,7 +171,7 @@ def present_form(path: str) -> str:
 
 
 def is_address(text: str) -> bool:
-    """Whether a path is an address of something that is not fetched; one slash may have been lost.
+    """Whether a path is a URL that is not fetched, also with only one slash (as path functions leave it).
 
     >>> [is_address(text) for text in ("https://a.org/a.wav", "ftp:/a.org/a.wav", "C:/a.wav", "s3://a/b", "file:///a")]
     [True, True, False, False, False]
@@ -188,7 +188,7 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 
 
 def _is_listed_anyway(link: bytes, root: bytes) -> bool:
-    """Whether a link leads to a folder around ``root``, or to one below it that is not hidden."""
+    """Whether a link's target is ``root``, a folder above it, or a folder below it that is not hidden."""
     target, top = os.path.realpath(link), os.path.join(os.path.realpath(root), b"")
     if top.startswith(os.path.join(target, b"")):
         return True
@@ -203,7 +203,7 @@ def _identity(folder: bytes) -> tuple[int, int]:
 
 
 def _by_ending(other: Mapping[str, int]) -> list[tuple[int, str]]:
-    """Counts and endings, the most frequent first; rare ones together."""
+    """(count, ending) pairs, the most frequent first; the rest as one pair."""
     ordered = sorted(other.items(), key=lambda item: (-item[1], item[0]))
     shown = [(count, _printable(ending) or "without ending") for ending, count in ordered[:_SHOWN_ENDINGS]]
     rest = sum(count for _, count in ordered[_SHOWN_ENDINGS:])
@@ -226,7 +226,7 @@ _LARGEST = 2**30
 
 
 def is_remote(text: object) -> bool:
-    """Whether a path is the URI of an object.
+    """Whether a path is the URI of an object in a store.
 
     >>> is_remote("s3://calls/1.wav"), is_remote("/calls/1.wav"), is_remote(b"RIFF")
     (True, False, False)
@@ -243,7 +243,7 @@ def fetch(uri: str) -> bytes:
     """
     try:
         files, path, _, _ = _open(uri)
-    except SerError as error:  # one bucket that cannot be opened must not end a job on others
+    except SerError as error:  # becomes the error of one recording, so that the job continues
         raise Unreadable(f"{uri}: {error}") from error
     try:
         info = files.get_file_info(path)
@@ -257,13 +257,13 @@ def fetch(uri: str) -> bytes:
             content: bytes = stream.read()
     except OSError as error:
         raise Unreadable(f"{uri}: {error}. Check credentials, region and endpoint.") from error
-    except ValueError as error:  # Arrow's, of a path that it takes for none, as with //
+    except ValueError as error:  # from Arrow, for a path that it finds invalid, for example with //
         raise Unreadable(f"{uri}: {error}. Check bucket and key.") from error
     return content
 
 
 def source_of(speech: str) -> str | bytes:
-    """What ``audio.load`` can open of a manifest's cell: a path, also of a ``file://`` URI, or an object's content.
+    """The source for ``audio.load`` from a manifest's cell: a path (also from a ``file://`` URI), or an object's bytes.
 
     Raises:
         AudioError: an object that cannot be fetched.
@@ -300,7 +300,7 @@ def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
 
 
 def stamp_of(uri: str) -> tuple[int, int]:
-    """Size and time of change (ns) of the object; -1 where it is not known."""
+    """Size in bytes and modification time in ns of the object; -1 if unknown."""
     try:
         files, path, _, _ = _open(uri)
         info = files.get_file_info(path)
@@ -310,17 +310,17 @@ def stamp_of(uri: str) -> tuple[int, int]:
 
 
 def _open(uri: str) -> tuple[Any, str, str, str]:
-    """File system, path in it, scheme and options of a URI."""
+    """(file system, path in it, scheme, options) of an object's URI."""
     match = _OBJECT.match(uri)
     if match is None:
-        raise SerError(f"{uri!r} is no URI of an object; expected {' or '.join(f'{s}://bucket/key' for s in SCHEMES)}")
+        raise SerError(f"{uri!r} is not an object's URI; expected {' or '.join(f'{s}://bucket/key' for s in SCHEMES)}")
     scheme, bucket, key, options = match.groups(default="")
     return _file_system(f"{scheme}://{bucket}{options}"), f"{bucket}/{key}".rstrip("/"), scheme, options
 
 
 @lru_cache(maxsize=8)
 def _file_system(store: str) -> Any:
-    """The store's file system."""
+    """Arrow's file system for a store."""
     import pyarrow.fs
 
     try:
@@ -330,13 +330,13 @@ def _file_system(store: str) -> Any:
 
 
 _AT_ONCE = 512
-_LATEST_NS = 2**63 - 1  # in the year 2262; broken clocks write later ones
+_LATEST_NS = 2**63 - 1  # in the year 2262; wrong clocks write later times
 
 
 def stamps_of(recordings: Sequence[str]) -> NDArray[np.int64]:
-    """Size in bytes and time of change in ns of each recording, ``(n, 2)``; -1 where it cannot be told.
+    """Size in bytes and modification time in ns of each recording, ``(n, 2)``; -1 if unknown.
 
-    In threads, as network storage answers slowly; in groups, as a file that is here is told faster than a thread.
+    Uses threads, because network storage answers slowly, and groups, because a local file takes less than a thread.
     """
     import numpy as np
 

@@ -1,13 +1,13 @@
-"""What a long job keeps in its folder, so that whatever dies, the same command goes on and nothing is done twice.
+"""The files of a long job in its output folder: after a crash, the same command continues and repeats no finished part.
 
-A job holds its folder under a lock, which ends with its process. ``plan.json`` says which job it is: a later start with
-other inputs or settings is refused. Finished parts and files appear whole or not at all: each is written beside its
-place and renamed. A record, written last, says that the job is finished. ``CrashLog`` is the workers' part: which
-recording of a block is being decoded, so that a retry after a crash knows which one to suspect.
+A job holds a lock on its folder, which ends with its process. ``plan.json`` identifies the job: a later start with
+other inputs or settings is refused. Finished parts and files appear complete or not at all: each is written under a
+temporary name in the same folder and then renamed. A record, written last, marks the job as finished. ``CrashLog`` is
+used by the workers: it records which recording of a block is being decoded, so a retry after a crash can isolate it.
 
 Used by scoring (``scoring.ledger``), extraction (``features.store``) and training (``training.run``).
-Sources: the write-ahead habit of databases; POSIX rename; the library ``filelock``. Limits: the folder lies on a file
-system that has rename and locks (NFSv4 has them).
+Sources: write-ahead logs of databases; POSIX rename; the library ``filelock``. Limits: the folder must be on a file
+system with atomic rename and locks (NFSv4 has them).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 PLAN = "plan.json"
 PLAN_FORMAT = 1
 _POSITION_BYTES = 8
-RETRIES = 20  # attempts at a block before the job gives up
-_SUSPECT_ALL = 4  # attempts at a block that died before each of its recordings is decoded in isolation
+RETRIES = 20  # crashed attempts at a block after which the job gives up
+_SUSPECT_ALL = 4  # crashed attempts at a block after which each of its recordings is decoded in isolation
 
 
 @contextmanager
 def locked(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock file ``path``, made where missing, folders too, until the end of the block or of the process.
+    """Hold the lock file ``path`` until the end of the block or of the process; creates it and its folders.
 
     Args:
-        doing: what the holder does, for the message, as "training into runs/first".
-        wait_s: how long to wait for another holder to end.
+        doing: the holder's activity, for the message, for example "training into runs/first".
+        wait_s: how long to wait for another holder, in seconds.
 
     Raises:
-        SerError: another process holds the lock, or the file cannot be made.
+        SerError: another process holds the lock, or the file cannot be created.
     """
     from filelock import FileLock, Timeout
 
@@ -62,16 +62,16 @@ def locked(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it becomes ``path`` at the end of the block, and is removed after an error.
+    """A temporary path to write to; renamed to ``path`` at the end of the block, removed after an error.
 
     Args:
-        on_disk: wait until the content is on the disk, so that it outlives a power cut too.
+        on_disk: wait until the content is on the disk, so that it also survives a power cut.
     """
     beside = temporary(path)
     try:
         yield beside
         if on_disk:
-            with beside.open("r+b") as file:  # Windows syncs only what may be written
+            with beside.open("r+b") as file:  # Windows can sync only a file opened for writing
                 os.fsync(file.fileno())
         beside.replace(path)
         if on_disk:
@@ -81,18 +81,18 @@ def atomic_path(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
 
 
 def temporary(path: Path) -> Path:
-    """A name beside ``path`` that nobody else uses, on other machines neither: ``.NAME.<random>.tmp``."""
+    """A unique temporary name in the folder of ``path``, also across machines: ``.NAME.<random>.tmp``."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def remove_temporaries(folder: Path, pattern: str = "*") -> None:
-    """Remove what processes that were killed while they wrote left of files called ``pattern``."""
+    """Remove temporary files, left by killed processes, of files whose names match ``pattern``."""
     for path in folder.glob(f".{pattern}.tmp"):
         path.unlink(missing_ok=True)
 
 
 def _sync_names(folder: Path) -> None:
-    """Have the names in a folder on the disk; not every system can."""
+    """Write the folder's entries to the disk, where the system supports that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -102,14 +102,14 @@ def _sync_names(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any], *, on_disk: bool = False) -> None:
-    """Write a JSON object whole or not at all."""
+    """Write a JSON object to ``path``, completely or not at all."""
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path, on_disk=on_disk) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None when there is none that can be read."""
+    """The JSON object in a file, or None if it cannot be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -123,9 +123,10 @@ def write_plan(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
 
 
 def read_plan(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The plan of a job of this kind in ``folder``, without what `write_plan` added; None where there is none.
+    """The values given to `write_plan` for a job of this kind in ``folder``; None if there is no such plan.
 
-    Earlier versions wrote no kind: an extraction has ``blocks``, scoring ``block_rows``, training neither.
+    Earlier versions wrote no kind: a plan with ``blocks`` is an extraction's, with ``block_rows`` scoring's, else
+    training's.
 
     Raises:
         SerError: a plan of a newer version.
@@ -142,7 +143,7 @@ def read_plan(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def write_part(path: Path, table: pa.Table, *, on_disk: bool = False) -> None:
-    """Write the finished part of a block as Parquet, whole or not at all.
+    """Write the finished part of a block as Parquet, completely or not at all.
 
     Raises:
         SerError: the disk is full or cannot be written; parts written before are safe.
@@ -155,12 +156,12 @@ def write_part(path: Path, table: pa.Table, *, on_disk: bool = False) -> None:
     except OSError as error:
         raise SerError(
             f"cannot write {path}: {error.strerror or error}; free some space and give the same command again: "
-            "it goes on where it stopped"
+            "it continues where it stopped"
         ) from error
 
 
 def part_counts(path: Path) -> tuple[int, int] | None:
-    """Rows and failed rows of a part; None where there is none that can be read."""
+    """(rows, failed rows) of a part; None if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -172,13 +173,13 @@ def part_counts(path: Path) -> tuple[int, int] | None:
 
 
 class CrashLog:
-    """One attempt at a block: notes down which recording is being decoded, and reads what earlier attempts noted.
+    """One attempt at a block: records which recording is being decoded, and reads the records of crashed attempts.
 
-    Where the folder cannot be written from this machine, nothing is noted and nobody suspected.
+    If this machine cannot write into the folder, nothing is recorded and no recording is suspected.
 
     Attributes:
-        suspects: positions in the block that an attempt which died had begun last.
-        attempts: how many attempts with this ``run`` have died; those of another start may have died with the job.
+        suspects: positions in the block of the recordings that were being decoded when earlier attempts crashed.
+        attempts: number of crashed attempts with this ``run``; those of another run may have ended with their job.
     """
 
     def __init__(self, folder: Path, block: int, run: str = "") -> None:
@@ -194,26 +195,26 @@ class CrashLog:
             self._file = FileIO(self._own, "wb")
 
     def check(self) -> None:
-        """Raise SerError when attempt after attempt has died."""
+        """Raise SerError after more than ``RETRIES`` crashed attempts."""
         if self.attempts > RETRIES:
             block = int(self._own.name.split(".")[0])
             raise SerError(
-                f"block {block} took its process down {self.attempts} times; is memory short? See Ray's logs"
+                f"block {block} crashed its process {self.attempts} times; check free memory, and see Ray's logs"
             )
 
     def isolated(self, position: int) -> bool:
-        """Whether to decode that recording in a process of its own."""
+        """Whether to decode the recording at this position in a process of its own."""
         return position in self.suspects or self.attempts >= _SUSPECT_ALL
 
     def begin(self, position: int) -> None:
-        """The recording at ``position`` of the block is being decoded from now on."""
+        """Record that the recording at ``position`` of the block is being decoded from now on."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.seek(0)
                 self._file.write(position.to_bytes(_POSITION_BYTES, "little"))
 
     def close(self) -> None:
-        """The attempt is over, without a crash."""
+        """End the attempt, which did not crash: remove its record."""
         if self._file is not None:
             self._file.close()
             self._file = None

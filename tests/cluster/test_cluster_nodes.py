@@ -41,7 +41,7 @@ def test_a_job_on_a_cluster_of_one(scratch: Path) -> None:
         assert "6 rows, 1 failed" in text
         code, text = given(hosts, work, Path("relative"), plain=True)
         assert code == 1
-        assert "would be lost: it lies in Ray's temporary copy" in text
+        assert "would be lost: it is in Ray's temporary copy" in text
 
 
 @pytest.mark.slow

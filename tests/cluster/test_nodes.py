@@ -46,7 +46,7 @@ def test_nodes_that_share_everything_pass_and_nothing_is_left(nodes: Callable[..
         ("unseen", "two (10.0.0.2) does not see {out} (No such file or directory)"),
         ("other", "two (10.0.0.2) has another folder at {out}"),
         ("data", "two (10.0.0.2) cannot read {data} (No such file or directory)"),
-        ("late", "what node two (10.0.0.2) writes into {out} is not seen here"),
+        ("late", "files of node two (10.0.0.2) in {out} are not visible here"),
     ],
 )
 def test_one_line_names_the_node_the_path_and_the_remedy(

@@ -129,7 +129,7 @@ def test_sockets_lie_where_their_paths_fit(
     assert "_temp_dir" not in calls[0]
     monkeypatch.setenv(name, str(tmp_path / long))
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(SerError, match="set RAY_TMPDIR to a folder with a short name"):
+    with pytest.raises(SerError, match="set RAY_TMPDIR to a writable folder with a short name"):
         runtime.start_ray()
 
 
@@ -238,7 +238,7 @@ def test_a_submitted_job_keeps_what_it_was_submitted_with(
     ("error", "words"),
     [
         (ConnectionError("Could not find any running Ray instance."), "no Ray cluster answers at RAY_ADDRESS 10.0.0.1"),
-        (ray.exceptions.AuthenticationError("no token"), "wants its token; copy the head's"),
+        (ray.exceptions.AuthenticationError("no token"), "requires its token; copy the head's"),
     ],
 )
 def test_a_cluster_that_cannot_be_joined(

@@ -116,7 +116,7 @@ def test_json_lines_and_arrays_of_objects(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "n.jsonl", require_labels=False)["segment_end_s"].tolist() == [3.0]
     for text, complaint in (
         ('{"file": "a.wav"}\n{"fi', "line 2: "),
-        ('{"file": "a"}\n[1]', "line 2: .*no JSON object"),
+        ('{"file": "a"}\n[1]', "line 2: .*not a JSON object"),
     ):
         (tmp_path / "n.jsonl").write_text(text)
         with pytest.raises(ManifestError, match=complaint):
@@ -151,7 +151,7 @@ def test_what_is_no_table_is_named(tmp_path: Path, name: str, content: bytes, co
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ManifestError, match=complaint):
         read_cells(tmp_path / name)
-    with pytest.raises(ManifestError, match="is an address"):
+    with pytest.raises(ManifestError, match="is a URL"):
         read_cells(Path("https://example.org/m.csv"))
 
 
@@ -186,7 +186,7 @@ def test_a_recording_a_pattern_and_a_list_as_input_of_score(
         arguments = score.build_parser().parse_args(["--input", str(given), "--out", str(tmp_path / "o")])
         table, _ = score.read_input(arguments, tiny_bundle)
         assert table["speech"].tolist() == list(map(str, expected))
-    for given, complaint in ((tmp_path / "none.wav", "no file"), ("https://example.org/a.wav", "is an address")):
+    for given, complaint in ((tmp_path / "none.wav", "no file"), ("https://example.org/a.wav", "is a URL")):
         assert score.main(["--input", str(given), "--out", str(tmp_path / "o")]) == 2
         assert complaint in capsys.readouterr().err
 

@@ -163,7 +163,7 @@ def test_classes_of_ones_own_are_named(tmp_path: Path) -> None:
     table = scan_folder(tmp_path, label_map=parse_label_map("whistling=whistling,1=sad"))
     assert labels_by_stem(table) == {"a": "angry", "b": "whistling", "c": "sad"}
     for target in ("NA", "7"):
-        with pytest.raises(ManifestError, match="is no name of a class"):
+        with pytest.raises(ManifestError, match="cannot be a class name"):
             scan_folder(tmp_path, label_map=parse_label_map(f"whistling={target},1=sad"))
 
 
@@ -208,14 +208,18 @@ def test_metadata_of_an_audiofolder(tmp_path: Path) -> None:
     assert (by["train/1.wav"]["speaker"], by["train/1.wav"]["corpus"]) == ("calls_7", "calls")
     assert by["train/1.wav"]["room"] == "a"
     assert by["test/03-01-05-01-01-01-01.wav"]["speaker"] == "RAVDESS_01"
-    assert "left out: unlisted.wav (whose emotion cannot be told), 1 that metadata name and are not there" in told[-1]
+    assert "left out: unlisted.wav (whose emotion cannot be told), 1 listed in metadata that do not exist" in told[-1]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("metadata.csv", "file_name,label\n1.wav,0\n2.wav,1\n", "the label '0' .by metadata. is no name .*0=angry"),
-        ("metadata.csv", "file_name,label\n1.wav,\n", "the label '' .by metadata. is no name"),
+        (
+            "metadata.csv",
+            "file_name,label\n1.wav,0\n2.wav,1\n",
+            "the label '0' .by metadata. cannot be a class name; .*0=angry",
+        ),
+        ("metadata.csv", "file_name,label\n1.wav,\n", "the label '' .by metadata. cannot be a class name"),
         ("metadata.csv", "file_name,label\n1.wav,sad\n1.wav,calm\n", "labels 1.wav 'calm', another line .* 'sad'"),
         ("metadata.csv", "speech,label\n1.wav,sad\n", "cannot tell the emotion"),
         ("metadata.csv", "file_name,text\n1.wav,hello\n", "cannot tell the emotion"),
@@ -223,9 +227,9 @@ def test_metadata_of_an_audiofolder(tmp_path: Path) -> None:
         (
             "metadata.jsonl",
             '{"file_name": "1.wav", "label": "sad"}\n{"file_name"\n',
-            "line 2: .*one JSON object a line",
+            "line 2: .*one JSON object per line",
         ),
-        ("metadata.jsonl", "[1]\n", "line 1: '.1.' is no JSON object"),
+        ("metadata.jsonl", "[1]\n", "line 1: '.1.' is not a JSON object"),
         ("metadata.jsonl", '{"file_name": "1.wav", "label": "sad"}\n{"label": "sad"}\n', "give every row both"),
     ],
 )

@@ -34,7 +34,7 @@ def test_column_names_and_paths_as_people_write_them(tmp_path: Path) -> None:
 
 def test_a_row_with_too_few_or_too_many_cells_is_told_with_its_own_remedy(tmp_path: Path) -> None:
     path = tmp_path / "short.csv"
-    for row, remedy in (("a.wav", "give the missing ones, or their ','"), ("a.wav,x,sad", "in double quotes")):
+    for row, remedy in (("a.wav", "add the missing cells, or a ','"), ("a.wav,x,sad", "in double quotes")):
         path.write_text(f"speech,label\nb.wav,sad\n{row}\n")
         with pytest.raises(SerError, match=rf"line 3: \d cells, the header has 2; .*{remedy}"):
             read_manifest(path)
@@ -73,7 +73,7 @@ def test_unlabelled_cells_are_allowed_only_when_scoring(tmp_path: Path) -> None:
         ("Speech,speech,label\na.wav,b.wav,sad\n", "twice"),
         ("\n\nspeech,label\n\na.wav,sad\n\n,sad\n", "line 7: the path is empty"),
         ('\n\nspeech,label\n\n"a\nb.wav",sad\n\nc.wav,sad,x\n', "line 8: 3 cells"),
-        ("speech,label\n\na.wav,sad\nb.wav,9\n", "line 4: the label 9 is an integer, that of .*line 3 is 'sad'"),
+        ("speech,label\n\na.wav,sad\nb.wav,9\n", "line 4: the label 9 is an integer, but .*line 3 has 'sad'"),
         ("speech,label\na.wav,NaN\n", "line 2: the label is empty"),
         ("speech,label\nfile://../../a.wav,sad\n", "line 2: 'file://../../a.wav' is not absolute"),
     ],
@@ -228,7 +228,7 @@ def test_integers_that_file_names_or_words_contradict_are_refused_with_the_map_t
         integers(range(8), emotion=RAVDESS_CODES),
         integers(range(8), Class_Name=["Neutral", "calm", "joy", "sadness", "anger", "fear", "disgust", "ps"]),
     ):
-        with pytest.raises(LabelError, match="row 1: label 0 is taken for angry") as caught:
+        with pytest.raises(LabelError, match="row 1: label 0 means angry") as caught:
             from_dataframe(table, **given)
         advice = str(caught.value).rpartition("--label_map ")[2]
         mended = from_dataframe(table, label_map=parse_label_map(advice), **given)

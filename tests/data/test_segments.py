@@ -162,7 +162,7 @@ def test_what_selects_nothing_is_said(columns: Any, said: str) -> None:
 def test_a_cell_that_is_no_time_is_one_line(tmp_path: Path, cell: str) -> None:
     path = tmp_path / "m.csv"
     path.write_text(f"speech,start,end\na.wav,0,1\nb.wav,{cell},9\n")
-    with pytest.raises(ManifestError, match=f"line 3, column start: '{cell}' is no time"):
+    with pytest.raises(ManifestError, match=f"line 3, column start: '{cell}' is not a time"):
         read_manifest(path, require_labels=False)
 
 
@@ -172,10 +172,10 @@ def test_a_cell_that_is_no_time_is_one_line(tmp_path: Path, cell: str) -> None:
         ((3.0, 1.0), "0 <= start < end"),
         ((-1.0, 1.0), "0 <= start < end"),
         ((2.0, 2.0), "0 <= start < end"),
-        ((9.0, 10.0), "another recording"),
-        ((700.0, 710.0), "another recording"),
-        ((8.0, 12.0), "another recording"),
-        ((float("inf"), float("inf")), "another recording"),
+        ((9.0, 10.0), "belong to this recording"),
+        ((700.0, 710.0), "belong to this recording"),
+        ((8.0, 12.0), "belong to this recording"),
+        ((float("inf"), float("inf")), "belong to this recording"),
     ],
 )
 def test_what_is_no_part_of_the_recording_is_a_row_with_a_status(

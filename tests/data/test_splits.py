@@ -145,7 +145,9 @@ def test_a_given_split_by_speaker_has_no_voice_in_two_parts() -> None:
     assert [part["speaker"].nunique() for part in parts.values()] == [2, 1, 1]
     mixed = table.assign(split=["test" if i % 5 == 0 else "train" for i in range(40)])
     assert len(split_table(mixed)["test"]) == 8
-    with pytest.raises(ManifestError, match=r"the given split has speaker .* in the .* and the .* part; put a voice"):
+    with pytest.raises(
+        ManifestError, match=r"the given split has speaker .* in the .* and the .* part; put each speaker"
+    ):
         split_table(mixed, by="speaker")
     with pytest.raises(ManifestError, match="add the column speaker"):
         split_table(apart.assign(speaker=""), by="speaker")

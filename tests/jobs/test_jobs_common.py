@@ -199,7 +199,7 @@ def test_a_manifest_takes_no_place_of_something_else(tmp_path: Path, capsys: pyt
     ("words", "complaint"),
     [
         ("--window_s nan", "must be positive and finite"),
-        ("--pitch_semitones=-1,1 --mel_power_s 0", "give --mel_power_s 6, or no --pitch_semitones"),
+        ("--pitch_semitones=-1,1 --mel_power_s 0", "give --mel_power_s 6, or leave --pitch_semitones out"),
     ],
 )
 def test_what_cannot_be_heard_is_said_before_anything_is_read(

@@ -103,7 +103,7 @@ def test_what_a_finished_run_lacks_is_added(
     (out / "predictions.parquet").unlink()
     code, _, err = call(*words)
     assert code == 2
-    assert "predictions.parquet is gone" in err
+    assert "predictions.parquet is missing" in err
     assert call(*words, "--overwrite", "--no_report")[0] == 0
     assert (out / "predictions.parquet").is_file()
     assert not (out / "failures.csv").exists()

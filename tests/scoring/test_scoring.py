@@ -210,7 +210,7 @@ def test_another_run_is_refused(what: str, bundle: Bundle, manifest: pd.DataFram
             temperature=2.0 if what == "temperature" else 1.0,
             metrics={},
         )
-    with pytest.raises(LedgerError, match=r"holds a run with .* or --overwrite to begin again"):
+    with pytest.raises(LedgerError, match=r"holds a run with .* or --overwrite to start again"):
         score_manifest(table, tmp_path / "out", weights=weights.folder, options=options, execution=CHILD, report=False)
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == before
     run = score_manifest(
@@ -346,7 +346,7 @@ def test_what_would_be_found_out_late_is_refused_early(bundle: Bundle, manifest:
     out, weights = tmp_path / "out", bundle.folder
     with pytest.raises(SerError, match="give --window_s 2"):
         score_manifest(manifest, out, weights=weights, options=ScoreOptions(window_s=2.5))
-    with pytest.raises(SerError, match="made of windows"):
+    with pytest.raises(SerError, match="need windows"):
         score_manifest(manifest, out, weights=weights, merge=True)
     with pytest.raises(SerError, match="nothing to score"):
         score_manifest(manifest.head(0), out, weights=weights)
@@ -400,7 +400,7 @@ def test_a_refusal_of_either_half_comes_out_at_the_end(bundle: Bundle, manifest:
 
 def test_work_that_kills_every_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.cluster.engine.RETRIES", 1)
-    with pytest.raises(SerError, match="a process died 2 times at the same piece of the work"):
+    with pytest.raises(SerError, match="a process died 2 times at the same piece of work"):
         list(scoring.in_processes([0, 1], die, 1))
     assert multiprocessing.active_children() == []
 

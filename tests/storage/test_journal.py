@@ -55,7 +55,7 @@ def test_another_run_is_refused_or_overwritten(
         path.touch()
     if finished:
         ledger.finish({"plan": PLAN, "block_rows": 2})
-    with pytest.raises(LedgerError, match=f"holds a run with {words}.* or --overwrite to begin again"):
+    with pytest.raises(LedgerError, match=f"holds a run with {words}.* or --overwrite to start again"):
         ledger.check_or_init({**PLAN, **change}, 2, overwrite=False)
     assert all(path.exists() for path in leftovers), "a refusal changes nothing"
     assert ledger.check_or_init({**PLAN, **change}, 3, overwrite=True) == 3
@@ -92,14 +92,14 @@ def test_a_finished_run_whose_tables_are_gone_is_not_taken_for_done(ledger: Ledg
     ledger.finish({"plan": PLAN, "block_rows": 2})
     (ledger.out / "predictions.parquet").touch()
     assert ledger.check_or_init(PLAN, 2, overwrite=False, tables=["predictions"]) == 2
-    with pytest.raises(LedgerError, match=r"segments\.parquet is gone; put it back, or --overwrite to score again"):
+    with pytest.raises(LedgerError, match=r"segments\.parquet is missing; put it back, or --overwrite to score again"):
         ledger.check_or_init(PLAN, 2, overwrite=False, tables=["predictions", "segments"])
     assert ledger.check_or_init(PLAN, 3, overwrite=True, tables=["predictions", "segments"]) == 3
 
 
 def test_tables_of_nobody_are_not_overwritten_unasked(ledger: Ledger) -> None:
     (ledger.out / "predictions.csv").write_text("mine")
-    with pytest.raises(LedgerError, match="is of no run known here"):
+    with pytest.raises(LedgerError, match="is of an unknown run"):
         ledger.check_or_init(PLAN, 2, overwrite=False)
     assert (ledger.out / "predictions.csv").read_text() == "mine"
 
@@ -228,7 +228,7 @@ def test_attempts_that_die_again_and_again_suspect_all_and_are_given_up(
         suspected.append((notes.isolated(3), notes.isolated(4)))
         notes.begin(3)
     assert suspected == [(False, False), *[(True, False)] * 3, *[(True, True)] * 2]
-    with pytest.raises(SerError, match="block 7 took its process down 6 times"):
+    with pytest.raises(SerError, match="block 7 crashed its process 6 times"):
         CrashLog(tmp_path, 7, "run").check()
     CrashLog(tmp_path, 7, "another start").check()
 

@@ -1,6 +1,6 @@
-"""The corpora that are known by the names of their files (``readers``); who speaks in them is in ``voices``.
+"""The corpora recognised by their file names (``readers``); speaker and corpus names across them are in ``voices``.
 
-A new corpus is a ``Corpus`` record (CONTRIBUTING.md shows one) and a line in ``CORPORA``.
+To add a corpus, write a ``Corpus`` record (CONTRIBUTING.md shows one) and add a line to ``CORPORA``.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ CORPORA: tuple[Corpus, ...] = (
     SAVEE,
     AUDIOFOLDER,
 )
-_EARLIER = {"RAVDESS": SPEECH.name, "RAVDESS song": SONG.name}  # as manifests and features of earlier versions say
+_EARLIER = {"RAVDESS": SPEECH.name, "RAVDESS song": SONG.name}  # names in manifests and features of earlier versions
 
 
 def by_name(name: str) -> Corpus | None:
-    """The known corpus of that name (also as it was called earlier); None for any other."""
+    """The known corpus with that name, current or earlier; None for any other name."""
     name = _EARLIER.get(name, name)
     return next((corpus for corpus in CORPORA if corpus.name == name), None)
 
 
 def recognised(path: PurePath, corpora: Sequence[Corpus] = CORPORA) -> tuple[Corpus, Told] | None:
-    """The corpus that a file's name is of, and what it tells; None when it is of none.
+    """The corpus whose file names have this form, and the facts in the name; None if no known corpus fits.
 
     >>> found = recognised(PurePath("x/03-01-05-02-01-02-24_angry (1).wav"))
     >>> found and (found[0].name, found[1].label, found[1].speaker, found[1].more)

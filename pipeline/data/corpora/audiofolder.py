@@ -1,8 +1,8 @@
-"""Hugging Face audiofolder: ``metadata.csv`` or ``metadata.jsonl`` beside the recordings, or above them.
+"""Hugging Face audiofolder: ``metadata.csv`` or ``metadata.jsonl`` in the recordings' folder or one above it.
 
-A row a recording: ``file_name``, relative to the metadata's folder, and a column ``label`` (or ``emotion``). Source:
-the documentation of Hugging Face Datasets, "Create an audio dataset". A table without these two columns is none of this
-kind and tells nothing.
+One row per recording: ``file_name``, relative to the metadata's folder, and a column ``label`` (or ``emotion``).
+Tables without these two columns are ignored. Source: the documentation of Hugging Face Datasets, "Create an audio
+dataset".
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _NAMES = {
     "sex": ("sex", "gender"),
     "corpus": ("corpus",),
 }
-_PLACES = {"train", "test", "validation", "valid", "val", "dev", "data", "audio"}  # folders that name no corpus
+_PLACES = {"train", "test", "validation", "valid", "val", "dev", "data", "audio"}  # folder names that are no corpus
 
 
 @dataclass(frozen=True)
 class Listed:
-    """What the metadata below a folder tell: recording -> its cells, and how many they name that are not there."""
+    """Metadata of a folder: recording -> its cells, and the number of listed recordings that do not exist."""
 
     rows: Mapping[Path, dict[str, str]]
     missing: int = 0
 
 
 def listed(root: Path, recordings: Iterable[Path]) -> Listed:
-    """What metadata at or below ``root`` (absolute) tell of ``recordings``.
+    """The metadata at or below ``root`` (absolute) for ``recordings``.
 
-    ``label`` and ``corpus`` are always among a row's cells; the corpus is by default the name of the metadata's folder,
-    or of the one above where that is a split's.
+    Each row has ``label`` and ``corpus``. The default corpus is the name of the metadata's folder; if that is a split's
+    name, the folder above it.
 
     Raises:
         ManifestError: metadata that cannot be read, or that give one recording two labels.
@@ -66,7 +66,7 @@ def listed(root: Path, recordings: Iterable[Path]) -> Listed:
             elif rows.setdefault(named, row)["label"] != row["label"]:
                 raise ManifestError(
                     f"{path} labels {named.name} {row['label']!r}, another line or table {rows[named]['label']!r}; "
-                    "leave one of them"
+                    "keep only one of them"
                 )
     return Listed(rows, missing)
 
@@ -82,7 +82,7 @@ def _metadata(root: Path, recordings: Iterable[Path]) -> list[Path]:
 
 
 def _cells(path: Path) -> Iterator[dict[str, str]]:
-    """Rows under their canonical names; none of a table that has other columns."""
+    """The rows with canonical column names; none if the table has no columns ``file_name`` and ``label``."""
     rows = _json_lines(path) if path.suffix == ".jsonl" else _csv_lines(path)
     for number, given in enumerate(rows):
         cells = {str(name).strip(): "" if cell is None else str(cell).strip() for name, cell in given.items()}
@@ -108,14 +108,14 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, object]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path} is no UTF-8 text; expected one JSON object a line") from error
+        raise ManifestError(f"{path} is not UTF-8 text; expected one JSON object per line") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ManifestError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
+            raise ManifestError(f"{path}, line {number}: {error}; expected one JSON object per line") from error
         if not isinstance(row, dict):
-            raise ManifestError(f"{path}, line {number}: {line[:40]!r} is no JSON object; expected one a line")
+            raise ManifestError(f"{path}, line {number}: {line[:40]!r} is not a JSON object; expected one per line")
         yield row

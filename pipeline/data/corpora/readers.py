@@ -1,6 +1,6 @@
-"""Readers of the corpora whose file names carry a code: one section each, with the source of its codes.
+"""Readers for corpora whose file names contain a code: one section per corpus, with the source of its codes.
 
-A new corpus is a section here (or a module beside this one), and a line in ``CORPORA``.
+To add a corpus, write a section here (or a module in this folder), and add a line to ``CORPORA``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.data.tables import ManifestError, read_cells
 
 # RAVDESS, speech and song: ``03-01-05-02-01-02-07.wav``, two corpora of the same 24 actors.
 #
-# Modality (01 with picture, 03 sound alone), vocal channel (01 speech, 02 song), emotion, intensity, statement,
+# Modality (01 with video, 03 audio only), vocal channel (01 speech, 02 song), emotion, intensity, statement,
 # repetition, actor (even: female). Source of the codes: Livingstone & Russo (2018), PLoS ONE 13(5): e0196391, table
 # of file-name identifiers.
 
@@ -30,7 +30,7 @@ def _read_ravdess(channel: str, path: PurePath) -> Told | None:
     if match is None or match["channel"] != channel:
         return None
     return Told(
-        code=match["code"],  # without the modality: a video's sound is the same recording
+        code=match["code"],  # without the modality: the audio of a video is the same recording
         label=RAVDESS_EMOTIONS[match["emotion"]],
         speaker=f"RAVDESS_{match['actor']}",
         sex="female" if int(match["actor"]) % 2 == 0 else "male",
@@ -72,11 +72,11 @@ SONG = _corpus_ravdess(
 )
 
 
-# CREMA-D: ``1001_DFA_ANG_XX.wav``, that is speaker, sentence, emotion, level (``XX``: none was asked for).
+# CREMA-D: ``1001_DFA_ANG_XX.wav``, that is speaker, sentence, emotion, level (``XX``: unspecified).
 #
 # Source of the codes: Cao et al. (2014), "CREMA-D: Crowd-sourced Emotional Multimodal Actors Dataset", IEEE
-# Transactions on Affective Computing 5(4). The names do not tell a speaker's sex: ``VideoDemographics.csv`` of the
-# corpus does.
+# Transactions on Affective Computing 5(4). A speaker's sex is not in the names, but in the corpus'
+# ``VideoDemographics.csv``.
 
 _CREMA_D_NAME = code_pattern(
     r"(?P<code>(?P<speaker>1\d{3})_(?P<sentence>[A-Z]{3})_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_(?P<level>LO|MD|HI|XX?))"
@@ -99,12 +99,12 @@ def _read_crema_d(path: PurePath) -> Told | None:
 
 
 def _sexes_crema_d(csv_path: Path) -> Mapping[str, str]:
-    """Speaker -> sex, by the columns ActorID and Sex."""
+    """Speaker -> sex, from the columns ActorID and Sex."""
     table, _ = read_cells(csv_path)
     if not {"ActorID", "Sex"} <= set(table.columns):
         raise ManifestError(
-            f"{csv_path} has the columns {list(table.columns)}; expected ActorID and Sex, as CREMA-D has them; "
-            "remove it, or put that of the corpus there"
+            f"{csv_path} has the columns {list(table.columns)}; expected ActorID and Sex; "
+            "remove it, or replace it by the file of CREMA-D"
         )
     pairs = zip(table["ActorID"], table["Sex"], strict=True)
     return {f"CREMA-D_{actor.strip()}": normalise_name(sex) for actor, sex in pairs}
@@ -130,7 +130,7 @@ CREMA_D = Corpus(
 # EmoDB, the Berlin Database of Emotional Speech: ``03a01Fa.wav``, that is speaker, text, emotion (German), version.
 #
 # Source of the codes and of the speakers' sexes: Burkhardt et al. (2005), "A Database of German Emotional Speech",
-# Interspeech. Capitals count here: in small letters such a name could be a hash.
+# Interspeech. Upper case is required here: in lower case such a name could be a hash.
 
 _EMODB_SEXES = dict.fromkeys(("03", "10", "11", "12", "15"), "male") | dict.fromkeys(
     ("08", "09", "13", "14", "16"), "female"
@@ -221,7 +221,7 @@ TESS = Corpus(
 # SAVEE, Surrey Audio-Visual Expressed Emotion: ``DC_a01.wav`` or ``DC/a01.wav``, that is speaker, emotion, number.
 #
 # Source of the codes: Haq & Jackson (2010), "Multimodal Emotion Recognition", and the corpus' web page. All four
-# speakers are men. Sentences are numbered within an emotion, so that number and emotion name one together.
+# speakers are men. Sentences are numbered within each emotion, so emotion and number together identify one.
 
 _SAVEE_EMOTIONS = {
     "a": "angry",

@@ -1,4 +1,4 @@
-"""What a reader of a corpus is: its facts, and a function that reads its file names."""
+"""The record of a known corpus: facts about it, and a function that reads its file names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path, PurePath
 
 @dataclass(frozen=True)
 class Told:
-    """What the name of a file tells of its recording.
+    """Facts about a recording, read from its file name.
 
     Attributes:
-        code: the recording's own name, the same for all its copies.
+        code: the name that the corpus gives the recording, the same for all its copies.
         label: class name.
-        speaker: prefixed by the corpus' family, as ``RAVDESS_07``.
-        more: what stands in the name behind the code, as in ``..._angry`` or ``... (1)``.
+        speaker: with the corpus' family in front, for example ``RAVDESS_07``.
+        more: the rest of the file name after the code, for example ``_angry`` or `` (1)``.
     """
 
     code: str
@@ -34,18 +34,18 @@ class Corpus:
     """A known corpus.
 
     Attributes:
-        name: of the corpus, as in the column ``corpus`` of a manifest.
-        title: of the corpus, for people.
-        family: corpora of one family have the same speakers.
+        name: as in the column ``corpus`` of a manifest.
+        title: the name shown to people.
+        family: corpora of one family share their speakers.
         citation, source, licence: for model cards. ``source`` is a URL.
-        heard: who says what, a sentence's subject and verb, for model cards.
-        example: a file name as the corpus has it.
-        read: what a path tells; None when its name is of another form.
-        left_out: classes that are no emotion which models here are trained for.
-        broken: code -> what is wrong with that recording, which is left out.
-        speakers_file: a table that may lie beside the audio or above it, and tells more of the speakers.
+        heard: who says what, a clause for model cards ("ten actors speak ten German sentences").
+        example: a typical file name of the corpus.
+        read: path -> facts from the file name; None if the name is not of this corpus.
+        left_out: classes that no model here is trained for.
+        broken: code -> defect of that recording, which is left out.
+        speakers_file: name of a table of the speakers, in the audio's folder or one above it.
         sexes: reads that table: speaker -> sex.
-        tried: whether the reader was tried on the corpus' own audio, or only on its published description.
+        tried: True if the reader was tested on the corpus' real files, False if only on its description.
     """
 
     name: str
@@ -65,9 +65,9 @@ class Corpus:
 
 
 def code_pattern(code: str, flags: int = re.IGNORECASE) -> re.Pattern[str]:
-    """A pattern to ``search`` a file stem with: the code alone, or set off from what copying added around it.
+    """A pattern to ``search`` a file stem for a code, which may have additions from copying before or after it.
 
-    What stands behind the code is the group ``more``.
+    The text after the code is the group ``more``.
 
     >>> [bool(code_pattern(r"a-1").search(stem)) for stem in ("a-1", "Copy of a-1", "a-1_16k", "a-1 (1)", "a-1-02")]
     [True, True, True, True, False]

@@ -1,7 +1,7 @@
-"""Who is who across corpora: speakers and corpora under their names of today, and that no two share one.
+"""Current names of speakers and corpora, and checks that two corpora do not use one speaker name.
 
 Earlier versions called RAVDESS's actors ``Actor_07`` and its corpus ``RAVDESS``; committed splits, bundles and feature
-folders still do. This is the one place that knows.
+folders still do. Only this module and ``corpora._EARLIER`` know the old names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ACTOR = re.compile(r"Actor_(0[1-9]|1\d|2[0-4])")
 
 
 def voice(speaker: str) -> str:
-    """The name of today for a speaker, to compare by.
+    """The current name of a speaker.
 
     >>> voice("Actor_07"), voice("RAVDESS_07"), voice("Actor_99")
     ('RAVDESS_07', 'RAVDESS_07', 'Actor_99')
@@ -32,12 +32,12 @@ def voice(speaker: str) -> str:
 
 
 def voices(cells: pd.Series) -> pd.Series:
-    """``voice`` of each cell (n,); an empty one stays so, as text."""
+    """``voice`` of each cell (n,); missing cells become ""."""
     return cells.fillna("").astype(str).map(voice)
 
 
 def renewed(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the names of today in ``corpus`` and ``speaker``, where the corpus is one that was renamed."""
+    """The table with current names in ``corpus`` and ``speaker``, in rows whose corpus was renamed."""
     if "corpus" not in table.columns:
         return table
     corpora = table["corpus"].map(lambda name: corpus.name if (corpus := by_name(str(name))) else name)
@@ -51,12 +51,12 @@ def renewed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def given(cells: pd.Series) -> pd.Series:
-    """Whether each cell (n,) says anything."""
+    """Whether each cell (n,) is neither missing nor blank."""
     return cells.notna() & (cells.astype(str).str.strip() != "")
 
 
 def with_speakers(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column ``speaker``, where it has none or an empty one and every file's name tells it."""
+    """The table with speakers from the file names, if it has none and every file name is of a known corpus."""
     if "speech" not in table.columns or ("speaker" in table.columns and given(table["speaker"]).any()):
         return table
     speakers = []
@@ -68,13 +68,13 @@ def with_speakers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_corpora(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the ``corpus`` that each recording's name (column ``id``) is of, empty where it is of none."""
+    """The table with a column ``corpus``, recognised from each recording's name (column ``id``); "" if unknown."""
     found = [recognised(_pure(f"{stem}.wav")) for stem in table["id"]]
     return table.assign(corpus=[known[0].name if known else "" for known in found])
 
 
 def corpora_of(table: pd.DataFrame) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The names in column `corpus`, sorted, and the number of each row's, (n,); one without a name without it."""
+    """The sorted names in column ``corpus``, and each row's index into them (n,); one name "" without that column."""
     if "corpus" not in table.columns:
         return ("",), np.zeros(len(table), np.int64)
     names, number = np.unique(table["corpus"].fillna("").astype(str).to_numpy(dtype=str), return_inverse=True)
@@ -86,11 +86,11 @@ def _pure(path: object) -> PurePosixPath:
 
 
 def check_corpora(table: pd.DataFrame, classes: Collection[str] = ()) -> None:
-    """Refuse what cannot be meant in a table of several corpora; ``classes`` are known beside the emotions.
+    """Check a table of several corpora; ``classes`` are accepted in addition to the known emotions.
 
     Raises:
-        ManifestError: one speaker's name in two families, or a corpus none of whose classes is an emotion or another
-            corpus' too.
+        ManifestError: a speaker name in two families; or a corpus without any class that is known or that another
+            corpus has too.
     """
     if "corpus" not in table.columns:
         return
@@ -106,7 +106,7 @@ def check_corpora(table: pd.DataFrame, classes: Collection[str] = ()) -> None:
         if not own & {*RAVDESS_LABELS, *classes, *others}:
             raise ManifestError(
                 f"the corpus {name} has no known class: its labels are {', '.join(sorted(own)[:5])}; "
-                "say what they mean with --label_map given=wanted, or leave the corpus out"
+                "translate them with --label_map given=wanted, or leave the corpus out"
             )
 
 
@@ -118,6 +118,6 @@ def _refuse_shared_names(corpora: pd.Series, speakers: pd.Series) -> None:
         name = shared["speaker"].iloc[0]
         both = shared.loc[shared["speaker"] == name, "family"].tolist()
         raise ManifestError(
-            f"speaker {name} is in {both[0]} and in {both[1]}, which would be taken for one voice; put the corpus "
-            f"before the name, as {both[0]}_{name} and {both[1]}_{name}"
+            f"speaker {name} is in {both[0]} and in {both[1]} and would count as one person; put the corpus "
+            f"before the name: {both[0]}_{name} and {both[1]}_{name}"
         )
