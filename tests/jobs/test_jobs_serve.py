@@ -231,7 +231,7 @@ def test_a_key_that_no_header_carries(
 ) -> None:
     monkeypatch.setenv("SER_API_KEY", key)
     line = refused(capsys, "--port", "0")
-    assert "no printable ASCII" in line
+    assert "not printable ASCII" in line
     assert key not in line
 
 
