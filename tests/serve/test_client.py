@@ -262,7 +262,7 @@ def test_a_service_that_is_not_there() -> None:
 )
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_an_address_that_is_none_is_told_as_such(kind: type[Client | AsyncClient], url: str) -> None:
-    with pytest.raises(ClientError, match="is no address of a service; give one like") as caught:
+    with pytest.raises(ClientError, match="is not an http or https address; give one like") as caught:
         kind(url)
     assert type(caught.value) is ClientError
 
@@ -398,7 +398,7 @@ def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.
     assert predict.main([str(good), "--model", "other"]) == 2
     assert capsys.readouterr().err == "error: no model of this name; there are tiny\n"
     assert predict.main([str(good), "--url", "127.0.0.1:8000"]) == 2
-    assert "is no address of a service" in capsys.readouterr().err
+    assert "is not an http or https address" in capsys.readouterr().err
     monkeypatch.setenv("SER_API_URL", "")
     monkeypatch.setenv("SER_API_KEY", "wrong")
     assert predict.main([str(good)]) == 2
