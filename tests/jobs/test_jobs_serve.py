@@ -59,7 +59,7 @@ def test_a_missing_or_damaged_bundle(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_two_bundles_of_one_name(capsys: pytest.CaptureFixture[str], tiny_bundle: Bundle) -> None:
     pair = f"{tiny_bundle.folder},{tiny_bundle.folder}"
-    assert "names of their own" in refused(capsys, "--port", "0", "--bundles", pair)
+    assert "needs a different name" in refused(capsys, "--port", "0", "--bundles", pair)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])

@@ -124,7 +124,7 @@ def test_errors_have_types_and_sentences(client: Client, service: LocalService, 
         client.predict(b"words")
     assert (caught.value.code, caught.value.status) == ("not_audio", 400)
     for several in ([wav()], [wav(), wav()]):  # no recording is to blame, not even where there is one only
-        with pytest.raises(Refused, match="no model of this name") as caught:
+        with pytest.raises(Refused, match="no model has this name") as caught:
             list(client.predict_each(several, model="other"))
         assert type(caught.value) is Refused
     with pytest.raises(ClientError, match="cannot read"):
@@ -396,7 +396,7 @@ def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.
     assert "missing.wav  not_found" in captured.out
     assert "cannot read" in captured.err
     assert predict.main([str(good), "--model", "other"]) == 2
-    assert capsys.readouterr().err == "error: no model of this name; there are tiny\n"
+    assert capsys.readouterr().err == "error: no model has this name; the models are tiny\n"
     assert predict.main([str(good), "--url", "127.0.0.1:8000"]) == 2
     assert "is not an http or https address" in capsys.readouterr().err
     monkeypatch.setenv("SER_API_URL", "")
