@@ -39,7 +39,7 @@ length is measured. A sound track that is shorter
 sample rate or number of channels than
   the first are left out, with a notice. In MP3 and AAC they are converted instead.
 - **Channels** are mixed. If they cancel each other, only the loudest one is analysed, with a notice.
-- **Not read**: SPHERE with shorten (convert with `sph2pipe -f wav IN OUT.wav`), RealAudio, DSD, protected files, \
+- **Not read**: SPHERE with shorten (convert with `sph2pipe -f wav IN OUT.wav`), DSD, protected files, \
 and raw samples without a header (`.raw`, `.pcm`,
   `.vox`, `.ul`; convert with `ffmpeg -f mulaw -ar 8000 -ac 1 -i IN OUT.wav`).
 
