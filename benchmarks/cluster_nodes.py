@@ -56,7 +56,7 @@ def disturb(hosts: Hosts, event: str, victim: Host) -> str:
     """Cause one failure; returns its description."""
     if event == "cut":
         hosts.cut(victim, CUT_S)
-        return f"cable of {victim.name} out for {CUT_S:.0f} s"
+        return f"{victim.name} without network for {CUT_S:.0f} s"
     if event == "head":
         return f"head killed, {hosts.kill(hosts.head)} processes"
     return f"{victim.name} killed, {hosts.kill(victim)} processes"
@@ -80,7 +80,7 @@ def disturbed(hosts: Hosts, work: Work, event: str, number: int, rng: np.random.
         running = Running(hosts, work, out, plain=False, again=begun)
         code, given = running.finish(), given + 1
     wanted, lost, doubled, different = work.check(out) if code == 0 else (0, -1, -1, -1)
-    report(work.kind, what, f"{found:.0%}", told or "went on", given, wanted, lost, doubled, different)
+    report(work.kind, what, f"{found:.0%}", told or "continued", given, wanted, lost, doubled, different)
     hosts.repair()
     return not (code or lost or doubled or different)
 
