@@ -185,7 +185,7 @@ def test_a_decoder_that_hangs_is_given_up_and_told_by_the_health_check(
         worker.check()  # not for so long that the worker should go
         later_s = time.monotonic() + 1000
         monkeypatch.setattr(worker_module.time, "monotonic", lambda: later_s)
-        with pytest.raises(RuntimeError, match="not been decoded"):
+        with pytest.raises(RuntimeError, match="not finished a recording"):
             worker.check()
         release.set()
         while worker._running:
