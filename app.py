@@ -1,6 +1,6 @@
 """The web page: ``streamlit run app.py``, or ``make app``.
 
-It asks the service at ``SER_API_URL`` with the key ``SER_API_KEY``; where no address is set, it starts one itself.
+It uses the service at ``SER_API_URL`` with the API key ``SER_API_KEY``. Without an address it starts a service itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from app_pages import frame
 
 
 def main() -> None:
-    """Draw the page that the address names."""
+    """Draw the page that the URL selects."""
     st.set_page_config(page_title="Speech emotion", page_icon=frame.ICON, layout="wide")
     frame.run()
 

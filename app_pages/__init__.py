@@ -1,1 +1,1 @@
-"""The web page: Streamlit over ``serve.client``. No torch, no Ray, no decoding: all hearing is the service's."""
+"""The web page: Streamlit on top of ``serve.client``. No torch, no Ray, no decoding: the service analyses all sound."""

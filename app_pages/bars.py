@@ -1,4 +1,4 @@
-"""The answer in words and the bars of all classes, as plain HTML: read by screen readers as a table, drawn at once."""
+"""The answer in words and a bar for each class, as plain HTML: quick to draw, and a table for screen readers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from app_pages.words import UNCERTAIN, explained, headline, over_time, percent, 
 from serve.schema import Recording, Score
 
 FOLDED_BELOW = 0.05
-"""Classes of a smaller share are told on request."""
+"""Classes with a smaller share are folded."""
 
 
 def answer_html(recording: Recording) -> str:
-    """Headline and how sure the model is; announced when it changes.
+    """Headline and confidence; screen readers announce a change.
 
-    Of a recording that was heard in parts it says how much of the time it sounds how.
+    For a recording that was analysed in windows, the headline gives the share of the time of each emotion.
     """
     if recording.segments:
         from app_pages.timeline import shares
 
         found = shares(recording.segments)
         told, below = over_time(found)
-        label = next((label for label in found if label != UNCERTAIN), UNCERTAIN)  # that which is named first
+        label = next(
+            (label for label in found if label != UNCERTAIN), UNCERTAIN
+        )  # the one that the headline names first
     else:
         label = recording.label
         told, below = headline(label, recording.scores), explained(label, recording.confidence)
@@ -40,7 +42,7 @@ def _notice(recording: Recording) -> str:
 
 
 def scores_html(recording: Recording) -> str:
-    """All classes as bars; of a recording that was heard in parts, how much of the time it sounds how."""
+    """A bar for each class; for a recording that was analysed in windows, its share of the time."""
     if not recording.segments:
         return bars_html(recording.scores) if recording.scores else ""
     from app_pages.timeline import shares

@@ -1,6 +1,6 @@
-"""The collection of the page Many: its recordings, what was answered for each, and the tables made of them.
+"""The list of the page Many recordings: recordings with their answers, and the tables made from them.
 
-Entries stay in the session until people clear the list; an entry that has its answer is never sent again.
+Entries stay in the session until the user clears the list. An entry that has an answer is not sent again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Collection:
     truth: dict[str, str] = field(default_factory=dict)
 
     def add(self, recordings: Iterable[Recorded]) -> int:
-        """Add those that are new; returns how many were there already (same name, same bytes)."""
+        """Add the new recordings; returns how many were already in the list (same name, same bytes)."""
         known = 0
         for recorded in recordings:
             key = (recorded.name, recorded.digest)
@@ -44,32 +44,33 @@ class Collection:
         return known
 
     def waiting(self) -> list[Entry]:
-        """Those without an answer."""
+        """The entries without an answer."""
         return [entry for entry in self.entries.values() if entry.answer is None]
 
     def read(self) -> list[tuple[Entry, Recording]]:
-        """Those that were understood."""
+        """The entries that could be analysed, with their answers."""
         return [(entry, entry.answer) for entry in self.entries.values() if isinstance(entry.answer, Recording)]
 
     def failed(self) -> list[tuple[Entry, Failure]]:
-        """Those that could not be used."""
+        """The entries that could not be used, with their failures."""
         return [(entry, entry.answer) for entry in self.entries.values() if isinstance(entry.answer, Failure)]
 
     def label_of(self, entry: Entry) -> str | None:
-        """The label given for it."""
+        """The user's label for an entry; None where there is none."""
         return self.truth.get(entry.recorded.name.casefold())
 
 
 def as_told(answer: Recording) -> Recording:
-    """The answer as people are told it: ``uncertain`` where it is more likely wrong than right."""
+    """The answer as the page shows it: ``uncertain`` where the confidence is below 0.5."""
     unsure_of_it = answer.label not in NO_ANSWER and (answer.confidence or 0.0) < NOT_SURE_BELOW
     return answer.model_copy(update={"label": UNCERTAIN}) if unsure_of_it else answer
 
 
 def result_table(collection: Collection) -> pd.DataFrame:
-    """Columns ``row file sounds word confidence duration_s``, with labels also ``label wrong``; rows: what was read.
+    """Columns ``row file sounds word confidence duration_s``, and ``label wrong`` if there are labels.
 
-    ``sounds`` is what people read, ``word`` (its answer, or "not sure") what they choose by.
+    There is one row per recording that could be analysed. ``sounds`` is the text in the table, ``word`` (the answer, or
+    "not sure") the value for the filter.
     """
     rows = [
         {
@@ -88,8 +89,8 @@ def result_table(collection: Collection) -> pd.DataFrame:
 
 
 def _sounds(answer: Recording) -> dict[str, object]:
-    """What people read of an answer, the word that they choose by, and how sure the model is."""
-    if answer.segments:  # it sounds so for a part of the time: that is no matter of being sure
+    """The columns ``sounds``, ``word`` and ``confidence`` of an answer."""
+    if answer.segments:  # a share of the time is shown, and it is not a confidence
         label, share = next(iter(shares(answer.segments).items()))
         told = spoken(label) if share == 1 else f"{spoken(label)}, {percent(share)} of the time"
         return {"sounds": told, "word": spoken(label), "confidence": math.nan}
@@ -107,10 +108,14 @@ def failure_table(collection: Collection) -> pd.DataFrame:
 def chosen_rows(
     table: pd.DataFrame, text: str, words: Sequence[str], order: str, *, only_wrong: bool = False
 ) -> pd.DataFrame:
-    """The rows whose file name holds ``text`` and whose word is one of ``words`` (any when empty), sorted.
+    """The rows whose file name contains ``text`` and whose word is in ``words`` (any word if empty), sorted.
 
     Args:
-        only_wrong: those whose answer is not their label.
+        table: as from ``result_table``.
+        text: part of a file name, in any case.
+        words: values of the column ``word``.
+        order: one of ``many_results.ORDERS``.
+        only_wrong: only rows whose answer differs from the label.
     """
     table = table[table["wrong"]] if only_wrong else table
     found = table[table["file"].str.contains(text, case=False, regex=False)]
@@ -126,9 +131,9 @@ def chosen_rows(
 
 
 def csv_bytes(collection: Collection, labels: Sequence[str]) -> bytes:
-    """All entries that have an answer, with the columns that ``jobs.score`` writes; UTF-8.
+    """A CSV of all entries with an answer, in UTF-8; columns are named as in the table of ``jobs.score``.
 
-    Text that a spreadsheet would take for a formula begins with ``'``.
+    Text that a spreadsheet would read as a formula gets the prefix ``'``.
     """
     rows = list(_csv_rows(collection, labels))
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode("utf-8")

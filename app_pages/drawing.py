@@ -1,7 +1,7 @@
-"""Pictures of sound as Altair charts: waveform, spectrogram, what the model sees, and what mattered.
+"""Altair charts of sound: waveform, spectrogram, the model's input, and the cells that mattered.
 
-Times are seconds of the recording. The log-mel picture is one image stretched over its axes (a chart of 12,032
-rectangles would take seconds); its rows are mel bands, and the axis says which frequencies they are.
+Times are seconds of the recording. A spectrogram is one image stretched over its axes, because a chart of 12,032
+rectangles would take seconds. Its rows are mel bands; the axis shows their frequencies.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from app_pages.palette import ACCENT, AGAINST, FOR, NEUTRAL, grey, heat
 from serve.schema import Explanation, Picture
 
 WAVEFORM_PX, PICTURE_PX, STRIP_PX = 96, 226, 150
-_MINUTES_FROM_S = 60.0  # of longer recordings the axis counts minutes
+_MINUTES_FROM_S = 60.0  # the axis of longer recordings is in minutes
 _TICK_PX = 4
-_AXIS_PX = 46  # both charts leave as much at the left, so that they stand one below the other
+_AXIS_PX = 46  # the same left margin in both charts, so that their time axes align
 _TICKS_HZ = (100, 500, 1000, 2000, 5000, 10000, 20000)
 _SILENT_DB = -80.0
 
 
 def waveform(picture: Picture, *, whole: bool = False) -> alt.LayerChart:
-    """The outline of a recording, with the part that was analysed marked, unless that is the ``whole``."""
+    """The waveform of a recording; the analysed part is marked, unless the ``whole`` was analysed."""
     outline = picture.waveform
     times = np.linspace(outline.start_s, outline.end_s, len(outline.low))
     sound = pd.DataFrame({"time_s": times, "low": outline.low, "high": outline.high})
@@ -61,26 +61,26 @@ def waveform(picture: Picture, *, whole: bool = False) -> alt.LayerChart:
 
 
 def spectrogram(picture: Picture, *, strip: bool = False) -> alt.LayerChart:
-    """What the model sees: time to the right, pitch upwards, the brighter the louder; ``strip``: lower."""
+    """The model's log-mel input: time to the right, frequency upwards, brighter is louder; ``strip``: less high."""
     ticks = _TICKS_HZ[::2] if strip else _TICKS_HZ
     return framed(STRIP_PX if strip else PICTURE_PX, _ground(picture, heat(_shares(picture.level_db)), ticks_hz=ticks))
 
 
 def overview(picture: Picture) -> alt.LayerChart:
-    """All of the recording as the model would see it, on the waveform's time axis."""
+    """The log-mel spectrogram of the whole recording, on the waveform's time axis."""
     outline = picture.waveform
     levels = heat(_shares(picture.overview_db or []))
     return framed(PICTURE_PX, _ground(picture, levels, (outline.start_s, outline.end_s), _span(picture)))
 
 
 def _span(picture: Picture) -> list[float]:
-    """What the time axis shows: all of the recording, and the padding where it is shorter than the window."""
+    """Start and end of the time axis: the whole recording, and the padding where it is shorter than the window."""
     outline, end_s = picture.waveform, picture.window_start_s + picture.window_s
     return [min(outline.start_s, picture.window_start_s), max(outline.end_s, end_s)]
 
 
 def mattered(explanation: Explanation) -> alt.LayerChart:
-    """The same picture in grey, and over it how much each patch speaks for or against the answer."""
+    """The spectrogram in grey, and over it how much each cell supports or opposes the answer."""
     picture = explanation.picture
     values = np.asarray(explanation.importance, dtype=float)
     most = max(float(np.abs(values).max()), 1e-9)
@@ -133,7 +133,7 @@ def _ground(
     shown_s: Sequence[float] | None = None,
     ticks_hz: Sequence[int] = _TICKS_HZ,
 ) -> alt.Chart:
-    """A picture that lies at ``place_s``, by default the model's window, on an axis that shows ``shown_s``."""
+    """An image at times ``place_s`` (default: the model's window), on a time axis from and to ``shown_s``."""
     span = list(place_s or (picture.window_start_s, picture.window_start_s + picture.window_s))
     bands = len(picture.frequency_hz)
     ticks = [hz for hz in ticks_hz if picture.frequency_hz[0] <= hz <= picture.frequency_hz[-1]]
@@ -167,26 +167,26 @@ def _time_axis(field: str, span: Sequence[float], title: str | None = "seconds")
 
 
 def _shares(level_db: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """Levels as 0 (silent) to 1 (loudest), bands x frames, lowest band first."""
+    """Levels in dB -> 0 (silent) to 1 (loudest), bands x frames, lowest band first."""
     shares: NDArray[np.float64] = np.clip(1.0 - np.asarray(level_db, dtype=float) / _SILENT_DB, 0.0, 1.0)
     return shares
 
 
 def _band_of(frequencies_hz: Sequence[float], picture: Picture) -> NDArray[np.float64]:
-    """Where a frequency lies on the axis of bands; the middle of the first band is at 0.5."""
+    """Frequencies -> positions on the axis of bands; the centre of the first band is at 0.5."""
     centres = np.arange(len(picture.frequency_hz)) + 0.5
     bands: NDArray[np.float64] = np.interp(frequencies_hz, picture.frequency_hz, centres)
     return bands
 
 
 def _data_url(colours: NDArray[np.uint8]) -> str:
-    """A PNG of ``(bands, frames, 3)``, lowest band at the bottom."""
+    """Colours ``(bands, frames, 3)`` as a data URL of a PNG, lowest band at the bottom."""
     buffer = io.BytesIO()
     Image.fromarray(colours[::-1]).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def framed(height_px: int, *layers: alt.Chart) -> alt.LayerChart:
-    """The layers as one chart of ``height_px`` with its axes, without a frame or empty space around it."""
+    """The layers as one chart without a frame; ``height_px`` is the height of the plot."""
     bare = alt.layer(*layers).properties(height=height_px, padding={"left": 0, "top": 2, "right": 2, "bottom": 2})
     return cast(alt.LayerChart, bare.configure_view(strokeWidth=0))

@@ -1,7 +1,7 @@
-"""What all pages share: navigation, style, the notice at the foot, and a last line of defence against tracebacks.
+"""Parts shared by all pages: navigation, style, the footer, and a handler for unexpected errors.
 
-Pages are imported when they are drawn: the first one stands before tables and charts can be drawn, and the libraries
-for those are read beside it.
+A page is imported when it is drawn, so that the first one appears quickly. The libraries for tables and charts are
+imported in the background.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def run() -> None:
             st.page_link(page)
     try:
         chosen.run()
-    except Exception:  # people get a sentence, the terminal gets the details
+    except Exception:  # the user sees one sentence, the terminal the details
         _log.exception("the page %s failed", chosen.title)
-        st.error("Something went wrong on this page; reload it, please. What happened is in the page's terminal.")
+        st.error("Something went wrong on this page; please reload it. The page's terminal shows the error.")
     st.html(FOOT)
     st.html(f"<script>{PLAYHEAD.read_text(encoding='utf-8')}</script>", unsafe_allow_javascript=True)
     _prepare()
@@ -65,7 +65,7 @@ def _model() -> None:
 
 @st.cache_resource(show_spinner=False)
 def _prepare() -> None:
-    """Once: have the service start where it is this page's own, and read what the next view needs."""
+    """Once, in the background: start the page's own service if none is configured, and import what views need."""
 
     def prepare() -> None:
         from app_pages import own_service

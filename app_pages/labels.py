@@ -1,4 +1,4 @@
-"""A CSV of labels dropped beside the recordings: file name and what the speaker expressed."""
+"""Reading of a CSV of labels that the user adds to the recordings: file name and emotion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 FILE_COLUMNS = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_COLUMNS = ("label", "emotion", "label_name")
-# as in pipeline.data.labels, which the page does not load
+# the aliases of pipeline.data.labels, which the page does not import
 ALIASES: Mapping[str, str] = {
     "anger": "angry",
     "ang": "angry",
@@ -41,16 +41,16 @@ ALIASES: Mapping[str, str] = {
 
 
 class LabelsError(Exception):
-    """``str()`` is one sentence for people."""
+    """A table of labels that cannot be used; ``str()`` is one sentence for the user."""
 
 
 def read_labels(data: bytes, name: str, classes: Sequence[str]) -> dict[str, str]:
     """File name, case-folded and without folders -> class.
 
-    A label is a class's name, another spelling of it ("fear", "happiness"), or its number from 0 ("3", "3.0").
+    A label is the name of a class, an alias of it ("fear", "happiness"), or its number from 0 ("3", "3.0").
 
     Raises:
-        LabelsError: no table, columns that are missing, or a label that is none.
+        LabelsError: the data is not a table, a column is missing, or a label is unknown.
     """
     try:
         table = pd.read_csv(io.BytesIO(data), dtype=str, sep=None, engine="python", encoding="utf-8-sig").dropna(
@@ -81,11 +81,11 @@ def _class(text: str, classes: Sequence[str], name: str) -> str:
         same = [name for index, name in enumerate(classes) if index == number]
     if len(same) == 1:
         return same[0]
-    raise LabelsError(f"{name} holds the label “{text}”; known are {', '.join(classes)}.")
+    raise LabelsError(f"{name} has the unknown label “{text}”; the classes are {', '.join(classes)}.")
 
 
 def _whole(text: str) -> int | None:
-    """The whole number that a cell holds; spreadsheets and pandas write 3 as 3.0 where other cells are empty."""
+    """The whole number in a cell, else None; spreadsheets and pandas write 3 as 3.0 where other cells are empty."""
     try:
         number = float(text)
     except ValueError:

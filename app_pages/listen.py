@@ -1,9 +1,9 @@
-"""Listen: one recording, spoken, dropped or an example; what the model hears in it, and why. Several go to Many.
+"""The page Listen: one recording (spoken, dropped or an example), its answer, and the explanation of the answer.
 
-Live (``live``) stands in its place while somebody speaks.
+Several files go to the page Many recordings. Live (``live``) replaces the page's content while it runs.
 
-The recording is kept in the session, not in the widget it came from: it survives a look at another page, and a service
-that is away for a while. What was answered for an earlier one is gone as soon as another is given.
+The recording is kept in the session, not in its widget, so that it survives a change of page and an outage of the
+service. A new recording removes the answer for the previous one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ABOUT = (
     "Record or drop speech: a model that learned from actors names the emotion that it conveys, says how sure it is, "
     "and shows what it heard."
 )
-_ANSWER_PX = 500  # the height of an answer on a desktop: its placeholder is as high, so that nothing jumps
+_ANSWER_PX = 500  # height of the placeholder: that of an answer on a desktop, so that nothing moves
 
 
 def page() -> None:
-    """The page."""
+    """Draw the page."""
     st.title("What emotion does this voice convey?", anchor=False)
     if st.session_state.get("live"):
         from app_pages import live
@@ -66,7 +66,7 @@ def page() -> None:
 
 
 def _choose(*, large: bool) -> None:
-    """Microphone, drop zone, live and examples: large choices side by side, or small ones below each other."""
+    """Draw microphone, drop zone, live and examples: large and side by side, or small and one below the other."""
     speak, drop, now = st.columns(3, gap="small") if large else (st.container(), st.container(), st.container())
     with speak, st.container(border=large, height="stretch", key="ser-record"):
         if large:
@@ -84,7 +84,7 @@ def _choose(*, large: bool) -> None:
     with drop, st.container(border=large, height="stretch", key="ser-drop"):
         if large:
             st.header("Drop audio", anchor=False)
-        key = f"upload_{st.session_state.setdefault('uploads', 0)}"  # another key: empty again
+        key = f"upload_{st.session_state.setdefault('uploads', 0)}"  # a new key empties the widget
         st.file_uploader(
             "Drop one recording here, or several" if large else "Drop audio",
             accept_multiple_files=True,
@@ -108,7 +108,7 @@ def _go_live() -> None:
 
 
 def _take_files(key: str) -> None:
-    """Files were given: one is the recording now, several go to the page for many."""
+    """Take the dropped files: one becomes the recording, several go to the page Many recordings."""
     files = [(file.name, file.getvalue()) for file in st.session_state[key]]
     if len(files) == 1:
         st.session_state["recorded"] = Recorded(*files[0])
@@ -121,12 +121,12 @@ def _take_files(key: str) -> None:
 
 
 def _take(origin: str) -> None:
-    """A widget has changed: what it holds is the recording now. A voice taken back leaves none."""
+    """Take the content of a widget as the recording; a deleted microphone recording leaves none."""
     given = st.session_state[origin]
     if origin == "example":
         if given:
             st.session_state["recorded"] = example(given)
-        st.session_state["example"] = None  # to be chosen again after others
+        st.session_state["example"] = None  # so that it can be chosen again
     elif given is None:
         st.session_state["recorded"] = None
     else:
@@ -137,13 +137,13 @@ def _playback(recorded: Recorded) -> None:
     note = "An example, a synthetic voice: " if recorded.origin == "example" else ""
     st.html(f'<p class="ser-from">{note}<strong>{html.escape(recorded.name)}</strong></p>')
     if recorded.media_type is None:
-        st.caption("Browsers cannot play this kind of file; the model can hear it all the same.")
+        st.caption("Browsers cannot play this kind of file; the model can still analyse it.")
     elif recorded.data:
         st.audio(recorded.data, format=recorded.media_type, alt=f"The recording {recorded.name}")
 
 
 def _heard(recorded: Recorded) -> Recording | None:
-    """The answer; asked for once a recording."""
+    """The answer for the recording; the service is asked once."""
     from app_pages.service import asked
 
     known: tuple[str, Recording] | None = st.session_state.get("heard")
@@ -171,7 +171,7 @@ def _show(recorded: Recorded, heard: Recording) -> None:
 
 
 def _pictures(heard: Recording) -> None:
-    """The recording as waveform and spectrogram on one time axis, and what the model saw of it."""
+    """Draw waveform and spectrogram of the recording on one time axis, and the model's input."""
     from app_pages import over_time
     from app_pages.drawing import overview, spectrogram, waveform
 

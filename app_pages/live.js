@@ -1,4 +1,4 @@
-// Live: microphone -> PCM pieces -> the service's WebSocket -> a band of the last 30 s.
+// Live: microphone -> PCM messages -> the service's WebSocket -> a band with the answers of the last 30 s.
 const SHOWN_S = 30, PIECES_A_SECOND = 10, MOST_WAITING_BYTES = 1 << 20;
 const WORKLET = `registerProcessor('ser-pcm', class extends AudioWorkletProcessor {
   constructor() { super(); this.size = Math.round(sampleRate / ${PIECES_A_SECOND}); this.renew(); }
@@ -12,27 +12,27 @@ const WORKLET = `registerProcessor('ser-pcm', class extends AudioWorkletProcesso
   }
 });`;
 const CLOSED = {
-  4408: 'Nothing was heard for too long.',
-  4413: 'Half an hour is the longest; start again.',
-  4429: 'Too many people are listening live at the moment; try again later.',
+  4408: 'No sound arrived for too long; start again.',
+  4413: 'Live runs for half an hour at most; start again.',
+  4429: 'Too many people use Live at the moment; try again later.',
   4503: 'The service is stopping or starting; try again in a moment.',
-  1006: 'The service could not be reached from this browser. Reload the page; if that does not help, it is at an address or behind a key that the browser has not.',
+  1006: 'This browser cannot reach the service. Reload the page; if that does not help, check the address (SER_API_URL) and the key (SER_API_KEY) of the page.',
 };
 const sessions = new WeakMap();
 
 const onThisMachine = (name) =>
   name === 'localhost' || name.endsWith('.localhost') || name.startsWith('127.') || name === '[::1]';
 
-/** The service's WebSocket as this browser reaches it; an Error says why it cannot. */
+/** The URL of the service's WebSocket for this browser; throws an Error where the browser cannot reach it. */
 const streamAddress = (service) => {
   const url = new URL(service);
   if (onThisMachine(url.hostname)) {
     if (!onThisMachine(location.hostname)) {
-      throw new Error("Live cannot work here: the service answers on the page's own machine only. Give the page an address of it that your browser reaches (SER_API_URL).");
+      throw new Error("Live cannot work here: the service's address works only on the page's own machine. Set SER_API_URL to an address that your browser can reach.");
     }
-    url.hostname = location.hostname; // one site for the browser
+    url.hostname = location.hostname; // so that the browser sees one site
   } else if (location.protocol === 'https:' && url.protocol === 'http:') {
-    throw new Error('Live cannot work here: this page came over https, and the service has no https address (SER_API_URL).');
+    throw new Error('Live cannot work here: this page uses https, but the service does not. Set SER_API_URL to an https address.');
   }
   url.protocol = url.protocol === 'https:' ? 'wss:' : 'ws:';
   url.pathname = `${url.pathname.replace(/\/$/, '')}/v1/stream`;
@@ -72,7 +72,7 @@ class Session {
       this.connect(run, url);
     } catch (error) {
       const refused = error.name === 'NotAllowedError' || error.name === 'NotFoundError';
-      if (this.running === run) this.stop(refused ? 'The browser gives no microphone; allow it for this page, or connect one.' : error.message);
+      if (this.running === run) this.stop(refused ? 'No microphone: allow it for this page in the browser, or connect one.' : error.message);
       this.release(run);
     }
   }
@@ -97,7 +97,7 @@ class Session {
     const loudest = new Int16Array(piece).reduce((most, value) => Math.max(most, Math.abs(value)), 1);
     this.parts.level.style.width = `${Math.max(0, 100 + (20 * Math.log10(loudest / 32768) * 100) / 60)}%`;
     if (!run.ready || run.socket.readyState !== WebSocket.OPEN) return;
-    if (run.socket.bufferedAmount > MOST_WAITING_BYTES) return this.tell('The line is too slow; parts are left out.');
+    if (run.socket.bufferedAmount > MOST_WAITING_BYTES) return this.tell('The connection is too slow; parts of the sound are skipped.');
     run.socket.send(piece);
     run.soundS += 1 / PIECES_A_SECOND;
     this.move(run);
@@ -121,7 +121,7 @@ class Session {
     return this.data.labels[label] || { word: label, told: label, kind: 'heard', colour: '#8a99a0', ink: '#000000' };
   }
 
-  /** A segment in the band; the last one is drawn again until it is final. */
+  /** Draw a segment in the band; the last one is updated until it is final. */
   draw(run, segment) {
     const known = this.known(segment.label);
     let drawn = run.runs[run.runs.length - 1];
@@ -173,7 +173,7 @@ class Session {
     this.hush(run);
   }
 
-  /** Microphone and sound off; what is left of the answers may still come. */
+  /** Turn off microphone and audio; the last answers may still arrive. */
   hush(run) {
     for (const track of run.sound ? run.sound.getTracks() : []) track.stop();
     if (run.context && run.context.state !== 'closed') run.context.close();

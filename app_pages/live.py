@@ -1,7 +1,8 @@
-"""Live: speak, and watch the last half minute as a moving band. The browser talks to the service itself (``live.js``).
+"""Live: a moving band with the answers of the last 30 s. The browser connects to the service itself (``live.js``).
 
-Sound does not pass through the page's own process. A service on this machine is asked under the name by which the page
-was opened, so that both are one site; a key stays here, the browser gets a ticket for streams that soon ends.
+Sound does not pass through the page's process. For a service on this machine, the browser uses the host name of the
+page, so that both are one site. The API key stays in the page's process; the browser gets a ticket for streams only,
+which expires after one to two hours.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _HTML = """
 <section class="ser-live" aria-label="Live">
   <div role="status"><h2 class="ser-answer"></h2></div>
   <p class="ser-sure"></p>
-  <figure class="ser-time" aria-label="The last 30 seconds: what was heard, now at the right">
+  <figure class="ser-time" aria-label="Answers of the last 30 seconds, the newest at the right">
     <div class="band"><div class="track"></div></div>
     <div class="axis" aria-hidden="true"><span>30 s ago</span><span>20</span><span>10</span><span>now</span></div>
     <ul class="legend"></ul>
@@ -38,7 +39,7 @@ _HTML = """
 
 
 def view() -> None:
-    """What is heard now, instead of a recording."""
+    """Draw the live view in place of a recording."""
     st.button("Back", key="end_live", on_click=_close, icon=":material/arrow_back:")
     model = asked(lambda client: client.model())
     if model is None:
@@ -54,7 +55,7 @@ def view() -> None:
         }
     )
     st.caption(
-        "The sound goes to the service, is heard in parts of two seconds, and is not stored. "
+        "The sound goes to the service, is analysed in parts of two seconds, and is not stored. "
         "Open at its end: may still change. Hatched: not sure. Empty: silent, or no speech."
     )
 
@@ -70,9 +71,11 @@ def _drawn(label: str) -> dict[str, str]:
 
 
 def _protocols() -> list[str]:
-    """What the browser offers: the protocol, and a ticket where the service has a key."""
+    """The WebSocket subprotocols for the browser: the protocol, and a ticket where the service has a key."""
     key = checked_key(os.environ.get("SER_API_KEY"))
-    until_s = (time.time() // _TICKET_S + 2) * _TICKET_S  # the same for an hour: a band that runs is not drawn anew
+    until_s = (
+        time.time() // _TICKET_S + 2
+    ) * _TICKET_S  # constant for an hour, so that Streamlit does not restart a running band
     tickets = [stream_ticket(key_digest(key), until_s)] if key else []
     return [STREAM_PROTOCOL, *tickets]
 

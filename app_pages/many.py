@@ -1,7 +1,6 @@
-"""Many recordings: drop them, see them come in as a table, filter, sort, hear, download; with labels, see how well.
+"""The page Many recordings: a table of all answers to filter, sort, play and download; with labels, also the accuracy.
 
-What was answered stays in the session: leaving the page in the middle or a service that goes away loses nothing, the
-rest is asked for when the page is drawn again.
+Answers stay in the session. After a change of page or an outage, the page asks only for the missing ones.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from serve.schema import ModelInfo
 
 
 def page() -> None:
-    """The page."""
+    """Draw the page."""
     st.title("Many recordings", anchor=False)
     st.markdown("A table of all answers, to filter, sort, hear and download.")
     collection = _collection()
@@ -39,7 +38,7 @@ def page() -> None:
 
 
 def add(files: list[tuple[str, bytes]]) -> None:
-    """Put recordings, and tables of labels, into the list: ``(name, bytes)``."""
+    """Add recordings and tables of labels, each ``(name, bytes)``, to the list."""
     _add(_collection(), files)
 
 
@@ -49,7 +48,7 @@ def _collection() -> Collection:
 
 
 def _choose(collection: Collection) -> None:
-    """The drop zone, empty again as soon as the files are in the list."""
+    """Draw the drop zone, which is emptied once its files are in the list."""
     turn = st.session_state.setdefault("many_turn", 0)
     key = f"many_upload_{turn}"
     st.file_uploader(
@@ -94,17 +93,17 @@ def _add(collection: Collection, files: list[tuple[str, bytes]]) -> None:
 
 
 def _model() -> ModelInfo:
-    """What is known of the model; kept for when the service is away."""
+    """The description of the model, also kept in the session for outages of the service."""
     found = client().model()
     st.session_state["model"] = found
     return found
 
 
 def _answer(collection: Collection) -> None:
-    """Ask for what has no answer yet, with a bar that tells how far it is.
+    """Get the missing answers, with a progress bar.
 
     Raises:
-        ClientError: the service cannot be used; what was answered until then is kept.
+        ClientError: the service cannot be used; the answers received so far are kept.
     """
     waiting = collection.waiting()
     if not waiting:

@@ -1,4 +1,4 @@
-"""The results of many recordings: table with filter and order, the chosen one in full, failures, verdict, CSV."""
+"""The results of many recordings: table with filter and order, the selected recording, failures, accuracy, CSV."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from app_pages.words import plain
 from serve.schema import ModelInfo, Recording
 
 ORDERS = ("As added", "File name", "Most sure first", "Least sure first")
-_SOUNDS_PX, _SURE_PX = 190, 130  # room for "disgusted, 45 % of the time", also where labels have a column
-_ROW_PX, _SHOWN_ROWS = 35, 10.5  # half a row says that there are more
+_SOUNDS_PX, _SURE_PX = 190, 130  # wide enough for "disgusted, 45 % of the time" beside a column of labels
+_ROW_PX, _SHOWN_ROWS = 35, 10.5  # the half row shows that there are more
 
 
 def show(collection: Collection, model: ModelInfo) -> None:
-    """All of it."""
+    """Draw the results."""
     table, failures = result_table(collection), failure_table(collection)
     _heading(collection, model, len(table), len(failures))
     if len(table):
@@ -70,13 +70,13 @@ def _browse(collection: Collection, table: pd.DataFrame) -> None:
 
 
 def _chosen(found: pd.DataFrame) -> int | None:
-    """The number of the recording whose row is selected."""
+    """The number of the recording in the selected row; None where no row is selected."""
     rows = st.session_state.get("many_table", {}).get("selection", {}).get("rows", [])
     return int(found.iloc[rows[0]]["row"]) if rows and rows[0] < len(found) else None
 
 
 def _choose(found: pd.DataFrame) -> None:
-    """The table."""
+    """Draw the table, with rows to select."""
     st.dataframe(
         found.drop(columns=["row", "word", "wrong"], errors="ignore").assign(confidence=100 * found["confidence"]),
         hide_index=True,
@@ -98,7 +98,7 @@ def _choose(found: pd.DataFrame) -> None:
 
 
 def _one(recorded: Recorded, answer: Recording) -> None:
-    """A recording in full: answer, sound, all classes."""
+    """Draw one recording: answer, player, all classes."""
     st.html(answer_html(answer))
     st.caption(plain(recorded.name))
     if recorded.media_type:

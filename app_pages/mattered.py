@@ -1,4 +1,4 @@
-"""What mattered: on request, the patches of the picture that speak for or against the answer."""
+"""The section What mattered: on request, the cells of the spectrogram that support or oppose the answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LITTLE = 0.1  # fall of the log-odds: a probability of 50 % becomes 47.5 %
 
 
 def button(recorded: Recorded, heard: Recording) -> None:
-    """The button that asks for it; what is no voice has nothing to explain."""
+    """Draw the button for the section, unless the answer is silence or no speech."""
     if heard.label not in NO_ANSWER:
         where = " in one part" if heard.segments else ""
         st.button(f"Show what mattered{where}", on_click=_want, args=(recorded.digest,), icon=":material/visibility:")
@@ -26,7 +26,7 @@ def _want(digest: str) -> None:
 
 
 def section(recorded: Recorded) -> None:
-    """What mattered, once it was asked for."""
+    """Draw the section, if it was asked for."""
     if st.session_state.get("explain") != recorded.digest:
         return
     st.header("What mattered", anchor=False)

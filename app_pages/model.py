@@ -1,4 +1,4 @@
-"""The model: measured figures, confusion matrix, classes, data, limits, card; the service; what must not be done."""
+"""The page The model: measured figures, confusion matrix, model card, the service and its limits, prohibited uses."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _LIMITS = {
     "max_body_mib": ("Largest upload", 1, "{:g} MB"),
     "max_duration_s": ("Longest recording", 60, "{:g} minutes"),
     "max_windows": ("Most parts over time", 1, "{:g}"),
-}  # what the service calls it -> what people call it, its unit, how it is written
+}  # name of a limit -> name on the page, divisor, format
 
 
 def page() -> None:
-    """The page."""
+    """Draw the page."""
     st.title("The model", anchor=False)
     st.markdown("What it is, how well it does, and what it must not be used for.")
     left, right = st.columns([3, 2], gap="large")
@@ -78,7 +78,7 @@ def _figures(model: ModelInfo) -> None:
 
 
 def two_figures_html(metrics: Mapping[str, Any]) -> str:
-    """Right answers for voices it knows and for new ones, equally large; "not measured" where the bundle has none."""
+    """Accuracy for known and for new speakers, equally large; "not measured" where the bundle has no figure."""
     own = _own(metrics)
     told = (
         ("Voices it knows", metrics.get("test", own.get("recording")), "other recordings of speakers it learned from"),
@@ -88,7 +88,7 @@ def two_figures_html(metrics: Mapping[str, Any]) -> str:
 
 
 def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured of an adapted model, by what no fold shared with another: ``speaker`` or ``recording``."""
+    """Figures of an adapted model under the key by which its folds were separated: ``speaker`` or ``recording``."""
     training, block = metrics.get("training"), metrics.get(OWN)
     about = training.get("adapted") if isinstance(training, Mapping) else None
     if not isinstance(about, Mapping) or not isinstance(block, Mapping):
@@ -111,7 +111,7 @@ def _figure(title: str, block: Any, what: str) -> str:
 
 
 def _interval(block: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """The interval that was measured with a figure."""
+    """The 95 % interval stored with a figure; None where there is none."""
     given = block.get("intervals_95")
     given = given.get(name) if isinstance(given, Mapping) else block.get(f"{name}_interval_95")
     return (float(given[0]), float(given[1])) if isinstance(given, list | tuple) and len(given) == 2 else None
@@ -131,7 +131,7 @@ def _counts(test: Mapping[str, Any]) -> Any:
 
 
 def _of_class(test: Mapping[str, Any], labels: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Intervals of the recall of each class whose number of recordings is known."""
+    """95 % intervals of the recall of each class with a known number of recordings."""
     counts, recall = _counts(test), _recalls(test)
     if not counts or len(counts) != len(labels):
         return {}
@@ -174,7 +174,7 @@ def _confusion(model: ModelInfo, test: Mapping[str, Any]) -> None:
 
 
 def _elsewhere(metrics: Mapping[str, Any]) -> None:
-    """What else was measured: corpora that it was not trained on."""
+    """Draw the figures on corpora that the model was not trained on."""
     told = [
         f"- {name}: {percent(float(block['accuracy']))} right"
         + (f" (95 % interval {verdict.interval_words(verdict.wilson(float(block['accuracy']), block['n']))})")
@@ -201,7 +201,7 @@ def _service(model: ModelInfo | None) -> None:
 
 
 def _card(card: str) -> None:
-    """The model card, a section each; those about data and limits are open."""
+    """Draw the model card, one expander per section; Data and Limits are open."""
     st.header("Model card", anchor=False)
     opening, *sections = re.split(r"^## +", card, flags=re.MULTILINE)
     st.markdown(re.sub(r"^# .*\n", "", opening))

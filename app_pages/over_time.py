@@ -1,4 +1,4 @@
-"""Over time: recordings of more than six seconds, heard in parts of two, each channel that differs for itself."""
+"""The time line of recordings over 6 s, which are analysed in windows; different channels have a lane each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import streamlit as st
 from app_pages.timeline import as_table, timeline_html
 from serve.schema import Recording
 
-_ROW_PX, _SHOWN_ROWS = 35, 8.5  # half a row says that there are more
+_ROW_PX, _SHOWN_ROWS = 35, 8.5  # the half row shows that there are more
 
 
 def section(heard: Recording, caption: str) -> None:
-    """The time line of a recording that was heard in parts, and its parts; of another the ``caption`` only."""
+    """Draw the time line and a table of the windows; only the ``caption`` where there are no windows."""
     if not heard.segments:
         st.caption(caption)
         return

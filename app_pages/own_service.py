@@ -1,7 +1,7 @@
-"""The service of a page that was told of none: started by it on this machine, on a free port; it ends with the page.
+"""The page's own service, where no address is configured: on this machine, on a free port; it ends with the page.
 
-It is ``jobs.serve --engine local`` in a process of its own, so that the page loads no model. Where a service answers at
-the usual address already, that one is used.
+It is ``jobs.serve --engine local`` in a separate process, so that the page loads no model. If a service already answers
+at the default address, the page uses that one.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import threading
 import time
 from pathlib import Path
 
-DEFAULT_URL = "http://127.0.0.1:8000"  # as serve.client has it
+DEFAULT_URL = "http://127.0.0.1:8000"  # as in serve.client
 SINCE_VARIABLE = "SER_API_SINCE"
-"""When the service at ``SER_API_URL`` was started (``time.time``), by whoever started both."""
-STARTS_WITHIN_S = 180.0  # the first time it also exports its network: half a minute on a busy machine
+"""Variable with the start time (``time.time``) of the service at ``SER_API_URL``; set by the job that started both."""
+STARTS_WITHIN_S = 180.0  # the first start also exports the network: half a minute on a busy machine
 _ROOT = Path(__file__).resolve().parents[1]
 _LOCK = threading.Lock()
 _found: OwnService | None = None
 
 
 class OwnService:
-    """Where the service is; it is started by the first ``OwnService`` of a page.
+    """The service that the page uses; starts one, unless one answers at the default address.
 
     Attributes:
         url: its address.
-        since_s: when it was started (``time.time``); NaN of one that answered already.
+        since_s: its start time (``time.time``); NaN for a service that was already running.
     """
 
     def __init__(self) -> None:
@@ -38,24 +38,24 @@ class OwnService:
             self.start()
 
     def start(self) -> None:
-        """Start it, again where it has ended."""
+        """Start the service, also again after it has ended."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         words = ["--engine", "local", "--port", str(port), "--metrics_port", "0", "--stop_with_stdin"]
-        more = {"KMP_DUPLICATE_LIB_OK": "TRUE"} if sys.platform == "win32" else {}  # as jobs.app tells
+        more = {"KMP_DUPLICATE_LIB_OK": "TRUE"} if sys.platform == "win32" else {}  # see jobs.app
         self.url, self.since_s = f"http://127.0.0.1:{port}", time.time()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "jobs.serve", *words],
             cwd=_ROOT,
             env={**more, **os.environ},
-            stdin=subprocess.PIPE,  # which ends with this process, however that ends
+            stdin=subprocess.PIPE,  # closed when this process ends, for whatever reason
             start_new_session=True,
         )
 
     @property
     def ended(self) -> bool:
-        """Whether it was started, and is there no more."""
+        """Whether the service was started here and has ended."""
         return self._process is not None and self._process.poll() is not None
 
 
@@ -65,14 +65,14 @@ def _answers(url: str) -> bool:
         socket.create_connection((host, int(port)), 1.0).close()
     except OSError:
         return False
-    from serve.client import Client  # reading it takes long: only where something listens
+    from serve.client import Client  # a slow import: only where something listens
 
     with Client(url) as client:
         return client.live()
 
 
 def own() -> OwnService:
-    """The page's service, started when it is first asked for."""
+    """The page's own service; the first call starts it."""
     global _found
     with _LOCK:
         _found = _found or OwnService()
@@ -80,12 +80,12 @@ def own() -> OwnService:
 
 
 def configured() -> str | None:
-    """The address that the environment names."""
+    """The address in ``SER_API_URL``; None where it is not set."""
     return (os.environ.get("SER_API_URL") or "").rstrip("/") or None
 
 
 def starting_for_s() -> float | None:
-    """For how long the service has been starting; None where nobody knows that it is."""
+    """Seconds since the service was started; None if unknown, or longer ago than ``STARTS_WITHIN_S``."""
     try:
         since_s = float(os.environ.get(SINCE_VARIABLE, "nan")) if configured() else own().since_s
     except ValueError:

@@ -1,7 +1,7 @@
-"""Colours: one for each class, readable on light and dark; the scale of the sound picture.
+"""Colours: one for each class, readable on light and dark backgrounds, and the scale of the spectrogram.
 
-Classes that are no usual emotion get the next free colour when they are first seen, and keep it. A colour never stands
-alone: the word is always beside it.
+Other classes than the usual emotions get the next free colour at their first use, and keep it. The page always shows
+the word beside a colour.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HEAT = ("#0b0d1f", "#2a1458", "#5f1a77", "#982b76", "#cf4266", "#f3704f", "#fba
 
 
 def colour(label: str) -> str:
-    """The colour of a class; the same for the same name, whichever classes a model has, and another for others."""
+    """The colour of a class, by its name alone; it does not depend on the model's other classes."""
     return _EMOTIONS.get(label) or _given.setdefault(label, _OTHERS[len(_given) % len(_OTHERS)])
 
 
@@ -54,7 +54,7 @@ def heat(levels: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def grey(levels: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """As ``heat``, without colour and never bright: a ground to draw on."""
+    """Greys ``(..., 3)`` of levels 0 to 1, never bright: a background to draw on."""
     return np.repeat((18 + 150 * levels)[..., None], 3, axis=-1).round().astype(np.uint8)
 
 

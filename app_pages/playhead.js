@@ -1,4 +1,4 @@
-// Time lines: a click on a part plays the recording from there, and a line shows where it is.
+// Time lines: a click on a part plays the recording from there; a line shows the position.
 if (!window.serPlayhead) {
   window.serPlayhead = true;
   const player = () => document.querySelector('audio');

@@ -1,4 +1,4 @@
-"""Recordings that people gave: name and bytes, kept for the session, and the examples that come with the project."""
+"""The user's recordings (name and bytes, kept in the session) and the project's example clips."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """A recording as it was given; ``origin`` is upload, microphone or example."""
+    """A recording of the user; ``origin`` is upload, microphone or example."""
 
     name: str
     data: bytes
@@ -38,17 +38,17 @@ class Recorded:
 
     @property
     def media_type(self) -> str | None:
-        """What browsers call its kind; None when they cannot play it."""
+        """Its media type, by its file name; None where browsers cannot play it."""
         return _TYPES.get(PurePosixPath(self.name.lower()).suffix.removeprefix("."))
 
     @property
     def source(self) -> tuple[str, bytes]:
-        """As the client takes it."""
+        """Name and bytes, the form that the client takes."""
         return self.name, self.data
 
 
 def examples() -> dict[str, Path]:
-    """What the example clips are called, and where they are; empty where the project came without them."""
+    """Name of an example clip -> its path; empty where the project has no samples folder."""
     listed = SAMPLES / "metadata.csv"
     if not listed.is_file():
         return {}
@@ -58,6 +58,6 @@ def examples() -> dict[str, Path]:
 
 
 def example(name: str) -> Recorded:
-    """An example clip."""
+    """The example clip with this name."""
     path = examples()[name]
     return Recorded(path.name, path.read_bytes(), "example")

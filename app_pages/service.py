@@ -1,8 +1,8 @@
-"""The service as the page sees it: where it is, asking it, and waiting for it when it does not answer.
+"""The page's access to the service: its address, requests, and waiting while it does not answer.
 
-``SER_API_URL`` and ``SER_API_KEY`` say where it is and with which key; without the first, the page starts one itself
-(``own_service``). A page that cannot go on without an answer shows one sentence and looks again every second or two;
-what people have chosen stays as it is meanwhile.
+``SER_API_URL`` and ``SER_API_KEY`` set address and key; without an address, the page starts its own service
+(``own_service``). While the service is away, the page shows one sentence and tries again every second or two. The
+user's input is kept.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from serve.client import BadRecording, Busy, Client, ClientError, Unreachable, W
 
 Answer = TypeVar("Answer")
 _LOOK_AGAIN_S = 2.0
-_PATIENCE_S = 15.0  # a person waits: rather tell that the service is busy, and try again
+_PATIENCE_S = 15.0  # a user is waiting: after this the page says that the service is busy, and tries again
 
 
 def address() -> str:
-    """Where the service is."""
+    """The address of the service."""
     return configured() or own().url
 
 
 def client() -> Client:
-    """The client that all sessions of this page share."""
+    """The client; all sessions of the page share it."""
     return _client(address(), os.environ.get("SER_API_KEY") or None)
 
 
@@ -39,10 +39,11 @@ def _client(url: str, key: str | None) -> Client:
 
 
 def asked(question: Callable[[Client], Answer], about: str | None = None) -> Answer | None:
-    """The answer; None after the page has told why there is none, and what to do.
+    """The answer of the service; None where it failed, after the page has shown the error and the remedy.
 
     Args:
-        about: name of the recording that is asked about.
+        question: the call to the client.
+        about: file name of the recording in question.
     """
     try:
         return question(client())
@@ -52,14 +53,14 @@ def asked(question: Callable[[Client], Answer], about: str | None = None) -> Ans
 
 
 def tell(error: ClientError, about: str | None = None) -> None:
-    """One sentence; where waiting helps, the page also looks again by itself. Trouble is with the file ``about``."""
+    """Show an error in one sentence, with the file name ``about``; where waiting helps, try again by itself."""
     named = f"{plain(about)}: " if about else ""
     if isinstance(error, Unreachable):
         _unreachable()
     elif isinstance(error, Busy):
         _wait("The service is busy at the moment; this page asks again by itself.")
-    elif isinstance(error, WrongKey) and error.code != "key_required":  # else the service has none
-        st.error("The service wants its key: start this page with SER_API_KEY set to it.", icon=":material/key:")
+    elif isinstance(error, WrongKey) and error.code != "key_required":  # key_required: the service has no key
+        st.error("The service needs its API key: start this page with SER_API_KEY set to it.", icon=":material/key:")
     elif isinstance(error, BadRecording):
         st.error(named + plain(trouble(error)), icon=":material/error:")
     else:
@@ -69,7 +70,7 @@ def tell(error: ClientError, about: str | None = None) -> None:
 
 def _unreachable() -> None:
     if configured() is None and own().ended:
-        st.error("The model could not be started; why is told in the page's terminal.", icon=":material/error:")
+        st.error("The model could not be started; the page's terminal shows the reason.", icon=":material/error:")
         st.button("Start it again", key="start_again", on_click=own().start, icon=":material/refresh:")
     elif starting_for_s() is not None:
         _starting()
@@ -85,7 +86,7 @@ def _wait(sentence: str) -> None:
 
 @st.fragment(run_every=1.0)
 def _starting() -> None:
-    """Tell for how long the model has been starting; draw the page again once it is there, or has ended."""
+    """Show how long the model has been starting; draw the page again once it is ready or has ended."""
     passed_s = starting_for_s()
     if passed_s is None or (configured() is None and own().ended) or client().ready():
         st.rerun(scope="app")
@@ -94,6 +95,6 @@ def _starting() -> None:
 
 @st.fragment(run_every=_LOOK_AGAIN_S)
 def _look_again() -> None:
-    """Draw the page again once the service can take recordings."""
+    """Draw the page again once the service is ready."""
     if time.monotonic() - st.session_state["waiting_since_s"] > _LOOK_AGAIN_S / 2 and client().ready():
         st.rerun(scope="app")

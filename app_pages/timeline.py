@@ -1,7 +1,7 @@
-"""A recording over time: its parts as a table, in a sentence, and as bands that a click plays.
+"""A recording over time: its windows as a table, as shares of the time, and as bands; a click on a band plays it.
 
-Bands are plain HTML: they stand at once, can be reached by keyboard, and tell apart what is no emotion: not sure is
-hatched, silent is empty. Neighbours of one answer are one run; where even the runs are too many, columns are stacked.
+Bands are plain HTML: quick to draw, and usable by keyboard. "Not sure" is hatched, silence is empty. Neighbouring
+windows with the same answer form one run. Where there are too many runs, stacked columns are drawn instead.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from app_pages.palette import colour, ink
 from app_pages.words import NO_ANSWER, UNCERTAIN, channel_name, clock, percent, spoken, unsure
 from serve.schema import Segment
 
-MOST_RUNS = 60  # of a lane; more cannot be told apart
-_WORD_SHARE = 0.09  # a run that is a smaller part of the lane has no room for its word
+MOST_RUNS = 60  # in a lane; more would be too narrow
+_WORD_SHARE = 0.09  # a run with a smaller share of the lane is too narrow for its word
 
 
 def as_table(segments: Sequence[Segment], channels: int) -> pd.DataFrame:
-    """Columns ``lane start_s end_s drawn_s until_s label word sounds confidence from to``; a row a part.
+    """Columns ``lane start_s end_s drawn_s until_s label word sounds confidence from to``; one row per window.
 
-    ``drawn_s`` to ``until_s`` is what is drawn of a part: where two of a channel overlap, as the last two do when the
-    length is no multiple of theirs, the border is in the middle.
+    A window is drawn from ``drawn_s`` to ``until_s``. Where two windows of a channel overlap, the border is in the
+    middle; the last two overlap where the recording's length is not a multiple of the window's.
     """
     table = pd.DataFrame(
         {
@@ -55,7 +55,7 @@ def _sounds(part: Segment) -> str:
 
 
 def shares(segments: Sequence[Segment]) -> dict[str, float]:
-    """Which share of the time each answer has, largest first; what is no speech does not count, unless all is none."""
+    """Answer -> share of the time, largest first; silence and no speech count only if there is nothing else."""
     table = as_table(segments, 1)
     heard = table[~table["label"].isin(list(NO_ANSWER))]
     heard = table if heard.empty else heard
@@ -65,7 +65,7 @@ def shares(segments: Sequence[Segment]) -> dict[str, float]:
 
 
 def runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Neighbours of one lane and one word as one row: ``lane label word start_s end_s parts confidence``, its mean."""
+    """Neighbours with the same lane and word as one row: ``lane label word start_s end_s parts confidence`` (mean)."""
     changed = (table["word"] != table["word"].shift()) | (table["lane"] != table["lane"].shift())
     return table.groupby(changed.cumsum(), sort=False).agg(
         lane=("lane", "first"),
@@ -79,7 +79,7 @@ def runs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def timeline_html(table: pd.DataFrame, duration_s: float) -> str:
-    """Bands, a lane for each channel; stacked columns where a lane has more than ``MOST_RUNS`` runs."""
+    """The time line as HTML, a lane per channel: bands, or stacked columns above ``MOST_RUNS`` runs in a lane."""
     merged = runs(table)
     many = merged.groupby("lane").size().max() > MOST_RUNS
     lanes = list(dict.fromkeys(table["lane"]))
@@ -89,9 +89,9 @@ def timeline_html(table: pd.DataFrame, duration_s: float) -> str:
         + '<i class="head"></i></div></div>'
         for lane in lanes
     )
-    told = "Each column is a share of the time" if many else "Over time"
+    told = "Shares of the emotions over time" if many else "Emotions over time"
     return (
-        f'<figure class="ser-time" data-duration="{duration_s:.3f}" aria-label="{told}: what was heard, click to play">'
+        f'<figure class="ser-time" data-duration="{duration_s:.3f}" aria-label="{told}, click to play">'
         f"{drawn}{_legend(table)}</figure>"
     )
 
@@ -114,7 +114,7 @@ def _band(run: Mapping[Hashable, Any], duration_s: float) -> str:
 
 
 def _columns(table: pd.DataFrame, duration_s: float) -> str:
-    """``MOST_RUNS`` columns of equal time, each filled by what was heard in it, silence left empty at the top."""
+    """``MOST_RUNS`` columns of equal time, each filled by the shares of its answers; silence stays empty at the top."""
     step_s = duration_s / MOST_RUNS
     order = list(table.groupby("label")["word"].size().sort_values(ascending=False).index)
     shown = []
@@ -141,7 +141,7 @@ def _kind(label: str) -> str:
 
 
 def _paint(label: str) -> str:
-    """Colours of an answer that is an emotion; the others have theirs in the style sheet."""
+    """CSS colours of an emotion; other answers have theirs in the style sheet."""
     if _kind(label) != "heard":
         return ""
     return f"background-color:{colour(label)};color:{ink(colour(label))}"

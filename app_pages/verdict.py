@@ -1,4 +1,4 @@
-"""How well the answers agree with given labels: figures by scikit-learn, targets, confusion matrix."""
+"""Agreement of the answers with labels: accuracy, F1 and recall by scikit-learn, targets, confusion matrix."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CELL_PX = 42
 _Z, _DRAWS = 1.959964, 1000
 CELL = "#1d8f89"
 EMPTY, FULL = 0.06, 0.75
-"""Opacity of a cell without recordings and of one with all of its row: on light and on dark, text can be read on it."""
+"""Opacity of a cell with 0 % and with 100 % of its row; text stays readable on light and dark backgrounds."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Figures on labelled recordings; ``recall`` of a class without recordings is None."""
+    """Accuracy, F1, recall and confusion matrix; ``recall`` of a class without recordings is None."""
 
     classes: tuple[str, ...]
     n: int
@@ -37,7 +37,7 @@ class Agreement:
 
     @property
     def met(self) -> bool | None:
-        """Whether all targets are met; None when a class without recordings leaves it open."""
+        """Whether all targets are met; None where only a class without recordings leaves it open."""
         found = [share for share in self.recall.values() if share is not None]
         if self.accuracy < ACCURACY or self.weighted_f1 < WEIGHTED_F1 or min(found) < CLASS_RECALL:
             return False
@@ -45,9 +45,9 @@ class Agreement:
 
 
 def agreement(truth: Sequence[str], answers: Sequence[str], classes: Sequence[str]) -> Agreement:
-    """Figures of ``answers`` against ``truth``, both of at least one recording, the truth all of ``classes``.
+    """Compare ``answers`` with ``truth``: at least one recording each; all labels in ``truth`` are ``classes``.
 
-    An answer that is no class (silence) counts as wrong; the matrix leaves it out.
+    An answer that is not a class (silence) counts as wrong; the matrix leaves it out.
     """
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
@@ -66,7 +66,7 @@ def agreement(truth: Sequence[str], answers: Sequence[str], classes: Sequence[st
 
 
 def _f1_interval(truth: Sequence[str], answers: Sequence[str], labels: Sequence[str]) -> tuple[float, float]:
-    """The 95 % interval of the weighted F1: recordings drawn again, with replacement."""
+    """The 95 % interval of the weighted F1, by bootstrap over recordings."""
     codes = {name: number for number, name in enumerate(labels)}
     right = np.array([codes[name] for name in truth])
     told = np.array([codes.get(name, len(labels)) for name in answers])
@@ -83,7 +83,7 @@ def _f1_interval(truth: Sequence[str], answers: Sequence[str], labels: Sequence[
 
 
 def show(found: Agreement) -> None:
-    """Figures, verdict and matrix."""
+    """Draw figures, verdict and matrix."""
     told = {
         True: "All targets are met.",
         False: "Not all targets are met.",
@@ -104,7 +104,7 @@ def show(found: Agreement) -> None:
 
 @dataclass(frozen=True)
 class Figure:
-    """A share, its 95 % interval where that is known, and its target."""
+    """A measured share, its 95 % interval where known, and its target."""
 
     name: str
     share: float
@@ -113,7 +113,7 @@ class Figure:
 
 
 def figures(found: Agreement) -> list[Figure]:
-    """The three figures of the targets, each with its interval."""
+    """Accuracy, weighted F1 and the lowest recall, each with interval and target."""
     lowest, name = min((r, name) for name, r in found.recall.items() if r is not None)
     n = sum(found.counts[found.classes.index(name)])
     return [
@@ -124,7 +124,7 @@ def figures(found: Agreement) -> list[Figure]:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of ``n`` recordings (Wilson 1927); as if no two were of one speaker."""
+    """The 95 % interval of a share of ``n`` recordings (Wilson 1927), as if each had a different speaker."""
     if n < 1:
         return 0.0, 1.0
     middle, width = share + _Z**2 / (2 * n), _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2)
@@ -154,7 +154,7 @@ def targets_html(shown: Sequence[Figure]) -> str:
 
 
 def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> alt.LayerChart:
-    """Rows the labels, columns the answers; strength of colour and text: the share of the row."""
+    """The confusion matrix: rows are labels, columns are answers; colour and text show the share of the row."""
     table = pd.DataFrame(_cells(classes, counts))
     words = [spoken(name) for name in classes]
     base = alt.Chart(table).encode(

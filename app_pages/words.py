@@ -1,4 +1,4 @@
-"""Plain words for what the model answers, how sure it is, and why a recording cannot be used."""
+"""Plain words for answers, confidences, and the reasons why a recording cannot be used."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ if TYPE_CHECKING:
     from serve.schema import Problem, Score
 
 NOT_SURE_BELOW = 0.5
-"""Confidence below which an answer is more likely wrong than right, and is told as "not sure"."""
+"""An answer with a lower confidence is shown as "not sure"."""
 UNCERTAIN, SILENCE = "uncertain", "silence"
 NO_ANSWER = {SILENCE: "silent", "not_speech": "no speech", "too_short": "too short"}
-"""What a label may be where there is no voice to answer for, in words."""
+"""Labels of recordings without usable speech, in words."""
 
 _ADJECTIVES = {"disgust": "disgusted", "fear": "fearful", "anger": "angry", "happiness": "happy", "sadness": "sad"}
 SURE = ((0.9, "Almost certain"), (0.7, "Fairly sure"), (0.0, "Weak guess"))
-"""How sure the model is, in words, from which confidence on."""
+"""Lowest confidence -> how sure the model is, in words."""
 _REASONS = {
     "not_audio": "This is not an audio file, or it is damaged beyond reading.",
     "empty_file": "This file is empty.",
-    "no_samples": "This file holds no sound.",
+    "no_samples": "This file contains no sound.",
     "unsupported_format": "This kind of audio cannot be read here; WAV, FLAC, OGG, MP3 and m4a can.",
     "extra_needed": "This kind of audio cannot be read here; WAV, FLAC, OGG, MP3 and m4a can.",
     "corrupt": "This file is damaged.",
     "truncated": "This file ends too early; it may not have been copied in full.",
-    "too_short": "There is too little sound in this recording; a quarter of a second is the least.",
-    "not_finite": "This file holds values that are no sound.",
-    "out_of_range": "This file holds values that are no sound.",
+    "too_short": "This recording is too short; it needs at least a quarter of a second.",
+    "not_finite": "This file contains values that are not sound.",
+    "out_of_range": "This file contains values that are not sound.",
     "too_long": "This recording is too long; cut it into parts.",
     "too_large": "This recording is too large; cut it into parts.",
     "body_too_large": "This file is too large; save it as FLAC or MP3, or cut it into parts.",
-    "too_many_windows": "This recording is too long to be followed over time; cut it into parts.",
-    "bad_sample_rate": "This file has a sampling rate that cannot be used.",
-    "bad_channels": "This file has more channels than can be used.",
-    "decoder_crashed": "This file is damaged in a way that stopped its reader.",
+    "too_many_windows": "This recording is too long to be analysed over time; cut it into parts.",
+    "bad_sample_rate": "This file has a sample rate that cannot be used.",
+    "bad_channels": "This file has too many channels.",
+    "decoder_crashed": "This file is damaged: its decoder crashed.",
     "decode_timeout": "This file could not be read in time; it may be damaged.",
     "not_explainable": "This model's answers cannot be explained as a picture.",
 }
 
 
 def spoken(label: str) -> str:
-    """A label as it ends the sentence "this voice sounds ...".
+    """A label in the form that completes the sentence "this voice sounds ...".
 
     >>> spoken("disgust"), spoken("very_loud")
     ('disgusted', 'very loud')
@@ -52,7 +52,7 @@ def spoken(label: str) -> str:
 
 
 def unsure(best: str) -> str:
-    """What a table says where the model is not sure: its best guess, as a question.
+    """The entry of a table where the model is not sure: its best guess as a question.
 
     >>> unsure("disgust")
     'not sure (disgusted?)'
@@ -61,7 +61,7 @@ def unsure(best: str) -> str:
 
 
 def how_sure(confidence: float) -> str:
-    """How sure the model is, without the number.
+    """How sure the model is, in words.
 
     >>> how_sure(0.95), how_sure(0.51)
     ('Almost certain', 'Weak guess')
@@ -70,7 +70,7 @@ def how_sure(confidence: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in whole percent, in one piece; neither 0 % nor 100 % unless it is exactly that.
+    """A share in whole percent, without line breaks; 0 % and 100 % only where exact.
 
     >>> [percent(share).split() for share in (0.4567, 0.9999, 0.001, 1.0)]
     [['46', '%'], ['>', '99', '%'], ['<', '1', '%'], ['100', '%']]
@@ -107,7 +107,7 @@ def explained(label: str, confidence: float | None) -> str:
 
 
 def over_time(shares: Mapping[str, float]) -> tuple[str, str]:
-    """Headline and sentence of a long recording: how much of the time it sounds how.
+    """Headline and sentence for a long recording: the share of the time of each emotion.
 
     Args:
         shares: label -> share of the time, largest first.
@@ -134,7 +134,7 @@ def clock(seconds: float) -> str:
 
 
 def channel_name(channel: str, channels: int) -> str:
-    """What people call a channel."""
+    """The name of a channel on the page."""
     if channel == "mix":
         return "All channels" if channels > 1 else "Recording"
     if channels == 2:
@@ -148,13 +148,13 @@ def reason(problem: Problem) -> str:
 
 
 def trouble(error: ClientError) -> str:
-    """What went wrong, in one sentence."""
-    problem: Problem | None = getattr(error, "problem", None)  # of a recording that is to blame
+    """A client's error, in one sentence."""
+    problem: Problem | None = getattr(error, "problem", None)  # only where the recording is the cause
     return reason(problem) if problem else sentence(str(error))
 
 
 def plain(text: str) -> str:
-    r"""``text``, to be shown as it is where Markdown is understood: file names may hold pictures and links.
+    r"""``text`` escaped for Markdown, because a file name may contain the syntax of images and links.
 
     >>> print(plain("![x](http://a) *b*"))
     \!\[x\](http\://a) \*b\*

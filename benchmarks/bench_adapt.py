@@ -1,15 +1,15 @@
-r"""What do a few labelled recordings of one's own give, how often does it do harm, and how long does it take?
+r"""Measure ``ser adapt``: gain with a few labelled recordings, behaviour on shuffled labels, and time.
 
     python -m benchmarks.bench_adapt --case models/inception_ser_final features/emodb \
         --case models/inception_ravdess features/crema [--seeds 10] [--limit 1500] [--draws 100] [--clock 200]
 
-A case is a parent and the features (``ser extract``) of a corpus that it has never heard. Per seed, seven tenths of the
-speakers are drawn; 10 or 40 recordings of each class of theirs are learnt from (fewer where there are fewer), all
-recordings of the other speakers are tested. UAR is over the corpus' classes. "Before" is told twice: as the parent is
-(it may answer a class that the corpus has not: a mistake), and with its answers restricted to the corpus' classes.
-"After" keeps all the parent's classes (``--classes auto``). Intervals: 95 %, Student's t over seeds, whose draws
-overlap. Harm: 24 recordings with shuffled labels, how often the verdict is "keep". Time: folds, choice and fit of 200
-recordings (`--clock`), cached.
+A case is a parent and the features (``ser extract``) of a corpus outside its training. For each seed, seven tenths of
+the speakers are drawn. 10 or 40 of their recordings of each class (or all, if there are fewer) are trained on. All
+recordings of the other speakers are tested. UAR is over the corpus' classes. "Before" is the parent, which may also
+answer classes that the corpus does not have. "Restricted" is the parent with the corpus' classes only. "After" keeps
+all the parent's classes (``--classes auto``). Intervals: 95 %, Student's t over seeds, whose draws overlap. Harm: how
+often the verdict on 24 recordings with shuffled labels is "keep". Time: folds, choice and fit of 200 recordings
+(`--clock`), with cached embeddings.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from pipeline.training.embeddings import last_layer, of_arrays
 from pipeline.training.last_layer import Parent, Recordings, adapt, choose, fit_head, parent_of
 
 SIZES = (10, 40)
-SHARE = 0.7  # of the speakers, who are learnt from
+SHARE = 0.7  # share of the speakers that are trained on
 
 
 class Case:
-    """A parent, and a corpus that it has never heard."""
+    """A parent, and a corpus outside its training."""
 
     def __init__(self, parent: Path, features: Path, limit: int, cache: Path) -> None:
         bundle = load_bundle(parent)
@@ -64,7 +64,7 @@ class Case:
         return np.asarray(np.load(path), np.float64)
 
     def drawn(self, seed: int, of_class: int) -> tuple[Recordings, Recordings]:
-        """What is learnt from, and what is tested."""
+        """The training and the test recordings of a seed."""
         rng = np.random.default_rng(seed)
         speakers = rng.permutation(np.unique(self.all.groups))
         pool = np.isin(self.all.groups, speakers[: round(SHARE * len(speakers))])
@@ -76,7 +76,7 @@ class Case:
 
 
 def uar(truth: Ints, logits: Floats) -> float:
-    """Mean recall of the classes that are there."""
+    """Mean recall of the classes in ``truth``."""
     return float(np.mean([(logits[truth == index].argmax(axis=1) == index).mean() for index in np.unique(truth)]))
 
 
@@ -108,7 +108,7 @@ def spread(values: Floats) -> str:
 
 
 def harm(case: Case, draws: int) -> None:
-    """Print how often 24 recordings with shuffled labels are told to keep the old model."""
+    """Print how often the verdict on 24 recordings with shuffled labels is to keep the old model."""
     keeps = 0
     n_classes = len(np.unique(case.all.truth))
     for seed in range(draws):
@@ -123,7 +123,7 @@ def harm(case: Case, draws: int) -> None:
 
 
 def clock(case: Case, most: int) -> None:
-    """Print how long choice, folds and fit take on so many recordings."""
+    """Print how long choice, folds and fit take on at most ``most`` recordings."""
     rows = np.random.default_rng(0).permutation(len(case.all))[:most]
     started = time.monotonic()
     adapt(case.all.where(rows), case.parent)
@@ -137,9 +137,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs=2, type=Path, action="append", required=True, metavar=("PARENT", "FEATURES"))
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--limit", type=int, default=1500, help="recordings a corpus, drawn at random (0: all)")
+    parser.add_argument("--limit", type=int, default=1500, help="recordings of each corpus, drawn at random (0: all)")
     parser.add_argument("--draws", type=int, default=100)
-    parser.add_argument("--clock", type=int, default=200, help="recordings whose time is taken (5000: with --limit 0)")
+    parser.add_argument(
+        "--clock", type=int, default=200, help="recordings for the measurement of time (5000: use --limit 0)"
+    )
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "ser-bench-adapt"))
     arguments = parser.parse_args()
     torch.set_num_threads(usable_cpus())

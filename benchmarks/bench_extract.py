@@ -1,11 +1,11 @@
-"""Extraction to Parquet on Ray Data against a hand-written pool of processes, and its memory, in one run.
+"""Compare extraction to Parquet on Ray Data with a hand-written pool of processes, and measure its memory.
 
     python -m benchmarks.bench_extract --data_dir RECORDINGS [--small 2000 --large 10000 --repeats 5 --memory 500 20000]
 
-Both sides run the same ``BlockWriter`` over the same blocks and write the same parts. The slope (seconds more for the
-clips more, between ``--small`` and ``--large``) leaves out what starting costs; Ray is up and has run one warm-up
-pipeline, the pool is up and has run one block a process. Sides alternate; medians are printed. The recordings are hard
-links to those in ``--data_dir`` (copies where links fail), repeated until there are enough.
+Both sides run the same ``BlockWriter`` over the same blocks and write the same parts. The slope, in seconds per clip
+between ``--small`` and ``--large``, excludes the start: Ray has run one warm-up pipeline, the pool one block per
+process. The sides alternate; medians are printed. The recordings are hard links to those in ``--data_dir`` (copies
+where links fail), repeated until there are enough.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def manifest_of(folder: Path) -> pd.DataFrame:
 
 
 def blocks_of(table: pd.DataFrame, options: ShardOptions) -> list[pd.DataFrame]:
-    """The blocks that ``extract_shards`` makes."""
+    """The blocks of ``table``, as ``extract_shards`` makes them."""
     numbered = table.assign(_row=range(len(table)))
     starts = range(0, len(table), options.block_rows)
     return [numbered.iloc[i : i + options.block_rows].assign(_block=block) for block, i in enumerate(starts)]
@@ -69,7 +69,7 @@ def _one_thread() -> None:
 
 
 def slopes(arguments: argparse.Namespace, table: pd.DataFrame, scratch: Path, options: ShardOptions) -> None:
-    """Print the cost of a clip on both sides and their ratio."""
+    """Print the time per clip of both sides, and their ratio."""
     small, large = table.iloc[: arguments.small], table.iloc[: arguments.large]
     with get_context("spawn").Pool(arguments.cpus, initializer=_one_thread) as pool:
         on_pool(pool, table.iloc[: options.block_rows * arguments.cpus], scratch / "warm-pool", options)
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", type=int, nargs=2, default=[500, 20_000])
     parser.add_argument("--cpus", type=int, default=os.cpu_count())
-    parser.add_argument("--mel_power_s", type=float, default=0.0, help="as jobs.extract; default 0: log-mel alone")
+    parser.add_argument("--mel_power_s", type=float, default=0.0, help="as in jobs.extract; default 0: only log-mel")
     parser.add_argument("--block_rows", type=int, default=128)
     arguments = parser.parse_args()
     options = ShardOptions(mel_power_s=arguments.mel_power_s, block_rows=arguments.block_rows)

@@ -1,18 +1,18 @@
-"""From a file to its log-mel picture: this project beside the plain librosa calls, in one run on one core.
+"""Compare the time from a file to its log-mel features with plain librosa calls, on one core.
 
     python -m benchmarks.bench_features [--data_dir RAVDESS]
 
 Three cases, middle 2 s of each: 48 kHz clips of a few seconds (RAVDESS ones with --data_dir, else synthetic), and one
 10-minute 44.1 kHz stereo recording as WAV and as FLAC. "Plain" is `librosa.load(sr=48000)`, the middle cut out,
 `librosa.feature.melspectrogram`, `librosa.power_to_db(ref=np.max)` and the same standardisation. The two sides take
-turns; a figure is the median over the turns. Both are warmed up, and their pictures compared, before the clock starts.
+turns; a figure is the median over the turns. Both are warmed up, and their features compared, before the measurement.
 """
 
 from __future__ import annotations
 
 import os
 
-if __name__ == "__main__":  # before what reads them is imported
+if __name__ == "__main__":  # before the imports that read them
     os.environ |= dict.fromkeys([f"{of}_NUM_THREADS" for of in ("OMP", "OPENBLAS", "MKL", "NUMBA")], "1")
 
 import argparse
@@ -43,7 +43,7 @@ def ours(path: Path) -> Picture:
 
 
 def plain(path: str | Path, config: FeatureConfig = CONFIG) -> Picture:
-    """The log-mel picture, the way one would write it first."""
+    """Log-mel features by plain librosa calls."""
     samples, rate_hz = librosa.load(path, sr=config.sample_rate_hz)
     samples = librosa.util.pad_center(samples, size=max(len(samples), config.window_samples))
     start = (len(samples) - config.window_samples) // 2
@@ -56,7 +56,7 @@ def plain(path: str | Path, config: FeatureConfig = CONFIG) -> Picture:
 
 
 def seconds(function: Callable[[Path], Picture], paths: Sequence[Path]) -> float:
-    """Mean seconds a recording."""
+    """Mean seconds per recording."""
     started_s = time.perf_counter()
     for path in paths:
         function(path)
@@ -64,7 +64,7 @@ def seconds(function: Callable[[Path], Picture], paths: Sequence[Path]) -> float
 
 
 def compare(case: str, paths: Sequence[Path], turns: int) -> bool:
-    """Measure and print one case; whether it is as fast as wanted."""
+    """Measure and print one case; True where it reaches its target."""
     difference = max(float(np.abs(ours(path) - plain(path)).max()) for path in paths[:5])
     times_s: dict[Callable[[Path], Picture], list[float]] = {ours: [], plain: []}
     for _ in range(turns):
@@ -99,18 +99,18 @@ def long_recording(path: Path, minutes: int = 10) -> Path:
 
 
 def processor() -> str:
-    """Its name, where Linux tells."""
+    """The processor's name on Linux."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def main() -> int:
-    """Parse the command line, measure, print; 0 when every case is as fast as wanted."""
+    """Parse the command line, measure, print; 0 where every case reaches its target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", "--data-dir", type=Path, help="folder of 48 kHz recordings; default: synthetic")
-    parser.add_argument("--clips", type=int, default=24, help="short clips a turn (default 24)")
-    parser.add_argument("--turns", type=int, default=7, help="turns to take the median of (default 7)")
+    parser.add_argument("--clips", type=int, default=24, help="short clips per turn (default 24)")
+    parser.add_argument("--turns", type=int, default=7, help="number of turns (default 7)")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for both sides

@@ -1,11 +1,12 @@
-"""Live streams: from a sound to the answer that has heard it, for several speakers at once.
+"""Measure the latency of live streams, from a sound to the answer that includes it, with several streams at once.
 
     python -m benchmarks.bench_live [--streams 8 --seconds 30 --engine local --rate_hz 48000 --hop_s 0.5]
 
-Each stream sends the voices of ``samples/`` as 16-bit PCM, a tenth of a second at a time, when that has been spoken;
-the streams begin at random moments. For sounds every 10 ms, from the first answer on: the time from when it was spoken
-to when the first answer whose window reaches it was here. Its piece and the hop are in that: a sound just after a
-window's end waits for the next. Client and service share the machine; what else runs is told by the load average.
+Each stream sends the clips of ``samples/`` as 16-bit PCM in real time, in messages of a tenth of a second. The streams
+begin at random moments. For a sound every 10 ms, from the first answer on, the latency is the time from its moment in
+the stream to the arrival of the first answer whose window includes it. That contains the length of the message and the
+hop: a sound just after a window's end waits for the next window. Client and service share the machine; the load average
+shows other work.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from pipeline.audio.load import load
 from tests.support.processes import ROOT, cpu_seconds, machine
 
 PIECE_S = 0.1
-WANTED_MS = 400.0  # and the hop
+WANTED_MS = 400.0  # plus the hop
 
 
 @dataclass
 class Spoken:
-    """One stream: when its first sound was spoken, and each answer: end of its window, when it came, lag as told."""
+    """One stream: the time of its first sound, and for each answer its window's end, its arrival and its ``lag_s``."""
 
     begun_s: float = 0.0
     answers: list[tuple[float, float, float]] = field(default_factory=list)
     skipped: int = 0
 
     def waits_ms(self) -> list[float]:
-        """From sounds, one every 10 ms, to the first answer that has heard them."""
+        """Latencies in ms of sounds every 10 ms, to the first answer that includes them."""
         found = []
         for (before_s, _, _), (end_s, came_s, _) in zip(self.answers, self.answers[1:], strict=False):
             spoken_s = np.arange(before_s, end_s, 0.01)
@@ -47,14 +48,14 @@ class Spoken:
 
 
 def voices(rate_hz: int, seconds: float) -> bytes:
-    """So much of the sample voices, one after the other, again and again."""
+    """The sample clips one after the other, repeated to the given length."""
     files = sorted((ROOT / "samples").glob("*.flac"))
     sound = np.concatenate([load(file, sample_rate_hz=rate_hz).samples for file in files])
     return np.round(32_767 * np.resize(sound, round(rate_hz * seconds))).astype("<i2").tobytes()
 
 
 async def speak(url: str, sound: bytes, options: argparse.Namespace) -> Spoken:
-    """Send it as it would be spoken; what came back."""
+    """Send the sound in real time; returns the answers."""
     loop, spoken = asyncio.get_running_loop(), Spoken()
     await asyncio.sleep(random.uniform(0, 2))
     address = f"{url.replace('http', 'ws', 1)}/v1/stream?format=s16le&sample_rate_hz={options.rate_hz}"
@@ -109,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"| p95 | {p95:.0f} ms | {wanted_ms:.0f} ms | {'reached' if p95 <= wanted_ms else 'MISSED'} |")
     print(f"| p50, p99 | {p50:.0f}, {p99:.0f} ms | | |")
     print(f"| in the service, p50, p95 | {np.percentile(lags_ms, 50):.0f}, {np.percentile(lags_ms, 95):.0f} ms | | |")
-    print(f"| answers, left out | {len(lags_ms)}, {sum(one.skipped for one in spoken)} | | |")
-    print(f"| CPU of the service, a second of sound | {1e3 * used_s / options.seconds / options.streams:.0f} ms | | |")
+    print(f"| answers, skipped windows | {len(lags_ms)}, {sum(one.skipped for one in spoken)} | | |")
+    print(f"| CPU of the service per second of sound | {1e3 * used_s / options.seconds / options.streams:.0f} ms | | |")
     return 0 if p95 <= wanted_ms else 3
 
 

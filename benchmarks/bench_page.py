@@ -1,12 +1,12 @@
-"""The page in a real browser: time from upload to picture, what it is made of, and the page's memory over many uploads.
+"""Measure the page in a real browser: time from upload to charts, its parts, and the memory over many uploads.
 
     python -m benchmarks.bench_page                 # 200 uploads; starts service and page itself
-    python -m benchmarks.bench_page --service URL   # with a service that runs already
+    python -m benchmarks.bench_page --service URL   # with a running service
 
-Needs Chromium and Playwright (``make test-browser`` installs the latter). Every upload is another recording, so nothing
-is answered from memory. Its time is the browser's own: from the event that a file was chosen until the new answer and
-all pictures stand in the page. Parts: sending the file, what the service takes (asked for such recordings by a client
-of its own, from this process), the rest until Streamlit's script has ended, and drawing after that.
+Needs Chromium and Playwright (``make test-browser`` installs the latter). Every upload is a different recording, so no
+answer comes from a cache. The time is that of the browser's clock, from the event that a file was chosen until the new
+answer and all charts are in the page. Its parts are: sending the file, the service (measured by a client in this
+process), the rest until Streamlit's script ends, and drawing after that.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _WATCH = """name => {
 
 
 def recording(number: int) -> bytes:
-    """2.5 s of speech-like sound at 48 kHz, 16 bit: 240 kB, another one for each number."""
+    """2.5 s of speech-like sound at 48 kHz, 16 bit (240 kB), different for each number."""
     return encode(synthetic_speech(2.5, 48_000, seed=number), 48_000, "WAV", "PCM_16")
 
 
 def uploads(page: Any, count: int, pid: int) -> tuple[pd.DataFrame, dict[int, float]]:
-    """Milliseconds after choosing a file (columns ``PARTS``), a row an upload; MiB of the page after some."""
+    """A row per upload of ms after choosing a file (columns ``PARTS``); MiB of the page after some uploads."""
     rows, memory_mib = [], {}
     for number in range(count):
         name = f"clip{number:04d}.wav"
@@ -67,7 +67,7 @@ def uploads(page: Any, count: int, pid: int) -> tuple[pd.DataFrame, dict[int, fl
 
 
 def service_ms(url: str, count: int) -> float:
-    """Median milliseconds of the page's question, asked from here."""
+    """Median milliseconds of the page's request, sent from this process."""
     found = []
     with Client(url) as client:
         for number in range(count):
@@ -82,7 +82,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--uploads", type=int, default=200)
-    parser.add_argument("--service", help="address of a service that runs already")
+    parser.add_argument("--service", help="address of a running service")
     arguments = parser.parse_args()
     print(f"{machine()}; load before {os.getloadavg()[0]:.1f}", flush=True)
     with ExitStack() as stack:
@@ -100,8 +100,8 @@ def main() -> None:
         asked_ms = service_ms(url, min(50, arguments.uploads))
     sent_ms, told_ms, drawn_ms = times_ms.median()
     print(f"first visit to the choices, browser cold: {first_s:.1f} s")
-    print(f"upload to picture, {len(times_ms)} uploads of 240 kB: median {drawn_ms:.0f} ms, ", end="")
-    print(f"90 % within {times_ms['drawn'].quantile(0.9):.0f} ms; made of (medians)")
+    print(f"upload to charts, {len(times_ms)} uploads of 240 kB: median {drawn_ms:.0f} ms, ", end="")
+    print(f"90 % within {times_ms['drawn'].quantile(0.9):.0f} ms; its parts (medians):")
     print(f"  sending {sent_ms:.0f} ms, service {asked_ms:.0f} ms, ", end="")
     print(f"Streamlit {told_ms - sent_ms - asked_ms:.0f} ms, drawing after that {drawn_ms - told_ms:.0f} ms")
     after = ", ".join(f"{mib:.0f} after {number}" for number, mib in memory_mib.items())

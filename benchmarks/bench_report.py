@@ -1,13 +1,12 @@
-"""The report on up to a million predictions: seconds and peak memory, beside a bootstrap that resamples rows.
+"""Measure seconds and peak memory of the report on up to a million predictions, and of a bootstrap over rows.
 
     python -m benchmarks.bench_report [--rows 1000 100000 1000000] [--repeats 3]
 
-Made-up predictions of eight classes (2 % unreadable, 5,000 speakers, five further columns) are written as Parquet;
-each measurement is a process of its own that reads them and writes the whole report: 1,000 resamples over recordings
-and 1,000 over speakers, tables, figures, page. A figure is the median over the repeats, memory the largest peak of the
-process; CPU seconds tell on a busy machine what an idle one would take. "By rows" is what the bootstrap over recordings
-alone would take with scikit-learn on resampled rows, from 5 resamples. Wanted on a million rows: under 60 s and
-2 GiB.
+Synthetic predictions of eight classes (2 % unreadable, 5,000 speakers, five further columns) are written as Parquet.
+Each measurement is a new process that reads them and writes the whole report: 1,000 resamples over recordings
+and 1,000 over speakers, tables, charts, page. Times are medians over the repeats, memory is the largest peak. On a
+busy machine, CPU seconds estimate the time on an idle one. "By rows" is the time of the bootstrap over recordings alone
+with scikit-learn on resampled rows, from 5 resamples. Target for a million rows: under 60 s and 2 GiB.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def made_up(rows: int, path: Path) -> None:
 
 
 def report(path: Path, out: Path) -> tuple[float, float, float]:
-    """Seconds, seconds of CPU and peak GiB of this process; run it in a fresh one."""
+    """Seconds, CPU seconds and peak GiB of this process for one report; call it in a new process."""
     start, start_cpu = time.perf_counter(), time.process_time()
     write_report(pd.read_parquet(path), LABELS, out, meta={"model": "made up"})
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -68,7 +67,7 @@ def report(path: Path, out: Path) -> tuple[float, float, float]:
 
 
 def by_rows_s(path: Path, resamples: int = 5) -> float:
-    """Seconds that 1,000 resamples of rows would take, for accuracy and weighted F1."""
+    """Estimated seconds of 1,000 resamples of rows, for accuracy and weighted F1."""
     table = pd.read_parquet(path, columns=["label_name", "predicted"]).dropna()
     truth, answer = (pd.Index(LABELS).get_indexer(pd.Index(table[c])) for c in ("label_name", "predicted"))
     rng = np.random.default_rng(0)

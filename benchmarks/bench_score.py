@@ -1,19 +1,19 @@
-"""Batch scoring: against the plain way, against a pool written by hand, over sizes, resumed, and on a long call.
+"""Measure batch scoring: against a simple script and a hand-written pool, over sizes, resumed, on a long call.
 
     python -m benchmarks.bench_score --data_dir RECORDINGS [--parts plain command slope scale call broken infer]
         [--ends 100 1000 5000 20000 --small 5000 --large 20000 --sizes 1000 10000 --repeats 3 --hours 3]
 
-The recordings are hard links to those in ``--data_dir``, repeated until there are enough. Sides that are compared take
-turns; a figure is the median over the repeats, a ratio the median of the ratios of each turn.
+The recordings are hard links to those in ``--data_dir``, repeated until there are enough. Compared sides take turns.
+A figure is the median over the repeats, a ratio the median of the ratios of each turn.
 
-- plain: what one would write first: per file ``librosa.load`` at 48 kHz, the middle 2 s, librosa's log-mel, eager
+- plain: a simple script: per file ``librosa.load`` at 48 kHz, the middle 2 s, librosa's log-mel, eager
   PyTorch at batch 1, default threads; measured per file after a warm-up.
-- command: the whole command, start included, tables written, by ``--engine auto`` and the pool, and at the largest of
-  ``--ends`` by ``--engine ray``; with report against the plain way.
-- slope: seconds a file more, between ``--small`` and ``--large``; Ray and pool are up and warm.
-- scale: one Ray, growing inputs; then the finished largest run once more, as a command.
-- call: a stereo telephone call, 2 s windows every second, each channel; memory over that of a 10 s call.
-- broken: a folder of 10,000 with 500 broken recordings of every kind: rows out, and each failure's code.
+- command: the whole command with its start and tables, by ``--engine auto`` and the pool, and at the largest of
+  ``--ends`` by ``--engine ray``; with report against the plain script.
+- slope: seconds per additional file between ``--small`` and ``--large``; Ray and pool are started and warm.
+- scale: one Ray, growing inputs; then the command once more on the finished largest run.
+- call: a stereo telephone call, 2 s windows every second, each channel; memory above that of a 10 s call.
+- broken: a folder of 10,000 with 500 broken recordings of every kind: number of rows, and each failure's code.
 - infer: ``jobs.infer`` against ``python -c "import torch"``.
 """
 
@@ -48,7 +48,7 @@ from tests.support.processes import descendants, linked_folder, machine, residen
 PARTS = ("plain", "command", "slope", "scale", "call", "broken", "infer")
 ROOT = Path(__file__).resolve().parents[1]
 WARM = 512
-_AGAINST_POOL = {100: 2.5, 1_000: 1.5, 5_000: 1.25}  # files -> how many times the pool's seconds are allowed
+_AGAINST_POOL = {100: 2.5, 1_000: 1.5, 5_000: 1.25}  # files -> largest ratio to the pool's seconds
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -58,7 +58,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def command(*words: object, environment: dict[str, str] | None = None) -> float:
-    """Seconds of a Python command; its failure ends the benchmark."""
+    """Seconds of a Python command; the benchmark ends if it fails."""
     line = [sys.executable, *map(str, words)]
     return timed(
         lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True, env=environment or dict(os.environ))
@@ -66,7 +66,7 @@ def command(*words: object, environment: dict[str, str] | None = None) -> float:
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How many times faster ours is, the median of the turns."""
+    """Median over the turns of ``theirs`` divided by ``ours``: above 1, ours is faster."""
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
@@ -74,11 +74,11 @@ def score_words(bundle: Bundle, folder: Path, out: Path, *more: object) -> list[
     return ["-m", "jobs.score", "--model_weights", bundle.folder, "--input", folder, "--out", out, "--crops", 1, *more]
 
 
-# --- the plain way ---
+# --- the simple script ---
 
 
 def plain_seconds(bundle: Bundle, folder: Path, n: int) -> float:
-    """Seconds a file, the way one would write it first."""
+    """Seconds per file of the simple script."""
     import torch
 
     from benchmarks.bench_features import plain
@@ -99,7 +99,7 @@ def plain_seconds(bundle: Bundle, folder: Path, n: int) -> float:
 
 
 def inner(arguments: argparse.Namespace, side: str, sizes: Sequence[int]) -> dict[str, Any]:
-    """Run one side in a process of its own: start, warm-up, then each size; what it printed as JSON."""
+    """Run one side in a new process: start, warm-up, then each size; returns its JSON output."""
     words = ["-m", "benchmarks.bench_score", "--inner", side, "--sizes", *sizes, "--data_dir", arguments.folder]
     words += ["--model_weights", arguments.model_weights or "", "--scratch", arguments.scratch]
     line = [sys.executable, *map(str, words)]
@@ -109,7 +109,7 @@ def inner(arguments: argparse.Namespace, side: str, sizes: Sequence[int]) -> dic
 
 
 def run_inner(arguments: argparse.Namespace) -> None:
-    """The other end of ``inner``."""
+    """The process that ``inner`` starts: measure, and print JSON."""
     bundle = load_bundle(arguments.model_weights or None)
     paths = list(scan(arguments.data_dir, EXTENSIONS).files)
     seconds, memory, store = [], [], []
@@ -240,7 +240,7 @@ def call(arguments: argparse.Namespace, bundle: Bundle) -> None:
 
 
 def broken_recordings(good: bytes) -> dict[str, tuple[bytes, str]]:
-    """Name ending -> content and the status it must get; ``good`` is a whole WAV of 16 bit."""
+    """Name ending -> content and expected status; ``good`` is an intact 16-bit WAV."""
 
     def wav(samples: np.ndarray, rate_hz: int, subtype: str) -> bytes:
         buffer = io.BytesIO()

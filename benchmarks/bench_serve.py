@@ -1,17 +1,17 @@
-"""The service beside the Predictor in process, and beside a Serve application that does nothing, in one run.
+"""Compare the service with the Predictor in this process, and with a Serve application that does nothing.
 
     python -m benchmarks.bench_serve [--seconds 30 --overload_s 300 --threads 1 --replicas 1]
 
-Recordings: 48 kHz mono 16-bit WAV of 3.7 s (355 kB), synthetic, posted as multipart forms over kept connections. All on
-one machine: the load tool takes its share of the CPUs, and its CPU time is printed beside. Rows:
+Recordings are synthetic 48 kHz mono 16-bit WAV of 3.7 s (355 kB), posted as multipart forms over kept connections.
+The load tool runs on the same machine and uses a part of the CPUs; its CPU time is printed too. Rows:
 
-1. the Predictor in process: recordings a second in batches of 16, with as many math threads as the service in all;
-2. what Serve itself costs: the same requests to a deployment that reads the body and answers, and to two in a row,
-   without the middlewares that our service puts before Serve's proxy;
-3. throughput at 16 clients, against 1 less the CPU time of 2 (two stages) and of the load tool;
-4. p50 at 1 client, against one recording in process plus the no-op, side by side, the median of 5 turns;
-5. p99 against p50 at 80 % of the capacity that 3 found, requests arriving at random (Poisson);
-6. twice the capacity, for minutes: what is accepted, what is refused and how, and memory.
+1. the Predictor in this process: recordings a second in batches of 16, with as many math threads as all workers;
+2. the cost of Serve itself: the same requests to a deployment that reads the body and answers, and to two in a row,
+   without the middlewares that this service adds to Serve's proxy;
+3. throughput at 16 clients, compared with 1 minus the CPU time of 2 (two stages) and of the load tool;
+4. p50 at 1 client, compared with one recording in this process plus the no-op, in turns, the median of 5 turns;
+5. p99 compared with p50 at 80 % of the capacity found in 3, with random arrivals (Poisson);
+6. twice the capacity, for minutes: accepted and refused requests, and memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CLIP_S, RATE_HZ = 3.7, 48_000
 
 @dataclass
 class Verdict:
-    """The rows of the table and whether each was reached."""
+    """The rows of the table, and whether each target was reached."""
 
     rows: list[tuple[str, str, str, bool]] = field(default_factory=list)
 
@@ -67,7 +67,7 @@ def clips(count: int = 16) -> list[bytes]:
 
 
 def in_batches(predictor: Predictor, data: Sequence[bytes], seconds: float) -> float:
-    """Recordings a second in process."""
+    """Recordings a second in this process, in batches."""
     batch = [data[i % len(data)] for i in range(BATCH)]
     predictor.predict(batch)
     done, start_s = 0, time.perf_counter()
@@ -78,7 +78,7 @@ def in_batches(predictor: Predictor, data: Sequence[bytes], seconds: float) -> f
 
 
 def one_by_one(predictor: Predictor, data: Sequence[bytes], seconds: float) -> float:
-    """Milliseconds of one recording in process, the median."""
+    """Median milliseconds of one recording in this process."""
     took_ms, until_s = [], time.perf_counter() + seconds
     while (start_s := time.perf_counter()) < until_s:
         predictor.predict([data[len(took_ms) % len(data)]])
@@ -87,7 +87,7 @@ def one_by_one(predictor: Predictor, data: Sequence[bytes], seconds: float) -> f
 
 
 def one_client(predictor: Predictor, data: Sequence[bytes], size: Sequence[str], seconds: float) -> list[list[float]]:
-    """p50 in ms of one recording in process, of the no-op, of the service: side by side, in `TURNS` turns."""
+    """p50 in ms of one recording in this process, of the no-op and of the service, alternating in `TURNS` turns."""
     bodies = [multipart(clip) for clip in data]
     with started(no_op(two_stages=False)) as nothing, started(ours(*size)) as service:
         plain, real = (
@@ -107,7 +107,7 @@ def one_client(predictor: Predictor, data: Sequence[bytes], size: Sequence[str],
 
 
 def measured(service: Running, messages: Sequence[bytes], clients: int, seconds: float) -> tuple[Load, float]:
-    """A closed loop, warmed up, and the CPU milliseconds a request of the service's processes."""
+    """A closed loop after a warm-up, and the CPU milliseconds per request of the service's processes."""
     closed_loop(HOST, service.port, messages, clients, min(seconds, 5.0))
     before_s = cpu_seconds(service.pid)
     load = closed_loop(HOST, service.port, messages, clients, seconds)
@@ -115,14 +115,14 @@ def measured(service: Running, messages: Sequence[bytes], clients: int, seconds:
 
 
 def show(what: str, load: Load, service_ms: float) -> None:
-    """One line of a closed loop."""
+    """Print the results of a closed loop in one line."""
     p50, p99 = load.percentile_ms(50), load.percentile_ms(99)
     cpu = f"CPU a request: service {service_ms:.1f} ms, load tool {load.cpu_ms:.1f} ms"
     print(f"{what}: {load.rate:.1f}/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms; {cpu}; {dict(load.statuses)}", flush=True)
 
 
 def no_ops(messages_of: Sequence[bytes], seconds: float, verdict: Verdict) -> float:
-    """CPU milliseconds a request of the no-op with two stages, and of its load, at 16 clients."""
+    """CPU milliseconds per request of the no-op with two stages, and of the load tool, at 16 clients."""
     bodies = [multipart(data) for data in messages_of]
     cost_ms = 0.0
     for two_stages in (False, True):
@@ -141,7 +141,7 @@ def no_ops(messages_of: Sequence[bytes], seconds: float, verdict: Verdict) -> fl
 
 
 def overload(service: Running, messages: Sequence[bytes], rate: float, seconds: float, calm: Load) -> tuple[str, bool]:
-    """Twice what the service can do; what became of it, and whether that is as wanted."""
+    """Run twice the capacity of the service; returns the outcome, and whether it reaches the targets."""
     held: list[dict[str, float]] = []
     with watched(lambda: held.append(service.memory_mib()), every_s=seconds / 50):
         load = open_loop(HOST, service.port, messages, rate, seconds)
@@ -170,7 +170,7 @@ def overload(service: Running, messages: Sequence[bytes], rate: float, seconds: 
 
 
 def main() -> int:
-    """Measure, print; 0 when every row is reached."""
+    """Measure, print; 0 where every target is reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--overload_s", type=float, default=300.0)

@@ -1,14 +1,14 @@
-"""Training: the loop against a bare one, Ray Train against the loop alone, memory formats; one epoch of the Inception.
+"""Measure an epoch of the Inception: the loop against a bare one, Ray Train against the loop alone, memory formats.
 
     python -m benchmarks.bench_train --features FEATURES [--repeats 3 --epochs 4 --batch_size 64]
 
-- loop: an epoch of ``loop.py`` (batches made on the way, with augmentation) against a bare PyTorch loop over the same
-  batches, made beforehand and fed from RAM: same model, optimiser, threads and memory format; the bare loop in a
-  process that keeps freed memory (``pipeline.training.loop``); and with plain NCHW tensors. And ``loop.py`` in
-  bfloat16. Each side has a process of its own; they take turns, an epoch each.
-- ray: ``jobs.train`` with ``--num_workers 0`` on all threads, with one Ray worker on all threads, and with as many
-  workers of one thread; seconds from one line of ``history.csv`` to the next, so validation, checkpoint and Ray's own
-  exchanges count, and starting does not. Sides take turns, a run each; the first epoch of a run is left out.
+- loop: an epoch of ``loop.py`` (batches made during training, with augmentation) against a bare PyTorch loop over the
+  same batches, prepared in RAM, with the same model, optimiser, threads and memory format. Further sides: the bare loop
+  in a process that keeps freed memory (``pipeline.training.loop``), the bare loop with plain NCHW tensors, and
+  ``loop.py`` in bfloat16. Each side has its own process; they take turns, one epoch each.
+- ray: ``jobs.train`` with ``--num_workers 0`` on all threads, with one Ray worker on all threads, and with one worker
+  per thread. Times are from one line of ``history.csv`` to the next, so they include validation, checkpoint and Ray's
+  exchanges, but not the start. The sides take turns, one run each; the first epoch of a run is excluded.
 
 A figure is the median over all epochs of a side, a ratio the median over the turns. FEATURES is a folder that
 ``jobs.extract`` wrote; ``loop`` trains on all its clips, ``ray`` on the parts that ``jobs.train`` makes by default.
@@ -52,7 +52,7 @@ FIT, BF16, BARE, KEPT, NCHW = SIDES = (
 
 
 def all_clips(features: Path) -> TrainingData:
-    """Every clip as training data, no validation part."""
+    """All clips as training data, without a validation part."""
     arrays = load_features(features)
     labels = label_set(arrays.table)
     classes = np.array([labels.index(name) for name in arrays.table["label"]], dtype=np.int64)
@@ -61,7 +61,7 @@ def all_clips(features: Path) -> TrainingData:
 
 
 def bare_loop(data: TrainingData, config: FitConfig, batches: Sequence[Batch]) -> Callable[[], None]:
-    """An epoch of what one would write by hand, over batches in RAM."""
+    """An epoch of a hand-written loop over batches in RAM."""
     torch.manual_seed(config.seed)
     model = build_model("inception", {}, data.n_classes, data.config.input_shape)
     if config.channels_last:
@@ -92,7 +92,7 @@ def fit_loop(data: TrainingData, config: FitConfig) -> Run:
 
 
 def run_side(name: str, arguments: argparse.Namespace, connection: Connection) -> None:
-    """One side, in a process of its own: for each ``epoch`` or ``batches`` asked for, the seconds it took."""
+    """One side in its own process: returns the seconds for each requested ``epoch`` or ``batches``."""
     data = all_clips(arguments.features)
     config = FitConfig(batch_size=arguments.batch_size, augment=AUGMENT, threads=arguments.threads)
     torch.set_num_threads(arguments.threads)
@@ -112,7 +112,7 @@ def run_side(name: str, arguments: argparse.Namespace, connection: Connection) -
 
 @contextmanager
 def sides_of(arguments: argparse.Namespace) -> Iterator[dict[str, Connection]]:
-    """A process for each side, ready."""
+    """A process for each side, after its warm-up."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, Connection] = {}
     processes = []
@@ -181,12 +181,12 @@ def epoch_seconds(arguments: argparse.Namespace, workers: int, threads: int, out
         time.sleep(0.05)
     if process.returncode:
         raise SystemExit(f"jobs.train ended with {process.returncode}:\n{process.communicate()[1]}")
-    epochs_s = written_s[-arguments.epochs :]  # the file is first written empty, when the run begins
+    epochs_s = written_s[-arguments.epochs :]  # the run begins with an empty file
     return list(np.diff(epochs_s))
 
 
 def ray(arguments: argparse.Namespace) -> None:
-    """Print Ray Train's epoch times against those of the loop alone."""
+    """Print the epoch times of Ray Train and of the loop alone."""
     threads = arguments.threads
     sides = {
         f"loop.py alone, {threads} threads": (0, threads),
@@ -211,7 +211,7 @@ def ray(arguments: argparse.Namespace) -> None:
 
 
 def result(what: str, theirs: Sequence[float], ours: Sequence[float], wanted: float | None = None) -> None:
-    """Print how many times as fast as theirs ours is."""
+    """Print our speed relative to theirs."""
     ratio = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
     goal = "" if wanted is None else f" (wanted: at least {wanted:g}: {'met' if ratio >= wanted else 'MISSED'})"
     print(f"  {what}: {ratio:.2f} x the speed{goal}", flush=True)

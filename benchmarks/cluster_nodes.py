@@ -1,15 +1,15 @@
-"""Several nodes for real: extraction, training and scoring across them, nodes killed, cables cut, the head restarted.
+"""Run extraction, training and scoring on several nodes while nodes are killed, disconnected, or the head restarts.
 
     python -m benchmarks.cluster_nodes [--nodes 3 --kills 5 --cuts 1 --head_restarts 1 --files 1200 --seed 0]
     python -m benchmarks.cluster_nodes --scaling --files 3600 --block_rows 64 [--turns 3]
 
 The nodes are network namespaces of this machine where that is permitted (root, iproute2), see ``tests.support.hosts``.
-First each job is given once with ``ray job submit`` and left alone, and it is counted where its work was seen. Then,
-with ``ser submit``, each job meets ``--kills`` nodes killed (all their processes; never the head), ``--cuts`` nodes
-whose cable is out for 20 s, and ``--head_restarts`` deaths of the head, at shares of the work drawn from ``--seed``. A
-job that stops is given again (training with ``--resume``). Rows lost, doubled and different are counted against the
-undisturbed run. ``--scaling`` instead measures extraction and scoring on 1 and on 2 nodes with one CPU each, which all
-processes of the node have to themselves: Ray's, the job's and its workers'.
+First each job runs once undisturbed with ``ray job submit``, and the nodes that work on it are counted. Then the jobs
+run with ``ser submit`` and one failure each, at a share of the work drawn from ``--seed``: ``--kills`` times a node is
+killed (all its processes; never the head), ``--cuts`` times a node has no network for 20 s, ``--head_restarts`` times
+the head is killed. A job that stops is submitted again (training with ``--resume``). Lost, doubled and different rows
+are counted against the undisturbed run. ``--scaling`` instead measures extraction and scoring on 1 and on 2 nodes. Each
+has one CPU for all its processes: Ray's, the job's and its workers'.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from tests.support.hosts import Host, Hosts
 from tests.support.processes import machine
 
 CUT_S = 20.0
-LAST = {"extract": "manifest.json", "score": "run.json"}  # what a job writes at its end
-MOST = 4  # times that one job is given
+LAST = {"extract": "manifest.json", "score": "run.json"}  # the last file of a job
+MOST = 4  # maximum number of submissions of one job
 
 
 def report(*cells: object) -> None:
-    """A row of a Markdown table, at once."""
+    """Print a row of a Markdown table without buffering."""
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def undisturbed(hosts: Hosts, work: Work) -> bool:
-    """Give a job with ``ray job submit``, leave it alone, print where its work was done; whether all was right."""
+    """Run a job with ``ray job submit``, print the nodes that worked; True where the outcome is right."""
     out = hosts.shared / f"{work.kind}-undisturbed"
     running = Running(hosts, work, out, plain=True)
     code = running.finish()
@@ -53,17 +53,17 @@ def undisturbed(hosts: Hosts, work: Work) -> bool:
 
 
 def disturb(hosts: Hosts, event: str, victim: Host) -> str:
-    """Let it happen; what was done."""
+    """Cause one failure; returns its description."""
     if event == "cut":
         hosts.cut(victim, CUT_S)
-        return f"cable of {victim.name} out for {CUT_S:.0f} s"
+        return f"{victim.name} without network for {CUT_S:.0f} s"
     if event == "head":
         return f"head killed, {hosts.kill(hosts.head)} processes"
     return f"{victim.name} killed, {hosts.kill(victim)} processes"
 
 
 def disturbed(hosts: Hosts, work: Work, event: str, number: int, rng: np.random.Generator) -> bool:
-    """One run with one event in its middle, given again until it is done; prints a row; whether all was right."""
+    """Run a job with one failure, submit it again until done, print a row; True where the outcome is right."""
     out = hosts.shared / f"{work.kind}-{event}-{number}"
     share = float(rng.uniform(0.05, 0.85))
     running = Running(hosts, work, out, plain=False)
@@ -80,16 +80,16 @@ def disturbed(hosts: Hosts, work: Work, event: str, number: int, rng: np.random.
         running = Running(hosts, work, out, plain=False, again=begun)
         code, given = running.finish(), given + 1
     wanted, lost, doubled, different = work.check(out) if code == 0 else (0, -1, -1, -1)
-    report(work.kind, what, f"{found:.0%}", told or "went on", given, wanted, lost, doubled, different)
+    report(work.kind, what, f"{found:.0%}", told or "continued", given, wanted, lost, doubled, different)
     hosts.repair()
     return not (code or lost or doubled or different)
 
 
 def failures(hosts: Hosts, works: list[Work], arguments: argparse.Namespace) -> int:
-    """The table of what happened when nodes failed; how many runs were not right."""
+    """Print the table of failures; returns the number of wrong runs."""
     rng = np.random.default_rng(arguments.seed)
     if arguments.cuts and not hosts.real:
-        print("no cable is cut: there are no namespaces here", flush=True)
+        print("no network outages: there are no namespaces here", flush=True)
     counts = {"kill": arguments.kills, "cut": arguments.cuts if hosts.real else 0, "head": arguments.head_restarts}
     report("job", "what happened", "at", "the job", "given", "rows", "lost", "doubled", "different")
     report(*["---"] * 9)
@@ -98,17 +98,17 @@ def failures(hosts: Hosts, works: list[Work], arguments: argparse.Namespace) -> 
 
 
 def first_rows(data: Path, count: int) -> Path:
-    """The manifest of the first recordings, beside the whole one."""
+    """Write a manifest of the first recordings, beside the whole one."""
     path = data.with_name(f"first-{count}.csv")
     pd.read_csv(data).head(count).to_csv(path, index=False)
     return path
 
 
 def scaling(arguments: argparse.Namespace, folder: Path) -> None:
-    """Seconds of extraction and scoring on 1 and on 2 nodes, in turns: a large run's less one of a third.
+    """Print seconds of extraction and scoring on 1 and on 2 nodes, in turns: of a large run minus those of a third.
 
-    Of a third, so that the workers of all nodes have long been up in both. The time is that of the job's last file:
-    following a job has a grain of a second.
+    A third is enough for the workers of all nodes to be running long before the end. The time is that of the job's last
+    file, because polling a job has a resolution of one second.
     """
     report("job", "turn", "1 node", "2 nodes", "efficiency")
     report(*["---"] * 5)
@@ -121,11 +121,15 @@ def scaling(arguments: argparse.Namespace, folder: Path) -> None:
                 data = make_recordings(hosts.shared, arguments.files)
                 for kind, make in (("extract", extraction), ("score", scoring)):
                     seconds = []
-                    for count in (small, small, arguments.files):  # the first warms up: uploads, exports, file cache
+                    for count in (
+                        small,
+                        small,
+                        arguments.files,
+                    ):  # the first is a warm-up: uploads, exports, file cache
                         work = make(first_rows(data, count), count, arguments.block_rows)
                         out, begun_s = hosts.shared / f"{kind}-{len(seconds)}", time.time()
                         running = Running(hosts, work, out, plain=False)
-                        if running.process.wait():  # without looking where work is done, which costs CPU time
+                        if running.process.wait():  # looking for the working nodes would cost CPU time
                             raise SystemExit(running.text()[-3000:])
                         seconds.append((out / LAST[kind]).stat().st_mtime - begun_s)
                     took.setdefault((kind, nodes), []).append(seconds[2] - seconds[1])
@@ -140,7 +144,7 @@ def _efficiency(kind: str, turn: object, one_s: float, two_s: float) -> None:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> int:
-    """Undisturbed runs, then the failures; how many were not right."""
+    """Run the jobs undisturbed, then with failures; returns the number of wrong runs."""
     with Hosts(folder, arguments.nodes, namespaces=not arguments.loopback) as hosts:
         print(f"{arguments.nodes} nodes with 1 CPU each: {hosts.kind}", flush=True)
         data = make_recordings(hosts.shared, arguments.files)
@@ -166,12 +170,14 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=64, help="recordings to train on")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--block_rows", type=int, default=16)
-    parser.add_argument("--kills", type=int, default=5, help="of a node, in each job")
-    parser.add_argument("--cuts", type=int, default=1, help=f"of a cable for {CUT_S:.0f} s, in each job")
-    parser.add_argument("--head_restarts", type=int, default=1, help="in each job")
+    parser.add_argument("--kills", type=int, default=5, help="kills of a node in each job")
+    parser.add_argument("--cuts", type=int, default=1, help=f"network outages of {CUT_S:.0f} s in each job")
+    parser.add_argument("--head_restarts", type=int, default=1, help="kills of the head in each job")
     parser.add_argument("--scaling", action="store_true", help="measure 1 and 2 nodes instead")
-    parser.add_argument("--turns", type=int, default=3, help="of --scaling")
-    parser.add_argument("--loopback", action="store_true", help="without namespaces, even where they are permitted")
+    parser.add_argument("--turns", type=int, default=3, help="turns of --scaling")
+    parser.add_argument(
+        "--loopback", action="store_true", help="use loopback addresses even where namespaces are permitted"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--scratch",
@@ -187,7 +193,7 @@ def main() -> int:
             scaling(arguments, Path(scratch))
             return 0
         wrong = run(arguments, Path(scratch) / "cluster")
-        print(f"{wrong} runs were not right; {time.monotonic() - start_s:.0f} s in all")
+        print(f"{wrong} wrong runs; {time.monotonic() - start_s:.0f} s in all")
     return int(wrong > 0)
 
 

@@ -1,12 +1,12 @@
-"""What a model answers to sounds that are no speech, and to a corpus that it was not trained on.
+"""Measure a model's answers to sounds without speech, and to a corpus outside its training.
 
     python -m benchmarks.doubt --data_csv other_corpus.csv --sounds FOLDER --known_csv trained_on.csv
 
-Prints, of synthetic sounds (tones, beeps, noise, clicks, hum) and of the recordings of ``--sounds``: how many are told
-as no speech, uncertain, silent, or too short, by ``--min_confidence auto``; of the labelled recordings of
-``--data_csv`` the same, with coverage, accuracy of what is answered, and answers that are wrong with a confidence of
-0.8 or more; and how well ``familiarity`` tells either from recordings like those of the training (``--known_csv``): the
-area under the ROC curve.
+For synthetic sounds (tones, beeps, noise, clicks, hum) and the recordings of ``--sounds`` it prints the shares of
+not_speech, uncertain, silence and too short, with ``--min_confidence auto``. For the labelled recordings of
+``--data_csv`` it also prints coverage, accuracy, accuracy of the answered ones, and wrong answers with a confidence of
+0.8 or more. With ``--known_csv`` it adds how well ``familiarity`` separates each set from recordings like those of the
+training: the area under the ROC curve.
 """
 
 from __future__ import annotations
@@ -50,21 +50,23 @@ def synthetic(rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
 
 
 def told(predictions: Sequence[Prediction]) -> list[str]:
-    """What is answered, by ``--min_confidence auto``."""
+    """The answer to each recording, with ``--min_confidence auto``."""
     return [p.label(SURE_ENOUGH) or p.status for p in predictions]
 
 
 def familiarity(predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-    """Of what could be heard."""
+    """Familiarities of the recordings that could be analysed."""
     return np.array([p.familiarity for p in predictions if p.ok])
 
 
 def main() -> None:
-    """Run it."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_weights", type=Path)
-    parser.add_argument("--data_csv", type=Path, nargs="+", default=[], help="labelled, of corpora not trained on")
-    parser.add_argument("--known_csv", type=Path, nargs="+", default=[], help="of corpora trained on")
+    parser.add_argument(
+        "--data_csv", type=Path, nargs="+", default=[], help="labelled recordings of corpora outside the training"
+    )
+    parser.add_argument("--known_csv", type=Path, nargs="+", default=[], help="recordings of corpora of the training")
     parser.add_argument("--sounds", type=Path, help="folder of recordings without speech")
     parser.add_argument("--sample", type=int, default=300, help="recordings of each table, drawn at random")
     arguments = parser.parse_args()

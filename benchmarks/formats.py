@@ -1,9 +1,9 @@
-"""One recording in each format that is read here, scored as a folder of them: what ``docs/formats.md`` lists.
+"""Score one recording in each supported format; makes the page ``docs/formats.md``.
 
     python -m benchmarks.formats            # prints the table; exit status 1 when a recording has no answer
     python -m benchmarks.formats --write    # writes docs/formats.md
 
-Each is 2.5 s of synthetic speech, written by libsndfile or FFmpeg (``tests.support.recordings``).
+Each recording is 2.5 s of synthetic speech, written by libsndfile or FFmpeg (``tests.support.recordings``).
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ from tests.support.recordings import every_format
 OUT = Path(__file__).parents[1] / "docs" / "formats.md"
 HEAD = """# Formats
 
-Made by `python -m benchmarks.formats --write`, which writes one recording of each kind, scores the folder, and lists
-the rows of the result: every one has
-an answer. What a recording is, its content decides; its ending only says whether a folder scan takes it. `ser infer
---file` reads any ending.
+`python -m benchmarks.formats --write` makes this page. It writes one recording of each kind, scores the folder, and \
+lists the rows. Every one has an answer.
 
-Folder scans take these endings: {endings}. What they leave out they name, by ending and count.
+A recording's format is recognised by its content. The ending of its name only decides whether a folder scan \
+includes it. `ser infer --file` reads any
+ending.
 
-- **All that there is.** Lengths that a header only estimates, leaves open (0, 0xFFFFFFFF, 2e9) or counts wrongly are
-  measured; so are sounds shorter than their
-  picture. `truncated` is said where a stream breaks off: a last frame, page or box that is not all there.
-- **Joined files** (chained Ogg, MP3, FLAC, AAC, AMR, WAV, mp4, webm ... put end to end) are heard whole; what has
-  another rate or number of channels than
-  the first is left out, and a notice says so. MP3 and AAC are converted instead.
-- **Channels** are mixed. Where they cancel each other, the loudest is heard alone, and a notice says so.
-- **Not read**: raw samples without a header (`.raw`, `.pcm`, `.vox`, `.ul`: convert them, `ffmpeg -f mulaw -ar 8000
-  -ac 1 -i IN OUT.wav`), SPHERE with
-  shorten (`sph2pipe -f wav IN OUT.wav`), DSD, protected files.
+Folder scans include these endings: {endings}. They report the files that they leave out, by ending and count.
+
+- **Length.** If a header only estimates the length, leaves it open (0, 0xFFFFFFFF, 2e9) or is wrong, the real \
+length is measured. A sound track that is shorter
+  than its video is measured too. `truncated` means that the stream ends within a frame, page or box.
+- **Joined files** (Ogg, MP3, FLAC, AAC, AMR, WAV, mp4, webm ... end to end) are read as a whole. Parts with another \
+sample rate or number of channels than
+  the first are left out, with a notice. In MP3 and AAC they are converted instead.
+- **Channels** are mixed. If they cancel each other, only the loudest one is analysed, with a notice.
+- **Not read**: SPHERE with shorten (convert with `sph2pipe -f wav IN OUT.wav`), DSD, protected files, \
+and raw samples without a header (`.raw`, `.pcm`,
+  `.vox`, `.ul`; convert with `ffmpeg -f mulaw -ar 8000 -ac 1 -i IN OUT.wav`).
 
 | ending | container | codec | rate, Hz | channels | read by | seconds |
 |---|---|---|---:|---:|---|---:|
@@ -47,7 +49,7 @@ Folder scans take these endings: {endings}. What they leave out they name, by en
 
 
 def measure() -> tuple[pd.DataFrame, list[str]]:
-    """A row a format, and the names of those without an answer."""
+    """A table with a row per format, and the names of the recordings without an answer."""
     with tempfile.TemporaryDirectory() as name:
         folder, out = Path(name) / "recordings", Path(name) / "scores"
         folder.mkdir()
@@ -64,7 +66,7 @@ def measure() -> tuple[pd.DataFrame, list[str]]:
 
 
 def row_of(path: Path) -> dict[str, object]:
-    """What a recording is."""
+    """The row of one recording in the table."""
     info = audio.probe(path)
     return {
         "ending": path.suffix,

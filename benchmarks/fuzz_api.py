@@ -1,8 +1,8 @@
-"""Schemathesis against the running service: every check it has, requests made from the OpenAPI document.
+"""Run all checks of schemathesis against the service, with requests made from its OpenAPI document.
 
     make fuzz-api         (installs schemathesis; or: python -m benchmarks.fuzz_api [--examples 100 --seed 0])
 
-The service has an API key, so that the checks of authentication mean something. Exit code as schemathesis'.
+The service has an API key, so that authentication is checked too. The exit code is that of schemathesis.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ KEY = "key-of-the-fuzz-run"
 def main() -> int:
     """Start the service, run schemathesis, stop the service."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=100, help="test cases an operation and phase, at most")
+    parser.add_argument(
+        "--examples", type=int, default=100, help="maximum number of test cases per operation and phase"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("ray", "local"), default="ray")
     arguments = parser.parse_args()

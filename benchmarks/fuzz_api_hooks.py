@@ -1,4 +1,4 @@
-"""What schemathesis takes for a recording: real ones of eight channels, so that every documented option fits."""
+"""Hooks for schemathesis: it sends real recordings of eight channels, so that every documented option is valid."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ for media_type in ("application/octet-stream", "audio/wav"):
 
 @schemathesis.hook
 def filter_body(context: schemathesis.HookContext, body: object) -> bool:
-    """Leave out forms with a list of one in a field that takes one value: on the wire the two are the same."""
+    """Skip forms with a one-element list in a field that takes one value: both give the same request."""
     if not isinstance(body, dict):
         return True
     return not any(isinstance(value, list) and len(value) <= 1 for name, value in body.items() if name != "file")

@@ -1,12 +1,12 @@
-"""Feed mutated recordings of all formats to the decoder and count what comes out.
+"""Decode mutated recordings of all formats, and count the outcomes.
 
     python -m benchmarks.fuzz_audio --count 10000
 
-Case i is made from (seed, i) alone: a recording of some format, then one to three of bit flips, overwritten, removed,
-repeated or inserted stretches, cut heads and tails, header fields set to extremes, two files grafted together, and for
-every fourth case a path whose extension lies. A child process decodes them one after the other, and each must
-give finite samples or an `AudioError`. The parent starts a new child where one dies or does not answer.
-Exit status 0: no crash, no hang, no exception without a code, memory flat; else 1, and --keep has the files.
+Case i depends on (seed, i) alone: a recording of a random format with one to three mutations. These are bit flips,
+overwritten, removed, repeated or inserted ranges, cut heads and tails, header fields with extreme values, and the head
+of another file. Every fourth case has a wrong file extension. A child process decodes the cases one after the other;
+each must give finite samples or an `AudioError`. The parent starts a new child where one dies or does not answer.
+Exit status 0: no crash, no hang, no exception without a code, constant memory. Otherwise 1; --keep saves the files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.audio.load import AudioError, Clip, Reading, content_hash, load, l
 from tests.support.recordings import every_format
 
 HANG_CPU_S = 5.0
-ANSWER_WITHIN_S = 60.0  # of wall time, on a box that others use too
+ANSWER_WITHIN_S = 60.0  # wall time, for a machine with other work
 START_WITHIN_S = 600.0
 GROWTH_MIB = 16.0
 _EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFE, 0xFFFF_FFFF)
@@ -60,7 +60,7 @@ def mutated(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]
     for _ in range(rng.integers(1, 4)):
         if len(data):
             data = _MUTATIONS[rng.integers(len(_MUTATIONS))](data, rng)
-    if rng.random() < 0.05:  # the head of this one on the body of another
+    if rng.random() < 0.05:  # the head of this recording, the rest of another
         other = files[sorted(files)[rng.integers(len(files))]]
         cut = int(rng.integers(1, 200))
         data = data[:cut] + other[cut:]
@@ -68,7 +68,7 @@ def mutated(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]
 
 
 def _somewhere(data: bytearray, rng: Random) -> int:
-    """A position, half of the time in the header."""
+    """A random position, half of the time in the header."""
     end = min(len(data), 200) if rng.random() < 0.5 else len(data)
     return int(rng.integers(end))
 
@@ -110,7 +110,7 @@ def _insert(data: bytearray, rng: Random) -> bytearray:
 
 
 def _forge_header(data: bytearray, rng: Random) -> bytearray:
-    """A field of 1, 2, 4 or 8 bytes in the first 128 bytes becomes an extreme value, in either byte order."""
+    """Set a field of 1, 2, 4 or 8 bytes within the first 128 bytes to an extreme value, in either byte order."""
     size = int(rng.choice((1, 2, 4, 8)))
     at = int(rng.integers(0, min(len(data), 128)))
     value = int(rng.choice(_EXTREMES)) & (256**size - 1)
@@ -125,7 +125,7 @@ _MUTATIONS = (
 
 
 def decode(index: int, name: str, data: bytes, folder: Path) -> str:
-    """The error's code, or "ok"; raises what has no code, and `ValueError` where the answer is not as promised."""
+    """Decode a recording -> "ok" or the error's code. Other errors are raised; a wrong result is a ValueError."""
     source: bytes | Path = data
     if index % 4 == 3:
         source = folder / f"case{index}.{('wav', 'mp3', 'flac', 'ogg', 'txt', 'm4a')[index // 4 % 6]}"
@@ -174,7 +174,7 @@ def child(answers: Connection, indices: range, seed: int) -> None:
 
 
 def _held_mib() -> float:
-    """Memory in use: glibc keeps freed blocks for later, which would look like a leak, so they are given back first."""
+    """Memory in use, after glibc has returned the freed blocks that it keeps; they would look like a leak."""
     c_library = ctypes.CDLL(None)
     if hasattr(c_library, "malloc_trim"):
         c_library.malloc_trim(0)
@@ -182,13 +182,13 @@ def _held_mib() -> float:
 
 
 def _memory_mib(field: str) -> float:
-    """Of this process, as Linux tells it: VmRSS now, VmHWM at its highest."""
+    """Memory of this process on Linux: VmRSS is the current value, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def run(count: int, seed: int, report: Callable[[Outcome], None]) -> int:
-    """Decode all cases, calling `report` for each; the number of child processes it took."""
+    """Decode all cases and call `report` for each; returns the number of child processes."""
     context = multiprocessing.get_context("spawn")
     children, index = 0, 0
     while index < count:
@@ -218,7 +218,7 @@ def run(count: int, seed: int, report: Callable[[Outcome], None]) -> int:
 
 
 def print_summary(outcomes: list[Outcome], children: int, seconds: float) -> bool:
-    """Print the counts; whether nothing went wrong."""
+    """Print the counts; True where nothing failed."""
     counts = collections.Counter(outcome.result for outcome in outcomes)
     formats = collections.Counter(outcome.name for outcome in outcomes)
     print(f"{len(outcomes)} mutated recordings of {len(formats)} formats in {seconds:.0f} s, {platform.platform()}")
@@ -243,9 +243,9 @@ def print_summary(outcomes: list[Outcome], children: int, seconds: float) -> boo
 
 
 def main() -> int:
-    """Parse the command line, run, print; 0 when nothing went wrong."""
+    """Parse the command line, run, print; 0 where nothing failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000, help="recordings (default 10000)")
+    parser.add_argument("--count", type=int, default=10_000, help="number of recordings (default 10000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the recordings that crash, hang or raise without a code")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""A model worker killed with ``kill -9`` under load: which requests fail, and how long until all workers are back.
+"""Kill model workers with ``kill -9`` under load; count failed requests, and measure the time to recovery.
 
     python -m benchmarks.kill_replica [--replicas 2 --kills 5 --clients 4 --pause_s 15]
 
-Load: ``serve.client.AsyncClient`` in a closed loop, with its retries, and beside it one client without any. A worker is
-back when as many as before run under other pids and the service answers at its old rate again.
+Load: ``serve.client.AsyncClient`` in a closed loop with its retries, and one client without retries. The service has
+recovered when as many workers as before run, under new pids, and it answers at the previous rate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WAIT_S = 120.0
 
 
 class Traffic:
-    """Clients that send one request after another; ``ended`` holds when each was answered."""
+    """Clients that send one request after another; ``ended`` has the time of each answer."""
 
     def __init__(self, url: str, clients: int, retries: int) -> None:
         self.url, self.clients, self.retries = url, clients, retries
@@ -64,7 +64,7 @@ class Traffic:
 
 
 async def kill(service: Running, traffic: Traffic, rng: random.Random) -> str:
-    """Kill one worker; what happened."""
+    """Kill one worker; returns a description of the recovery."""
     before = service.workers()
     now_s = time.monotonic()
     usual = traffic.rate(now_s - 5.0, now_s)
@@ -102,12 +102,12 @@ async def scenario(service: Running, arguments: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    """Start, load, kill, print; 0 when fewer than 1 % of the requests failed after retries."""
+    """Start, load, kill, print; 0 where fewer than 1 % of the requests failed after retries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--pause_s", type=float, default=15.0, help="between the recovery from a kill and the next")
+    parser.add_argument("--pause_s", type=float, default=15.0, help="seconds between a recovery and the next kill")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     print(f"machine: {machine()}\n{arguments.replicas} workers, {arguments.kills} kills, {arguments.clients} clients")

@@ -1,11 +1,11 @@
-"""Kill tests of batch scoring: the driver, and workers, with ``kill -9``, at random moments from a seed.
+"""Kill tests of batch scoring: kill the driver or workers with ``kill -9``, at random moments from a seed.
 
     python -m benchmarks.kill_score --data_dir RECORDINGS [--files 2000 --worker_kills 20 --engine local]
 
 Every run scores the same folder. The driver is killed when a random share of the rows (5 to 95 %) is committed, and the
-same command is given again; workers are killed, ``--kills_a_run`` in each run, at random shares while they score, and
-the run is left alone. Each kill is printed. At the end the rows of every run are compared, as multisets, with those of
-an undisturbed run: lost, doubled and different rows are counted.
+same command is started again. Workers are killed while they score, ``--kills_a_run`` in each run at random shares; that
+run must finish by itself. Each kill is printed. At the end the rows of every run are compared, as multisets, with those
+of an undisturbed run: lost, doubled and different rows are counted.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tests.support.processes import command_of, descendants, finish, linked_fold
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = {"empty.wav": b"", "words.wav": b"no audio, only words\n" * 30, "cut.flac": b"fLaC" + bytes(40)}
-_WORKER = {"ray": "score_block", "local": "spawn_main"}  # what the commands of processes that score have in them
+_WORKER = {"ray": "score_block", "local": "spawn_main"}  # part of the command line of worker processes
 Rows = Counter[tuple[object, ...]]
 
 
 def begin(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
-    """Start the command that every run gives."""
+    """Start the command of a run."""
     words = ["-m", "jobs.score", "--input", arguments.folder, "--out", out, "--block_rows", arguments.block_rows]
     words += ["--model_weights", arguments.model_weights, "--no_report", "--tolerate_failures"]
     words += ["--num_cpus", arguments.num_cpus, "--engine", arguments.engine]
@@ -47,7 +47,7 @@ def begin(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
 
 
 def rows_of(out: Path) -> Rows:
-    """Each row as what it says, probabilities to six digits."""
+    """The rows of a table as tuples, probabilities rounded to six digits."""
     table = pd.read_parquet(out / "predictions.parquet")
     p = [name for name in table.columns if name.startswith("p_")]
     table[p] = table[p].round(6)
@@ -65,12 +65,12 @@ def committed_rows(out: Path) -> int:
 
 @cache
 def rows_in(part: Path) -> int:
-    """Rows of a part, which never changes: watching a run shall not slow it."""
+    """Number of rows in a part; cached, because a part never changes and watching must not slow the run."""
     return int(pq.read_metadata(part).num_rows)
 
 
 def wait_for(process: subprocess.Popen[str], out: Path, rows: int) -> bool:
-    """Wait until so many rows are committed; False when the run ended before."""
+    """Wait until a number of rows is committed; False where the run ended before."""
     while process.poll() is None:
         if committed_rows(out) >= rows:
             return True
@@ -79,7 +79,7 @@ def wait_for(process: subprocess.Popen[str], out: Path, rows: int) -> bool:
 
 
 def kill_driver(arguments: argparse.Namespace, out: Path, share: float) -> tuple[str, int]:
-    """Kill the driver once, then give the command again; (what happened, kills)."""
+    """Kill the driver once, then start the command again; returns a description and the number of kills."""
     process = begin(arguments, out)
     hit = wait_for(process, out, int(share * arguments.files))
     family = [pid for pid in descendants(process.pid) if "Agent" not in command_of(pid)]  # Ray's agents linger
@@ -99,7 +99,7 @@ def kill_driver(arguments: argparse.Namespace, out: Path, share: float) -> tuple
 def kill_workers(
     arguments: argparse.Namespace, out: Path, shares: list[float], rng: np.random.Generator
 ) -> tuple[str, int]:
-    """Kill a random busy worker at each share of one run; (what happened, kills)."""
+    """Kill a random busy worker at each share of one run; returns a description and the number of kills."""
     process = begin(arguments, out)
     kills = []
     for share in sorted(shares):
@@ -133,9 +133,9 @@ def main() -> None:
     parser.add_argument("--worker_kills", type=int, default=20)
     parser.add_argument("--kills_a_run", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--deadline_s", type=float, default=600, help="a run that takes longer is given up")
+    parser.add_argument("--deadline_s", type=float, default=600, help="seconds after which a run is aborted")
     parser.add_argument(
-        "--scratch", type=Path, help="where the runs are kept meanwhile; default: beside DATA_DIR, for hard links"
+        "--scratch", type=Path, help="folder for the runs; default: beside DATA_DIR, so that hard links work"
     )
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.model_weights)

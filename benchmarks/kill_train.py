@@ -1,12 +1,12 @@
-"""Kill tests of training: a Ray Train worker, and the driver, with ``kill -9``, at random moments from a seed.
+"""Kill tests of training: kill a Ray Train worker or the driver with ``kill -9``, at random moments from a seed.
 
     python -m benchmarks.kill_train --data_dir RECORDINGS [--clips 96 --epochs 8 --kills 5 --seed 0]
 
-Every run trains the same model on the same clips. A moment is drawn in epochs, between 0 and the epochs that are
-really run, and the kill comes as soon as the run is that far (the workers tell how far they are, batch by batch).
-After a killed worker the run is left alone; after a killed driver its processes are waited for, and the same command
-is given again with ``--resume``. Each kill is printed. Then every run must have exited with 0, hold a bundle that
-loads, and ``history.csv`` must list every epoch once; its losses are compared with those of an undisturbed run.
+Every run trains the same model on the same clips. A moment is drawn in epochs, between 0 and the last epoch of the
+undisturbed run. The kill comes as soon as the run reaches it; the workers report their progress batch by batch.
+After a killed worker the run must finish by itself. After a killed driver, the script waits for its processes to end
+and starts the same command again with ``--resume``. Each kill is printed. Every run must exit with 0 and have a bundle
+that loads. ``history.csv`` must list every epoch once; its losses are compared with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def sample(data_dir: Path, clips: int, path: Path) -> Path:
-    """Manifest of every n-th recording of each class, so that the classes keep their shares."""
+    """Manifest of every n-th recording of each class, which keeps the shares of the classes."""
     table = scan_folder(data_dir).sort_values(["label", "speech"])
     table.iloc[np.linspace(0, len(table) - 1, clips).round().astype(int)].to_csv(path, index=False)
     return path
@@ -47,14 +47,14 @@ def run_job(*words: object) -> subprocess.Popen[str]:
 
 
 def begin(arguments: argparse.Namespace, out: Path, *more: str) -> subprocess.Popen[str]:
-    """Start the command that every run gives."""
+    """Start the command of a run."""
     words = ["--features", arguments.features, "--out", out, "--epochs", arguments.epochs, "--patience", 0]
     words += ["--num_workers", arguments.num_workers, "--batch_size", arguments.batch_size, "--lr", 1e-3, *more]
     return run_job("jobs.train", *words)
 
 
 def progress(out: Path) -> float:
-    """Epochs done, with the share of the one that runs; told after every batch, at most twice a second."""
+    """Finished epochs plus the share of the current one; reported after batches, at most twice a second."""
     done = float(len(read_history(out)))
     try:
         epoch, batches, total = json.loads((out / "ray" / "progress.json").read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def progress(out: Path) -> float:
 
 
 def wait_for(process: subprocess.Popen[str], out: Path, moment: float) -> None:
-    """Wait until a run is so many epochs far."""
+    """Wait until a run has reached a moment, in epochs."""
     while progress(out) < moment or not workers_of(process.pid):
         if process.poll() is not None:
             raise SystemExit(f"the run ended before epoch {moment:.2f}:\n{process.communicate()[1]}")
@@ -76,7 +76,7 @@ def workers_of(driver: int) -> list[int]:
 
 
 def kill_worker(arguments: argparse.Namespace, out: Path, moment: float, rng: np.random.Generator) -> str:
-    """Kill a random worker once; what happened."""
+    """Kill a random worker once; returns a description."""
     process = begin(arguments, out)
     wait_for(process, out, moment)
     victim = int(rng.choice(workers_of(process.pid)))
@@ -90,7 +90,7 @@ def kill_worker(arguments: argparse.Namespace, out: Path, moment: float, rng: np
 
 
 def kill_driver(arguments: argparse.Namespace, out: Path, moment: float) -> str:
-    """Kill the driver once, then give the command again; what happened."""
+    """Kill the driver once, then start the command again; returns a description."""
     process = begin(arguments, out)
     wait_for(process, out, moment)
     family, found = descendants(process.pid), progress(out)
@@ -107,7 +107,7 @@ def kill_driver(arguments: argparse.Namespace, out: Path, moment: float) -> str:
 
 
 def check(arguments: argparse.Namespace, out: Path, expected: pd.DataFrame) -> tuple[str, bool]:
-    """What a finished run holds, and whether that is what it should hold."""
+    """Describe a finished run; True where everything is as expected."""
     history = pd.DataFrame(read_history(out))
     once = history["epoch"].tolist() == list(range(1, arguments.epochs + 1))
     bundle = load_bundle(out)
@@ -127,9 +127,9 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--kills", type=int, default=5, help="of a worker, and as many of the driver")
+    parser.add_argument("--kills", type=int, default=5, help="kills of a worker, and as many of the driver")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--deadline_s", type=float, default=900, help="a run that takes longer is given up")
+    parser.add_argument("--deadline_s", type=float, default=900, help="seconds after which a run is aborted")
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
     print(f"machine: {machine()}")
@@ -154,7 +154,7 @@ def main() -> int:
                 found, right = check(arguments, out, expected)
                 failed += not right
                 print(f"  {text}: {found}", flush=True)
-    print(f"{2 * arguments.kills} kills, {failed} runs not as they should be")
+    print(f"{2 * arguments.kills} kills, {failed} wrong runs")
     return int(failed > 0)
 
 

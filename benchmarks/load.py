@@ -1,8 +1,8 @@
-"""A load tool that costs little itself: prepared HTTP/1.1 requests over kept connections, closed or open loop.
+"""A load generator with low CPU cost: prepared HTTP/1.1 requests over kept connections, closed or open loop.
 
-Closed loop: so many clients, each sends its next request when it has its answer. Open loop: requests start at random
-moments (Poisson) of a given rate whether or not earlier ones have been answered, as those of many independent users do;
-their latency counts from the moment they were due.
+Closed loop: each of n clients sends its next request when it has its response. Open loop: requests start at random
+moments (Poisson) with a given rate, whether or not earlier ones have been answered, like those of many independent
+users. Their latency counts from the moment they were due.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-BROKEN = 0  # in place of a status: no answer
+BROKEN = 0  # in place of a status: no response
 
 
 @dataclass
 class Load:
-    """What happened. Times in seconds; ``answers``: when due, latency, status."""
+    """The results. Times in seconds; ``answers``: moment when due, latency, status."""
 
     answers: list[tuple[float, float, int]] = field(default_factory=list)
-    without_retry_after: int = 0  # refusals that do not say when to come again
+    without_retry_after: int = 0  # refusals without Retry-After
     seconds: float = 0.0
     cpu_s: float = 0.0
 
@@ -35,7 +35,7 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Requests answered with 200 a second."""
+        """Requests per second with status 200."""
         return self.statuses[200] / self.seconds
 
     def latencies_ms(self, status: int = 200, begin_s: float = 0.0, end_s: float = float("inf")) -> np.ndarray:
@@ -47,7 +47,7 @@ class Load:
 
     @property
     def cpu_ms(self) -> float:
-        """This tool's own CPU milliseconds a request."""
+        """CPU milliseconds per request of this tool."""
         return 1e3 * self.cpu_s / max(len(self.answers), 1)
 
 
@@ -57,7 +57,7 @@ def request(host: str, port: int, path: str, body: bytes, content_type: str) -> 
 
 
 def multipart(data: bytes, name: str = "clip.wav") -> tuple[bytes, str]:
-    """Body and content type of a form with one file."""
+    """Body and content type of a multipart form with one file."""
     head = f'--b\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
     return head.encode() + data + b"\r\n--b--\r\n", "multipart/form-data; boundary=b"
 
@@ -68,10 +68,10 @@ class _Connection:
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, message: bytes) -> tuple[int, bool]:
-        """Status, and whether the answer says Retry-After."""
+        """Send a request -> status, and whether the response has Retry-After."""
         try:
             if self.streams is not None and self.streams[0].at_eof():
-                self.close()  # idle for so long that the service has hung up
+                self.close()  # the service closed the idle connection
             if self.streams is None:
                 self.streams = await asyncio.open_connection(self.host, self.port)
             reader, writer = self.streams
@@ -111,7 +111,7 @@ class _Recorder:
 
 
 def closed_loop(host: str, port: int, messages: Sequence[bytes], clients: int, seconds: float) -> Load:
-    """``clients`` that send one request after another."""
+    """Run ``clients`` that send one request after another."""
 
     async def run() -> Load:
         recorder = _Recorder()
@@ -131,7 +131,7 @@ def closed_loop(host: str, port: int, messages: Sequence[bytes], clients: int, s
 
 
 def open_loop(host: str, port: int, messages: Sequence[bytes], rate: float, seconds: float, seed: int = 0) -> Load:
-    """Requests that start at ``rate`` a second, Poisson, on as many connections as that needs."""
+    """Start requests at ``rate`` a second, Poisson, on as many connections as needed."""
 
     async def run() -> Load:
         rng = random.Random(seed)

@@ -1,10 +1,10 @@
-"""A scenario for locust: people who send a recording, look at it window by window, ask why, or read the model's card.
+"""A scenario for locust: users who send recordings, also in windows, get explanations, or read the model card.
 
     make serve                                            # in another terminal
     make load-test ARGS="--users 16 --run-time 60s"       # or: locust -f benchmarks/locustfile.py, for its page
 
-An answer 429 or 503 with ``Retry-After`` counts as a refusal, not as a failure: the user waits as long as it says. With
-``SER_API_KEY`` set, requests carry it. ``bench_serve`` measures the service with a tool that costs less CPU itself.
+A response 429 or 503 with ``Retry-After`` counts as a refusal, not as a failure, and the user waits that long. The API
+key is read from ``SER_API_KEY``. ``bench_serve`` measures the service with a tool that uses less CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LONG = _wav(8, duration_s=20.0)
 
 
 class Caller(HttpUser):
-    """Most send single recordings."""
+    """A user; most requests are single recordings."""
 
     host = "http://127.0.0.1:8000"
     wait_time = between(0.0, 0.2)
@@ -67,7 +67,7 @@ class Caller(HttpUser):
         self.client.get("/v1/model", headers=self._key())
 
     def _post(self, path: str, recordings: int, *, headers: dict[str, str] | None = None, **content: Any) -> None:
-        """Send, and check that the answer holds ``recordings`` usable ones (0: another kind of answer)."""
+        """Send a request, and check that the response has ``recordings`` usable ones (0: another kind of response)."""
         asking = self.client.post(path, headers=(headers or {}) | self._key(), catch_response=True, **content)
         with asking as answer:
             after = answer.headers.get("Retry-After", "")

@@ -1,6 +1,6 @@
-"""Ray Serve applications that do nothing: one deployment that reads the body, or two, the body passed on to the second.
+"""Ray Serve applications that do nothing: one deployment that reads the body, or two, where the second gets the body.
 
-What they cost is what Serve itself costs: proxy, one or two hops between processes, FastAPI.
+They measure the cost of Serve itself: proxy, one or two calls between processes, FastAPI.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ class Nothing:
 
 
 class Door:
-    """The first one."""
+    """The first deployment, which answers HTTP."""
 
     def __init__(self, inner: DeploymentHandle[Any] | None = None) -> None:
         self.inner = inner

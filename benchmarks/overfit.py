@@ -1,9 +1,9 @@
-"""Can the loop learn at all? Both models must know 64 real clips by heart.
+"""Check that training works: both models must classify 64 real training clips without error.
 
     python -m benchmarks.overfit --data_dir RECORDINGS [--clips 64 --epochs 150 --seed 0]
 
-A test of loop, models and features together: no augmentation, no validation part; the run ends as soon as every
-training clip is answered right. It says nothing about other recordings.
+It tests loop, models and features together, without augmentation and validation part. A run ends as soon as every
+training clip is classified correctly. It says nothing about other recordings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
 
 
 def main() -> None:
-    """Train both models, and print how far each came."""
+    """Train both models and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=64)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def learn(name: str, features: Path, arguments: argparse.Namespace) -> None:
-    """Train one model until it knows every clip; print the outcome."""
+    """Train one model until it classifies every clip correctly; print the result."""
     arrays = load_features(features)
     labels = label_set(arrays.table)
     classes = np.array([labels.index(label) for label in arrays.table["label"]], dtype=np.int64)

@@ -1,9 +1,9 @@
-"""Batch scoring written by hand, to measure the real one against: a pool of processes, one thread each, no Ray.
+"""Hand-written batch scoring for comparison: a pool of processes with one thread each, without Ray.
 
     python -m benchmarks.pool_score FOLDER OUT MODEL [PROCESSES]
 
-It uses the same decoder, features, network and table writer, so what differs is how the work is spread. It knows no
-resumption, no crashes, no links that lead in circles.
+It uses the same decoder, features, network and table writer; only the distribution of the work differs. It cannot
+resume, and handles neither crashes nor circular links.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _predictor: Predictor
 
 
 def start(model: str) -> None:
-    """Open the model in a process of the pool."""
+    """Open the model; runs in each process of the pool."""
     global _predictor
     _predictor = Predictor.from_bundle(model, threads=1)
 

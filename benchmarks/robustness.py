@@ -1,9 +1,9 @@
-"""Do answers stay the same under changes that no listener would mind? Share of unchanged labels, and accuracy.
+"""Measure the share of unchanged labels, and the accuracy, after small changes of the sound.
 
     python -m benchmarks.robustness --data_csv test.csv [--model_weights BUNDLE] [--limit N] [--seed 0]
 
-Each recording is decoded whole, changed, written as 16-bit WAV at its own rate (or as MP3), and answered by the same
-Predictor as always. Noise is white, at the given ratio to the recording's own level.
+Each recording is decoded as a whole, changed, written as 16-bit WAV at its own sample rate (or as MP3), and classified
+by the Predictor. Noise is white, at the given ratio to the recording's level.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ _BATCH = 32
 
 
 def gain(samples: Samples, db: float) -> Samples:
-    """Louder or softer; what would be clipped in 16 bits is."""
+    """Change the level; values beyond 16 bits are clipped."""
     return np.asarray(samples * 10 ** (db / 20), np.float32)
 
 
 def shifted(samples: Samples, rate_hz: int, shift_s: float) -> Samples:
-    """Later by ``shift_s``, the end cut off."""
+    """Delay by ``shift_s`` and cut off the end."""
     n = round(shift_s * rate_hz)
     return np.concatenate([np.zeros(n, np.float32), samples[:-n]])
 
 
 def noisy(samples: Samples, snr_db: float, seed: int) -> Samples:
-    """With white noise at ``snr_db`` below the recording's RMS."""
+    """Add white noise at ``snr_db`` below the recording's RMS."""
     rms = float(np.sqrt(np.mean(np.square(samples), dtype=np.float64)))
     noise = np.random.default_rng(seed).standard_normal(len(samples))
     return np.asarray(samples + noise * rms * 10 ** (-snr_db / 20), np.float32)
 
 
 def through_rate(samples: Samples, rate_hz: int, narrow_hz: int) -> Samples:
-    """Down to ``narrow_hz`` and back."""
+    """Resample down to ``narrow_hz`` and back."""
     return np.asarray(soxr.resample(soxr.resample(samples, rate_hz, narrow_hz), narrow_hz, rate_hz), np.float32)
 
 
 def telephone(samples: Samples, rate_hz: int) -> Samples:
-    """300 to 3400 Hz."""
+    """Keep the band from 300 to 3400 Hz."""
     band = butter(4, (300, 3400), "bandpass", fs=rate_hz, output="sos")
     return np.asarray(sosfiltfilt(band, samples), np.float32)
 
@@ -69,7 +69,7 @@ def encoded(samples: Samples, rate_hz: int, container: str) -> bytes:
 
 
 def changes(seed: int) -> dict[str, Callable[[Samples, int], bytes]]:
-    """Name of each change -> what makes a recording's changed file."""
+    """Name of each change -> function that makes the changed file of a recording."""
 
     def wav(change: Callable[[Samples, int], Samples]) -> Callable[[Samples, int], bytes]:
         return lambda samples, rate_hz: encoded(change(samples, rate_hz), rate_hz, "WAV")
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_csv", type=Path, required=True)
     parser.add_argument("--model_weights", help="default: the shipped bundle")
-    parser.add_argument("--limit", type=int, help="only so many recordings, drawn evenly")
+    parser.add_argument("--limit", type=int, help="number of recordings, spread evenly over the table")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     predictor = Predictor.from_bundle(arguments.model_weights)

@@ -1,4 +1,4 @@
-"""Services to measure, each a process with a Ray of its own on free ports: ours, and two that do nothing."""
+"""Services to measure, each a process with its own Ray on free ports: this project's, and two that do nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Running:
-    """A service that answers."""
+    """A running service."""
 
     pid: int
     port: int
@@ -36,7 +36,7 @@ class Running:
         return f"http://{HOST}:{self.port}"
 
     def processes(self, part: str = SERVE_REPLICA) -> dict[int, str]:
-        """Pid -> title of its processes whose title holds ``part``."""
+        """Pid -> title of the service's processes whose title contains ``part``."""
         found = {pid: command_of(pid) for pid in descendants(self.pid)}
         return {pid: title for pid, title in found.items() if part in title}
 
@@ -49,7 +49,7 @@ class Running:
         return memory_mib(self.parts())
 
     def parts(self) -> dict[str, list[int]]:
-        """Pids of the proxy, the ingress, the model workers; of the local engine its one process."""
+        """Pids of proxy, ingress and model workers; for the local engine, of its only process."""
         titles = {"proxy": SERVE_PROXY, "ingress": ":Ingress", "model": ":Model"}
         found = {name: list(self.processes(title)) for name, title in titles.items()}
         return found if any(found.values()) else {"service": [self.pid]}  # without Ray it is one process
@@ -62,7 +62,7 @@ def memory_mib(parts: Mapping[str, Sequence[int]]) -> dict[str, float]:
 
 @contextmanager
 def started(words: Sequence[str]) -> Iterator[Running]:
-    """Run ``python -m WORDS --port P --metrics_port M`` until it says that it is ready, and stop it afterwards."""
+    """Start ``python -m WORDS --port P --metrics_port M``, wait until it is ready, and stop it afterwards."""
     port, metrics_port = free_port(), free_port()
     log = Path(tempfile.mkstemp(prefix="service-", suffix=".log")[1])
     command = [sys.executable, "-m", *words, "--port", str(port), "--metrics_port", str(metrics_port)]
@@ -85,18 +85,20 @@ def started(words: Sequence[str]) -> Iterator[Running]:
 
 
 def ours(*options: str) -> tuple[str, ...]:
-    """Words that start our service."""
+    """The words that start this project's service."""
     return ("jobs.serve", *options)
 
 
 def no_op(*, two_stages: bool) -> tuple[str, ...]:
-    """Words that start a service that reads a request's body and answers at once, perhaps by a second deployment."""
+    """The words that start a service that reads the body and answers at once, with one or two deployments."""
     return ("benchmarks.services", *(("--two_stages",) if two_stages else ()))
 
 
 def main() -> None:
-    """Be the service that does nothing."""
-    parser = argparse.ArgumentParser(description="A Serve application that does nothing, to know what Serve costs.")
+    """Run the service that does nothing."""
+    parser = argparse.ArgumentParser(
+        description="Run a Serve application that does nothing, to measure the cost of Serve."
+    )
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--metrics_port", type=int, required=True)
     parser.add_argument("--two_stages", action="store_true")
@@ -105,8 +107,8 @@ def main() -> None:
     from serve.ray_settings import IN_PROXY, prepare
     from serve.settings import Settings
 
-    prepare(Settings())  # Ray as our service has it
-    del os.environ[IN_PROXY]  # but for what stands in front of its proxy
+    prepare(Settings())  # Ray as for the real service
+    del os.environ[IN_PROXY]  # but without the middlewares of the proxy
     start_ray(metrics_port=arguments.metrics_port)
     from benchmarks import no_op_app
 

@@ -1,10 +1,10 @@
-"""What the driver itself costs: a scoring run of many files on many logical CPUs, the model replaced by a sleep.
+"""Measure the cost of the driver: a scoring run of many files on many logical CPUs, with a sleep in place of the model.
 
 Everything is as in ``jobs.score`` (listing, plan, Ray Data, ledger, tables, ``run.json``), except that a block is not
-decoded and not classified: a worker sleeps for as long as it would have worked, and answers with one and the same
-prediction. So hundreds of logical CPUs fit on a few real ones, and what is left is the cost that does not shrink with
-more nodes. Given are CPU seconds of the driver and of Ray's own processes, which other work on the machine does not
-change much, for each phase; a file's cost is the slope between two sizes. docs/scaling.md draws the conclusions.
+decoded and classified. Instead a worker sleeps for the usual time, and returns a constant prediction. So hundreds of
+logical CPUs fit on a few real ones, and only the cost that more nodes do not reduce is left. It prints the CPU seconds
+of the driver and of Ray's own processes for each phase; other work on the machine changes these little. The cost of a
+file is the slope between two sizes. docs/scaling.md draws the conclusions.
 
     python -m benchmarks.simulate_scale [--engine ray|local] --sizes 20000 100000 --num_cpus 32
 
@@ -44,7 +44,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def stand_in(rows: int, labels: Sequence[str]) -> pa.Table:
-    """What a worker answers for ``rows`` recordings, without having heard any."""
+    """The constant result of a worker for ``rows`` recordings."""
     p = np.full(len(labels), 0.5 / (len(labels) - 1))
     p[0] = 0.5
     heard = Prediction("ok", None, labels[0], 0.5, p, 3.5, 2.0, 48_000, 1, -30.0)
@@ -52,14 +52,14 @@ def stand_in(rows: int, labels: Sequence[str]) -> pa.Table:
 
 
 def sleeping_block(rows: pa.Table, task: Task) -> pa.Table:
-    """In the place of ``blocks.score_block``."""
+    """Replacement of ``blocks.score_block`` that sleeps."""
     time.sleep(CLIP_S * len(rows))
     table = stand_in(len(rows), load_bundle(task.weights).labels)
     return table.append_column("block", rows["block"]).append_column("position", rows["position"])
 
 
 def make_files(folder: Path, n: int) -> None:
-    """``n`` empty recordings, 1,000 a sub-folder."""
+    """Make ``n`` empty files, 1,000 in each sub-folder."""
     for i in range(n):
         path = folder / f"{i // 1000:05d}" / f"{i:08d}.wav"
         if i % 1000 == 0:
@@ -68,7 +68,7 @@ def make_files(folder: Path, n: int) -> None:
 
 
 def system_cpu_s() -> float:
-    """CPU seconds so far of Ray's own processes below this one."""
+    """CPU seconds used so far by Ray's own processes, children of this one."""
     total = 0.0
     for pid in descendants(os.getpid()):
         if Path(command_of(pid).split(" ")[0]).name in SYSTEM:
@@ -78,7 +78,7 @@ def system_cpu_s() -> float:
 
 
 class Meter:
-    """CPU seconds of each phase: of this process, and of Ray's own."""
+    """CPU seconds of each phase, of this process and of Ray's own processes."""
 
     def __init__(self) -> None:
         self.own: dict[str, float] = {}
@@ -93,7 +93,7 @@ class Meter:
 
 
 def simulate(folder: Path, out: Path, execution: Execution) -> tuple[int, Meter, float]:
-    """Score everything in ``folder``; rows, what each phase cost, and seconds in all."""
+    """Score ``folder``; returns the number of rows, the cost of each phase, and the seconds in all."""
     meter, begin_s = Meter(), time.monotonic()
     with meter.phase("list"):
         table = pd.DataFrame({"speech": scan(folder, EXTENSIONS).files})
@@ -121,7 +121,7 @@ def simulate(folder: Path, out: Path, execution: Execution) -> tuple[int, Meter,
 
 
 def bytes_a_file(labels: Sequence[str], path: str) -> tuple[float, float]:
-    """Bytes a recording through the object store: to the worker, and back."""
+    """Bytes per recording through the object store, to the worker and back."""
     rows = 256
     asked = make_block(0, [path] * rows)
     answer = stand_in(rows, labels)

@@ -1,9 +1,9 @@
-"""Uploads that mean harm, or are mistakes: the status of each, how long it took, and what memory it cost.
+"""Send hostile and mistaken uploads to the service; print status, time and growth of memory for each.
 
     python -m benchmarks.upload_attacks [--engine local]
 
-A service of its own is started. Memory is the peak of the proxy, the ingress and the model worker while the upload ran,
-less what each held before; after each, an ordinary recording must still be answered.
+It starts its own service. The growth of memory is the peak of proxy, ingress and model worker during the upload, minus
+the memory of each before. After each upload, a normal recording must still be answered.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Statuses = Counter[str]
 
 @dataclass(frozen=True)
 class Attack:
-    """What is sent, and the statuses that are right."""
+    """An upload, and the statuses that are right."""
 
     name: str
     send: Callable[[Running], Statuses]
@@ -45,7 +45,7 @@ class Attack:
 
 
 def post(path: str, **content: object) -> Callable[[Running], Statuses]:
-    """One request by httpx."""
+    """A function that sends one request with httpx."""
 
     def send(service: Running) -> Statuses:
         answer = httpx.post(service.url + path, timeout=120, **content)  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def file(data: bytes, **fields: str) -> Callable[[Running], Statuses]:
 
 
 def stream(parts: Iterator[bytes], *, declared: int | None = None) -> Callable[[Running], Statuses]:
-    """A raw request whose body is sent as fast as it is taken; the status line, and how much could be sent."""
+    """A function that sends a raw request as fast as the service reads; it returns the status and the MiB sent."""
 
     def send(service: Running) -> Statuses:
         length = "Transfer-Encoding: chunked" if declared is None else f"Content-Length: {declared}"
@@ -84,7 +84,7 @@ def stream(parts: Iterator[bytes], *, declared: int | None = None) -> Callable[[
                     connection.sendall(b"%x\r\n%s\r\n" % (len(part), part) if declared is None else part)
                     sent += len(part)
             except OSError:
-                pass  # the service has hung up
+                pass  # the service closed the connection
             status = _status_line(connection)
         return Counter([f"{status} (took {sent / MIB:.0f} MiB)"])
 
@@ -100,7 +100,7 @@ def _status_line(connection: socket.socket) -> str:
 
 
 def slow_bodies(count: int) -> Callable[[Running], Statuses]:
-    """Many connections that declare a body and then send a byte a second."""
+    """A function that opens many connections, which declare a body and then send a byte a second."""
 
     def one(service: Running) -> str:
         head = f"POST {_TASK} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: audio/wav\r\nContent-Length: 100000\r\n\r\n"
@@ -131,18 +131,18 @@ def slow_bodies(count: int) -> Callable[[Running], Statuses]:
 
 
 def _first(connection: socket.socket) -> str:
-    """The status of an answer; TimeoutError while there is none."""
+    """The status of a response; TimeoutError while there is none."""
     return _brief(connection.recv(65536).decode("latin-1"))
 
 
 def _brief(answer: str) -> str:
-    """Status and problem code of a raw answer."""
+    """Status and problem code of a raw response."""
     code = answer.partition('"code":"')[2].partition('"')[0]
     return f"{answer[9:12]} {code}".strip() or "hung up"
 
 
 def together(count: int, send: Callable[[Running], Statuses]) -> Callable[[Running], Statuses]:
-    """The same from many at once."""
+    """A function that sends the same upload many times at once."""
 
     def all_of_them(service: Running) -> Statuses:
         with ThreadPoolExecutor(count) as threads:
@@ -152,7 +152,7 @@ def together(count: int, send: Callable[[Running], Statuses]) -> Callable[[Runni
 
 
 def silence(seconds: int, rate_hz: int = 48_000, channels: int = 1) -> bytes:
-    """A small FLAC that decodes to much."""
+    """A small FLAC with a very large decoded size."""
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", rate_hz, channels, "PCM_16", format="FLAC") as target:
         for _ in range(seconds):
@@ -172,7 +172,7 @@ def patched(data: bytes, position: int, new: bytes) -> bytes:
 
 
 def attacks() -> list[Attack]:
-    """All of them."""
+    """All uploads."""
     clip = clips(1)[0]
     formats = every_format()
     rejected = frozenset({"400 not_audio", "400 empty_file", "415 unsupported_format", "422 truncated", "422 corrupt"})
@@ -197,7 +197,7 @@ def attacks() -> list[Attack]:
         of("bomb: 60 min", file(quiet_60), "413 too_long"),
         of("bomb: 20 min, 8 channels", file(silence(1200, channels=8)), "413 too_large"),
         of("zip bomb, 100 MiB of zeros", file(zip_bomb())),
-        of("WAV whose header says 1 GiB", file(patched(clip, 40, b"\0\0\0\x40")), "200 ok"),  # as a stream has it
+        of("WAV whose header says 1 GiB", file(patched(clip, 40, b"\0\0\0\x40")), "200 ok"),  # as in a streamed WAV
         of("WAV that says 1 Hz", file(patched(clip, 24, b"\1\0\0\0")), "422 bad_sample_rate"),
         of("WAV that says 1,024 channels", file(patched(clip, 22, b"\0\4")), "422 bad_channels", "422 corrupt"),
         of("WAV of 0 samples", file(clip[:44]), "422 truncated", "422 no_samples"),
@@ -221,7 +221,7 @@ def attacks() -> list[Attack]:
 
 
 def watched(service: Running, send: Callable[[Running], Statuses]) -> tuple[Statuses, dict[str, float]]:
-    """What was answered, and by how many MiB each part grew at most meanwhile."""
+    """The statuses of an upload, and the largest growth of each part in MiB."""
     parts = service.parts()
     before = memory_mib(parts)
     peaks = dict(before)
@@ -237,7 +237,7 @@ def watched(service: Running, send: Callable[[Running], Statuses]) -> tuple[Stat
 
 
 def main() -> int:
-    """Start a service, attack it, print; 0 when every answer was right."""
+    """Start a service, attack it, print; 0 where every response was right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("ray", "local"), default="ray")
     engine = parser.parse_args().engine

@@ -1,8 +1,8 @@
-"""What the trainings of ``lab.gpu_lab`` share: features of all recordings in one small file, without audio.
+"""Data for the trainings of ``lab.gpu_lab``: features of all recordings in one small file, without audio.
 
 ``pack`` rounds mel power to 0.2 dB (that of copies to 0.4 dB), log-mel features to 0.01 and frame features to 0.06 of
 a standard deviation.
-Limits: folds and parts are those of ``models/splits``; recordings that these do not name belong to no fold.
+Limits: folds and parts are those of ``models/splits``; recordings that they do not name belong to no fold.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pipeline.training.augment import AugmentConfig, Augmenter, Column, Draws
 
 STEP_DB = 0.2
 STEP_COPY_DB = 0.4
-STEP_FRAME = 0.06  # of standardised values; those beyond 127 steps are cut
+STEP_FRAME = 0.06  # in standardised values, clipped to 127 steps
 SPLITS = Path("models/splits")
 
 
 def pack(features: Path, out: Path, copies: Path | None = None) -> None:
-    """Mel power and log-mel features, or frame features, of all recordings, with their class and folds.
+    """Pack mel power and log-mel features, or frame features, of all recordings, with their classes and folds.
 
     Args:
-        copies: features of one changed copy of each recording, extracted from a manifest in the same order; the
-            augmentation ``pitch`` takes them, whatever was changed.
+        copies: features of one changed copy of each recording, extracted from a manifest in the same order. The
+            augmentation ``pitch`` uses them, whatever the change is.
     """
     from pipeline.data.manifest import label_set
     from pipeline.features.store import load_features
@@ -54,7 +54,7 @@ def pack(features: Path, out: Path, copies: Path | None = None) -> None:
     if copies is not None:
         changed = load_features(copies)
         if (changed.table["speech"].map(lambda path: Path(str(path)).stem) != stems).any():
-            raise SystemExit(f"{copies} holds other recordings than {features}, or in another order")
+            raise SystemExit(f"{copies} must have the recordings of {features} in the same order; extract it again")
         shared |= {"copy_decibel": _decibel(changed, STEP_COPY_DB), "copy_n_frames": changed.n_frames}
     np.savez_compressed(
         out,
@@ -66,7 +66,7 @@ def pack(features: Path, out: Path, copies: Path | None = None) -> None:
 
 
 def _decibel(arrays: Any, step: float) -> NDArray[np.int16]:
-    """Mel power in steps of ``step`` dB, (n, n_mels, frames of the longest), 0 beyond a recording's end."""
+    """Mel power in steps of ``step`` dB, (n, n_mels, frames of the longest); 0 after the end of a recording."""
     assert arrays.mel_power is not None, "features without mel power; extract without --mel_power_s 0"
     power = np.array(arrays.mel_power[:, :, : arrays.n_frames.max()])
     there = np.arange(power.shape[2]) < arrays.n_frames[:, None]
@@ -80,7 +80,7 @@ def _column(stems: pd.Series, name: str, which: str) -> NDArray[np.str_]:
 
 
 class Data:
-    """Packed files on a device: ``stored`` has the features of each model a file has, ``configs`` what they are."""
+    """Packed files on a device: ``stored`` has the features for each kind of model, ``configs`` their settings."""
 
     def __init__(self, paths: list[Path], device: torch.device) -> None:
         self.device = device
@@ -112,7 +112,7 @@ class Data:
         return torch.where(there[:, None, :], 10 ** (decibel / 10), 0.0), n
 
     def rows(self, job: str, fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Training and answering rows of a job."""
+        """The training rows and the test rows of a job."""
         seen = self.part != "test"
         train, test = {
             "five": (seen & (self.five != fold), seen & (self.five == fold)),
@@ -124,7 +124,7 @@ class Data:
 
     @torch.no_grad()
     def crops(self, rows: NDArray[np.int64], crops: int) -> list[Tensor]:
-        """Log-mel of windows all over the recordings, as ``Predictor`` takes them but on the grid of their frames."""
+        """Log-mel of windows over whole recordings, placed as by ``Predictor`` but rounded to whole frames."""
         augmenter = Augmenter(AugmentConfig(("crop",)), self.configs["inception"])
         chosen = torch.from_numpy(rows).to(self.device)
         u = torch.from_numpy(Draws.of_epoch(len(rows), len(rows), 1.0, 0, 0).uniform).to(self.device)

@@ -1,24 +1,25 @@
-"""Many trainings side by side on one GPU: recipes compared over five folds, six actor folds and seeds, in minutes.
+"""Run many trainings at once on one GPU, to compare recipes over five folds, six actor folds and seeds in minutes.
 
-    python -m lab.gpu_lab pack --features FEATURES --out lab.npz        # here: what travels, without audio
+    python -m lab.gpu_lab pack --features FEATURES --out lab.npz        # here: the data to copy, without audio
     python -m lab.gpu_lab run --data lab.npz --plan PLAN.json --out OUT # on the GPU: PyTorch, pandas, sklearn
     python -m lab.gpu_lab report --features FEATURES --data lab.npz --answers answers.npz --recipe base --out OUT
 
-A plan is a list of waves; a wave is a list of recipes, trained at once, every training on its own CUDA stream:
+A plan is a list of waves. A wave is a list of recipes, trained at once, each training on its own CUDA stream:
 {"name": "base", "jobs": ["five", "six"], "seeds": [42], "fit": {FitConfig}, "model": "inception", "dropout": 0.4,
-"teachers": [names]}. The last epoch's EMA weights answer the middle of each recording, and 3, 5 and 9 crops of it
-("base@5"); nothing is chosen by the answers, but where a recipe says "like_best_of": [names]: it takes after the
-recipe of the best accuracy on the other folds of the same job.
-"teachers" names recipes of earlier waves: those of the same job and fold, all seeds, teach together. Plans that an H100
-has run, in 7 and 4 minutes: lab/plans/unseen_voices.json (six actor folds, features of 3 s, copies made by a script
-that commit cfec75a has for the last time) and shipped_recipe.json (five folds of the 80 %, whose answers gave the
-temperature that ships). One that is to be run: joined_voices.json, three networks of 3 s to be joined (``report --seed
-45 46 47``). ``report`` needs no GPU, only the answers that ``run`` wrote.
+"teachers": [names]}. The EMA weights of the last epoch classify the middle of each recording, and 3, 5 and 9 crops of
+it ("base@5"). The answers choose nothing, with one exception: a recipe with "like_best_of": [names] copies the recipe
+with the best accuracy on the other folds of the same job. "teachers" names recipes of earlier waves; those of the same
+job and fold, with all seeds, teach together.
 
-``five`` are the folds of the 80 %, ``six`` the actor folds, ``inner`` trains on train and answers inner_val, ``final``
-trains on the 80 % (``--keep``: and keeps them; ``--open_test``: answers the test part: write it in docs/lab/README.md).
-Limits: one GPU; see ``lab.gpu_data`` for what is rounded, ``lab.gpu_training`` for what differs from
-``pipeline.training.loop``.
+An H100 has run two plans, in 7 and 4 minutes. lab/plans/unseen_voices.json: six actor folds, features of 3 s; commit
+cfec75a is the last one with the script that made its copies. shipped_recipe.json: five folds of the 80 %, whose answers
+gave the temperature of the earlier model. joined_voices.json has not been run: three networks of 3 s to be joined
+(``report --seed 45 46 47``). ``report`` needs no GPU, only the answers that ``run`` wrote.
+
+``five`` are the folds of the 80 %, ``six`` the actor folds. ``inner`` trains on train and answers inner_val. ``final``
+trains on the 80 %; with ``--keep`` it saves the weights, with ``--open_test`` it answers the test part (note each use
+in docs/lab/README.md). Limits: one GPU; ``lab.gpu_data`` rounds features, and ``lab.gpu_training`` lists the
+differences from ``pipeline.training.loop``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Answers = dict[str, NDArray[np.float32]]
 
 
 def table(answers: Answers, data: Data) -> str:
-    """One line a recipe, job set and seed: pooled accuracy, UAR, weighted F1, recalls; mean UAR of the folds."""
+    """One line per recipe, set of jobs and seed: pooled accuracy, UAR, weighted F1, recalls; mean UAR of the folds."""
     groups: dict[str, list[str]] = {}
     for key in answers:
         name, job, fold, seed = key.split("|")
@@ -74,7 +75,7 @@ def table(answers: Answers, data: Data) -> str:
 def take_after(
     recipe: Recipe, job: str, fold: int, recipes: Mapping[str, Recipe], answers: Answers, data: Data
 ) -> Recipe:
-    """The recipe with the settings of that which is best on the other folds of the job."""
+    """The recipe with the settings of the one that is best on the other folds of the job."""
     accuracy = {}
     for name in recipe.like_best_of:
         keys = [key for key in answers if key.startswith(f"{name}|{job}|") and int(key.split("|")[2]) != fold]
@@ -91,7 +92,7 @@ def take_after(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train the plan's waves in order until they are done or the time is up."""
+    """Train the plan's waves in order, until all are done or the time is over."""
     started = time.monotonic()
     ends = started + 60 * arguments.minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
             trainings[f"{recipe.name}|{job}|{fold}|{seed}"] = Training(recipe, job, fold, seed, data, own)
         print(f"wave {number}: {len(trainings)} trainings captured at {time.monotonic() - started:.1f} s", flush=True)
         if not train_wave(list(trainings.values()), ends, started):
-            print(f"wave {number}: the time was up", flush=True)
+            print(f"wave {number}: the time is over", flush=True)
             break
         for key, training in trainings.items():
             if training.recipe.name in teaching:
@@ -149,7 +150,7 @@ def _teaches(key: str, recipe: Recipe, job: str, fold: int) -> bool:
 
 
 def keep(training: Training, out: Path) -> None:
-    """The EMA weights in two files of half the size each."""
+    """Save the EMA weights in two files of half the size each."""
     state = {
         name: value.detach().to("cpu", copy=True).contiguous() for name, value in training.ema.state_dict().items()
     }
@@ -162,7 +163,7 @@ def keep(training: Training, out: Path) -> None:
 
 
 def confidences(found: pd.DataFrame, names: Sequence[str]) -> str:
-    """How sure the answers are beside how often they are right: as they are, as the shipped bundle scales, fitted."""
+    """Mean confidence beside accuracy: without scaling, with the temperature of inception_ravdess, and fitted."""
     from pipeline.models.bundle import load_bundle
     from pipeline.models.doubt import fit_temperature, scaled
 
@@ -181,9 +182,9 @@ def confidences(found: pd.DataFrame, names: Sequence[str]) -> str:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """The folds of one recipe as the tables and pages that `jobs.evaluate --protocol` writes, and their confidences.
+    """Write the folds of one recipe as the tables and pages of `jobs.crossval`, and print their confidences.
 
-    Of several seeds the mean log-probabilities: the answers of one model that joins their networks.
+    For several seeds it uses the mean log-probabilities, which are those of their joined networks.
     """
     from jobs.protocols import labelled_recordings
 
@@ -238,7 +239,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
     packing.add_argument("--features", type=Path, required=True)
-    packing.add_argument("--copies", type=Path, help="features of a changed copy of each recording, in the same order")
+    packing.add_argument(
+        "--copies", type=Path, help="features of one changed copy of each recording, in the same order"
+    )
     packing.add_argument("--out", type=Path, required=True)
     running = commands.add_parser("run")
     running.add_argument("--data", type=Path, nargs="+", required=True, help="packed files")
@@ -252,7 +255,9 @@ def main() -> None:
     reporting.add_argument("--data", type=Path, required=True)
     reporting.add_argument("--answers", type=Path, required=True)
     reporting.add_argument("--recipe", required=True)
-    reporting.add_argument("--seed", type=int, nargs="+", default=[42], help="several: as one model that joins them")
+    reporting.add_argument(
+        "--seed", type=int, nargs="+", default=[42], help="one seed, or several for their joined model"
+    )
     reporting.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.command == "pack":

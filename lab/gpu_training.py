@@ -1,9 +1,9 @@
-"""One training of ``lab.gpu_lab`` on a CUDA stream of its own, and many of them at once.
+"""One training of ``lab.gpu_lab`` on its own CUDA stream, and many trainings at once.
 
-Models, sampler, draws, losses, schedules and augmentation are the project's own; the step (bfloat16 forward and
-backward of the Inception, float32 of the CNN-BiLSTM; AdamW and EMA in float32) is captured once as a CUDA graph.
-Teachers answer a whole epoch's augmented views at once, before its steps, which is the same target as in ``loop.py``.
-Limits: one GPU; on a CPU the same steps run one by one. A drawn noise differs from that of the same seed on the CPU.
+Models, sampler, draws, losses, schedules and augmentation are those of ``pipeline``. The step is captured once as a
+CUDA graph: forward and backward in bfloat16 for the Inception, float32 for the CNN-BiLSTM; AdamW and EMA in float32.
+Teachers classify all augmented examples of an epoch before its steps; the targets are the same as in ``loop.py``.
+Limits: one GPU; on a CPU the same steps run one by one. The noise differs from that of the same seed on the CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DROPOUT = {"inception": 0.4, "cnn_bilstm": 0.3}
 
 @dataclass
 class Recipe:
-    """One way to train."""
+    """The settings of a training."""
 
     name: str
     jobs: list[str]
@@ -42,13 +42,13 @@ class Recipe:
     model: str = "inception"
     dropout: float | None = None
     teachers: list[str] = field(default_factory=list)  # recipes of an earlier wave
-    share: float = 0.7  # of the loss that is the teachers', as in pipeline.training.losses
+    share: float = 0.7  # the teachers' share of the loss, as in pipeline.training.losses
     like_best_of: list[str] = field(default_factory=list)
-    folds: list[int] = field(default_factory=list)  # of these only
+    folds: list[int] = field(default_factory=list)  # only these folds; empty: all
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Recipe:
-        """From a plan's JSON."""
+        """A recipe from a plan's JSON."""
         fit = dict(given.pop("fit"))
         fit["augment"] = tuple(fit["augment"])
         boosts = {int(index): factor for index, factor in fit.pop("oversample_boost", {}).items()}
@@ -56,7 +56,7 @@ class Recipe:
 
 
 class FastAugmenter(Augmenter):
-    """The project's augmentation with all noises of a batch drawn at once."""
+    """The augmentation of ``pipeline``, with all noises of a batch drawn at once."""
 
     def _add_noise(self, power: Tensor, u: Tensor) -> Tensor:
         happens = self._happens("noise", u, Column.NOISE)
@@ -76,14 +76,14 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """Pictures in channels-last order and bfloat16, frame vectors as they are."""
+    """Log-mel features in channels-last order and bfloat16; frame features unchanged."""
     return x.to(torch.bfloat16, memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 class Training:
-    """One model on its own stream: epochs are laid down by `prepare` and `launch`, and run on the device meanwhile.
+    """One model on its own stream: `prepare` and `launch` enqueue epochs, which run asynchronously on the device.
 
-    Convolutions hold bfloat16 copies of float32 masters, which costs far fewer kernels than autocast.
+    Convolutions have bfloat16 copies of float32 master weights, which needs far fewer kernels than autocast.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Training:
         self.ema = copy.deepcopy(model).to(device).eval().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                module.num_batches_tracked = None  # a kernel each, for a number nobody needs
+                module.num_batches_tracked = None  # saves a kernel per layer; the number is not used
         self.model = in_bfloat16(model).to(device).train()
         if len(self.features.input_shape) == 3:
             for each in (self.ema, self.model):
@@ -142,7 +142,9 @@ class Training:
         self.step_of_epoch, self.step_of_all = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.batch = torch.arange(self.fit.batch_size, device=device)
         self.lr = torch.tensor(self.fit.lr, device=device)
-        self.loss = ClassificationLoss(N_CLASSES).to(device)  # smoothed, mixed and taught targets come from `prepare`
+        self.loss = ClassificationLoss(N_CLASSES).to(
+            device
+        )  # targets of smoothing, mixup and teachers come from `prepare`
         self.total = torch.zeros((), device=device)
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -153,7 +155,7 @@ class Training:
         self.done: Any = None
 
     def _captured(self) -> Any:
-        """The step as a CUDA graph; weights and optimiser are afterwards as they were before."""
+        """Capture the step as a CUDA graph; weights and optimiser are unchanged afterwards."""
         changed = [*self.parameters.values(), *self.masters.values(), *self.model.buffers(), *self.pairs[0]]
         changed = [value.detach() for value in changed]
         before = [value.clone() for value in changed]
@@ -199,12 +201,12 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are laid down."""
+        """Whether all epochs are enqueued."""
         return self.epoch >= self.fit.epochs
 
     @torch.no_grad()
     def prepare(self) -> tuple[Tensor, Tensor]:
-        """The next epoch's augmented examples and targets, in the order of the sampler's stream."""
+        """Make the next epoch's augmented examples and targets, in the sampler's order."""
         epoch, device = self.epoch + 1, self.data.device
         rows = torch.from_numpy(self.train_rows[self.sampler.draws(epoch)]).to(device)
         draws = Draws.of_epoch(len(rows), self.fit.batch_size, self.fit.mixup_alpha, self.fit.seed, epoch)
@@ -231,7 +233,7 @@ class Training:
         return features, targets
 
     def _power(self, rows: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mel power and number of frames of each recording or its copy, and which are copies."""
+        """Mel power and number of frames of each recording or its copy, and a mask of the copies."""
         power, n_frames = self.data.power[rows], self.data.n_frames[rows]
         copied = self.augmenter.copy_numbers(u, torch.ones(len(rows), dtype=torch.long)) >= 0
         if not copied.any():
@@ -244,7 +246,7 @@ class Training:
         return power, torch.where(copied, other_n_frames[rows].clamp_max(longest), n_frames), copied
 
     def launch(self, features: Tensor, targets: Tensor, side: Any) -> None:
-        """Lay down one epoch of steps."""
+        """Enqueue one epoch of steps."""
         first = self.epoch == 0
         if self.stream is not None:
             self.stream.wait_stream(side)
@@ -269,7 +271,7 @@ class Training:
 
     @torch.no_grad()
     def answers(self, crops: int = 1) -> NDArray[np.float32]:
-        """Logits of the EMA weights for the test rows' middle windows; for several crops their mean log-probability."""
+        """Logits of the EMA weights for the middle windows of the test rows; mean log-probabilities for crops."""
         rows = self.test_rows
         if crops == 1:
             return self._heard(self.stored[torch.from_numpy(rows).to(self.data.device)]).cpu().numpy()
@@ -279,16 +281,16 @@ class Training:
     def _heard(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        padded = torch.cat([x, x[:1].expand(-len(x) % 64, *x.shape[1:])])  # cuDNN looks for a way per batch size
+        padded = torch.cat([x, x[:1].expand(-len(x) % 64, *x.shape[1:])])  # cuDNN tunes for each batch size
         return torch.cat([self.ema(part).float() for part in padded.split(64)])[: len(x)]
 
     def teacher(self) -> nn.Module:
-        """The EMA weights as a model that answers many at once."""
+        """A model with the EMA weights that classifies large batches."""
         return in_bfloat16(copy.deepcopy(self.ema))
 
 
 def train_wave(trainings: list[Training], ends: float, started: float) -> bool:
-    """Train all at once; False when the time was up before."""
+    """Run all trainings at once; False where the time was over before the end."""
     side = torch.cuda.Stream(priority=-1) if torch.cuda.is_available() else None
     previous: dict[int, Any] = {}
     rounds = 0

@@ -1,10 +1,10 @@
 """The HTTP service, on Ray Serve or in one process, and its client.
 
-Around the application: ``schema`` (wire types), ``settings``, ``auth`` (key, host), ``middleware`` (ids, log, limits),
-``problems`` (errors), ``uploads`` (bodies in), ``answers`` (bodies out), ``routes`` (all of it together).
-Live: ``streams``, over ``pipeline.audio.live`` (sound in pieces).
-What answers: ``worker`` runs a model in batches (``batching``); ``service`` is what the two sides tell each other.
-On Ray: ``deployment`` (ingress, workers, asking them), ``ray_settings`` (Serve's proxy). Without:
-``local``. Figures of both: ``metrics``.
-``client`` is for everybody else, with ``client_wire`` beneath; it needs neither library nor Ray.
+HTTP side: ``schema`` (requests and responses), ``settings``, ``auth`` (API key, host), ``middleware`` (ids, log,
+limits), ``problems`` (errors), ``uploads`` (reads requests), ``answers`` (builds responses), ``routes``.
+Live: ``streams``, on top of ``pipeline.audio.live``.
+Model side: ``worker`` runs a model, in batches (``batching``). ``service`` has the types that both sides exchange.
+On Ray: ``deployment`` (ingress and worker processes), ``ray_settings`` (Serve's proxy). Without Ray: ``local``.
+Prometheus metrics of both: ``metrics``.
+For callers: ``client``, and ``client_wire`` beneath it. They need neither ``pipeline`` nor Ray.
 """

@@ -1,4 +1,4 @@
-"""From what a worker found to what goes over the wire."""
+"""Conversion of a worker's results to the response models of ``schema``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from serve.service import Card, Explained, WorkerResult
 _SILENT_DBFS = -200.0
 _DIGITS = 4
 OTHER_ANSWERS = {
-    UNCERTAIN: "the most probable class is less probable than min_confidence asks for, or, where that is above 0, the "
-    "recording is unlike those that the model was trained on",
-    NOT_SPEECH: "no voice, or nothing like one: no class, no confidence, no scores",
-    SILENCE: f"below {SILENCE_DBFS:g} dBFS: no class, no confidence, no scores",
+    UNCERTAIN: "the confidence is below min_confidence; or min_confidence is above 0 and the recording is unlike the "
+    "training recordings",
+    NOT_SPEECH: "no speech was found: no class, no confidence, no scores",
+    SILENCE: f"the level is below {SILENCE_DBFS:g} dBFS: no class, no confidence, no scores",
 }
 _PLATFORMS = {"onnx": "onnxruntime_onnx", "torch": "pytorch"}
 
@@ -41,7 +41,7 @@ def recording(result: WorkerResult, name: str | None, options: Options) -> schem
     """The answer for one recording.
 
     Raises:
-        ServiceError: it could not be used.
+        ServiceError: the recording could not be used.
     """
     prediction = usable(result.prediction).told()
     label = prediction.label(options.min_confidence)
@@ -65,14 +65,14 @@ def recording(result: WorkerResult, name: str | None, options: Options) -> schem
 
 
 def usable(prediction: Prediction) -> Prediction:
-    """``prediction``; ServiceError where its recording could not be used."""
+    """``prediction`` unchanged; raises ServiceError where its recording could not be used."""
     if not prediction.ok:
         raise recording_error(prediction.status, prediction.error or "")
     return prediction
 
 
 def scores(labels: Sequence[str], probabilities: NDArray[np.float64], top_k: int | None) -> list[schema.Score]:
-    """Classes and their probabilities ``(classes,)``, most probable first; none of silence, which has NaN."""
+    """Classes and their probabilities ``(classes,)``, most probable first; empty where they are NaN."""
     if not np.isfinite(probabilities).all():
         return []
     order = np.argsort(-probabilities, kind="stable")[:top_k]
@@ -98,14 +98,18 @@ def segments(timeline: Timeline, labels: Sequence[str], options: Options | Strea
 
 
 class Segments:
-    """The windows of a stream, one after the other, as ``Timeline.merged`` puts those of a recording together."""
+    """The windows of a stream, joined to segments as they come, by the rules of ``Timeline.merged``."""
 
     def __init__(self, labels: Sequence[str], options: StreamOptions) -> None:
         self._labels, self._options = labels, options
         self._open: _Run | None = None
 
     def add(self, timeline: Timeline, later_s: float) -> tuple[schema.Segment, list[schema.StreamSegment]]:
-        """The window of ``timeline``, that much later, and the segments that it changes: the one it ends, the last."""
+        """Add the window of ``timeline``, its times moved by ``later_s``.
+
+        Returns:
+            The window, and the segments that it changes: the one it ends, if any, and the last one.
+        """
         found = segments(timeline, self._labels, self._options)[0]
         start_s, end_s = round(found.start_s + later_s, 6), round(found.end_s + later_s, 6)
         window = found.model_copy(update={"start_s": start_s, "end_s": end_s})
@@ -120,7 +124,7 @@ class Segments:
         return window, [*changed, self._told(run, run.end_s, final=False)]
 
     def last(self) -> list[schema.StreamSegment]:
-        """The last segment, which is final now; none where there was no window."""
+        """The last segment, now final; empty where there was no window."""
         return [] if self._open is None else [self._told(self._open, self._open.end_s, final=True)]
 
     def _told(self, run: _Run, end_s: float, *, final: bool) -> schema.StreamSegment:
@@ -142,7 +146,7 @@ class Segments:
 
 @dataclass
 class _Run:
-    """Windows of one label: sums of their log-probabilities ``(classes,)`` and familiarities."""
+    """Consecutive windows of one label: sums of their log-probabilities ``(classes,)`` and familiarities."""
 
     label: str
     start_s: float
@@ -161,17 +165,17 @@ class _Run:
 
 
 def known(number: float) -> float | None:
-    """None for NaN."""
+    """``number``; None where it is not finite."""
     return number if math.isfinite(number) else None
 
 
 def level(dbfs: float) -> float:
-    """A level that JSON can carry."""
+    """``dbfs``; -200 where it is not finite, which JSON cannot carry."""
     return dbfs if math.isfinite(dbfs) else _SILENT_DBFS
 
 
 def picture(drawn: Picture) -> schema.Picture:
-    """A picture, its values rounded to what can be seen."""
+    """A picture, its values rounded to the precision of a plot."""
     return schema.Picture(
         waveform=schema.Waveform(
             start_s=drawn.outline_start_s,
@@ -189,10 +193,10 @@ def picture(drawn: Picture) -> schema.Picture:
 
 
 def explanation(explained: Explained, request_id: str) -> schema.Explanation:
-    """The answer of ``explain``.
+    """The response of ``POST /v1/explain``.
 
     Raises:
-        ServiceError: the recording, or the model, cannot be explained.
+        ServiceError: the recording cannot be used, or the model cannot be explained.
     """
     prediction = usable(explained.prediction)
     assert explained.occlusion is not None
@@ -214,7 +218,7 @@ def explanation(explained: Explained, request_id: str) -> schema.Explanation:
 
 
 def model_info(card: Card, names: Sequence[str], limits: dict[str, float]) -> schema.ModelInfo:
-    """What is known of a model, and of the service."""
+    """The response of ``GET /v1/model``: a model, all ``names``, and the service's limits."""
     return schema.ModelInfo(
         name=card.name,
         version=card.version,
@@ -230,7 +234,7 @@ def model_info(card: Card, names: Sequence[str], limits: dict[str, float]) -> sc
 
 
 def metadata(card: Card) -> schema.ModelMetadata:
-    """A model as the Open Inference Protocol describes one."""
+    """The description of a model in the Open Inference Protocol."""
     return schema.ModelMetadata(
         name=card.name,
         versions=[card.version],

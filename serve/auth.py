@@ -1,8 +1,8 @@
-"""Who may come in: an API key as bearer token, compared in constant time; without one, this machine only.
+"""Access control: an API key as bearer token, compared in constant time; without a key, this machine only.
 
-That holds however the service was started: where no key is set, requests that arrive at an address beyond loopback are
-refused, so that a service bound to all interfaces by mistake is closed, not open. So are those that a browser of this
-machine sends for somebody else's page: under another name that resolves to 127.0.0.1 (DNS rebinding), or across sites.
+Where no key is set, requests that arrive at an address beyond loopback are refused. So a service that is bound to all
+interfaces by mistake stays closed, however it was started. Requests that a browser on this machine sends for a foreign
+page are refused too: by another host name that resolves to 127.0.0.1 (DNS rebinding), or across sites.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _BEARER = HTTPBearer(auto_error=False, scheme_name="api_key", description="the v
 
 
 class KeyCheck:
-    """Sends uploads without the right key away before their bodies are read: an ASGI middleware before the proxy.
+    """ASGI middleware of Ray Serve's proxy: refuse uploads without the right key before their bodies are read.
 
-    The ingress asks for the key again, of every request that needs it.
+    The ingress checks the key again, for every request that needs it.
     """
 
     def __init__(self, app: ASGIApp, *, digest: str) -> None:
@@ -48,11 +48,11 @@ class KeyCheck:
 
 
 class PageCheck:
-    """Refuses what pages of other sites send by a browser of this machine: for a service without a key.
+    """ASGI middleware of a service without a key: refuse requests that a browser sends for pages of other sites.
 
-    A page at another name that resolves to 127.0.0.1 would be of the same origin, so only names of this machine are
-    answered; a page that asks 127.0.0.1 itself is told by ``Sec-Fetch-Site`` or ``Origin``, and refused unless CORS
-    allows it. Links to the service work, and health is told to everybody.
+    A page whose host name resolves to 127.0.0.1 would count as same-origin, so the header ``Host`` must name this
+    machine. A foreign page that calls 127.0.0.1 is recognised by ``Sec-Fetch-Site`` or ``Origin``, and refused unless
+    ``origins`` names it. Links to the service work, and anyone on this machine may read its health.
     """
 
     def __init__(self, app: ASGIApp, *, origins: Sequence[str] = ()) -> None:
@@ -73,14 +73,14 @@ class PageCheck:
             return None  # the routes refuse it
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         if not all(is_loopback(_host_in(host)) for host in hosts):
-            detail = f"without a key the service answers at 127.0.0.1 and localhost only; set {API_KEY_VARIABLE}"
+            detail = f"without an API key the host must be 127.0.0.1 or localhost; use these, or set {API_KEY_VARIABLE}"
             return ServiceError("foreign_host", detail)
         if origin in self._origins or "*" in self._origins:
             return None
         link = scope.get("method") in ("GET", "HEAD") and header(scope, b"sec-fetch-mode") == "navigate"
         across = (header(scope, b"sec-fetch-site") or "").strip().lower() == "cross-site" and not link
         if across or (origin is not None and not is_loopback(_host_in(origin))):
-            detail = "without a key, pages of other sites are not answered; name theirs in cors_origins"
+            detail = "without an API key, pages of other sites are refused; add their origin to cors_origins"
             return ServiceError("foreign_page", detail)
         return None
 
@@ -88,27 +88,27 @@ class PageCheck:
 async def require_key(
     request: Request, _given: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]
 ) -> None:
-    """Let requests with the right key in; ``_given`` puts the key into the interface's description.
+    """Check the API key of a request; the parameter ``_given`` only adds the key to the OpenAPI document.
 
     Raises:
-        ServiceError: no key, or another one.
+        ServiceError: the key is missing or wrong.
     """
     if not _has_key(request.scope, request.app.state.service.key_digest):
         raise _unauthorized()
 
 
 async def require_loopback(request: Request) -> None:
-    """Let requests from this machine in.
+    """Check that a request arrived at a loopback address.
 
     Raises:
-        ServiceError: the request came by another address.
+        ServiceError: it arrived at another address.
     """
     if error := _beyond(request.scope):
         raise error
 
 
 def stream_refusal(scope: Scope, digest: str | None, now: float) -> ServiceError | None:
-    """Why a WebSocket is not opened; None where it may be: with the key as of requests, or a ticket that it made."""
+    """The error for a WebSocket that may not be opened; None with the key, or a valid ticket made from it."""
     if digest is None:
         return _beyond(scope)
     offered = scope.get("subprotocols", ())
@@ -121,7 +121,7 @@ def _beyond(scope: Scope) -> ServiceError | None:
     server = scope.get("server")
     if server is None or is_loopback(server[0]):
         return None
-    detail = f"beyond this machine the service answers only with a key; start it with {API_KEY_VARIABLE}"
+    detail = f"the service has no API key and answers only this machine; start it with {API_KEY_VARIABLE}"
     return ServiceError("key_required", detail)
 
 
@@ -138,7 +138,7 @@ def key_from_environment() -> str | None:
     """``SER_API_KEY``; None when it is unset or empty.
 
     Raises:
-        SerError: it can be no key.
+        SerError: it is not a valid key.
     """
     try:
         return checked_key(os.environ.get(API_KEY_VARIABLE))
@@ -150,14 +150,14 @@ def key_digest_from_environment() -> str | None:
     """Hash of ``SER_API_KEY``; None when it is unset or empty.
 
     Raises:
-        SerError: it can be no key.
+        SerError: it is not a valid key.
     """
     key = key_from_environment()
     return key_digest(key) if key else None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach ``host``."""
+    """Whether ``host`` is a name or address that only this machine can reach."""
     name = host.lower().removesuffix(".")
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -169,6 +169,6 @@ def is_loopback(host: str) -> bool:
 
 
 def _host_in(address: str) -> str:
-    """The host that an address names; empty where it names none."""
+    """The host in a ``Host`` or ``Origin`` header; empty where there is none."""
     found = _ADDRESS.fullmatch(address)
     return found["host"].strip("[]") if found else ""

@@ -1,10 +1,9 @@
-"""Who goes next: dynamic batches for the network, and threads for the steps of long work. Nobody stops the others.
+"""Fair scheduling: dynamic batches for the network, and threads for the steps of long requests.
 
-Whatever gathered while the last batch was worked on becomes the next one (``Batcher``), which takes one item of each
-request in turn, so that a recording of 1,800 windows and one of two share the batches. Under light load a batch holds
-one item and costs no delay; under heavy load batches grow by themselves. Long work comes in steps (``FairThreads``):
-requests that have had little time go before those that have had much. What callers who have gone had waiting is left
-out. To be used from one event loop.
+``Batcher``: the items that arrived during a batch form the next one. It takes one item of each request in turn, so that
+a recording of 1,800 windows and one of two share the batches. Under light load a batch has one item and adds no delay;
+under heavy load batches grow by themselves. ``FairThreads``: long work runs in steps, and requests that have used
+little time go first. Both drop the items of callers that have gone. Use each from one event loop.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_LITTLE_S = 1.0  # whoever has had less of a thread has one kept free
-_MOST_BEHIND_S = 2.0  # so much later may a step begin than one that came with it, however much its request has had
+_LITTLE_S = 1.0  # one thread is reserved for requests that have used less thread time than this
+_MOST_BEHIND_S = 2.0  # heavy use delays a step by at most this, compared with a step of a new request
 
 
 @dataclass(eq=False)
 class Share:
-    """One request among several.
+    """The thread time of one request.
 
     Attributes:
-        used_s: of a thread, so far.
-        expected_s: what its size lets expect, so that several long ones that come together do not count as new.
+        used_s: seconds of a thread used so far.
+        expected_s: seconds estimated from its size, so that long requests count as heavy from the start.
     """
 
     used_s: float = 0.0
@@ -39,12 +38,12 @@ class Share:
 
     @property
     def weight_s(self) -> float:
-        """The more, the later its next step."""
+        """Seconds used and expected; a larger weight delays the next step."""
         return self.used_s + self.expected_s
 
 
 class Batched(NamedTuple, Generic[Result]):
-    """The result of an item, the items in its batch, and when that began and ended (``time.monotonic``)."""
+    """The result of an item, its batch's size, and when the batch began and ended (``time.monotonic``)."""
 
     result: Result
     size: int
@@ -53,31 +52,34 @@ class Batched(NamedTuple, Generic[Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Runs ``work`` on batches of at most ``size`` items, one batch at a time, in a thread of its own.
+    """Runs ``work`` on batches of at most ``size`` items, one batch at a time, in its own thread.
 
     Args:
-        work: gets items, returns as many results in their order.
+        work: gets a batch of items, returns one result per item in the same order.
+        size: maximum number of items in a batch.
     """
 
     def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], size: int) -> None:
         self._work, self._size = work, size
-        self._waiting: dict[Share, deque[tuple[Item, asyncio.Future[Batched[Result]]]]] = {}  # whose turn it is, first
+        self._waiting: dict[
+            Share, deque[tuple[Item, asyncio.Future[Batched[Result]]]]
+        ] = {}  # the next in turn is first
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
         self._task: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
-        """Requests with items that are in no batch yet."""
+        """Number of requests with items that are in no batch yet."""
         return len(self._waiting)
 
     async def submit(self, items: Sequence[Item], share: Share | None = None) -> list[Batched[Result]]:
-        """The results of a request's items, one or more, in order. Raises what ``work`` raised."""
+        """The results of a request's items (at least one), in order. An error of ``work`` is raised here."""
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Batched[Result]]] = [loop.create_future() for _ in items]
         self._waiting.setdefault(share or Share(), deque()).extend(zip(items, futures, strict=True))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
-        return list(await asyncio.gather(*futures))  # a caller who goes cancels them all
+        return list(await asyncio.gather(*futures))  # cancelling the caller cancels them all
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -121,9 +123,9 @@ class _Step:
 
 
 class FairThreads:
-    """Runs steps of several requests in ``count`` threads: earlier ones first, and those of who has had little.
+    """Runs steps of several requests in ``count`` threads, ordered by arrival and by the time their requests used.
 
-    Where there are two threads or more, requests that have had much never hold all of them.
+    With two threads or more, one is reserved for requests that have used little time.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -133,7 +135,7 @@ class FairThreads:
         self._numbers = itertools.count()
 
     async def run(self, share: Share, work: Callable[[], Result]) -> Result:
-        """The result of a request's next step. Raises what ``work`` raised, but for StopIteration."""
+        """The result of a request's next step. An error of ``work`` is raised here; it must not be StopIteration."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
         after_s = loop.time() + min(share.weight_s, _MOST_BEHIND_S)

@@ -1,11 +1,11 @@
-"""The service from Python: ``Client`` waits, ``AsyncClient`` is awaited; both are httpx underneath.
+"""Python clients of the service, built on httpx: ``Client`` is synchronous, ``AsyncClient`` asynchronous.
 
     with Client("http://127.0.0.1:8000", api_key) as client:
         answer = client.predict("speech.wav")
         print(answer.label, answer.confidence)
 
-Timeouts are explicit. Answers 429 and 503 that say ``Retry-After`` are tried again, up to ``retries`` times and for no
-longer than ``patience_s``; nothing else is. Errors are those of ``client_wire``, each one sentence for people.
+A request is sent again only after 429 or 503 with ``Retry-After``: up to ``retries`` times, for at most ``patience_s``
+seconds. Errors are the exceptions of ``client_wire``; the text of each is one line.
 """
 
 from __future__ import annotations
@@ -70,28 +70,28 @@ def _authorization(api_key: str | None) -> dict[str, str]:
 
 
 def _only(part: Part, error: BadRecording) -> Failure:
-    """The answer for the only recording of a refused request; raises ``error`` where the recording is not to blame."""
+    """A Failure for the only recording of a refused request; raises ``error`` where the recording is not the cause."""
     if len(part) > 1 or error.code == "invalid_request":
         raise error
     return Failure(name=part[0][0], problem=error.problem)
 
 
 def _halves(part: Part, error: BadRecording) -> list[Part]:
-    """Two smaller requests instead of one that this service finds too large, the second first; none where it is not."""
+    """The two halves of a request that the service refused as too large, the second first; else an empty list."""
     middle = len(part) // 2
     return [part[middle:], part[:middle]] if middle and error.code in ("too_many_files", "body_too_large") else []
 
 
 class Client:
-    """The service, waited for. Use it in a ``with`` block, or ``close`` it. Threads may share one.
+    """Synchronous client. Use it in a ``with`` block, or call ``close``. Threads may share one.
 
     Args:
-        base_url: where the service is; ClientError where it can be no address.
-        api_key: its key, if it has one; ClientError where it can be none.
+        base_url: address of the service; an invalid one raises ClientError.
+        api_key: the service's API key, if it has one; an invalid one raises ClientError.
         timeout: seconds, or httpx.Timeout; by default 5 s to connect and 90 s for an answer.
-        retries: how often a request is sent again.
-        patience_s: how long it may take altogether before it is not sent again.
-        transport: httpx's, for tests.
+        retries: maximum number of retries of a request.
+        patience_s: seconds since the first attempt after which there is no retry.
+        transport: a transport of httpx, for tests.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         self._http.close()
 
     def predict(self, source: Source, **options: Any) -> Recording:
@@ -135,15 +135,17 @@ class Client:
         """Emotions of several recordings in one request; those that cannot be used are ``Failure`` entries.
 
         Raises:
-            ClientError: as ``predict``; of a single recording also ``BadRecording``.
+            ClientError: as ``predict``; also ``BadRecording``, where a single recording cannot be used.
         """
         return read(self._send("POST", "/v1/predict", **form(sources, options)), Prediction)
 
     def predict_each(self, sources: Iterable[Source], **options: Any) -> Iterator[Recording | Failure]:
-        """Emotions of any number of recordings, in order, as they are answered; a few go into one request.
+        """Emotions of any number of recordings, in order, several per request.
+
+        A recording that cannot be read or used gives a ``Failure``.
 
         Raises:
-            ClientError: the service cannot be used. A recording that cannot be used, or read, is a ``Failure`` instead.
+            ClientError: the service cannot be used.
         """
         for group in parts(sources):
             if isinstance(group, Failure):
@@ -161,23 +163,23 @@ class Client:
                         yield _only(part, error)
 
     def explain(self, source: Source, **options: Any) -> Explanation:
-        """Which parts of the picture speak for the predicted label; options ``channels, model``."""
+        """Which parts of the spectrogram support the predicted label; options ``channels, model``."""
         return read(self._send("POST", "/v1/explain", **form([source], options)), Explanation)
 
     def classify(self, source: Source) -> list[Score]:
-        """Scores alone, most probable first."""
+        """Only the scores, most probable first."""
         return read(self._send("POST", "/v1/audio-classification", content=named(source)[1]), list[Score])
 
     def model(self, name: str | None = None) -> ModelInfo:
-        """What is known of a model, by default the first, and of the service's limits."""
+        """Description of a model (default: the first) and the service's limits."""
         return read(self._send("GET", "/v1/model", params={"model": name} if name else {}), ModelInfo)
 
     def live(self) -> bool:
-        """Whether the service answers at all. Never raises ClientError."""
+        """Whether the service runs. Never raises ClientError."""
         return self._healthy("/v2/health/live")
 
     def ready(self) -> bool:
-        """Whether it can take recordings now. Never raises ClientError."""
+        """Whether all models can answer now. Never raises ClientError."""
         return self._healthy("/v2/health/ready")
 
     def _healthy(self, path: str) -> bool:
@@ -198,7 +200,7 @@ class Client:
 
 
 class AsyncClient:
-    """As ``Client``, to be awaited; use it in an ``async with`` block."""
+    """Asynchronous client with the methods of ``Client``; use it in an ``async with`` block."""
 
     def __init__(
         self,
@@ -224,7 +226,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def predict(self, source: Source, **options: Any) -> Recording:

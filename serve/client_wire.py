@@ -1,13 +1,13 @@
-"""How requests of the clients are built, answers read, and what can go wrong: one exception a remedy. Sends nothing.
+"""Requests and responses of the clients, without sending: building, reading, and one exception class per remedy.
 
 ClientError
-├── Refused               the service answered with a problem; ``code`` is stable, ``status`` is HTTP's (404: no such
+├── Refused               the service answered with a problem: ``code`` is stable, ``status`` is HTTP's (404: no such
 │   │                     model or address)
-│   ├── BadRecording      this recording cannot be used (400, 413, 415, 422; 503 decode_timeout): another one may
+│   ├── BadRecording      this recording cannot be used (400, 413, 415, 422; 503 decode_timeout): send another one
 │   ├── WrongKey          401, 403: give the service's key
 │   ├── Busy              429, 503, after the retries: try again later
-│   └── ServiceFault      500, or an answer that is none of ours
-├── NotRead               a file of ours that cannot be read; ``problem`` says why, as the service would
+│   └── ServiceFault      500, or a response that is not from this service
+├── NotRead               a local file that cannot be read; ``problem`` says why, in the service's format
 ├── Unreachable           no connection: is the service running?
 └── NoAnswer              connected, but no answer within the timeout
 """
@@ -29,16 +29,16 @@ from pydantic import TypeAdapter, ValidationError
 from serve.schema import Failure, Prediction, Problem, Recording
 
 FOREIGN = "foreign_answer"
-"""The code of answers that are none of the service's."""
+"""Problem code of responses that are not from this service."""
 
 Source = str | os.PathLike[str] | bytes | tuple[str, bytes]
 """A recording: a path, a file's bytes, or its name and bytes."""
 
 Part = list[tuple[str, bytes]]
-"""Recordings of one request."""
+"""File names and bytes of the recordings in one request."""
 
 DIRECT: Mapping[str, None] = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
-"""What never goes to a proxy that the environment names, for httpx' ``mounts``: it would get the key."""
+"""``mounts`` of httpx: requests to this machine bypass a proxy that the environment sets; it would get the key."""
 
 FILES_A_REQUEST = 16
 BYTES_A_REQUEST = 16 * 2**20
@@ -54,7 +54,7 @@ Answer = TypeVar("Answer")
 
 
 class ClientError(Exception):
-    """``str()`` is one sentence for people."""
+    """Base class of the clients' errors; ``str()`` is one line for people."""
 
 
 class Refused(ClientError):
@@ -64,7 +64,7 @@ class Refused(ClientError):
 
     @property
     def code(self) -> str:
-        """Stable, snake_case."""
+        """Identifier of the problem, in snake_case; it never changes."""
         return self.problem.code
 
     @property
@@ -110,7 +110,7 @@ def refused(problem: Problem) -> Refused:
     """The exception for a problem."""
     if problem.status in (401, 403):
         return WrongKey(problem)
-    if problem.code == "decode_timeout":  # a 503 that would be the same again
+    if problem.code == "decode_timeout":  # a 503 that a retry would not change
         return BadRecording(problem)
     if problem.status in (429, 503):
         return Busy(problem)
@@ -122,11 +122,11 @@ def refused(problem: Problem) -> Refused:
 
 
 class Retries:
-    """Whether, and when, one request is sent again: on 429 and 503 that say ``Retry-After``.
+    """Decides whether and when one request is sent again: after 429 or 503 with ``Retry-After``.
 
     Args:
-        most: times.
-        patience_s: seconds from the first attempt, beyond which there is no other.
+        most: maximum number of retries.
+        patience_s: seconds since the first attempt after which there is no retry.
     """
 
     def __init__(self, most: int, patience_s: float) -> None:
@@ -134,7 +134,7 @@ class Retries:
         self._until_s = time.monotonic() + patience_s
 
     def wait_s(self, response: httpx.Response) -> float | None:
-        """Seconds until the request is sent again; None when the answer stands."""
+        """Seconds to wait before the next attempt; None where there is no retry."""
         after = response.headers.get("retry-after", "")
         if response.status_code not in (429, 503) or not after.isdecimal() or not self._left:
             return None
@@ -144,17 +144,17 @@ class Retries:
 
 
 def checked_address(url: str) -> str:
-    """The address of a service, without the stroke at its end.
+    """The address of a service, without a slash at its end.
 
     Raises:
-        ClientError: it is none.
+        ClientError: ``url`` is not an http or https address.
     """
     try:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
         parts = httpx.URL()
     if parts.scheme not in ("http", "https") or not parts.host:
-        raise ClientError(f"{url!r} is no address of a service; give one like http://127.0.0.1:8000")
+        raise ClientError(f"{url!r} is not an http or https address; give one like http://127.0.0.1:8000")
     return url.rstrip("/")
 
 
@@ -162,7 +162,7 @@ def named(source: Source) -> tuple[str, bytes]:
     """File name and bytes of a recording; reads paths.
 
     Raises:
-        NotRead: a path that cannot be read.
+        NotRead: the file cannot be read.
     """
     if isinstance(source, tuple):
         return _text(source[0]), source[1]
@@ -179,19 +179,19 @@ def named(source: Source) -> tuple[str, bytes]:
 
 
 def _text(name: str) -> str:
-    """A file's name as text; bytes in it that are none are written as backslash sequences."""
+    """A file name as valid Unicode; bytes that are not text become backslash sequences."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def form(sources: Sequence[Source], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments to httpx for a multipart form; options that are None are left out."""
+    """Arguments of httpx for a multipart form; options that are None are left out."""
     given = {key: value for key, value in options.items() if value is not None}
     fields = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.items()}
     return {"files": [("file", named(source)) for source in sources], "data": fields}
 
 
 def parts(sources: Iterable[Source]) -> Iterator[Part | Failure]:
-    """Recordings in groups that fit into one request; in between, a Failure for a file that cannot be read."""
+    """Recordings in groups, each small enough for one request; a Failure for each file that cannot be read."""
     part: Part = []
     held_bytes = 0
     for source in sources:
@@ -213,10 +213,10 @@ def parts(sources: Iterable[Source]) -> Iterator[Part | Failure]:
 
 
 def single(prediction: Prediction) -> Recording:
-    """The only answer.
+    """The answer for the only recording.
 
     Raises:
-        Refused: its recording could not be used.
+        Refused: the recording could not be used.
     """
     (answer,) = prediction.files
     if isinstance(answer, Failure):
@@ -226,25 +226,27 @@ def single(prediction: Prediction) -> Recording:
 
 @contextmanager
 def translate_errors(base_url: str) -> Iterator[None]:
-    """Turn httpx's errors into ours."""
+    """Turn httpx's errors into ClientErrors."""
     try:
         yield
     except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as error:
-        raise NoAnswer(f"the service at {base_url} did not answer in time; send fewer recordings, or later") from error
+        raise NoAnswer(
+            f"the service at {base_url} did not answer in time; send fewer recordings, or try later"
+        ) from error
     except httpx.HTTPError as error:
         raise Unreachable(f"no service answers at {base_url}; is it running?") from error
 
 
 def read(response: httpx.Response, kind: type[Answer]) -> Answer:
-    """The answer as a ``kind``.
+    """The body of a response as a ``kind``.
 
     Raises:
-        Refused: it is a problem, or nothing that this service says.
+        Refused: it is a problem, or it is not a response of this service.
     """
     expected: Any = kind if response.is_success else Problem
     try:
         answer: Any = TypeAdapter(expected).validate_json(response.content)
-    except ValidationError as error:  # not the service's own words: another server's, or a proxy's
+    except ValidationError as error:  # the response of another server or of a proxy
         raise refused(_foreign(response)) from error
     if not response.is_success:
         raise refused(answer)
@@ -254,5 +256,7 @@ def read(response: httpx.Response, kind: type[Answer]) -> Answer:
 
 def _foreign(response: httpx.Response) -> Problem:
     status = response.status_code if response.status_code >= 400 else 502
-    detail = f"the answer {response.status_code} of {response.url.host} is none of this service; is the address right?"
-    return Problem(type="about:blank", title="A foreign answer", status=status, code=FOREIGN, detail=detail)
+    detail = f"{response.url.host} answered {response.status_code}, but not as this service does; check the address"
+    return Problem(
+        type="about:blank", title="Not a response of this service", status=status, code=FOREIGN, detail=detail
+    )

@@ -1,17 +1,17 @@
-"""The service on Ray Serve: an ingress that speaks HTTP, and workers for each model, one process each.
+"""The service on Ray Serve: an ingress process for HTTP, and worker processes for each model.
 
-    serve run serve.deployment:build            # and, after a blank, Settings: threads=2 bundles=runs/first
+    serve run serve.deployment:build            # settings follow: threads=2 bundles=runs/first
     serve deploy serve/config.yaml
     python -m jobs.serve                        # the same, with checks before anything starts
 
-The ingress reads requests and writes answers (Serve's proxy does so itself for uploads where it can, see
-``ray_settings.ShortWay``); recordings travel on as bytes, so that a decoder that crashes takes a
-worker down, not the ingress: what was in work there is asked again elsewhere, each recording then decoded in a process
-of its own. Queues are bounded at the workers; a full one becomes 429 with Retry-After. New weights in ``user_config``
-are loaded beside the old ones and take over between two requests.
+The ingress reads requests and writes responses. Where it can, Serve's proxy does this itself for uploads, see
+``ray_settings.ShortWay``. Recordings go to the workers as bytes, so a decoder that crashes ends a worker, not the
+ingress. The recordings in progress there are then sent to another worker, which decodes each in its own process. The
+workers' queues are bounded; a full queue gives 429 with Retry-After. New weights in ``user_config`` are loaded beside
+the old ones, and replace them between two requests.
 """
 
-# Without "from __future__ import annotations": Ray Serve looks at the class of build's argument to make it typed.
+# No "from __future__ import annotations" here: Ray Serve reads the annotated class of build's argument.
 
 import asyncio
 import logging
@@ -45,17 +45,17 @@ from serve.settings import APP_NAME, Settings
 from serve.worker import Worker, open_bundles, open_worker
 
 logger = logging.getLogger("ray.serve.ser")
-_INGRESS_ONGOING = 1000  # slow uploads hold a place each
+_INGRESS_ONGOING = 1000  # each slow upload counts as an ongoing request
 _DRAIN_S = 30.0
 _READY_WITHIN_S = 2.0
-# how long what waits for a full worker sleeps before it tries again; with Ray's 0.5 s all of it may sleep while the
-# worker has nothing to do, which cost requests up to 2 s at twice the capacity
+# Seconds between attempts to reach a full worker. With Ray's 0.5 s all waiting requests may sleep while the worker is
+# idle, which added up to 2 s to requests at twice the capacity.
 _ROUTING = RequestRouterConfig.model_validate({"initial_backoff_s": 0.01, "max_backoff_s": 0.02})
-_ALL = 100  # percent: in an update, old processes answer until the new ones are ready
+_ALL = 100  # percent: during an update, all old processes answer until the new ones are ready
 
 
 class ModelWorker:
-    """One process of a model."""
+    """A worker process of one model."""
 
     def __init__(self, settings: Settings) -> None:
         self._port = OwnPort()
@@ -65,31 +65,31 @@ class ModelWorker:
         self._worker: Worker | None = None
 
     async def reconfigure(self, config: Mapping[str, str]) -> None:
-        """Load the weights that ``config`` names; requests go on with the old ones until the new ones are warm.
+        """Load the bundle that ``config`` names; the old model answers until the new one is loaded and warmed up.
 
-        Weights that cannot be used are an error at start; later they are told in the log, and the old ones stay.
+        A bundle that cannot be used is an error at start. Later it is only logged, and the old model stays in use.
         """
         try:
             worker = await asyncio.to_thread(open_worker, config["bundle"], self._settings, self._meter)
         except SerError as error:
             if self._worker is None:
                 raise
-            logger.error("the new weights cannot be used, the old ones stay: %s", error)
+            logger.error("the new weights cannot be used, the old ones stay in use: %s", error)
             return
         self._worker = worker
         card = worker.card()
         logger.info("model %s, version %s, is loaded", card.name, card.version)
 
     async def predict(self, data: bytes, request: PredictRequest, isolated: bool = False) -> WorkerResult:
-        """What a recording sounds like."""
+        """Predict the emotion of a recording, see ``Worker.predict``."""
         return await self._now.predict(data, request, isolated=isolated)
 
     async def explain(self, data: bytes, request: PredictRequest, isolated: bool = False) -> Explained:
-        """Why."""
+        """Explain the prediction of a recording, see ``Worker.explain``."""
         return await self._now.explain(data, request, isolated=isolated)
 
     async def card(self) -> Card:
-        """What is known of the model."""
+        """The description of the model."""
         return self._now.card()
 
     def check_health(self) -> None:
@@ -104,17 +104,17 @@ class ModelWorker:
 
 
 class RemoteModels:
-    """``service.Models`` behind deployment handles: what happens when a worker is full, dies, or is gone.
+    """``service.Models`` over Ray Serve's deployment handles; handles full, dead and missing workers.
 
     Args:
         handles: name -> workers of the model.
-        room: recordings that the workers of one model can hold, in work and waiting.
+        room: recordings that the workers of one model can hold, in progress and waiting.
     """
 
     def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], room: int) -> None:
         self._handles, self._room = dict(handles), room
         self._open = dict.fromkeys(handles, 0)
-        self._cards: dict[str, Card] = {}  # as they were last told
+        self._cards: dict[str, Card] = {}  # the last ones received
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,22 +127,22 @@ class RemoteModels:
             raise overloaded()
 
     async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
-        """What one recording sounds like."""
+        """Predict the emotion of a recording."""
         result: WorkerResult = await self._twice(model, "predict", data, request)
         return result
 
     async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
-        """Why."""
+        """Explain the prediction of a recording."""
         explained: Explained = await self._twice(model, "explain", data, request)
         return explained
 
     async def card(self, model: str) -> Card:
-        """What is known of a model; what it told last, where its workers are too busy to tell."""
+        """The description of a model; the last one received, where its workers are too busy to answer."""
         if model not in self._cards:
             return await self._fresh_card(model)
         try:
             return await asyncio.wait_for(self._fresh_card(model), _READY_WITHIN_S)
-        except TimeoutError:  # at work, perhaps on one recording
+        except TimeoutError:  # busy
             return self._cards[model]
         except ServiceError as error:
             if error.code != "overloaded":
@@ -158,19 +158,19 @@ class RemoteModels:
         """Whether a worker answers; a full one counts as ready."""
         try:
             await asyncio.wait_for(self._fresh_card(model), _READY_WITHIN_S)
-        except TimeoutError:  # at work, or hanging: Serve's health checks know
+        except TimeoutError:  # busy or stuck: Serve's health checks decide
             return await _running(self._handles[model])
         except ServiceError as error:
             return error.code == "overloaded"
         return True
 
     async def _twice(self, model: str, method: str, data: bytes, request: PredictRequest) -> Any:
-        """Ask; when the worker dies over it, ask another one, the recording then decoded in a process of its own."""
+        """Call a worker; if it dies, call another one, which decodes the recording in a separate process."""
         self._open[model] += 1
         try:
             return await self._once(model, method, data, request)
         except _WorkerDied:
-            logger.warning("a worker of %s died while it held a request; asking again", model)
+            logger.warning("a worker of %s died during a request; the request is sent to another one", model)
             return await self._once(model, method, data, request, True)
         finally:
             self._open[model] -= 1
@@ -187,32 +187,33 @@ class RemoteModels:
 
 
 async def _running(handle: DeploymentHandle[Any]) -> bool:
-    """Whether Serve knows a healthy worker of a model."""
+    """Whether Serve reports a running worker of a model."""
     application = (await asyncio.to_thread(ray_serve.status)).applications.get(handle.app_name)
     deployment = application and application.deployments.get(handle.deployment_name)
     return bool(deployment and any(count and state == "RUNNING" for state, count in deployment.replica_states.items()))
 
 
 class _WorkerDied(ServiceError):
-    """The process that held a request has gone."""
+    """The worker process died during a request."""
 
     def __init__(self) -> None:
-        super().__init__("unavailable", "the model's worker has just gone; send it again in a moment")
+        super().__init__("unavailable", "the model's worker has just stopped; send the request again in a moment")
         self.headers["Retry-After"] = "2"
 
 
 def _unavailable(model: str) -> ServiceError:
-    return retry_later("unavailable", f"no worker of {model} can answer; send it again in a moment", after_s=2)
+    return retry_later("unavailable", f"no worker of {model} can answer; send the request again in a moment", after_s=2)
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What one ingress process serves.
+    """What one ingress process serves; Serve's proxy builds the same application from it.
 
     Attributes:
-        revision: another one in every process.
-        digest: hash of the API key, where one is needed.
-        window_s: the longest window of all models.
+        revision: a random id, different in every process.
+        settings: the service's settings.
+        digest: hash of the API key; None where no key is set.
+        window_s: the longest input window of all models.
         handles: name -> workers of the model.
     """
 
@@ -223,14 +224,14 @@ class Offer:
     handles: Mapping[str, DeploymentHandle[Any]]
 
     def application(self, meter: Meter, closed: Callable[[], bool] | None = None, *, relayed: bool = False) -> FastAPI:
-        """The HTTP interface to it, as of ``routes.create_app``."""
+        """The HTTP application, see ``routes.create_app``."""
         models = RemoteModels(self.handles, self.settings.room)
         service = Service(models, self.settings, meter, self.window_s, self.digest)
         return create_app(service, closed, relayed=relayed)
 
 
 def asking(app_name: str) -> Callable[[], Awaitable[Offer]]:
-    """A function that asks an ingress process of the application ``app_name``; it raises while there is none."""
+    """A function that gets the offer of an ingress process of application ``app_name``; it raises if there is none."""
     ingress: DeploymentHandle[Any] | None = None
 
     async def ask() -> Offer:
@@ -244,7 +245,7 @@ def asking(app_name: str) -> Callable[[], Awaitable[Offer]]:
 
 
 class Ingress:
-    """The process that speaks HTTP; Ray Serve asks it for the application."""
+    """The process that answers HTTP requests; Ray Serve gets the ASGI application from it."""
 
     def __init__(
         self, settings: Settings, digest: str | None, window_s: float, handles: Mapping[str, DeploymentHandle[Any]]
@@ -254,27 +255,27 @@ class Ingress:
         self._offer = Offer(uuid.uuid4().hex, settings, digest, window_s, handles)
 
     def check_health(self) -> None:
-        """Raise when this process should be replaced; Ray Serve asks once before the first request."""
+        """Raise when this process should be replaced; Ray Serve also calls it once before the first request."""
         self._port.check()
 
     def __serve_build_asgi_app__(self) -> Any:
-        """The application."""
+        """The ASGI application."""
         return self._offer.application(RequestMeter(on_ray()), relayed=True)
 
     async def offer(self) -> Offer:
-        """What this process serves, for proxies that take the short way."""
+        """What this process serves, for ``ray_settings.ShortWay`` in the proxy."""
         return self._offer
 
 
 class StartError(SerError, ClickException):
-    """A SerError that Ray's command line, too, tells in one line."""
+    """A SerError that Ray's command line also prints as one line."""
 
 
 def build(args: Settings) -> ray_serve.Application:
-    """The application of ``args``; reads ``SER_API_KEY``. All bundles are opened first.
+    """The application for Ray Serve with the settings ``args``. Opens all bundles, and reads ``SER_API_KEY``.
 
     Raises:
-        StartError: a bundle that is missing or cannot be used, two of one name, or a key that can be none.
+        StartError: a bundle is missing or cannot be used, two have the same name, or the key is not valid.
     """
     try:
         return _application(args, key_digest_from_environment())
@@ -306,7 +307,7 @@ def _model(number: int, bundle: Bundle, args: Settings) -> ray_serve.Application
         name=f"Model{number}",
         user_config={"bundle": str(bundle.folder.resolve()), "weights_sha256": bundle.weights_sha256},
         max_ongoing_requests=args.max_ongoing,
-        max_queued_requests=args.room,  # by gRPC, a call counts as queued until it is answered
+        max_queued_requests=args.room,  # with gRPC, a call counts as queued until it is answered
         request_router_config=_ROUTING,
         max_surge_percent=_ALL,
         health_check_period_s=5,
@@ -320,7 +321,7 @@ def _model(number: int, bundle: Bundle, args: Settings) -> ray_serve.Application
 
 
 def http_options(host: str, port: int, settings: Settings) -> dict[str, Any]:
-    """Ray Serve's HTTP options: its own deadline lies beyond ours, so that callers meet our answer."""
+    """Ray Serve's HTTP options; its timeout is longer than the service's, so that callers get the service's error."""
     patience_s = settings.body_timeout_s + settings.deadline_s + 15
     return {"host": host, "port": port, "request_timeout_s": patience_s, "keep_alive_timeout_s": 65}
 
@@ -328,12 +329,12 @@ def http_options(host: str, port: int, settings: Settings) -> dict[str, Any]:
 def run(settings: Settings, host: str, port: int, digest: str | None = None) -> None:
     """Start Serve on the Ray that this process is connected to, and return once the service answers.
 
-    ``digest`` is the hash of the API key; without one the service answers to loopback only.
+    ``digest`` is the hash of the API key; without one the service answers on loopback addresses only.
 
     Raises:
-        SerError: a bundle that cannot be used, or fewer CPUs than the service needs, on this machine.
+        SerError: a bundle cannot be used, or a Ray on this machine only has fewer CPUs than the service needs.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; the replicas keep their own
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # only in this process; replicas set their own level
     application = _application(settings, digest)
     if not joins_cluster():  # a cluster may grow
         settings.check_cpus(ray.cluster_resources().get("CPU", 0))
@@ -342,10 +343,10 @@ def run(settings: Settings, host: str, port: int, digest: str | None = None) -> 
 
 
 def metrics_address() -> str:
-    """Where Ray exports the metrics of this machine's processes, in Prometheus' format.
+    """The URL at which Ray exports the metrics of this machine's processes, in Prometheus' format.
 
     Raises:
-        ConnectionError: it does not.
+        ConnectionError: no Ray node runs on this machine.
     """
     here = get_node_ip_address()
     ports = [node["MetricsExportPort"] for node in ray.nodes() if node["NodeManagerAddress"] == here and node["Alive"]]
@@ -355,11 +356,11 @@ def metrics_address() -> str:
 
 
 def roll_out(settings: Settings, digest: str | None = None) -> None:
-    """Replace what runs by ``settings`` (new weights, say), process by process, and return when that is done.
+    """Replace the running application by one with ``settings``, for example new weights; return when that is done.
 
     Raises:
-        SerError: a bundle that cannot be used, or no CPUs, on this machine, for new processes beside the old ones;
-            what runs goes on.
+        SerError: a bundle cannot be used, or a Ray on this machine only has no CPUs free for the new processes. The
+            running application stays.
     """
     free = ray.available_resources().get("CPU", 0)
     if settings.threads > free and not joins_cluster():
@@ -371,7 +372,7 @@ def roll_out(settings: Settings, digest: str | None = None) -> None:
 
 
 def stop() -> None:
-    """Have what is in work answered, then stop what ``run`` started."""
-    with suppress(RayServeException, TimeoutError):  # nothing was started; or an answer takes too long
-        ray_serve.delete(APP_NAME)  # drains; Serve's shutdown would end the proxy first, and all connections with it
+    """Finish the requests in progress, then stop what ``run`` started."""
+    with suppress(RayServeException, TimeoutError):  # nothing was started, or a request takes too long
+        ray_serve.delete(APP_NAME)  # drains; Serve's shutdown alone would end the proxy and its connections first
     ray_serve.shutdown()

@@ -1,9 +1,9 @@
-"""The service in this process, without Ray: the same application on uvicorn, its models in threads.
+"""The service without Ray: the same application on uvicorn, in one process, with the models in threads.
 
     python -m jobs.serve --engine local
 
-For one machine and a quick start: it stands in seconds. What Ray Serve adds is missing: several workers a model, and a
-decoder that crashes ends all of it instead of one worker. A thread that hangs is given up, and its model opened anew.
+It is for one machine and starts in seconds. Unlike on Ray Serve, a model has one worker, and a decoder that crashes
+ends the whole service. If a thread hangs, its model is opened again.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger("ray.serve.ser")
-_LOOK_S = 5.0  # from one look at the workers' threads to the next
+_LOOK_S = 5.0  # time between two checks of the workers' threads
 _KEEP_ALIVE_S = 65
 _GRACE_S = 2  # for connections, once all requests are answered
 
 
 class LocalModels:
-    """``service.Models`` of workers in this process; to be used from one event loop.
+    """``service.Models`` over workers in this process; use it from one event loop.
 
     Args:
-        workers: name -> its worker.
-        renew: opens a worker again that hangs; it is called in a thread.
+        workers: name of a model -> its worker.
+        settings: the limits.
+        renew: makes a new worker for one that hangs; called in a thread.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class LocalModels:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread is at work."""
+        """Whether a thread is running work."""
         return any(worker.busy for worker in self._workers.values())
 
     def check_room(self, model: str) -> None:
@@ -68,21 +69,21 @@ class LocalModels:
             raise overloaded()
 
     async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
-        """What one recording sounds like."""
+        """Predict the emotion of a recording."""
         async with self._place(model) as worker:
             return await worker.predict(data, request)
 
     async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
-        """Why."""
+        """Explain the prediction of a recording."""
         async with self._place(model) as worker:
             return await worker.explain(data, request)
 
     async def card(self, model: str) -> Card:
-        """What is known of a model."""
+        """The description of a model."""
         return self._workers[model].card()
 
     async def ready(self, model: str) -> bool:
-        """Whether its threads answer."""
+        """Whether none of the model's threads hangs."""
         try:
             self._workers[model].check()
         except RuntimeError:
@@ -93,7 +94,7 @@ class LocalModels:
         """Replace the workers whose threads hang."""
         for name, worker in list(self._workers.items()):
             if self._renew and not await self.ready(name):
-                logger.error("a thread of %s hangs; the model is opened anew", name)
+                logger.error("a thread of %s hangs; the model is opened again", name)
                 self._workers[name] = await asyncio.to_thread(self._renew, worker)
 
     @asynccontextmanager
@@ -108,15 +109,16 @@ class LocalModels:
 
 
 class LocalService:
-    """The service on uvicorn; ``run`` returns once ``stop`` was called and what was in work is answered.
+    """The service on uvicorn; ``run`` returns once ``stop`` was called and the requests in progress are answered.
 
     Args:
-        digest: hash of the API key; without one the service answers to loopback only.
+        settings: models and limits.
+        digest: hash of the API key; without one the service answers on loopback addresses only.
     """
 
     def __init__(self, settings: Settings, digest: str | None = None) -> None:
         self.settings, self._digest = settings, digest
-        kinds, self.metrics = in_process()  # the second gives them in Prometheus' format
+        kinds, self.metrics = in_process()  # metrics(): text in Prometheus' format
         self._meters = RequestMeter(kinds), WorkMeter(kinds)
         self._models: LocalModels | None = None
         self._app: ASGIApp | None = None
@@ -126,10 +128,10 @@ class LocalService:
         self._changed: asyncio.Event | None = None
 
     def open(self, bundles: Sequence[Bundle]) -> None:
-        """Have these answer from now on; what is in work goes on with those before.
+        """Use these bundles for new requests; requests in progress finish with the previous models.
 
         Raises:
-            SerError: one of them cannot be used; what runs goes on.
+            SerError: one of them cannot be used; the previous models stay in use.
         """
         settings, (requests, work) = self.settings, self._meters
         workers = {bundle.name: open_worker(str(bundle.folder), settings, work) for bundle in bundles}
@@ -141,26 +143,26 @@ class LocalService:
         self._models, self._app = models, app
 
     def run(self, host: str, port: int, ready: Callable[[], None]) -> None:
-        """Serve what ``open`` opened; ``ready`` is called once requests are taken."""
+        """Serve the opened models until ``stop``; ``ready`` is called once the server accepts requests."""
         limit_slow_headers()
         logging.getLogger("uvicorn.error").addFilter(_is_news)
         asyncio.run(self._run(host, port, ready))
-        if self._models and self._models.busy:  # a thread that hangs would keep Python from ending
+        if self._models and self._models.busy:  # Python would wait for a thread that hangs
             logger.error("stopped while a recording was being decoded")
             os._exit(0)
 
     def stop(self) -> None:
-        """Answer what is in work, refuse what comes, then end; from any thread."""
+        """Finish the requests in progress, refuse new ones, then end. May be called from any thread."""
         self._stopping = True
         self._tell()
 
     def renew(self) -> None:
-        """Open the bundles again, beside the work; from any thread."""
+        """Open the bundles again while requests go on. May be called from any thread."""
         if self._loop:
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._reopen()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request with what is open now."""
+        """Serve one request with the models that are open now."""
         assert self._app is not None, "open comes before the first request"
         with self._counted():
             await self._app(scope, receive, send)
@@ -205,7 +207,7 @@ class LocalService:
             looking.cancel()
 
     async def _end(self, server: uvicorn.Server) -> None:
-        """End the server after ``stop``, once nothing is in work, or it takes longer than any answer may."""
+        """After ``stop``, end the server once no request is in progress, or after ``deadline_s``."""
         assert self._changed is not None
         while not self._stopping:
             self._changed.clear()
@@ -230,18 +232,18 @@ class LocalService:
         try:
             await asyncio.to_thread(lambda: self.open(open_bundles(self.settings.bundles)))
         except SerError as error:
-            logger.error("%s; what runs goes on", error)
+            logger.error("%s; the previous models stay in use", error)
         else:
-            logger.warning("the bundles are opened again")
+            logger.warning("the bundles have been opened again")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for headers of WebSockets, keys among them, and for what uvicorn calls a mistake: one that was refused."""
+    """Log filter: False for WebSocket headers (debug level), which contain keys, and for refused handshakes."""
     return record.levelno > logging.DEBUG and "without completing handshake" not in record.getMessage()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which leaves signals to whoever started it."""
+    """uvicorn's server without its signal handlers, which calls ``ready`` after startup."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -249,11 +251,11 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Install no signal handler."""
         yield
 
     async def startup(self, sockets: object = None) -> None:
-        """Listen."""
+        """Start to listen, then call ``ready``."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
             self._ready()

@@ -1,7 +1,7 @@
-"""The service's own metrics, exported in Prometheus' format, each name with the prefix ``ray_``.
+"""The service's metrics in Prometheus' format; each exported name has the prefix ``ray_``.
 
-On Ray, Ray exports them, and Ray Serve adds those of its own (``ray_serve_*``): requests and queue of every deployment,
-replicas, latencies. Without Ray they are the same, by prometheus_client, so that a dashboard fits both.
+On Ray, Ray exports them, and Ray Serve adds its own (``ray_serve_*``): requests and queue of every deployment,
+replicas, latencies. Without Ray, prometheus_client exports them under the same names, so that one dashboard fits both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PREFIX = "ray_"
 
 
 class Kinds(NamedTuple):
-    """How metrics are made: called as those of ``ray.serve.metrics``."""
+    """Constructors of metrics, called like those of ``ray.serve.metrics``."""
 
     counter: Callable[..., Any]
     gauge: Callable[..., Any]
@@ -30,14 +30,14 @@ class Kinds(NamedTuple):
 
 
 def on_ray() -> Kinds:
-    """Metrics that Ray exports."""
+    """Constructors of metrics that Ray exports."""
     from ray.serve import metrics
 
     return Kinds(metrics.Counter, metrics.Gauge, metrics.Histogram)
 
 
 def in_process() -> tuple[Kinds, Callable[[], str]]:
-    """Metrics of this process, and what gives all of them in Prometheus' format."""
+    """Constructors of metrics of this process, and a function that returns all as text in Prometheus' format."""
     registry = CollectorRegistry()
 
     def made(kind: Any) -> Callable[..., _Tagged]:
@@ -55,26 +55,26 @@ def in_process() -> tuple[Kinds, Callable[[], str]]:
 
 
 class _Tagged:
-    """A metric of prometheus_client, called as Ray's are."""
+    """A metric of prometheus_client with the interface of Ray's."""
 
     def __init__(self, metric: Any) -> None:
         self._metric = metric
 
     def inc(self, *, tags: Mapping[str, str]) -> None:
-        """Count one more."""
+        """Add one to a counter."""
         self._metric.labels(**tags).inc()
 
     def set(self, value: float, *, tags: Mapping[str, str]) -> None:
-        """Note the value of now."""
+        """Set a gauge."""
         (self._metric.labels(**tags) if tags else self._metric).set(value)
 
     def observe(self, value: float, *, tags: Mapping[str, str]) -> None:
-        """Add an observation."""
+        """Add an observation to a histogram."""
         self._metric.labels(**tags).observe(value)
 
 
 class RequestMeter:
-    """Figures of what speaks HTTP; ``kinds`` is ``on_ray()``, or of ``in_process``."""
+    """Metrics of a process that answers HTTP; ``kinds`` comes from ``on_ray`` or ``in_process``."""
 
     def __init__(self, kinds: Kinds) -> None:
         self._requests = kinds.counter(
@@ -84,7 +84,7 @@ class RequestMeter:
         )
         self._seconds = kinds.histogram(
             "ser_request_seconds",
-            description="Seconds from the first byte of a request to the last of its answer, by route.",
+            description="Seconds from the headers of a request to the end of its response, by route.",
             boundaries=_SECONDS,
             tag_keys=("route",),
         )
@@ -93,7 +93,7 @@ class RequestMeter:
             description="Recordings by model and problem code (ok when the recording could be used).",
             tag_keys=_BY_RECORDING,
         )
-        self._streams = kinds.gauge("ser_streams", description="Live streams that are open.", tag_keys=())
+        self._streams = kinds.gauge("ser_streams", description="Open live streams.", tag_keys=())
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None:
         """Count a request."""
@@ -105,47 +105,47 @@ class RequestMeter:
         self._recordings.inc(tags={"model": model, "code": code})
 
     def streams(self, count: int) -> None:
-        """Note how many live streams are open now."""
+        """Set the number of open live streams."""
         self._streams.set(count, tags={})
 
 
 class WorkMeter:
-    """Figures of a model worker; ``kinds`` as of ``RequestMeter``."""
+    """Metrics of a model worker; ``kinds`` as in ``RequestMeter``."""
 
     def __init__(self, kinds: Kinds) -> None:
         self._stages = kinds.histogram(
             "ser_stage_seconds",
-            description="Seconds of a recording in a stage: decode (with features), wait (for the network), network.",
+            description="Seconds per recording and stage: decode (with features), wait (for the network), network.",
             boundaries=_SECONDS,
             tag_keys=_BY_STAGE,
         )
         self._batch = kinds.histogram(
             "ser_batch_size",
-            description="Windows that went through the network together, one observation a recording.",
+            description="Windows in a batch of the network, one observation per recording.",
             boundaries=_BATCH,
             tag_keys=("model",),
         )
         self._waiting = kinds.gauge(
             "ser_waiting_recordings",
-            description="Short recordings in work: in a decoder or the network, or waiting for it.",
+            description="Short recordings in progress: being decoded, in the network, or waiting for either.",
             tag_keys=("model",),
         )
         self._long = kinds.gauge(
             "ser_long_requests",
-            description="Recordings in windows, and explanations, in work.",
+            description="Recordings analysed in windows, and explanations, in progress.",
             tag_keys=("model",),
         )
 
     def load(self, model: str, waiting: int, long: int) -> None:
-        """Note what is in work now."""
+        """Set the numbers of short and long requests in progress."""
         self._waiting.set(waiting, tags={"model": model})
         self._long.set(long, tags={"model": model})
 
     def work(self, model: str, timing: Timing) -> None:
-        """Note where the time of a recording went."""
+        """Add the times of a recording."""
         tags = {"model": model}
         stages = {"decode": timing.decode_s, "wait": timing.wait_s, "network": timing.network_s}
         for stage, seconds in stages.items():
             self._stages.observe(seconds, tags=tags | {"stage": stage})
-        if timing.batch:  # what could not be used is in none
+        if timing.batch:  # a recording that could not be used was in no batch
             self._batch.observe(timing.batch, tags=tags)

@@ -1,8 +1,9 @@
-"""ASGI middlewares around the application, in the ingress and in front of Ray Serve's proxy. No Ray.
+"""ASGI middlewares of the ingress and of Ray Serve's proxy. No Ray.
 
-Outermost first: `Identify` gives a request its id, CORS lets pages of named origins read refusals too, `Access` writes
-one log line a request and counts it, `BodyLimit` stops reading at the limit, `Admission` refuses what is too much
-before it costs calls between processes, `Unpack` takes, in the ingress, the body that `Admission` has read.
+`Identify` gives a request its id. CORS lets pages of allowed origins read all responses, errors too. `Access` counts a
+request and writes its log line. `Closing` refuses requests while the service stops. `BodyLimit` stops reading at the
+limit. `Admission` refuses excess requests in the proxy; `Unpack` takes, in the ingress, the body that `Admission` read.
+`UntilGone` cancels the work for a client that has gone.
 """
 
 from __future__ import annotations
@@ -42,21 +43,22 @@ if TYPE_CHECKING:
 
     from serve.service import Meter
 
-_GZIP = 31  # zlib's word for it, whatever the window
+_GZIP = 31  # wbits of zlib for gzip with any window
 _CLOSE = {"Connection": "close"}
 _ASKED = ("http", "websocket")
-_STARTS = {  # messages that begin an answer, and their status where it is always the same
+_STARTS = {  # messages that begin a response, and their status where it is fixed
     "http.response.start": None,
     "websocket.http.response.start": None,
     "websocket.accept": 101,
 }
-_LOOK_S = 0.2  # how often a request that comes slowly looks whether the service stops
+_LOOK_S = 0.2  # interval at which an incomplete request checks whether the service stops
 
 
 class BodyLimit:
-    """The middleware.
+    """Limits the size and the time of request bodies; unpacks gzip, and counts the unpacked bytes.
 
     Args:
+        app: the next application.
         max_bytes: of one request.
         max_held_bytes: of all requests that are being received or answered.
         timeout_s: from the start of a request until its body is complete.
@@ -78,13 +80,13 @@ class BodyLimit:
                 await self.app(scope, body.receive, body.send)
         except Exception:
             if not body.refused:
-                raise  # else: the application, surprised that its client has gone
+                raise  # else the application failed because the request was refused
         finally:
             self._held_bytes -= body.taken_bytes
             note(scope, bytes=body.taken_bytes)
 
     def take(self, count: int) -> bool:
-        """Account for bytes that have come; False when they are more than the service can spare."""
+        """Add received bytes to the total; False where the total would exceed ``max_held_bytes``."""
         if self._held_bytes + count > self.max_held_bytes:
             return False
         self._held_bytes += count
@@ -92,7 +94,7 @@ class BodyLimit:
 
 
 class _Body:
-    """The body of one request, and the way to its client."""
+    """The body of one request, with its ``receive`` and ``send``."""
 
     def __init__(self, limit: BodyLimit, scope: Scope, receive: Receive, send: Send) -> None:
         self.taken_bytes, self.refused = 0, False
@@ -104,54 +106,56 @@ class _Body:
         self._until_s = asyncio.get_running_loop().time() + limit.timeout_s
 
     async def refused_as_declared(self) -> bool:
-        """Whether the declared length is too much, which has been answered then."""
+        """Refuse, and return True, where the headers declare too many bytes or an unknown encoding."""
         length = header(self._scope, b"content-length")
         if length is not None and length.isdecimal() and int(length) > self._limit.max_bytes:
             await self._refuse(self._too_large())
         elif self._inflater is not None:
-            inflated = (b"content-encoding", b"content-length")  # of what was sent, not of what those behind us get
+            inflated = (b"content-encoding", b"content-length")  # they describe the packed body
             self._scope["headers"] = [pair for pair in self._scope["headers"] if pair[0] not in inflated]
         elif self._encoding != "identity":
-            detail = "a body may be packed with gzip, or not at all"
+            detail = f"Content-Encoding {self._encoding[:20]!r} is not supported; send gzip, or leave it out"
             await self._refuse(ServiceError("unsupported_media_type", detail, headers={"Accept-Encoding": "gzip"}))
         return self.refused
 
     async def receive(self) -> Message:
-        """What comes next, as the application sees it."""
+        """The next message, as the application sees it."""
         if self._complete or self.refused:
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._until_s):
                 message = await self._receive()
         except TimeoutError:
-            detail = f"the body did not come within {self._limit.timeout_s:g} s; use a faster line, or a smaller file"
+            detail = (
+                f"the body did not arrive within {self._limit.timeout_s:g} s; use a faster connection or a smaller file"
+            )
             return await self._refuse(ServiceError("body_timeout", detail))
         self._complete = not message.get("more_body", False)
         try:
             body = self._unpacked(message.get("body", b""))
         except zlib.error:
-            return await self._refuse(ServiceError("bad_request", "the body is no gzip, though its header says so"))
+            return await self._refuse(ServiceError("bad_request", "the body is not gzip, but Content-Encoding says so"))
         count = len(body)
         if self.taken_bytes + count > self._limit.max_bytes:
             return await self._refuse(self._too_large())
         if not self._limit.take(count):
-            detail = "the service holds as many uploads as it can; send it again in a moment"
+            detail = "the service holds as many uploads as it can; send the request again in a moment"
             return await self._refuse(retry_later("overloaded", detail))
         self.taken_bytes += count
         return message if self._inflater is None else {**message, "body": body}
 
     def _unpacked(self, part: bytes) -> bytes:
-        """What a part of the body holds, one byte beyond the limit at most."""
+        """A part of the body, unpacked, up to one byte beyond the limit."""
         if self._inflater is None:
             return part
         found = self._inflater.decompress(part, self._limit.max_bytes + 1 - self.taken_bytes)
         inside = len(found) + self.taken_bytes <= self._limit.max_bytes
         if inside and (self._inflater.unused_data or (self._complete and not self._inflater.eof)):
-            raise zlib.error("it ends too early, or goes on behind its end")
+            raise zlib.error("the gzip stream is incomplete, or followed by more data")
         return found
 
     async def send(self, message: Message) -> None:
-        """What the application answers, unless the request has been refused."""
+        """Send a message of the application, unless the request has been refused."""
         if not self.refused:
             await self._send(message)
 
@@ -170,14 +174,14 @@ _ID = b"x-request-id"
 
 
 class Admission:
-    """Lets so many requests for the models in at a time, and answers 429 to the others.
+    """Limits the number of uploads in progress, and answers 429 to the others.
 
-    A request takes its place once its body is complete, so that slow senders keep none from others; the body then
-    travels with the scope (``Unpack``), for fetching it would be calls more. While all places are taken, no body is
-    read.
+    An upload counts once its body is complete, so that slow senders do not block others. The body then goes along in
+    the scope (``Unpack``), which saves calls between processes. At the limit, no body is read.
 
     Args:
-        room: requests in work.
+        app: the next application.
+        room: maximum number of uploads in progress.
     """
 
     def __init__(self, app: ASGIApp, *, room: int) -> None:
@@ -190,7 +194,7 @@ class Admission:
             return
         if not self._full and not await _received(scope, receive):
             return  # the client has gone, or the body was refused
-        if self._full:  # others may have come in meanwhile
+        if self._full:  # the limit may have been reached meanwhile
             await answer(overloaded(), scope)(scope, receive, send)
         else:
             self._inside += 1
@@ -205,7 +209,7 @@ class Admission:
 
 
 async def _received(scope: Scope, receive: Receive) -> bool:
-    """Put the whole body into the scope; False when the client has gone before it was complete."""
+    """Put the whole body into the scope; False where the client went away before it was complete."""
     parts = []
     more = True
     while more:
@@ -219,7 +223,7 @@ async def _received(scope: Scope, receive: Receive) -> bool:
 
 
 class Unpack:
-    """Receives the body that `Admission` put into the scope; to be the outermost middleware of the ingress."""
+    """Gives the application the body that `Admission` put into the scope; only `Identify` stands outside it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -230,7 +234,7 @@ class Unpack:
         waiting: list[Message] = []
         if body is not None:
             waiting.append({"type": "http.request", "body": body, "more_body": False})
-        del body  # a request may take long
+        del body  # do not hold it while the request is answered
 
         async def next_message() -> Message:
             return waiting.pop() if waiting else await receive()
@@ -239,7 +243,7 @@ class Unpack:
 
 
 class UntilGone:
-    """Gives up the work for an upload when its client has gone; to stand behind `BodyLimit`, next to the routes."""
+    """Cancels the work for an upload when its client goes away; the innermost middleware, inside `BodyLimit`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -283,9 +287,9 @@ class UntilGone:
 
 
 class Closing:
-    """Refuses new work once ``closed()``, while what is in work is answered: 503 with ``Retry-After``.
+    """Answers new requests with 503 and ``Retry-After`` once ``closed()``; complete requests are still answered.
 
-    A request whose body has not come by then is refused as well, so that a slow sender does not hold up the end.
+    A request whose body is incomplete at that time is refused too, so that a slow sender does not delay the stop.
     """
 
     def __init__(self, app: ASGIApp, *, closed: Callable[[], bool]) -> None:
@@ -294,7 +298,7 @@ class Closing:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
         if scope["type"] not in _ASKED or (scope["type"] == "websocket" and not self._closed()):
-            await self.app(scope, receive, send)  # streams look for themselves
+            await self.app(scope, receive, send)  # open streams check closed() themselves
         elif not self._closed():
             await self._serve(scope, receive, send)
         elif scope["path"] == "/v2/health/live":
@@ -328,19 +332,19 @@ class Closing:
             await self.app(scope, next_message, unless_refused)
         except Exception:
             if not refused:
-                raise  # else: the application, surprised that its client has gone
+                raise  # else the application failed because the request was refused
 
 
 def _stopping(scope: Scope) -> JSONResponse:
-    error = retry_later("unavailable", "the service is stopping; send it again in a moment", after_s=5)
+    error = retry_later("unavailable", "the service is stopping; send the request again in a moment", after_s=5)
     error.headers |= _CLOSE
     return answer(error, scope)
 
 
 class Identify:
-    """Gives every request an id, and every answer the id of its request; to be the outermost one.
+    """Gives every request an id, and its response the same id; the outermost middleware.
 
-    An id that came with the request is cut to 128 characters of printable ASCII.
+    An id that the client sent is kept, cut to 128 characters of printable ASCII.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -363,24 +367,26 @@ class Identify:
         await self.app(scope, receive, identified)
 
 
-logger = logging.getLogger("ray.serve.ser")  # below Ray Serve's logger, whose file and format it shares
+logger = logging.getLogger("ray.serve.ser")  # a child of Ray Serve's logger, so it shares its file and format
 _NO_ROUTE = "unmatched"
-UPLOADS = {"/v1/predict", "/v1/explain", "/v1/audio-classification"}  # known also where no router has seen them
+UPLOADS = {"/v1/predict", "/v1/explain", "/v1/audio-classification"}  # for metrics also without a router
 STREAM = "/v1/stream"
 
 
 class Access:
-    """The middleware, to be the outermost one.
+    """Counts each request in the metrics and writes its log line, a JSON object.
 
     Args:
-        refusals: tell only of requests refused here, before Ray Serve's proxy; the ingress tells of the others.
+        app: the next application.
+        meter: the metrics.
+        refusals: only for requests refused in Ray Serve's proxy; the ingress does it for the others.
     """
 
     def __init__(self, app: ASGIApp, *, meter: Meter, refusals: bool = False) -> None:
         self.app, self.meter, self._refusals = app, meter, refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, measure it, write its line."""
+        """Serve one request, then count and log it."""
         if scope["type"] not in _ASKED:
             await self.app(scope, receive, send)
             return
@@ -396,11 +402,13 @@ class Access:
         try:
             await self.app(scope, receive, watched)
         except ClientDisconnect:
-            logger.debug("request %s: its client has gone", request_id(scope))
+            logger.debug("request %s: the client went away", request_id(scope))
         except Exception:
-            logger.exception("request %s met a mistake of ours", request_id(scope))
+            logger.exception("request %s failed with an internal error", request_id(scope))
             if not status:
-                error = ServiceError("internal_error", "this request met a mistake of ours; report it with its id")
+                error = ServiceError(
+                    "internal_error", "this request met an error in the service; report it with its id"
+                )
                 await answer(error, scope)(scope, receive, watched)
         finally:
             self._tell(scope, status, time.perf_counter() - started_s)
@@ -419,7 +427,7 @@ class Access:
 
 
 def cors_of(settings: Settings) -> list[Middleware]:
-    """What lets pages of the origins in ``settings`` read answers, refusals too, as a middleware; none by default."""
+    """The CORS middleware for the origins in ``settings``, in a list; an empty list where there are none."""
     if not settings.cors_origins:
         return []
     cors = Middleware(

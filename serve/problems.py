@@ -1,8 +1,8 @@
-"""Errors as RFC 9457 problem documents, and what travels with a request: id, headers, body, notes for its log line.
+"""Errors as RFC 9457 problem documents, and the data of a request in its ASGI scope: id, headers, body, log notes.
 
-A problem has a status, a stable ``code``, one sentence; never a path or a traceback. The codes of recordings are those
-of ``pipeline.audio.load`` (``AudioError.code``); the others are listed in ``KINDS``. ``Identify`` makes an id
-(``X-Request-ID``) where a client sends none, and puts it on every answer.
+A problem has an HTTP status, a stable ``code`` and a one-line detail, but never a path or a traceback. Recordings have
+the codes of ``pipeline.audio.load`` (``AudioError.code``); ``KINDS`` lists all others. ``middleware.Identify`` adds the
+request's id (``X-Request-ID``) to every response.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class Kind(NamedTuple):
-    """HTTP status and title of a code."""
+    """HTTP status and title of a problem code."""
 
     status: int
     title: str
@@ -34,21 +34,21 @@ KINDS: Mapping[str, Kind] = {
     "bad_request": Kind(400, "The request cannot be read"),
     "unauthorized": Kind(401, "An API key is needed"),
     "key_required": Kind(403, "The service has no API key"),
-    "foreign_host": Kind(403, "The service answers under another name"),
-    "foreign_page": Kind(403, "A page of another site"),
-    "not_found": Kind(404, "Nothing at this address"),
-    "unknown_model": Kind(404, "No model of this name"),
-    "method_not_allowed": Kind(405, "Another method is needed"),
-    "body_timeout": Kind(408, "The request came too slowly"),
+    "foreign_host": Kind(403, "The host name is not allowed"),
+    "foreign_page": Kind(403, "Pages of other sites are not allowed"),
+    "not_found": Kind(404, "No such endpoint"),
+    "unknown_model": Kind(404, "No model has this name"),
+    "method_not_allowed": Kind(405, "The endpoint does not have this method"),
+    "body_timeout": Kind(408, "The request arrived too slowly"),
     "body_too_large": Kind(413, "The request is too large"),
     "too_many_files": Kind(422, "Too many recordings in one request"),
     "unsupported_media_type": Kind(415, "Another content type is needed"),
     "invalid_request": Kind(422, "A field is wrong"),
-    "too_many_windows": Kind(422, "Too many windows"),
+    "too_many_windows": Kind(422, "The recording has too many windows"),
     "not_explainable": Kind(422, "This model cannot be explained"),
     "overloaded": Kind(429, "Too many requests"),
-    "too_fast": Kind(429, "Sound that comes faster than it sounds"),
-    "internal_error": Kind(500, "Our mistake"),
+    "too_fast": Kind(429, "The sound arrives faster than real time"),
+    "internal_error": Kind(500, "Internal error of the service"),
     "unavailable": Kind(503, "Not ready"),
     "deadline_exceeded": Kind(503, "No answer in time"),
 }
@@ -66,9 +66,9 @@ _AUDIO_TITLE = "The recording cannot be used"
 
 
 class ServiceError(Exception):
-    """A request, or one recording of it, that cannot be answered.
+    """A request that cannot be answered, or one of its recordings.
 
-    ``headers`` are added to the answer, ``errors`` name the fields that are wrong.
+    ``headers`` are added to the response, ``errors`` name the wrong fields.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ServiceError(Exception):
         self.headers = dict(headers or {})
 
     def problem(self, request_id: str | None) -> Problem:
-        """As a document."""
+        """The problem document."""
         kind = kind_of(self.code)
         return Problem(
             type=f"urn:ser:problem:{self.code}",
@@ -98,29 +98,31 @@ class ServiceError(Exception):
 
 
 def kind_of(code: str) -> Kind:
-    """Status and title of a code: ours, or an AudioError's."""
+    """HTTP status and title of a code, from ``KINDS`` or of an AudioError."""
     return KINDS.get(code) or Kind(_AUDIO_STATUS.get(code, 422), _AUDIO_TITLE)
 
 
 def recording_error(code: str, detail: str) -> ServiceError:
-    """The error of a recording with the ``status`` and ``error`` of a Prediction; unforeseen ones tell nothing."""
+    """The error for the ``status`` and ``error`` of a Prediction; an unknown code becomes ``internal_error``."""
     if code == "internal_error" or code not in {*ERRORS, *KINDS}:
-        return ServiceError("internal_error", "this recording met a mistake of ours; report it with the request id")
+        return ServiceError(
+            "internal_error", "this recording met an error in the service; report it with the request id"
+        )
     return ServiceError(code, detail)
 
 
 def retry_later(code: str, detail: str, after_s: float = 1.0) -> ServiceError:
-    """An error that goes away by itself, with ``Retry-After`` in whole seconds."""
+    """A temporary error, with the header ``Retry-After`` in whole seconds."""
     return ServiceError(code, detail, headers={"Retry-After": str(max(1, math.ceil(after_s)))})
 
 
 def overloaded() -> ServiceError:
     """The error of a full queue."""
-    return retry_later("overloaded", "as many recordings wait as may; send it again in a moment")
+    return retry_later("overloaded", "the queue of recordings is full; send the request again in a moment")
 
 
 def answer(error: ServiceError, scope: Scope) -> JSONResponse:
-    """The answer that tells the client of the request ``scope`` of ``error``; its code is noted for the log."""
+    """The response with the problem document of ``error``; its code is noted for the log line of ``scope``."""
     note(scope, code=error.code)
     document = error.problem(request_id(scope) or None)
     headers = dict(error.headers)
@@ -140,33 +142,33 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 def request_id(scope: Scope) -> str:
-    """Printable ASCII of the request's id, 128 characters at most; empty where nothing in front of us gave one."""
+    """The request's id, cut to 128 characters of printable ASCII; empty where the request has none."""
     given = header(scope, b"x-request-id") or ""
     return "".join(character for character in given if character.isascii() and character.isprintable())[:_LONGEST]
 
 
 def notes(scope: Scope) -> dict[str, Any]:
-    """What is known of the request so far."""
+    """The fields noted for the log line of a request so far."""
     found: dict[str, Any] = scope.setdefault(_NOTES, {})
     return found
 
 
 def note(scope: Scope, **values: Any) -> None:
-    """Add to ``notes``."""
+    """Add fields to ``notes``."""
     notes(scope).update(values)
 
 
 def hand_over(scope: Scope, body: bytes) -> None:
-    """Send the whole body along with the scope, which spares the ingress to ask the proxy for it."""
+    """Put the whole body into the scope, so that the ingress need not ask the proxy for it."""
     scope[_BODY] = body
 
 
 def holds_body(scope: Scope) -> bool:
-    """Whether the whole body has been handed over, and not been taken yet."""
+    """Whether the scope holds the whole body."""
     return _BODY in scope
 
 
 def handed_over(scope: Scope) -> bytes | None:
-    """Take the body out of the scope; None where it is not there, and must be received."""
+    """Take the body out of the scope; None where it is not there and must be received."""
     body: bytes | None = scope.pop(_BODY, None)
     return body

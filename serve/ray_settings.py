@@ -1,11 +1,12 @@
-"""What Ray is started with to run the service, and what its HTTP proxy then puts around itself.
+"""Environment variables for a Ray that runs the service, and the middlewares of Ray Serve's HTTP proxy.
 
-``jobs.serve`` sets the variables; on a cluster they belong into the environment of every node, and of what deploys
+``jobs.serve`` sets the variables. On a cluster, set them on every node and for the command that deploys
 (``docs/serving.md``). Without them the service is slower.
 
-Serve's own way of a request is proxy, ingress, worker: two calls between processes. The second costs 2 to 3 ms and 2 ms
-of CPU. So the proxy asks the ingress once a second what it serves (``deployment.Offer``), makes the same application
-of it, and answers uploads with that (``ShortWay``). All else, and uploads while nothing is known, goes to the ingress.
+Serve sends a request from the proxy to the ingress and from there to a worker: two calls between processes. The second
+call costs 2 to 3 ms, of which 2 ms are CPU. ``ShortWay`` saves it: once a second the proxy asks the ingress what it
+serves (``deployment.Offer``), builds the same application, and answers uploads with it. Other requests go to the
+ingress, and so do uploads while the proxy has no offer.
 """
 
 from __future__ import annotations
@@ -39,28 +40,29 @@ _SETTINGS, _KEY_DIGEST, _CLOSING = "SER_PROXY_SETTINGS", "SER_PROXY_KEY_DIGEST",
 _HEADERS_WITHIN_S = 30.0
 _LIMITED = "_ser_headers_timer"
 IN_PROXY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-MESSAGE_BYTES = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"  # of a call by gRPC; Ray's own is 4 MiB
-_LONGEST_ANSWER_MIB = 64  # 32 recordings of 1,800 windows each, as JSON, are 30
+MESSAGE_BYTES = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"  # of a gRPC call; Ray's default is 4 MiB
+_LONGEST_ANSWER_MIB = 64  # the JSON of 32 recordings with 1,800 windows each is 30 MiB
 VARIABLES = {
-    # recordings of this size travel with the call, not through the object store: 6 ms of CPU less a request
+    # smaller recordings are sent with the call, not through the object store: saves 6 ms of CPU per request
     "RAY_max_direct_call_object_size": str(8 * MIB),
-    # calls between proxy, ingress and workers go by gRPC instead of as actor tasks: 8 ms of CPU less a request
+    # calls between proxy, ingress and workers use gRPC instead of actor tasks: saves 8 ms of CPU per request
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    # one event loop a process instead of three: fewer hand-overs between threads
+    # one event loop per process instead of three: fewer switches between threads
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # on a busy machine a proxy takes longer than Serve's 5 s to import what it does, and would be killed for that
+    # on a busy machine the imports of a proxy take longer than Serve's 5 s, after which Serve would kill it
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
     IN_PROXY: "serve.ray_settings.in_proxy",
 }
 
 
 class ShortWay:
-    """The middleware, to be the innermost one, behind `Admission`, which hands bodies over.
+    """Answers uploads and streams in the proxy with the ingress' own application; the innermost middleware.
 
     Args:
-        ask: gives the ingress' offer; raises whatever it likes while there is none.
-        make: makes an application of an offer.
+        app: Ray Serve's proxy, for all other requests.
+        ask: returns the offer of the ingress; may raise any exception while there is none.
+        make: builds the application from an offer.
     """
 
     def __init__(self, app: ASGIApp, *, ask: Callable[[], Awaitable[Offer]], make: Callable[[Offer], ASGIApp]) -> None:
@@ -79,14 +81,14 @@ class ShortWay:
             return
         self._look()
         if streams and self._application is None and self._asking is not None:
-            await asyncio.wait({self._asking})  # for a stream stays where it begins
+            await asyncio.wait({self._asking})  # a stream cannot move to the short way later
         if self._application is None:
             await self.app(scope, receive, send)
         else:
             await self._application(scope, receive, send)
 
     def _look(self) -> None:
-        """Ask again, beside the request, when the last time is long ago."""
+        """Ask for the offer in the background, where the last time was more than a second ago."""
         now_s = time.monotonic()
         if now_s - self._asked_s >= _EVERY_S and (self._asking is None or self._asking.done()):
             self._asked_s = now_s
@@ -98,7 +100,7 @@ class ShortWay:
                 offer = await self._ask()
         except Exception as error:
             if self._application is not None:
-                logger.warning("no ingress tells what is served (%s); uploads take the way through it", error)
+                logger.warning("no offer from the ingress (%s); uploads go through the ingress", error)
             self._revision = self._application = None
             return
         if offer.revision != self._revision:
@@ -106,7 +108,7 @@ class ShortWay:
 
 
 def prepare(settings: Settings) -> None:
-    """Set the variables, for the Ray that this process is about to start; what is set already stays."""
+    """Set the variables for the Ray that this process will start; values of ``VARIABLES`` already set are kept."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault(MESSAGE_BYTES, longest_message(settings))
@@ -116,23 +118,23 @@ def prepare(settings: Settings) -> None:
 
 
 def refuse_new_work() -> None:
-    """Have the proxy of the Ray that ``prepare`` was for answer 503 to what comes now."""
+    """Make the proxy of the Ray that ``prepare`` was called for answer 503 to new requests."""
     if mark := os.environ.get(_CLOSING):
         Path(mark).touch()
 
 
 def tidy_up() -> None:
-    """Undo ``refuse_new_work``, once that Ray has ended."""
+    """Undo ``refuse_new_work``, after that Ray has ended."""
     if mark := os.environ.pop(_CLOSING, None):
         Path(mark).unlink(missing_ok=True)
 
 
 def limit_slow_headers() -> None:
-    """Have uvicorn, in this process, close connections on which a request's headers take longer than 30 s.
+    """Make uvicorn, in this process, close connections on which the headers of a request take longer than 30 s.
 
-    uvicorn itself waits for them for ever. A connection counts as waiting for headers while no request is in work on
-    it, from its beginning or from the first byte after an answer; how long one without any byte stays open after an
-    answer is uvicorn's ``timeout_keep_alive``.
+    uvicorn itself has no such limit. The time counts while no request is in progress on the connection: from its
+    start, or from the first byte after a response. An idle connection after a response is closed by uvicorn's
+    ``timeout_keep_alive``.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -175,13 +177,13 @@ def _limit(protocol: Any) -> None:
 
 
 def longest_message(settings: Settings) -> str:
-    """Value of `MESSAGE_BYTES`: all that requests may hold, and the longest answer."""
+    """Value of `MESSAGE_BYTES`: the size of all requests together, plus the longest response."""
     return str(round((settings.max_held_mib + _LONGEST_ANSWER_MIB) * MIB))
 
 
 def in_proxy() -> list[Middleware]:
-    """What Ray Serve's proxy puts around itself, the outermost last."""
-    from serve import deployment  # imports Ray, which runs already where this is called
+    """The middlewares of Ray Serve's proxy, the outermost last."""
+    from serve import deployment  # imports Ray, which already runs in the proxy
     from serve.metrics import RequestMeter, on_ray
 
     meter = RequestMeter(on_ray())
@@ -192,7 +194,7 @@ def in_proxy() -> list[Middleware]:
         ShortWay, ask=deployment.asking(APP_NAME), make=lambda found: found.application(meter, closed)
     )
     inwards = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
-    digest = os.environ.get(_KEY_DIGEST)  # "": there is none; None: this process does not know
+    digest = os.environ.get(_KEY_DIGEST)  # "": no key is set; None: unknown in this process
     if digest:
         inwards.append(Middleware(KeyCheck, digest=digest))
     elif digest is not None:

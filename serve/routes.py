@@ -1,7 +1,7 @@
-"""The endpoints, and the application around them over some ``Models``, with its OpenAPI document. No Ray in here.
+"""The endpoints, the FastAPI application with its middlewares, and the OpenAPI document. No Ray.
 
-Key and length of the queue are asked before a body is read. One recording that cannot be used is the answer's problem;
-among several, each has its own, and the others are answered. ``/v2`` is the Open Inference Protocol's.
+The API key and the queue are checked before a body is read. A single recording that cannot be used makes the response
+a problem document; among several, each has its own entry. ``/v2`` follows the Open Inference Protocol.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ from serve.streams import Streams
 from serve.uploads import Upload, check_query
 
 router = APIRouter(prefix="/v1", tags=["inference"])
-_AT_ONCE = 8  # recordings of one request that are in work together; others shall come through as well
+_AT_ONCE = 8  # recordings of one request that are processed at a time, so that other requests get a share
 
 
 @router.post("/predict", response_model=schema.Prediction, response_model_exclude_none=True)
 async def predict(request: Request) -> schema.Prediction:
-    """Emotions of one recording or several."""
+    """Predict the emotion of one or several recordings."""
     service = service_of(request)
     service.check_room()
     files, options = await uploads.read_form(request, Options, service.settings.max_files)
     model = service.model(options.model)
     service.models.check_room(model)
     if options.window_s == "middle" and (options.hop_s is not None or options.channels == "each"):
-        raise uploads.invalid("window_s", "middle is one window; leave out hop_s and channels=each, or give a length")
+        raise uploads.invalid(
+            "window_s", "middle is a single window; leave out hop_s and channels=each, or give a length"
+        )
     if isinstance(options.window_s, float) and options.window_s > service.window_s:
-        raise uploads.invalid("window_s", f"{options.window_s:g} is above {service.window_s:g}, all that models hear")
+        most = f"{options.window_s:g} is above {service.window_s:g}, the longest input window of the models"
+        raise uploads.invalid("window_s", most)
     note(request.scope, model=model, files=len(files))
     async with _deadline(service):
         found = await _all_of_them(service, model, files, options)
@@ -66,7 +69,7 @@ async def predict(request: Request) -> schema.Prediction:
 
 @router.post("/audio-classification", response_model=list[schema.Score])
 async def audio_classification(request: Request) -> list[schema.Score]:
-    """The Hugging Face task: audio bytes (or JSON with base64 and parameters) in, labels and scores out."""
+    """The Hugging Face task: send audio bytes, or JSON with base64 and parameters; returns labels and scores."""
     service = service_of(request)
     model = service.model(None)
     service.models.check_room(model)
@@ -82,7 +85,7 @@ async def audio_classification(request: Request) -> list[schema.Score]:
 
 @router.post("/explain", response_model=schema.Explanation)
 async def explain(request: Request) -> schema.Explanation:
-    """Which parts of what the model sees speak for the predicted label, over time and mel bands."""
+    """Explain a prediction: how much each part of the log-mel spectrogram supports the predicted label."""
     service = service_of(request)
     service.check_room()
     files, options = await uploads.read_form(request, ExplainOptions, max_files=1)
@@ -98,7 +101,7 @@ async def explain(request: Request) -> schema.Explanation:
 
 
 async def _all_of_them(service: Service, model: str, files: list[Upload], options: Options) -> list[WorkerResult]:
-    """What became of each file. A ServiceError (a full queue, say) concerns the request as a whole."""
+    """The result of each file. A ServiceError, for example for a full queue, ends the whole request."""
     wanted = PredictRequest(options.window_s, options.hop_s, _channels(options.channels), options.picture)
     places = asyncio.Semaphore(_AT_ONCE)
 
@@ -120,13 +123,13 @@ async def _deadline(service: Service) -> AsyncIterator[None]:
         async with asyncio.timeout(service.settings.deadline_s):
             yield
     except TimeoutError:
-        detail = f"no answer within {service.settings.deadline_s:g} s; send fewer or shorter recordings, or later"
+        detail = f"no answer within {service.settings.deadline_s:g} s; send fewer or shorter recordings, or try later"
         raise retry_later("deadline_exceeded", detail) from None
 
 
 @contextmanager
 def _counted(service: Service, model: str) -> Iterator[None]:
-    """Count the recording whose answer is made here."""
+    """Count one recording in the metrics, by the error raised inside or as ok."""
     try:
         yield
     except ServiceError as error:
@@ -155,9 +158,10 @@ health = APIRouter(prefix="/v2", tags=["health"])
 
 @models.get("/v1/model", response_model=schema.ModelInfo)
 async def model_info(
-    request: Request, model: Annotated[str | None, Query(max_length=100, description="default: the first")] = None
+    request: Request,
+    model: Annotated[str | None, Query(max_length=100, description="name of a model; default: the first")] = None,
 ) -> schema.ModelInfo:
-    """Labels in order, what the model hears, measured figures, card, and the service's limits."""
+    """Describe a model (labels, input, measured figures, model card) and the service's limits."""
     service = service_of(request)
     card = await service.models.card(service.model(model))
     return answers.model_info(card, service.models.names, service.settings.public_limits)
@@ -165,7 +169,7 @@ async def model_info(
 
 @models.get("/v2/models/{name}", response_model=schema.ModelMetadata)
 async def model_metadata(request: Request, name: str) -> schema.ModelMetadata:
-    """A model's inputs and outputs (Open Inference Protocol)."""
+    """Describe a model's inputs and outputs (Open Inference Protocol)."""
     service = service_of(request)
     return answers.metadata(await service.models.card(service.model(name)))
 
@@ -203,7 +207,7 @@ _HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed",
 
 
 def create_app(service: Service, closed: Callable[[], bool] | None = None, *, relayed: bool = False) -> FastAPI:
-    """The application; it takes no new work once ``closed()``, where that is given; ``relayed``: see ``Streams``."""
+    """The application. Once ``closed()`` is true, it refuses new requests. ``relayed``: see ``Streams``."""
     settings = service.settings
     app = FastAPIOffline(title="Speech emotion recognition", version="1", redoc_url=None)
     app.state.service = service
@@ -250,18 +254,20 @@ _BINARY = {"type": "string", "format": "binary"}
 _REF = "#/components/schemas/{model}"
 _UPLOAD_STATUSES = (400, 408, 413, 415, 422, 429, 500, 503)
 _DESCRIPTION = (
-    "Emotions from recordings of speech. Errors are RFC 9457 problem documents with a stable `code`; 429 and 503 carry "
-    "`Retry-After` when trying again makes sense. Recordings are sent as bytes: no paths, no addresses. "
-    "`WS /v1/stream` takes sound in pieces, see docs/live.md."
+    "Predicts emotions from recordings of speech. Send recordings as bytes; paths and URLs are not accepted. Errors "
+    "are RFC 9457 problem documents with a stable `code`; 429 and 503 have `Retry-After` where a retry makes sense. "
+    "`WS /v1/stream` answers live sound, see docs/live.md."
 )
 
 
 def _described(app: FastAPI, names: Sequence[str], window_s: float, settings: Settings) -> Callable[[], dict[str, Any]]:
-    """The function that FastAPI calls for its document, which is made once.
+    """The function that FastAPI calls for its OpenAPI document; it builds the document once.
 
     Args:
+        app: the application.
         names: of the models.
-        window_s: the longest window that a model hears.
+        window_s: the longest input window of the models.
+        settings: the limits.
     """
     made: dict[str, Any] = {}
 
@@ -327,7 +333,7 @@ def _form(options: type[BaseModel], max_files: int) -> dict[str, Any]:
 
 
 def _plain(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a form: a form knows no null, one leaves a field out."""
+    """Schemas of form fields, without null: a form leaves a field out instead."""
     fields = {}
     for name, given in properties.items():
         kept = {key: value for key, value in given.items() if key not in ("anyOf", "default") or value is not None}

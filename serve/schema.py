@@ -1,7 +1,8 @@
-"""What goes over the wire: answers and problems as pydantic models, and the API key; for service, client and page.
+"""Request options, responses and errors of the HTTP service as pydantic models, and the checks of the API key.
 
-Needs pydantic only: no numpy, no torch, no Ray. Units are in the names (``_s`` seconds, ``_hz`` hertz, ``_dbfs`` dB
-over full scale); times count from the start of the recording. Fields are only ever added, never renamed.
+Service, client and page share this module. It needs pydantic only: no numpy, no torch, no Ray. Units are in the names:
+``_s`` seconds, ``_hz`` hertz, ``_dbfs`` dB relative to full scale. Times count from the start of the recording. Fields
+are only ever added, never renamed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ CHANNELS_PATTERN = r"^(mix|each|[0-7])$"
 
 
 def _form_bool(text: object) -> object:
-    """The two spellings that a form's boolean has."""
+    """Text of a form field -> bool for ``true`` and ``false``; "", which is no valid bool, for any other text."""
     return {"true": True, "false": False}.get(text, "") if isinstance(text, str) else text
 
 
@@ -26,28 +27,28 @@ FormBool = Annotated[bool, BeforeValidator(_form_bool)]
 
 
 class Wire(BaseModel):
-    """A message. Fields that a newer service added are ignored by an older client."""
+    """Base class of all responses. An older client ignores fields that a newer service added."""
 
     model_config = ConfigDict(frozen=True)
 
 
 class FieldError(Wire):
-    """One field of a request that is wrong."""
+    """One wrong field of a request, and what is wrong with it."""
 
     field: str
     message: str
 
 
 class Problem(Wire):
-    """An error, RFC 9457. ``code`` is stable: programs decide by it, people read ``detail``."""
+    """An error as an RFC 9457 problem document. ``code`` is stable: programs use it, people read ``detail``."""
 
     type: str = Field(description="urn:ser:problem:CODE")
-    title: str = Field(description="the kind of problem, the same for every occurrence")
+    title: str = Field(description="the kind of problem; the same for every occurrence of its code")
     status: int = Field(ge=400, le=599, description="the HTTP status")
-    code: str = Field(description="stable, snake_case")
-    detail: str = Field(description="one sentence: what was got, what is accepted, the remedy")
-    request_id: str | None = Field(default=None, description="as in the header X-Request-ID")
-    errors: list[FieldError] | None = Field(default=None, description="the fields that are wrong")
+    code: str = Field(description="identifier of the problem, in snake_case; it never changes")
+    detail: str = Field(description="one line: what was found, what is accepted, the remedy")
+    request_id: str | None = Field(default=None, description="the request's id, as in the header X-Request-ID")
+    errors: list[FieldError] | None = Field(default=None, description="the wrong fields of the request")
 
 
 class Score(Wire):
@@ -58,24 +59,25 @@ class Score(Wire):
 
 
 class Segment(Wire):
-    """One window of one channel."""
+    """The answer for one window of one channel."""
 
-    channel: str = Field(description="mix, or the channel's number from 0")
+    channel: str = Field(description="mix, or the channel's number, counted from 0")
     start_s: float
     end_s: float
-    label: str = Field(description="the class, or uncertain, silence, not_speech")
+    label: str = Field(description="a class, or uncertain, silence, not_speech")
     confidence: Confidence = Field(
-        default=None, description="probability of the most probable class; none of silence and not_speech"
+        default=None, description="probability of the most probable class; null for silence and not_speech"
     )
-    scores: list[Score] = Field(description="most probable first; none of silence and not_speech")
+    scores: list[Score] = Field(description="most probable first; empty for silence and not_speech")
     familiarity: float | None = Field(
-        default=None, description="how like the training recordings it is, 0 to 1; null where the model does not know"
+        default=None,
+        description="similarity to the training recordings, 0 to 1; null where the model cannot measure it",
     )
-    level_dbfs: float
+    level_dbfs: float = Field(description="RMS level")
 
 
 class Waveform(Wire):
-    """Outline of a recording's sound, all of it, channels mixed: lowest and highest sample of each of n equal parts."""
+    """Outline of a waveform, all channels mixed: the lowest and highest sample of each of n equal parts."""
 
     start_s: float
     end_s: float
@@ -84,45 +86,55 @@ class Waveform(Wire):
 
 
 class Picture(Wire):
-    """What the model sees, with the recording around it."""
+    """The log-mel spectrogram of the model's input window, and an overview of the recording around it."""
 
     waveform: Waveform
-    window_start_s: float = Field(description="start of the model's window; what lies outside the recording is padding")
-    window_s: float
+    window_start_s: float = Field(description="start of the input window; its part outside the recording is padding")
+    window_s: float = Field(description="length of the input window")
     frequency_hz: list[float] = Field(description="centres of the mel bands, ascending")
     time_s: list[float] = Field(description="centres of the frames")
-    level_db: list[list[float]] = Field(description="bands x frames, dB below the loudest; row 0 is the lowest band")
+    level_db: list[list[float]] = Field(
+        description="bands x frames of the input window, dB relative to the loudest value; row 0 is the lowest band"
+    )
     overview_db: list[list[float]] | None = Field(
-        default=None, description="bands x columns of equal length, of what the waveform outlines: dB below its loudest"
+        default=None,
+        description="bands x columns of equal length, over the time of waveform; dB relative to its loudest value",
     )
 
 
 class Recording(Wire):
-    """The answer for one recording that could be used."""
+    """The answer for one recording that could be analysed."""
 
     status: Literal["ok"] = "ok"
-    name: str | None = Field(description="its file name as sent")
-    label: str = Field(description="the class, or uncertain, silence, not_speech")
+    name: str | None = Field(description="the file name as sent")
+    label: str = Field(description="a class, or uncertain, silence, not_speech")
     confidence: Confidence = Field(
-        default=None, description="probability of the most probable class; none of silence and not_speech"
+        default=None, description="probability of the most probable class; null for silence and not_speech"
     )
-    scores: list[Score] = Field(description="most probable first, top_k of them; none of silence and not_speech")
-    duration_s: float
-    scored_s: float = Field(description="how much of it was heard")
-    sample_rate_hz: int
-    channels: int
+    scores: list[Score] = Field(
+        description="most probable first, at most top_k entries; empty for silence and not_speech"
+    )
+    duration_s: float = Field(description="length of the recording")
+    scored_s: float = Field(description="length of the part that was analysed; silent windows do not count")
+    sample_rate_hz: int = Field(description="of the file")
+    channels: int = Field(description="number of channels in the file")
     familiarity: float | None = Field(
-        default=None, description="how like the training recordings it is, 0 to 1; null where the model does not know"
+        default=None,
+        description="similarity to the training recordings, 0 to 1; null where the model cannot measure it",
     )
-    speech_share: float | None = Field(default=None, description="share of the time that may be speech, 0 to 1")
-    level_dbfs: float = Field(description="RMS level of what was heard, of its loudest window")
-    notice: str | None = Field(default=None, description="what to know of how it was read, a sentence")
-    segments: list[Segment] | None = Field(default=None, description="its windows, where all of it was heard")
-    picture: Picture | None = Field(default=None, description="when it was asked for")
+    speech_share: float | None = Field(
+        default=None, description="share of the window that may be speech, 0 to 1; of several windows, the largest"
+    )
+    level_dbfs: float = Field(description="RMS level of the window; of several windows, the loudest")
+    notice: str | None = Field(default=None, description="a remark on how the recording was read, if there is one")
+    segments: list[Segment] | None = Field(
+        default=None, description="one answer per window, where the whole recording was analysed"
+    )
+    picture: Picture | None = Field(default=None, description="only where the option picture is true")
 
 
 class Failure(Wire):
-    """The answer for one recording, of several, that could not be used."""
+    """The answer for one recording, among several, that could not be used."""
 
     status: Literal["failed"] = "failed"
     name: str | None
@@ -133,110 +145,113 @@ FileAnswer = Annotated[Recording | Failure, Field(discriminator="status")]
 
 
 class Prediction(Wire):
-    """Answer of ``POST /v1/predict``: one entry a file, in the order sent."""
+    """Response of ``POST /v1/predict``."""
 
     id: str = Field(description="the request's id, as in the header X-Request-ID")
     model: str
     version: str = Field(description="first 12 digits of the sha256 of the model's weights")
-    files: list[FileAnswer]
+    files: list[FileAnswer] = Field(description="one entry per file, in the order sent")
 
 
 class Explanation(Wire):
-    """Answer of ``POST /v1/explain``: how much each patch of the picture speaks for the predicted class."""
+    """Response of ``POST /v1/explain``: how much each cell of the spectrogram supports the predicted class."""
 
     id: str
     model: str
     version: str
-    label: str
+    label: str = Field(description="the most probable class")
     confidence: float
     scores: list[Score]
     time_s: list[float] = Field(description="edges of the cells in time, ascending: columns + 1")
     frequency_hz: list[float] = Field(description="edges of the cells in frequency, ascending: rows + 1")
     importance: list[list[float]] = Field(
-        description="rows x columns, row 0 lowest: fall of the log-odds of the label when the cell is hidden"
+        description="rows x columns, row 0 lowest: by how much the log-odds of the label fall when the cell is masked"
     )
     picture: Picture
 
 
 class ModelInfo(Wire):
-    """Answer of ``GET /v1/model``."""
+    """Response of ``GET /v1/model``."""
 
     name: str
     version: str
-    labels: list[str] = Field(description="in index order")
+    labels: list[str] = Field(description="the classes, in the order of the model's outputs")
     other_answers: dict[str, str] = Field(
-        default_factory=dict, description="what a label may be besides, and when: uncertain, silence, not_speech"
+        default_factory=dict,
+        description="values of label that are not classes, and when each is given: uncertain, silence, not_speech",
     )
-    features: dict[str, Any] = Field(description="what the model hears: window, rate, analysis")
-    crops: int = Field(description="windows a recording, pooled")
-    metrics: dict[str, Any] = Field(description="measured figures; each block says what it was trained on")
+    features: dict[str, Any] = Field(description="the model's input: window, sample rate, spectrogram settings")
+    crops: int = Field(description="windows taken from a recording; their probabilities are pooled")
+    metrics: dict[str, Any] = Field(description="measured figures; each block says which training data it is for")
     card: str = Field(description="the model card, Markdown")
-    models: list[str] = Field(description="names of all models that this service has; the first is the default")
-    limits: dict[str, float] = Field(description="what a request may hold")
+    models: list[str] = Field(description="names of all models of this service; the first is the default")
+    limits: dict[str, float] = Field(description="the limits of a request")
 
 
 class StreamReady(Wire):
-    """First message of ``WS /v1/stream``: sound is taken from now on."""
+    """First message of ``WS /v1/stream``: the service now accepts sound."""
 
     type: Literal["ready"] = "ready"
     id: str
     model: str
     version: str
-    labels: list[str] = Field(description="in index order")
+    labels: list[str] = Field(description="the classes, in the order of the model's outputs")
     window_s: float
     hop_s: float
     limits: dict[str, float]
 
 
 class StreamSegment(Segment):
-    """Windows of one label, one after the other; where two segments overlap, the border is in the middle."""
+    """Consecutive windows with the same label; where two segments overlap, the border is in the middle."""
 
-    final: bool = Field(description="whether it stays as it is; the last one goes on while its label does")
-    windows: int = Field(description="how many were pooled in it")
+    final: bool = Field(description="true once the segment no longer changes; the last one grows while its label holds")
+    windows: int = Field(description="number of windows that were pooled")
 
 
 class StreamAnswer(Wire):
-    """A message of ``WS /v1/stream``, one a window."""
+    """A message of ``WS /v1/stream``; there is one per window."""
 
     type: Literal["answer"] = "answer"
-    window: Segment = Field(description="the newest window, by itself")
-    segments: list[StreamSegment] = Field(description="what it changes: the one that it ends, if any, and the last one")
-    received_s: float = Field(description="sound that had come when this was sent")
-    lag_s: float = Field(description="from when the window's sound was here to this message")
-    skipped: int = Field(description="windows left out so far, for the service or the line was too slow for them")
+    window: Segment = Field(description="the newest window alone")
+    segments: list[StreamSegment] = Field(
+        description="the segments that this window changes: the one that it ends, if any, and the last one"
+    )
+    received_s: float = Field(description="length of the sound received so far")
+    lag_s: float = Field(description="time from the arrival of the window's last sound to this message")
+    skipped: int = Field(description="windows skipped so far because the service or the connection was too slow")
 
 
 class StreamDone(Wire):
     """Last message of ``WS /v1/stream`` after ``{"type": "end"}``."""
 
     type: Literal["done"] = "done"
-    segments: list[StreamSegment] = Field(description="the last one, final; none where nothing was heard")
-    duration_s: float
-    windows: int
-    skipped: int
+    segments: list[StreamSegment] = Field(description="the last segment, now final; empty where no window was answered")
+    duration_s: float = Field(description="length of the sound received")
+    windows: int = Field(description="windows answered")
+    skipped: int = Field(description="windows skipped")
 
 
 class StreamError(Wire):
-    """Last message of ``WS /v1/stream`` when it ends with an error; the close code is 4000 and the problem's status."""
+    """Last message of ``WS /v1/stream`` after an error; the close code is 4000 plus the problem's status."""
 
     type: Literal["error"] = "error"
     problem: Problem
 
 
 class Live(Wire):
-    """Answer of ``GET /v2/health/live``."""
+    """Response of ``GET /v2/health/live``."""
 
     live: bool
 
 
 class Ready(Wire):
-    """Answer of ``GET /v2/health/ready`` and ``GET /v2/models/NAME/ready``."""
+    """Response of ``GET /v2/health/ready`` and ``GET /v2/models/NAME/ready``."""
 
     ready: bool
 
 
 class Tensor(Wire):
-    """Name, type and shape of a model's input or output; -1 is any."""
+    """Name, type and shape of a model's input or output; -1 means any size."""
 
     name: str
     datatype: str
@@ -244,7 +259,7 @@ class Tensor(Wire):
 
 
 class ModelMetadata(Wire):
-    """Answer of ``GET /v2/models/NAME``, as the Open Inference Protocol has it."""
+    """Response of ``GET /v2/models/NAME``, as the Open Inference Protocol defines it."""
 
     name: str
     versions: list[str]
@@ -267,30 +282,34 @@ class Options(BaseModel):
 
     window_s: WindowLength | None = Field(
         default=None,
-        description="hear all of the recording in windows of this length, at most the model's own; middle: one window "
-        "(its middle, or that with most speech, as the model is), or the model's crops; default: middle up to 6 s, "
-        "all of it in the model's windows beyond",
+        description="analyse the whole recording in windows of this length, at most the model's own; middle: analyse "
+        "only the model's one window (the middle, or the part with most speech) or its crops; default: middle for "
+        "recordings up to 6 s, the whole recording in the model's windows for longer ones",
     )
     hop_s: float | None = Field(
         default=None,
         ge=0.01,
         allow_inf_nan=False,
-        description="from one window to the next; default: the window's length. Alone it implies the model's window",
+        description="time from the start of one window to the next; default: the window's length. Without window_s, "
+        "the whole recording is analysed in windows of the model's length",
     )
     channels: Annotated[str, Field(pattern=CHANNELS_PATTERN)] | None = Field(
         default=None,
-        description="mix, a channel's number from 0, or each (which implies windows); default: mix, and each where a "
-        "recording of more than 6 s is heard in full and its channels differ",
+        description="mix, a channel's number from 0, or each (all channels one by one, over the whole recording); "
+        "default: mix, but each where a recording over 6 s is analysed in full and its channels differ",
     )
-    top_k: int | None = Field(default=None, ge=1, description="so many classes in scores; default: all")
+    top_k: int | None = Field(default=None, ge=1, description="number of classes in scores; default: all")
     min_confidence: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="answers below it, and to recordings unlike the training's, are called uncertain",
+        description="answers with a lower confidence are labelled uncertain; above 0, so are recordings unlike the "
+        "training recordings",
     )
-    picture: FormBool = Field(default=False, description="add waveform and log-mel picture of what the model sees")
-    model: str | None = Field(default=None, max_length=100, description="a name of GET /v1/model; default: its first")
+    picture: FormBool = Field(default=False, description="add the waveform and the model's log-mel spectrogram")
+    model: str | None = Field(
+        default=None, max_length=100, description="one of models in GET /v1/model; default: the first"
+    )
 
 
 class ExplainOptions(BaseModel):
@@ -301,60 +320,73 @@ class ExplainOptions(BaseModel):
     channels: str = Field(
         default="mix", pattern=r"^(mix|[0-7])$", description="mix, or a channel's number counted from 0"
     )
-    model: str | None = Field(default=None, max_length=100, description="a name of GET /v1/model; default: its first")
+    model: str | None = Field(
+        default=None, max_length=100, description="one of models in GET /v1/model; default: the first"
+    )
 
 
 class StreamOptions(BaseModel):
-    """Parameters of the address of ``WS /v1/stream``, or of its first message."""
+    """Options of ``WS /v1/stream``: query parameters of its URL, or fields of its first message."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["s16le", "f32le", "webm"] = Field(
-        description="raw samples, little-endian, channels interleaved; or WebM with Opus, as MediaRecorder gives it"
+        description="s16le, f32le: raw samples, little-endian, channels interleaved; webm: WebM with Opus, as a "
+        "browser's MediaRecorder writes it"
     )
-    sample_rate_hz: int | None = Field(default=None, ge=4_000, le=192_000, description="of raw samples")
-    channels: int = Field(default=1, ge=1, le=2, description="of raw samples; their mix is heard")
-    hop_s: float = Field(default=0.5, ge=0.25, le=10, allow_inf_nan=False, description="from one answer to the next")
-    top_k: int | None = Field(default=None, ge=1, description="so many classes in scores; default: all")
+    sample_rate_hz: int | None = Field(
+        default=None, ge=4_000, le=192_000, description="of raw samples, which need it; not allowed for webm"
+    )
+    channels: int = Field(default=1, ge=1, le=2, description="of raw samples; the model analyses their mix")
+    hop_s: float = Field(
+        default=0.5, ge=0.25, le=10, allow_inf_nan=False, description="time from one answer to the next"
+    )
+    top_k: int | None = Field(default=None, ge=1, description="number of classes in scores; default: all")
     min_confidence: float = Field(default=0.0, ge=0, le=1, description="as of POST /v1/predict")
-    model: str | None = Field(default=None, max_length=100, description="a name of GET /v1/model; default: its first")
+    model: str | None = Field(
+        default=None, max_length=100, description="one of models in GET /v1/model; default: the first"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> StreamOptions:
         if (self.sample_rate_hz is None) != (self.format == "webm"):
-            raise ValueError("sample_rate_hz belongs to s16le and f32le, which need it; webm says its own")
+            raise ValueError("give sample_rate_hz with s16le and f32le, and leave it out with webm, which contains it")
         return self
 
 
 class TaskParameters(BaseModel):
-    """``parameters`` of the audio-classification task."""
+    """Field ``parameters`` of the audio-classification task."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    top_k: int | None = Field(default=None, ge=1, description="so many classes; default: all")
-    function_to_apply: Literal["softmax"] | None = Field(default=None, description="only softmax: calibrated")
+    top_k: int | None = Field(default=None, ge=1, description="number of classes; default: all")
+    function_to_apply: Literal["softmax"] | None = Field(
+        default=None, description="only softmax; the scores are always calibrated probabilities"
+    )
 
 
 class TaskInput(BaseModel):
-    """``POST /v1/audio-classification`` as JSON."""
+    """JSON body of ``POST /v1/audio-classification``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    inputs: str = Field(description="the recording, base64", min_length=4, json_schema_extra={"format": "byte"})
+    inputs: str = Field(
+        description="the recording's bytes in base64", min_length=4, json_schema_extra={"format": "byte"}
+    )
     parameters: TaskParameters | None = None
 
 
 def checked_key(text: str | None) -> str | None:
-    """A key without the white space around it, such as the line's end of a file; None where nothing is left.
+    """An API key without the white space around it, such as a line end from a file; None if nothing is left.
 
     Raises:
-        ValueError: characters that a header of HTTP cannot carry the same way everywhere.
+        ValueError: the key has characters other than printable ASCII, which HTTP headers cannot carry reliably.
     """
     key = (text or "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(
-            f"the API key ({API_KEY_VARIABLE}) holds characters that are no printable ASCII, which an HTTP header "
-            "cannot carry; take another one: openssl rand -hex 32"
+            f"the API key ({API_KEY_VARIABLE}) has characters that are not printable ASCII, which an HTTP header "
+            "cannot carry; make another key: openssl rand -hex 32"
         )
     return key or None
 
@@ -369,9 +401,10 @@ _TICKET = "ser.ticket."
 
 
 def stream_ticket(digest: str, until: float) -> str:
-    """A WebSocket subprotocol that opens streams, and nothing else, until a moment (``time.time``).
+    """A WebSocket subprotocol that gives access to streams, and to nothing else, until ``until`` (``time.time``).
 
-    For pages, which can send no header, and must not hold the key: whoever has the key makes tickets of its ``digest``.
+    It is for web pages, which cannot send the header and must not hold the key. The holder of the key makes tickets
+    from the key's ``digest``.
     """
     moment = str(int(until))
     proof = hmac.new(digest.encode(), f"stream {moment}".encode(), hashlib.sha256).hexdigest()
@@ -379,7 +412,7 @@ def stream_ticket(digest: str, until: float) -> str:
 
 
 def is_stream_ticket(given: str, digest: str, now: float) -> bool:
-    """Whether ``stream_ticket`` made it of this key, and it is still good."""
+    """Whether ``stream_ticket`` made ``given`` from this key's digest, and it has not expired at ``now``."""
     moment = given.removeprefix(_TICKET).partition(".")[0]
     if not (given.startswith(_TICKET) and moment.isascii() and moment.isdecimal() and len(moment) < 15):
         return False

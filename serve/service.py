@@ -1,4 +1,4 @@
-"""What the parts tell each other: what a model worker is asked and answers, and what every request needs. No Ray."""
+"""Types shared by the HTTP side and the model workers: requests, results, and the protocols between them. No Ray."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from serve.settings import Settings
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """What is asked of a recording.
+    """Options for the prediction of one recording.
 
     Attributes:
-        window_s: hear all of it in windows of this length; ``hop_s`` from one to the next. Either implies the other:
-            the model's window, and the window's length. ``middle``: the bundle's one window, or crops. None and None:
-            the middle up to ``LONG_S``, all of it in the model's windows beyond.
-        channels: ``mix``, the number of one channel, or ``each``, which implies windows. None: ``mix``, and ``each``
-            where all of a recording beyond ``LONG_S`` is heard and its channels differ.
-        picture: whether to add what the model sees.
-        at: hear the windows of the model's length that start there, in seconds, ascending, and nothing else: those of a
-            stream, of which the recording is a part.
+        window_s: analyse the whole recording in windows of this length; default with ``hop_s``: the model's window.
+            ``middle``: the bundle's one window, or its crops. None, and no ``hop_s``: as ``middle`` up to ``LONG_S``;
+            longer recordings are analysed as a whole in the model's windows.
+        hop_s: time from one window to the next; default: the window's length.
+        channels: ``mix``, the number of one channel, or ``each``, which analyses the whole recording. None: ``mix``,
+            but ``each`` where the whole of a recording beyond ``LONG_S`` is analysed and its channels differ.
+        picture: whether to add the spectrogram of the model's input.
+        at: analyse only the windows of the model's length at these start times (seconds, ascending). For streams, where
+            the recording is a part of the stream.
     """
 
     window_s: float | Literal["middle"] | None = None
@@ -39,27 +40,29 @@ class PredictRequest:
 
     @property
     def channel(self) -> Channel:
-        """The one channel that is heard, or the mix of all where each is."""
+        """The channel of the model's one window: a number, or the mix (also for ``each``)."""
         return "mix" if self.channels is None or self.channels == "each" else self.channels
 
     @property
     def windowed(self) -> bool:
-        """Whether all of the recording is heard, however long it is."""
+        """Whether the options ask for windows, whatever the recording's length."""
         return isinstance(self.window_s, float) or self.hop_s is not None or self.channels == "each" or bool(self.at)
 
     @property
     def by_length(self) -> bool:
-        """Whether its length decides what is heard."""
+        """Whether the recording's length decides between one window and the whole recording."""
         return self.window_s is None and not self.windowed
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time of an answer went.
+    """The times of one answer.
 
     Attributes:
-        decode_s: decoding and features; ``wait_s``: for the network to be free; ``network_s``: in it.
-        batch: recordings that went through the network together.
+        decode_s: decoding and features.
+        wait_s: waiting for the network.
+        network_s: in the network.
+        batch: windows in the batch; of several batches, the largest; 0 where there was none.
     """
 
     decode_s: float = 0.0
@@ -70,7 +73,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """The answer for one recording, with the model that gave it."""
+    """The result for one recording, with the model's name, version and labels."""
 
     model: str
     version: str
@@ -83,7 +86,7 @@ class WorkerResult:
 
 @dataclass(frozen=True)
 class Explained:
-    """An answer of ``explain``; ``occlusion`` and ``picture`` are None when the recording could not be used."""
+    """The result of ``explain``; ``occlusion`` and ``picture`` are None where the recording could not be used."""
 
     model: str
     version: str
@@ -96,7 +99,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Card:
-    """A model worker's model."""
+    """The description of a worker's model; ``text`` is the model card in Markdown."""
 
     name: str
     version: str
@@ -109,7 +112,7 @@ class Card:
 
 
 class Models(Protocol):
-    """The models of a service, wherever they run. Each call may raise ``problems.ServiceError``."""
+    """The models of a service, in this process or on Ray. Each call may raise ``problems.ServiceError``."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,45 +120,45 @@ class Models(Protocol):
         ...
 
     async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
-        """What one recording sounds like."""
+        """Predict the emotion of a recording, a file's bytes."""
         ...
 
     async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
-        """Why."""
+        """Explain the prediction of a recording."""
         ...
 
     async def card(self, model: str) -> Card:
-        """What is known of a model."""
+        """The description of a model."""
         ...
 
     async def ready(self, model: str) -> bool:
-        """Whether it can answer now."""
+        """Whether the model can answer now."""
         ...
 
     def check_room(self, model: str) -> None:
-        """Raise the ``ServiceError`` of a full queue, so that no body need be read for nothing."""
+        """Raise ``overloaded`` where the model's queue is full, before a body is read."""
         ...
 
 
 class Meter(Protocol):
-    """Where figures go."""
+    """The metrics of a process that answers HTTP."""
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None:
-        """Count a request; ``code`` is ``ok`` or that of its problem."""
+        """Count a request; ``code`` is ``ok`` or a problem's code."""
         ...
 
     def recording(self, model: str, code: str) -> None:
-        """Count a recording; ``code`` is ``ok`` or that of its problem."""
+        """Count a recording; ``code`` is ``ok`` or a problem's code."""
         ...
 
     def streams(self, count: int) -> None:
-        """Note how many live streams are open now."""
+        """Set the number of open live streams."""
         ...
 
 
 @dataclass(frozen=True)
 class Service:
-    """All that a request needs: models, what is allowed, where figures go, the longest window, the key's hash."""
+    """The service behind the endpoints: models, settings, metrics, the longest input window, the API key's hash."""
 
     models: Models
     settings: Settings
@@ -164,7 +167,7 @@ class Service:
     key_digest: str | None = None
 
     def check_room(self) -> None:
-        """Raise the ``ServiceError`` of a full queue when those of all models are: no body need be read for nothing."""
+        """Raise ``overloaded`` where the queues of all models are full, before a body is read."""
         full = None
         for name in self.models.names:
             try:
@@ -175,18 +178,18 @@ class Service:
         raise full
 
     def model(self, name: str | None) -> str:
-        """The model called ``name``, by default the first.
+        """``name``; the name of the first model where it is None.
 
         Raises:
-            ServiceError: there is none.
+            ServiceError: no model has this name.
         """
         names = self.models.names
         if name is not None and name not in names:
-            raise ServiceError("unknown_model", f"no model of this name; there are {', '.join(names)}")
+            raise ServiceError("unknown_model", f"no model has this name; the models are {', '.join(names)}")
         return name or names[0]
 
 
 def service_of(request: Request) -> Service:
-    """The service that a request was sent to."""
+    """The ``Service`` of the application that a request was sent to."""
     service: Service = request.app.state.service
     return service

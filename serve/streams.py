@@ -1,9 +1,10 @@
-"""``WS /v1/stream``: sound in pieces, an answer every hop. One session a connection; its windows are asked one by one.
+"""``WS /v1/stream``: live sound in messages, an answer every hop. Each connection has one session.
 
-Two tasks a session: one takes sound, no faster than it sounds (what comes faster stays with its sender, by TCP), one
-asks a worker for the oldest window that is complete and sends the answer. Windows that have waited too long are left
-out, so that an answer is about now. A part is a short recording (``pipeline.audio.live``), its window goes through the
-batches of all others; any worker can answer it, and one that dies costs that window only. Protocol: docs/live.md.
+A session has two tasks. One receives sound; it stops reading where sound arrives much faster than real time, so that
+TCP slows the sender down. The other sends the oldest complete window to a worker, and the answer to the client. Windows
+that have waited too long are skipped, so that answers stay current. A window goes to the worker as a short recording
+(``pipeline.audio.live``) and shares the batches of all requests. Any worker can answer it; one that dies costs only
+that window. Protocol: docs/live.md.
 """
 
 from __future__ import annotations
@@ -29,26 +30,27 @@ from serve.service import Card, PredictRequest, Service, WorkerResult
 
 Told = TypeVar("Told")
 logger = logging.getLogger("ray.serve.ser")
-CLOSED_WITH = 4000  # and the status of the problem
-MOST_BYTES = 2**20  # of a message
+CLOSED_WITH = 4000  # plus the problem's status: the close code
+MOST_BYTES = 2**20  # maximum size of a message
 _TEXT_CHARACTERS = 4096
-_PIECE_S = 5.0  # of a message
+_PIECE_S = 5.0  # maximum length of the sound in a message
 _MESSAGES_A_SECOND = 200
-_AHEAD_S, _RELAYED_AHEAD_S = 2.0, 30.0  # so much sound may come at once
-_CATCHES_UP = 1.5  # beyond it, so much faster than it sounds: after a line that stood still
-_LATE_S = 1.5  # a window that has waited longer is left out where there is a newer one
+_AHEAD_S, _RELAYED_AHEAD_S = 2.0, 30.0  # maximum sound ahead of real time: before reading pauses; before an error
+_CATCHES_UP = 1.5  # maximum speed, relative to real time, at which a sender may catch up after an interruption
+_LATE_S = 1.5  # a window that has waited longer is skipped where there is a newer one
 _START_S, _SEND_S, _PATIENCE_S = 10.0, 10.0, 10.0
-_LOOK_S = 0.25  # how often a stream looks whether the service stops
-_LEAST_S = 0.25  # of sound for an answer, as in pipeline.inference.excerpts
-_PASSES = ("overloaded", "unavailable", "deadline_exceeded")  # of a window; the next may be answered
+_LOOK_S = 0.25  # interval at which a stream checks whether the service stops
+_LEAST_S = 0.25  # minimum length of sound for an answer, as in pipeline.inference.excerpts
+_PASSES = ("overloaded", "unavailable", "deadline_exceeded")  # temporary errors: the next window may be answered
 
 
 class Streams:
-    """The endpoint of one application.
+    """The WebSocket endpoint of one application.
 
     Args:
-        closed: whether the service stops.
-        relayed: whether a proxy stands between that reads on while this does not, and keeps what it has read.
+        service: the models and settings.
+        closed: returns True once the service stops.
+        relayed: whether a proxy in front keeps reading, and buffers, while this endpoint does not read.
     """
 
     def __init__(self, service: Service, closed: Callable[[], bool], *, relayed: bool) -> None:
@@ -65,7 +67,7 @@ class Streams:
         self._count(1)
         try:
             if self._open > self._service.settings.max_streams:
-                raise retry_later("overloaded", "as many streams are open as may; connect again in a moment")
+                raise retry_later("overloaded", "too many streams are open; connect again in a moment")
             await _Session(self._service, websocket, self._closed, relayed=self._relayed).run()
             await websocket.close()
         except _Gone as gone:
@@ -73,7 +75,7 @@ class Streams:
         except ServiceError as error:
             await _end(websocket, error)
         except Exception:
-            logger.exception("stream %s met a mistake of ours", request_id(scope))
+            logger.exception("stream %s failed with an internal error", request_id(scope))
             await _end(websocket, recording_error("internal_error", ""))
         finally:
             self._count(-1)
@@ -84,11 +86,11 @@ class Streams:
 
 
 class _Gone(Exception):
-    """The client is not there any more, or does not read; ``str()`` is the code for the log."""
+    """The client disconnected, or does not read; ``str()`` is the code for the log."""
 
 
 async def _end(websocket: WebSocket, error: ServiceError) -> None:
-    """Tell why, and close."""
+    """Send the error, then close the connection."""
     note(websocket.scope, code=error.code)
     problem = error.problem(request_id(websocket.scope) or None)
     try:
@@ -115,9 +117,9 @@ class _Session:
         self._service, self._websocket, self._closed, self._relayed = service, websocket, closed, relayed
         self._begun_s = self._now()
         self._quiet_until_s = self._begun_s + _START_S
-        self._ahead_s, self._seen_s = 0.0, self._begun_s  # sound that came early, and when that was seen
-        self._ready: deque[tuple[float, float]] = deque()  # where complete windows start, and since when they are
-        self._found = 0  # windows that were complete so far
+        self._ahead_s, self._seen_s = 0.0, self._begun_s  # sound ahead of real time, and when it was measured
+        self._ready: deque[tuple[float, float]] = deque()  # complete windows: start in the sound, time of completion
+        self._found = 0  # number of complete windows so far
         self._changed = asyncio.Event()
         self._answered, self._skipped = 0, 0
 
@@ -126,10 +128,11 @@ class _Session:
         return asyncio.get_running_loop().time()
 
     async def run(self) -> None:
-        """Until its client ends it.
+        """Serve the stream until its client ends it.
 
         Raises:
-            ServiceError: it ends otherwise. _Gone: its client has gone.
+            ServiceError: an error ends the stream.
+            _Gone: the client disconnected, or does not read.
         """
         options = await self._options()
         service = self._service
@@ -165,12 +168,12 @@ class _Session:
             note(self._websocket.scope, skipped=self._skipped)
 
     async def _options(self) -> StreamOptions:
-        """From the address, or else from the first message."""
+        """The options, from the query parameters, or else from the first message."""
         given: object = dict(self._websocket.query_params)
         if not given:
             message = await self._message()
             if not isinstance(message, str):
-                raise ServiceError("bad_request", "the first message says what comes: a start as JSON, in text")
+                raise ServiceError("bad_request", 'expected {"type": "start", ...} as a text message before any sound')
             given = _read(message)
             if not isinstance(given, dict) or given.pop("type", None) != "start":
                 raise ServiceError("bad_request", 'expected {"type": "start", "format": ...} as the first message')
@@ -183,16 +186,16 @@ class _Session:
             raise ServiceError("invalid_request", told, errors=errors) from None
 
     async def _message(self) -> str | bytes:
-        """What comes next."""
+        """The next message of the client."""
         settings = self._service.settings
         while True:
             if self._closed():
                 raise retry_later("unavailable", "the service is stopping; connect again in a moment", after_s=5)
             now_s = self._now()
             if now_s > self._begun_s + settings.max_stream_s:
-                raise ServiceError("too_long", f"a stream may last {settings.max_stream_s:g} s; connect again")
+                raise ServiceError("too_long", f"a stream may last {settings.max_stream_s:g} s; open a new one")
             if now_s > self._quiet_until_s:
-                raise ServiceError("body_timeout", "nothing has come for too long; connect again when there is sound")
+                raise ServiceError("body_timeout", "no sound arrived for too long; connect again when there is sound")
             try:
                 async with asyncio.timeout(_LOOK_S):
                     message = await self._websocket.receive()
@@ -207,7 +210,7 @@ class _Session:
             return found
 
     async def _take(self, tape: Tape, options: StreamOptions, card: Card) -> None:
-        """Take sound, until its end is told."""
+        """Receive sound until the client sends ``end``."""
         window_s, idle_s = card.features.window_s, self._service.settings.stream_idle_s
         self._quiet_until_s = self._now() + idle_s
         while True:
@@ -215,7 +218,7 @@ class _Session:
             if isinstance(message, str):
                 found = _read(message)
                 if not isinstance(found, dict) or found.get("type") != "end":
-                    raise ServiceError("bad_request", 'sound is binary; as text only {"type": "end"} is understood')
+                    raise ServiceError("bad_request", 'expected sound as a binary message, or {"type": "end"} as text')
                 tape.ended = True
                 if tape.received_s >= _LEAST_S:
                     for start_s in ends(tape.received_s, window_s, options.hop_s, self._found):
@@ -244,25 +247,25 @@ class _Session:
         self._changed.set()
 
     def _leave_out(self) -> None:
-        """Give up windows that have waited too long where there are newer ones."""
+        """Skip windows that have waited too long, where there are newer ones."""
         while len(self._ready) > 1 and self._now() - self._ready[0][1] > _LATE_S:
             self._ready.popleft()
             self._skipped += 1
 
     async def _keep_pace(self, length_s: float) -> None:
-        """Read no further for a while where sound, ``length_s`` of it just now, comes too fast."""
+        """Pause reading where sound, with the last ``length_s``, is too far ahead of real time."""
         now_s = self._now()
         passed_s, self._seen_s = now_s - self._seen_s, now_s
         self._ahead_s = max(self._ahead_s - _CATCHES_UP * passed_s, 0.0) + length_s
         if self._relayed and self._ahead_s > _RELAYED_AHEAD_S:
-            raise ServiceError("too_fast", "sound comes faster than it sounds; send it as it is recorded")
+            raise ServiceError("too_fast", "sound arrives faster than real time; send it as it is recorded")
         wait_s = (self._ahead_s - _AHEAD_S) / _CATCHES_UP
         if wait_s > 0 and not self._relayed:
             self._quiet_until_s += wait_s
             await asyncio.sleep(wait_s)
 
     async def _answer(self, tape: Tape, options: StreamOptions, card: Card) -> None:
-        """Answer for windows, until the last."""
+        """Answer the complete windows, until the last one after ``end``."""
         segments = answers.Segments(card.labels, options)
         answered_s = self._now()
         while True:
@@ -305,7 +308,7 @@ class _Session:
         await _send(self._websocket, done)
 
     async def _asked(self, tape: Tape, start_s: float, card: Card) -> tuple[WorkerResult, float]:
-        """What a worker says of a window, and by how much its times are too small."""
+        """A worker's result for a window, and the seconds to add to its times."""
         part = tape.part(start_s, card.features.window_s)
         asked = self._service.models.predict(card.name, part.data, PredictRequest(at=(part.start_s,)))
         result = await self._in_time(asked)
@@ -335,7 +338,7 @@ def _read(text: str) -> object:
 
 
 def _tape(options: StreamOptions, rate_hz: int) -> Tape:
-    """What takes the sound of a stream, for a model of that sample rate."""
+    """The buffer for the sound of a stream, for a model with sample rate ``rate_hz``."""
     if options.sample_rate_hz is None:
         return WebmTape(rate_hz)
     return PcmTape(rate_hz, options.format, options.sample_rate_hz, options.channels)

@@ -1,8 +1,8 @@
-"""Requests in: multipart forms, raw audio and the JSON of the audio-classification task, read and checked by hand.
+"""Reading and checking of uploads: multipart forms, raw audio, and the JSON of the audio-classification task.
 
-By hand, because a framework that reads the body before it asks who is calling lets strangers fill the memory, and
-because every mistake shall be told as a problem of ours. Recordings come as bytes only: neither paths nor addresses
-are ever opened.
+FastAPI's own form parameters are not used, for two reasons. They would read a body before the key is checked, so that
+strangers could fill the memory. And every error must be a problem document. Recordings are bytes in the request: no
+path or URL is ever opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from serve.schema import FieldError, TaskInput, TaskParameters
 
 _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 64 * 1024
-_MAX_NAME = 64  # characters of a field's name that are told back
+_MAX_NAME = 64  # characters of a field's name in an error
 _CHARSETS = {"utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin-1"}
 _SPACE_AND_ALPHABET = str.maketrans({" ": None, "\t": None, "\r": None, "\n": None, "-": "+", "_": "/"})
 _RAW_TYPES = ("application/octet-stream", "audio/", "video/")
@@ -40,15 +40,16 @@ class Upload:
 
 
 def content_type(request: Request) -> str:
-    """The media type alone, lower case; empty when none was sent."""
+    """The media type of the header Content-Type in lower case, without parameters; empty where it is missing."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_form(request: Request, model: type[Fields], max_files: int) -> tuple[list[Upload], Fields]:
-    """The recordings in the parts ``file`` of a multipart form, one at least, and its other fields as a ``model``.
+    """The recordings (at least one) in the parts ``file`` of a multipart form, and its other fields as a ``model``.
 
     Raises:
-        ServiceError: another content type, a broken form, too many files, or a wrong field.
+        ServiceError: the content type is not multipart, the form is broken, there are too many files, or a field is
+            wrong.
     """
     if content_type(request) != "multipart/form-data":
         raise ServiceError(
@@ -56,7 +57,7 @@ async def read_form(request: Request, model: type[Fields], max_files: int) -> tu
         )
     await _check_form(request, max_files)
     try:
-        # one file more than allowed is read, to tell too many from broken
+        # one file more than allowed may be read, to distinguish too many files from a broken form
         form = await request.form(max_files=max_files + 1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
     except HTTPException as error:
         told = str(error.detail)
@@ -74,18 +75,18 @@ async def read_form(request: Request, model: type[Fields], max_files: int) -> tu
         for key, value in form.multi_items():
             if isinstance(value, str):
                 if key in fields:
-                    raise invalid(key, "given twice")
+                    raise invalid(key, "given twice; send it once")
                 fields[key] = value
             elif key == "file":
                 parts.append(value)
             else:
-                raise invalid(key, "a file in a field that takes none; recordings go into file")
+                raise invalid(key, "this field takes no file; send recordings in the field file")
         if len(parts) > max_files:
             raise _too_many(max_files)
         if "file" in fields:
-            raise invalid("file", "text instead of a recording; send it as a file (curl -F file=@speech.wav)")
+            raise invalid("file", "got text; send the recording as a file (curl -F file=@speech.wav)")
         if not parts:
-            raise invalid("file", "missing; send one recording or more")
+            raise invalid("file", "missing; send one or more recordings")
         options = validated(model, fields)
         return [Upload(part.filename or None, await part.read()) for part in parts], options
     finally:
@@ -93,9 +94,9 @@ async def read_form(request: Request, model: type[Fields], max_files: int) -> tu
 
 
 async def _check_form(request: Request, max_files: int) -> None:
-    """Refuse forms that would take long to read, and the whole process with them: it reads them in one piece.
+    """Refuse forms whose parsing would block the process for long.
 
-    They hold the parts' border again and again, in a recording, or name a character set that Python decodes slowly.
+    Such forms contain the boundary between parts very often, or name a character set that Python decodes slowly.
     """
     options = parse_options_header(request.headers["content-type"])[1]
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
@@ -108,18 +109,16 @@ async def _check_form(request: Request, max_files: int) -> None:
 
 
 async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
-    """The recording and parameters of the audio-classification task: raw audio, or JSON with base64.
+    """The recording and the parameters of the audio-classification task, from raw audio or JSON with base64.
 
     Raises:
-        ServiceError: another content type, broken JSON or base64, or a wrong field.
+        ServiceError: the content type is not supported, the JSON or base64 is broken, or a field is wrong.
     """
     kind = content_type(request)
     if kind == "application/json":
         body = await request.body()
-        if body.count(b",") >= _MAX_FIELDS:  # base64 has none; told before it is parsed into as many objects, or errors
-            raise invalid(
-                "body", "more fields than the task has: inputs, and parameters of top_k and function_to_apply"
-            )
+        if body.count(b",") >= _MAX_FIELDS:  # base64 has no commas; checked before parsing makes as many objects
+            raise invalid("body", "too many fields; send inputs, and parameters with top_k and function_to_apply")
         try:
             task = TaskInput.model_validate_json(body)
         except ValidationError as error:
@@ -127,7 +126,7 @@ async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
         try:
             return Upload(None, _decoded(task.inputs)), task.parameters or TaskParameters()
         except (binascii.Error, ValueError):
-            raise invalid("inputs", "not base64, nor a data URL of it (data:audio/wav;base64,...)") from None
+            raise invalid("inputs", "neither base64 nor a data URL with base64 (data:audio/wav;base64,...)") from None
     if kind and not kind.startswith(_RAW_TYPES):
         raise ServiceError(
             "unsupported_media_type",
@@ -137,38 +136,38 @@ async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
 
 
 def _decoded(text: str) -> bytes:
-    """Base64 as people send it: in lines, in the alphabet for addresses, without its padding, or as a data URL.
+    """The bytes of base64 text; line breaks, the URL-safe alphabet, missing padding and data URLs are accepted.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not base64.
     """
     if text[:5].lower() == "data:":
         head, comma, text = text.partition(",")
         if not comma or not head.lower().rstrip().endswith(";base64"):
-            raise ValueError("a data URL of something else")
+            raise ValueError("a data URL without base64")
         text = unquote(text)
     text = text.translate(_SPACE_AND_ALPHABET).rstrip("=")
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def check_query(request: Request) -> None:
-    """Refuse parameters in the address that an endpoint does not have, for they would do nothing.
+    """Refuse query parameters that the endpoint does not have; they would be ignored.
 
     Raises:
-        ServiceError: there is one.
+        ServiceError: there is an unknown one.
     """
     known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:
-            where = "options go into the form" if request.method == "POST" else "leave it out"
-            raise invalid(name, f"no parameter of this address; {where}")
+            where = "send options as form fields" if request.method == "POST" else "leave it out"
+            raise invalid(name, f"not a query parameter of this endpoint; {where}")
 
 
 def validated(model: type[Fields], fields: dict[str, str]) -> Fields:
-    """Form fields as a ``model``.
+    """The fields of a form as a ``model``.
 
     Raises:
-        ServiceError: an unknown field or a value out of range.
+        ServiceError: a field is unknown, or its value is not allowed.
     """
     try:
         return model.model_validate(fields)
@@ -186,7 +185,7 @@ def _invalid_fields(error: ValidationError) -> ServiceError:
 
 
 def invalid(field: str, message: str) -> ServiceError:
-    """The error of one field."""
+    """The error for one wrong field."""
     error = _field_error(field, message)
     return ServiceError("invalid_request", f"{error.field}: {message}", errors=[error])
 

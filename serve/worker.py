@@ -1,8 +1,8 @@
-"""A model at work: recordings, as bytes, are decoded in a few threads and classified in batches. No HTTP, no Ray.
+"""A model that decodes recordings (bytes) in a few threads and classifies them in batches. No HTTP, no Ray.
 
-Decoding (milliseconds in C code) overlaps with the network, which has a thread of its own. What takes long, windows
-over a whole recording and explanations, goes in steps: a minute is decoded, its windows share the network's batches
-with those of all others, and so on (``batching``); it ends where its caller has gone.
+Decoding (milliseconds in C code) overlaps with the network, which has its own thread. Long requests (windows over a
+whole recording, and explanations) run in steps: a minute is decoded, then its windows share the network's batches with
+all other requests (``batching``). Work ends when its caller goes away.
 """
 
 from __future__ import annotations
@@ -39,40 +39,42 @@ from serve.settings import Settings
 Array = NDArray[np.float32]
 Result = TypeVar("Result")
 _DECODERS = 2
-_BYTES_A_SECOND = 4 * 2**20  # of a recording in windows, a second of a thread: a guess that only decides who is first
-_LONG_THREADS = 2  # one of them is kept for those who have had little
+_BYTES_A_SECOND = (
+    4 * 2**20
+)  # bytes analysed in windows per second of a thread: an estimate, only for the order of steps
+_LONG_THREADS = 2  # one of them is reserved for requests that have used little time
 _DRAWN_AT_ONCE_S = 60.0
-_STUCK_S = 120.0  # far beyond what any accepted recording takes
+_STUCK_S = 120.0  # far longer than any accepted recording takes
 _VERSION_DIGITS = 12
 _CARD_NAME = "README.md"
 
 
 class TooManyWindows(audio.AudioError):
-    """A recording that would be heard in more windows than the service grants."""
+    """A recording that needs more windows than the service allows."""
 
     code = "too_many_windows"
 
 
 class WindowTooLong(audio.AudioError):
-    """Windows longer than the model's."""
+    """The requested windows are longer than the model's input window."""
 
     code = "invalid_request"
 
 
 class NotExplainable(audio.AudioError):
-    """A model whose features are no picture."""
+    """The model's features are not a spectrogram, so its predictions cannot be explained."""
 
     code = "not_explainable"
 
 
 class Worker:
-    """One model; to be used from one event loop.
+    """One model with its threads; use it from one event loop.
 
     Args:
-        predictor: the model, with the limits that recordings must keep.
-        max_windows: windows of a recording, over all channels, that are granted.
-        decode_timeout_s: until a recording counts as one that its decoder hangs on.
-        meter: where figures go.
+        predictor: the model, with the limits of recordings.
+        max_windows: maximum number of windows of a recording, over all channels.
+        decode_timeout_s: seconds after which decoding of a recording is given up.
+        meter: the metrics.
     """
 
     def __init__(
@@ -88,13 +90,13 @@ class Worker:
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._threads = FairThreads(_LONG_THREADS, "long")
         self._batcher: Batcher[Array, Floats] = Batcher(self._classify, predictor.batch_size)
-        self._running: dict[int, float] = {}  # when each piece of work in a thread began
+        self._running: dict[int, float] = {}  # start times of the work in threads
         self._numbers = itertools.count()
-        self.waiting = 0  # short recordings in work: being decoded, or waiting for it or for the network
-        self.long = 0  # recordings in windows, and explanations, in work
+        self.waiting = 0  # short recordings in progress: being decoded, in the network, or waiting for either
+        self.long = 0  # recordings analysed in windows, and explanations, in progress
 
     def warm_up(self) -> None:
-        """Run everything once, so that the first caller does not pay for first calls."""
+        """Run features and network once, because first calls are slow."""
         size = self.predictor.batch_size
         shape = self.predictor.bundle.features.input_shape
         for count in {1, size}:
@@ -103,17 +105,17 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread is at work."""
+        """Whether a thread is running work."""
         return bool(self._running)
 
     def check(self) -> None:
-        """Raise RuntimeError when a thread has hung for far too long: it is lost, and so is the worker."""
+        """Raise RuntimeError where a thread has been busy for over 120 s with one step: the worker must be replaced."""
         oldest_s = time.monotonic() - min(self._running.values(), default=math.inf)
         if oldest_s > _STUCK_S:
-            raise RuntimeError(f"a recording has not been decoded for {oldest_s:.0f} s")
+            raise RuntimeError(f"a thread has not finished a recording for {oldest_s:.0f} s; the worker is replaced")
 
     def card(self) -> Card:
-        """What is known of the model."""
+        """The description of the model."""
         bundle = self.predictor.bundle
         text = bundle.folder / _CARD_NAME
         return Card(
@@ -128,11 +130,12 @@ class Worker:
         )
 
     async def predict(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> WorkerResult:
-        """What a recording sounds like; one that cannot be used is told in the prediction, not raised.
+        """Predict the emotion of a recording. One that cannot be used gives a prediction with an error, no exception.
 
         Args:
-            data: a file's content.
-            isolated: decode in a process of its own, for a recording under suspicion.
+            data: the bytes of a file.
+            request: the options.
+            isolated: decode in a separate process, for a recording that may have crashed a worker.
         """
         with self._metered():
             result = await self._predict(data, request, isolated)
@@ -141,13 +144,13 @@ class Worker:
         return result
 
     async def explain(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> Explained:
-        """Why the model's one window of a recording sounds as it does."""
+        """Explain the prediction for the model's one window of a recording by occlusion."""
         with self._metered():
             return (await self._follow(self._explain(self.predictor, data, request, isolated), Share()))[0]
 
     @contextmanager
     def _metered(self) -> Iterator[None]:
-        """For one recording: what is in work is told when one comes and when one goes."""
+        """Update the metrics of the load when a recording starts and ends."""
         if not (meter := self._meter):
             yield
             return
@@ -174,7 +177,7 @@ class Worker:
                 if whole.ok or not prediction.ok:
                     prediction, timeline, timing = whole, parts, spent
                 else:
-                    prediction = replace(prediction, notice=f"only one window of it was heard. {whole.error}")
+                    prediction = replace(prediction, notice=f"only one window of it was analysed. {whole.error}")
         picture = None
         if request.picture and prediction.ok:
             try:
@@ -185,7 +188,7 @@ class Worker:
         return WorkerResult(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
 
     async def _excerpt(self, data: bytes, request: PredictRequest, isolated: bool) -> tuple[Prediction, Timing]:
-        """What the bundle's one window, or its crops, sounds like."""
+        """Predict from the bundle's one window, or its crops."""
         predictor, started_s = self.predictor, time.monotonic()
         self.waiting += 1
         try:
@@ -206,7 +209,7 @@ class Worker:
         return predictor.prediction(excerpt, log_p), Timing(decoded_s - started_s, wait_s, network_s, found[0].size)
 
     async def _is_long(self, middle: Prediction, data: bytes, isolated: bool) -> bool:
-        if middle.status != "too_short":  # which says nothing of the rest
+        if middle.status != "too_short":  # the window may be too short, but not the recording
             return middle.duration_s > LONG_S
         try:
             info = await self._decode(partial(describe, data, isolated=isolated, limits=self.predictor.limits))
@@ -215,10 +218,11 @@ class Worker:
         return info.duration_s > LONG_S
 
     async def _follow(self, work: Generator[Array, Floats, Result], share: Share) -> tuple[Result, Timing]:
-        """Run long work, step by step, its pictures in the batches of all; ends with its caller.
+        """Run long work step by step, its features in the shared batches; cancelling the caller ends it.
 
         Args:
-            work: yields features ``(n, *input_shape)``, is sent ``Predictor.answers``, ``(n, classes + 1)``.
+            work: yields features ``(n, *input_shape)``, and is sent ``Predictor.answers``, ``(n, classes + 1)``.
+            share: the thread time of the request.
         """
         log_p, started_s, network_s, size = None, time.monotonic(), 0.0, 0
         self.long += 1
@@ -237,14 +241,14 @@ class Worker:
             self.long -= 1
 
     async def _decode(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` in a decoder's thread; give up on it (``DecodeTimeout``) when it takes too long.
+        """Run ``work`` in a decoder thread; raise ``DecodeTimeout`` where it takes too long.
 
-        Its time begins when a thread is free for it.
+        The time counts from when a thread is free.
         """
         loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
 
         def begin() -> None:
-            with suppress(RuntimeError):  # nobody waits for it any more
+            with suppress(RuntimeError):  # the caller has gone
                 limit.reschedule(loop.time() + self._decode_timeout_s)
 
         def limited() -> Result:
@@ -260,7 +264,7 @@ class Worker:
             raise audio.ERRORS["decode_timeout"](f"recording: {detail}") from error
 
     def _watched(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """``work``, whose beginning in its thread is known to ``check``."""
+        """``work``, with its start time recorded for ``check``."""
         number = next(self._numbers)
 
         def watched() -> Result:
@@ -273,7 +277,7 @@ class Worker:
         return watched
 
     def _classify(self, items: Sequence[Array]) -> list[Floats]:
-        """``Predictor.answers`` ``(1, classes + 1)`` of each of several features ``(1, *input_shape)``."""
+        """Features ``(1, *input_shape)`` of each item -> its ``Predictor.answers`` ``(1, classes + 1)``."""
         return list(self.predictor.answers(np.concatenate(items))[:, np.newaxis])
 
     def _windows(
@@ -287,9 +291,11 @@ class Worker:
         hop_s = window_s if request.hop_s is None else request.hop_s
         try:
             if window_s > config.window_s:
-                raise WindowTooLong(f"window_s {window_s:g} is more than the {config.window_s:g} s the model hears.")
+                raise WindowTooLong(
+                    f"window_s {window_s:g} is longer than the model's input window; give at most {config.window_s:g}."
+                )
             info = describe(data, isolated=isolated, limits=predictor.limits)
-            if request.by_length:  # never refused: the channels together, or longer hops, where they are too many
+            if request.by_length:  # too many windows are not refused here: mix the channels, or use longer hops
                 hop_s = max(hop_s, (info.duration_s - window_s) / max(self._max_windows - 2, 1))
                 most = info.channels * (2 + (info.duration_s - window_s) / hop_s)
                 room = request.channels is None and most <= self._max_windows
@@ -299,7 +305,7 @@ class Worker:
             windows = tracks * (1 + max(info.duration_s - window_s, 0) / hop_s)
             if windows > self._max_windows:
                 raise TooManyWindows(
-                    f"{windows:.0f} windows; the limit is {self._max_windows}. Take a longer hop_s, or a shorter part."
+                    f"{windows:.0f} windows; the limit is {self._max_windows}. Use a longer hop_s, or a shorter part."
                 )
         except audio.AudioError as error:
             return _refused(predictor, error), None
@@ -307,7 +313,7 @@ class Worker:
         return (yield from predictor.follow_steps(data, steps, channels=channels, isolated=isolated))
 
     async def _picture(self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool) -> Picture:
-        """What the model sees of a recording's one window, and all of the recording around it."""
+        """The spectrogram of the model's one window, and an overview of the whole recording."""
         window = await self._decode(partial(_window, predictor, data, request, isolated))
         overview = Overview(0.0, window.info.duration_s, predictor.bundle.features)
         share = Share(expected_s=len(data) / _BYTES_A_SECOND)
@@ -327,7 +333,7 @@ class Worker:
             return answer(prediction=predictor.classify([excerpt])[0])
         prediction = predictor.prediction(excerpt, (yield excerpt.features))
         if bundle.features.kind != "log_mel":
-            unseen = NotExplainable(f"{bundle.name} sees no picture; only log-mel models can be explained.")
+            unseen = NotExplainable(f"the input of {bundle.name} is not log-mel; only log-mel models can be explained.")
             return answer(prediction=_refused(predictor, unseen))
         try:
             window = _window(predictor, data, request, isolated)
@@ -352,7 +358,7 @@ def _window(predictor: Predictor, data: bytes, request: PredictRequest, isolated
 
 
 def _without_familiarity(work: Generator[Array, Floats, Result]) -> Generator[Array, Floats, Result]:
-    """``work``, which is sent log-probabilities ``(n, classes)``, for whoever sends ``Predictor.answers``."""
+    """Adapt ``work``, which is sent log-probabilities ``(n, classes)``, to be sent ``Predictor.answers``."""
     try:
         features = next(work)
         while True:
@@ -365,7 +371,7 @@ def _without_familiarity(work: Generator[Array, Floats, Result]) -> Generator[Ar
 def _add(
     overview: Overview, predictor: Predictor, data: bytes, isolated: bool, start_s: float, length_s: float
 ) -> bool:
-    """Add a part of a recording, all channels mixed; False where it is damaged."""
+    """Add a part of a recording to the overview, all channels mixed; False where it cannot be decoded."""
     part = {"start_s": start_s, "duration_s": length_s, "limits": predictor.limits}
     try:
         overview.add(_load(audio.load, data, isolated, sample_rate_hz=predictor.bundle.features.sample_rate_hz, **part))
@@ -375,14 +381,14 @@ def _add(
 
 
 def _rows(features: Array) -> list[Array]:
-    """Each of n features, ``(1, *input_shape)``."""
+    """Split features ``(n, *input_shape)`` into n arrays ``(1, *input_shape)``."""
     return np.split(features, len(features))
 
 
 def _advance(
     work: Generator[Array, Floats, Result], log_p: Floats | None
 ) -> tuple[Array, None] | tuple[None, tuple[Result]]:
-    """What ``work`` wants next, or what it found; a thread may not raise StopIteration to its loop."""
+    """The next features that ``work`` yields, or its result; a future cannot carry the StopIteration itself."""
     try:
         return (next(work) if log_p is None else work.send(log_p)), None
     except StopIteration as end:
@@ -390,10 +396,10 @@ def _advance(
 
 
 def open_worker(folder: str, settings: Settings, meter: WorkMeter) -> Worker:
-    """The bundle in ``folder`` at work, warm, as ``settings`` want it.
+    """A worker for the bundle in ``folder``, warmed up, with the limits of ``settings``.
 
     Raises:
-        SerError: it cannot be used.
+        SerError: the bundle cannot be used.
     """
     limits = settings.audio_limits
     predictor = Predictor.from_bundle(folder, threads=settings.threads, batch_size=settings.batch_size, limits=limits)
@@ -403,28 +409,28 @@ def open_worker(folder: str, settings: Settings, meter: WorkMeter) -> Worker:
 
 
 def open_bundles(paths: Sequence[str]) -> list[Bundle]:
-    """The bundles at ``paths`` (none: the shipped one), each able to run, in order.
+    """The bundles at ``paths`` in order, checked (no paths: the shipped bundle).
 
     Raises:
-        SerError: a bundle that is missing or cannot be used, or two of one name.
+        SerError: a bundle is missing or cannot be used, or two have the same name.
     """
     bundles = [load_bundle(path) for path in paths or (None,)]
     names = [bundle.name for bundle in bundles]
     if len(set(names)) < len(names):
-        raise SerError(f"bundles need names of their own, got {', '.join(names)}; leave one out")
+        raise SerError(f"each bundle needs a different name, got {', '.join(names)}; leave one out")
     for bundle in bundles:
         if not ensure_onnx(bundle):
-            bundle.build_model()  # PyTorch will run it: its weights must fit
+            bundle.build_model()  # PyTorch will run it: check that the weights fit
     return bundles
 
 
 def version_of(bundle: Bundle) -> str:
-    """What tells one training of a model from another: the first digits of its weights' sha256."""
+    """The version of a model: the first 12 digits of its weights' sha256."""
     return bundle.weights_sha256[:_VERSION_DIGITS]
 
 
 def _refused(predictor: Predictor, error: audio.AudioError) -> Prediction:
-    """The prediction of a recording that cannot be used."""
+    """The prediction for a recording that cannot be used."""
     return predictor.classify([failed(predictor.bundle.features, error)])[0]
 
 

@@ -253,7 +253,7 @@ def test_live_shows_what_is_heard_as_a_moving_band(
         assert page.inner_text(".ser-live .told") == ""
         service.stop()
         page.locator(".ser-live .toggle").click()
-        page.get_by_text("could not be reached from this browser").wait_for()
+        page.get_by_text("This browser cannot reach the service").wait_for()
         service.start()
         page.get_by_role("button", name="Back").click()
         page.get_by_role("button", name="Start live").wait_for()

@@ -156,7 +156,7 @@ def test_numbers_are_the_classes_that_the_commands_make_of_them(names: tuple[str
     try:
         expected = names[labels.LabelSet(names).index(cell)]
     except labels.LabelError:
-        with pytest.raises(LabelsError, match="known are"):
+        with pytest.raises(LabelsError, match="the classes are"):
             read_labels(table, "labels.csv", names)
     else:
         assert read_labels(table, "labels.csv", names) == {"a.wav": expected}

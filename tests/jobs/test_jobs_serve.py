@@ -59,7 +59,7 @@ def test_a_missing_or_damaged_bundle(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_two_bundles_of_one_name(capsys: pytest.CaptureFixture[str], tiny_bundle: Bundle) -> None:
     pair = f"{tiny_bundle.folder},{tiny_bundle.folder}"
-    assert "names of their own" in refused(capsys, "--port", "0", "--bundles", pair)
+    assert "needs a different name" in refused(capsys, "--port", "0", "--bundles", pair)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
@@ -231,7 +231,7 @@ def test_a_key_that_no_header_carries(
 ) -> None:
     monkeypatch.setenv("SER_API_KEY", key)
     line = refused(capsys, "--port", "0")
-    assert "no printable ASCII" in line
+    assert "not printable ASCII" in line
     assert key not in line
 
 

@@ -124,7 +124,7 @@ def test_errors_have_types_and_sentences(client: Client, service: LocalService, 
         client.predict(b"words")
     assert (caught.value.code, caught.value.status) == ("not_audio", 400)
     for several in ([wav()], [wav(), wav()]):  # no recording is to blame, not even where there is one only
-        with pytest.raises(Refused, match="no model of this name") as caught:
+        with pytest.raises(Refused, match="no model has this name") as caught:
             list(client.predict_each(several, model="other"))
         assert type(caught.value) is Refused
     with pytest.raises(ClientError, match="cannot read"):
@@ -262,7 +262,7 @@ def test_a_service_that_is_not_there() -> None:
 )
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_an_address_that_is_none_is_told_as_such(kind: type[Client | AsyncClient], url: str) -> None:
-    with pytest.raises(ClientError, match="is no address of a service; give one like") as caught:
+    with pytest.raises(ClientError, match="is not an http or https address; give one like") as caught:
         kind(url)
     assert type(caught.value) is ClientError
 
@@ -295,7 +295,7 @@ def test_the_key_is_sent_and_shown_nowhere(waits: list[float]) -> None:
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_key_is_what_a_header_carries(kind: type[Client | AsyncClient]) -> None:
     assert kind(URL, "s3cret\n")._http.headers["authorization"] == "Bearer s3cret"
-    with pytest.raises(ClientError, match="no printable ASCII") as caught:
+    with pytest.raises(ClientError, match="not printable ASCII") as caught:
         kind(URL, "schl\u00fcssel")
     assert "schl" not in str(caught.value)
 
@@ -396,9 +396,9 @@ def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.
     assert "missing.wav  not_found" in captured.out
     assert "cannot read" in captured.err
     assert predict.main([str(good), "--model", "other"]) == 2
-    assert capsys.readouterr().err == "error: no model of this name; there are tiny\n"
+    assert capsys.readouterr().err == "error: no model has this name; the models are tiny\n"
     assert predict.main([str(good), "--url", "127.0.0.1:8000"]) == 2
-    assert "is no address of a service" in capsys.readouterr().err
+    assert "is not an http or https address" in capsys.readouterr().err
     monkeypatch.setenv("SER_API_URL", "")
     monkeypatch.setenv("SER_API_KEY", "wrong")
     assert predict.main([str(good)]) == 2

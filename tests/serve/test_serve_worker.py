@@ -127,7 +127,7 @@ def test_a_defect_beside_the_model_s_window_costs_the_rest_only(predictor: Predi
     heard = run(Worker(predictor).predict(data, PredictRequest(picture=True), isolated=isolated))
     explained = run(Worker(predictor).explain(data, PredictRequest(), isolated=isolated))
     assert heard.prediction.predicted == explained.prediction.predicted == expected.predicted
-    assert "one window of it was heard" in heard.prediction.notice
+    assert "one window of it was analysed" in heard.prediction.notice
     for picture in (heard.picture, explained.picture):
         assert picture is not None
         assert (picture.outline_start_s, picture.outline_end_s) == (0.0, 10.0)
@@ -185,7 +185,7 @@ def test_a_decoder_that_hangs_is_given_up_and_told_by_the_health_check(
         worker.check()  # not for so long that the worker should go
         later_s = time.monotonic() + 1000
         monkeypatch.setattr(worker_module.time, "monotonic", lambda: later_s)
-        with pytest.raises(RuntimeError, match="not been decoded"):
+        with pytest.raises(RuntimeError, match="not finished a recording"):
             worker.check()
         release.set()
         while worker._running:
