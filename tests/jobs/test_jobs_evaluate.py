@@ -109,7 +109,7 @@ def test_the_briefs_own_command_line(
     scan_folder(ravdess_like).iloc[::4].to_csv("val_metadata.csv", index=False)
     assert job.main(["--model_weights", str(tiny_bundle.weights_path), "--data_csv", "val_metadata.csv"]) == DONE
     (made,) = Path("reports").iterdir()
-    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: everything goes into {made}"
+    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: results go into {made}"
     assert {"report.html", "metrics.json", "predictions.csv"} <= {path.name for path in made.iterdir()}
 
 
@@ -268,7 +268,7 @@ def test_leaks_are_counted_named_and_taken_out(
     err = capsys.readouterr().err
     assert "leak check: 7 of 64 recordings were used in training" in err
     assert "without them (57): accuracy 100.0%" in err
-    assert "speakers also heard in training: RAVDESS_01" in err
+    assert "speakers who were also in training: RAVDESS_01" in err
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["leak_check"]
     assert (saved["leaked"], saved["checked"], saved["unseen"]["n"]) == (7, 64, 57)
     assert "7 of 64 recordings were used in training" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -416,7 +416,7 @@ def test_speakers_of_ravdess_are_known_by_the_files_names(
     table = pd.read_csv(csv, dtype=str)[["speech", "label"]]
     table.to_csv(tmp_path / "judges.csv", index=False)
     assert run("--leak_check", "warn", data=tmp_path / "judges.csv", weights=trained_bundle) == DONE
-    assert "speakers also heard in training: RAVDESS_01" in capsys.readouterr().err
+    assert "speakers who were also in training: RAVDESS_01" in capsys.readouterr().err
     found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert "no speaker column" not in str(found["bootstrap"]["speakers_note"])
     assert "speaker" in [part["column"] for part in found["breakdowns"]]

@@ -152,7 +152,7 @@ def test_answers_of_another_model_are_refused(
     answers(dataclasses.replace(tiny_bundle, weights_sha256="0" * 64), *calibrated(), tmp_path / "scores", 1.0)
     before = load_bundle(tiny_bundle.folder).temperature
     assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path / "scores")]) == 2
-    assert "the answers are those of other weights (000000000000)" in capsys.readouterr().err
+    assert "the answers were given by the weights 000000000000" in capsys.readouterr().err
     for damaged in ("{", "[]", '{"plan": {}}'):
         (tmp_path / "scores" / "run.json").write_text(damaged, encoding="utf-8")
         assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path / "scores")]) == 2

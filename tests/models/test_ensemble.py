@@ -190,7 +190,7 @@ def test_seeds_to_join_are_two_or_more(tmp_path: Path, capsys: pytest.CaptureFix
     for seeds in (["7"], ["7", "7"]):
         words = ["--protocol", "kfold", "--features", str(tmp_path), "--out", str(tmp_path / "out")]
         assert crossval([*words, "--join_seeds", *seeds]) == 2
-        assert "--join_seeds: give two or more seeds, each once" in capsys.readouterr().err
+        assert "--join_seeds needs two or more different seeds" in capsys.readouterr().err
 
 
 def test_a_joined_model_is_the_recipe_of_its_first_member(three: list[Bundle], tmp_path: Path) -> None:
