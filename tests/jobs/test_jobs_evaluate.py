@@ -327,7 +327,7 @@ def test_models_of_different_classes_are_compared_on_those_of_both(
     second = first.drop(columns="p_calm").assign(predicted=first["predicted"].replace("calm", "sad"))
     pair = [scores(tmp_path / "a", first), scores(tmp_path / "b", second)]
     assert job.main(["--compare", *pair, "--out", str(tmp_path / "out")]) == DONE
-    assert f"{pair[1]} does not know calm" in capsys.readouterr().err
+    assert f"{pair[1]} does not have calm" in capsys.readouterr().err
     found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
     recalls = {row["label"]: row["second"] for row in found["figures"]}
     assert recalls["calm"] == 0
@@ -338,7 +338,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.Capt
     table = made_predictions(40)
     whole, part = scores(tmp_path / "whole", table), scores(tmp_path / "part", table.head(30))
     others = scores(tmp_path / "others", made_predictions(40, ("no", "yes")))
-    for second, reason in ((part, "score the same CSV"), (others, "same classes"), ("none", "no scores at none")):
+    for second, reason in ((part, "score the same CSV"), (others, "share classes"), ("none", "no scores at none")):
         assert job.main(["--compare", whole, second, "--out", str(tmp_path / "out")]) == USAGE
         assert reason in error_of(capsys)
 
@@ -348,7 +348,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_scored(
 ) -> None:
     others = scores(tmp_path / "others", made_predictions(40, ("no", "yes")))
     words = ["--compare", str(tiny_bundle.folder), "--data_csv", str(csv), "--out", str(tmp_path / "out")]
-    for second, reason in ((others, "same classes"), (str(tmp_path / "none"), "no scores at")):
+    for second, reason in ((others, "share classes"), (str(tmp_path / "none"), "no scores at")):
         assert job.main([*words[:2], second, *words[2:]]) == USAGE
         assert reason in error_of(capsys)
     assert scorer.calls == []
@@ -371,7 +371,7 @@ def test_models_that_know_the_recordings_are_not_compared_without_a_word(
     assert job.main([*words, "--out", str(tmp_path / "out")]) == DONE
     said = capsys.readouterr().err
     assert "leak check: 7 of 64 recordings were used in training" in said
-    assert "what it has heard cannot be told" in said  # the other lists nothing
+    assert "so that no leak can be found" in said  # the other lists nothing
     found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))["leak_checks"]
     assert read == [64]  # every recording once, not once a model
     assert [(check["name"], check["leaked"]) for check in found] == [

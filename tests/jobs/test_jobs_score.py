@@ -125,7 +125,7 @@ def test_the_page_of_an_evaluation_stays_one_when_it_is_made_again(
     before = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<audio ") == 2
-    assert "what it has heard cannot be told" in page
+    assert "so that no leak can be found" in page
     if not words:
         (out / "report.html").unlink()
     assert call("--input", csv, "--out", out, *words)[0] == 0
