@@ -344,7 +344,7 @@ def test_a_full_disk_is_told_and_leaves_the_epochs_before(plan: Plan, monkeypatc
     train_here(plan)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", no_room)
-        with pytest.raises(SerError, match=r"cannot write the bundle .*: no room"):
+        with pytest.raises(SerError, match=r"cannot write the bundle .*: the disk is full"):
             write_results(plan, "none")
     write_results(plan, "none")
     assert load_bundle(plan.out)
