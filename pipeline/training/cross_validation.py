@@ -317,7 +317,7 @@ def protocols_summary(found: Mapping[str, Any]) -> str:
     ways = dict.fromkeys(row["intervals_over"] for row in found["protocols"])
     kinds = [f"{'bootstrap ' if name == 'speakers' else ''}over {name}" for name in ways]
     lines += ["", f"Intervals: {' or '.join(kinds)}."]
-    lines += [_heard(row) for row in found["protocols"]]
+    lines += [_known_speakers(row) for row in found["protocols"]]
     for gap in found["gaps"]:
         change = ", ".join(f"{title} {points(gap[name])}" for name, title in FIGURES.items())
         lines.append(f"{gap['unseen']} minus {gap['same']}, points: {change}")
@@ -328,7 +328,8 @@ def _spread(values: Mapping[str, float]) -> str:
     return f"{values['mean'] * 100:.1f} ± {values['sd'] * 100:.1f}"
 
 
-def _heard(row: Mapping[str, Any]) -> str:
+def _known_speakers(row: Mapping[str, Any]) -> str:
+    """A sentence on how many tested recordings are of speakers who were also in training."""
     shared, n = row["heard_before"], row["n"]
     if shared["speakers"] is None:
         return f"{row['protocol']}: no speaker column, so it is unknown which speakers were in training"

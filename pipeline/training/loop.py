@@ -66,7 +66,7 @@ class Workers:
             dist.barrier()
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum a tensor over all workers, in place; any shape, the same in all workers."""
+        """Sum a tensor, of any shape but the same in all workers, over all workers in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value

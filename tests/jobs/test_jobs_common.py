@@ -189,7 +189,7 @@ def test_a_manifest_takes_no_place_of_something_else(tmp_path: Path, capsys: pyt
     clip = tmp_path / "sad" / "a.wav"
     clip.parent.mkdir()
     clip.write_bytes(b"x")
-    for out, complaint in ((tmp_path, "is a folder"), (clip, "is there already"), (clip / "x.csv", "cannot write")):
+    for out, complaint in ((tmp_path, "is a folder"), (clip, "exists already"), (clip / "x.csv", "cannot write")):
         assert manifest.main([str(tmp_path), "--out", str(out)]) == 2
         assert complaint in capsys.readouterr().err
     assert clip.read_bytes() == b"x"

@@ -96,7 +96,7 @@ def test_an_archive_of_the_users_own(packed: bytes, tmp_path: Path, capsys: pyte
     own.write_bytes(packed)
     md5 = hashlib.md5(packed).hexdigest()
     assert ravdess.main(["--out", str(tmp_path / "a"), "--archive", str(own)]) == 2
-    assert "another MD5 checksum" in capsys.readouterr().err
+    assert "the MD5 checksum of" in capsys.readouterr().err
     assert ravdess.main(["--out", str(tmp_path / "a"), "--archive", str(own), "--md5", md5]) == 0
     assert own.is_file()
     assert ravdess.main(["--out", str(tmp_path / "b"), "--archive", str(tmp_path / "none.zip")]) == 2

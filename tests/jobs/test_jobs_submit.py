@@ -254,7 +254,7 @@ def test_a_lost_connection_prints_nothing_twice(capfd: pytest.CaptureFixture[str
 def test_a_cluster_that_stays_away_is_told() -> None:
     gone = [[RuntimeError("refused")] for _ in range(100)]
     with pytest.raises(
-        ClusterError, match=r"here was lost: refused; when the cluster is back.*give the same command again"
+        ClusterError, match=r"here was lost: refused; when the cluster is back.*run the same command again"
     ):
         follow(JobClient(Ray(*gone), "here"), "job", sleep=lambda _: None, patience_s=3)
 

@@ -137,7 +137,7 @@ def test_what_a_model_was_trained_on_does_not_set_its_temperature(
     heard.loc[3 * N // 4 :, "split"] = "inner_val"
     heard.to_csv(folder / "training.csv", index=False)
     assert main(["--model_weights", str(folder), "--predictions", str(out)]) == 0
-    assert f"{N // 2} of {N} recordings were used in training" in capsys.readouterr().err
+    assert f"left out: {N // 2} of {N} recordings, which were used in training" in capsys.readouterr().err
     assert load_bundle(folder).temperature == pytest.approx(2, rel=0.05)
     assert load_bundle(folder).metrics["calibration"]["n"] == N // 2
     heard.assign(split="train").to_csv(folder / "training.csv", index=False)
