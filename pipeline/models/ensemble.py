@@ -105,7 +105,7 @@ def _refuse_misfits(bundles: Sequence[Bundle]) -> None:
 
 
 def _training_table(bundles: Sequence[Bundle]) -> pd.DataFrame | None:
-    """``training.csv``: every recording of the members once, in its first part of ``_ORDER``; None if one is missing."""
+    """``training.csv``: every recording of the members once, in its first part of ``_ORDER``; None without a list."""
     tables = [bundle.training for bundle in bundles]
     recording = ["id", HASH_COLUMN]
     if any(not {*recording, "split"} <= set(table.columns) for table in tables):
