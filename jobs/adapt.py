@@ -144,17 +144,17 @@ def _job(arguments: argparse.Namespace) -> int:
     table = read.table.iloc[rows].reset_index(drop=True)
     labels = adapt.labels_for(sorted(set(table["label"])), bundle.labels, arguments.classes)
     truth, groups = np.array([labels.index(name) for name in table["label"]]), _groups(table, labels, bundle)
-    heard = {name: Recordings(every[rows], truth, groups) for name, every in read.embeddings.items()}
-    recordings = heard[window]
+    by_window = {name: Recordings(every[rows], truth, groups) for name, every in read.embeddings.items()}
+    recordings = by_window[window]
     parent = parent_of(*last_layer(bundle.build_model()), bundle.labels, labels)
     if arguments.features:
         parent = replace(parent, old=_old(arguments, bundle, window, labels, table))
     found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=Progress("folds", "folds"))
-    windows = _windows(heard, window, parent, found, arguments.seed)
+    windows = _windows(by_window, window, parent, found, arguments.seed)
     state = None
     if read.features is not None:
         found, state = _with_last_stage(arguments, found, recordings, parent, bundle, read.features[rows])
-    before = parent.answers(heard[bundle.features.window].embeddings)
+    before = parent.answers(by_window[bundle.features.window].embeddings)
     verdict, about = _compared(arguments, bundle, table, labels, truth, before, found)
     about |= {"window": window, "windows": windows}
     about["learning_curve"] = (
@@ -194,7 +194,7 @@ def _manifest(arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def _windows(
-    heard: Mapping[Window, Recordings], used: Window, parent: Parent, found: Found, seed: int
+    by_window: Mapping[Window, Recordings], used: Window, parent: Parent, found: Found, seed: int
 ) -> dict[Window, float]:
     """Out-of-fold UAR with each input window, also printed.
 
@@ -204,9 +204,9 @@ def _windows(
     from pipeline.training.last_layer import OUTER_FOLDS, folds, out_of_fold
 
     uars, named = {}, {"middle": "the middle", "speech": "the window with most speech"}
-    fold_of = folds(heard[used], OUTER_FOLDS, seed)
-    moved = int((heard["middle"].embeddings != heard["speech"].embeddings).any(axis=1).sum())
-    for window, recordings in heard.items():
+    fold_of = folds(by_window[used], OUTER_FOLDS, seed)
+    moved = int((by_window["middle"].embeddings != by_window["speech"].embeddings).any(axis=1).sum())
+    for window, recordings in by_window.items():
         logits = found.logits
         if window != used and moved:
             logits = out_of_fold(recordings, parent, fold_of, choices=found.choices, seed=seed)[0]

@@ -92,8 +92,8 @@ def job(arguments: argparse.Namespace) -> int:
         if answer.prediction.notice:
             say(f"notice: {printable(answer.name)}: {answer.prediction.notice}")
         if answer.windows is None and answer.prediction.ok and answer.prediction.duration_s > LONG_S:
-            heard = f"{answer.prediction.scored_s:g} s of {answer.prediction.duration_s:g} s scored"
-            say(f"notice: {printable(answer.name)}: {heard}; --window_s {window_s:g} scores all of it")
+            scored = f"{answer.prediction.scored_s:g} s of {answer.prediction.duration_s:g} s scored"
+            say(f"notice: {printable(answer.name)}: {scored}; --window_s {window_s:g} scores all of it")
     return EXIT_DONE if all(answer.prediction.ok for answer in answers) else EXIT_SOME_FAILED
 
 
@@ -119,8 +119,8 @@ def _answer(name: str, predictor: Predictor, options: ScoreOptions) -> Answer:
     source = sys.stdin.buffer.read() if name == STDIN else name
     if options.steps is None:
         return Answer(name, predictor.predict([source], channel=options.channel)[0], None)
-    heard = predictor.follow(source, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs)
-    return Answer(name, *heard)
+    found = predictor.follow(source, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs)
+    return Answer(name, *found)
 
 
 def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dict[str, Any]:

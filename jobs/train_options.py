@@ -141,9 +141,9 @@ def _reading(option: Field[Any]) -> dict[str, Any]:
         return {"type": true_or_false, "default": option.default, **words, **how} | {
             "help": f"{how['help']} (default {option.default})"
         }
-    told = f"{option.default:g}" if option.type == "float" else option.default
+    default = f"{option.default:g}" if option.type == "float" else option.default
     read = {"int": int, "float": float, "str": str}[str(option.type)]
-    return {"type": read, "default": option.default, **how, "help": f"{how['help']} (default {told})"}
+    return {"type": read, "default": option.default, **how, "help": f"{how['help']} (default {default})"}
 
 
 def shares(text: str) -> dict[str, float]:

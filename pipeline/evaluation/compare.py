@@ -78,12 +78,12 @@ def compare(
             "speakers": None if speakers is None else int(speakers.max()) + 1,
             "speakers_note": note,
         },
-        "figures": _figures(counts, drawn, labels, _voices(one, speakers)),
+        "figures": _figures(counts, drawn, labels, _speaker_counts(one, speakers)),
         "mcnemar": mcnemar(one, two),
     }
 
 
-def _voices(one: Outcomes, speakers: Ints | None) -> list[int]:
+def _speaker_counts(one: Outcomes, speakers: Ints | None) -> list[int]:
     """The number of speakers of each class."""
     if speakers is None:
         return [0] * len(one.labels)
@@ -182,7 +182,7 @@ def _paired(
 
 
 def _figures(
-    counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str], voices: Sequence[int]
+    counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str], speaker_counts: Sequence[int]
 ) -> list[dict[str, Any]]:
     """One row for each metric, then one for the recall of each class; intervals over speakers if there are enough."""
     point = (scores(counts.sum(axis=2)), scores(counts.sum(axis=1)))
@@ -211,7 +211,7 @@ def _figures(
         recalls = {
             over: b.recall[:, i] - a.recall[:, i]
             for over, (a, b) in samples.items()
-            if over == "over_recordings" or voices[i] >= MIN_SPEAKERS
+            if over == "over_recordings" or speaker_counts[i] >= MIN_SPEAKERS
         }
         rows.append(row("recall", label, (point[0].recall[i], point[1].recall[i]), recalls))
     return rows

@@ -159,7 +159,7 @@ def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generato
     speakers, note = speaker_groups(found.table)
     if speakers is not None:
         drawn["speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
-    voices = None if speakers is None else [len(set(speakers[found.truth == i])) for i in range(n_classes)]
+    speaker_counts = None if speakers is None else [len(set(speakers[found.truth == i])) for i in range(n_classes)]
     overall = _overall(counts, drawn)
     overall["top2_accuracy"] = None if hits is None else _top2(counts, drawn)
     return {
@@ -172,7 +172,7 @@ def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generato
             "speakers_note": note,
         },
         "overall": overall | _probability_figures(found),
-        "per_class": _per_class(found.labels, counts, drawn, voices),
+        "per_class": _per_class(found.labels, counts, drawn, speaker_counts),
         "confusion": _confusion(found.labels, counts.sum(axis=-1)),
     } | _curves(found)
 
@@ -219,16 +219,19 @@ def _overall(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
 
 
 def _per_class(
-    labels: Sequence[str], counts: Ints, drawn: dict[str, Ints], voices: Sequence[int] | None
+    labels: Sequence[str], counts: Ints, drawn: dict[str, Ints], speaker_counts: Sequence[int] | None
 ) -> list[dict[str, Any]]:
-    """One row of figures for each class; ``voices``: its number of speakers, if too few: no interval over speakers."""
+    """One row of figures for each class.
+
+    ``speaker_counts``: number of speakers of each class; with too few there is no interval over speakers.
+    """
     point, samples = _views(counts), {over: _views(array) for over, array in drawn.items()}
     support = {"read": counts[:, :-1].sum(axis=(1, 2)), "with_failed": counts.sum(axis=(1, 2))}
 
     answered = {"read": counts[:, :-1].sum(axis=(0, 2)), "with_failed": counts[:, :-1].sum(axis=(0, 2))}
 
     def figure(name: str, view: str, i: int) -> dict[str, Any]:
-        few = voices is not None and voices[i] < MIN_SPEAKERS
+        few = speaker_counts is not None and speaker_counts[i] < MIN_SPEAKERS
         resampled = {
             over: getattr(s[view], name)[:, i] for over, s in samples.items() if not (few and over == "speakers")
         }

@@ -299,7 +299,7 @@ class Predictor:
         except Exception as error:  # as in listen: a recording never ends the job
             return self._prediction(failed(config, error), None), no_windows(len(self.labels))
         sounding = np.unique(timeline.start_s[timeline.level_dbfs >= silence_dbfs]).tolist()
-        heard = Excerpt(
+        excerpt = Excerpt(
             np.empty((0, *config.input_shape), np.float32),
             info.duration_s,
             covered_s(sounding, info.duration_s, steps.window_s),
@@ -310,7 +310,7 @@ class Predictor:
             float(np.fmax.reduce([share for *_, share in tracks])),
         )
         speech, familiarity, familiar = timeline.doubt(silence_dbfs)
-        found = self._prediction(heard, timeline.pooled(silence_dbfs))
+        found = self._prediction(excerpt, timeline.pooled(silence_dbfs))
         return replace(found, speech=speech, familiarity=familiarity, familiar=familiar), timeline
 
     def _track(

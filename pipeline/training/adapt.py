@@ -130,9 +130,9 @@ def _refuse(table: pd.DataFrame, said: Sequence[str]) -> None:
             f"another class: --label_map {few.index[0]}=OTHER"
         )
     if has_speakers(table) and table["speaker"].nunique() > 1:
-        voices = table.groupby("label")["speaker"].nunique()
-        if (voices == 1).sum() * 2 > len(voices):
-            name = voices.index[voices == 1][0]
+        speakers_of = table.groupby("label")["speaker"].nunique()
+        if (speakers_of == 1).sum() * 2 > len(speakers_of):
+            name = speakers_of.index[speakers_of == 1][0]
             raise SerError(
                 f"most classes have one speaker only, such as {name} with "
                 f"{table.loc[table['label'] == name, 'speaker'].iloc[0]}: the model would learn the voice instead of "
