@@ -208,7 +208,7 @@ class _MetricsPage(BaseHTTPRequestHandler):
                 text = self.server.source()
                 status, text = HTTPStatus.OK, text if self.path.endswith("all") else own_metrics(text)
             except OSError:
-                status, text = HTTPStatus.SERVICE_UNAVAILABLE, "no metrics yet; try again later\n"
+                status, text = HTTPStatus.SERVICE_UNAVAILABLE, "no metrics available; try again later\n"
         self.send_response(status)
         self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.end_headers()
