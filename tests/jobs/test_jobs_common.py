@@ -97,7 +97,7 @@ def raises(error: BaseException) -> Callable[[argparse.Namespace], int]:
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 0, ""),
         (PermissionError(13, "shut", "a.csv"), 2, "error: a.csv: shut; grant access to it, or choose another one\n"),
-        (OSError(28, "disk full"), 2, "error: disk full; free some space, then give the same command again\n"),
+        (OSError(28, "disk full"), 2, "error: disk full; free some space, then run the same command again\n"),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:

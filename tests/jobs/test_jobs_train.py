@@ -303,7 +303,7 @@ def test_what_is_of_no_run_is_not_written_over(
     shutil.copytree(features, tmp_path / "features")
     (tmp_path / "features" / "plan.json").write_text("an extraction's")
     assert main(["--features", str(tmp_path / "features"), *FAST, "--out", str(tmp_path / "features")]) == 2
-    assert "plan.json is of no run known here" in capsys.readouterr().err
+    assert "plan.json does not belong to a training run" in capsys.readouterr().err
     assert main(["--features", str(features), *FAST, "--out", str(tmp_path / "README.md")]) == 2
     assert "cannot write into" in capsys.readouterr().err
 
