@@ -1,7 +1,7 @@
-"""What every job shares: options in two spellings, exit codes, where talk and data go, progress.
+"""Code shared by all commands: option parsing, exit codes, messages, progress.
 
-Data goes to stdout, talk to stderr. Exit codes: 0 done; 2 usage or unreadable input; 3 ``--enforce`` was given and a
-target was missed; 4 done, but some recordings failed; 70 an error of ours; 130 interrupted.
+Results go to stdout, messages to stderr. Exit codes: 0 done; 2 wrong usage or unreadable input; 3 ``--enforce`` was
+given and a target was missed; 4 done, but some recordings failed; 70 a bug in this program; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _REMEDIES = {
-    errno.EACCES: "grant access to it, or name another",
-    errno.EPERM: "grant access to it, or name another",
-    errno.EROFS: "name a place that can be written",
-    errno.ENOSPC: "free some space, then give the same command again",
-    errno.EDQUOT: "free some space, then give the same command again",
+    errno.EACCES: "grant access to it, or choose another one",
+    errno.EPERM: "grant access to it, or choose another one",
+    errno.EROFS: "choose a folder that is writable",
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some space, then run the same command again",
 }
 EXIT_DONE, EXIT_USAGE, EXIT_TARGET_MISSED, EXIT_SOME_FAILED, EXIT_OURS, EXIT_INTERRUPTED = 0, 2, 3, 4, 70, 130
 
@@ -45,18 +45,18 @@ AS_SER = ContextVar("AS_SER", default=False)  # whether the command was given as
 
 
 def called(job: str) -> str:
-    """A command as it was given: ``ser score`` or ``python -m jobs.score``."""
+    """The command as the user typed it: ``ser score`` or ``python -m jobs.score``."""
     return f"ser {job}" if AS_SER.get() else f"python -m jobs.{job}"
 
 
 class Parser(argparse.ArgumentParser):
-    """Options read as ``--data_csv`` and ``--data-csv`` alike; a usage error is one line and exit code 2."""
+    """An argument parser that accepts ``--data_csv`` and ``--data-csv``; a usage error is one line and exit code 2."""
 
     _usual: frozenset[str] = frozenset()
 
     def put_first(self, names: Collection[str]) -> None:
-        """Show these options in a first group of their own, and the others with ``--help-all`` only."""
-        first = self.add_argument_group("what is usually given")
+        """List these options first, in their own group; the others are shown only by ``--help-all``."""
+        first = self.add_argument_group("most used options")
         for group in self._action_groups:
             for action in [action for action in group._group_actions if action.dest in names and group is not first]:
                 group._group_actions.remove(action)
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         self._usual = frozenset({*names, "help", "help_all"})
 
     def format_help(self) -> str:
-        """The options that are usually given; all where none is more usual than the others."""
+        """The help text with the options of ``put_first`` only; with all options if it was not called."""
         others = [action for action in self._actions if self._usual and action.dest not in self._usual]
         helps = [action.help for action in others]
         try:
@@ -79,11 +79,11 @@ class Parser(argparse.ArgumentParser):
                 action.help = text
 
     def format_all(self) -> str:
-        """All options."""
+        """The help text with all options."""
         return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """As argparse, after writing every option's hyphens as underscores."""
+        """As in argparse, after replacing the hyphens in option names with underscores."""
         given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args([underscored(a) for a in given], namespace)
 
@@ -94,14 +94,14 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpAll(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        """Print all options and end."""
+        """Print all options and exit."""
         assert isinstance(parser, Parser)
         print(parser.format_all(), end="")
         parser.exit()
 
 
 def underscored(argument: str) -> str:
-    """An option's name with underscores for hyphens; anything else as it is."""
+    """An option with underscores instead of hyphens in its name; any other argument unchanged."""
     if not argument.startswith("--") or argument == "--":
         return argument
     name, equals, value = argument.partition("=")
@@ -109,7 +109,7 @@ def underscored(argument: str) -> str:
 
 
 class LabelMap(argparse.Action):
-    """``--label_map``; given again, it is about what the one before it gives, as the report's advice is."""
+    """``--label_map``. If it is given twice, the second map also renames the new names of the first one."""
 
     def __call__(
         self,
@@ -118,25 +118,27 @@ class LabelMap(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Read a map, and chain it to the one before."""
+        """Parse a map, and chain it to the earlier one."""
         setattr(namespace, self.dest, chained(getattr(namespace, self.dest) or {}, parse_label_map(str(values))))
 
 
 def add_csv_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, integers: bool = True) -> None:
-    """``--root`` and ``--label_map`` of a CSV, and ``--label_names`` where its integer labels may be anybody's."""
-    parser.add_argument("--root", type=Path, help="folder that relative paths in the CSV start from (default: its own)")
-    parser.add_argument("--label_map", action=LabelMap, help="other label names in the CSV: given=wanted,...")
+    """Add ``--root`` and ``--label_map``; with ``integers`` also ``--label_names``, for CSVs with integer labels."""
+    parser.add_argument(
+        "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
+    )
+    parser.add_argument("--label_map", action=LabelMap, help="rename labels of the CSV: old=new,...")
     if integers:
         add_label_names(parser)
 
 
 def add_label_names(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """``--label_names``, of a CSV."""
+    """Add ``--label_names``."""
     parser.add_argument(
         "--label_names",
         type=_label_names,
         metavar="NAME,...",
-        help="what the integer labels 0,1,... in the CSV mean: angry,sad,... (default: classes are called by them)",
+        help="class names of the integer labels 0,1,... in the CSV: angry,sad,... (default: the integers themselves)",
     )
 
 
@@ -148,20 +150,20 @@ def _label_names(text: str) -> tuple[str, ...]:
 
 
 def say(text: str = "") -> None:
-    """Talk: one line on stderr, at once; lost where the terminal or the pipe has gone, which ends no job."""
+    """Print one line on stderr, at once. If the terminal or pipe is closed, the line is lost and the job continues."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def escape_on_consoles() -> None:
-    """From now on, signs that a console's encoding lacks are printed escaped, instead of ending the command."""
+    """From now on, print characters that the console's encoding lacks as escapes instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def true_or_false(text: str) -> bool:
-    """``True``/``False`` as the command line spells them (also yes/no, 1/0)."""
+    """Parse ``True`` or ``False`` of the command line (also yes/no, 1/0)."""
     value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.strip().lower())
     if value is None:
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
@@ -169,47 +171,49 @@ def true_or_false(text: str) -> bool:
 
 
 def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
-    """``--out``, a folder for ``what``; where it is not given, ``run`` makes a new one in ``below``."""
-    parser.add_argument("--out", type=Path, help=f"folder for {what} (default: a new, dated one in {below}/)")
+    """Add ``--out``, a folder for ``what``; without it, ``run`` makes a new folder in ``below``."""
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for {what} (default: a new folder in {below}/, named by date)"
+    )
     parser.set_defaults(out_below=below)
 
 
 def add_engine(parser: argparse._ActionsContainer) -> None:
-    """``--engine`` and ``--num_cpus``: where the work is done."""
+    """Add ``--engine`` and ``--num_cpus``."""
     parser.add_argument(
         "--engine",
         choices=("auto", "local", "ray"),
         default="auto",
-        help="ray: Ray, here or on the cluster of RAY_ADDRESS; local: processes of this machine; auto (default): "
-        "local where the work is too small to repay Ray's start",
+        help="ray: run on Ray, on this machine or on the cluster at RAY_ADDRESS; local: in processes on this machine; "
+        "auto (default): local if the work is too small to be worth starting Ray",
     )
     parser.add_argument("--num_cpus", type=int, help="CPUs to use (default: all)")
 
 
 def tell_engine(arguments: argparse.Namespace, engine: str, work: str, other: str = "Ray Data") -> None:
-    """Say so when ``auto`` chose the local engine for ``work``."""
+    """Print a message if ``auto`` chose the local engine for ``work``."""
     if engine == "local" and arguments.engine == "auto" and arguments.num_cpus != 0:
-        say(f"{work}: in processes of this machine; --engine ray for {other}")
+        say(f"{work}: in processes on this machine; use --engine ray for {other}")
 
 
 def dated(below: str) -> str:
-    """The folder of now in ``below``: ``runs/2026-11-30_094636``."""
+    """A folder in ``below`` named by the current time: ``runs/2026-11-30_094636``."""
     return f"{below}/{time.strftime('%Y-%m-%d_%H%M%S')}"
 
 
 @contextmanager
 def _new_out(arguments: argparse.Namespace) -> Iterator[None]:
-    """A new dated folder as ``arguments.out`` where the command has one and none was given; gone again if not used.
+    """If the command has ``--out`` and it was not given: make a new folder for it, and remove it if it stays empty.
 
     Raises:
-        SerError: it cannot be made, or ``--resume`` does not say what to go on with.
+        SerError: the folder cannot be made, or ``--resume`` was given without ``--out``.
     """
     below = getattr(arguments, "out_below", None)
     if below is None or arguments.out is not None:
         yield
         return
     if getattr(arguments, "resume", False):
-        raise SerError("--resume without --out; give the folder of the run to go on with")
+        raise SerError("--resume was given without --out; give --out, the folder of the run to continue")
     new_parent = not Path(below).exists()
     try:
         Path(below).mkdir(parents=True, exist_ok=True)
@@ -220,8 +224,8 @@ def _new_out(arguments: argparse.Namespace) -> Iterator[None]:
                 break
             arguments.out = name.with_name(f"{name.name}_{number}")
     except OSError as error:
-        raise SerError(f"cannot make a folder in {below}: {error.strerror}; give another one with --out") from error
-    say(f"no --out given: everything goes into {arguments.out}")
+        raise SerError(f"cannot make a folder in {below}: {error.strerror}; choose another with --out") from error
+    say(f"no --out given: results go into {arguments.out}")
     try:
         yield
     finally:
@@ -231,7 +235,7 @@ def _new_out(arguments: argparse.Namespace) -> Iterator[None]:
                 path.unlink()
             arguments.out.rmdir()
             if new_parent:
-                with suppress(OSError):  # another command has put something there
+                with suppress(OSError):  # another command has written something there
                     Path(below).rmdir()
 
 
@@ -243,19 +247,19 @@ def run(
     prepare: Callable[[Parser, Sequence[str]], Parser] | None = None,
     parse: Callable[[Parser, Sequence[str]], argparse.Namespace] = Parser.parse_args,
 ) -> int:
-    """Parse, run, and turn what happened into an exit code; no traceback ever reaches the user.
+    """Parse the command line, run the job and return the exit code; the user never sees a traceback.
 
-    ``prepare`` may change the parser by what it finds on the command line; ``parse`` reads that line.
+    ``prepare`` may change the parser before ``parse`` reads the command line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    atexit.register(gc.freeze)  # else Python looks through all there is for cycles, for a second or more, to end
+    atexit.register(gc.freeze)  # else the garbage collector runs at exit, for a second or more
     escape_on_consoles()
     warnings.showwarning = _show
     try:
         if prepare is not None:
             parser = prepare(parser, words)
         arguments = parse(parser, words)
-        arguments.command = f"{parser.prog} {shlex.join(words)}"  # as reports tell it
+        arguments.command = f"{parser.prog} {shlex.join(words)}"  # shown in reports
     except SystemExit as stop:
         return int(stop.code or 0)
     except SerError as error:
@@ -271,17 +275,16 @@ def run(
         say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        sys.stdout = None  # the reader has gone: nothing more to print
+        sys.stdout = None  # the reader of the pipe has closed it: print nothing more
         return EXIT_DONE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _REMEDIES:
             what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
             say(f"error: {' '.join(str(what).split())}; {_REMEDIES[error.errno]}")
             return EXIT_USAGE
-        # the last line of defence: our own mistake
         log = Path(tempfile.mkstemp(prefix="ser-error-", suffix=".log")[1])
         log.write_text(traceback.format_exc(), encoding="utf-8")
-        say(f"error: this is our mistake ({type(error).__name__}); please report it with {log}")
+        say(f"error: this is a bug in the program ({type(error).__name__}); please report it with {log}")
         return EXIT_OURS
 
 
@@ -293,7 +296,7 @@ def _show(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning of ours as one line of talk; anyone else's as Python shows it."""
+    """Print a ``SerWarning`` as one line; any other warning as Python does."""
     if issubclass(category, SerWarning):
         say(f"warning: {message}")
     else:
@@ -301,7 +304,7 @@ def _show(
 
 
 def check_free(host: str, port: int, remedy: str) -> None:
-    """Whether a server can listen there.
+    """Check that a server can listen on this host and port.
 
     Raises:
         SerError: it cannot; the message ends with ``remedy``.
@@ -317,16 +320,16 @@ def check_free(host: str, port: int, remedy: str) -> None:
 
 
 class Progress:
-    """Done / total, speed, failures and time left: a bar on a terminal, else a plain line every few seconds."""
+    """Progress on stderr, with speed, failures and time left: a bar on a terminal, else a line every few seconds."""
 
     def __init__(self, what: str, unit: str = "files", every_s: float = 5.0) -> None:
         self.what, self.unit, self.every_s = what, unit, every_s
-        self._start: tuple[float, int] | None = None  # when the first work was done, and how much
+        self._start: tuple[float, int] | None = None  # time and count of the first call
         self._last_line_s = 0.0
         self._bar: tqdm[NoReturn] | None = None
 
     def __call__(self, done: int, total: int, failed: int | None = None) -> None:
-        """Show that ``done`` of ``total`` (0: not known) are finished, ``failed`` of them badly (None: none can)."""
+        """Show that ``done`` of ``total`` (0: unknown) are finished, and that ``failed`` failed (None: not shown)."""
         if sys.stderr.isatty():
             if self._bar is None:
                 from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Following a job on a cluster from a terminal: its log as it comes, Ctrl-C, and the exit code of its command."""
+"""Follows a job on a cluster from a terminal: prints its log, handles Ctrl-C, returns the exit code of its command."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ class _Clock(Protocol):
 def follow(client: JobClient, name: str, *, sleep: _Clock = time.sleep, patience_s: float = _PATIENCE_S) -> int:
     """Print the job's output until it ends; returns the exit code of its command.
 
-    Ctrl-C leaves the job alone and says how to stop it; a second one, within some seconds, stops it. A connection that
-    is lost is tried again for ``patience_s`` seconds.
+    Ctrl-C leaves the job running and prints how to stop it; a second Ctrl-C within 5 seconds stops it. After a lost
+    connection the cluster is tried again for ``patience_s`` seconds.
 
     Raises:
-        ClusterError: the cluster does not come back.
+        ClusterError: the cluster cannot be reached again.
     """
     try:
         return _exit_code(name, _watch(client, name, sleep, patience_s))
     except KeyboardInterrupt:
-        say(f"{name} goes on without this terminal; see it: ray job logs --follow {name}; stop it: ray job stop {name}")
-        say(f"Ctrl-C again within {_SECOND_S:.0f} s stops it now")
+        say(f"{name} keeps running; its log: ray job logs --follow {name}; to stop it: ray job stop {name}")
+        say(f"press Ctrl-C again within {_SECOND_S:.0f} s to stop it now")
     try:
         sleep(_SECOND_S)
     except KeyboardInterrupt:
         client.stop(name)
-        say(f"{name} is told to stop; the same command again goes on where it stopped")
+        say(f"stopping {name}; run the same command again to continue where it stopped")
     return EXIT_INTERRUPTED
 
 
 def _watch(client: JobClient, name: str, sleep: _Clock, patience_s: float) -> JobState:
-    """Print what comes, until the job has ended."""
+    """Print the job's log as it grows, until the job has ended."""
     printed, left_s = 0, patience_s
     while True:
         try:
             seen = 0
-            for text in client.log(name):  # from its beginning each time: what is on the terminal already is left out
+            for text in client.log(name):  # from its beginning each time: skip what is printed already
                 fresh = text[max(0, printed - seen) :]
                 seen += len(text)
                 printed = max(printed, seen)
@@ -59,8 +59,8 @@ def _watch(client: JobClient, name: str, sleep: _Clock, patience_s: float) -> Jo
         except ClusterError as error:
             if left_s <= 0:
                 raise ClusterError(
-                    f"{error}; when the cluster is back, look with: ray job status {name}; if it does not know "
-                    "the job, give the same command again: it goes on where it stopped"
+                    f"{error}; when the cluster is back, run: ray job status {name}; if it does not know the job, "
+                    "run the same command again: it continues where it stopped"
                 ) from error
         sleep(_LOOK_S)
         left_s -= _LOOK_S
@@ -68,11 +68,14 @@ def _watch(client: JobClient, name: str, sleep: _Clock, patience_s: float) -> Jo
 
 def _exit_code(name: str, state: JobState) -> int:
     if state.state == "STOPPED":
-        say(f"{name} was stopped; the same command again goes on where it stopped")
+        say(f"{name} was stopped; run the same command again to continue where it stopped")
         return EXIT_INTERRUPTED
-    if state.exit_code is None:  # its command never ran, or the node it ran on is gone
+    if state.exit_code is None:  # the command never ran, or its node is lost
         reason = next((line.strip() for line in reversed(state.message.splitlines()) if line.strip()), state.state)
-        say(f"error: {name} ended without an exit code: {reason}; the same command again goes on where it stopped")
+        say(
+            f"error: {name} ended without an exit code: {reason}; run the same command again to continue where it "
+            "stopped"
+        )
         return EXIT_OURS
     say(f"{name}: exit code {state.exit_code}")
     return state.exit_code if state.exit_code >= 0 else 128 - state.exit_code

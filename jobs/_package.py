@@ -1,4 +1,4 @@
-"""What is uploaded with a job: the project's code and the few files that the job names. Nothing is found by itself."""
+"""The upload of a job: the project's code, and only those files that the job's arguments name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _MIB = 2**20
 
 
 def pack(folder: Path, shipped: Mapping[str, Path]) -> int:
-    """Copy the code, and ``shipped`` (path in the upload -> file or folder here), into ``folder``; returns bytes.
+    """Copy the code and ``shipped`` (path in the upload -> local file or folder) into ``folder``; returns its bytes.
 
-    Of a folder only the files of a model are taken: a run's folder also holds features and checkpoints.
+    From a folder only the model's files are copied: a run's folder also holds features and checkpoints.
     """
     for package in CODE:
         for path in sorted((PROJECT / package).rglob("*")):
@@ -28,7 +28,7 @@ def pack(folder: Path, shipped: Mapping[str, Path]) -> int:
 
 
 def _model_files(bundle: Path) -> Iterable[Path]:
-    """The files of a model bundle, without the state of its training."""
+    """The files of a model bundle, without the training checkpoint."""
     kept = (".json", ".md", ".csv", ".onnx", ".pt")
     return [path for path in sorted(bundle.iterdir()) if path.suffix in kept and path.name != "checkpoint.pt"]
 
@@ -43,7 +43,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the code, and of each other file."""
+    """Bytes of all code files together, and of each other file, largest first."""
     sizes: dict[str, int] = {}
     for path in _files(folder):
         relative = path.relative_to(folder)
@@ -53,12 +53,12 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def largest(folder: Path, count: int = 3) -> list[str]:
-    """What is largest, with sizes."""
+    """The largest parts of the upload, as ``name size MiB``."""
     return [f"{name} {size / _MIB:.1f} MiB" for name, size in list(_sizes(folder).items())[:count]]
 
 
 def describe(folder: Path) -> str:
-    """The upload in a line: size, and what it is made of."""
+    """One line about the upload: its size and its largest parts."""
     sizes = _sizes(folder)
     more = f" and {len(sizes) - 3} smaller files" if len(sizes) > 3 else ""
     return f"{sum(sizes.values()) / _MIB:.1f} MiB ({', '.join(largest(folder))}{more})"

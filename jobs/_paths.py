@@ -1,7 +1,7 @@
-"""The words of a job, written for the cluster: which paths are uploaded, which lie on the shared storage.
+"""Rewrites the arguments of a job for the cluster: which paths are uploaded, which are on the shared storage.
 
-Absolute paths and object-store URIs stay. Of relative ones, a CSV file or a model that is here is uploaded; everything
-else, results first of all, lies below the storage path.
+Absolute paths and object-store URIs stay unchanged. A relative path of a file or model that exists here is uploaded.
+Every other relative path, such as that of the results, is placed below the storage path.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ INPUTS = (
 
 @dataclass
 class Placed:
-    """The job's words on the cluster, and what is uploaded: path in the upload -> file or folder here."""
+    """The job's arguments on the cluster, and the uploads: path in the upload -> local file or folder."""
 
     words: list[str]
     shipped: dict[str, Path] = field(default_factory=dict)
 
 
 def read_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Check the words as the job itself would, but for shortened options.
+    """Parse a job's arguments as the job itself would, but accept no shortened options.
 
     Raises:
-        SystemExit: words that the job does not understand (said).
+        SystemExit: arguments that the job does not accept; the error has been printed.
     """
     parser.allow_abbrev = False
     return parser.parse_args(list(words))
 
 
 def place(job: str, words: Sequence[str], arguments: argparse.Namespace, storage: Path | None) -> Placed:
-    """Place every path in the words of a job.
+    """Rewrite every path in the arguments of a job.
 
     Args:
-        arguments: what ``read_words`` made of the words.
+        words: the arguments as text.
+        arguments: the same, parsed by ``read_words``.
         storage: absolute folder that all nodes share.
 
     Raises:
-        SerError: a relative path that has no place on the cluster.
+        SerError: a relative path that needs ``storage``, which is None.
     """
     from pipeline.models.backends import ensure_onnx
     from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle
@@ -72,17 +73,17 @@ def place(job: str, words: Sequence[str], arguments: argparse.Namespace, storage
         else:
             placed.words.append(_placed(option, word, storage, placed))
     _add_root(arguments, storage, placed)
-    if getattr(arguments, "out_below", None) and arguments.out is None:  # else made where nobody finds it again
+    if getattr(arguments, "out_below", None) and arguments.out is None:  # else it would be in a node's temporary folder
         placed.words += ["--out", _placed("--out", dated(arguments.out_below), storage, placed)]
     if job in ("score", "evaluate") and arguments.model_weights is None and not getattr(arguments, "compare", None):
         _ship(placed, DEFAULT_BUNDLE, "models/" + DEFAULT_BUNDLE.name)
     for model in filter(Path.is_dir, placed.shipped.values() if job in ("score", "evaluate") else ()):
-        ensure_onnx(load_bundle(model))  # once here, not once on every node
+        ensure_onnx(load_bundle(model))  # export once here instead of on every node
     return placed
 
 
 def _placed(option: str, value: str, storage: Path | None, placed: Placed) -> str:
-    """Where a value of ``option`` is on the cluster."""
+    """The value of ``option`` for the cluster."""
     if option not in RESULTS and option not in INPUTS:
         return value
     if is_remote(value) or value.startswith("file://") or PurePosixPath(value).is_absolute():
@@ -92,18 +93,19 @@ def _placed(option: str, value: str, storage: Path | None, placed: Placed) -> st
         return _ship(placed, here, _upload_name(here))
     if storage is None:
         raise SerError(
-            f"{option} {value} is relative; give --storage_path, a folder that all nodes share, or an absolute path"
+            f"{option} {value} is a relative path; give --storage_path, a folder that all nodes share, or an absolute "
+            "path"
         )
     return str(storage / value)
 
 
 def _upload_name(path: Path) -> str:
-    """Path in the upload: as it is written, but never above the upload."""
+    """Path in the upload: the path as given, or its name in ``inputs`` if it contains ``..``."""
     return str(PurePosixPath("inputs", path.name) if ".." in path.parts else PurePosixPath(path))
 
 
 def _ship(placed: Placed, source: Path, name: str) -> str:
-    """Have a file or a model uploaded; returns its path on the cluster."""
+    """Add a file or model to the uploads; returns its path on the cluster."""
     if source.suffix == ".pt":
         return f"{_ship(placed, source.parent, str(PurePosixPath(name).parent))}/{source.name}"
     placed.shipped[name] = source
@@ -111,7 +113,7 @@ def _ship(placed: Placed, source: Path, name: str) -> str:
 
 
 def _add_root(arguments: argparse.Namespace, storage: Path | None, placed: Placed) -> None:
-    """Relative recordings of an uploaded CSV start from the storage, as they started from the CSV's folder here."""
+    """Add ``--root`` for the relative paths in an uploaded CSV: the CSV's folder, below the storage path."""
     for option in TABLES:
         value = getattr(arguments, option[2:], None)
         name = None if value is None else _upload_name(Path(value))
@@ -119,7 +121,7 @@ def _add_root(arguments: argparse.Namespace, storage: Path | None, placed: Place
             continue
         if storage is None:
             raise SerError(
-                f"{option} {value} is uploaded, its recordings are not; give --root, the folder on the nodes that "
-                "relative paths in it start from (--root / when all are absolute)"
+                f"{option} {value} is uploaded, but its recordings are not; give --root, the folder on the nodes that "
+                "relative paths in it start from (--root / if all paths are absolute)"
             )
         placed.words += ["--root", str(storage / PurePosixPath(name).parent)]

@@ -1,4 +1,4 @@
-"""How a report was made: what somebody needs to make it again."""
+"""How a report was made: the facts needed to reproduce it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "onnxruntime", "ray", "numpy", "pandas", "librosa", "sound
 
 
 def provenance(command: str, bundle: Bundle | None = None) -> dict[str, Any]:
-    """Model, command, versions, machine and time, in the order a report shows them."""
+    """Model, command, package versions, machine and time, in the order that a report shows them."""
     found: dict[str, Any] = {}
     if bundle is not None:
         found |= {

@@ -12,17 +12,20 @@ from pipeline.training.config import FitConfig
 
 
 def add_recipe_option(parser: Parser) -> None:
-    """``--recipe``, which ``with_recipe`` reads before all others."""
+    """Add ``--recipe``, which ``with_recipe`` reads before the other options."""
     parser.add_argument(
-        "--recipe", type=Path, metavar="BUNDLE", help="take model and training settings from a bundle, where not given"
+        "--recipe",
+        type=Path,
+        metavar="BUNDLE",
+        help="use the model and training settings of this bundle as defaults of the options below",
     )
 
 
 def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
-    """The parser, with the settings that ``--recipe`` names as its defaults.
+    """The parser, with the settings of the ``--recipe`` bundle as its defaults.
 
     Raises:
-        SerError: no such bundle, or one that does not tell how it was trained.
+        SerError: no such bundle, or one without its training settings.
     """
     first = Parser(prog=parser.prog, add_help=False)
     add_recipe_option(first)
@@ -35,16 +38,16 @@ def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
         bundle = load_bundle(bundle_path)
         settings = bundle.metrics.get("training", {}).get("settings")
         if settings is None:
-            raise SerError(f"{bundle_path} does not tell how it was trained; give the settings as options")
+            raise SerError(f"{bundle_path} has no record of its training settings; give the settings as options")
         found = _defaults(settings, bundle.labels)
         parser.set_defaults(**found, model=bundle.model_name)
-        if given.model in (None, bundle.model_name):  # another network has other options, and other defaults
+        if given.model in (None, bundle.model_name):  # another network has other options
             parser.set_defaults(**bundle.model_options)
     return parser
 
 
 def _defaults(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """A bundle's training settings as option values; classes by name, for their numbers are those of its labels."""
+    """A bundle's training settings as option values; class indices become names, as other data may order them anew."""
     found = {name: settings[name] for name in FitConfig.recipe() if name in settings}  # older bundles have fewer
     weights = settings["class_weights"]
     return found | {

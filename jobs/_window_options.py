@@ -1,4 +1,4 @@
-"""The options of ``score`` and ``infer`` that say what is heard of a recording, and how its answers are called."""
+"""The options of ``score`` and ``infer`` for the input windows of a recording and the names of the answers."""
 
 from __future__ import annotations
 
@@ -13,35 +13,46 @@ if TYPE_CHECKING:
 
 def add_window_options(parser: argparse.ArgumentParser) -> None:
     """Add them, as a group."""
-    group = parser.add_argument_group("what is heard, and how it is called")
+    group = parser.add_argument_group("input windows and answers")
     group.add_argument(
-        "--crops", type=int, help="windows a recording, evenly spaced; 1: the model's (default: its number)"
+        "--crops",
+        type=int,
+        help="number of evenly spaced windows in each recording; their answers are averaged (default: the model's "
+        "own number)",
     )
     group.add_argument(
-        "--window_s", type=float, help="hear all of a recording in windows of this length, up to the model's (2 s)"
+        "--window_s",
+        type=float,
+        help="analyse the whole recording in windows of this many seconds, at most the model's own (2 s)",
     )
-    group.add_argument("--hop_s", type=float, help="from one window to the next (default: the window's length)")
     group.add_argument(
-        "--channels", type=_channels, default="mix", help="mix, each (with --window_s), or a channel's number"
+        "--hop_s", type=float, help="seconds from one window's start to the next (default: the window's length)"
+    )
+    group.add_argument(
+        "--channels",
+        type=_channels,
+        default="mix",
+        help="mix: average of all channels; each: every channel on its own (with --window_s); or the number of one "
+        "channel, from 0 (default mix)",
     )
     group.add_argument(
         "--min_confidence",
         type=_confidence,
         default=0.0,
         metavar="P|auto",
-        help="answers below it, and to what is unlike the training recordings, become 'uncertain'; auto: "
-        f"{SURE_ENOUGH:g}, more likely right than wrong (default 0: never)",
+        help="answers with a lower confidence, and answers for sound unlike the training recordings, become "
+        f"'uncertain'; auto: {SURE_ENOUGH:g}, above which an answer is more likely right than wrong (default 0: never)",
     )
     group.add_argument(
         "--silence_dbfs",
         type=float,
         default=SILENCE_DBFS,
-        help=f"what is quieter (RMS) becomes 'silence' (default {SILENCE_DBFS:g})",
+        help=f"windows with a lower RMS level become 'silence' (default {SILENCE_DBFS:g})",
     )
 
 
 def window_options(arguments: argparse.Namespace) -> ScoreOptions:
-    """What the options say.
+    """The ``ScoreOptions`` of the command line.
 
     Raises:
         SerError: a number out of range, or options that exclude each other.

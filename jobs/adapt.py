@@ -1,4 +1,4 @@
-"""A trained model and 20 to 5,000 labelled recordings of your own -> a model of your own, and whether it is better."""
+"""Adapts a trained model to 20 to 5,000 labelled recordings of your own, and measures whether it becomes better."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipeline.training.adapt import Verdict
     from pipeline.training.last_layer import Found, Parent, Recordings
 
-_KEPT = ".adapt"  # what was read, for a start after a crash
+_KEPT = ".adapt"  # features of the recordings that were read, for a restart after a crash
 
 
 def build_parser() -> Parser:
@@ -46,47 +46,52 @@ def build_parser() -> Parser:
     parser.add_argument("--data_csv", type=Path, required=True, help="CSV with the columns speech,label (and speaker)")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the adapted model")
     parser.add_argument(
-        "--model_weights", type=Path, help="the parent: bundle folder or .pt (default: the shipped one)"
+        "--model_weights",
+        type=Path,
+        help="the parent, the model to adapt: bundle folder or the .pt in it (default: the shipped one)",
     )
     add_csv_options(parser)
     parser.add_argument(
         "--window",
         choices=get_args(Window),
-        help="what the new model hears of a recording: its middle, or the window with most speech; both are compared "
-        "(default: as the parent, the shipped one the middle)",
+        help="input window of the new model: the middle of a recording, or the part with most speech; both are "
+        "measured (default: as in the parent; the shipped model uses the middle)",
     )
     parser.add_argument(
         "--classes",
         choices=("auto", "mine", "all"),
         default="auto",
-        help="what the new model answers with: mine (of the CSV), all (the parent's too), auto (default): the parent's "
-        "where it has all of the CSV's, else mine",
+        help="classes of the new model: mine: those of the CSV; all: those of the CSV and of the parent; auto "
+        "(default): those of the parent if they include all of the CSV's, else mine",
     )
     parser.add_argument(
         "--features",
         type=Path,
         nargs="+",
         metavar="FOLDER",
-        help="features of the old corpora (ser extract): a part of them may be rehearsed with the new recordings",
+        help="features of the parent's training corpora (ser extract): some of them are used in training too, if "
+        "cross-validation shows that it helps",
     )
     parser.add_argument(
-        "--learning_curve", action="store_true", help="also the figure with 1/4 and 1/2 of the recordings"
+        "--learning_curve", action="store_true", help="also print the UAR with 1/4 and 1/2 of the recordings"
     )
     parser.add_argument(
         "--max_minutes",
         type=float,
         default=5.0,
-        help="above 5: also try to train the last stage of the network, as long as this suffices (default 5)",
+        help="above 5: also try to train the last stage of the network, if that takes no longer than this (default 5)",
     )
-    parser.add_argument("--anyway", action="store_true", help="write the model whatever the verdict")
-    parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and draws (default 0)")
-    parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    parser.add_argument("--anyway", action="store_true", help="write the model even if it is not better")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of folds and samples (default 0)")
+    parser.add_argument(
+        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
+    )
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Hear, fit, compare, and say what came of it."""
+    """Read the recordings, fit the new model, compare it with the parent, and print the verdict."""
     _check_out(arguments)
     with locked(arguments.out / ".adapt.lock", f"adapting into {arguments.out}"):
         return _job(arguments)
@@ -99,13 +104,13 @@ def _check_out(arguments: argparse.Namespace) -> None:
     parent = load_bundle(arguments.model_weights).folder
     for folder in (parent, DEFAULT_BUNDLE):
         if out.resolve() == folder.resolve():
-            raise SerError(f"--out {out} is a model that others begin with; give another folder")
+            raise SerError(f"--out {out} is the parent or the shipped model; give another folder")
     if (out / "config.json").is_file() and not arguments.overwrite:
-        raise SerError(f"{out} holds a model already; give another --out, or --overwrite")
+        raise SerError(f"{out} already holds a model; give another --out, or --overwrite")
 
 
 def _job(arguments: argparse.Namespace) -> int:
-    """``job``, in a folder that is held."""
+    """``job`` while ``--out`` is locked."""
     from dataclasses import replace
 
     import numpy as np
@@ -139,17 +144,17 @@ def _job(arguments: argparse.Namespace) -> int:
     table = read.table.iloc[rows].reset_index(drop=True)
     labels = adapt.labels_for(sorted(set(table["label"])), bundle.labels, arguments.classes)
     truth, groups = np.array([labels.index(name) for name in table["label"]]), _groups(table, labels, bundle)
-    heard = {name: Recordings(every[rows], truth, groups) for name, every in read.embeddings.items()}
-    recordings = heard[window]
+    by_window = {name: Recordings(every[rows], truth, groups) for name, every in read.embeddings.items()}
+    recordings = by_window[window]
     parent = parent_of(*last_layer(bundle.build_model()), bundle.labels, labels)
     if arguments.features:
         parent = replace(parent, old=_old(arguments, bundle, window, labels, table))
     found = fit_and_choose(recordings, parent, seed=arguments.seed, tell=Progress("folds", "folds"))
-    windows = _windows(heard, window, parent, found, arguments.seed)
+    windows = _windows(by_window, window, parent, found, arguments.seed)
     state = None
     if read.features is not None:
         found, state = _with_last_stage(arguments, found, recordings, parent, bundle, read.features[rows])
-    before = parent.answers(heard[bundle.features.window].embeddings)
+    before = parent.answers(by_window[bundle.features.window].embeddings)
     verdict, about = _compared(arguments, bundle, table, labels, truth, before, found)
     about |= {"window": window, "windows": windows}
     about["learning_curve"] = (
@@ -172,9 +177,9 @@ def _job(arguments: argparse.Namespace) -> int:
         )
         print(f"model: {made.folder}")
     else:
-        say(f"no model is written; go on with {bundle.folder}, or write the new one with --anyway")
+        say(f"no model is written; keep using {bundle.folder}, or write the new one with --anyway")
         if (arguments.out / "config.json").is_file():
-            say(f"{arguments.out} still holds the model that it held before")
+            say(f"{arguments.out} still holds its earlier model")
     forget(arguments.out / _KEPT)
     return EXIT_SOME_FAILED if read.unread and not arguments.tolerate_failures else EXIT_DONE
 
@@ -189,28 +194,31 @@ def _manifest(arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def _windows(
-    heard: Mapping[Window, Recordings], used: Window, parent: Parent, found: Found, seed: int
+    by_window: Mapping[Window, Recordings], used: Window, parent: Parent, found: Found, seed: int
 ) -> dict[Window, float]:
-    """Out-of-fold UAR with each window, printed: of the one that is not used by what was chosen in the same folds."""
+    """Out-of-fold UAR with each input window, also printed.
+
+    For the window that is not ``used``, the settings that the folds chose with the used one are fitted again.
+    """
     from pipeline.evaluation.outcomes import scores, tally
     from pipeline.training.last_layer import OUTER_FOLDS, folds, out_of_fold
 
     uars, named = {}, {"middle": "the middle", "speech": "the window with most speech"}
-    fold_of = folds(heard[used], OUTER_FOLDS, seed)
-    moved = int((heard["middle"].embeddings != heard["speech"].embeddings).any(axis=1).sum())
-    for window, recordings in heard.items():
+    fold_of = folds(by_window[used], OUTER_FOLDS, seed)
+    moved = int((by_window["middle"].embeddings != by_window["speech"].embeddings).any(axis=1).sum())
+    for window, recordings in by_window.items():
         logits = found.logits
         if window != used and moved:
             logits = out_of_fold(recordings, parent, fold_of, choices=found.choices, seed=seed)[0]
         uars[window] = float(scores(tally(recordings.truth, logits.argmax(axis=1), len(parent.known))).uar)
-    print(f"heard: {named[used]} of each recording (--window {used}); most speech is elsewhere in {moved}")
+    print(f"input: {named[used]} of each recording (--window {used}); in {moved} recordings the two windows differ")
     if moved:
         print("  out of fold: " + ", ".join(f"{named[window]}: UAR {uar:.1%}" for window, uar in uars.items()))
     return uars
 
 
 def _groups(table: pd.DataFrame, labels: Sequence[str], bundle: Bundle) -> Ints:
-    """What folds are made of; said, with the classes of the new model."""
+    """The group of each recording for cross-validation; prints what the groups and the new model's classes are."""
     from pipeline.training import adapt
 
     groups, by = adapt.groups_of(table)
@@ -220,9 +228,9 @@ def _groups(table: pd.DataFrame, labels: Sequence[str], bundle: Bundle) -> Ints:
         + (f" (new to the parent: {', '.join(new)})" if new else "")
     )
     if by == "speaker":
-        say(f"cross-validated by speaker ({len(set(groups))}): no voice answers for itself")
+        say(f"cross-validated by speaker ({len(set(groups))}): no speaker is in training and test at once")
     else:
-        say("cross-validated by recording, for want of 3 speakers: for other voices the figures will be lower")
+        say("cross-validated by recording, as there are fewer than 3 speakers: new speakers will get lower figures")
     return groups
 
 
@@ -234,11 +242,14 @@ def _with_last_stage(
     bundle: Bundle,
     features: Any,
 ) -> tuple[Found, Mapping[str, Any] | None]:
-    """With ``--max_minutes`` above 5 the last stage of the network competes, too: what is better, and its weights."""
+    """Also try to train the last stage of the network (``--max_minutes`` above 5).
+
+    Returns what is better in cross-validation, and the weights of the last stage if that is used.
+    """
     from pipeline.training.adapt import can_be_tuned, compete
 
     if not can_be_tuned(bundle):
-        say("--max_minutes: only a single inception network has a last stage to train; its last layer is fitted alone")
+        say("--max_minutes: only a single inception network has a last stage to train; only the last layer is fitted")
         return found, None
     progress = Progress("last stage", "trainings")
     found, state, needed = compete(
@@ -253,14 +264,14 @@ def _with_last_stage(
         tell=progress,
     )
     if needed:
-        say(f"training the last stage, too, would take {needed:.0f} minutes: left out; give --max_minutes {needed:.0f}")
+        say(f"the last stage was not trained: it would take {needed:.0f} minutes; allow it: --max_minutes {needed:.0f}")
     return found, state
 
 
 def _old(
     arguments: argparse.Namespace, bundle: Bundle, window: Window, labels: tuple[str, ...], table: pd.DataFrame
 ) -> Recordings | None:
-    """Recordings of the old corpora for rehearsal, said."""
+    """Recordings of the parent's training corpora to train on too, or None; prints how many."""
     from dataclasses import replace
 
     import numpy as np
@@ -272,9 +283,9 @@ def _old(
     arrays = load_features(arguments.features, replace(bundle.features, window=window))
     found = rehearsed(arrays, labels, table, bundle, seed=arguments.seed)
     if found is None:
-        say("--features holds no recording of the new model's classes that the parent learnt from: none is rehearsed")
+        say("--features has no recording that the parent was trained on and whose class the new model has: not used")
         return None
-    say(f"rehearsal with {len(found[1])} old recordings, where the folds show that it helps")
+    say(f"{len(found[1])} old recordings are used in training too, if the folds show that it helps")
     return Recordings(*found, groups=np.zeros(len(found[1]), np.int64))
 
 
@@ -287,7 +298,7 @@ def _compared(
     old: Floats,
     found: Found,
 ) -> tuple[Verdict, dict[str, Any]]:
-    """Before and after, printed and written as pages; the verdict, and what the new model's record says of it.
+    """Compare parent and new model, printed and written as a page; the verdict, and a record of it for the new model.
 
     Args:
         old: (n, C) logits of the parent.
@@ -307,14 +318,14 @@ def _compared(
 
     before = adapt.answers(table, old, labels, bundle.temperature)
     after = adapt.answers(table, found.logits, labels, adapt.temperature_of(truth, found.logits)[0])
-    names = (str(bundle.folder), f"{arguments.out} (each recording answered by folds that have not heard it)")
+    names = (str(bundle.folder), f"{arguments.out} (out of fold: no recording is answered by a model trained on it)")
     meta = provenance(arguments.command, bundle) | {"data": str(arguments.data_csv)}
     print(comparison_summary(write_comparison(before, after, labels, arguments.out / "report", names=names, meta=meta)))
     there = np.isin(np.arange(len(labels)), truth)
     restricted = np.where(there, old, -np.inf).argmax(axis=1)
     alone = float(scores(tally(truth, restricted, len(labels))).uar)
     if not there.all():
-        say(f"the parent, if it answered the {there.sum()} classes of the recordings only: UAR {alone:.1%}")
+        say(f"the parent, restricted to the {there.sum()} classes of the recordings: UAR {alone:.1%}")
     if hint := permutation_hint(outcomes(before, labels)):
         say(hint)
     speakers = pd.factorize(table["speaker"])[0] if has_speakers(table) else None
@@ -342,7 +353,7 @@ def _compared(
 def _learning_curve(
     recordings: Recordings, parent: Parent, labels: tuple[str, ...], table: pd.DataFrame, found: Found, seed: int
 ) -> list[dict[str, Any]]:
-    """The out-of-fold UAR with a quarter, half and all of the recordings, printed with its interval."""
+    """The out-of-fold UAR with a quarter, half and all of the recordings, and its 95 % interval; also printed."""
     from pipeline.evaluation.metrics import evaluate
     from pipeline.training import adapt
     from pipeline.training.last_layer import OUTER_FOLDS, folds, out_of_fold

@@ -1,7 +1,7 @@
-"""The web page and the service together, until Ctrl-C; a service that answers already is used as it is.
+"""Runs the web page and the service until Ctrl-C; a service that is already running on the port is used.
 
-The page opens at once and counts the seconds until the service, without Ray, is ready. Both listen on this machine
-only.
+The page opens at once and counts the seconds until the service, which runs without Ray, is ready. Both listen on this
+machine only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.storage.errors import SerError
 
 PAGE = Path(__file__).resolve().parents[1] / "app.py"
 HOST = "127.0.0.1"
-SINCE_VARIABLE = "SER_API_SINCE"  # tells the page how long it has waited, see app_pages.own_service
+SINCE_VARIABLE = "SER_API_SINCE"  # when the service was started, see app_pages.own_service
 _LOOK_S = 0.5
 _STOP_S = 60.0
 
@@ -31,15 +31,17 @@ _STOP_S = 60.0
 def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(prog=called("app"), description=__doc__, epilog="example: %(prog)s --port 8600")
-    parser.add_argument("--port", type=int, default=8501, help="of the page (default 8501)")
-    parser.add_argument("--service_port", type=int, default=8000, help="of the service (default 8000)")
-    parser.add_argument("--metrics_port", type=int, default=8080, help="of the service's metrics (default 8080)")
-    parser.add_argument("--bundles", default="", metavar="A,B", help="models of the service (default: the shipped one)")
+    parser.add_argument("--port", type=int, default=8501, help="port of the page (default 8501)")
+    parser.add_argument("--service_port", type=int, default=8000, help="port of the service (default 8000)")
+    parser.add_argument("--metrics_port", type=int, default=8080, help="port of the service's metrics (default 8080)")
+    parser.add_argument(
+        "--bundles", default="", metavar="A,B", help="model bundles that the service loads (default: the shipped one)"
+    )
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Start both, wait for a signal or for one of them to end, stop both."""
+    """Start both, wait until a signal comes or one of them ends, stop both."""
     from serve.auth import key_from_environment
     from serve.client import Client
 
@@ -53,7 +55,7 @@ def job(arguments: argparse.Namespace) -> int:
     with ExitStack() as started, Client(url, key_from_environment()) as client:
         processes = []
         if client.live():
-            say(f"the service at {url} answers already; the page uses it")
+            say(f"a service is already running at {url}; the page uses it")
         else:
             check_free(HOST, arguments.service_port, "choose another --service_port")
             check_free(HOST, arguments.metrics_port, "choose another --metrics_port")
@@ -66,31 +68,31 @@ def job(arguments: argparse.Namespace) -> int:
         say(f"page: http://localhost:{arguments.port} (Ctrl-C stops)")
         while not ended.wait(_LOOK_S):
             if any(process.poll() is not None for process in processes):
-                say("error: the page or the service has ended; what it said is above")
+                say("error: the page or the service has ended; its messages are above")
                 return EXIT_OURS
-        terminal.left()  # then nobody is told
+        terminal.left()  # discard the output if the terminal is closed
         say("stopping")
     return EXIT_DONE
 
 
 def service_command(arguments: argparse.Namespace) -> list[str]:
-    """Words that start the service."""
+    """The command that starts the service."""
     ports = ["--port", str(arguments.service_port), "--metrics_port", str(arguments.metrics_port)]
     bundles = ["--bundles", arguments.bundles] if arguments.bundles else []
     return [sys.executable, "-m", "jobs.serve", "--engine", "local", *ports, *bundles]
 
 
 def page_command(port: int) -> list[str]:
-    """Words that start the page."""
+    """The command that starts the page."""
     return [sys.executable, "-m", "streamlit", "run", str(PAGE), "--server.port", str(port)]
 
 
 def service_environment(environment: Mapping[str, str], platform: str = sys.platform) -> dict[str, str]:
     """The environment of the service.
 
-    On Windows, PyTorch and scikit-learn may each bring their own copy of the OpenMP library, and the second one ends
-    the process with "OMP: Error #15". ``KMP_DUPLICATE_LIB_OK`` lets both live; it is set there only, and only where
-    nobody decided otherwise. The page needs none of this: it loads no PyTorch.
+    On Windows, PyTorch and scikit-learn may each load their own copy of the OpenMP library, and the second one ends
+    the process with "OMP: Error #15". ``KMP_DUPLICATE_LIB_OK`` allows both; it is set only on Windows, and only if the
+    user has not set it. The page loads no PyTorch and needs no such setting.
     """
     extra = {"KMP_DUPLICATE_LIB_OK": "TRUE"} if platform == "win32" else {}
     return {**extra, **environment}
@@ -98,7 +100,7 @@ def service_environment(environment: Mapping[str, str], platform: str = sys.plat
 
 @contextmanager
 def _running(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with a session of its own, so that Ctrl-C reaches it once: from here, at the end."""
+    """Run a process in its own session, so that Ctrl-C does not reach it; at the end it gets SIGTERM from here."""
     process = subprocess.Popen(
         command, cwd=PAGE.parent, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True
     )

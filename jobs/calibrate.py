@@ -1,4 +1,4 @@
-"""Sets the doubt of a model bundle, its answers unchanged: its temperature, and what is familiar to it."""
+"""Sets the temperature of a model bundle, or its familiarity; the classes that it predicts do not change."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ def build_parser() -> Parser:
         description=__doc__,
         epilog="example: %(prog)s --model_weights runs/first --predictions protocols/kfold",
     )
-    parser.add_argument("--model_weights", type=Path, required=True, help="bundle that is changed")
+    parser.add_argument("--model_weights", type=Path, required=True, help="the bundle to change")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--features",
         type=Path,
         nargs="+",
         metavar="FOLDER",
-        help="folders of jobs.extract that it was trained on: sets what is familiar to it (training does so itself)",
+        help="set the familiarity, from the features that the model was trained on: one or more folders that ser "
+        "extract wrote (ser train does this by itself)",
     )
     source.add_argument(
         "--predictions",
         type=Path,
-        help="sets the temperature, by labelled answers to recordings that the answering models were not trained on: "
-        "the folder of a protocol, or the model's own, of jobs.evaluate or jobs.score (those that it was trained on "
-        "are left out)",
+        help="set the temperature, from answers to labelled recordings: the folder of a protocol that ser crossval "
+        "wrote, or the model's own answers from ser evaluate or ser score (recordings that it was trained on are left "
+        "out)",
     )
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Fit, write, and say what it changed."""
+    """Fit, write into the bundle, and print the change."""
     return _temperature(arguments) if arguments.features is None else _familiarity(arguments)
 
 
@@ -63,10 +64,13 @@ def _familiarity(arguments: argparse.Namespace) -> int:
     learnt = training[training["split"] == "train"] if "split" in training.columns else training
     rows = table.loc[table[HASH_COLUMN].isin(set(learnt[HASH_COLUMN])) & (table["parent_id"] == ""), "row_id"]
     if not (used := learn_familiarity(bundle, arguments.features, set(rows))):
-        raise SerError(f"{len(rows)} of these recordings were trained on; give the features that the model learnt from")
+        raise SerError(
+            f"only {len(rows)} of these recordings are in the model's training part; give the features that it was "
+            "trained on"
+        )
     found = load_bundle(bundle.folder).familiarity
     assert found is not None
-    say(f"familiarity of {used:,} training recordings; unfamiliar below {found.least:.2f}")
+    say(f"familiarity set from {used:,} training recordings; a recording below {found.least:.2f} is unfamiliar")
     return EXIT_DONE
 
 
@@ -83,11 +87,14 @@ def _temperature(arguments: argparse.Namespace) -> int:
     columns = [f"p_{label}" for label in bundle.labels]
     missing = [name for name in ["label_name", *columns] if name not in table.columns]
     if missing:
-        raise SerError(f"{arguments.predictions} has no column {missing[0]}; give labelled answers of the same classes")
+        raise SerError(
+            f"{arguments.predictions} has no column {missing[0]}; give answers to labelled recordings, with the same "
+            "classes as the model"
+        )
     table = table[~failed_rows(table) & table["label_name"].isin(bundle.labels)]
     plan = _plan(arguments.predictions)
     if plan is not None:
-        table = _never_heard(table, plan, bundle)
+        table = _without_training(table, plan, bundle)
     labels = LabelSet(bundle.labels)
     truth = np.array([labels.index(name) for name in table["label_name"]], np.int64)
     applied = 1.0 if plan is None else plan["temperature"]
@@ -100,10 +107,12 @@ def _temperature(arguments: argparse.Namespace) -> int:
 
 
 def _plan(predictions: Path) -> dict[str, Any] | None:
-    """How score or evaluate came to the answers; None of a protocol's: several models, each at temperature 1.
+    """The model and temperature of a ``score`` or ``evaluate`` run.
+
+    None for the answers of a protocol: they are of several models, each at temperature 1.
 
     Raises:
-        SerError: a ``run.json`` that is not of these jobs.
+        SerError: a ``run.json`` that these jobs did not write.
     """
     from pipeline.scoring.ledger import RUN
 
@@ -114,22 +123,22 @@ def _plan(predictions: Path) -> dict[str, Any] | None:
         plan = json.loads(record.read_text(encoding="utf-8"))["plan"]
         return {"model": str(plan["model"]), "temperature": float(plan["temperature"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise SerError(f"{record} is not the record of a finished scoring; run jobs.evaluate again") from error
+        raise SerError(f"{record} is not the record of a finished scoring; run ser evaluate again") from error
 
 
-def _never_heard(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -> pd.DataFrame:
-    """The rows of a bundle's own answers whose recordings it did not learn from; those that chose its epoch stay.
+def _without_training(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -> pd.DataFrame:
+    """A bundle's own answers without those to its training recordings; the inner validation part is kept.
 
     Raises:
-        SerError: the answers are those of another model.
+        SerError: another model gave the answers.
     """
     from pipeline.data.segments import END, START, place_of
     from pipeline.data.splits import add_hashes, leaked
 
     if plan["model"] != bundle.weights_sha256:
         raise SerError(
-            f"the answers are those of other weights ({plan['model'][:12]}) than {bundle.folder}'s "
-            f"({bundle.weights_sha256[:12]}); give the model that answered"
+            f"the answers were given by the weights {plan['model'][:12]}, but {bundle.folder} has the weights "
+            f"{bundle.weights_sha256[:12]}; give the model that gave the answers"
         )
     training = bundle.training
     if "split" in training.columns:
@@ -139,7 +148,7 @@ def _never_heard(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -
     known = paths.loc[leaked(add_hashes(paths, threads=usable_cpus()), training), "speech"]
     rows = place.isin(place[known.index])
     if rows.any():
-        say(f"{len(known)} of {len(paths)} recordings were used in training, as {known.iloc[0]}: left out")
+        say(f"left out: {len(known)} of {len(paths)} recordings, which were used in training, such as {known.iloc[0]}")
     return table[~rows]
 
 

@@ -1,4 +1,4 @@
-"""``ser``: all jobs under one command. ``ser COMMAND --help`` tells each one's options."""
+"""``ser``: all jobs under one command. ``ser COMMAND --help`` lists the options of a command."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from importlib import import_module
 from jobs._common import AS_SER, EXIT_DONE, EXIT_USAGE, say
 
 COMMANDS = {
-    "ravdess": "download the RAVDESS speech recordings, checked",
-    "manifest": "a folder of labelled recordings -> a manifest CSV",
-    "extract": "recordings -> log-mel Parquet shards (Ray Data)",
-    "train": "a manifest or shards -> a trained model bundle (Ray Train)",
-    "adapt": "20 to 5,000 recordings of one's own -> a model of one's own",
-    "evaluate": "a labelled CSV -> metrics, confusion matrix, verdict, report",
-    "crossval": "a recipe trained and tested on folds, one model each (Ray)",
-    "join": "several trained models -> one that answers with their mean",
-    "calibrate": "out-of-fold answers -> the temperature of a model",
-    "score": "a folder or CSV -> a table of emotions (Ray Data)",
-    "infer": "one or a few files -> emotions, without Ray",
-    "submit": "extract, train, evaluate, crossval or score on a Ray cluster",
-    "serve": "the HTTP service on this machine (Ray Serve, or --engine local)",
-    "predict": "files -> emotions, by a running service",
-    "app": "the web page and the service together",
+    "ravdess": "download the RAVDESS speech recordings and check them",
+    "manifest": "write a CSV of a folder of labelled recordings",
+    "extract": "compute features of recordings, as Parquet shards",
+    "train": "train a model on recordings or features",
+    "adapt": "adapt a model to 20 to 5,000 recordings of your own",
+    "evaluate": "measure a model on labelled recordings, with a report",
+    "crossval": "cross-validation: train and test one model for each fold",
+    "join": "make one model of several, which averages their answers",
+    "calibrate": "set the temperature of a model, or its familiarity",
+    "score": "predict the emotions of a folder or CSV of recordings",
+    "infer": "predict the emotions of one or a few files, without Ray",
+    "submit": "run extract, train, evaluate, crossval or score on a Ray cluster",
+    "serve": "run the HTTP service on this machine",
+    "predict": "send files to a running service and print its answers",
+    "app": "run the web page and the service together",
 }
 
 
@@ -33,13 +33,13 @@ def usage() -> str:
     return (
         "usage: ser COMMAND [options]\n\n"
         + "\n".join(lines)
-        + "\n\nser COMMAND --help tells each command's options."
+        + "\n\nser COMMAND --help lists the options of a command."
         + "\nexample: ser infer --file samples/ben_sad_window.wav"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the first word names."""
+    """Run the command named by the first argument."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in ("-h", "--help"):
         print(usage())

@@ -1,4 +1,4 @@
-"""A recipe trained and tested on folds of the recordings, one model each; several ways to fold are compared."""
+"""Cross-validation: trains and tests one model for each fold, by one or more protocols, which are compared."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from pipeline.training.config import FitConfig
     from pipeline.training.cross_validation import FoldConcurrency
 
-_CLIP_S = 0.03  # CPU seconds a clip takes in training, roughly
-_NAMES = ("holdout", "kfold", "speaker_kfold", "loso", "loco")  # folds.PROTOCOLS; its import takes a second
+_CLIP_S = 0.03  # CPU seconds that a clip takes in training, roughly
+_NAMES = ("holdout", "kfold", "speaker_kfold", "loso", "loco")  # splits.PROTOCOLS, whose import takes a second
 
 
 def build_parser() -> Parser:
@@ -70,47 +70,63 @@ def build_parser() -> Parser:
 def _add_data_options(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label; extracted to OUT/features")
-    source.add_argument("--features", type=Path, nargs="+", metavar="FOLDER", help="folders that jobs.extract wrote")
+    source.add_argument(
+        "--data_csv", type=Path, help="CSV with the columns speech,label; its features are written to OUT/features"
+    )
+    source.add_argument(
+        "--features", type=Path, nargs="+", metavar="FOLDER", help="one or more folders that ser extract wrote"
+    )
     add_csv_options(group)
-    add_out(group, "reports", "figures and pages; the same one again goes on where it ended")
-    group.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
-    group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
-    group.add_argument("--crops", type=int, default=1, help="windows a tested recording, evenly spaced (default 1)")
+    add_out(group, "reports", "metrics and reports; a folder of an interrupted run is continued")
+    group.add_argument("--overwrite", action="store_true", help="start anew even if --out has results")
+    group.add_argument(
+        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
+    )
+    group.add_argument(
+        "--crops",
+        type=int,
+        default=1,
+        help="number of evenly spaced windows in each tested recording; their answers are averaged (default 1)",
+    )
     add_engine(group)
 
 
 def _add_fold_options(parser: Parser) -> None:
-    """Folds, and the training of each."""
+    """Add the options of the folds and of their training."""
     group = parser.add_argument_group("folds")
     group.add_argument(
         "--protocol",
         type=_protocols,
         default=("kfold",),
         metavar="NAME,...",
-        help=f"of {', '.join(_NAMES)}; several are compared, as kfold,speaker_kfold (default kfold)",
+        help="how to split: holdout (one test part), kfold (by recording), speaker_kfold (by speaker), loso (leave one "
+        "speaker out), loco (leave one corpus out); several are compared: kfold,speaker_kfold (default kfold)",
     )
-    group.add_argument("--folds", type=int, default=5, help="of kfold and speaker_kfold (default 5)")
+    group.add_argument("--folds", type=int, default=5, help="number of folds of kfold and speaker_kfold (default 5)")
     group.add_argument(
         "--folds_csv",
         type=Path,
-        help="CSV that says which fold each recording is tested in: fold, and content_hash, id or speaker",
+        help="CSV that names the fold in which a recording is tested: a column fold, and content_hash, id or speaker",
     )
-    group.add_argument("--test_size", type=float, default=0.2, help="share held out by holdout (default 0.2)")
+    group.add_argument(
+        "--test_size", type=float, default=0.2, help="share of all recordings in the test part of holdout (default 0.2)"
+    )
     group.add_argument(
         "--inner_val",
         type=float,
         default=0.2,
-        help="share of a fold's training part that chooses the epoch; 0: exactly --epochs on all (default 0.2)",
+        help="share of each fold's training part that is used to choose the best epoch; 0: train on all of it for "
+        "exactly --epochs (default 0.2)",
     )
-    group.add_argument("--keep_weights", action="store_true", help="keep each fold's model, as a bundle")
+    group.add_argument("--keep_weights", action="store_true", help="keep the model of each fold, as a bundle")
     group.add_argument(
         "--teachers",
         type=Path,
         nargs="+",
         default=[],
         metavar="OUT",
-        help="earlier runs with --keep_weights: each fold learns from the models of the same fold too",
+        help="--out folders of earlier runs with --keep_weights, for knowledge distillation: their models of the same "
+        "fold are its teachers",
     )
     add_distill_option(group)
     group.add_argument(
@@ -119,11 +135,18 @@ def _add_fold_options(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="SEED",
-        help="instead of --seed: train each fold with each of these seeds, and test what jobs.join would make of them",
+        help="instead of --seed: train each fold once with each of these seeds, and test the mean of their answers, as "
+        "ser join would give it",
     )
-    group.add_argument("--folds_at_once", type=int, help="default: as many as there are GPUs, or CPUs")
-    group.add_argument("--use_gpu", type=true_or_false, nargs="?", const=True, help="default: when there is one")
-    group.add_argument("--max_failures", type=int, default=3, help="how often a fold that died is started again")
+    group.add_argument(
+        "--folds_at_once", type=int, help="number of folds trained at the same time (default: one for each GPU or CPU)"
+    )
+    group.add_argument(
+        "--use_gpu", type=true_or_false, nargs="?", const=True, help="train on GPUs (default: if this machine has one)"
+    )
+    group.add_argument(
+        "--max_failures", type=int, default=3, help="how many times a fold whose process died is restarted (default 3)"
+    )
 
 
 def _protocols(text: str) -> tuple[str, ...]:
@@ -134,26 +157,26 @@ def _protocols(text: str) -> tuple[str, ...]:
 
 
 def asked(words: Sequence[str]) -> bool:
-    """Whether words of ``evaluate`` are of this command, as they were before it had a name; if so, that is said."""
+    """Whether these arguments of ``evaluate`` contain ``--protocol``, the old way to this command; if so, says it."""
     if not any(underscored(word).partition("=")[0] in ("--protocol", "--protoco", "--protoc") for word in words):
         return False
-    say(f"evaluate --protocol is a command of its own now: ser crossval {shlex.join(words)}")
+    say(f"evaluate --protocol is now a separate command: ser crossval {shlex.join(words)}")
     return True
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Train and test under each protocol, and say what came of it."""
+    """Train and test by each protocol, and print the figures."""
     if arguments.out.resolve() in [folder.resolve() for folder in arguments.teachers]:  # --overwrite would remove them
-        raise SerError(f"--out {arguments.out} is where the teachers are; give another --out")
+        raise SerError(f"--out {arguments.out} is the folder of the teachers; give another --out")
     if len(set(arguments.join_seeds)) != len(arguments.join_seeds) or len(arguments.join_seeds) == 1:
-        raise SerError("--join_seeds: give two or more seeds, each once; one alone is --seed")
+        raise SerError("--join_seeds needs two or more different seeds; for a single one use --seed")
     refuse_beside_features(arguments)
     with locked(arguments.out / ".protocols.lock", f"training the folds in {arguments.out}"):
         return _job(arguments, targets_of(arguments))
 
 
 def _job(arguments: argparse.Namespace, targets: Targets) -> int:
-    """``job``, in a folder that is held: ``--overwrite`` would remove the folds that another start is training."""
+    """``job`` while ``--out`` is locked: ``--overwrite`` would remove the folds that another process is training."""
     from jobs._provenance import provenance
     from pipeline.training.cross_validation import protocols_summary, write_protocols
 
@@ -185,7 +208,7 @@ def _extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
 
 
 def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
-    """The labelled originals of feature folders, with content hashes."""
+    """Labelled rows of feature folders, without pitch-shifted copies, with content hashes."""
     from jobs.extract import describe_labels
     from pipeline.data.splits import add_hashes, unknown_content
     from pipeline.features.store import known_hashes, load_features
@@ -202,13 +225,13 @@ def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
 
 
 def unread_note(features: Sequence[Path], read: int) -> str | None:
-    """What the pages say where recordings could not be read when the features were made; ``read`` of them could."""
+    """A note for the reports if the extraction failed for some recordings, else None; ``read``: how many it read."""
     from pipeline.features.store import read_shard_manifest
 
     failed = sum(int(read_shard_manifest(folder)["failed"]) for folder in features)
     if not failed:
         return None
-    return f"{failed} of {read + failed} recordings could not be read: neither trained on nor tested, and in no figure."
+    return f"{failed} of {read + failed} recordings could not be read: they were neither trained on nor tested."
 
 
 def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) -> list[Fold]:
@@ -226,7 +249,7 @@ def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) ->
         assigned=assigned,
     )
     tested = [len(fold.splits["test"]) for fold in found]
-    say(f"{protocol}: {len(found)} folds, {sum(tested)} recordings tested, {min(tested)}-{max(tested)} a fold")
+    say(f"{protocol}: {len(found)} folds, {sum(tested)} recordings tested, {min(tested)}-{max(tested)} in each fold")
     return found
 
 
@@ -239,7 +262,7 @@ def _run(
     targets: Targets,
     meta: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train, test, report one protocol; its row in the comparison, and its verdict."""
+    """Train, test and report one protocol; returns its row of the comparison, and its verdict."""
     from pipeline.data.manifest import label_set
     from pipeline.models.ensemble import mean_answers
     from pipeline.reporting.report import write_report
@@ -299,7 +322,7 @@ def _run(
 
 
 def _engine(fit: FitConfig, folds: list[Fold], seeds: int, side: FoldConcurrency, arguments: argparse.Namespace) -> str:
-    """The engine that trains; says so when ``auto`` chose the local one."""
+    """The engine that trains the folds; prints a message if ``auto`` chose the local one."""
     from pipeline.cluster.engine import choose_engine
 
     if side.gpus:
@@ -319,7 +342,7 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> FoldConcurrency:
 
     gpus = torch.cuda.device_count() if arguments.use_gpu is not False else 0
     if arguments.use_gpu and not gpus:
-        raise SerError("--use_gpu True, but PyTorch sees no GPU here; leave it out to train on CPUs")
+        raise SerError("--use_gpu True, but PyTorch finds no GPU here; leave it out to train on CPUs")
     cpus = arguments.num_cpus or usable_cpus()
     return FoldConcurrency.of(folds, arguments.folds_at_once, cpus, gpus)
 

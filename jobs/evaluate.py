@@ -1,4 +1,4 @@
-"""A labelled CSV and a model -> metrics with intervals, confusion matrix, verdict, and one report page."""
+"""Measures a model on labelled recordings: metrics with intervals, confusion matrix, verdict and a report page."""
 
 from __future__ import annotations
 
@@ -46,24 +46,39 @@ def build_parser() -> Parser:
     parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
     parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
     add_csv_options(parser, integers=False)
-    add_out(parser, "reports", "predictions, metrics, figures, report.html")
-    parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
-    parser.add_argument("--crops", type=int, help="windows a recording, evenly spaced (default: the bundle's number)")
+    add_out(parser, "reports", "predictions, metrics, figures and report.html")
+    parser.add_argument("--overwrite", action="store_true", help="start anew even if --out has results")
+    parser.add_argument(
+        "--crops",
+        type=int,
+        help="number of evenly spaced windows in each recording; their answers are averaged (default: the model's own "
+        "number)",
+    )
     add_engine(parser)
     parser.add_argument(
         "--leak_check",
         choices=("warn", "error", "off"),
         default="warn",
-        help="look for recordings the model was trained on, by content (default warn)",
+        help="look for recordings that the model was trained on, by content: warn about them, stop with an error, or "
+        "do not look (default warn)",
     )
-    parser.add_argument("--embed_audio", type=_count, default=0, metavar="N", help="play N mistakes in the page")
+    parser.add_argument(
+        "--embed_audio",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="put the audio of the N most confident mistakes into the report, up to 200 (default 0)",
+    )
     parser.add_argument(
         "--compare",
         nargs=2,
         metavar=("A", "B"),
-        help="two bundles (scored on --data_csv) or two --out folders of scores, of the same recordings",
+        help="compare two models instead: two bundles, which are scored on --data_csv, or two --out folders with "
+        "scores of the same recordings",
     )
-    parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    parser.add_argument(
+        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
+    )
     add_targets(parser)
     return parser
 
@@ -75,7 +90,7 @@ def _count(text: str) -> int:
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Evaluate or compare, and say what came of it."""
+    """Evaluate one model or compare two, and print the figures."""
     from jobs._provenance import provenance
     from pipeline.evaluation import leaks
     from pipeline.models.bundle import load_bundle
@@ -85,12 +100,12 @@ def job(arguments: argparse.Namespace) -> int:
         _refuse_beside_compare(arguments)
         return _compare(arguments)
     if arguments.data_csv is None:
-        raise SerError("no --data_csv; give the CSV of labelled recordings to evaluate on")
+        raise SerError("--data_csv is missing; give the CSV of labelled recordings to evaluate on")
     bundle = load_bundle(arguments.model_weights)
     manifest = _manifest(arguments, bundle)
     found = _leaks(arguments, manifest, bundle) if arguments.leak_check == "error" else None
     predictions, failed = _score(arguments, manifest, bundle, arguments.out)
-    found = found or _leaks(arguments, manifest, bundle)  # after what may be refused: it reads every recording
+    found = found or _leaks(arguments, manifest, bundle)  # late, as it reads every recording
     meta = provenance(arguments.command, bundle)
     meta |= {"data": str(arguments.data_csv), "crops": arguments.crops or bundle.crops}
     evaluation = write_report(
@@ -109,13 +124,13 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def _seconds(out: Path) -> float:
-    """How long the scoring took, whichever command did it."""
+    """Seconds that the scoring took, from ``run.json``."""
     return float(json.loads((out / "run.json").read_text(encoding="utf-8"))["seconds"])
 
 
 def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed: int) -> int:
     if arguments.enforce and not evaluation["labelled"]:
-        say("--enforce: without labels no target can be shown to be met")
+        say("--enforce: without labels no target can be checked")
         return EXIT_TARGET_MISSED
     if arguments.enforce and not reached(evaluation["verdict"]):
         say(f"--enforce: {evaluation['verdict']['outcome']}")
@@ -124,7 +139,7 @@ def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed
 
 
 def _manifest(arguments: argparse.Namespace, bundle: Bundle, labels: Sequence[str] | None = None) -> pd.DataFrame:
-    """The CSV; ``labels``: the classes that it may have, where they are not the bundle's alone."""
+    """Read the CSV; ``labels``: the classes that it may have (default: the bundle's)."""
     from pipeline.data.manifest import label_counts, read_manifest
 
     labels = labels or bundle.labels
@@ -141,14 +156,17 @@ def _manifest(arguments: argparse.Namespace, bundle: Bundle, labels: Sequence[st
         counts = label_counts(manifest, labels)
         say("counts: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     else:
-        say(f"{arguments.data_csv} has no labels: the recordings are scored, but there are no metrics")
+        say(f"{arguments.data_csv} has no labels: the recordings are scored, but no metrics are computed")
     return manifest
 
 
 def _leaks(
     arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, contents: pd.DataFrame | None = None
 ) -> Leaks | None:
-    """What the CSV shares with the training; ``contents`` of its recordings, where they are known.
+    """The recordings and speakers that the CSV shares with the model's training; None with ``--leak_check off``.
+
+    Args:
+        contents: the manifest with content hashes, if they are known already.
 
     Raises:
         SerError: ``--leak_check error`` and a recording was used in training.
@@ -161,8 +179,8 @@ def _leaks(
     if found.mask.any() and arguments.leak_check == "error":
         example = manifest.loc[found.mask, "speech"].iloc[0]
         raise SerError(
-            f"{int(found.mask.sum())} of {len(manifest)} recordings were used to train {bundle.name}, as {example}; "
-            "leave them out, or see the figures with and without them with --leak_check warn"
+            f"{int(found.mask.sum())} of {len(manifest)} recordings were used to train {bundle.name}, such as "
+            f"{example}; leave them out, or use --leak_check warn for the figures with and without them"
         )
     return found
 
@@ -173,13 +191,13 @@ def _say_leaks(found: dict[str, Any] | None) -> None:
     if found["note"]:
         say(f"leak check: {found['note']}")
     if found["by_name"]:
-        say(f"leak check: {found['by_name']} training recordings of unknown content were compared by file name")
+        say(f"leak check: {found['by_name']} training recordings without a content hash were compared by file name")
     if found["leaked"]:
         say(f"leak check: {found['leaked']} of {found['checked']} recordings were used in training")
         if found["partly"]:
             say(
-                f"leak check: {found['partly']} of them in part: training had the whole recording that they are a "
-                "segment of, or a segment that shares sound with them"
+                f"leak check: {found['partly']} of these only in part: the training used the whole recording of which "
+                "they are a segment, or a segment that overlaps them"
             )
         if found["all"] and found["unseen"]:
             for name in ("all", "unseen"):
@@ -188,15 +206,15 @@ def _say_leaks(found: dict[str, Any] | None) -> None:
                 say(f"  {'with' if name == 'all' else 'without'} them ({row['n']}): {figures}")
     if found["shared_speakers"]:
         more = f" and {found['more_shared_speakers']} more" if found["more_shared_speakers"] else ""
-        say(f"leak check: speakers also heard in training: {', '.join(found['shared_speakers'])}{more}")
+        say(f"leak check: speakers who were also in training: {', '.join(found['shared_speakers'])}{more}")
     if found["duplicate_groups"]:
-        say(f"leak check: recordings that are in the CSV more than once, by content: {found['duplicate_groups']}")
+        say(f"leak check: recordings with the same content as another one in the CSV: {found['duplicate_groups']}")
 
 
 def _score(
     arguments: argparse.Namespace, manifest: pd.DataFrame, bundle: Bundle, out: Path
 ) -> tuple[pd.DataFrame, int]:
-    """Predictions of every row, and how many failed."""
+    """Score the manifest into ``out``; returns the predictions of all rows, and how many recordings failed."""
     from pipeline.scoring.predictions import read_predictions
     from pipeline.scoring.scoring import Execution, ScoreOptions, score_manifest
 
@@ -221,7 +239,7 @@ def _refuse_beside_compare(arguments: argparse.Namespace) -> None:
     targets = ("min_accuracy", "min_weighted_f1", "min_class_accuracy")
     for name in ("model_weights", "enforce", "embed_audio", *targets):
         if getattr(arguments, name) != defaults.get_default(name):
-            raise SerError(f"--compare tells what two models differ in, without a verdict; leave --{name} out")
+            raise SerError(f"--compare compares two models and gives no verdict; leave --{name} out")
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -241,7 +259,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     tables: list[pd.DataFrame] = []
     failed = 0
     checks: list[dict[str, Any]] = []
-    contents: pd.DataFrame | None = None  # of the CSV's recordings, which are read once for both
+    contents: pd.DataFrame | None = None  # content hashes of the CSV's recordings, computed once for both models
     for place, name, side in zip("AB", names, sides, strict=True):
         if not isinstance(side, Bundle):
             tables.append(side)
@@ -268,30 +286,32 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _together(known: Sequence[list[str]], names: Sequence[str]) -> list[str]:
-    """The classes of both sides: those of one, or, said, of either, where a class that a side lacks is a mistake of it.
+    """The union of both models' classes. If a model lacks some, prints that recordings of these count as its mistakes.
 
     Raises:
-        SerError: no class is known to both.
+        SerError: the models have no class in common.
     """
     if known[0] == known[1]:
         return known[0]
     if not set(known[0]) & set(known[1]):
-        raise SerError(f"{names[0]} answers {known[0]}, {names[1]} {known[1]}; compare models of the same classes")
+        raise SerError(
+            f"{names[0]} has the classes {known[0]}, {names[1]} has {known[1]}; compare models that share classes"
+        )
     for name, own, other in zip(names, known, reversed(known), strict=True):
         if lacking := sorted(set(other) - set(own)):
-            say(f"{name} does not know {', '.join(lacking)}: recordings of it count as its mistakes")
+            say(f"{name} does not have {', '.join(lacking)}: recordings of such a class count as its mistakes")
     return sorted({*known[0], *known[1]})
 
 
 def _side(arguments: argparse.Namespace, given: Path) -> Bundle | pd.DataFrame:
-    """One of the two that are compared: a model to be scored, or a finished table of scores."""
+    """One side of ``--compare``: a model to score with, or a finished table of scores."""
     from pipeline.models.bundle import load_bundle
     from pipeline.scoring.predictions import read_predictions
 
     if given.suffix != ".pt" and not (given / "config.json").is_file():
         for name in ("crops", "root", "label_map"):
             if getattr(arguments, name) and arguments.data_csv is None:
-                raise SerError(f"--compare takes tables of scores as they are; leave --{name} out")
+                raise SerError(f"--compare does not change finished scores; leave --{name} out")
         return read_predictions(given)
     if arguments.data_csv is None:
         raise SerError(f"{given} is a model; give the CSV to compare on with --data_csv")
@@ -299,13 +319,13 @@ def _side(arguments: argparse.Namespace, given: Path) -> Bundle | pd.DataFrame:
 
 
 def _labels_of(table: pd.DataFrame, place: Path) -> list[str]:
-    """Class names of a scores table: from its run, else from its ``p_`` columns after ``confidence``."""
+    """Class names of a table of scores: from its ``run.json``, else from its ``p_`` columns after ``confidence``."""
     run_json = (place if place.is_dir() else place.parent) / "run.json"
     if run_json.is_file():
         return list(json.loads(run_json.read_text(encoding="utf-8"))["labels"])
     columns = list(table.columns)
     if "confidence" not in columns:
-        raise SerError(f"{place} is no table of scores: it has no column confidence; give what jobs.score wrote")
+        raise SerError(f"{place} is no table of scores: it has no column confidence; give an --out folder of ser score")
     return [name[2:] for name in columns[columns.index("confidence") :] if name.startswith("p_")]
 
 

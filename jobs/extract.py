@@ -1,4 +1,4 @@
-"""Recordings -> log-mel Parquet shards, in parallel: on Ray Data, or in processes of this machine."""
+"""Computes features of recordings in parallel, as Parquet shards: on Ray Data, or in processes on this machine."""
 
 from __future__ import annotations
 
@@ -43,63 +43,73 @@ def build_parser() -> Parser:
         "--features_kind",
         choices=KINDS,
         default="log_mel",
-        help="log_mel (inception) or frame_features (cnn_bilstm)",
+        help="log_mel (for the inception network, default) or frame_features (for cnn_bilstm)",
     )
     add_contract_options(parser)
     parser.add_argument(
         "--mel_power_s",
         type=float,
         default=6.0,
-        help="seconds kept for training-time crops, 120 at most; 0: none (default 6)",
+        help="seconds of each recording kept for random crops in training, at most 120; 0: none (default 6)",
     )
     parser.add_argument(
         "--pitch_semitones",
         type=semitones,
         default=(),
         metavar="N,...",
-        help="also extract pitch-shifted copies, for training with --augment pitch: --pitch_semitones=-1,1",
+        help="also write pitch-shifted copies, for training with --augment pitch; for example --pitch_semitones=-1,1",
     )
-    parser.add_argument("--block_rows", type=int, default=128, help="recordings a part (default 128)")
+    parser.add_argument("--block_rows", type=int, default=128, help="recordings in each part file (default 128)")
     add_engine(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace other shards in --out")
-    parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier shards in --out")
+    parser.add_argument(
+        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
+    )
     return parser
 
 
 def add_contract_options(parser: Parser) -> None:
-    """What a model hears, where it is not the default; it travels in the bundle."""
-    default, group = FeatureConfig(), parser.add_argument_group("what is heard (as the shipped weights do, by default)")
-    group.add_argument("--window_s", type=float, default=default.window_s, help="seconds of the window (default 2)")
+    """Add the options of a model's input; a bundle keeps these settings."""
+    default, group = FeatureConfig(), parser.add_argument_group("input of the model (the defaults fit the shipped one)")
+    group.add_argument(
+        "--window_s", type=float, default=default.window_s, help="seconds of the input window (default 2)"
+    )
     group.add_argument(
         "--window",
         choices=get_args(Window),
         default=default.window,
-        help="which: the middle of a recording (default), or that with most speech, for which all of it is decoded",
+        help="where the input window is: in the middle of the recording (default), or where most speech is, for which "
+        "the whole recording is decoded",
     )
-    group.add_argument("--n_mels", type=int, default=default.n_mels, help="mel bands (default 64)")
+    group.add_argument("--n_mels", type=int, default=default.n_mels, help="number of mel bands (default 64)")
     group.add_argument(
-        "--f_max_hz", type=float, help="top of the highest mel band (default: half the sampling rate, 24000)"
+        "--f_max_hz",
+        type=float,
+        help="upper edge of the highest mel band in Hz (default: half the sample rate, 24000)",
     )
     group.add_argument(
-        "--hop_length", type=int, default=default.hop_length, help="samples from frame to frame at 48 kHz (default 512)"
+        "--hop_length",
+        type=int,
+        default=default.hop_length,
+        help="samples from one frame to the next, at 48 kHz (default 512)",
     )
 
 
 def semitones(text: str) -> tuple[float, ...]:
-    """``-1,1`` as numbers."""
+    """The numbers in ``-1,1``."""
     try:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, as -1,1, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, such as -1,1, got {text!r}") from None
 
 
 def add_data_options(parser: Parser) -> None:
-    """``--data_dir`` or ``--data_csv`` with ``--root`` and ``--label_map``."""
+    """Add ``--data_dir``, ``--data_csv``, ``--root``, ``--label_map`` and ``--label_names``."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--data_dir",
         type=Path,
-        help="folder of labelled recordings (names of a known corpus, or one folder an emotion; see ser manifest)",
+        help="folder of labelled recordings: a known corpus, or one subfolder for each emotion (see ser manifest)",
     )
     source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
     parser.add_argument(
@@ -112,19 +122,20 @@ def add_data_options(parser: Parser) -> None:
 
 
 def add_label_map(parser: Parser) -> None:
-    """``--label_map``, of a folder or a CSV."""
+    """Add ``--label_map``, for a folder or a CSV."""
     parser.add_argument(
         "--label_map",
         action=LabelMap,
-        help="other label names: given=wanted,...; also 0=wanted; cough=cough makes a folder's name a class",
+        help="rename labels: old=new,...; old may be an integer (0=angry); cough=cough makes the folder cough a class",
     )
 
 
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest that the data options name.
+    """The manifest of ``--data_dir`` or ``--data_csv``.
 
     Raises:
-        SerError: ``--root`` beside ``--data_dir``, nothing that can be read there, or corpora that do not go together.
+        SerError: ``--root`` or ``--label_names`` with ``--data_dir``, nothing readable, or corpora that cannot be
+            combined.
     """
     from pipeline.data.corpora.voices import check_corpora
     from pipeline.data.manifest import scan_folder
@@ -132,11 +143,11 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
     if arguments.data_dir is not None:
         if arguments.root is not None:
             raise SerError(
-                f"--root {arguments.root} is for the relative paths of a --data_csv; leave it out beside --data_dir"
+                f"--root {arguments.root} is for the relative paths of a --data_csv; leave it out with --data_dir"
             )
         if arguments.label_names is not None:
             raise SerError(
-                "--label_names is for the integers of a --data_csv; for a folder say --label_map given=wanted,..."
+                "--label_names is for the integer labels of a --data_csv; for a folder use --label_map old=new,..."
             )
         return scan_folder(arguments.data_dir, label_map=arguments.label_map, tell=say)
     table = read_csv(arguments)
@@ -145,7 +156,7 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def read_csv(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest of ``--data_csv``, as the options of ``add_csv_options`` say."""
+    """The manifest of ``--data_csv``, read with the options of ``add_csv_options``."""
     from pipeline.data.manifest import read_manifest
 
     return read_manifest(
@@ -158,7 +169,7 @@ def read_csv(arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def describe_labels(table: pd.DataFrame) -> None:
-    """Say the label mapping and how many recordings each class has."""
+    """Print the index of each class and its number of recordings."""
     from pipeline.data.manifest import label_counts
 
     names = sorted(set(table["label"]))
@@ -167,7 +178,7 @@ def describe_labels(table: pd.DataFrame) -> None:
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Extract, and say what came of it."""
+    """Extract the features and print a summary."""
     from pipeline.features.extract import ShardOptions, extract_shards, extraction_engine
 
     config = FeatureConfig(
@@ -200,7 +211,7 @@ def job(arguments: argparse.Namespace) -> int:
         num_cpus=arguments.num_cpus,
         on_progress=Progress("extract"),
     )
-    kept = f" ({summary.reused} parts were there already)" if summary.reused else ""
+    kept = f" ({summary.reused} parts existed already)" if summary.reused else ""
     say(f"{summary.rows} rows, {summary.failed} failed, {time.monotonic() - start:.1f} s -> {summary.folder}{kept}")
     return EXIT_SOME_FAILED if summary.failed and not arguments.tolerate_failures else EXIT_DONE
 

@@ -1,4 +1,4 @@
-"""One or a few recordings -> emotions, at once: no Ray, and no PyTorch where ONNX Runtime serves the model."""
+"""Predicts the emotions of one or a few recordings at once: without Ray, and without PyTorch if ONNX Runtime works."""
 
 from __future__ import annotations
 
@@ -42,19 +42,25 @@ def build_parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="recordings, patterns or folders of them; - is stdin",
+        help="recordings, patterns such as '*.wav', or folders; - reads one recording from stdin",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_window_options(parser)
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the network (default auto)")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="library that runs the network: ONNX Runtime or PyTorch; auto: ONNX Runtime on the CPU if possible "
+        "(default auto)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, or a PyTorch device such as cuda (default cpu)")
-    parser.add_argument("--threads", type=int, help="math threads (default: all CPUs)")
+    parser.add_argument("--threads", type=int, help="threads for the network's arithmetic (default: one for each CPU)")
     return parser
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is printed of one file: its prediction, and its windows (None when it was not heard in windows)."""
+    """The prediction for one file, and its windows (None without ``--window_s``)."""
 
     name: str
     prediction: Prediction
@@ -62,7 +68,7 @@ class Answer:
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Predict, print; 4 when a recording could not be used."""
+    """Predict and print; returns 4 if a recording could not be used."""
     from pipeline.inference.predictor import Predictor
 
     options = window_options(arguments)
@@ -86,15 +92,15 @@ def job(arguments: argparse.Namespace) -> int:
         if answer.prediction.notice:
             say(f"notice: {printable(answer.name)}: {answer.prediction.notice}")
         if answer.windows is None and answer.prediction.ok and answer.prediction.duration_s > LONG_S:
-            heard = f"{answer.prediction.scored_s:g} s of {answer.prediction.duration_s:g} s scored"
-            say(f"notice: {printable(answer.name)}: {heard}; --window_s {window_s:g} scores all of it")
+            scored = f"{answer.prediction.scored_s:g} s of {answer.prediction.duration_s:g} s scored"
+            say(f"notice: {printable(answer.name)}: {scored}; --window_s {window_s:g} scores all of it")
     return EXIT_DONE if all(answer.prediction.ok for answer in answers) else EXIT_SOME_FAILED
 
 
 def expanded(names: Sequence[str]) -> list[str]:
-    """``names`` with patterns (``*.wav``, ``**/*.wav``) as the files they stand for, and folders as their recordings.
+    """``names`` with each pattern (``*.wav``, ``**/*.wav``) and folder replaced by its recordings.
 
-    Not every shell expands patterns. A name that is a file's, or that stands for none, stays as it is.
+    Not every shell expands patterns. A name stays as it is if a file has it, or if no file matches it.
     """
     files: list[str] = []
     for name in names:
@@ -113,12 +119,12 @@ def _answer(name: str, predictor: Predictor, options: ScoreOptions) -> Answer:
     source = sys.stdin.buffer.read() if name == STDIN else name
     if options.steps is None:
         return Answer(name, predictor.predict([source], channel=options.channel)[0], None)
-    heard = predictor.follow(source, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs)
-    return Answer(name, *heard)
+    found = predictor.follow(source, options.steps, channels=options.channels, silence_dbfs=options.silence_dbfs)
+    return Answer(name, *found)
 
 
 def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dict[str, Any]:
-    """One answer, plain values; what is not known is null."""
+    """One answer as plain values for JSON; None where a value is unknown."""
     prediction, windows = answer.prediction.told(options.silence_dbfs), answer.windows
     found: dict[str, Any] = {"file": answer.name, "status": prediction.status, "error": prediction.error}
     found["predicted"] = prediction.label(options.min_confidence, options.silence_dbfs)
@@ -161,7 +167,7 @@ def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dic
 
 
 def known(number: float) -> float | None:
-    """None for NaN: silence has no confidence."""
+    """The number, or None for NaN (silence has no confidence)."""
     return number if math.isfinite(number) else None
 
 
@@ -170,7 +176,7 @@ def _named(labels: Sequence[str], p: Floats) -> dict[str, float] | None:
 
 
 def print_table(answers: Sequence[Answer], labels: Sequence[str], options: ScoreOptions) -> None:
-    """File, label, confidence and the runners-up, one line a recording, and below it one for each of its windows."""
+    """Print a line for each recording: file, label, confidence, next two labels; below it a line for each window."""
     shown = [answer.name.encode("utf-8", "backslashreplace").decode("utf-8").replace("\n", "\\n") for answer in answers]
     width = max(len("file"), *map(len, shown))
     print(f"{'file':<{width}}  {'emotion':<12} {'confidence':>10}  then")

@@ -1,4 +1,4 @@
-"""Several trained models -> one bundle whose networks answer together: slower, and better with voices never heard."""
+"""Makes one bundle of several trained models, whose answers are averaged: slower, but better with new speakers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def build_parser() -> Parser:
         epilog="example: %(prog)s runs/seed-42 runs/seed-43 runs/seed-44 --out runs/joined",
     )
     parser.add_argument(
-        "bundles", type=Path, nargs="+", metavar="BUNDLE", help="models of one kind, of different seeds for example"
+        "bundles", type=Path, nargs="+", metavar="BUNDLE", help="models of one kind, for example of different seeds"
     )
     parser.add_argument("--out", type=Path, required=True, help="new folder for the joined model")
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Join, and say what came of it."""
+    """Join the models and print what to do next."""
     from pipeline.models.ensemble import join
 
     bundle = join(arguments.bundles, arguments.out)
     say(
-        f"{len(arguments.bundles)} networks in {bundle.folder}; each recording costs as many times the arithmetic. "
-        "Measure it with jobs.evaluate; its temperature is 1"
+        f"{len(arguments.bundles)} networks in {bundle.folder}; a recording takes {len(arguments.bundles)} times the "
+        "computation. Measure the model with ser evaluate; its temperature is 1, set it with ser calibrate"
     )
     return EXIT_DONE
 

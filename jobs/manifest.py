@@ -1,4 +1,4 @@
-"""``ser manifest DIR --out metadata.csv``: a folder of labelled recordings as a manifest CSV."""
+"""Writes a CSV (manifest) of a folder of labelled recordings: ``ser manifest DIR --out metadata.csv``."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ def build_parser() -> Parser:
     """The options of this job."""
     parser = Parser(prog=called("manifest"), description=__doc__, epilog="example: %(prog)s RAVDESS --out metadata.csv")
     parser.add_argument(
-        "folder", type=Path, help="folder of recordings: of known corpora, by their names, or one folder an emotion"
+        "folder", type=Path, help="folder of recordings: known corpora, or one subfolder for each emotion"
     )
-    parser.add_argument("--out", type=Path, required=True, help="CSV to write: speech,label,speaker,...")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="CSV to write, with the columns speech,label,speaker,..."
+    )
     parser.add_argument(
         "--corpus",
         choices=[corpus.name for corpus in CORPORA],
-        help="take recordings of this corpus only (default: finds out which they are, several in one folder included)",
+        help="use recordings of this corpus only (default: all known corpora in the folder, recognised by file names)",
     )
     parser.add_argument(
         "--songs",
         action="store_true",
-        help="keep RAVDESS's songs beside its speech (default: speech only; a folder of songs alone needs no option)",
+        help="also use the songs of RAVDESS (default: its speech only; a folder with only songs needs no option)",
     )
     parser.add_argument(
         "--keep_classes",
         action="store_true",
-        help="keep classes that no model here is for, as EmoDB's boredom (default: left out)",
+        help="keep classes that the models here do not have, such as boredom in EmoDB (default: left out)",
     )
     add_label_map(parser)
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Write the manifest and say what is in it."""
+    """Write the manifest and print its classes."""
     from pipeline.data.manifest import scan_folder
 
     out: Path = arguments.out
@@ -63,20 +65,20 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def _is_manifest(out: Path) -> bool:
-    """Whether there is a manifest at ``out``, to be replaced; False where nothing is.
+    """Whether ``out`` is an earlier manifest, which may be replaced; False if it does not exist.
 
     Raises:
-        ManifestError: something else is there.
+        ManifestError: it is a folder or another file.
     """
     if out.is_dir():
-        raise ManifestError(f"{out} is a folder; give --out the CSV file to write")
+        raise ManifestError(f"--out {out} is a folder; give the name of the CSV file to write")
     if not out.is_file():
         return False
     with out.open("rb") as file:
         header = file.readline(100).replace(b'"', b"")
     if not header or header.startswith(b"speech,label"):
         return True
-    raise ManifestError(f"{out} is there already and no manifest of this command; choose another --out")
+    raise ManifestError(f"{out} exists already and is no manifest of this command; choose another --out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

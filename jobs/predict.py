@@ -1,4 +1,4 @@
-"""Recordings -> emotions, by a running service: no model, no Ray, no audio library here."""
+"""Sends recordings to a running service and prints its answers; needs no model, Ray or audio library."""
 
 from __future__ import annotations
 
@@ -29,24 +29,31 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--url",
         default=os.environ.get("SER_API_URL"),
-        help="where the service is (default: SER_API_URL, else port 8000 of this machine)",
+        help="address of the service (default: SER_API_URL, else port 8000 of this machine)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, one answer a line, instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON, one answer per line, instead of a table")
     parser.add_argument(
         "--window_s",
         type=_window,
-        help="hear all of a recording in windows of this length, or: middle (its default up to 6 s)",
+        help="analyse the whole recording in windows of this many seconds; or middle: one window (default: middle for "
+        "recordings of up to 6 s, else windows)",
     )
-    parser.add_argument("--hop_s", type=float, help="from one window to the next (default: the window's length)")
-    parser.add_argument("--channels", help="mix, each, or a channel's number (default: the service's choice)")
-    parser.add_argument("--top_k", type=int, help="so many classes an answer (default: all)")
-    parser.add_argument("--min_confidence", type=float, help="answers below it become 'uncertain'")
-    parser.add_argument("--model", help="name of a model of the service (default: its first)")
+    parser.add_argument(
+        "--hop_s", type=float, help="seconds from one window's start to the next (default: the window's length)"
+    )
+    parser.add_argument(
+        "--channels",
+        help="mix: average of all channels; each: every channel on its own; or the number of one channel, from 0 "
+        "(default: the service chooses)",
+    )
+    parser.add_argument("--top_k", type=int, help="number of classes in an answer, most likely first (default: all)")
+    parser.add_argument("--min_confidence", type=float, help="answers with a lower confidence become 'uncertain'")
+    parser.add_argument("--model", help="name of a model of the service (default: its first one)")
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Ask, print; 4 when a recording could not be used."""
+    """Send the recordings and print the answers; returns 4 if a recording could not be used."""
     from serve.client import DEFAULT_URL, Client, ClientError
     from serve.schema import Failure
 
@@ -92,7 +99,7 @@ def _row(answer: Recording | Failure, width: int, windows: bool) -> str:
 
 
 def _share(confidence: float | None) -> str:
-    """Nothing of silence, which has no confidence."""
+    """The confidence in percent; "" for silence, which has none."""
     return "" if confidence is None else f"{confidence:.1%}"
 
 

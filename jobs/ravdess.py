@@ -1,6 +1,7 @@
-"""RAVDESS speech (1,440 recordings of 24 actors) from its public record: fetched, checked, unpacked.
+"""Downloads, checks and unpacks the speech part of RAVDESS (1,440 recordings of 24 actors).
 
-A download that was cut off goes on with the same command. RAVDESS is licensed CC BY-NC-SA 4.0, not by this project.
+To continue an interrupted download, run the same command again. The licence of RAVDESS is CC BY-NC-SA 4.0, not that of
+this project.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from pipeline.storage.journal import locked
 BASE_URL = "https://zenodo.org/records/1188976/files"
 ARCHIVE = "Audio_Speech_Actors_01-24.zip"
 MD5 = "bc696df654c87fed845eb13823edef8a"
-NOTICE_FILE = "LICENSE_RAVDESS.txt"  # written last: its presence means complete
+NOTICE_FILE = "LICENSE_RAVDESS.txt"  # written last: if it exists, the folder is complete
 NOTICE = """\
 The Ryerson Audio-Visual Database of Emotional Speech and Song (RAVDESS), speech, audio only.
 Livingstone SR, Russo FA (2018). PLoS ONE 13(5): e0196391. https://doi.org/10.1371/journal.pone.0196391
 Record: https://doi.org/10.5281/zenodo.1188976
 Licence: CC BY-NC-SA 4.0, https://creativecommons.org/licenses/by-nc-sa/4.0/
-Name the source; no commercial use; what you build on it and pass on stands under the same licence.
+Name the source; no commercial use; if you distribute something built on it, use the same licence.
 """
 
 
@@ -33,16 +34,20 @@ def build_parser() -> Parser:
     parser = Parser(prog=called("ravdess"), description=__doc__, epilog="example: %(prog)s --out RAVDESS")
     parser.add_argument("--out", type=Path, default=Path("RAVDESS"), help="folder to make (default RAVDESS)")
     parser.add_argument(
-        "--base_url", default=BASE_URL, help=f"where {ARCHIVE} lies, of a mirror for instance (default: the record)"
+        "--base_url",
+        default=BASE_URL,
+        help=f"address of the folder with {ARCHIVE}, for example of a mirror (default: RAVDESS's record on Zenodo)",
     )
-    parser.add_argument("--md5", type=str.lower, default=MD5, help="checksum of the archive (default: the record's)")
-    parser.add_argument("--archive", type=Path, help="an archive fetched by other means: nothing is downloaded")
-    parser.add_argument("--keep_archive", action="store_true", help="leave the archive in OUT.download")
+    parser.add_argument(
+        "--md5", type=str.lower, default=MD5, help="MD5 checksum of the archive (default: that of the Zenodo record)"
+    )
+    parser.add_argument("--archive", type=Path, help="use this archive, which you downloaded before; download nothing")
+    parser.add_argument("--keep_archive", action="store_true", help="keep the archive in OUT.download")
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Fetch what is missing, unpack it, say what is there."""
+    """Download the archive if needed, unpack it, print what it holds."""
     from pipeline.data.manifest import scan_folder
 
     out: Path = arguments.out
@@ -51,15 +56,15 @@ def job(arguments: argparse.Namespace) -> int:
         say(f"{out} is complete; nothing to do")
         return EXIT_DONE
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SerError(f"{out} holds something else; choose another --out")
-    place = out.resolve()  # where a link leads: what is unpacked beside it is renamed to it
+        raise SerError(f"{out} holds other files; choose another --out")
+    place = out.resolve()  # the target of a link, as the unpacked folder is renamed to it
     if place == Path.cwd():
-        raise SerError(f"--out {out} is the folder you are in; give a folder to be made in it, as --out RAVDESS")
-    waiting_room = place.with_name(f"{place.name}.download")
-    with locked(waiting_room / ".lock", f"fetching {out}"):
-        archive = _archive(arguments, waiting_room)
+        raise SerError(f"--out {out} is the current folder; give a new folder, such as --out RAVDESS")
+    partial = place.with_name(f"{place.name}.download")
+    with locked(partial / ".lock", f"fetching {out}"):
+        archive = _archive(arguments, partial)
         say(f"the checksum is right; unpacking {archive}")
-        tree = waiting_room / "tree"
+        tree = partial / "tree"
         shutil.rmtree(tree, ignore_errors=True)  # of a run that was killed
         unpack(archive, tree, on_progress=_megabytes("unpack"))
         found = scan_folder(tree)
@@ -68,7 +73,7 @@ def job(arguments: argparse.Namespace) -> int:
             place.rmdir()
         tree.rename(place)
         if not arguments.keep_archive:
-            shutil.rmtree(waiting_room, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     speakers = found["speaker"].nunique() if "speaker" in found else 0
     print(f"{len(found):,} recordings of {speakers} actors -> {out}")
     say(f"next: ser manifest {out} --out metadata.csv")
@@ -76,7 +81,7 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def _archive(arguments: argparse.Namespace, folder: Path) -> Path:
-    """The checked archive: the user's own, or the downloaded one."""
+    """The archive, its checksum verified: that of ``--archive``, or the downloaded one."""
     given: Path | None = arguments.archive
     if given is None:
         return download(
@@ -90,13 +95,13 @@ def _archive(arguments: argparse.Namespace, folder: Path) -> Path:
         raise SerError(f"no file {given}; leave --archive out to download it")
     if md5_of(given) != arguments.md5:
         raise SerError(
-            f"{given} has another MD5 checksum than {arguments.md5}: damaged or another file; fetch it again"
+            f"the MD5 checksum of {given} is not {arguments.md5}: it is damaged or another file; download it again"
         )
     return given
 
 
 def _megabytes(what: str) -> Callable[[int, int], None]:
-    """Progress in whole megabytes."""
+    """A function that shows progress in whole megabytes, called with bytes done and bytes in total."""
     progress = Progress(what, unit="MB")
     return lambda done, total: progress(done // 1_000_000, total // 1_000_000)
 

@@ -1,4 +1,4 @@
-"""A folder or CSV of recordings -> a table of emotions and a report, on Ray Data; resumes where it was cut off."""
+"""Predicts the emotions of a folder or CSV of recordings, with a report; run it again to resume an interrupted run."""
 
 from __future__ import annotations
 
@@ -45,38 +45,44 @@ def build_parser() -> Parser:
     parser.add_argument(
         *("--input", "--data_csv"),
         required=True,
-        help="folder of recordings (also s3://, gs://), a recording, or a CSV, JSON Lines or list of paths",
+        help="folder of recordings (also s3://, gs://), one recording, or a table of paths: CSV, JSON Lines or text",
     )
-    add_out(parser, "scores", "predictions.parquet, .csv, report, run.json; the same one again goes on where it ended")
+    add_out(parser, "scores", "predictions, report and run.json; a folder of an interrupted run is continued")
     add_csv_options(parser, integers=False)
-    parser.add_argument("--overwrite", action="store_true", help="begin again whatever --out holds")
+    parser.add_argument("--overwrite", action="store_true", help="start anew even if --out has results")
     parser.add_argument("--no_report", action="store_true", help="write the tables only")
     parser.add_argument("--note", help="a sentence to show at the top of the report")
-    parser.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    parser.add_argument(
+        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
+    )
     parser.add_argument(
         "--export", nargs="+", choices=FORMATS, default=[], help="also write JSON Lines, or Audacity label tracks"
     )
-    parser.add_argument("--merge", action="store_true", help="also write timeline: neighbouring equal segments as one")
+    parser.add_argument(
+        "--merge", action="store_true", help="also write the table timeline: neighbouring windows of one class, merged"
+    )
     add_window_options(parser)
-    spread = parser.add_argument_group("how the work is spread (changes no result)")
+    spread = parser.add_argument_group("CPUs, GPUs and batches (no effect on the results)")
     add_engine(spread)
     spread.add_argument("--num_gpus", type=int, default=0, help="GPUs to use (default 0)")
-    spread.add_argument("--batch_size", type=int, default=16, help="clips the network sees at once (default 16)")
+    spread.add_argument("--batch_size", type=int, default=16, help="windows in a batch of the network (default 16)")
     spread.add_argument(
-        "--block_rows", type=int, help="recordings a block, the unit of resumption (default: up to 256)"
+        "--block_rows",
+        type=int,
+        help="recordings in a block; an interrupted run loses at most its unfinished blocks (default: up to 256)",
     )
     return parser
 
 
 def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFrame, FolderScan | None]:
-    """The manifest that ``--input`` names, and what the folder scan left out."""
+    """The manifest of ``--input``, and the result of the folder scan (None if it is no folder)."""
     from pipeline.data.manifest import ManifestError, read_manifest
 
     remote, source = is_remote(arguments.input), Path(local_path(arguments.input))
     if remote or source.is_dir():
         for name in ("root", "label_map"):
             if getattr(arguments, name):
-                raise SerError(f"--{name} is for a CSV; leave it out beside the folder {arguments.input}")
+                raise SerError(f"--{name} is for a CSV; leave it out with the folder {arguments.input}")
     if remote:
         return _listed(arguments.input, scan_remote(arguments.input, EXTENSIONS))
     if recordings := _recordings(source):
@@ -101,7 +107,7 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
 
 
 def _recordings(source: Path) -> list[str]:
-    """The one recording, or those that a pattern stands for; none of a folder or a table."""
+    """The recording at this path, or those that match it as a pattern; [] for a folder or a table."""
     if source.is_dir():
         return []
     found = [source] if source.is_file() else list(map(Path, sorted(glob.glob(str(source), recursive=True))))
@@ -121,7 +127,7 @@ def _listed(source: str, found: FolderScan) -> tuple[pd.DataFrame, FolderScan]:
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Score, and say what came of it."""
+    """Score the recordings and print a summary."""
     from jobs._provenance import provenance
     from pipeline.models.bundle import load_bundle
     from pipeline.scoring.scoring import Execution, score_manifest
@@ -164,19 +170,19 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def tell(result: ScoreRun, bundle: Bundle) -> None:
-    """Say how fast it was, what failed, and what was not heard."""
+    """Print the speed, the failures, and how much of long recordings was not analysed."""
     if result.scored:
         speed = result.scored / result.seconds
-        say(f"{result.scored:,} recordings scored in {result.seconds:.1f} s, {speed:.3g} files/s, start included")
+        say(f"{result.scored:,} recordings scored in {result.seconds:.1f} s, {speed:.3g} files/s including the start")
     else:
         say("nothing left to score")
     if result.failed:
         causes = ", ".join(f"{n:,} {code}" for code, n in sorted(result.statuses.items()) if code != "ok")
         say(f"{result.failed:,} of {result.rows:,} recordings could not be used: {causes}")
     if result.noted:
-        say(f"{result.noted:,} recordings carry a notice of how they were read, in the column notice")
+        say(f"{result.noted:,} recordings have a notice of how they were read, in the column notice")
     if result.silence_s >= 1:
-        say(f"{result.silence_s:,.0f} s of silence skipped: windows called silence in segments.csv")
+        say(f"{result.silence_s:,.0f} s of silence were skipped: the windows named silence in segments.csv")
     if result.unheard:
         say(f"{result.unheard} scored; --window_s {bundle.features.window_s:g} scores all of it")
 

@@ -1,4 +1,4 @@
-"""The HTTP service on this machine, until Ctrl-C: on Ray Serve, or in this process, where it stands in seconds.
+"""Runs the HTTP service on this machine until Ctrl-C: on Ray Serve, or in this process, which starts in seconds.
 
 Bundles, address and key are checked before anything starts.
 """
@@ -44,13 +44,20 @@ def build_parser() -> Parser:
         epilog="example: %(prog)s --bundles runs/first --max_replicas 2",
     )
     parser.add_argument(
-        "--engine", choices=("ray", "local"), default="ray", help="Ray Serve, or this process (default ray)"
+        "--engine",
+        choices=("ray", "local"),
+        default="ray",
+        help="ray: run on Ray Serve; local: run in this process (default ray)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help=f"beyond loopback {API_KEY_VARIABLE} must be set")
-    parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
-    parser.add_argument("--metrics_port", type=int, default=8080, help="Prometheus metrics (default 8080)")
     parser.add_argument(
-        "--stop_with_stdin", action="store_true", help="stop when standard input ends; with --engine local"
+        "--host",
+        default="127.0.0.1",
+        help=f"address to listen on (default 127.0.0.1); any other than loopback needs a key in {API_KEY_VARIABLE}",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port of the service (default 8000)")
+    parser.add_argument("--metrics_port", type=int, default=8080, help="port of the Prometheus metrics (default 8080)")
+    parser.add_argument(
+        "--stop_with_stdin", action="store_true", help="stop when standard input is closed; only with --engine local"
     )
     for name, field in Settings.model_fields.items():
         kind = {"type": str, "metavar": "A,B"} if name in _LISTS else {"type": field.annotation}
@@ -60,16 +67,19 @@ def build_parser() -> Parser:
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Check, start, wait for a signal, drain."""
+    """Check the settings, start the service, wait for a signal, stop it."""
     from serve.auth import is_loopback, key_digest_from_environment
     from serve.worker import open_bundles
 
     settings = _settings(arguments)
     digest = key_digest_from_environment()
     if not is_loopback(arguments.host) and digest is None:
-        raise SerError(f"--host {arguments.host} lets others in; set {API_KEY_VARIABLE}, or stay on 127.0.0.1")
+        raise SerError(
+            f"--host {arguments.host} can be reached from other machines; set a key in {API_KEY_VARIABLE}, or use "
+            "127.0.0.1"
+        )
     if arguments.engine == "local" and max(settings.replicas, settings.max_replicas) > 1:
-        raise SerError("--engine local has one worker a model; leave out --replicas and --max_replicas")
+        raise SerError("--engine local has one worker for each model; leave out --replicas and --max_replicas")
     if arguments.engine == "ray" and arguments.stop_with_stdin:
         raise SerError("--stop_with_stdin is for --engine local; stop Ray Serve with a signal")
     check_free(arguments.host, arguments.port, "choose another --port")
@@ -92,12 +102,12 @@ def job(arguments: argparse.Namespace) -> int:
 def _here(
     arguments: argparse.Namespace, settings: Settings, digest: str | None, bundles: Sequence[Bundle], metrics: _Metrics
 ) -> None:
-    """In this process."""
+    """Run the service in this process."""
     from serve.local import LocalService
 
     _take_signals(_interrupt, lambda: None)
     say("starting")
-    os.environ.pop(API_KEY_VARIABLE, None)  # its hash is enough
+    os.environ.pop(API_KEY_VARIABLE, None)  # only its hash is needed
     service = LocalService(settings, digest)
     if arguments.stop_with_stdin:
         threading.Thread(target=_until_stdin_ends, args=(service.stop,), daemon=True).start()
@@ -111,11 +121,11 @@ def _here(
 
 
 def _on_ray(arguments: argparse.Namespace, settings: Settings, digest: str | None, metrics: _Metrics) -> None:
-    """On Ray Serve."""
+    """Run the service on Ray Serve."""
     from serve.ray_settings import prepare
 
     prepare(settings)
-    os.environ.pop(API_KEY_VARIABLE, None)  # the processes of Ray need its hash only
+    os.environ.pop(API_KEY_VARIABLE, None)  # Ray's processes need only its hash
     say("starting")
     start_ray()
     from serve import deployment  # imports Ray, whose environment start_ray has set
@@ -132,10 +142,10 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings, digest: str | Non
     except KeyboardInterrupt:
         pass
     finally:
-        _take_signals(lambda: None, lambda: None)  # a failure ends it too, and nothing may interrupt the end
+        _take_signals(lambda: None, lambda: None)  # nothing may interrupt the stopping
         say("stopping")
         refuse_new_work()
-        with redirect_stdout(StringIO()):  # where Ray tells of its controller's end as if it were a failure
+        with redirect_stdout(StringIO()):  # Ray reports the end of its controller as if it were a failure
             deployment.stop()
             stop_ray()
         tidy_up()
@@ -147,7 +157,7 @@ def _say_ready(arguments: argparse.Namespace, metrics: _Metrics) -> None:
 
 
 def _until_stdin_ends(stop: Callable[[], None]) -> None:
-    """Stop once whoever started this process, and holds the other end of its input, has gone."""
+    """Call ``stop`` when standard input is closed, which happens when the process that started this one ends."""
     with suppress(OSError):
         while os.read(0, 4096):
             pass
@@ -155,17 +165,17 @@ def _until_stdin_ends(stop: Callable[[], None]) -> None:
 
 
 def _log_to_stderr() -> None:
-    """A line a request, as Ray Serve writes into its files."""
+    """Log a line for each request to stderr, as Ray Serve does to its files."""
     log = logging.getLogger("ray.serve.ser")
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
 
 
 class _Metrics(ThreadingHTTPServer):
-    """The page of metrics, in this process: its port is free as soon as that ends, however it ends.
+    """HTTP server of the metrics, in this process, so that its port is free as soon as the process ends.
 
-    Ray exports a megabyte a scrape, on any free port. ``/metrics`` has the service's own of it, those of all its
-    processes summed; ``/metrics/all`` has everything. Without Ray both are the same.
+    Ray exports about a megabyte of metrics on a port of its choice. ``/metrics`` gives the service's own metrics,
+    summed over its processes; ``/metrics/all`` gives everything. Without Ray both are the same.
 
     Raises:
         SerError: the port is taken.
@@ -176,7 +186,7 @@ class _Metrics(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         check_free("127.0.0.1", port, "choose another --metrics_port")
         super().__init__(("127.0.0.1", port), _MetricsPage)
-        self.source: Callable[[], str] | None = None  # gives what is exported, once something is; OSError while not
+        self.source: Callable[[], str] | None = None  # returns the metrics, or raises OSError; None during the start
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def end(self) -> None:
@@ -189,8 +199,8 @@ class _MetricsPage(BaseHTTPRequestHandler):
     server: _Metrics
 
     def do_GET(self) -> None:
-        """One scrape."""
-        status, text = HTTPStatus.NOT_FOUND, "/metrics, or /metrics/all\n"
+        """Answer one scrape."""
+        status, text = HTTPStatus.NOT_FOUND, "use /metrics or /metrics/all\n"
         if self.path in ("/metrics", "/metrics/all"):
             try:
                 if self.server.source is None:
@@ -198,25 +208,25 @@ class _MetricsPage(BaseHTTPRequestHandler):
                 text = self.server.source()
                 status, text = HTTPStatus.OK, text if self.path.endswith("all") else own_metrics(text)
             except OSError:
-                status, text = HTTPStatus.SERVICE_UNAVAILABLE, "there are no metrics now\n"
+                status, text = HTTPStatus.SERVICE_UNAVAILABLE, "no metrics available; try again later\n"
         self.send_response(status)
         self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.end_headers()
         self.wfile.write(text.encode())
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def fetched(address: str) -> str:
-    """What is at an address. Raises OSError."""
+    """The text at an HTTP address. Raises OSError."""
     with urlopen(address, timeout=10) as answer:
         text: str = answer.read().decode()
         return text
 
 
 def own_metrics(text: str) -> str:
-    """Of metrics in Prometheus' format those of the service, without Ray's labels, summed over its processes."""
+    """The service's own metrics of a Prometheus text, without Ray's labels, summed over the processes."""
     lines: dict[str, float | None] = {}
     for line in text.splitlines():
         name = line.split(maxsplit=3)[2] if line.startswith("# ") else line
@@ -233,14 +243,14 @@ def own_metrics(text: str) -> str:
 
 
 def _interrupt() -> NoReturn:
-    """End what the main thread does: the one exception that comes safely out of Ray's compiled parts."""
+    """Interrupt the main thread: KeyboardInterrupt is the one exception that passes safely through Ray's C++ code."""
     raise KeyboardInterrupt
 
 
 def _take_signals(stop: Callable[[], None], renew: Callable[[], None]) -> None:
-    """Have SIGINT and SIGTERM call ``stop``, once: after that all are ignored; and SIGHUP ``renew``.
+    """Let SIGINT and SIGTERM call ``stop``, after which all signals are ignored, and SIGHUP call ``renew``.
 
-    A SIGHUP because the terminal has gone, where there was one, stops as well.
+    A SIGHUP because the terminal was closed calls ``stop`` too.
     """
     hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, hang_up) if number]
@@ -268,7 +278,7 @@ def _roll_out(settings: Settings, digest: str | None) -> None:
         deployment.roll_out(settings, digest)
         say("rolled out")
     except SerError as error:
-        say(f"error: {error}; what runs goes on")
+        say(f"error: {error}; the service keeps running with its earlier bundles")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -1,7 +1,7 @@
-"""A job on a Ray cluster: upload the code, start it there, follow its log, return its exit code.
+"""Runs a job on a Ray cluster: uploads the code, starts the job, prints its log, returns its exit code.
 
-Only what the job needs travels: this project's code, the model it names, the CSV files it names. Recordings, shards and
-results stay on storage that all nodes share.
+Only this project's code and the models and CSV files that the job names are uploaded. Recordings, features and results
+stay on storage that all nodes share.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MIB = 2**20
 
 
 def build_parser() -> Parser:
-    """The options of this command; what it does not know are the job's."""
+    """The options of this command; all other options are the job's."""
     parser = Parser(
         prog=called("submit"),
         description=__doc__,
@@ -35,25 +35,34 @@ def build_parser() -> Parser:
         epilog="example: %(prog)s train --features features --out runs/first --storage_path /shared",
         allow_abbrev=False,
     )
-    parser.add_argument("job", choices=JOBS, help="its options are those of python -m jobs.JOB")
+    parser.add_argument("job", choices=JOBS, help="the command to run there; for its options see ser JOB --help")
     parser.add_argument(
         "--address",
-        help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265)",
+        help="address of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else "
+        "http://127.0.0.1:8265)",
     )
     parser.add_argument(
-        "--storage_path", type=Path, help="folder at one path on all nodes; relative --out and inputs lie in it"
+        "--storage_path",
+        type=Path,
+        help="folder that has the same path on all nodes; a relative --out and relative inputs are inside it",
     )
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; no secrets")
     parser.add_argument(
-        "--submission_id", help="the job's name on the cluster, which no other has (default: made from job and time)"
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an environment variable for the job; not for secrets; may be given several times",
     )
-    parser.add_argument("--max_upload_mb", type=float, default=100.0, help="refuse a larger upload (default 100)")
+    parser.add_argument(
+        "--submission_id", help="unique name of the job on the cluster (default: made from the command and the time)"
+    )
+    parser.add_argument("--max_upload_mb", type=float, default=100.0, help="largest upload, in MiB (default 100)")
     parser.add_argument("--no_wait", action="store_true", help="print the job's name and return at once")
     return parser
 
 
 def job(arguments: argparse.Namespace) -> int:
-    """Check, pack, submit, follow."""
+    """Check the arguments, pack the upload, submit the job, follow its log."""
     environment = _environment(arguments.env)
     placed = _placed(arguments)
     with tempfile.TemporaryDirectory(prefix="ser-submit-") as scratch:
@@ -62,7 +71,7 @@ def job(arguments: argparse.Namespace) -> int:
         if size > arguments.max_upload_mb * _MIB:
             raise SerError(
                 f"{size / _MIB:.1f} MiB would be uploaded ({', '.join(largest(folder))}), more than --max_upload_mb "
-                f"{arguments.max_upload_mb:g}; put what is large on storage that all nodes share and name it absolutely"
+                f"{arguments.max_upload_mb:g}; put large files on storage that all nodes share and give absolute paths"
             )
         client = connect(arguments.address)
         say(f"uploading {describe(folder)} to {client.address}")
@@ -80,20 +89,21 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def _placed(arguments: argparse.Namespace) -> Placed:
-    """The job's words as the cluster needs them, and what is uploaded for them."""
+    """The job's arguments for the cluster, and the uploads that they need."""
     storage: Path | None = arguments.storage_path
     if storage is not None and not storage.is_absolute():
         raise SerError(
-            f"--storage_path {storage} must be an absolute folder, the same on all nodes; object stores are read only"
+            f"--storage_path {storage} must be an absolute path of a folder that all nodes share; object stores cannot "
+            "be used, as jobs only read from them"
         )
     return place(arguments.job, arguments.words, arguments.of_job, storage)
 
 
 def _environment(given: Sequence[str]) -> dict[str, str]:
-    """``NAME=VALUE`` words as a table.
+    """Parse ``NAME=VALUE`` arguments into a mapping.
 
     Raises:
-        SerError: no such word, or a secret: the job's record shows its environment to everybody who can see the job.
+        SerError: not of this form, or a secret, which everybody who can see the job could read in its record.
     """
     pairs = {}
     for word in given:
@@ -101,13 +111,13 @@ def _environment(given: Sequence[str]) -> dict[str, str]:
         if not name or not equals:
             raise SerError(f"--env {word}: expected NAME=VALUE")
         if any(part in name.upper() for part in _SECRETS):
-            raise SerError(f"--env {name}: a job's record shows its environment; set secrets on the nodes themselves")
+            raise SerError(f"--env {name}: secrets would be visible in the job's record; set them on the nodes instead")
         pairs[name] = value
     return pairs
 
 
 def split_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Our options wherever they stand; all others, in order, as ``words``, and ``of_job`` as the job reads them."""
+    """Parse this command's options, which may be anywhere; the others become ``words`` and, parsed, ``of_job``."""
     arguments: argparse.Namespace
     arguments, others = parser.parse_known_args(list(words))  # type: ignore[no-untyped-call]
     arguments.words = others

@@ -1,4 +1,4 @@
-"""Recordings or feature shards -> a trained model bundle, on Ray Train or (--num_workers 0) in this process."""
+"""Trains a model on recordings or their features and writes a bundle; on Ray Train, or without it (--num_workers 0)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from pipeline.training.plan import Plan
 
-PITCH_SEMITONES = (-1.0, 1.0)  # of the copies that --augment pitch is given
+PITCH_SEMITONES = (-1.0, 1.0)  # shifts of the extra copies that --augment pitch needs
 
 
 def build_parser() -> Parser:
@@ -55,23 +55,23 @@ def job(arguments: argparse.Namespace) -> int:
     if arguments.num_workers < 0 or arguments.max_failures < 0:
         raise SerError("--num_workers and --max_failures must be 0 or more; 0 workers: without Ray")
     if _nothing_left(arguments.out, arguments.resume):
-        say(f"the run in {arguments.out} is finished; nothing is left to do")
+        say(f"the run in {arguments.out} is finished; there is nothing left to do")
         return EXIT_DONE
     device = _device(arguments)
     refuse_beside_features(arguments)
     if arguments.split_csv is not None and (arguments.test_corpora or arguments.test_speakers):
-        raise SerError("--split_csv says what is tested; leave --test_corpora and --test_speakers out beside it")
+        raise SerError("--split_csv already names the test part; leave out --test_corpora and --test_speakers")
     with locked(arguments.out / ".train.lock", f"training into {arguments.out}"):
         return _job(arguments, device)
 
 
 def _job(arguments: argparse.Namespace, device: str) -> int:
-    """``job``, in a folder that is held: another start would lay down other splits, to be reported on at the end."""
+    """``job`` while ``--out`` is locked: a second training there would write other splits."""
     features, failed = (tuple(arguments.features), 0) if arguments.features else extracted(arguments)
     plan = _plan(arguments, features)
     interrupted = _train(plan, arguments, device)
     if not plan.checkpoint.is_file():
-        say("interrupted before the first epoch was done")
+        say("interrupted before the first epoch was finished")
         return EXIT_INTERRUPTED
     _finish(plan, arguments.report_split, interrupted)
     if interrupted:
@@ -80,7 +80,7 @@ def _job(arguments: argparse.Namespace, device: str) -> int:
 
 
 def _nothing_left(out: Path, resume: bool) -> bool:
-    """Whether the run in `out` is done; refuses a folder that does not fit `--resume`."""
+    """Whether the run in `out` is finished; refuses a folder that does not fit `--resume`."""
     from pipeline.training.plan import read_plan
     from pipeline.training.run import refuse_begun
 
@@ -92,7 +92,7 @@ def _nothing_left(out: Path, resume: bool) -> bool:
 
 
 def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
-    """Features of the recordings, in ``--out``; how many could not be read."""
+    """Extract features into ``--out``; returns their folder and the number of recordings that could not be read."""
     from pipeline.features.extract import ShardOptions, extract_shards
     from pipeline.features.features import FeatureConfig
     from pipeline.training.plan import check_start
@@ -109,16 +109,19 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
         folder,
         config,
         options=ShardOptions(pitch_semitones=PITCH_SEMITONES if "pitch" in augmentations(arguments) else ()),
-        overwrite=getattr(arguments, "overwrite", False),  # which a protocol run has
+        overwrite=getattr(arguments, "overwrite", False),  # an option of crossval only
         on_progress=Progress("extract"),
     )
     if summary.failed:
-        say(f"{summary.failed} of {summary.rows} recordings cannot be read and are left out; see the column error")
+        say(
+            f"{summary.failed} of {summary.rows} recordings could not be read and are left out; see the column error "
+            f"in {folder}"
+        )
     return (folder,), summary.failed
 
 
 def _read_all(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest of a folder, a CSV, or several CSVs; of several, one without corpora is a corpus of its own name."""
+    """The manifest of a folder or CSVs; of several CSVs, one without a column corpus gets its file name as corpus."""
     import pandas as pd
 
     if arguments.data_csv is None or len(arguments.data_csv) == 1:
@@ -132,16 +135,16 @@ def _read_all(arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
-    """Say which corpora there are; refuse those that do not go together, shares of others, and held-out ones of others.
+    """Print the corpora; check that they can be combined, and that the options name corpora and speakers that exist.
 
     Raises:
-        SerError: names the option and what there is.
+        SerError: they cannot be combined, or an option names one that is not there.
     """
     from pipeline.data.corpora.voices import check_corpora, corpora_of, renewed
     from pipeline.training.batches import shares_of
 
     check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
-    table = renewed(table)  # as its features will be read
+    table = renewed(table)  # as load_features will do
     corpora, number = corpora_of(table)
     if len(corpora) > 1:
         say("corpora: " + ", ".join(f"{name or '(none)'} {(number == k).sum()}" for k, name in enumerate(corpora)))
@@ -155,7 +158,7 @@ def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFram
     """The table with the recordings of ``--test_corpora`` and ``--test_speakers`` as its test part.
 
     Raises:
-        SerError: a name that no recording has, or nothing left to train on.
+        SerError: a name that no recording has, or no recordings left to train on.
     """
     import pandas as pd
 
@@ -170,16 +173,16 @@ def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFram
             if not (cells == name).any():
                 there = sorted(set(cells) - {""})
                 raise SerError(
-                    f"--{option}: no recording has {column} {name!r}; there are {', '.join(there) or 'none'}"
+                    f"--{option}: no recording has {column} {name!r}; choose from: {', '.join(there) or '(none)'}"
                 )
             held |= cells == name
     if held.all():
-        raise SerError("--test_corpora and --test_speakers leave nothing to train on; name fewer")
+        raise SerError("--test_corpora and --test_speakers leave no recordings to train on; name fewer")
     return table.assign(split=held.map({True: "test", False: "train"}))
 
 
 def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
-    """Split and lay down a new run, or find the one to resume; refuse what cannot be trained."""
+    """The checked plan of a new run, whose parts are drawn and written here, or of the run to resume."""
     from pipeline.data.manifest import label_set
     from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
     from pipeline.features.store import known_hashes, load_features
@@ -238,7 +241,7 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
 
 
 def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the parts are drawn with; of ``--split_csv`` what is in it, for it may lie elsewhere when a run goes on."""
+    """The options of the split; ``--split_csv`` by its hash, since the file may have moved before ``--resume``."""
     from pipeline.models.bundle import file_sha256
 
     given = {name: getattr(arguments, name) for name in ("split", "test_size", "inner_val")}
@@ -248,7 +251,7 @@ def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _in_given_parts(table: pd.DataFrame, split_csv: Path | None) -> pd.DataFrame:
-    """The table with the parts of ``--split_csv`` as its split column, without the rows it does not name."""
+    """The table with the parts of ``--split_csv`` in its column split, without the rows that the CSV does not name."""
     from pipeline.data.splits import assignment
 
     if split_csv is None:
@@ -260,19 +263,19 @@ def _in_given_parts(table: pd.DataFrame, split_csv: Path | None) -> pd.DataFrame
 
 
 def _device(arguments: argparse.Namespace) -> str:
-    """`--use_gpu`, by default what is here. A driver without a GPU may ask for those of a cluster that it joins."""
+    """``cuda`` or ``cpu``: `--use_gpu`, or what this machine has. On a cluster `--use_gpu` needs no GPU here."""
     import torch
 
     from pipeline.cluster.runtime import joins_cluster
 
     here = torch.cuda.is_available()
     if arguments.use_gpu and not here and (arguments.num_workers == 0 or not joins_cluster()):
-        raise SerError("--use_gpu True, but PyTorch sees no GPU here; leave it out to train on CPUs")
+        raise SerError("--use_gpu True, but PyTorch finds no GPU here; leave it out to train on CPUs")
     return "cuda" if (here if arguments.use_gpu is None else arguments.use_gpu) else "cpu"
 
 
 def _train(plan: Plan, arguments: argparse.Namespace, device: str) -> bool:
-    """Run the epochs; True when Ctrl-C ended them."""
+    """Train; returns True if Ctrl-C interrupted it."""
     show = _Show(plan.fit.epochs)
     try:
         if arguments.num_workers == 0:
@@ -298,7 +301,7 @@ def _train(plan: Plan, arguments: argparse.Namespace, device: str) -> bool:
 
 
 class _Show:
-    """A bar an epoch on a terminal, a line an epoch always."""
+    """Shows one line for each epoch, and on a terminal a progress bar while it runs."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
@@ -330,13 +333,13 @@ class _Show:
 
 
 def _finish(plan: Plan, report_split: str, interrupted: bool) -> None:
-    """Write the bundle; evaluate it once on the chosen split; print the report. After Ctrl-C only keep the weights."""
+    """Write the bundle, evaluate it on the chosen part, print the report. After Ctrl-C only write the best weights."""
     from pipeline.training.results import keep_weights, write_results
 
     if interrupted:
         kept = keep_weights(plan)
         say(f"interrupted; the best weights so far, of epoch {kept.best_epoch}, are in {kept.bundle.weights_path}")
-        say("go on with the same command and --resume")
+        say("to continue, run the same command with --resume")
         return
     results = write_results(plan, report_split)
     if results.report is not None:

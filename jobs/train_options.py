@@ -1,4 +1,4 @@
-"""The options of `jobs.train`, and the settings they stand for."""
+"""The options of `jobs.train`, and their conversion to training settings."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ USUAL = (
         "use_focal",
     ),
     *("augment", "num_workers"),
-)  # of train and crossval; shown first
+)  # options of train and crossval that --help shows
 
 
 def add_data_options(parser: Parser) -> None:
-    """What is trained on, and where the run is kept."""
+    """Add the options of the data, its parts and the run's folder."""
     group = parser.add_argument_group("data")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -44,11 +44,13 @@ def add_data_options(parser: Parser) -> None:
         type=Path,
         nargs="+",
         metavar="CSV",
-        help="CSV with the columns speech,label, or several; extracted to OUT/features first",
+        help="one or more CSVs with the columns speech,label; their features are written to OUT/features first",
     )
-    source.add_argument("--data_dir", type=Path, help="folder of labelled recordings; extracted to OUT/features first")
     source.add_argument(
-        "--features", type=Path, nargs="+", metavar="FOLDER", help="folder that jobs.extract wrote, or several"
+        "--data_dir", type=Path, help="folder of labelled recordings; their features are written to OUT/features first"
+    )
+    source.add_argument(
+        "--features", type=Path, nargs="+", metavar="FOLDER", help="one or more folders that ser extract wrote"
     )
     add_csv_options(group)
     add_out(group, "runs", "the run: checkpoints, history, bundle, report")
@@ -56,12 +58,13 @@ def add_data_options(parser: Parser) -> None:
         "--split",
         choices=("random", "speaker"),
         default="random",
-        help="random: stratified by class; speaker: no voice in two parts",
+        help="random: split by recording, stratified by class; speaker: no speaker is in two parts (default random)",
     )
     group.add_argument(
         "--split_csv",
         type=Path,
-        help="CSV with split and content_hash, id or speaker: the part of each recording; others are left out",
+        help="CSV that names each recording's part: a column split (train, inner_val, test), and content_hash, id or "
+        "speaker; recordings that it does not name are left out",
     )
     for name, what in (("corpora", "corpora"), ("speakers", "speakers")):
         group.add_argument(
@@ -69,46 +72,54 @@ def add_data_options(parser: Parser) -> None:
             type=names,
             default=(),
             metavar="NAME,...",
-            help=f"train on everything but these {what}, and report on them",
+            help=f"use these {what} as the test part, and train on all others",
         )
-    group.add_argument("--test_size", type=float, default=0.2, help="share held out for the final report (default 0.2)")
+    group.add_argument(
+        "--test_size", type=float, default=0.2, help="share of all recordings in the test part (default 0.2)"
+    )
     group.add_argument(
         "--inner_val",
         type=float,
         default=0.2,
-        help="share of the rest that chooses the epoch; 0: train on all of it for exactly --epochs (default 0.2)",
+        help="share of the rest that is used to choose the best epoch; 0: train on all the rest for exactly --epochs "
+        "(default 0.2)",
     )
     group.add_argument(
         "--report_split",
         choices=("test", "inner_val", "none"),
         default="test",
-        help="what the final report is computed on (default test)",
+        help="the part that the final report is computed on (default test)",
     )
-    group.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    group.add_argument("--tolerate_failures", action="store_true", help="exit 0 even when some recordings failed")
+    group.add_argument("--resume", action="store_true", help="continue the run in --out")
+    group.add_argument(
+        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
+    )
 
 
 def names(text: str) -> tuple[str, ...]:
-    """``a, b`` as its parts."""
+    """The names in ``a, b``: ``("a", "b")``."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def refuse_beside_features(arguments: argparse.Namespace) -> None:
-    """Refuse options of recordings where ``--features`` has their labels and paths already."""
+    """Raise SerError if ``--features`` is given together with options about labels or paths of recordings."""
     for name in ("label_map", "label_names", "root"):
         if arguments.features and getattr(arguments, name):
-            raise SerError(f"--{name} is for a --data_csv or --data_dir, --features has what it was extracted with")
+            raise SerError(
+                f"--{name} cannot be used with --features, whose labels and paths are fixed; give it to ser extract"
+            )
 
 
 def add_fit_options(parser: Parser, groups: Sequence[str]) -> None:
-    """The network, and the fields of ``FitConfig`` that are in these groups."""
+    """Add the options of the network, and an option for each field of ``FitConfig`` in these groups."""
     model = _group(parser, groups[0])
     model.add_argument("--model", choices=MODELS, default="inception", help="the network (default inception)")
-    model.add_argument("--dropout", type=float, help="default: the model's own (inception 0.4, cnn_bilstm 0.3)")
+    model.add_argument("--dropout", type=float, help="dropout rate (default: inception 0.4, cnn_bilstm 0.3)")
     model.add_argument(
         "--width",
         type=float,
-        help="of the inception: channels of every layer times this, 0.125 to 2; 0.5: a quarter of the weights",
+        help="inception only: multiplies the number of channels of every layer, 0.125 to 2; 0.5 gives a quarter of the "
+        "weights (default 1)",
     )
     for title in groups:
         for option in FitConfig.options(title):
@@ -120,7 +131,7 @@ def _group(parser: Parser, title: str) -> argparse._ArgumentGroup:
 
 
 def _reading(option: Field[Any]) -> dict[str, Any]:
-    """How argparse reads a field: by its type, or as the text that stands for it."""
+    """The keywords of ``add_argument`` for a field: from its type, or from ``_TEXTS``."""
     how = {name: value for name, value in option.metadata.items() if name != "group"}
     if option.name in _TEXTS:
         default, read = _TEXTS[option.name]
@@ -130,13 +141,13 @@ def _reading(option: Field[Any]) -> dict[str, Any]:
         return {"type": true_or_false, "default": option.default, **words, **how} | {
             "help": f"{how['help']} (default {option.default})"
         }
-    told = f"{option.default:g}" if option.type == "float" else option.default
+    default = f"{option.default:g}" if option.type == "float" else option.default
     read = {"int": int, "float": float, "str": str}[str(option.type)]
-    return {"type": read, "default": option.default, **how, "help": f"{how['help']} (default {told})"}
+    return {"type": read, "default": option.default, **how, "help": f"{how['help']} (default {default})"}
 
 
 def shares(text: str) -> dict[str, float]:
-    """``ravdess_speech:0.4,crema_d:0.6`` as a mapping."""
+    """Parse ``ravdess_speech:0.4,crema_d:0.6`` into a mapping from corpus to share."""
     from pipeline.training.batches import pairs
 
     found: dict[str, float] = {}
@@ -152,7 +163,8 @@ def shares(text: str) -> dict[str, float]:
     return found
 
 
-_TEXTS: dict[str, tuple[Any, Callable[[str], Any]]] = {  # what the labels of the data are needed for stays a text
+# field -> default and parser; a text that names classes stays a str until the labels of the data are known
+_TEXTS: dict[str, tuple[Any, Callable[[str], Any]]] = {
     "class_weights": ("none", str),
     "oversample_boost": ("", str),
     "corpus_share": ({}, shares),
@@ -161,13 +173,14 @@ _TEXTS: dict[str, tuple[Any, Callable[[str], Any]]] = {  # what the labels of th
 
 
 def add_teacher_options(parser: Parser) -> None:
-    """Trained models to begin with or to learn from."""
+    """Add the options that name earlier models: to start from, or as teachers."""
     group = parser.add_argument_group("earlier models")
     group.add_argument(
         "--init",
         type=Path,
         metavar="BUNDLE",
-        help="start from the weights of this model of `ser train` (same or other classes) instead of random ones",
+        help="start from the weights of this model, which ser train wrote, instead of random weights; its classes may "
+        "differ",
     )
     group.add_argument(
         "--teachers",
@@ -175,15 +188,15 @@ def add_teacher_options(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="BUNDLE",
-        help="models whose mean answer to each augmented example is part of its target (knowledge distillation)",
+        help="models for knowledge distillation: their mean answer to each augmented example is a part of its target",
     )
     add_distill_option(group)
 
 
 def add_distill_option(group: argparse._ArgumentGroup) -> None:
-    """``--distill``, beside whatever names the teachers."""
+    """Add ``--distill``."""
     group.add_argument(
-        "--distill", type=_share, default=0.7, metavar="SHARE", help="the teachers' share of the loss (default 0.7)"
+        "--distill", type=_share, default=0.7, metavar="SHARE", help="share of the teachers in the loss (default 0.7)"
     )
 
 
@@ -191,31 +204,40 @@ def _share(text: str) -> float:
     with suppress(ValueError):
         if 0 < (value := float(text)) <= 1:
             return value
-    raise argparse.ArgumentTypeError(f"got {text!r}; expected a number above 0, at most 1")
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected a number above 0 and at most 1")
 
 
 def add_worker_options(parser: Parser) -> None:
-    """Workers and what each is given."""
+    """Add the options of the Ray Train workers."""
     group = _group(parser, "workers")
     group.add_argument(
         "--num_workers",
         type=int,
         default=1,
-        help="Ray Train workers; 0: in this process, with --features wholly without Ray (default 1)",
+        help="number of Ray Train workers; 0: train in this process; together with --features no Ray is used at all "
+        "(default 1)",
     )
     group.add_argument(
-        "--max_failures", type=int, default=3, help="how often failed Ray workers are started again (default 3)"
+        "--max_failures",
+        type=int,
+        default=3,
+        help="how many times failed Ray workers are restarted before the training stops (default 3)",
     )
     group.add_argument(
-        "--use_gpu", type=true_or_false, nargs="?", const=True, metavar="True|False", help="default: when there is one"
+        "--use_gpu",
+        type=true_or_false,
+        nargs="?",
+        const=True,
+        metavar="True|False",
+        help="train on a GPU (default: if this machine has one)",
     )
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, float]:
-    """The options of the network that were given.
+    """Those of ``--dropout`` and ``--width`` that were given.
 
     Raises:
-        SerError: one that the network does not have, or a value out of range.
+        SerError: an option that the network does not have, or a value out of range.
     """
     from pipeline.models.networks import check_options
 
@@ -233,9 +255,11 @@ def augmentations(arguments: argparse.Namespace) -> tuple[str, ...]:
 def fit_config(
     arguments: argparse.Namespace, labels: LabelSet, train: pd.DataFrame, threads: int | None = None
 ) -> FitConfig:
-    """The settings that the options stand for; `train` are the manifest rows of the training part.
+    """The training settings of the options.
 
-    `threads` are those of a worker; by default as the worker options say.
+    Args:
+        train: manifest rows of the training part.
+        threads: math threads of each worker; by default those of the worker options.
 
     Raises:
         SerError: a value out of range, an unknown class or name.
@@ -256,7 +280,7 @@ def fit_config(
 
 
 def _loss_weights(wanted: str | Mapping[str, float], labels: LabelSet, train: pd.DataFrame) -> tuple[float, ...] | None:
-    """`none`, `balanced`, or weights of classes, as `CLASS:WEIGHT,...` too, with 1 for those that are not named."""
+    """Class weights from `none` (None), `balanced`, `CLASS:WEIGHT,...` or a mapping; classes not named get 1."""
     from pipeline.training.batches import class_weights, parse_class_values
 
     if wanted == "none":

@@ -1,4 +1,4 @@
-"""Answers to figures: metrics with intervals, breakdowns, hints, comparisons, the verdict. No drawing, no pages.
+"""From predictions to figures: metrics with intervals, breakdowns, hints, comparisons, the verdict.
 
-Not here: pages and pictures of the figures (``reporting``), and temperature scaling (``models``).
+Not here: report pages and drawings (``reporting``), and temperature scaling (``models``).
 """

@@ -1,15 +1,13 @@
-"""Figures by group: for every column of the manifest that divides the recordings into a few groups.
+"""Figures by group, for every column of the manifest that divides the recordings into a few groups.
 
-The difference to the rest is accuracy in the group minus accuracy outside it, with the hybrid score interval of
-Newcombe (1998, "Interval estimation for the difference between independent proportions", method 10). With many groups
-some intervals miss zero by chance alone (one in twenty): read them as pointers, not as findings.
+The difference to the rest is the accuracy in the group minus the accuracy outside it, with the hybrid score interval of
+Newcombe (1998, "Interval estimation for the difference between independent proportions", method 10). With many groups,
+one interval in twenty excludes zero by chance: take them as hints, not as findings.
 
-Figures where the data has fewer classes than the model: all answers, and answers among the classes that are there.
-
-A corpus without calm and surprised counts every such answer as wrong, though its listeners were never asked for them.
-So two figures are given: of the open answer (the most probable of all classes, what the model says in use), and of the
-answer restricted to the classes that the recording's corpus has. The open one comes first. Limits: which classes a
-corpus has is taken from the labelled recordings given here.
+Also figures for data that has fewer classes than the model. In a corpus without calm and surprised, every such answer
+counts as wrong, although its recordings could not have these labels. So there are two figures: one of the open answer
+(the most probable of all classes, as in use), and one of the answer restricted to the classes of the recording's
+corpus. Limits: the classes of a corpus are taken from the labelled recordings given here.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from pipeline.data.segments import END, START
 from pipeline.evaluation.outcomes import Ints, Outcomes, newcombe, scores, tally
 
 MAX_GROUPS = 60
-MAX_NUMBERS = 12  # different values of a column of numbers: more are a measurement, not groups
+MAX_NUMBERS = 12  # a column of fractional numbers with more different values is a measurement, not groups
 SMALL_GROUP = 10
 MISSING = "(not given)"
 NAMELESS = "(no name)"
@@ -41,9 +39,9 @@ _NOT_GROUPS = {
 
 
 def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str, pd.Series], list[str]]:
-    """Columns to break down by, as ordered categories; and the names of those that have too many values.
+    """Columns to break down by, as ordered categories; and the names of columns with too many values.
 
-    A column whose cells all differ, as the index that pandas writes into a CSV, makes no groups.
+    A column whose cells are all different, such as the index that pandas writes into a CSV, has too many.
     """
     ours = _NOT_GROUPS | {f"p_{label}" for label in labels}
     columns: dict[str, pd.Series] = {}
@@ -63,7 +61,7 @@ def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str,
 
 
 def breakdowns(found: Outcomes) -> tuple[list[dict[str, Any]], list[str]]:
-    """One entry a column, with its groups, and the columns left out; figures are of what could be read."""
+    """One entry for each column, with its groups, and the columns left out; figures are of the readable recordings."""
     columns, left_out = group_columns(found.table, found.labels)
     n_classes = len(found.labels)
     size = n_classes * (n_classes + 1)
@@ -96,7 +94,7 @@ def _group(name: str, own: Ints, everything: Ints) -> dict[str, Any]:
 
 
 def _too_many(cells: pd.Series) -> bool:
-    """Whether the cells have too many values to be groups."""
+    """Whether the cells have too many different values to be groups."""
     values = cells.nunique(dropna=False)
     return values > (MAX_NUMBERS if _has_fractions(cells) else MAX_GROUPS) or 1 < values == len(cells)
 
@@ -108,7 +106,7 @@ def _has_fractions(cells: pd.Series) -> bool:
 
 
 def _as_categories(cells: pd.Series) -> pd.Series:
-    """The cells as text, in natural order; each different cell is looked at once."""
+    """The cells as ordered categories of text, in natural order."""
     codes, values = pd.factorize(cells, use_na_sentinel=False)
     texts = [_as_text(value) for value in values]
     order = sorted(set(texts), key=_natural)
@@ -143,12 +141,12 @@ FIGURES = ("accuracy", "uar", "weighted_f1")
 
 
 def restricted(found: Outcomes) -> dict[str, Any] | None:
-    """Open and restricted figures, of all recordings that were read and of each corpus (column ``corpus``).
+    """Open and restricted figures, of all readable recordings and of each corpus (column ``corpus``).
 
     Returns:
         ``{"missing": [class, ...], "all": row, "corpora": [row, ...], "mean": row}``; a row is ``{"corpus", "n",
-        "classes", "open", "restricted"}``, its figures shares of 1. ``corpora`` is empty and ``mean`` None for a single
-        corpus. None where every corpus has every class and there is one corpus, or where there are no probabilities.
+        "classes", "open", "restricted"}``, with figures as shares of 1. For a single corpus ``corpora`` is empty and
+        ``mean`` None. None for a single corpus with all classes, or without probabilities.
     """
     read = found.where(found.read)
     if read.probabilities is None or not len(read):

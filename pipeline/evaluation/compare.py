@@ -1,8 +1,8 @@
-"""Two sets of answers to the same recordings: paired differences with bootstrap intervals, and McNemar's test.
+"""Compares two sets of answers to the same recordings: differences with bootstrap intervals, and McNemar's test.
 
-Resampling draws recordings (or speakers) with both answers together, so that what makes a recording hard for both
-cancels. McNemar (1947) asks whether the recordings that only one of the two gets right are split evenly; the exact
-binomial form is used. Recordings that could not be read count as wrong, in both.
+The bootstrap draws recordings (or speakers) with both answers together, so that a recording's difficulty cancels out.
+McNemar's test (1947) asks whether recordings that only one of the two gets right are split evenly between them; its
+exact binomial form is used. Recordings that could not be read count as wrong.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Differences ``second - first`` on the recordings that both tables hold.
+    """Differences ``second - first`` between two score tables of the same recordings.
 
     Args:
-        first: scores table with ``label_name``.
+        first: table of scores with ``label_name``.
         second: another one of the same recordings, in any order.
         labels: class names in index order, of both.
-        names: what to call them.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        names: how to call the two in messages and reports.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the bootstrap.
 
     Raises:
-        SerError: no labels, other recordings, or other labels of the same recordings.
+        SerError: no labels, or the tables have different recordings or labels.
     """
     one, two = _paired(first, second, labels, names)
     n_classes = len(labels)
@@ -78,13 +78,13 @@ def compare(
             "speakers": None if speakers is None else int(speakers.max()) + 1,
             "speakers_note": note,
         },
-        "figures": _figures(counts, drawn, labels, _voices(one, speakers)),
+        "figures": _figures(counts, drawn, labels, _speaker_counts(one, speakers)),
         "mcnemar": mcnemar(one, two),
     }
 
 
-def _voices(one: Outcomes, speakers: Ints | None) -> list[int]:
-    """How many speakers each class has."""
+def _speaker_counts(one: Outcomes, speakers: Ints | None) -> list[int]:
+    """The number of speakers of each class."""
     if speakers is None:
         return [0] * len(one.labels)
     return [len(set(speakers[one.truth == i])) for i in range(len(one.labels))]
@@ -157,10 +157,10 @@ def comparison_summary(found: Mapping[str, Any]) -> str:
 def _paired(
     first: pd.DataFrame, second: pd.DataFrame, labels: Sequence[str], names: tuple[str, str]
 ) -> tuple[Outcomes, Outcomes]:
-    """Both as outcomes, rows matched by path and, for a path that occurs again, by its how-manieth occurrence."""
+    """Both tables as outcomes, with rows matched by path; the k-th row of a path matches the k-th row of it."""
     for name, table in zip(names, (first, second), strict=True):
         if not has_labels(table):
-            raise SerError(f"{name} has no labels, so there is nothing to compare; score a CSV with a label column")
+            raise SerError(f"{name} has no labels, so it cannot be compared; score a CSV with a label column")
     one, two = outcomes(first, labels), outcomes(second, labels)
     places = [place_of(o.table) for o in (one, two)]
     keys = [pd.MultiIndex.from_arrays([place, place.groupby(place).cumcount()]) for place in places]
@@ -182,9 +182,9 @@ def _paired(
 
 
 def _figures(
-    counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str], voices: Sequence[int]
+    counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str], speaker_counts: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """One row a metric; then the recall of every class, over speakers where it has enough of them."""
+    """One row for each metric, then one for the recall of each class; intervals over speakers if there are enough."""
     point = (scores(counts.sum(axis=2)), scores(counts.sum(axis=1)))
     samples = {over: (scores(array.sum(axis=3)), scores(array.sum(axis=2))) for over, array in drawn.items()}
 
@@ -211,7 +211,7 @@ def _figures(
         recalls = {
             over: b.recall[:, i] - a.recall[:, i]
             for over, (a, b) in samples.items()
-            if over == "over_recordings" or voices[i] >= MIN_SPEAKERS
+            if over == "over_recordings" or speaker_counts[i] >= MIN_SPEAKERS
         }
         rows.append(row("recall", label, (point[0].recall[i], point[1].recall[i]), recalls))
     return rows

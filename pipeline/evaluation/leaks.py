@@ -1,9 +1,9 @@
-"""Whether recordings to be evaluated were used in training, and what the figures are without them.
+"""Leak check: finds recordings of an evaluation that were used in training, and gives the figures without them.
 
-Recordings are compared by content (``splits.content_hash``), so that renaming or another lossless format hides nothing.
-A re-encoded, cut or resampled copy is another content and is not found. Training recordings whose content the bundle
-does not know (it was trained on features, without the audio) are compared by file name. Recordings of the bundle's
-``test`` part were not used; those of ``inner_val`` were, to choose the epoch.
+Recordings are compared by content (``splits.content_hash``), so that a renamed or losslessly converted copy is found; a
+re-encoded, cut or resampled copy is not. Training recordings without a content hash (the bundle was trained on features
+without the audio) are compared by file name. Recordings of the bundle's ``test`` part do not count as used; those of
+``inner_val`` do, as they chose the epoch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Leaks:
-    """What a manifest shares with a bundle's training.
+    """The overlap of a manifest with a bundle's training.
 
     Attributes:
         mask: rows whose recording was used in training, (n,).
-        shared_speakers: speakers of the manifest who were heard in training, sorted.
-        duplicates: groups of paths in the manifest that have the same content.
-        note: why nothing could be compared; None when it could.
-        unread: rows without content, which cannot be read.
-        by_name: training recordings that could be compared by name only.
-        partly: rows of ``mask`` of which another stretch was used: a segment of them, or what they are a segment of.
+        shared_speakers: speakers of the manifest who were also in training, sorted.
+        duplicates: groups of paths in the manifest with the same content.
+        note: why nothing could be compared; None if it could.
+        unread: number of rows without a content hash, as they cannot be read.
+        by_name: number of training recordings that could be compared only by name.
+        partly: number of rows of ``mask`` that share only a part with training, as one is a segment of the other.
     """
 
     mask: NDArray[np.bool_]
@@ -52,18 +52,18 @@ def find(
 ) -> Leaks:
     """Compare the recordings of ``manifest`` (column ``speech``) with ``bundle.training``.
 
-    Every recording is read, unless ``contents`` are known: what ``splits.add_hashes`` made of the manifest. What a
-    table of others calls ``content_hash`` is not heeded. Unreadable recordings have no content and are never reported.
+    Every recording is read to compute its hash, unless ``contents`` (the manifest after ``splits.add_hashes``) is
+    given. A column ``content_hash`` of the manifest itself is ignored. Unreadable recordings are never reported.
     """
     hashed = add_hashes(manifest, threads=threads) if contents is None else contents
     groups = (tuple(dict.fromkeys(group)) for group in duplicates_in(hashed))  # a path that occurs twice is no copy
     duplicates = tuple(group for group in groups if len(group) > 1)
     if HASH_COLUMN not in training.columns or training.empty:
-        note = "The bundle does not list the recordings it was trained on: what it has heard cannot be told."
+        note = "The bundle has no list of its training recordings, so that no leak can be found."
         return Leaks(np.zeros(len(manifest), dtype=bool), (), duplicates, note)
     read = (hashed[HASH_COLUMN] != "").to_numpy(dtype=bool)
     mask = leaked(hashed, training).to_numpy(dtype=bool) & read
-    whole = {RECORDING_HASH: "", START: "", END: ""}  # as if nothing were a segment: what is left is the very same
+    whole = {RECORDING_HASH: "", START: "", END: ""}  # ignore segments: only identical recordings match
     same = leaked(hashed.assign(**whole), training.assign(**whole)).to_numpy(dtype=bool)
     return Leaks(
         mask=mask,
@@ -76,7 +76,7 @@ def find(
 
 
 def describe(leaks: Leaks, predictions: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
-    """JSON-able account for the report; ``predictions`` has the manifest's rows in its order."""
+    """The result as plain values for the report; ``predictions`` has the manifest's rows in the same order."""
     found: dict[str, Any] = {
         "note": leaks.note,
         "checked": len(predictions) - leaks.unread if leaks.note is None else 0,
@@ -99,7 +99,7 @@ def describe(leaks: Leaks, predictions: pd.DataFrame, labels: Sequence[str]) -> 
 
 
 def _figures(found: Outcomes) -> dict[str, Any]:
-    """Counted as in the verdict: what could not be read is wrong."""
+    """Figures as in the verdict: recordings that could not be read count as wrong."""
     if not len(found):
         return {"n": 0, "accuracy": None, "uar": None, "weighted_f1": None}
     point = scores(found.counts)

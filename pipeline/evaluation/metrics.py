@@ -1,11 +1,10 @@
-"""Evaluation of predictions: metrics with intervals, breakdowns, hints, verdict, as one JSON-able dict.
+"""Evaluates predictions: metrics with intervals, breakdowns, hints and verdict, as one dict for JSON.
 
-The formulas are in ``measures``, the bootstrap in ``intervals``, the targets in ``verdict``. The figures
-that the verdict judges come twice: on the recordings that were read, and ``with_failed``, where those that
-could not be read count as wrong. NaN does not occur: what is not defined is None (a class without
-recordings, probabilities that were not given).
+The formulas and the bootstrap are in ``outcomes``, the targets in ``verdict``. Figures that have a target are given
+twice: for the recordings that were read, and as ``with_failed``, where recordings that could not be read count as
+wrong. A figure that is not defined is None, never NaN (a class without recordings, or no probabilities).
 
-What looks wrong with the evaluation itself: permuted labels, repeated rows, classes without recordings.
+The hints name problems of the evaluation itself: permuted labels, repeated rows, classes without recordings.
 """
 
 from __future__ import annotations
@@ -51,33 +50,33 @@ MIN_PERMUTED_ACCURACY = 0.50
 
 
 def hints(found: Outcomes) -> list[str]:
-    """One sentence for each thing that a reader should know before the figures."""
+    """One sentence for each problem that a reader should know before reading the figures."""
     support = found.counts.sum(axis=1)
     absent = [label for label, n in zip(found.labels, support, strict=True) if n == 0]
     sentences = []
     if int((support > 0).sum()) == 1:
         only = found.labels[int(support.argmax())]
-        sentences.append(f"All recordings are {only}: the figures say nothing of the other classes.")
+        sentences.append(f"All recordings are {only}: the figures say nothing about the other classes.")
     elif absent:
-        sentences.append(f"No recordings of {', '.join(absent)}: not in the averages over classes (n/a).")
+        sentences.append(f"No recordings of {', '.join(absent)}: left out of the averages over classes (n/a).")
     if "speech" in found.table.columns and (repeated := int(place_of(found.table).duplicated().sum())):
         rows = "1 row names" if repeated == 1 else f"{repeated} rows name"
-        sentences.append(f"{rows} a recording that an earlier row names already; each row counts.")
+        sentences.append(f"{rows} a recording that an earlier row also names; each row counts.")
     permuted = permutation_hint(found)
     return [*sentences, *([permuted] if permuted else [])]
 
 
 def permutation_hint(found: Outcomes) -> str | None:
-    """A sentence when renaming the given labels one-to-one would explain most mistakes; else None.
+    """A sentence if renaming the given labels one-to-one would correct most mistakes; else None.
 
-    The best renaming is the assignment that maximises the diagonal (Kuhn-Munkres). It is reported when it
-    lifts accuracy by at least 20 points to at least 50 %: chance does not do that on 30 recordings or more.
+    The best renaming is the assignment that maximises the diagonal (Kuhn-Munkres). It is reported if it raises the
+    accuracy by at least 20 points to at least 50 %: with 30 recordings or more this does not happen by chance.
     """
     square = found.counts[:, :-1]
     total = int(square.sum())
     if total < MIN_RECORDINGS:
         return None
-    most = float(square.max(axis=1).sum()) / total  # of no renaming is more right
+    most = float(square.max(axis=1).sum()) / total  # upper bound of the accuracy after any renaming
     if most - float(np.trace(square)) / total < MIN_GAIN or most < MIN_PERMUTED_ACCURACY:
         return None
     from scipy.optimize import linear_sum_assignment  # half a second of imports, for few tables
@@ -93,7 +92,7 @@ def permutation_hint(found: Outcomes) -> str | None:
     return (
         f"The labels look permuted: accuracy is {before:.0%}, and would be {after:.0%} "
         f"with --label_map {shlex.quote(pairs)} --overwrite added to the command. "
-        "Check the order behind integer labels, or the names in the CSV."
+        "Check the order of integer labels, or the names in the CSV."
     )
 
 
@@ -111,20 +110,21 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All figures on a table of predictions.
+    """Compute all figures of a table of predictions.
 
     Args:
-        predictions: columns ``status label_name predicted confidence p_<label>``, perhaps ``speaker`` ...
+        predictions: columns ``status label_name predicted confidence p_<label>``, perhaps ``speaker`` and others.
         labels: class names in index order.
-        targets: what the verdict asks for; 80 / 80 / 75 by default.
-        resamples: draws of the bootstrap.
-        seed: of its random numbers.
+        targets: targets of the verdict; by default 80, 80 and 75 %.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the bootstrap.
 
     Returns:
-        A dict of plain Python values; without any label only ``labelled`` (False), ``n`` and ``answers``.
+        A dict of plain Python values; if there are no labels, only ``format_version``, ``labels``, ``labelled``
+        (False), ``n`` and ``answers``.
 
     Raises:
-        LabelError: a label that is none of ``labels``.
+        LabelError: a label that is not in ``labels``.
     """
     failed = failed_rows(predictions)
     result: dict[str, Any] = {"format_version": FORMAT_VERSION, "labels": list(labels), "labelled": False}
@@ -159,7 +159,7 @@ def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generato
     speakers, note = speaker_groups(found.table)
     if speakers is not None:
         drawn["speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
-    voices = None if speakers is None else [len(set(speakers[found.truth == i])) for i in range(n_classes)]
+    speaker_counts = None if speakers is None else [len(set(speakers[found.truth == i])) for i in range(n_classes)]
     overall = _overall(counts, drawn)
     overall["top2_accuracy"] = None if hits is None else _top2(counts, drawn)
     return {
@@ -172,13 +172,13 @@ def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generato
             "speakers_note": note,
         },
         "overall": overall | _probability_figures(found),
-        "per_class": _per_class(found.labels, counts, drawn, voices),
+        "per_class": _per_class(found.labels, counts, drawn, speaker_counts),
         "confusion": _confusion(found.labels, counts.sum(axis=-1)),
     } | _curves(found)
 
 
 def _top2_hits(found: Outcomes) -> Ints | None:
-    """1 where the truth is among the two most probable classes, (n,); 0 for what was not read."""
+    """1 if the true class is among the two most probable ones, (n,); 0 also for recordings that were not read."""
     if found.probabilities is None:
         return None
     hits = np.zeros(len(found), dtype=np.int64)
@@ -187,7 +187,7 @@ def _top2_hits(found: Outcomes) -> Ints | None:
 
 
 def speaker_groups(table: pd.DataFrame) -> tuple[Ints | None, str | None]:
-    """Speaker index of each row, ``(n,)``, or the reason why there is no interval over speakers."""
+    """Speaker index of each row, ``(n,)``, and None; or None and the reason why there is no interval over speakers."""
     if "speaker" not in table.columns:
         return None, "no speaker column"
     named = table["speaker"].notna() & (table["speaker"].astype(str).str.strip() != "")
@@ -200,7 +200,7 @@ def speaker_groups(table: pd.DataFrame) -> tuple[Ints | None, str | None]:
 
 
 def _views(array: Ints) -> dict[str, Scores]:
-    """Scores of tallies ``(..., C, C + 1, 2)``: of what was read, and with the failed as wrong."""
+    """Scores of tallies ``(..., C, C + 1, 2)``: of the recordings read, and with the failed ones counted as wrong."""
     answered = array.sum(axis=-1)
     return {"read": scores(answered[..., :-1]), "with_failed": scores(answered)}
 
@@ -219,16 +219,19 @@ def _overall(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
 
 
 def _per_class(
-    labels: Sequence[str], counts: Ints, drawn: dict[str, Ints], voices: Sequence[int] | None
+    labels: Sequence[str], counts: Ints, drawn: dict[str, Ints], speaker_counts: Sequence[int] | None
 ) -> list[dict[str, Any]]:
-    """``voices``: how many speakers each class has; too few give it no interval over speakers."""
+    """One row of figures for each class.
+
+    ``speaker_counts``: number of speakers of each class; with too few there is no interval over speakers.
+    """
     point, samples = _views(counts), {over: _views(array) for over, array in drawn.items()}
     support = {"read": counts[:, :-1].sum(axis=(1, 2)), "with_failed": counts.sum(axis=(1, 2))}
 
     answered = {"read": counts[:, :-1].sum(axis=(0, 2)), "with_failed": counts[:, :-1].sum(axis=(0, 2))}
 
     def figure(name: str, view: str, i: int) -> dict[str, Any]:
-        few = voices is not None and voices[i] < MIN_SPEAKERS
+        few = speaker_counts is not None and speaker_counts[i] < MIN_SPEAKERS
         resampled = {
             over: getattr(s[view], name)[:, i] for over, s in samples.items() if not (few and over == "speakers")
         }
@@ -247,7 +250,7 @@ def _per_class(
 
 
 def _figure(value: Floats, samples: dict[str, Floats], n: int, *, is_share: bool) -> dict[str, Any]:
-    """``{"value", "over_recordings", "over_speakers"}`` of ``n`` recordings; None where undefined."""
+    """``{"value", "over_recordings", "over_speakers"}`` of a figure on ``n`` recordings; None if undefined."""
     number = _number(value)
     found: dict[str, Any] = {"value": number, "over_recordings": None, "over_speakers": None}
     for over, array in samples.items():
@@ -323,7 +326,7 @@ def _confusion(labels: Sequence[str], counts: Ints) -> dict[str, Any]:
 
 
 def _answers(read: pd.DataFrame, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """How often each class (or another word, as ``uncertain``) was answered, with the mean confidence."""
+    """How often each class (or ``uncertain``, ``silence`` ...) was answered, with the mean confidence."""
     if "predicted" not in read.columns:
         return []
     named = read["predicted"].fillna("")

@@ -1,31 +1,24 @@
-"""A table of predictions as arrays: what was true, what was answered, how sure, and what could not be read.
+"""Predictions as arrays (true class, answer, confidence), metrics on them, and bootstrap intervals.
 
-The one place that reads the columns of a scores table (``status error label_name predicted confidence
-p_<label> speaker ...``), so that metrics, breakdowns and comparisons mean the same rows.
+The columns of a scores table (``status error label_name predicted confidence p_<label> speaker ...``) are read only
+here, so that metrics, breakdowns and comparisons use the same rows.
 
-Formulas of classification quality on arrays: what scikit-learn has too, but from counts and vectorised.
+The metrics are those of scikit-learn, but vectorised and computed from counts. They take a *tally*: integers of shape
+``(..., C, C + 1)``; rows are the true class, columns the answer, the last column the recordings without an answer (they
+could not be read). Leading axes are resamples, so that a bootstrap of 1,000 draws is one call. Without the last column,
+``(..., C, C)``, it is a plain confusion matrix.
 
-Everything that depends on counts takes a *tally*: integers of shape ``(..., C, C + 1)``, rows the true
-class, columns the answer, the last column the recordings that got no answer (they could not be read).
-Leading axes are resamples, so that a bootstrap of 1,000 draws is one call. Without the last column, ``(...,
-C, C)``, it is a plain confusion matrix.
+Sources: ECE and reliability bins, Naeini et al. (AAAI 2015) and Guo et al. (ICML 2017); Brier (1950), the sum over
+classes (0 best, 2 worst); AURC, Geifman, Uziel & El-Yaniv (ICLR 2019); the rest as scikit-learn defines it.
 
-Sources: ECE and reliability bins, Naeini et al. (AAAI 2015) and Guo et al. (ICML 2017); Brier (1950), the
-sum over classes (0 best, 2 worst); AURC, Geifman, Uziel & El-Yaniv (ICLR 2019); the rest as scikit-learn
-defines it.
+The bootstrap over recordings draws cell counts of a tally from a multinomial distribution, which costs less than
+drawing recordings. Recordings of one speaker are not independent; resampling whole speakers (the cluster bootstrap,
+Field & Welsh 2007) shows how much a figure may change with other speakers. Intervals are percentile intervals (Efron
+1979); those of shares over recordings are score intervals (Wilson 1927), which also suit few recordings.
 
-Bootstrap confidence intervals over recordings and over speakers, from tallies instead of rows.
-
-Resampling n recordings with replacement is drawing cell counts from a multinomial: the cost is that of the
-cells, not of the recordings. Recordings of one speaker are not independent; resampling whole speakers (the
-cluster bootstrap, Field & Welsh 2007) says how far a figure may move with other voices. Intervals are
-percentile intervals (Efron 1979); those of plain shares over recordings are score intervals (Wilson 1927),
-which are right for few recordings too.
-
-Limits: a percentile interval knows only the recordings it has. Where every one is right (or wrong) all
-resamples are alike; the exact binomial bound (Clopper & Pearson 1934) on the number of recordings then
-stands in. Over few speakers percentile intervals are too narrow: those of 95 % held the truth in 83 to 85 of
-100 simulations with 5 or 6 speakers, in 91 with 12 and in 92 with 22.
+Limits: if every recording is right (or wrong), all resamples are equal; then the exact binomial bound (Clopper &
+Pearson 1934) on the number of recordings is used. With few speakers, percentile intervals are too narrow: those of 95 %
+contained the true value in 83 to 85 of 100 simulations with 5 or 6 speakers, in 91 with 12 and in 92 with 22.
 """
 
 from __future__ import annotations
@@ -38,7 +31,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import betaincinv, ndtri  # what scipy.stats computes with; that takes a second to import
+from scipy.special import betaincinv, ndtri  # instead of scipy.stats, whose import takes a second
 
 from pipeline.data.corpora.voices import given, with_speakers
 from pipeline.data.labels import LabelError
@@ -51,7 +44,7 @@ CALIBRATION_BINS = 10
 
 
 def tally(truth: Ints, answer: Ints, n_classes: int) -> Ints:
-    """Counts ``(C, C + 1)`` of (true class, answer) pairs; answer ``C`` stands for "no answer"."""
+    """Counts ``(C, C + 1)`` of (true class, answer) pairs; answer ``C`` means "no answer"."""
     cells = truth * (n_classes + 1) + answer
     counts = np.bincount(cells, minlength=n_classes * (n_classes + 1)).astype(np.int64)
     return counts.reshape(n_classes, n_classes + 1)
@@ -59,10 +52,10 @@ def tally(truth: Ints, answer: Ints, n_classes: int) -> Ints:
 
 @dataclass(frozen=True)
 class Scores:
-    """Point metrics of a tally: overall ones of its leading shape, per-class ones with a further axis C.
+    """Metrics of a tally: overall ones have its leading shape, per-class ones a further axis C.
 
-    A class without recordings has NaN throughout and is left out of UAR and macro F1. Precision of a class
-    that was never answered is 0, as scikit-learn's ``zero_division=0``.
+    A class without recordings has NaN in all of them and is left out of UAR and macro F1. The precision of a class that
+    was never answered is 0, as with scikit-learn's ``zero_division=0``.
     """
 
     accuracy: Floats
@@ -100,7 +93,7 @@ def scores(counts: NDArray[Any]) -> Scores:
 
 
 def in_top(truth: Ints, probabilities: Floats, k: int) -> NDArray[np.bool_]:
-    """Whether the true class is among the ``k`` most probable, (n,): of equals the lower index first."""
+    """Whether the true class is among the ``k`` most probable, (n,); of equal ones the lower index comes first."""
     own = np.take_along_axis(probabilities, truth[:, None], axis=1)
     earlier = np.arange(probabilities.shape[1]) < truth[:, None]
     rank = ((probabilities > own) | ((probabilities == own) & earlier)).sum(axis=1)
@@ -108,7 +101,7 @@ def in_top(truth: Ints, probabilities: Floats, k: int) -> NDArray[np.bool_]:
 
 
 def log_loss(truth: Ints, probabilities: Floats) -> float:
-    """Mean ``-ln p(true class)``, in nats; probabilities clipped at float64's epsilon like scikit-learn.
+    """Mean ``-ln p(true class)``, in nats; probabilities are clipped at float64's epsilon, as in scikit-learn.
 
     ``truth`` is ``(n,)`` class indices, ``probabilities`` ``(n, classes)``.
     """
@@ -155,7 +148,7 @@ def reliability(confidence: Floats, correct: NDArray[np.bool_], n_bins: int = CA
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """Risk (share wrong) among the most confident ``coverage`` of all; and the confidence that cuts there."""
+    """Risk (share of wrong answers) among the most confident share ``coverage``, and the confidence at its limit."""
 
     coverage: Floats
     risk: Floats
@@ -168,7 +161,7 @@ class RiskCoverage:
 
 
 def risk_coverage(confidence: Floats, correct: NDArray[np.bool_]) -> RiskCoverage:
-    """Risk at every coverage k/n, ``(n,)``; recordings of equal confidence share their errors, whatever their order."""
+    """Risk at every coverage k/n, ``(n,)``; errors are spread evenly over recordings of equal confidence."""
     values, group, sizes = np.unique(-confidence, return_inverse=True, return_counts=True)
     wrong = np.bincount(group, weights=~correct, minlength=len(values))
     errors = np.cumsum(np.repeat(wrong / sizes, sizes))
@@ -181,9 +174,8 @@ def risk_coverage(confidence: Floats, correct: NDArray[np.bool_]) -> RiskCoverag
 class Outcomes:
     """Labelled rows of a predictions table; C classes, n rows.
 
-    ``answer`` is the class of the highest probability, and C where there is none (the recording could not be
-    read). ``uncertain`` answers count as the class behind them: a confidence threshold never changes an
-    evaluation.
+    ``answer`` is the index of the answered class, or C if there is none (the recording could not be read). Instead of
+    ``uncertain``, ``silence`` and the like it is the most probable class: thresholds never change an evaluation.
     """
 
     labels: tuple[str, ...]
@@ -200,7 +192,7 @@ class Outcomes:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Rows whose answer is the truth, (n,)."""
+        """Rows whose answer is the true class, (n,)."""
         return np.asarray(self.answer == self.truth)
 
     @property
@@ -225,7 +217,7 @@ class Outcomes:
 
 
 def has_labels(predictions: pd.DataFrame) -> bool:
-    """Whether any row says what is true."""
+    """Whether any row has a label."""
     return "label_name" in predictions.columns and bool(given(predictions["label_name"]).any())
 
 
@@ -237,11 +229,11 @@ def failed_rows(predictions: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def outcomes(predictions: pd.DataFrame, labels: Sequence[str]) -> Outcomes:
-    """The labelled rows of ``predictions`` as arrays; file names tell the speakers where no column does.
+    """The labelled rows of ``predictions`` as arrays; without a speaker column, speakers are taken from file names.
 
     Raises:
-        LabelError: a label that is none of ``labels``.
-        SerError: no column says what was answered.
+        LabelError: a label that is not in ``labels``.
+        SerError: the table has no column with answers.
     """
     names = tuple(labels)
     table = with_speakers(predictions[given(predictions["label_name"])].reset_index(drop=True))
@@ -250,8 +242,8 @@ def outcomes(predictions: pd.DataFrame, labels: Sequence[str]) -> Outcomes:
         found = table.loc[truth < 0, "label_name"].astype(str).value_counts()
         shown = ", ".join(f"{name!r} ({count})" for name, count in found.head(5).items())
         raise LabelError(
-            f"{int(found.sum())} of {len(table)} rows have labels that the model does not know: {shown}; "
-            f"it knows {', '.join(names)}; translate with --label_map given=wanted, or leave these rows out"
+            f"{int(found.sum())} of {len(table)} rows have labels that the model does not have: {shown}; "
+            f"its classes are {', '.join(names)}; rename labels with --label_map old=new, or leave these rows out"
         )
     probabilities = _probabilities(table, names)
     failed = failed_rows(table)
@@ -275,10 +267,10 @@ def _probabilities(table: pd.DataFrame, names: tuple[str, ...]) -> Floats | None
 
 
 def _answers(table: pd.DataFrame, names: tuple[str, ...], probabilities: Floats | None) -> Ints:
-    """Class answered: the named one, else (as for ``uncertain``) the most probable, else C."""
+    """The class in the column ``predicted``; for other words, such as ``uncertain``, the most probable class, or C."""
     if "predicted" not in table.columns and probabilities is None:
         raise SerError(
-            f"the predictions have neither a column predicted nor p_{names[0]} ... p_{names[-1]}; "
+            f"the predictions have neither a column predicted nor columns p_{names[0]} ... p_{names[-1]}; "
             f"found {list(table.columns)}"
         )
     named = np.full(len(table), -1, dtype=np.int64)
@@ -320,9 +312,9 @@ def resample_groups(group: Ints, cell: Ints, shape: tuple[int, ...], resamples: 
     Args:
         group: group of each recording, 0..G-1, shape (n,).
         cell: flat index into ``shape`` of each recording, shape (n,).
-        shape: of one tally.
-        resamples: how many tallies to draw.
-        rng: source of the draws.
+        shape: shape of one tally.
+        resamples: number of tallies to draw.
+        rng: random generator.
     """
     from scipy.sparse import csr_matrix
 
@@ -341,7 +333,7 @@ def resample_groups(group: Ints, cell: Ints, shape: tuple[int, ...], resamples: 
 
 
 def percentile_interval(samples: NDArray[Any]) -> Interval | None:
-    """Central ``LEVEL`` interval of resampled values ``(resamples,)``; None when none of them is defined."""
+    """Central ``LEVEL`` interval of resampled values ``(resamples,)``; None if none of them is finite."""
     values = samples[np.isfinite(samples)]
     if not len(values):
         return None
@@ -358,7 +350,7 @@ def clopper_pearson(right: int, n: int) -> Interval:
 
 
 def newcombe(right: int, n: int, right_rest: int, n_rest: int) -> Interval:
-    """Hybrid score ``LEVEL`` interval of ``right/n - right_rest/n_rest``, independent samples."""
+    """Hybrid score ``LEVEL`` interval of ``right/n - right_rest/n_rest``, for independent samples."""
     share, rest = right / n, right_rest / n_rest
     (low, high), (low_rest, high_rest) = wilson(right, n), wilson(right_rest, n_rest)
     below = math.hypot(share - low, high_rest - rest)
@@ -367,7 +359,7 @@ def newcombe(right: int, n: int, right_rest: int, n_rest: int) -> Interval:
 
 
 def wilson(right: int, n: int) -> Interval:
-    """Score ``LEVEL`` interval of the share ``right`` of ``n``."""
+    """Wilson's score ``LEVEL`` interval of the share ``right / n``."""
     z = float(ndtri((1 + LEVEL) / 2))
     share = right / n
     centre = share + z * z / (2 * n)
@@ -378,7 +370,7 @@ def wilson(right: int, n: int) -> Interval:
 def interval(value: float, samples: Floats, n: int) -> Interval | None:
     """Interval of a metric in 0..1 measured on ``n`` recordings, from its resampled values ``(resamples,)``.
 
-    A value of exactly 0 or 1 that no resample moved gets the exact binomial bound instead.
+    A value of exactly 0 or 1 that is the same in all resamples gets the exact binomial bound instead.
     """
     found = percentile_interval(samples)
     if found is None or n == 0:

@@ -1,9 +1,8 @@
-"""The verdict on the targets: accuracy, weighted F1 and every class's recall, each with its interval.
+"""The verdict: whether accuracy, weighted F1 and the recall of every class reach their targets.
 
-Recordings that could not be read count as wrong here; the figure on the read ones alone is shown beside it.
-The interval is the one over speakers where it exists, else the one over recordings. A target that is met by
-the figure while the interval reaches below it is said to be met with that reservation. A class without
-recordings is named and left out of the outcome: the verdict is on the classes that are there.
+Recordings that could not be read count as wrong here; the figure without them is shown next to it. The interval is the
+one over speakers if there is one, else the one over recordings. If a figure meets its target but the interval reaches
+below it, the outcome says so. A class without recordings is named and does not count for the outcome.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _TOLERANCE = 1e-12
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be reached, as shares of 1."""
+    """The targets, as shares of 1."""
 
     accuracy: float = 0.80
     weighted_f1: float = 0.80
@@ -48,14 +47,14 @@ def judge(value: float | None, interval: Sequence[float] | None, target: float) 
 
 
 def decimals(value: float, target: float | None) -> int:
-    """How many decimals of a percentage show that ``value`` misses ``target``: 79.96 % is not to be read as 80.0 %."""
+    """Decimals needed in a percentage to show that ``value`` misses ``target``: 79.96 % must not appear as 80.0 %."""
     if target is None or value >= target - _TOLERANCE:
         return 1
     return next((n for n in (1, 2, 3) if round(value * 100, n) < target * 100), 4)
 
 
 def verdict(evaluation: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
-    """Outcome of every target and of all together, from the figures of ``metrics.evaluate``."""
+    """The outcome for each target and the overall one, from the figures of ``metrics.evaluate``."""
     checks = [
         _check("accuracy", None, targets.accuracy, evaluation["overall"]["accuracy"]),
         _check("weighted F1", None, targets.weighted_f1, evaluation["overall"]["weighted_f1"]),
@@ -74,7 +73,7 @@ def verdict(evaluation: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
 
 
 def reached(found: Mapping[str, Any]) -> bool:
-    """Whether every target is met by its figure; what is not decidable has not been reached."""
+    """Whether every figure meets its target; False if the outcome is ``not decidable``."""
     return found["outcome"] in (MET, CROSSES)
 
 
@@ -94,7 +93,7 @@ def _check(metric: str, label: str | None, target: float, figure: Mapping[str, A
 
 
 def _lowest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The class of the lowest recall, the failed counted as wrong."""
+    """The class with the lowest recall; recordings that could not be read count as wrong."""
     known = [(row["recall"]["with_failed"]["value"], row["label"]) for row in rows]
     value, label = min((pair for pair in known if pair[0] is not None), key=lambda pair: pair[0])
     return {"label": label, "value": value}

@@ -1,4 +1,4 @@
-"""A bundle and a recording to answers: the one path from audio to probabilities, over time, and explained.
+"""From a recording and a bundle to predictions: for one window, for all windows over time, and with an explanation.
 
 Not here: whole manifests (``scoring``), and HTTP (``serve``).
 """

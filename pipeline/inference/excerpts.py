@@ -1,9 +1,8 @@
-"""What is heard of a recording: one window, crops, or windows all over it, decoded and made into features.
+"""Decodes a recording and computes the features of its input windows: one window, crops, or windows over all of it.
 
-``listen`` gives the window (the middle, or that with most speech) or the crops at once; its problems are told in the
-Excerpt, not raised. ``walk`` gives the windows of one channel in stretches, so that hours pass through little memory.
-With ``isolated``, decoding happens in a process of its own, for a recording that may take its decoder, and with it the
-process, down.
+``listen`` returns the window (the middle, or the one with most speech) or the crops; errors are returned in the
+Excerpt, not raised. ``walk`` yields the windows of one channel in batches, so that long recordings need little memory.
+With ``isolated``, decoding runs in a separate process, as a damaged recording may crash the decoder.
 """
 
 from __future__ import annotations
@@ -24,23 +23,24 @@ from pipeline.storage.files import source_of
 
 Array = NDArray[np.float32]
 LEAST_S = 0.25
-"""Seconds of sound that an answer needs: a syllable."""
-_LOOKS, _LOOK_HZ, _ALIKE = 8, 8_000, 0.9  # by which channels are compared
-_SPAN_S = 60.0  # windows that lie within this are cut from one read
+"""Least seconds of sound for an answer: about a syllable."""
+_LOOKS, _LOOK_HZ, _ALIKE = 8, 8_000, 0.9  # for comparing channels: pieces, sample rate, least correlation
+_SPAN_S = 60.0  # windows within this length are cut from one read
 _APART_LIMIT_S = 120.0
 _FAINTEST = 1e-20  # power of digital silence: -200 dBFS
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What is heard of one recording.
+    """The features of one recording's windows, and what is known about it.
 
     Attributes:
-        features: ``(windows, *input_shape)``; none when the recording cannot be used.
-        level_dbfs: RMS level of the loudest window, of the real audio in it.
-        notice: what users should know of how it was read, "" mostly.
-        speech_share: see ``audio.speech``; of the window with most.
-        status: ``ok`` or the code of an AudioError.
+        features: ``(windows, *input_shape)``; no windows if the recording cannot be used.
+        scored_s: seconds of the recording that the windows cover.
+        level_dbfs: RMS level of the loudest window, without zero padding.
+        notice: what users should know about how it was read, mostly "".
+        speech_share: largest share of speech in a window, see ``audio.speech``.
+        status: ``ok``, the code of an AudioError, or ``internal_error``.
     """
 
     features: Array
@@ -57,7 +57,7 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Consecutive windows: features ``(n, *input_shape)``; start, end, level, sound, speech of each ``(n,)``.
+    """n consecutive windows: features ``(n, *input_shape)``; start, end, level, sound and speech share ``(n,)``.
 
     ``notice``: as in Excerpt.
     """
@@ -80,15 +80,15 @@ def listen(
     isolated: bool = False,
     limits: audio.Limits = audio.DEFAULT_LIMITS,
 ) -> Excerpt:
-    """Decode ``crops`` windows of a recording and make their features, ``(crops, *config.input_shape)``.
+    """Decode ``crops`` windows of a recording and compute their features, ``(crops, *config.input_shape)``.
 
-    A recording that is not longer than the window gives one, zero padded; ``file://`` paths are understood. Problems
-    are told in the Excerpt's ``status`` and ``error``; nothing is raised.
+    A recording that is not longer than the window gives one zero-padded window. ``source`` may be a ``file://`` path.
+    Errors are returned in the Excerpt's ``status`` and ``error``; nothing is raised.
     """
     try:
-        hear = _middle if crops == 1 else _crops
-        return hear(_Recording(source, config, channel, isolated, limits), crops)
-    except Exception as error:  # a recording must never end the job: what was not foreseen becomes a row as well
+        excerpt = _middle if crops == 1 else _crops
+        return excerpt(_Recording(source, config, channel, isolated, limits), crops)
+    except Exception as error:  # a recording must never end the job: unexpected errors become a row, too
         return failed(config, error)
 
 
@@ -98,14 +98,14 @@ def failed(config: FeatureConfig, error: Exception) -> Excerpt:
         status, text = error.code, str(error)
     else:
         status, text = "internal_error", f"{type(error).__name__}: {error}"
-    text = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())  # names may be no text at all
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())  # file names may be no valid text
     return Excerpt(np.empty((0, *config.input_shape), np.float32), status=status, error=text)
 
 
 def describe(
     source: audio.AudioSource, *, isolated: bool = False, limits: audio.Limits = audio.DEFAULT_LIMITS
 ) -> audio.AudioInfo:
-    """What a recording is: ``audio.probe``, perhaps ``isolated``.
+    """Length, sample rate and channels of a recording: ``audio.probe``, or in a separate process if ``isolated``.
 
     Raises:
         AudioError: it cannot be used.
@@ -122,25 +122,25 @@ def channels_differ(
     isolated: bool = False,
     limits: audio.Limits = audio.DEFAULT_LIMITS,
 ) -> bool:
-    """Whether a recording's channels hold different sound, as those of a call do, and not one voice in all of them.
+    """Whether a recording's channels hold different sound, such as the two speakers of a call.
 
-    Heard are eight pieces of a second, at 8 kHz. A channel is another one when its correlation with the first is below
-    0.9; those that are silent throughout do not count.
+    Eight pieces of 1 s at 8 kHz are compared. A channel is different if its correlation with the first one is below
+    0.9; channels that are silent in all pieces do not count.
 
     Args:
-        info: what the recording is, as ``describe`` gives it.
+        info: the recording's, from ``describe``.
 
     Raises:
         AudioError: it cannot be used.
     """
     decode, starts = _decode_isolated if isolated else _decode, crop_starts(info.duration_s, 1.0, _LOOKS)
 
-    def heard(channel: int) -> NDArray[np.float64]:
+    def sampled(channel: int) -> NDArray[np.float64]:
         part = {"duration_s": 1.0, "sample_rate_hz": _LOOK_HZ, "channel": channel, "limits": limits}
         pieces = [decode(audio.load, _local(source), start_s=start, **part).samples for start in starts]
         return np.concatenate([piece - piece.mean() for piece in pieces]).astype(np.float64)
 
-    channels = map(heard, range(info.channels if info.channels > 1 else 0))
+    channels = map(sampled, range(info.channels if info.channels > 1 else 0))
     sound = [one for one in channels if _level_dbfs(one.astype(np.float32)) >= SILENCE_DBFS]
     return any(sound[0] @ one < _ALIKE * np.sqrt((sound[0] @ sound[0]) * (one @ one)) for one in sound[1:])
 
@@ -157,14 +157,14 @@ def walk(
     isolated: bool = False,
     limits: audio.Limits = audio.DEFAULT_LIMITS,
 ) -> Iterator[WindowBatch]:
-    """The windows of a recording, ``at_once`` in a WindowBatch; never more than a minute of audio is held.
+    """Yield the windows of a recording, ``at_once`` in a WindowBatch, with at most a minute of audio in memory.
 
     Args:
-        duration_s: length of the recording, as ``describe`` gives it.
-        silence_dbfs: windows below this level have no features: zeros.
+        duration_s: length of the recording, from ``describe``.
+        silence_dbfs: the features of windows below this level are not computed: they are zeros.
 
     Raises:
-        AudioError: the recording cannot be used; perhaps only after some stretches.
+        AudioError: the recording cannot be used; it may be raised after some batches.
     """
     recording = _Recording(source, config, channel, isolated, limits)
     starts = steps.starts(duration_s)
@@ -189,24 +189,25 @@ def walk(
 
 
 def check_sound(source: audio.AudioSource, duration_s: float, level_dbfs: float, sound_s: float) -> None:
-    """Whether there is sound enough for an answer, or none at all, which is one.
+    """Check that a recording has enough sound for an answer, or is silent throughout, which is an answer, too.
 
     Args:
-        duration_s: length of the recording; level_dbfs: of its loudest window; sound_s: sound in the fullest window.
+        duration_s: length of the recording; level_dbfs: level of its loudest window; sound_s: most seconds of sound in
+            a window.
 
     Raises:
-        TooShort: there is less than ``LEAST_S`` of it.
+        TooShort: there is some sound, but less than ``LEAST_S``, or the recording is shorter than that.
     """
     length_s = sound_s if duration_s >= LEAST_S else duration_s
     if length_s < LEAST_S and (duration_s < LEAST_S or level_dbfs >= SILENCE_DBFS):
-        what = "long" if duration_s < LEAST_S else "of sound, and silence"
+        what = "long" if duration_s < LEAST_S else "of sound, the rest is silence"
         error = f"{name_of(source)}: {1000 * length_s:.3g} ms {what}; {LEAST_S:g} s of sound are needed. Record longer."
         raise audio.ERRORS["too_short"](error)
 
 
 @dataclass
 class _Recording:
-    """One channel of a recording, and how it is decoded; ``notice``: of what was decoded so far."""
+    """Decodes one channel of a recording; ``notice``: the first notice of what was decoded so far."""
 
     source: audio.AudioSource
     config: FeatureConfig
@@ -219,7 +220,10 @@ class _Recording:
         return self._decoded(audio.load_middle, window_s=self.config.window_s, window=self.config.window)
 
     def reader(self, starts: Sequence[float], window_s: float) -> Callable[[float], Array]:
-        """A function from one of ``starts`` to the samples of its window, shorter at the recording's end."""
+        """Decode the windows at ``starts`` in one read; returns a function from a start to its samples, ``(n,)``.
+
+        At the recording's end a window is shorter.
+        """
         rate_hz = self.config.sample_rate_hz
         size = round(window_s * rate_hz)
         span = self._decoded(audio.load, start_s=starts[0], duration_s=starts[-1] - starts[0] + window_s).samples
@@ -251,20 +255,20 @@ def _decode_isolated(load: Callable[..., audio.Clip], source: audio.AudioSource,
 
 
 def _local(source: audio.AudioSource) -> audio.AudioSource:
-    """What ``audio`` can open: paths for ``file://`` URIs, bytes for objects of a store."""
+    """A source that ``audio`` can open: a path for a ``file://`` URI, the bytes of an object in a store."""
     if isinstance(source, audio.Segment) and isinstance(source.recording, str):
         return replace(source, recording=source_of(source.recording))
     return source_of(source) if isinstance(source, str) else source
 
 
 def _middle(recording: _Recording, crops: int = 1) -> Excerpt:
-    """The middle alone, whatever ``crops`` says."""
+    """The Excerpt of the one window; ``crops`` is ignored."""
     clip = recording.middle()
     real = round(clip.scored_s * clip.sample_rate_hz)
     before = (len(clip.samples) - real) // 2
-    heard = clip.samples[before : before + real]
+    samples = clip.samples[before : before + real]
     features = extract(clip.samples, recording.config)[np.newaxis]
-    return _excerpt(recording, features, clip.info, clip.scored_s, [heard])
+    return _excerpt(recording, features, clip.info, clip.scored_s, [samples])
 
 
 def _crops(recording: _Recording, crops: int) -> Excerpt:
@@ -278,12 +282,12 @@ def _crops(recording: _Recording, crops: int) -> Excerpt:
         cut = recording.reader(part, config.window_s)
         pieces += [_centred(cut(start), config.window_samples) for start in part]
     features = np.stack([extract(piece, config) for piece in pieces])
-    heard_s = covered_s(starts, info.duration_s, config.window_s)
-    return _excerpt(recording, features, info, heard_s, pieces)
+    scored_s = covered_s(starts, info.duration_s, config.window_s)
+    return _excerpt(recording, features, info, scored_s, pieces)
 
 
 def _parts(starts: Sequence[float], window_s: float) -> Iterator[list[float]]:
-    """Consecutive starts whose windows lie within ``_SPAN_S``, to be cut from one read."""
+    """Groups of consecutive starts whose windows lie within ``_SPAN_S``, to be cut from one read."""
     part: list[float] = []
     for start in starts:
         if part and start + window_s - part[0] > _SPAN_S:
@@ -294,20 +298,20 @@ def _parts(starts: Sequence[float], window_s: float) -> Iterator[list[float]]:
 
 
 def _centred(samples: Array, size: int) -> Array:
-    """``size`` samples: those given, between zeros."""
+    """The samples with zeros on both sides, ``size`` in all."""
     missing = size - len(samples)
     return np.pad(samples, (missing // 2, missing - missing // 2)) if missing else samples
 
 
 def _level_dbfs(samples: Array) -> float:
-    """RMS level over full scale, in dB; an offset, which many microphones have when they are mute, is no sound."""
+    """RMS level in dBFS without the constant offset, which many microphones have when they are mute."""
     count = max(len(samples), 1)
     power = float(samples @ samples) / count - (float(samples.sum(dtype=np.float64)) / count) ** 2
     return float(10 * np.log10(max(power, _FAINTEST)))
 
 
 def _sound_s(samples: Array, rate_hz: int) -> float:
-    """Seconds of it that are no silence, in steps of 10 ms; an offset of a step is no sound."""
+    """Seconds that are not silent, in steps of 10 ms; a step's constant offset does not count as sound."""
     step = max(rate_hz // 100, 1)
     power = samples[: len(samples) // step * step].reshape(-1, step).var(axis=1)
     return float((power >= 10 ** (SILENCE_DBFS / 10)).sum() * step / rate_hz)

@@ -1,12 +1,13 @@
-"""Which patches of a log-mel picture speak for a class: occlusion, the network as a black box.
+"""Occlusion: which patches of a log-mel picture matter for a class, with the network as a black box.
 
-Method: a patch of 2 x 2 cells slides over the picture one cell at a time, past the borders too; it is replaced by 0,
-the picture's mean, which is also what masks were in training (SpecAugment), and the fall of the class's log-odds is
-noted. A cell's importance is the mean over the four patches that hid it. Source: Zeiler & Fergus 2014, "Visualizing and
-Understanding Convolutional Networks", section 4.2; log-odds, because probabilities near 1 hardly fall.
-Limits: shows what the network used, not what the speaker felt; patches that help each other are each undervalued.
+Method: a patch of 2 x 2 cells slides over the picture one cell at a time, also past the borders. It is replaced by 0,
+the picture's mean, as masks were in training (SpecAugment), and the decrease of the class's log-odds is measured. A
+cell's importance is the mean over the four patches that covered it. Source: Zeiler & Fergus 2014, "Visualizing and
+Understanding Convolutional Networks", section 4.2; log-odds, as probabilities near 1 hardly change.
+Limits: it shows what the network used, not what the speaker felt; patches that carry the same evidence are each
+undervalued.
 
-What the model sees of a recording, to be drawn: the outline of its sound, and the log-mel picture of its window.
+Also the data to draw a recording: the outline of its waveform, and the log-mel picture of the model's window.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class OcclusionMap:
     Attributes:
         log_p: log-probabilities of the untouched picture, ``(classes,)``.
         target: index of the class that is explained.
-        importance: fall of its log-odds in nats when the cell is hidden, ``(rows, columns)``; row 0 lowest bands.
-        band_edges: first band of each row, and the number of bands, ``(rows + 1,)``.
-        frame_edges: first frame of each column, and the number of frames, ``(columns + 1,)``.
+        importance: decrease of its log-odds in nats if the cell is hidden, ``(rows, columns)``; row 0: lowest bands.
+        band_edges: first band of each row, and the number of bands at the end, ``(rows + 1,)``.
+        frame_edges: first frame of each column, and the number of frames at the end, ``(columns + 1,)``.
     """
 
     log_p: Floats
@@ -44,11 +45,11 @@ class OcclusionMap:
     frame_edges: NDArray[np.intp]
 
     def frequency_edges_hz(self, config: FeatureConfig) -> Floats:
-        """Where the rows begin and end, in Hz, ``(rows + 1,)``: middles between the centres of bands."""
+        """Borders of the rows in Hz, ``(rows + 1,)``: midpoints between the centres of neighbouring bands."""
         return np.asarray(band_borders_hz(config)[self.band_edges])
 
     def time_edges_s(self, config: FeatureConfig) -> Floats:
-        """Where the columns begin and end, in seconds from the start of the picture, ``(columns + 1,)``."""
+        """Borders of the columns in seconds from the start of the picture, ``(columns + 1,)``."""
         step_s = config.hop_length / config.sample_rate_hz
         return np.asarray(np.clip((self.frame_edges - 0.5) * step_s, 0.0, config.window_s))
 
@@ -71,32 +72,34 @@ def occlusion_map(
 
     Args:
         picture: features, float32 ``(1, bands, frames)``.
-        log_probabilities: of pictures ``(n, 1, bands, frames)``, ``(n, classes)``: ``Predictor.log_probabilities``.
-        target: index of the class; the most probable one when None.
-        rows: cells over the bands. The network runs ``1 + (rows + 1) * (columns + 1)`` times.
-        columns: cells over the frames.
+        log_probabilities: function from pictures ``(n, 1, bands, frames)`` to ``(n, classes)``, such as
+            ``Predictor.log_probabilities``.
+        target: index of the class; None: the most probable one.
+        rows: number of cells over the bands. The network runs ``1 + (rows + 1) * (columns + 1)`` times.
+        columns: number of cells over the frames.
 
     Raises:
-        FeatureError: the features are no picture, or have fewer bands or frames than cells.
+        FeatureError: the features are no log-mel picture, or have fewer bands or frames than cells.
     """
-    asking = occlusion_steps(picture, target=target, rows=rows, columns=columns)
+    steps = occlusion_steps(picture, target=target, rows=rows, columns=columns)
     try:
-        asking.send(log_probabilities(next(asking)))
+        steps.send(log_probabilities(next(steps)))
     except StopIteration as end:
         found: OcclusionMap = end.value
         return found
-    raise AssertionError("one question is all that is asked")
+    raise AssertionError("occlusion_steps yields once")
 
 
 def occlusion_steps(
     picture: Array, *, target: int | None = None, rows: int = 8, columns: int = 16
 ) -> Generator[Array, Floats, OcclusionMap]:
-    """``occlusion_map`` for whoever runs the network elsewhere: yields pictures, is sent their log-probabilities.
+    """``occlusion_map`` as a generator, for callers that run the network elsewhere.
 
-    Yields ``(n, 1, bands, frames)``, of ``picture (1, bands, frames)`` and its variants; is sent ``(n, classes)``.
+    Yields once ``(n, 1, bands, frames)``: the ``picture`` ``(1, bands, frames)`` and its variants with hidden patches;
+    must be sent their log-probabilities ``(n, classes)``.
 
     Raises:
-        FeatureError: no log-mel picture, or more cells than it has bands or frames.
+        FeatureError: the features are no log-mel picture, or have fewer bands or frames than cells.
     """
     if picture.ndim != 3 or len(picture) != 1:
         raise FeatureError(f"only log-mel pictures (1, bands, frames) can be explained, got shape {picture.shape}")
@@ -126,22 +129,22 @@ def _log_odds(log_p: Floats, target: int) -> Floats:
 
 _NO_POWER = 1e-10
 OUTLINE_S = 30.0
-"""As much of a long recording is drawn, around the model's window, where not all of it is."""
+"""Longest part of a recording that is drawn; of longer ones the part around the model's window."""
 _POINTS, _COLUMNS, _FRAMES_A_COLUMN = 1000, 480, 4
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Times in seconds from the start of the recording.
+    """Data to draw a recording; times are in seconds from its start.
 
     Attributes:
-        outline_start_s: where the outline begins; ``outline_end_s``: where it ends.
-        low: lowest sample of each of n equal parts, ``(n,)``; ``high``: highest.
-        window_start_s: start of the model's window; negative where it begins with padding.
+        outline_start_s: start of the outlined part; ``outline_end_s``: its end.
+        low: lowest sample in each of n equal parts of it, ``(n,)``; ``high``: highest.
+        window_start_s: start of the model's window; negative if the window begins with padding.
         frequency_hz: centres of the mel bands, ``(bands,)``; ``time_s``: of the frames, ``(frames,)``.
-        level_db: dB below the loudest cell, cut at ``top_db``, ``(bands, frames)``; row 0 the lowest band. Of digital
-            silence all are at ``-top_db``.
-        overview_db: the same of what is outlined, ``(bands, columns)``, in columns of equal length.
+        level_db: level relative to the loudest cell in dB, at least ``-top_db``, ``(bands, frames)``; row 0 is the
+            lowest band. For digital silence all cells are ``-top_db``.
+        overview_db: the same for the outlined part, ``(bands, columns)``, in columns of equal length.
     """
 
     outline_start_s: float
@@ -157,7 +160,7 @@ class Picture:
 
 
 def outline_part(duration_s: float, centre_s: float) -> tuple[float, float]:
-    """Start and length in seconds of the part to outline: all, or ``OUTLINE_S`` around the window's middle.
+    """Start and length in seconds of the part to draw: all, or ``OUTLINE_S`` around the window's middle.
 
     >>> outline_part(3.0, 1.5), outline_part(100.0, 50.0), outline_part(100.0, 99.0)
     ((0.0, 3.0), (35.0, 30.0), (70.0, 30.0))
@@ -167,11 +170,11 @@ def outline_part(duration_s: float, centre_s: float) -> tuple[float, float]:
 
 
 class Overview:
-    """Outline and levels of a part of a recording, small enough to be drawn; filled clip by clip.
+    """Outline and mel levels of a part of a recording at a resolution for drawing; clips are added one by one.
 
     Args:
-        start_s: where the part begins; ``length_s``: how long it is.
-        points: parts of the outline at most.
+        start_s: start of the part; ``length_s``: its length.
+        points: largest number of points of the outline.
     """
 
     def __init__(self, start_s: float, length_s: float, config: FeatureConfig, points: int = _POINTS) -> None:
@@ -185,7 +188,7 @@ class Overview:
         self._power, self._frames = np.zeros((columns, config.n_mels)), np.zeros(columns)
 
     def add(self, clip: Clip) -> None:
-        """Take in what lies in a clip, at the config's rate."""
+        """Add a clip, whose sample rate must be that of the config."""
         at = (clip.start_s - self.start_s) / self.length_s
         if not len(clip.samples):
             return
@@ -200,29 +203,29 @@ class Overview:
         np.add.at(self._frames, column, 1)
 
     def _places(self, at: float, count: int, step: int, places: int) -> NDArray[np.intp]:
-        """In which of ``places`` equal parts ``count`` things lie, of which there is one every ``step`` samples."""
+        """In which of ``places`` equal parts each of ``count`` points, ``step`` samples apart, lies: ``(count,)``."""
         share = at + np.arange(count) * (step / (self._config.sample_rate_hz * self.length_s))
         return np.clip((share * places).astype(np.intp), 0, places - 1)
 
     @property
     def level_db(self) -> Array:
-        """Levels in dB below the loudest cell, ``(bands, columns)``; what no clip brought is silent."""
+        """Levels in dB relative to the loudest cell, ``(bands, columns)``; columns without a clip are silent."""
         mean = self._power / np.maximum(self._frames, 1)[:, np.newaxis]
         return _level_db(mean.T.astype(np.float32), self._config)
 
     @property
     def outline(self) -> tuple[Array, Array]:
-        """Lowest and highest sample of each of n equal parts, ``(n,)`` each; 0 where no clip brought any."""
+        """Lowest and highest sample of each of n equal parts, ``(n,)`` each; 0 for parts without a clip."""
         there = np.isfinite(self.low)
         return np.where(there, self.low, np.float32(0)), np.where(there, self.high, np.float32(0))
 
 
 def draw(window: Clip, overview: Overview, config: FeatureConfig) -> Picture:
-    """The picture of a recording.
+    """The data to draw a recording.
 
     Args:
-        window: what the model hears, as ``audio.load_middle`` gives it at the config's rate and length.
-        overview: what is drawn around it.
+        window: the model's input window, from ``audio.load_middle`` with the config's sample rate and length.
+        overview: the part of the recording around it.
     """
     low, high = overview.outline
     level_db = _level_db(mel_power(window.samples, config), config)
@@ -245,6 +248,6 @@ def draw(window: Clip, overview: Overview, config: FeatureConfig) -> Picture:
 def _level_db(power: Array, config: FeatureConfig) -> Array:
     level_db: Array = np.asarray(10.0 * np.log10(np.maximum(power, np.float32(_NO_POWER))), dtype=np.float32)
     level_db = np.asarray(np.maximum(level_db - level_db.max(), np.float32(-config.top_db)), dtype=np.float32)
-    if power.max() <= _NO_POWER:  # all of it is the loudest, and would be the brightest
+    if power.max() <= _NO_POWER:  # silence: every cell is as loud as the loudest and would be drawn brightest
         level_db[:] = -config.top_db
     return level_db

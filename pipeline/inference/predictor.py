@@ -1,10 +1,11 @@
-"""From recordings to probabilities: the only path that jobs, service, app and tests take.
+"""From recordings to probabilities; jobs, service, app and tests all use this code.
 
-A recording is decoded (``pipeline.audio.load``), its window or crops become features (``pipeline.features.features``),
-the network gives logits (``pipeline.models.backends``), which are divided by the bundle's temperature; several crops
-are pooled as the mean of their log-probabilities, renormalised. ``predict`` hears one window (or crops) of recordings,
-``follow`` all of one, window by window. A recording that cannot be used becomes a Prediction with its error's code;
-neither raises. ``ScoreOptions`` is what ``jobs.score`` and ``jobs.infer`` ask of it.
+A recording is decoded (``pipeline.audio.load``), features are computed of its window or crops
+(``pipeline.features.features``), the network computes logits (``pipeline.models.backends``), and these are divided by
+the bundle's temperature. Several crops are pooled: the mean of their log-probabilities, renormalised. ``predict``
+analyses one window (or crops) of each recording, ``follow`` a whole recording, window by window. Neither raises for a
+recording that cannot be used: its Prediction has an error code. ``ScoreOptions`` are the options of ``jobs.score`` and
+``jobs.infer``.
 """
 
 from __future__ import annotations
@@ -33,23 +34,24 @@ Channels = int | Literal["mix", "each"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one recording.
+    """The model's answer to one recording.
 
     Attributes:
-        status: ``ok``, or the code of the AudioError.
-        error: why the recording could not be used, one line; None when it could.
-        predicted: the most probable label; None when there is none.
-        confidence: its probability, calibrated by the bundle's temperature; NaN when there is none.
-        probabilities: float64 ``(classes,)`` in the bundle's label order, sum 1; NaN when there are none.
+        status: ``ok``, or the code of the error.
+        error: why the recording could not be used, in one line; None if it could.
+        predicted: the most probable label; None if there is none.
+        confidence: its probability, calibrated by the bundle's temperature; NaN if there is none.
+        probabilities: float64 ``(classes,)`` in the bundle's label order, sum 1; NaN if there are none.
         duration_s: length of the recording.
-        scored_s: how much of it was heard; of windows all over it those that are silent were not.
-        sample_rate_hz: of the recording as stored.
-        channels: of the recording as stored.
-        level_dbfs: RMS level of what was heard, of the loudest window when there are several.
-        notice: what users should know of how the recording was read, "" mostly.
-        speech_share: of what was heard, see ``audio.speech``; of the window with most when there are several.
-        familiarity: see ``models.doubt``, the mean of the windows; NaN where the bundle does not know.
-        speech, familiar: whether these are enough for an answer, and for one that may be relied on.
+        scored_s: seconds of it that were analysed; with ``follow``, silent windows do not count.
+        sample_rate_hz: sample rate of the recording as stored.
+        channels: number of channels as stored.
+        level_dbfs: RMS level of the window; with several windows, of the loudest one.
+        notice: what users should know about how the recording was read, mostly "".
+        speech_share: share of speech in the window, see ``audio.speech``; with several windows, the largest one.
+        familiarity: see ``models.doubt``, mean over the windows; NaN if the bundle has no familiarity.
+        speech, familiar: whether ``speech_share`` and ``familiarity`` are high enough for speech, and whether
+            ``familiarity`` is high enough to trust the answer.
     """
 
     status: str
@@ -75,12 +77,12 @@ class Prediction:
 
     @property
     def entropy(self) -> float:
-        """See ``entropy``."""
+        """The normalised entropy of the probabilities, see the function ``entropy``."""
         return float(entropy(self.probabilities))
 
     @property
     def margin(self) -> float:
-        """See ``margin``."""
+        """Best minus second-best probability, see the function ``margin``."""
         return float(margin(self.probabilities))
 
     def label(self, min_confidence: float = 0.0, silence_dbfs: float = SILENCE_DBFS) -> str | None:
@@ -91,7 +93,7 @@ class Prediction:
         return named(self.predicted, self.confidence, self.level_dbfs, min_confidence, silence_dbfs, *doubt)
 
     def told(self, silence_dbfs: float = SILENCE_DBFS) -> Prediction:
-        """As it is told: silence, and what is no speech, has no probabilities, and no confidence."""
+        """The Prediction to show: for silence and for what is not speech, without probabilities and confidence."""
         if self.speech and not self.level_dbfs < silence_dbfs:
             return self
         none = np.full(len(self.probabilities), np.nan)
@@ -99,7 +101,7 @@ class Prediction:
 
 
 class Predictor:
-    """A bundle, ready to run. Not safe for use by several threads at once, but for ``listen``."""
+    """A bundle that is ready to run. Only ``listen`` may be called by several threads at once."""
 
     def __init__(
         self,
@@ -138,14 +140,14 @@ class Predictor:
         Args:
             backend: ``auto``, ``onnx`` or ``torch``, see ``pipeline.models.backends``.
             device: ``cpu``, or a PyTorch device such as ``cuda``.
-            threads: math threads; all CPUs that this process may use when None.
-            batch_size: examples the network sees at once.
-            crops: windows a recording, evenly spaced; the bundle's own number when None.
-            limits: recordings beyond them are refused before they are decoded.
+            threads: threads of the network; None: all CPUs that this process may use.
+            batch_size: examples in a batch of the network.
+            crops: number of evenly spaced windows in each recording; None: the bundle's own number.
+            limits: recordings beyond these limits are refused before they are decoded.
 
         Raises:
             BundleError: no usable bundle.
-            SerError: a back end or device that is not there, or a number out of range.
+            SerError: a back end or device that is not available, or a number out of range.
         """
         bundle = load_bundle(path)
         opened = open_backend(bundle, backend, device, threads)
@@ -165,9 +167,9 @@ class Predictor:
         return self.answers(features)[:, :-1]
 
     def answers(self, features: Array) -> Floats:
-        """``log_probabilities`` and, in a last column, the familiarity: float64 ``(n, classes + 1)``.
+        """``log_probabilities`` with the familiarity as a last column: float64 ``(n, classes + 1)``.
 
-        The familiarity is NaN where the bundle does not know.
+        The familiarity is NaN if the bundle has none.
 
         Raises:
             SerError: features of another shape.
@@ -191,7 +193,7 @@ class Predictor:
         return np.exp(self.log_probabilities(features))
 
     def predict(self, sources: Sequence[audio.AudioSource], *, channel: audio.Channel = "mix") -> list[Prediction]:
-        """One Prediction a source, in order. Never raises for a recording that cannot be used."""
+        """One Prediction for each source, in order. Never raises for a recording that cannot be used."""
         results: list[Prediction] = []
         for begin in range(0, len(sources), self.batch_size):
             part = sources[begin : begin + self.batch_size]
@@ -199,16 +201,16 @@ class Predictor:
         return results
 
     def listen(self, source: audio.AudioSource, *, channel: audio.Channel = "mix", isolated: bool = False) -> Excerpt:
-        """Decode a recording and make its features; problems are told in the Excerpt, not raised.
+        """Decode a recording and compute its features; errors are returned in the Excerpt, not raised.
 
         Args:
             channel: ``mix``, or the number of one channel.
-            isolated: decode in a process of its own, so that a decoder that crashes costs no more than its recording.
+            isolated: decode in a separate process, so that a crash of the decoder affects only this recording.
         """
         return listen(source, self.bundle.features, self.crops, channel, isolated=isolated, limits=self.limits)
 
     def classify(self, excerpts: Sequence[Excerpt]) -> list[Prediction]:
-        """One Prediction an excerpt, in order, the network run over all of them together."""
+        """One Prediction for each excerpt, in order; the network runs on all of them together."""
         usable = [excerpt for excerpt in excerpts if excerpt.status == "ok"]
         answers = self.answers(np.concatenate([e.features for e in usable])) if usable else np.empty((0, 0))
         ends = np.cumsum([len(e.features) for e in usable], dtype=int)
@@ -216,19 +218,19 @@ class Predictor:
         return [self.prediction(e, next(parts)) if e.status == "ok" else self._prediction(e, None) for e in excerpts]
 
     def prediction(self, excerpt: Excerpt, answers: Floats) -> Prediction:
-        """The Prediction of a usable excerpt whose windows have these ``answers``, ``(windows, classes + 1)``."""
+        """The Prediction of a usable excerpt from the ``answers`` to its windows, ``(windows, classes + 1)``."""
         familiarity = float(answers[:, -1].mean())
         speech = bool(self._speech(np.array([excerpt.speech_share]), np.array([familiarity]))[0])
         found = self._prediction(excerpt, pool(answers[:, :-1]))
         return replace(found, familiarity=familiarity, speech=speech, familiar=bool(self._familiar(familiarity)))
 
     def _familiar(self, familiarity: float | Floats) -> NDArray[np.bool_]:
-        """Whether a window is like enough to the training recordings."""
+        """Whether windows are similar enough to the training recordings, ``(n,)``."""
         least = 0.0 if self._familiarity is None else self._familiarity.least
         return np.asarray(~np.less(familiarity, least))
 
     def _speech(self, share: Floats, familiarity: Floats) -> NDArray[np.bool_]:
-        """Whether windows may be speech."""
+        """Whether windows may be speech, ``(n,)``."""
         least = 0.0 if self._familiarity is None else self._familiarity.least_of_speech
         return np.asarray(~(share < LEAST_SHARE) & ~(familiarity < least))
 
@@ -241,7 +243,7 @@ class Predictor:
         silence_dbfs: float = SILENCE_DBFS,
         isolated: bool = False,
     ) -> tuple[Prediction, Timeline]:
-        """A recording over time, and all of it together: the windows that are not silent, pooled.
+        """Analyse a whole recording in windows: the pooled Prediction of its windows with speech, and the Timeline.
 
         Args:
             steps: the windows; they may not be longer than the model's.
@@ -269,10 +271,10 @@ class Predictor:
         silence_dbfs: float = SILENCE_DBFS,
         isolated: bool = False,
     ) -> Generator[Array, Floats, tuple[Prediction, Timeline]]:
-        """``follow`` for whoever runs the network elsewhere, or shares it: what it decodes, it decodes in between.
+        """``follow`` as a generator, for callers that run the network elsewhere or share it.
 
-        Yields features ``(n, *input_shape)`` of the next windows, n up to ``batch_size``, and is sent their
-        ``answers``, ``(n, classes + 1)``. Windows that are given are never refused for holding little sound.
+        Yields features ``(n, *input_shape)`` of the next windows, n up to ``batch_size``, and must be sent their
+        ``answers``, ``(n, classes + 1)``. ``GivenWindows`` are never refused as too short or too silent.
 
         Raises:
             SerError: windows longer than the model's.
@@ -280,8 +282,8 @@ class Predictor:
         config = self.bundle.features
         if steps.window_s > config.window_s:
             raise SerError(
-                f"window_s {steps.window_s:g} is more than the {config.window_s:g} s that {self.bundle.name} hears "
-                f"at a time; give --window_s {config.window_s:g}"
+                f"window_s {steps.window_s:g} is longer than the input window of {self.bundle.name}, "
+                f"{config.window_s:g} s; give --window_s {config.window_s:g}"
             )
         try:
             info = describe(source, isolated=isolated, limits=self.limits)
@@ -297,7 +299,7 @@ class Predictor:
         except Exception as error:  # as in listen: a recording never ends the job
             return self._prediction(failed(config, error), None), no_windows(len(self.labels))
         sounding = np.unique(timeline.start_s[timeline.level_dbfs >= silence_dbfs]).tolist()
-        heard = Excerpt(
+        excerpt = Excerpt(
             np.empty((0, *config.input_shape), np.float32),
             info.duration_s,
             covered_s(sounding, info.duration_s, steps.window_s),
@@ -308,7 +310,7 @@ class Predictor:
             float(np.fmax.reduce([share for *_, share in tracks])),
         )
         speech, familiarity, familiar = timeline.doubt(silence_dbfs)
-        found = self._prediction(heard, timeline.pooled(silence_dbfs))
+        found = self._prediction(excerpt, timeline.pooled(silence_dbfs))
         return replace(found, speech=speech, familiarity=familiarity, familiar=familiar), timeline
 
     def _track(
@@ -320,9 +322,9 @@ class Predictor:
         isolated: bool,
         silence_dbfs: float,
     ) -> Generator[Array, Floats, tuple[Timeline, float, str, float]]:
-        """The windows of a channel, seconds of sound in the fullest, what users should know, most speech_share.
+        """The Timeline of a channel, the most seconds of sound in a window, the notice, and the largest speech_share.
 
-        Silence costs the network nothing: all classes are as likely, and its familiarity is not known.
+        Silent windows are not sent to the network: they get equal probabilities and an unknown familiarity.
         """
         config, size = self.bundle.features, self.batch_size
         sound_s, notice = 0.0, ""
@@ -375,7 +377,7 @@ class Predictor:
 
 
 def entropy(p: Floats) -> Floats:
-    """Shannon entropy of probabilities ``(..., classes)`` over that of a uniform guess: 0 certain, 1 clueless."""
+    """Shannon entropy of probabilities ``(..., classes)``, divided by that of equal ones: 0 certain, 1 all equal."""
     return np.asarray(-(p * np.log(np.maximum(p, 1e-300))).sum(axis=-1) / np.log(p.shape[-1]))
 
 
@@ -387,14 +389,14 @@ def margin(p: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What is asked of the model. A run is resumed only under the same options.
+    """Options of a scoring run. A run can be resumed only with the same options.
 
     Attributes:
-        crops: windows a recording; the bundle's own number when None.
-        min_confidence: answers below it become ``uncertain``; no evaluation changes by it.
-        channels: ``mix``, the number of one channel, or ``each``, which implies windows.
-        window_s: hear all of a recording in windows of this length; None for its middle, or its crops.
-        hop_s: from one window's start to the next one's; ``window_s`` when None.
+        crops: number of windows in each recording; None: the bundle's own number.
+        min_confidence: answers below it become ``uncertain``; evaluations do not change.
+        channels: ``mix``, the number of one channel, or ``each``, which needs ``window_s``.
+        window_s: analyse whole recordings in windows of this length; None: only the model's window, or the crops.
+        hop_s: seconds from one window's start to the next; None: ``window_s``.
         silence_dbfs: RMS level below which a window is ``silence``.
     """
 
@@ -409,33 +411,33 @@ class ScoreOptions:
         if self.crops is not None:
             check_crops(self.crops)
         if not 0.0 <= self.min_confidence <= 1.0:
-            raise SerError(f"min_confidence must lie in 0..1, got {self.min_confidence}")
+            raise SerError(f"min_confidence must be between 0 and 1, got {self.min_confidence}")
         if not math.isfinite(self.silence_dbfs):
             raise SerError(f"silence_dbfs must be a finite number, got {self.silence_dbfs}; -300 calls nothing silence")
         if self.hop_s is not None and self.window_s is None:
             raise SerError(f"hop_s {self.hop_s:g} needs window_s; give --window_s too")
         if self.window_s is None and self.channels == "each":
-            raise SerError("channels heard each on their own are heard in windows; give --window_s too")
+            raise SerError("channels each needs window_s; give --window_s too")
         if self.crops is not None and self.window_s is not None:
-            raise SerError("crops and window_s exclude each other: windows hear all of a recording; leave one out")
+            raise SerError("crops and window_s cannot be used together: window_s covers the whole recording; give one")
         _ = self.steps  # checks the rest
 
     @property
     def steps(self) -> SlidingWindow | None:
-        """The windows, when there are any."""
+        """The windows of ``window_s`` and ``hop_s``; None without ``window_s``."""
         if self.window_s is None:
             return None
         return SlidingWindow(self.window_s, self.window_s if self.hop_s is None else self.hop_s)
 
     @property
     def tables(self) -> list[str]:
-        """The tables that a run leaves."""
+        """Names of the tables that a run writes."""
         windowed = ["segments"] if self.window_s is not None else []
         return ["predictions", *windowed, *(["channels"] if self.channels == "each" else [])]
 
     @property
     def channel(self) -> audio.Channel:
-        """The one channel that is heard, where it is not each."""
+        """The one channel to analyse: ``mix`` or a number. Raises ValueError for ``each``."""
         if self.channels == "each":
-            raise ValueError("each channel is heard, not one")
+            raise ValueError("channels is each, not a single channel")
         return self.channels

@@ -1,7 +1,7 @@
-"""A recording over time: what the model says of each window of each channel, and neighbours that agree as one segment.
+"""A recording over time: the model's answer to each window of each channel, and runs of equal answers as segments.
 
-Held as arrays, because a call of three hours has 20,000 windows. Pooling is the mean of log-probabilities,
-renormalised: a window that is sure weighs more than one that is not. Silence is marked, not classified.
+The windows are stored as arrays, as a call of three hours has 20,000 of them. Pooling is the mean of log-probabilities,
+renormalised: a window with a high confidence has more weight. Silence is marked, not classified.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Floats = NDArray[np.float64]
 SILENCE, NOT_SPEECH, UNCERTAIN = "silence", "not_speech", "uncertain"
 NO_EMOTION = (SILENCE, NOT_SPEECH)  # answers without probabilities
 SURE_ENOUGH = 0.5
-"""The ``min_confidence`` of ``auto``: of calibrated answers above it more are right than wrong."""
+"""The ``min_confidence`` of ``auto``: a calibrated answer above it is more likely right than wrong."""
 SILENCE_DBFS = -70.0
-"""Windows below this RMS level are silence; the quietest whispering in studio corpora lies at -61 dBFS."""
+"""Windows below this RMS level are silence; the quietest whispering in studio corpora is at -61 dBFS."""
 
 
 def named(
@@ -34,9 +34,9 @@ def named(
     speech: bool = True,
     familiar: bool = True,
 ) -> str:
-    """The answer to show: ``best``, or ``silence``, ``not_speech`` or ``uncertain`` in its place.
+    """The answer to show: ``best``, or ``silence``, ``not_speech`` or ``uncertain`` instead.
 
-    What is unlike the training recordings is ``uncertain`` wherever a ``min_confidence`` is asked for.
+    Sound unlike the training recordings is ``uncertain`` if ``min_confidence`` is above 0.
     """
     if level_dbfs < silence_dbfs:
         return SILENCE
@@ -52,21 +52,21 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 def pool(log_p: Floats) -> Floats:
-    """Mean of log-probabilities ``(n, classes)``, renormalised, ``(classes,)``; a single row stays as it is."""
+    """Mean of log-probabilities ``(n, classes)``, renormalised, ``(classes,)``; a single row is returned unchanged."""
     return np.asarray(log_p[0] if len(log_p) == 1 else log_softmax(log_p.mean(axis=0, keepdims=True))[0])
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Windows in order, all of one channel before those of the next: n windows, C classes.
+    """n windows in order of time, one channel after the other; C classes.
 
     Attributes:
         channel: ``mix``, or the channel's number as text, ``(n,)``.
-        start_s: where each window starts, ``(n,)``; ``end_s``: where it ends.
+        start_s: start of each window, ``(n,)``; ``end_s``: its end.
         level_dbfs: its RMS level, ``(n,)``.
         log_p: its log-probabilities, ``(n, C)``.
-        speech: whether it may be speech, ``(n,)``; ``familiarity``: see ``models.doubt``, NaN where unknown;
-            ``familiar``: whether that is enough. By default all is speech, and familiar.
+        speech: whether it may be speech, ``(n,)``; ``familiarity``: see ``models.doubt``, NaN if unknown;
+            ``familiar``: whether that is high enough. By default all windows are speech and familiar.
     """
 
     channel: NDArray[np.object_]
@@ -94,7 +94,7 @@ class Timeline:
     def names(
         self, labels: Sequence[str], min_confidence: float = 0.0, silence_dbfs: float = SILENCE_DBFS
     ) -> list[str]:
-        """What to call each window, see ``named``."""
+        """The answer to show for each window, see ``named``."""
         p = self.probabilities
         best = [labels[i] for i in p.argmax(axis=1)] if len(p) else []
         shown = zip(best, p.max(axis=1, initial=0.0), self.level_dbfs, self.speech, self.familiar, strict=True)
@@ -104,19 +104,20 @@ class Timeline:
         ]
 
     def told(self, silence_dbfs: float = SILENCE_DBFS) -> Floats:
-        """``(n, C)`` probabilities as they are told: silence, and what is no speech, has none (NaN)."""
-        return np.where(self._heard(silence_dbfs)[:, np.newaxis], self.probabilities, np.nan)
+        """Probabilities ``(n, C)`` to show: NaN for silence and for what is not speech."""
+        return np.where(self._sounding(silence_dbfs)[:, np.newaxis], self.probabilities, np.nan)
 
-    def _heard(self, silence_dbfs: float) -> NDArray[np.bool_]:
+    def _sounding(self, silence_dbfs: float) -> NDArray[np.bool_]:
+        """Windows that are neither silent nor without speech, ``(n,)``."""
         return (self.level_dbfs >= silence_dbfs) & self.speech
 
     def pooled(self, silence_dbfs: float = SILENCE_DBFS) -> Floats:
-        """Log-probabilities ``(C,)`` of all windows together: those with speech, or all when none has any."""
-        heard = self._heard(silence_dbfs)
-        return pool(self.log_p[heard] if heard.any() else self.log_p)
+        """Log-probabilities ``(C,)`` of the windows with speech together; of all windows if none has speech."""
+        sounding = self._sounding(silence_dbfs)
+        return pool(self.log_p[sounding] if sounding.any() else self.log_p)
 
     def per_channel(self, silence_dbfs: float = SILENCE_DBFS) -> Timeline:
-        """All windows of a channel as one, for each channel."""
+        """One window for each channel, which pools all windows of the channel."""
         channels = [self.where(self.channel == name) for name in dict.fromkeys(self.channel)]
         return Timeline(
             np.array([c.channel[0] for c in channels], dtype=object),
@@ -128,27 +129,27 @@ class Timeline:
         )
 
     def doubt(self, silence_dbfs: float = SILENCE_DBFS) -> tuple[bool, float, bool]:
-        """Of all windows together: whether any is speech, their mean familiarity, whether most are familiar."""
-        heard = self._heard(silence_dbfs)
-        rows = heard if heard.any() else np.ones(len(self), bool)
+        """Whether any window is speech, the mean familiarity, and whether at least half of the windows are familiar."""
+        sounding = self._sounding(silence_dbfs)
+        rows = sounding if sounding.any() else np.ones(len(self), bool)
         return bool(self.speech.any()), float(self.familiarity[rows].mean()), bool(self.familiar[rows].mean() >= 0.5)
 
     def where(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Timeline:
-        """The windows of an index or a mask."""
+        """The windows of an index array or a mask, ``(n,)``."""
         return Timeline(*(getattr(self, name)[rows] for name in _FIELDS))
 
     def later(self, seconds: float) -> Timeline:
-        """The same windows, that much later: of a recording of which this is a segment."""
+        """The same windows, ``seconds`` later: their times in the recording of which this is a segment."""
         return replace(self, start_s=self.start_s + seconds, end_s=self.end_s + seconds)
 
     def merged(self, names: Sequence[str]) -> tuple[Timeline, list[str]]:
-        """Neighbours of one channel and one name as one segment; where segments overlap, the border is in the middle.
+        """Merge neighbouring windows of one channel and one name; if segments overlap, the border is in the middle.
 
         Args:
-            names: what each window is called, as ``names`` gives it.
+            names: the name of each window, from ``names``.
 
         Returns:
-            The segments (pooled log-probabilities, level of the loudest window), and what they are called.
+            The segments (pooled log-probabilities, level of the loudest window), and their names.
         """
         if not len(self):
             return self, []
@@ -182,12 +183,12 @@ def no_windows(classes: int) -> Timeline:
 
 
 def joined(timelines: Sequence[Timeline]) -> Timeline:
-    """One Timeline of several, in their order."""
+    """Several Timelines in one, in their order."""
     return Timeline(*(np.concatenate([getattr(t, name) for t in timelines]) for name in _FIELDS))
 
 
 def nested(timelines: Sequence[Timeline]) -> pa.ListArray:
-    """Timelines as one Arrow column, a list of windows for each."""
+    """Timelines as one Arrow column, with a list of windows for each."""
     import pyarrow as pa
 
     whole = joined(timelines)
@@ -206,7 +207,7 @@ def nested(timelines: Sequence[Timeline]) -> pa.ListArray:
 
 
 def unnested(column: pa.ChunkedArray) -> list[Timeline]:
-    """What ``nested`` was given."""
+    """The inverse of ``nested``."""
     lists = column.combine_chunks()
     windows = lists.flatten()
     log_p = windows.field("log_p")

@@ -1,4 +1,4 @@
-"""Networks by name and the bundle on disk that holds one: weights, labels, features, card, ONNX, temperature.
+"""Networks by name, and the bundle on disk that holds one: weights, labels, features, model card, ONNX, temperature.
 
-Not here: training them (``training``), and recordings in, probabilities out (``inference``).
+Not here: training (``training``), and predictions for recordings (``inference``).
 """

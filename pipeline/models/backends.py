@@ -1,15 +1,13 @@
-"""Running a bundle's network: ONNX Runtime on the CPU, PyTorch on the CPU (the reference) or a GPU.
+"""Runs a bundle's network: with ONNX Runtime on the CPU, or with PyTorch on the CPU (the reference) or a GPU.
 
-Both map float32 features ``(n, *input_shape)`` to float32 logits ``(n, classes)`` and agree within 1e-5. Threads are
-set explicitly: ONNX Runtime a session, PyTorch for the whole process.
+Both map float32 features ``(n, *input_shape)`` to float32 logits ``(n, classes)`` and agree within 1e-5. The number of
+threads is set explicitly: per session in ONNX Runtime, for the whole process in PyTorch.
 
-A bundle's network as ONNX: written once, checked by the weights' hash, never half.
-
-``model.onnx`` maps ``features`` (batch, *input_shape) to ``logits`` (batch, classes) and ``embedding`` (batch, d), the
-penultimate features, float32, any batch size; batch norm is folded into the convolutions. Its metadata name the sha256
-of the weights it was made from, so that a file left behind by another training is made again rather than believed. The
-tracing exporter of PyTorch is used: it takes 1 s where the newer one takes 20 s, and gives the same logits within 1e-6.
-Needs the packages torch and onnx.
+Also exports a bundle's network to ONNX. ``model.onnx`` maps ``features`` (batch, *input_shape) to ``logits`` (batch,
+classes) and ``embedding`` (batch, d), the penultimate features, float32, for any batch size; batch norms are folded
+into the convolutions. The file is never half written. Its metadata hold the sha256 of the weights that it was made
+from; if that differs, the file is made again. PyTorch's tracing exporter is used: it takes 1 s, the newer one 20 s, and
+the logits are the same within 1e-6. Exporting needs the packages torch and onnx.
 """
 
 from __future__ import annotations
@@ -48,16 +46,16 @@ class ExportError(SerError):
 
 
 def cache_path(bundle: Bundle) -> Path:
-    """Where the network is kept when the bundle's folder cannot be written: the user's cache, by weights."""
+    """Path of the ONNX file in the user's cache folder, used if the bundle's folder is not writable."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base, "ser", "onnx", f"{bundle.weights_sha256}.onnx")
 
 
 def open_session(bundle: Bundle, threads: int) -> ort.InferenceSession | None:
-    """ONNX Runtime session of the bundle's ``model.onnx``, or of the cached one; None when neither is there.
+    """ONNX Runtime session of the bundle's ``model.onnx`` or of the cached one; None if neither exists and fits.
 
     Args:
-        threads: math threads of the session.
+        threads: threads of the session.
     """
     for path in (bundle.folder / ONNX_NAME, cache_path(bundle)):
         session = _open(path, threads) if path.is_file() else None
@@ -70,10 +68,10 @@ def open_session(bundle: Bundle, threads: int) -> ort.InferenceSession | None:
 
 
 def export(bundle: Bundle, path: Path | None = None) -> Path:
-    """Write the bundle's network as ONNX and return where: ``path``, else in the bundle, else in the user's cache.
+    """Write the bundle's network as ONNX to ``path``, by default into the bundle or the user's cache; returns the path.
 
     Raises:
-        ExportError: torch or onnx is missing, the network cannot be traced, or no place can be written.
+        ExportError: torch or onnx is missing, the network cannot be traced, or no folder is writable.
     """
     content = _onnx_bytes(bundle)
     places = [path] if path is not None else [bundle.folder / ONNX_NAME, cache_path(bundle)]
@@ -88,10 +86,10 @@ def export(bundle: Bundle, path: Path | None = None) -> Path:
 
 
 def ensure_onnx(bundle: Bundle) -> bool:
-    """Make sure that ``open_session`` finds a network; an export is said in one line on stderr.
+    """Export the network if ``open_session`` finds none; prints one line on stderr about it.
 
     Returns:
-        False when the network cannot be exported (also said); the PyTorch back end still works.
+        False if the network cannot be exported; the PyTorch back end still works.
     """
     if open_session(bundle, threads=1) is not None:
         return True
@@ -105,7 +103,7 @@ def ensure_onnx(bundle: Bundle) -> bool:
 
 
 def _open(path: Path, threads: int) -> ort.InferenceSession | None:
-    """Session of one file; None when it is damaged."""
+    """Session of one file; None if the file is damaged."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -114,7 +112,7 @@ def _open(path: Path, threads: int) -> ort.InferenceSession | None:
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception:  # the runtime's own exception classes have no public base; a damaged file is exported again
+    except Exception:  # ONNX Runtime's exceptions have no public base class; a damaged file is exported again
         return None
 
 
@@ -126,7 +124,7 @@ def _onnx_bytes(bundle: Bundle) -> bytes:
         raise ExportError(f"the package {error.name} is missing; install it with pip") from error
 
     class Outputs(torch.nn.Module):
-        """What the file gives: both outputs of the network."""
+        """The network with both outputs, logits and embedding."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -137,7 +135,7 @@ def _onnx_bytes(bundle: Bundle) -> bytes:
 
     example = torch.zeros(1, *bundle.features.input_shape)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter announces its successor, and LSTM limits that batch 1 meets
+        warnings.simplefilter("ignore")  # about the newer exporter, and about LSTMs with other batch sizes than 1
         path = os.path.join(folder, ONNX_NAME)
         try:
             torch.onnx.export(
@@ -160,7 +158,7 @@ def _onnx_bytes(bundle: Bundle) -> bytes:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; processes that export at the same time do not disturb each other."""
+    """Write a file completely or not at all, even if several processes export at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as beside:
         beside.write_bytes(content)
@@ -171,7 +169,7 @@ Array = NDArray[np.float32]
 
 
 class Backend(Protocol):
-    """A network that is ready to run."""
+    """A loaded network."""
 
     name: str
 
@@ -181,14 +179,14 @@ class Backend(Protocol):
 
 
 def open_backend(bundle: Bundle, name: str, device: str, threads: int | None) -> Backend:
-    """The back end called ``name``; ``auto`` is ONNX Runtime on the CPU, and PyTorch where that cannot be had.
+    """Open the back end ``name``; ``auto`` is ONNX Runtime on the CPU, and PyTorch otherwise.
 
     Args:
         device: ``cpu``, or a PyTorch device such as ``cuda`` or ``cuda:1``.
-        threads: math threads; all CPUs that this process may use when None.
+        threads: threads of the network; None: all CPUs that this process may use.
 
     Raises:
-        SerError: an unknown name, a device that is not there, no threads, or ``onnx`` where it cannot be had.
+        SerError: an unknown name, an unavailable device, fewer than 1 thread, or ``onnx`` cannot run this network.
     """
     if name not in BACKENDS:
         raise SerError(f"unknown back end {name!r}; choose one of {', '.join(BACKENDS)}")

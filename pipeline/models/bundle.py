@@ -1,9 +1,9 @@
 """The model bundle on disk: a folder with the weights and everything needed to use and to judge them.
 
-``NAME.pt`` is a plain state_dict, always loaded with ``weights_only=True`` (nothing is ever unpickled); ``config.json``
+``NAME.pt`` is a plain state_dict, always loaded with ``weights_only=True``, which runs no pickled code. ``config.json``
 holds the format version, the model's name and options, the labels in index order, the FeatureConfig, temperature and
-crops, and the sha256 of each file; ``metrics.json`` the measured numbers; ``training.csv`` which recordings were used
-(names and content hashes, no audio); ``README.md`` the model card. A version or a hash that does not fit is refused.
+crops, and the sha256 of each file; ``metrics.json`` the measured figures; ``training.csv`` the recordings that were
+used (names and content hashes, no audio); ``README.md`` the model card. Another format version or hash is refused.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ FORMAT_VERSION = 1
 _SHIPPED = [
     Path(__file__).resolve().parents[n] / place / "inception_ser_final" for n, place in ((2, "models"), (1, "shipped"))
 ]
-DEFAULT_BUNDLE = next(filter(Path.is_dir, _SHIPPED), _SHIPPED[0])  # of the project's folder, else of an installed copy
+DEFAULT_BUNDLE = next(filter(Path.is_dir, _SHIPPED), _SHIPPED[0])  # in the project's folder or in an installed copy
 _CONFIG, _METRICS, _TRAINING, _CARD = "config.json", "metrics.json", "training.csv", "README.md"
 
 
 class BundleError(SerError):
-    """A model bundle that is missing, damaged, or of a version this code does not know."""
+    """A model bundle that is missing, damaged, or of an unknown version."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. Weights are read only by ``state_dict`` and ``build_model``; opening needs no torch."""
+    """An opened bundle. Only ``state_dict`` and ``build_model`` read the weights; opening needs no PyTorch."""
 
     folder: Path
     name: str
@@ -53,7 +53,7 @@ class Bundle:
     temperature: float
     crops: int
     weights_sha256: str
-    corpora: Mapping[str, Sequence[str]] = field(default_factory=dict)  # trained on -> the classes that each has
+    corpora: Mapping[str, Sequence[str]] = field(default_factory=dict)  # training corpus -> its classes
     created_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,13 +63,13 @@ class Bundle:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The measured numbers of ``metrics.json``; empty when there are none."""
+        """The measured figures of ``metrics.json``; empty if there is no such file."""
         path = self.folder / _METRICS
         return dict(_read_json(path)) if path.is_file() else {}
 
     @property
     def training(self) -> pd.DataFrame:
-        """Rows of ``training.csv`` (``id, content_hash, speaker, split``); empty when there are none."""
+        """Rows of ``training.csv`` (``id, content_hash, speaker, split``); empty if there is no such file."""
         import pandas as pd
 
         path = self.folder / _TRAINING
@@ -77,10 +77,10 @@ class Bundle:
 
     @property
     def familiarity(self) -> Familiarity | None:
-        """How like the training recordings a recording is; None of bundles that were made without.
+        """The familiarity measure, see ``models.doubt``; None if the bundle has none.
 
         Raises:
-            BundleError: a damaged file.
+            BundleError: its file is damaged.
         """
         from pipeline.models.doubt import NAME, Familiarity
 
@@ -96,7 +96,7 @@ class Bundle:
         """The weights, each of any shape, on the CPU.
 
         Raises:
-            BundleError: the file cannot be read, or holds no weights.
+            BundleError: the file cannot be read, or it holds no weights.
         """
         import torch
 
@@ -113,7 +113,7 @@ class Bundle:
         """The network with its weights, in evaluation mode, on the CPU.
 
         Raises:
-            BundleError: weights that cannot be read, or do not fit the model.
+            BundleError: the weights cannot be read, or do not fit the model.
         """
         from pipeline.models.networks import build_model
 
@@ -132,8 +132,8 @@ def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
     """Open a bundle: its folder, the ``.pt`` in it, or (None) the shipped one.
 
     Raises:
-        BundleError: nothing there, a file missing or changed, a ``.pt`` that is not the bundle's, or an unknown
-            version, model or feature setting.
+        BundleError: no bundle at this path, a file is missing or changed, the ``.pt`` is not the bundle's, or the
+            version or a setting is unknown.
     """
     given = folder = Path(path) if path is not None else DEFAULT_BUNDLE
     if given.suffix == ".pt":
@@ -142,7 +142,7 @@ def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
         folder = given.parent
     if path is None and not folder.is_dir():
         raise BundleError(
-            f"the shipped model is missing ({folder}); install the package again, or name a model of yours "
+            f"the shipped model is missing ({folder}); install the package again, or name your own model "
             "(--model_weights, serve: --bundles)"
         )
     if not folder.is_dir():
@@ -157,9 +157,9 @@ def load_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
             with (folder / name).open("rb") as file:
                 if file.read(64).startswith(b"version https://git-lfs"):
                     raise BundleError(f"{folder / name} is a Git LFS pointer instead of the weights; run git lfs pull")
-            raise BundleError(f"{folder / name} is not the file its config.json describes; get the bundle again")
+            raise BundleError(f"{folder / name} does not match the hash in config.json; get the bundle again")
     if given.suffix == ".pt" and not given.samefile(bundle.weights_path):
-        raise BundleError(f"{given} is not the weights of the bundle it lies in; give {bundle.weights_path}")
+        raise BundleError(f"{given} is not the weights file of its bundle; give {bundle.weights_path}")
     return bundle
 
 
@@ -213,12 +213,12 @@ def save_bundle(
     corpora: Mapping[str, Sequence[str]] | None = None,
     created_by: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """Write a bundle into ``folder`` (made when missing); ``config.json`` last, so that its presence means complete.
+    """Write a bundle into ``folder`` (made if missing). ``config.json`` is written last: if it exists, all is complete.
 
-    Every figure block of ``metrics`` (a value that is a mapping) is given ``model_sha256``.
+    Every block of figures in ``metrics`` (a value that is a mapping) gets the entry ``model_sha256``.
 
     Raises:
-        BundleError: the folder cannot be written.
+        BundleError: the folder is not writable.
     """
     import torch
 
@@ -249,14 +249,16 @@ def save_bundle(
             "created_by": dict(created_by or {}),
         }
         write_json(folder / _CONFIG, config)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it finds no room
-        reason = getattr(error, "strerror", None) or "no room"
-        raise BundleError(f"cannot write the bundle {folder}: {reason}; make room, or choose another --out") from error
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+        reason = getattr(error, "strerror", None) or "the disk is full"
+        raise BundleError(
+            f"cannot write the bundle {folder}: {reason}; free some space, or choose another --out"
+        ) from error
     return load_bundle(folder)
 
 
 def set_temperature(bundle: Bundle, temperature: float, figures: Mapping[str, Any]) -> None:
-    """Write another temperature into a bundle, and how it was found into its ``metrics.json`` (``calibration``)."""
+    """Write a new temperature into a bundle, and the figures of its fit into ``metrics.json`` (``calibration``)."""
     config = dict(_read_json(bundle.folder / _CONFIG))
     block = {"calibration": {"temperature": temperature, **figures}}
     write_json(bundle.folder / _METRICS, bundle.metrics | stamped(block, bundle.weights_sha256))
@@ -264,7 +266,7 @@ def set_temperature(bundle: Bundle, temperature: float, figures: Mapping[str, An
 
 
 def set_familiarity(bundle: Bundle, found: Familiarity) -> None:
-    """Write into a bundle how like its training recordings others are."""
+    """Write the familiarity measure into a bundle."""
     from pipeline.models.doubt import NAME
 
     with atomic_path(bundle.folder / NAME) as beside:

@@ -1,16 +1,16 @@
-"""How far an answer can be trusted: whether its confidence is honest, and whether it is of a familiar kind.
+"""How far an answer can be trusted: calibration of the confidence, and familiarity of the recording.
 
-Temperature scaling (Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks", ICML 2017) changes no
-answer: the logits are divided by the T that minimises the log-loss on recordings the model was not trained on. It
-starts from probabilities: their logarithms are logits up to a constant that the softmax removes.
+Calibration: temperature scaling (Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks", ICML 2017)
+changes no predicted class. The logits are divided by the T that minimises the log-loss on recordings that the model was
+not trained on. It is fitted on probabilities: their logarithms are the logits up to a constant, which softmax removes.
 
-Familiarity is how like the training recordings a recording is to the network. Their penultimate features, scaled to
-length 1, lie close to a flat of few dimensions (their principal components); what is unlike them lies off it. The
-length of a feature vector's part off the flat is its distance, as in Wang, Li, Feng & Zhang, "ViM:
-Out-Of-Distribution with Virtual-logit Matching" (CVPR 2022), without the logit.
-``familiarity`` is the median distance of training recordings over the recording's own, at most 1: at 0.5 it lies twice
-as far off as they do. Limits: it knows sounds unlike speech and corpora unlike those trained on, not which answers are
-wrong; training recordings lie closer than others of the same speakers.
+Familiarity: how similar a recording is, for the network, to the training recordings. The penultimate features of these,
+scaled to length 1, lie close to a subspace of few dimensions (their principal components). A recording's distance is
+the length of its feature vector's part outside this subspace, as in Wang, Li, Feng & Zhang, "ViM: Out-Of-Distribution
+with Virtual-logit Matching" (CVPR 2022), without the logit. ``familiarity`` is the median distance of the training
+recordings divided by the recording's own, at most 1: at 0.5 it is twice as far away. Limits: it detects sounds unlike
+speech and corpora unlike the training corpora, not wrong answers; training recordings are closer than others of the
+same speakers.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from pipeline.storage.errors import SerError
 Floats = NDArray[np.float64]
 NAME = "familiarity.npz"
 _DIMENSIONS = 64
-_RARE = 0.001  # share of the training recordings that are less familiar than the least that counts as familiar
-_NO_SPEECH = 0.65  # of that: what is less familiar yet is taken for no speech
+_RARE = 0.001  # share of the training recordings below the threshold ``least``
+_NO_SPEECH = 0.65  # factor of ``least``: below it a sound is not speech
 LEAST_RECORDINGS = 200
 
 
 @dataclass(frozen=True)
 class Familiarity:
-    """Of a bundle: d features.
+    """The familiarity measure of a bundle whose network has d penultimate features.
 
     Attributes:
-        mean: ``(d,)`` of the scaled features; basis: ``(k, d)``, orthonormal rows.
+        mean: mean ``(d,)`` of the scaled features; basis: ``(k, d)``, orthonormal rows that span the subspace.
         typical: median distance of the training recordings.
         least: familiarity below which a recording is unfamiliar.
     """
@@ -49,13 +49,15 @@ class Familiarity:
 
     @classmethod
     def fit(cls, embeddings: NDArray[np.float32]) -> Familiarity:
-        """Of the training recordings' penultimate features ``(n, d)``.
+        """Fit the measure on the penultimate features ``(n, d)`` of training recordings.
 
         Raises:
-            SerError: fewer than ``LEAST_RECORDINGS``.
+            SerError: fewer than ``LEAST_RECORDINGS`` recordings.
         """
         if len(embeddings) < LEAST_RECORDINGS:
-            raise SerError(f"{len(embeddings)} recordings are too few; expected {LEAST_RECORDINGS} or more")
+            raise SerError(
+                f"{len(embeddings)} recordings are too few to fit the familiarity; expected {LEAST_RECORDINGS} or more"
+            )
         unit = _unit(embeddings)
         mean = unit.mean(axis=0)
         _, vectors = np.linalg.eigh(np.cov((unit - mean).T))  # ascending
@@ -71,12 +73,12 @@ class Familiarity:
         return np.asarray(np.minimum(1.0, self.typical / np.maximum(distance, 1e-12)))
 
     def widened(self, embeddings: NDArray[np.float32]) -> Familiarity:
-        """The same where these recordings ``(n, d)`` are familiar, too: of a network that is now used for them."""
+        """The same measure with a threshold ``least`` at which these recordings ``(n, d)`` are familiar, too."""
         return replace(self, least=min(self.least, float(np.quantile(self.of(embeddings), _RARE))))
 
     @property
     def least_of_speech(self) -> float:
-        """Familiarity below which a sound is taken for no speech."""
+        """Familiarity below which a sound is not speech."""
         return _NO_SPEECH * self.least
 
     def _distance(self, unit: Floats) -> Floats:
@@ -94,7 +96,7 @@ class Familiarity:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Familiarity:
-        """What ``to_bytes`` gave.
+        """The inverse of ``to_bytes``.
 
         Raises:
             ValueError, KeyError, OSError: other content.
@@ -111,13 +113,13 @@ def _unit(embeddings: NDArray[np.float32]) -> Floats:
 
 
 _TEMPERATURES = (0.05, 20.0)
-_LEAST_PROBABILITY = 1e-12  # of a probability, before its logarithm
+_LEAST_PROBABILITY = 1e-12  # smaller ones are raised to this before the logarithm
 MIN_RECORDINGS = 30
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and the figures of the recordings it was fitted on, before and after."""
+    """A temperature, and the figures of the ``n`` recordings that it was fitted on, before and after."""
 
     temperature: float
     n: int
@@ -133,14 +135,14 @@ def fit_temperature(truth: NDArray[np.int64], probabilities: Floats) -> Calibrat
         probabilities: (n, C), at temperature 1.
 
     Raises:
-        SerError: too few recordings, or probabilities that are none.
+        SerError: too few recordings, or negative or missing probabilities.
     """
     if len(truth) < MIN_RECORDINGS:
         raise SerError(f"{len(truth)} recordings are too few to fit a temperature; expected {MIN_RECORDINGS} or more")
     if not np.isfinite(probabilities).all() or probabilities.min() < 0:
-        raise SerError("the probabilities hold negative or missing numbers; give what jobs.evaluate wrote")
+        raise SerError("some probabilities are negative or missing; give the predictions that ser evaluate wrote")
 
-    from scipy.optimize import minimize_scalar  # a second of imports that no answer needs
+    from scipy.optimize import minimize_scalar  # here, as it takes a second to import
 
     from pipeline.evaluation.outcomes import log_loss
 

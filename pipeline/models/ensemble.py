@@ -1,7 +1,7 @@
-"""Several trained models as one: a bundle whose networks answer together with their mean log-probability.
+"""Joins several trained models into one bundle, which answers with their mean log-probability (a deep ensemble).
 
-Networks of the same recipe and different seeds err differently; together they know voices never heard better than each
-alone (docs/lab, experiment 37), at as many times the arithmetic (deep ensembles, Lakshminarayanan et al. 2017).
+Networks of one recipe and different seeds make different mistakes. Together they are better with new speakers than each
+alone (docs/lab, experiment 37), but n networks take n times the computation (Lakshminarayanan et al. 2017).
 Limits: models of one kind, with the same classes and features; the joined model's temperature is 1 until it is
 calibrated.
 """
@@ -22,21 +22,21 @@ from pipeline.models.model_card import model_card
 from pipeline.models.networks import MAX_MEMBERS, MEMBERS
 from pipeline.storage.errors import SerError
 
-_ORDER = ("train", "inner_val", "test")  # a recording that any member has learnt from, the joined model has
+_ORDER = ("train", "inner_val", "test")  # of a recording's parts in the members, the first one in this order counts
 
 
 def join(paths: Sequence[Path], out: Path) -> Bundle:
     """Write the networks of the bundles ``paths`` as one bundle into the new folder ``out``.
 
     Raises:
-        SerError: fewer than two bundles, the same one twice, bundles that do not fit together, or ``out`` is there.
+        SerError: fewer than two bundles, the same one twice, bundles that do not fit together, or ``out`` exists.
     """
     bundles = [load_bundle(path) for path in paths]
     _refuse_misfits(bundles)
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
-        raise SerError(f"{out} is there already; give another --out, or remove it") from error
+        raise SerError(f"{out} exists already; give another --out, or remove it") from error
     first = bundles[0]
     state = {
         f"members.{number}.{name}": value
@@ -62,14 +62,14 @@ def join(paths: Sequence[Path], out: Path) -> Bundle:
 
 
 def mean_answers(tables: Sequence[pd.DataFrame], labels: Sequence[str]) -> pd.DataFrame:
-    """Score tables of the same recordings, in the same order, as the one of their models joined: (n) rows.
+    """The table of scores that the joined model would give, from those of its members: (n) rows in the same order.
 
     Raises:
-        SerError: tables of different recordings.
+        SerError: the tables have different recordings.
     """
     first = tables[0]
     if any(list(table["row_id"]) != list(first["row_id"]) for table in tables):
-        raise SerError("the answers to be joined are about different recordings; train all on the same folds")
+        raise SerError("the answers to join are for different recordings; train all models on the same folds")
     columns = [f"p_{name}" for name in labels]
     log_p = np.mean([np.log(np.maximum(table[columns].to_numpy(np.float64), 1e-300)) for table in tables], axis=0)
     p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
@@ -79,7 +79,7 @@ def mean_answers(tables: Sequence[pd.DataFrame], labels: Sequence[str]) -> pd.Da
 
 
 def _own_options(bundle: Bundle) -> dict[str, Any]:
-    """What shapes a member's network; dropout does nothing once it is trained."""
+    """The options that decide a member's network; without dropout, which has no effect after training."""
     return {name: value for name, value in bundle.model_options.items() if name != "dropout"}
 
 
@@ -89,15 +89,15 @@ def _refuse_misfits(bundles: Sequence[Bundle]) -> None:
     first, seen = bundles[0], dict[str, Path]()
     for bundle in bundles:
         if MEMBERS in bundle.model_options:
-            raise SerError(f"{bundle.folder} is a joined model itself; give the models that it was made of")
+            raise SerError(f"{bundle.folder} is a joined model itself; give the models that it was made from")
         if bundle.weights_sha256 in seen:
             raise SerError(f"{bundle.folder} and {seen[bundle.weights_sha256]} have the same weights; give one of them")
         seen[bundle.weights_sha256] = bundle.folder
         differences = {
             "is another network": (bundle.model_name, _own_options(bundle)) != (first.model_name, _own_options(first)),
-            "knows other classes": bundle.labels != first.labels,
-            "hears other features": bundle.features.fingerprint() != first.features.fingerprint(),
-            "hears another number of crops": bundle.crops != first.crops,
+            "has other classes": bundle.labels != first.labels,
+            "uses other features": bundle.features.fingerprint() != first.features.fingerprint(),
+            "uses another number of crops": bundle.crops != first.crops,
         }
         for difference, there in differences.items():
             if there:
@@ -105,7 +105,7 @@ def _refuse_misfits(bundles: Sequence[Bundle]) -> None:
 
 
 def _training_table(bundles: Sequence[Bundle]) -> pd.DataFrame | None:
-    """``training.csv``: every member's recordings once, in the part that says most; None where one has no list."""
+    """``training.csv``: every recording of the members once, in its first part of ``_ORDER``; None without a list."""
     tables = [bundle.training for bundle in bundles]
     recording = ["id", HASH_COLUMN]
     if any(not {*recording, "split"} <= set(table.columns) for table in tables):
@@ -117,16 +117,16 @@ def _training_table(bundles: Sequence[Bundle]) -> pd.DataFrame | None:
 
 
 def _training(bundles: Sequence[Bundle], table: pd.DataFrame | None) -> dict[str, Any]:
-    """The `training` block of metrics.json: that of the first, and each member's weights, epochs and settings."""
-    told: list[Mapping[str, Any]] = [bundle.metrics.get("training", {}) for bundle in bundles]
+    """The `training` block of metrics.json: settings of the first member; weights, epochs and settings of each."""
+    blocks: list[Mapping[str, Any]] = [bundle.metrics.get("training", {}) for bundle in bundles]
     clips = "unknown data" if table is None else f"{(table['split'] == 'train').sum()} clips (training.csv)"
     return {
         "model": bundles[0].model_name,
         "trained_on": clips,
-        "settings": told[0].get("settings"),
+        "settings": blocks[0].get("settings"),
         "joined": [
             {"model_sha256": bundle.weights_sha256}
             | {name: block.get(name) for name in ("epochs", "best_epoch", "trained_on", "settings")}
-            for bundle, block in zip(bundles, told, strict=True)
+            for bundle, block in zip(bundles, blocks, strict=True)
         ],
     }

@@ -1,7 +1,7 @@
-"""The model card of a bundle, Markdown: what it is, data and licence, figures, recipe, limits, forbidden uses.
+"""Writes the model card of a bundle in Markdown: data and licence, figures, recipe, limits, forbidden uses.
 
-The headings follow Mitchell et al. 2019, "Model Cards for Model Reporting", shortened. Every figure says what the model
-was trained on; nothing is written that the run does not know.
+The headings follow Mitchell et al. 2019, "Model Cards for Model Reporting", shortened. Every figure names the training
+data; the card contains only what the run has recorded.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pipeline.features.features import FeatureConfig
 OUT_OF_FOLD = "out_of_fold"
 PARTS = {
     "test": "held-out test part",
-    "inner_val": "inner validation part, which also chose the epoch",
-    OUT_OF_FOLD: "user's own, each answered by a model adapted to the others (cross-validation)",
+    "inner_val": "inner validation part, which was also used to choose the epoch",
+    OUT_OF_FOLD: "user, each answered by a model that was adapted to the others (cross-validation)",
 }
 _OWN = "{} are the user's own; the bundle holds no audio. Their licence may bind these weights."
 _ACTED_LIMIT = (
-    "Acted emotion: {}. Spontaneous speech, other languages, children, real noise and telephone lines were not heard "
-    "in training."
+    "Acted emotion: {}. The training had no spontaneous speech, no other languages, no children, no real noise and no "
+    "telephone lines."
 )
 _LIMITS = (
-    "The model hears sound, not words, and always answers with one of its classes; a confidence is no proof.",
-    "A voice that is in the training part is recognised better than one never heard: where the figures come from a "
-    "random split, the same voices are on both sides of it.",
+    "The model analyses sound, not words, and always answers with one of its classes; a confidence is no proof.",
+    "Speakers of the training part are recognised better than other speakers: if the figures come from a random split, "
+    "the same speakers are in the training and the test part.",
 )
 _FORBIDDEN = (
     "Do not use it to infer the emotions of people at work or in education: the EU AI Act, Art. 5(1)(f), prohibits it "
     "(medical and safety reasons apart).",
-    "Do not use it to judge, rank, hire, insure, police or diagnose people, nor on anybody who does not know of it.",
+    "Do not use it to judge, rank, hire, insure, police or diagnose people, nor on anybody who does not know about it.",
 )
 
 
@@ -45,15 +45,15 @@ def model_card(
     figures: Mapping[str, Mapping[str, Any]],
     recordings: pd.DataFrame,
 ) -> str:
-    """The card.
+    """The text of the model card.
 
     Args:
-        name: of the bundle.
+        name: name of the bundle.
         labels: class names in index order.
-        features: what the model hears.
+        features: settings of the model's input.
         training: the `training` block of metrics.json.
-        figures: the block of metrics.json of each part that was measured.
-        recordings: manifest rows of all parts, for their number, speakers and corpus.
+        figures: part -> its block of figures in metrics.json.
+        recordings: manifest rows of all parts, for their number, speakers and corpora.
     """
     names = sorted(set(recordings["corpus"].fillna("").astype(str))) if "corpus" in recordings else [""]
     corpora = [corpus for name in names if (corpus := by_name(name)) and corpus.heard]
@@ -63,7 +63,7 @@ def model_card(
             f"# {name}",
             "",
             f"Speech emotion classifier (`{training['model']}`), trained from scratch: no pretrained weights. "
-            f"Classes in index order: {', '.join(labels)}. {_hears(features)}",
+            f"Classes in index order: {', '.join(labels)}. {_input(features)}",
             "",
             "## Data",
             "",
@@ -77,22 +77,22 @@ def model_card(
     )
 
 
-def _hears(features: FeatureConfig) -> str:
+def _input(features: FeatureConfig) -> str:
     top_hz = features.sample_rate_hz / 2 if features.f_max_hz is None else features.f_max_hz
     which = "by default the middle" if features.window == "middle" else "those with most speech"
     return (
-        f"It hears {features.window_s:g} s of a recording ({which}) at "
+        f"Its input is {features.window_s:g} s of a recording ({which}) at "
         f"{features.sample_rate_hz / 1000:g} kHz: `{features.kind}` of {features.n_mels} mel bands up to "
         f"{top_hz / 1000:g} kHz, {features.n_frames} frames."
     )
 
 
 def _sources(corpora: Sequence[Corpus], whole: bool) -> str:
-    """Where the recordings are from, and on what terms; ``whole``: none is of another source."""
-    told = [f"{c.title} ({c.citation}, <{c.source}>), licence {c.licence}" for c in corpora]
-    if not told:
+    """Sources and licences of the recordings; ``whole``: there are no others than these corpora."""
+    sources = [f"{c.title} ({c.citation}, <{c.source}>), licence {c.licence}" for c in corpora]
+    if not sources:
         return _OWN.format("The recordings")
-    known = f"The recordings are {'; '.join(told)}."
+    known = f"The recordings are {'; '.join(sources)}."
     return f"{known} The bundle holds no audio." if whole else f"{known} {_OWN.format('Others')}"
 
 
@@ -160,8 +160,8 @@ def _recipe(training: Mapping[str, Any]) -> list[str]:
 
 def _joined(members: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        f"{len(members)} networks answer together, with their mean log-probability. No figure of one of them is a "
-        "figure of this model.",
+        f"{len(members)} networks answer together, with their mean log-probability. The figures of a single network do "
+        "not hold for this model.",
         "",
     ]
     return ["## Recipe", "", *lines, *map(_told, members), ""]
@@ -170,12 +170,12 @@ def _joined(members: Sequence[Mapping[str, Any]]) -> list[str]:
 def _adapted(training: Mapping[str, Any]) -> list[str]:
     about = training["adapted"]
     lines = [
-        f"`ser adapt`: {about['method']}, on {about['recordings']} recordings, beginning with {about['parent']} "
+        f"`ser adapt`: {about['method']}, on {about['recordings']} recordings, starting from {about['parent']} "
         f"({about['parent_sha256'][:12]}). Chosen and measured by cross-validation by {about['folds_by']}.",
         "",
         f"Verdict: {about['verdict']['told']}.",
         "",
-        "UAR by the window that is heard: " + ", ".join(f"{name} {uar:.1%}" for name, uar in about["windows"].items()),
+        "UAR with each input window: " + ", ".join(f"{name} {uar:.1%}" for name, uar in about["windows"].items()),
         "",
     ]
     curve = [f"- {row['share']:.0%}: {row['uar']:.1%} ({_span(row['interval_95'])})" for row in about["learning_curve"]]
@@ -184,28 +184,28 @@ def _adapted(training: Mapping[str, Any]) -> list[str]:
 
 
 def _told(model: Mapping[str, Any]) -> str:
-    """One line about a model that had a part in this one."""
+    """One line about a teacher, a joined model or the model that the training started from."""
     settings = model.get("settings") or {}
-    told = "".join(f", {name} {settings[name]}" for name in ("epochs", "seed") if name in settings)
-    return f"- weights {model['model_sha256'][:12]}, trained on {model['trained_on'] or 'unknown data'}{told}"
+    more = "".join(f", {name} {settings[name]}" for name in ("epochs", "seed") if name in settings)
+    return f"- weights {model['model_sha256'][:12]}, trained on {model['trained_on'] or 'unknown data'}{more}"
 
 
 def _start(training: Mapping[str, Any]) -> list[str]:
     if "init" not in training:
         return []
-    told = "It began with the weights of an earlier model of this project, which was itself trained from scratch:"
-    return [told, "", _told(training["init"]), ""]
+    text = "It started from the weights of an earlier model of this project, which was itself trained from scratch:"
+    return [text, "", _told(training["init"]), ""]
 
 
 def _teachers(training: Mapping[str, Any]) -> list[str]:
     teachers = training.get("teachers", ())
     if not teachers:
         return []
-    told = (
-        f"It learnt from {len(teachers)} trained models too (knowledge distillation): their mean answers made up "
-        f"{training['distill']:.0%} of the loss."
+    text = (
+        f"It was also trained on the mean answers of {len(teachers)} trained models (knowledge distillation); these "
+        f"made up {training['distill']:.0%} of the loss."
     )
-    return [told, "", *map(_told, teachers), ""]
+    return [text, "", *map(_told, teachers), ""]
 
 
 def _list(heading: str, items: Sequence[str]) -> list[str]:

@@ -2,8 +2,8 @@
 
 `inception`: GoogLeNet (Szegedy et al. 2015, table 1) with batch norm after every convolution (Ioffe & Szegedy 2015),
 for one-channel log-mel "images". `cnn_bilstm`: 1-D convolutions, BiLSTM and self-attention over frame features. Several
-trained networks of a kind make one model that answers with their mean log-probability (`members`).
-Limits: no auxiliary heads, no pretrained weights; the forward passes are plain so that they export to ONNX.
+trained networks of one kind can be joined into a model that answers with their mean log-probability (`members`).
+Limits: no auxiliary heads, no pretrained weights; the forward passes are simple, so that they can be exported to ONNX.
 """
 
 from __future__ import annotations
@@ -67,19 +67,16 @@ def _pool() -> nn.MaxPool2d:
 
 
 class Network(nn.Module):
-    """A classifier that ends in a linear layer, and can tell what that layer is given.
-
-    ``head`` is the end of every network here, its last module a linear layer.
-    """
+    """A classifier whose last module, at the end of ``head``, is a linear layer, and which can return its input."""
 
     head: nn.Sequential
 
     def pooled(self, x: Tensor) -> Tensor:
-        """What ``head`` is given, (B, ...)."""
+        """The input of ``head``, (B, ...)."""
         raise NotImplementedError
 
     def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, n_classes), and the penultimate features (B, d) that they are a linear function of."""
+        """Logits (B, n_classes), and the penultimate features (B, d), the input of the last linear layer."""
         embedding: Tensor = self.head[:-1](self.pooled(x))
         return self.head[-1](embedding), embedding
 
@@ -157,9 +154,9 @@ class CnnBiLstmAttention(Network):
 
 
 class JoinedModel(Network):
-    """Networks that hear the same and answer together: (B, ...) -> (B, n_classes) logits.
+    """Several networks with the same input, whose logits are averaged: (B, ...) -> (B, n_classes) logits.
 
-    The mean of their logits has as softmax their mean log-probability, renormalised: as several crops are pooled.
+    The softmax of the mean logits is the renormalised mean of the log-probabilities, as for several crops.
     """
 
     def __init__(self, members: Sequence[Network]) -> None:
@@ -172,10 +169,10 @@ class JoinedModel(Network):
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse what `build_model` cannot build.
+    """Check the name and options of a model for `build_model`.
 
     Raises:
-        SerError: unknown name or option, or a value out of range.
+        SerError: an unknown name or option, or a value out of range.
     """
     if name not in MODEL_NAMES:
         raise SerError(f"unknown model {name!r}; choose one of {', '.join(MODEL_NAMES)}")
@@ -185,30 +182,31 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     if not 0 <= options.get("dropout", 0.0) < 1:
         raise SerError(f"the dropout is {options['dropout']}; it must be at least 0 and below 1")
     if not 0.125 <= options.get("width", 1.0) <= 2:
-        raise SerError(f"the width is {options['width']}; it must lie between 0.125 and 2 (1: GoogLeNet's own)")
+        raise SerError(f"the width is {options['width']}; it must be between 0.125 and 2 (1: that of GoogLeNet)")
     if not 1 <= options.get(MEMBERS, 1) <= MAX_MEMBERS:
         raise SerError(f"the model has {options[MEMBERS]} members; it must have 1 to {MAX_MEMBERS}")
 
 
 def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_shape: Sequence[int]) -> Network:
-    """Build a classifier with fresh weights.
+    """Build a classifier with random weights.
 
     Args:
         name: one of `MODEL_NAMES`.
-        options: keyword arguments of the model: `dropout`, and `width` of the Inception (0.125 to 2); `members`: how
-            many such networks answer together (1: no `JoinedModel`).
+        options: keyword arguments of the model: `dropout`, and `width` of the Inception (0.125 to 2); `members`: number
+            of networks in a `JoinedModel` (1: a single network).
         n_classes: number of logits.
-        input_shape: of one example, without the batch axis: (1, n_mels, frames) or (frames, n_dims).
+        input_shape: shape of one example, without the batch axis: (1, n_mels, frames) or (frames, n_dims).
 
     Raises:
-        SerError: as `check_options`, or features that the model cannot take.
+        SerError: as in `check_options`, or features of another shape than the model needs.
     """
     check_options(name, options)
     wanted_axes = 3 if name == "inception" else 2
     if len(input_shape) != wanted_axes:
         kind = "log_mel" if name == "inception" else "frame_features"
         raise SerError(
-            f"model {name!r} takes {kind} features, got shape {tuple(input_shape)}; extract with --features_kind {kind}"
+            f"model {name!r} needs {kind} features, got shape {tuple(input_shape)}; extract them with --features_kind "
+            f"{kind}"
         )
     own = {option: value for option, value in options.items() if option != MEMBERS}
     members = [_network(name, own, n_classes, input_shape) for _ in range(options.get(MEMBERS, 1))]

@@ -1,6 +1,6 @@
-"""Figures to pages: report, comparison and protocols as HTML, drawings, and text for a terminal.
+"""Shows figures: report, comparison and protocols as HTML pages, drawings, and text for a terminal.
 
-Not here: the figures themselves (``evaluation``).
+Not here: computing the figures (``evaluation``).
 """
 
 REPORT_TABLES = (

@@ -1,13 +1,12 @@
-"""The report's drawings: confusion matrix, per-class bars, reliability, risk-coverage; by matplotlib.
+"""The report's drawings, by matplotlib: confusion matrix, per-class bars, reliability, risk-coverage.
 
-Colours are those of Okabe & Ito (2008), chosen for the common forms of colour blindness, and never the only
-sign: values are written, bars below the target are hatched. Each drawing exists for light and for dark
-paper. Sizes are such that text of 8 pt stays readable when a drawing fills a phone's width.
+Colours are those of Okabe & Ito (2008), which people with common forms of colour blindness can tell apart. Nothing is
+shown by colour alone: values are written, bars below the target are hatched. Each drawing has a light and a dark
+version. Sizes are chosen so that text of 8 pt is readable when a drawing fills a phone's width.
 
-Fonts for text in any script: matplotlib's own font, DejaVu Sans, has no Chinese, Japanese, Korean, Thai or Hindi.
-
-Of the fonts that the machine has, those are added that have the most of what is missing (TrueType and OpenType cmap
-tables). Limits: letters are set one beside the other, as matplotlib does: no ligatures, and Arabic stays unjoined.
+Class names may be in any script. Matplotlib's own font, DejaVu Sans, has no Chinese, Japanese, Korean, Thai or Hindi
+characters; for these, fonts of the machine are added, first those with most of the missing characters (from their cmap
+tables). Limits: matplotlib places characters one by one, without ligatures or joined Arabic letters.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ OWN = "DejaVu Sans"
 
 @cache
 def families(text: str) -> tuple[str, ...]:
-    """The font families that together have every sign of ``text``, matplotlib's own first.
+    """The font families that together have every character of ``text``, matplotlib's own first.
 
     Warns:
-        SerWarning: no font of this machine has some of the signs, which are drawn as boxes; it says what to install.
+        SerWarning: no font on this machine has some of the characters; they are drawn as boxes.
     """
     missing = {ord(sign) for sign in text if not sign.isspace()} - _signs(findfont(OWN))
     found = [OWN]
     if not missing:
         return (OWN,)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # that such a font has no bold is no news
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # hide warnings about missing bold fonts
     others = {path: _signs(path) for path in sorted(findSystemFonts())}
     while best := max(others, key=lambda path: len(missing & others[path]), default=None):
         if not missing & others[best]:
@@ -58,8 +57,8 @@ def families(text: str) -> tuple[str, ...]:
     if missing:
         signs = "".join(chr(code) for code in sorted(missing)[:8])
         warnings.warn(
-            f"no font on this machine has {signs}: boxes stand for it in pictures; install one that has, for example "
-            "the package fonts-noto-cjk",
+            f"no font on this machine has the characters {signs}: they are drawn as boxes in pictures; install a font "
+            "that has them, for example the package fonts-noto-cjk",
             SerWarning,
             stacklevel=2,
         )
@@ -67,12 +66,12 @@ def families(text: str) -> tuple[str, ...]:
 
 
 def _signs(path: str) -> set[int]:
-    """The code points that the font file ``path`` has drawings of; none where it cannot be read."""
-    if "lastresort" in path.lower():  # macOS: a box for every code point that there is
+    """The code points that the font file ``path`` has; empty if it cannot be read."""
+    if "lastresort" in path.lower():  # a macOS font that has a box for every code point
         return set()
     try:
         font = get_font(path)
-        return set(font.get_charmap()) if font.scalable else set()  # matplotlib draws no pictures of signs
+        return set(font.get_charmap()) if font.scalable else set()  # matplotlib cannot draw bitmap fonts
     except (OSError, RuntimeError):
         return set()
 
@@ -83,7 +82,7 @@ _HALF_PAGE_IN = 5.5
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one paper."""
+    """Colours of the light or of the dark version."""
 
     paper: str
     ink: str
@@ -100,7 +99,7 @@ DARK = Theme("#171b21", "#e6e9ee", "#434b57", "#56b4e9", "#e69f00", "#1d242d", "
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing: file stem, heading, and what it says in words."""
+    """One drawing: file stem, heading, its content in words (alt text), and the function that draws it."""
 
     name: str
     title: str
@@ -123,11 +122,11 @@ def drawings(evaluation: Mapping[str, Any]) -> list[Drawing]:
 
 
 def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write ``NAME.png`` and ``NAME.svg`` (light).
+    """Write the light version as ``NAME.png`` and ``NAME.svg``.
 
     Returns:
-        Data URIs of both SVGs, ``light`` and ``dark``; whether the drawing is ``large``, so that half a page is too
-        little for its text; and from how many pixels of width on it can be read, ``readable_px``.
+        ``light`` and ``dark``: data URIs of both SVGs; ``large``: whether its text is too small on half a page's width;
+        ``readable_px``: the least width at which it is readable.
     """
     found: dict[str, Any] = {}
     laid_out: Figure | None = None
@@ -136,7 +135,7 @@ def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[
         with mpl.rc_context(_style(theme) | fonts), warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", r"Glyph \d+ .* missing from font", UserWarning
-            )  # told once, by `families`
+            )  # `families` has warned already
             figure = drawing.draw(evaluation, theme)
             svg = _svg(figure, drawing.title, like=laid_out)
             found[mode] = "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
@@ -152,9 +151,9 @@ def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[
 
 
 def _svg(figure: Figure, title: str, like: Figure | None) -> bytes:
-    """A figure as SVG, and from then on as it was laid out for that.
+    """A figure as SVG; its layout is fixed from then on.
 
-    Laying out costs as much as drawing, so a figure that differs from another in colours only is laid out ``like`` it.
+    Layout takes as long as drawing, so a figure that differs from ``like`` only in colours takes over its layout.
     """
     about = {"Date": None, "Title": title}
     buffer = io.BytesIO()
@@ -172,7 +171,7 @@ def _svg(figure: Figure, title: str, like: Figure | None) -> bytes:
 
 
 def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
-    """Rows are the true class; colour and per cent are of the row, the count is below it."""
+    """Draw the confusion matrix: rows are true classes; a cell's colour and per cent are its share of the row."""
     confusion = evaluation["confusion"]
     names = confusion["labels"]
     shares = np.array([[np.nan if cell is None else cell for cell in row] for row in confusion["row_normalised"]])
@@ -205,7 +204,7 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
-    """Recall of every class with its interval over recordings; hatched where it lies below the target."""
+    """Draw the recall of every class as a bar with its interval over recordings; hatched if below the target."""
     rows = evaluation["per_class"]
     target = evaluation["verdict"]["targets"]["class_recall"]
     figure, axes = _axes(4.2, max(2.2, 0.42 * len(rows) + 0.8))
@@ -234,7 +233,7 @@ def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def reliability(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
-    """Accuracy against confidence; the area of a point is the number of recordings behind it."""
+    """Draw accuracy against confidence; the area of a point grows with its number of recordings."""
     bins = [row for row in evaluation["reliability"] if row["n"]]
     figure, axes = _axes(4.2, 3.6)
     axes.plot([0, 100], [0, 100], color=theme.ink, lw=1, ls=(0, (4, 3)), label="perfectly calibrated")
@@ -253,7 +252,7 @@ def reliability(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def risk_coverage(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
-    """Share of wrong answers among the most confident part of the recordings."""
+    """Draw the share of wrong answers among the most confident part of the recordings."""
     curve = evaluation["risk_coverage"]
     figure, axes = _axes(4.2, 3.6)
     x = [point["coverage"] * 100 for point in curve]
@@ -318,7 +317,7 @@ def _confusion_alt(evaluation: Mapping[str, Any]) -> str:
         if i != j and count
     ]
     pairs.sort(key=lambda pair: -pair[0])
-    most = "; ".join(f"{true} heard as {answer}: {count}" for count, true, answer in pairs[:3])
+    most = "; ".join(f"{true} answered as {answer}: {count}" for count, true, answer in pairs[:3])
     return f"Confusion matrix, rows true, columns answered. Most frequent confusions: {most or 'none'}."
 
 

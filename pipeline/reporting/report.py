@@ -1,15 +1,13 @@
-"""Predictions (and what was true) -> ``metrics.json``, CSV tables, figures, and one self-contained ``report.html``.
+"""Writes the report of labelled predictions: ``metrics.json``, CSV tables, drawings and one page, ``report.html``.
 
-The page shows nothing that is not in ``metrics.json``: it is rendered from the same dict. What a folder
-holds afterwards: ``metrics.json verdict.csv per_class.csv confusion_counts.csv confusion_normalised.csv
-breakdowns.csv reliability.csv risk_coverage.csv mistakes.csv failures.csv``, ``confusion_matrix per_class
+The files: ``metrics.json report.html verdict.csv per_class.csv confusion_counts.csv confusion_normalised.csv
+breakdowns.csv reliability.csv risk_coverage.csv mistakes.csv failures.csv``, and ``confusion_matrix per_class
 reliability risk_coverage`` as PNG and SVG.
 
-The pages: Jinja2 templates with autoescape, filled from the very dict that ``metrics.json`` holds.
-
-A page is one file that loads nothing (its content security policy allows inline styles and data URIs only)
-and runs no script. Text that comes from tables is escaped, and control and direction-changing characters are
-made visible.
+The pages are Jinja2 templates with autoescape, filled from the dict that ``metrics.json`` holds: a page shows no other
+figures. It is one file that loads nothing (its content security policy allows only inline styles and data URIs) and
+runs no script. Text from tables is escaped; control characters and characters that change the text direction are shown
+as escapes.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ _NARROW = "\N{NARROW NO-BREAK SPACE}"
 
 
 def render(template: str, **values: Any) -> str:
-    """One of the templates beside this module, filled."""
+    """Fill one of the templates in the folder ``templates``."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -87,17 +85,17 @@ def meta_rows(meta: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def percent(value: float | None, target: float | None = None) -> str:
-    """``0.8612`` as ``86.1 %``; with so many decimals that it does not look like a ``target`` that it misses."""
+    """``0.8612`` as ``86.1 %``; with more decimals if it would otherwise look like a ``target`` that it misses."""
     return "n/a" if value is None else f"{value * 100:.{decimals(value, target)}f}{_NARROW}%"
 
 
 def span(bounds: Sequence[float] | None) -> str:
-    """``[0.801, 0.902]`` as ``80.1–90.2``, per cent."""
+    """``[0.801, 0.902]`` as ``80.1–90.2`` (per cent)."""
     return "n/a" if bounds is None else f"{bounds[0] * 100:.1f}–{bounds[1] * 100:.1f}"
 
 
 def points(value: float | None) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """A difference of two shares in percentage points, with its sign."""
     if value is None:
         return "n/a"
     text = f"{value * 100:+.1f}".replace("-", "−")
@@ -105,7 +103,7 @@ def points(value: float | None) -> str:
 
 
 def points_span(bounds: Sequence[float] | None) -> str:
-    """An interval of such a difference."""
+    """The interval of a difference, in percentage points."""
     return "" if bounds is None else f"{points(bounds[0])}…{points(bounds[1])}"
 
 
@@ -128,14 +126,14 @@ _MISTAKE_COLUMNS = ("speech", "speaker", "label_name", "predicted", "confidence"
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Make ``out``, and say in one line when it cannot be written."""
+    """Make the folder ``out``; turn an OSError while writing into a SerError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise SerError(
             f"cannot write the report in {out}: {error.strerror or error}; "
-            "free some space, then give the same command again"
+            "free some space, then run the same command again"
         ) from error
 
 
@@ -151,26 +149,26 @@ def write_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate ``predictions`` and write everything into ``out`` (made when missing), in place of an earlier report.
+    """Evaluate ``predictions`` and write the report into ``out`` (made if missing), replacing an earlier report.
 
     Args:
-        predictions: a scores table; without any ``label_name`` the page says so and has no metrics.
+        predictions: a table of scores; without labels the page has no metrics and says so.
         labels: class names in index order.
         out: folder of the report.
-        meta: how the predictions were made (model, sha256, versions, command ...), shown as it is; ``model`` and
-            ``data`` also appear at the top of the page.
-        targets: of the verdict.
-        embed_audio: how many of the most confident mistakes can be played in the page.
-        leak_check: what ``leaks.describe`` found.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        meta: how the predictions were made (model, sha256, versions, command ...), shown on the page; ``model`` and
+            ``data`` also appear at its top.
+        targets: targets of the verdict.
+        embed_audio: how many of the most confident mistakes can be played on the page.
+        leak_check: the result of ``leaks.describe``.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the bootstrap.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        LabelError: a label that is none of ``labels``.
-        SerError: the disk is full or cannot be written.
+        LabelError: a label that is not in ``labels``.
+        SerError: the disk is full or not writable.
     """
     evaluation = evaluate(predictions, labels, targets=targets, resamples=resamples, seed=seed)
     evaluation |= {"meta": dict(meta), "leak_check": leak_check, "embed_audio": embed_audio, "mistakes": []}
@@ -179,9 +177,9 @@ def write_report(
 
 
 def rerender(before: Mapping[str, Any], predictions: pd.DataFrame, out: Path, note: str | None) -> dict[str, Any]:
-    """The report of ``before`` (the content of ``metrics.json``) once more, with ``note`` on it.
+    """Write an earlier report, ``before`` (the content of ``metrics.json``), again with another ``note``.
 
-    Targets, leak check, players and the account of how it was made stay as the command that made it left them.
+    Targets, leak check, audio players and the record of how it was made stay the same.
     """
     bootstrap = before.get("bootstrap", {})
     return write_report(
@@ -199,8 +197,8 @@ def rerender(before: Mapping[str, Any], predictions: pd.DataFrame, out: Path, no
 def _write(
     evaluation: dict[str, Any], predictions: pd.DataFrame, labels: Sequence[str], out: Path, embed_audio: int
 ) -> dict[str, Any]:
-    """The tables, figures and the page of an evaluation, which gets what the page shows beside the figures."""
-    for name in REPORT:  # of a report with labels, or of another model, nothing may stay beside this one
+    """Write tables, drawings and page; adds failures and mistakes to ``evaluation``, and returns it."""
+    for name in REPORT:  # remove all files of an earlier report
         (out / name).unlink(missing_ok=True)
     failures = _failures(predictions)
     evaluation["failures"] = _failure_summary(failures)
@@ -240,7 +238,7 @@ def _failure_summary(failures: pd.DataFrame) -> dict[str, Any]:
 
 
 def _mistakes(predictions: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """Wrong answers, the most confident first."""
+    """A table of the wrong answers, the most confident first."""
     found = outcomes(predictions, labels)
     found = found.where(found.read & ~found.correct)
     table = found.table.assign(predicted=np.array(found.labels, dtype=object)[found.answer])
@@ -279,7 +277,7 @@ def _write_tables(evaluation: Mapping[str, Any], out: Path) -> None:
 
 
 def _players(mistakes: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """WAV data URIs of the mistakes that can still be read, by their position."""
+    """Position in ``mistakes`` -> WAV data URI, for the recordings that can still be read."""
     players = {}
     for position, row in enumerate(mistakes):
         try:
@@ -290,7 +288,7 @@ def _players(mistakes: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _wav_uri(source: AudioSource) -> str:
-    """At most 10 s from the middle of a recording, mono, 16 bit."""
+    """At most 10 s from the middle of a recording as a data URI: WAV, mono, 16 bit, 22.05 kHz."""
     length_s = probe(source).duration_s
     clip = load(
         source,
@@ -313,11 +311,11 @@ def write_comparison(
     meta: Mapping[str, Any],
     leak_checks: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Compare two scores tables of the same recordings into ``out``.
+    """Compare two tables of scores of the same recordings and write the result into ``out``.
 
-    Writes ``comparison.json``, ``comparison.csv``, ``disagreements.csv`` and ``comparison.html``; arguments and errors
-    as ``compare.compare``, ``meta`` as in ``write_report``; ``leak_checks``: what ``leaks.describe`` found for each
-    model, with its ``name``.
+    Writes ``comparison.json``, ``comparison.csv``, ``disagreements.csv`` and ``comparison.html``. Arguments and errors
+    are those of ``compare.compare``; ``meta`` is as in ``write_report``; ``leak_checks``: the result of
+    ``leaks.describe`` for each model, with its ``name``.
     """
     found = compare(first, second, labels, names=names) | {"meta": dict(meta), "leak_checks": list(leak_checks)}
     with _writing(out):

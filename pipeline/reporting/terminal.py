@@ -1,4 +1,4 @@
-"""An evaluation as plain text of at most 80 columns (but for longer words): figures, confusion matrix, verdict."""
+"""An evaluation as plain text: figures, confusion matrix, verdict. Lines have at most 80 columns, except long words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME_WIDTH = 16
 
 
 def terminal_summary(evaluation: Mapping[str, Any]) -> str:
-    """The figures of ``metrics.evaluate`` as text, without a newline at its end."""
+    """The figures of ``metrics.evaluate`` as text, without a newline at the end."""
     if not evaluation["labelled"]:
         return _answers(evaluation)
     parts = [
@@ -28,7 +28,7 @@ def terminal_summary(evaluation: Mapping[str, Any]) -> str:
 
 
 def classification_report(evaluation: Mapping[str, Any]) -> str:
-    """The layout of ``sklearn.metrics.classification_report``; n/a for classes without recordings."""
+    """A table in the layout of ``sklearn.metrics.classification_report``; n/a for classes without recordings."""
     rows = evaluation["per_class"]
     names = [_clip(row["label"]) for row in rows]
     width = max(len("weighted avg"), *map(len, names))
@@ -54,7 +54,7 @@ def classification_report(evaluation: Mapping[str, Any]) -> str:
 
 
 def _confusion(confusion: Mapping[str, Any]) -> str:
-    """Counts; headings are cut to the column, thousands written 12k where a line would be too long."""
+    """The table of counts; headings are cut to the column width, and 12,345 becomes 12k if a line is too long."""
     with_failed = any(confusion["failed"])
     names = [_clip(name, 10) for name in confusion["labels"]]
     heads = [*confusion["labels"], *(["failed"] if with_failed else [])]
@@ -63,7 +63,7 @@ def _confusion(confusion: Mapping[str, Any]) -> str:
     first = max(map(len, names))
     room = (WIDTH - first) // len(heads)
     if room < 4:
-        return _wrapped(f"confusion matrix: {len(names)} classes are too many to show here, see confusion_counts.csv")
+        return _wrapped(f"confusion matrix: too large to show here ({len(names)} classes), see confusion_counts.csv")
     texts = [[_count(cell, room - 1) for cell in row] for row in cells]
     column = min(room, 1 + max(len(text) for row in [*texts, heads] for text in row))
     lines = ["confusion matrix (rows: true, columns: predicted)"]
@@ -87,7 +87,7 @@ def _per_class(evaluation: Mapping[str, Any]) -> str:
 
 
 def _restricted(found: Mapping[str, Any]) -> str:
-    """Open and restricted figures, a line a corpus."""
+    """Open and restricted figures, one line for each corpus."""
     missing = f"the data has no {', '.join(found['missing'])}; " if found["missing"] else ""
     lines = [_wrapped(f"{missing}open answers, and answers among the classes that each corpus has")]
     lines.append(f"  {'':<{_NAME_WIDTH}} {'n':>6} {'classes':>8}{'accuracy':>20}{'UAR':>20}")
@@ -120,7 +120,7 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
         )
     notes = _intervals(evaluation)
     if n["unlabelled"]:
-        notes += f" {n['unlabelled']} of {n['rows']} rows have no label: scored, but in no figure."
+        notes += f" {n['unlabelled']} of {n['rows']} rows have no label: scored, but not part of the figures."
     if n["labelled_failed"]:
         read = found["checks"][0]["value_read_only"]
         notes += (
@@ -131,16 +131,16 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
 
 
 def _intervals(evaluation: Mapping[str, Any]) -> str:
-    """How the intervals of the verdict came about."""
+    """A sentence on how the intervals of the verdict were computed."""
     checks, note = evaluation["verdict"]["checks"], evaluation["bootstrap"]["speakers_note"]
     if not evaluation["bootstrap"]["speakers"]:
         return "Intervals: over recordings" + (f" (over speakers: {note})." if note else ".")
-    told = "Intervals: bootstrap over speakers"
+    text = "Intervals: bootstrap over speakers"
     if any(check["interval_over"] == "recordings" for check in checks):
-        told += "; over recordings for classes of few speakers"
+        text += "; over recordings for classes with few speakers"
     if any(check["value"] == 1.0 for check in checks):
-        told += "; the exact bound where every recording is right"
-    return told + "."
+        text += "; the exact bound where every recording is right"
+    return text + "."
 
 
 def _named(found: Mapping[str, Any]) -> str:
@@ -178,7 +178,7 @@ def _interval(bounds: Sequence[float] | None) -> str:
 
 
 def _count(value: int, width: int) -> str:
-    """A count in at most ``width`` characters where that can be done."""
+    """A count in at most ``width`` characters, as 12k or 3M if needed; ``#`` signs if even that is too long."""
     for text in (str(value), f"{value / 1e3:.0f}k", f"{value / 1e6:.0f}M"):
         if len(text) <= width:
             return text
@@ -186,7 +186,7 @@ def _count(value: int, width: int) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> str:
-    """Lines of ``WIDTH``; a word is never broken, so that what is to be typed can be pasted."""
+    """The text in lines of ``WIDTH``; words are never broken, so that commands in it can be copied."""
     return textwrap.fill(
         text,
         WIDTH,

@@ -1,4 +1,4 @@
-"""Features to a bundle: the loop, its data and losses, the run's folder, several workers, folds side by side.
+"""From features to a trained bundle: data, losses, training loop, the run's folder, Ray workers, cross-validation.
 
-Not here: the networks (``models``), and answers about a manifest (``scoring``); the two never meet.
+Not here: the networks (``models``) and predictions for a whole manifest (``scoring``).
 """

@@ -1,15 +1,15 @@
-"""From somebody's labelled recordings to a bundle of their own, with figures that say whether it was worth it.
+"""Adapts a parent model to a user's labelled recordings, writes the new bundle, and tests whether it is better.
 
-What cannot be adapted to is refused, what is doubtful said. Cross-validation is by speaker where there are three or
-more, else by recording. The verdict compares the out-of-fold answers with the parent's: the gain in UAR must be one
-that chance gives in less than one of twenty tries, and so must be the UAR itself. Sources: paired randomisation test
-(Fisher 1935; of whole speakers where there are eight or more, as recordings of one voice are not independent);
-permutation test of a classifier (Ojala & Garriga 2010). Limits: the tests know the speakers who are there.
+Recordings that cannot be used are refused or left out with a message. Cross-validation is by speaker if there are three
+or more, else by recording. The verdict compares the out-of-fold answers with the parent's: both the gain in UAR and the
+UAR itself must be such that chance gives them in less than 5 % of tries. Sources: paired randomisation test (Fisher
+1935; it exchanges whole speakers if there are eight or more, as recordings of one speaker are not independent);
+permutation test of a classifier (Ojala & Garriga 2010). Limits: the tests say nothing about other speakers.
 
-The last stage of an Inception may be trained too, at a low rate, beginning with a new last layer. Everything before it
-stays as it is: what it gives is computed once a recording, so that an epoch costs a tenth of a whole one. Batch norms
-keep the parent's statistics, for a few voices have none of their own. Limits: one network of the kind `inception`; ten
-epochs, no augmentation.
+The last stage of an Inception network may be trained too, at a low rate, starting from a new last layer. The layers
+before it do not change: their output is computed once per recording, so that an epoch takes a tenth of the time. Batch
+norms keep the parent's statistics, as a few speakers are too few for new ones. Limits: a single `inception` network;
+ten epochs, no augmentation.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ from pipeline.training.plan import about_start, earlier_training
 from pipeline.training.results import headline, training_table
 
 MIN_RECORDINGS, MIN_OF_CLASS, MIN_SPEAKERS, SPEAKERS_TO_TEST = 20, 3, 3, 8
-LEVEL = 0.05  # how often chance may give what counts as a gain
+LEVEL = 0.05  # significance level of the tests
 _DRAWS = 4000
 CLASSES = ("auto", "mine", "all")
-MIN_MINUTES = 5.0  # less is not worth a try of the last stage
+MIN_MINUTES = 5.0  # the last stage is tried only with more than this
 EPOCHS, RATE, BATCH = 10, 1e-4, 32
 _AT_ONCE = 16
 
@@ -73,11 +73,11 @@ def labels_for(own: Sequence[str], theirs: Sequence[str], classes: str) -> tuple
     """The classes of the adapted model, sorted.
 
     Args:
-        own: of the user's recordings; theirs: of the parent.
-        classes: ``mine``, ``all`` (both), or ``auto``: the parent's where it has all of the user's, else the user's.
+        own: classes of the user's recordings; theirs: of the parent.
+        classes: ``mine``, ``all`` (both), or ``auto``: the parent's if they include all of the user's, else the user's.
 
     Raises:
-        LabelError: a name that no class may have.
+        LabelError: a name that is not allowed for a class.
     """
     if classes == "all" or (classes == "auto" and set(own) <= set(theirs)):
         return LabelSet.from_names([*own, *theirs]).names
@@ -85,31 +85,31 @@ def labels_for(own: Sequence[str], theirs: Sequence[str], classes: str) -> tuple
 
 
 def usable(table: pd.DataFrame, parent: Bundle) -> tuple[Ints, list[str]]:
-    """Numbers (m,) of the rows that a parent can be adapted to, and what should be said of the others.
+    """Numbers (m,) of the rows that can be used, and messages about those that are left out.
 
     Args:
         table: labelled manifest with `content_hash`.
 
     Raises:
-        SerError: too little, or labels that go with the voice instead of the emotion.
+        SerError: too few recordings, contradicting labels, or most classes from one speaker only.
     """
     said = []
     known = leaked(table, parent.training).to_numpy(dtype=bool)
     if known.any():
         said.append(
-            f"{int(known.sum())} of {len(table)} recordings are left out: {parent.name} was trained on them, as "
+            f"{int(known.sum())} of {len(table)} recordings are left out: {parent.name} was trained on them, such as "
             f"{table.loc[known, 'speech'].iloc[0]}, and would look better than it is"
         )
     hashes = table[HASH_COLUMN].fillna("")
     for _, same in table[hashes != ""].groupby(HASH_COLUMN):
         if same["label"].nunique() > 1:
             raise SerError(
-                f"{same['speech'].iloc[0]} is labelled {' and '.join(sorted(set(same['label'])))} (the same sound "
-                "twice); keep one of the rows"
+                f"{same['speech'].iloc[0]} is labelled {' and '.join(sorted(set(same['label'])))} (two rows with the "
+                "same sound); keep one of the rows"
             )
     again = ~known & ((hashes != "") & hashes.duplicated()).to_numpy(dtype=bool)
     if again.any():
-        said.append(f"{int(again.sum())} recordings are there twice, by content: the copies are left out")
+        said.append(f"{int(again.sum())} recordings have the same content as another one: these copies are left out")
     rows = np.flatnonzero(~known & ~again)
     _refuse(table.iloc[rows], said)
     return rows, said
@@ -121,26 +121,27 @@ def _refuse(table: pd.DataFrame, said: Sequence[str]) -> None:
     if len(table) < MIN_RECORDINGS:
         raise SerError(f"{len(table)} recordings are too few to adapt to{before}; label {MIN_RECORDINGS} or more")
     if len(counts) < 2:
-        raise SerError(f"all {len(table)} recordings are {counts.index[0]}; label recordings of another class, too")
+        raise SerError(f"all {len(table)} recordings are {counts.index[0]}; add recordings of another class")
     few = counts[counts < MIN_OF_CLASS]
     if len(few):
         named = ", ".join(f"{name} {count}" for name, count in few.items())
         raise SerError(
-            f"too few recordings of a class ({named}); label {MIN_OF_CLASS} or more (10 are better), or give it "
-            f"another class's name with --label_map {few.index[0]}=wanted"
+            f"too few recordings of a class ({named}); label {MIN_OF_CLASS} or more (10 are better), or join it with "
+            f"another class: --label_map {few.index[0]}=OTHER"
         )
     if has_speakers(table) and table["speaker"].nunique() > 1:
-        voices = table.groupby("label")["speaker"].nunique()
-        if (voices == 1).sum() * 2 > len(voices):
-            name = voices.index[voices == 1][0]
+        speakers_of = table.groupby("label")["speaker"].nunique()
+        if (speakers_of == 1).sum() * 2 > len(speakers_of):
+            name = speakers_of.index[speakers_of == 1][0]
             raise SerError(
-                f"most classes have one speaker only, as {name} {table.loc[table['label'] == name, 'speaker'].iloc[0]}"
-                ": the voice would be learnt instead of the emotion; record every class from two speakers or more"
+                f"most classes have one speaker only, such as {name} with "
+                f"{table.loc[table['label'] == name, 'speaker'].iloc[0]}: the model would learn the voice instead of "
+                "the emotion; record every class from two speakers or more"
             )
 
 
 def groups_of(table: pd.DataFrame) -> tuple[Ints, str]:
-    """What must stay together in folds, (n,) numbers, and in words: ``speaker`` or ``recording``."""
+    """Group number (n,) of each recording for cross-validation, and what a group is: ``speaker`` or ``recording``."""
     by_speaker = has_speakers(table) and table["speaker"].nunique() >= MIN_SPEAKERS
     names = table["speaker"].astype(str).to_numpy() if by_speaker else units_of(table)
     return pd.factorize(names)[0].astype(np.int64), "speaker" if by_speaker else "recording"
@@ -152,8 +153,8 @@ class Verdict:
 
     Attributes:
         before, after: UAR of the parent and of the adapted model.
-        p_gain: how often chance gives such a gain; p_guess: and such a UAR, to somebody who guesses.
-        over: what the first of the two exchanges, ``speakers`` or ``recordings``.
+        p_gain: p-value of the gain (randomisation test); p_guess: p-value of the UAR ``after`` (permutation test).
+        over: what the randomisation test exchanges, ``speakers`` or ``recordings``.
     """
 
     before: float
@@ -164,19 +165,19 @@ class Verdict:
 
     @property
     def adapted(self) -> bool:
-        """Whether to take the new model."""
+        """Whether the new model is better, beyond chance."""
         return self.after > self.before and max(self.p_gain, self.p_guess) < LEVEL
 
     @property
     def told(self) -> str:
-        """In one line."""
+        """The verdict in one line."""
         gain = f"UAR {self.before:.1%} -> {self.after:.1%}"
         if self.adapted:
             often = f"{self.p_gain:.1%}" if self.p_gain >= 0.001 else "less than 0.1%"
-            return f"adapted: {gain}; chance gives such a gain in {often} of tries (exchanging {self.over})"
+            return f"adapted: {gain}; chance gives such a gain in {often} of tries (test over {self.over})"
         if self.p_guess >= LEVEL:
             return (
-                f"keep the old one: the gain could be chance ({gain}); guessing does as well in {self.p_guess:.0%} of "
+                f"keep the old one: the gain could be chance ({gain}); guessing is as good in {self.p_guess:.0%} of "
                 "tries: are the labels in the right rows?"
             )
         return f"keep the old one: the gain could be chance ({gain}; in {self.p_gain:.0%} of tries); label more"
@@ -185,13 +186,13 @@ class Verdict:
 def judge(
     truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, compared: int = 1, seed: int = 0
 ) -> Verdict:
-    """Compare two sets of answers, (n,) class indices each, to the same recordings.
+    """Compare two sets of answers to the same recordings, (n,) class indices each.
 
-    A parent that does worse than a guess (as one that knows none of the classes) is no measure: the guess is.
+    If the parent is worse than guessing (for example if it has none of the classes), the comparison is with guessing.
 
     Args:
-        speakers: (n,) numbers; None: not known.
-        compared: how many sets of answers `after` is the best of (Bonferroni).
+        speakers: (n,) speaker numbers; None: unknown.
+        compared: the number of models of which `after` is the best (Bonferroni correction).
     """
     counts = np.bincount(truth)
     n_classes = int((counts > 0).sum())
@@ -215,12 +216,12 @@ def judge(
 
 
 def _share(drawn: Sequence[float], found: float) -> float:
-    """How often chance gives as much as was found, which counts as one of the draws."""
+    """The share of draws that are at least `found`; `found` itself counts as one of the draws."""
     return float((1 + (np.array(drawn) >= found - 1e-12).sum()) / (1 + len(drawn)))
 
 
 def answers(table: pd.DataFrame, logits: Floats, labels: Sequence[str], temperature: float = 1.0) -> pd.DataFrame:
-    """A scores table of logits (n, C), as `score` would write it."""
+    """Logits (n, C) as a table of scores, in the form that `score` writes."""
     p = softmax(logits / temperature, axis=1)
     found = table.drop(columns=["status", "error"], errors="ignore").assign(
         status="ok",
@@ -233,7 +234,7 @@ def answers(table: pd.DataFrame, logits: Floats, labels: Sequence[str], temperat
 
 
 def temperature_of(truth: Ints, logits: Floats) -> tuple[float, dict[str, Any]]:
-    """The temperature that suits out-of-fold logits (n, C), and the figures of it; 1 where they are too few."""
+    """The temperature fitted to out-of-fold logits (n, C), and its figures; 1 and {} if there are too few."""
     if len(truth) < MIN_TO_CALIBRATE:
         return 1.0, {}
     found = fit_temperature(truth, softmax(logits, axis=1))
@@ -253,12 +254,12 @@ def write(
     window: Window,
     state: Mapping[str, Tensor] | None = None,
 ) -> Bundle:
-    """The adapted bundle, with card, figures and the recordings that it and its parents have learnt from.
+    """Write the adapted bundle, with model card, figures and the training recordings of the model and its parents.
 
     Args:
         about: the `adapted` block of its training record.
-        embeddings: (n, d), penultimate features of the recordings; window: of which window of each.
-        state: other weights than the parent's with another last layer.
+        embeddings: (n, d), penultimate features of the recordings, of their input window `window`.
+        state: all weights, if more than the last layer changed; None: the parent's with the last layer of `found`.
     """
     temperature, calibration = temperature_of(truth, found.logits)
     figures = headline(evaluate(answers(table, found.logits, labels, temperature), labels)) | {"n": len(table)}
@@ -295,7 +296,7 @@ def write(
         corpora={**parent.corpora, **_own_corpora(table)},
         card=model_card(name, labels, features, training, {OUT_OF_FOLD: figures}, table),
     )
-    if state is None and parent.familiarity is not None:  # else the features are no longer those that it knows
+    if state is None and parent.familiarity is not None:  # with other weights the embeddings, too, are others
         set_familiarity(bundle, parent.familiarity.widened(embeddings.astype(np.float32)))
     return load_bundle(out)
 
@@ -306,7 +307,7 @@ def _own_corpora(table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def can_be_tuned(bundle: Bundle) -> bool:
-    """Whether a bundle's network has such a stage."""
+    """Whether the last stage of a bundle's network can be trained: only that of a single inception network."""
     return bundle.model_name == "inception" and MEMBERS not in bundle.model_options
 
 
@@ -322,7 +323,7 @@ class Tail(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> Tail:
-        """As any module, but for batch norms, which go on with the statistics that they have."""
+        """As in any module, but batch norms stay in evaluation mode and keep their statistics."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -342,16 +343,16 @@ def compete(
     threads: int = 0,
     tell: Tell | None = None,
 ) -> tuple[Found, Mapping[str, Tensor] | None, float]:
-    """The better, by log-loss out of fold, of a new last layer and of a last stage trained from there.
+    """Train the last stage too, and choose between it and the new last layer by out-of-fold log-loss.
 
     Args:
-        found: what `last_layer.adapt` found with this `seed`.
+        found: the result of `last_layer.adapt` with this `seed`.
         features: (n, *input_shape) of the recordings.
         minutes: how long all trainings may take.
 
     Returns:
-        What is better; the network's weights where that is the last stage; and, where the minutes do not suffice, how
-        many would (else 0).
+        The better result; the network's weights if that is the last stage, else None; and the minutes needed if
+        `minutes` are too few, else 0.
     """
     started = time.monotonic()
     given = before_tail(bundle, features)
@@ -375,7 +376,7 @@ def compete(
 
 
 def before_tail(bundle: Bundle, features: np.ndarray) -> np.ndarray:
-    """What the last stage is given: float32 features (n, 1, n_mels, frames) -> (n, channels, H, W)."""
+    """The input of the last stage: float32 features (n, 1, n_mels, frames) -> (n, channels, H, W)."""
     model = bundle.build_model()
     assert isinstance(model, EnhancedInceptionModel)
     front = nn.Sequential(model.stem, model.stage3, model.stage4).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -390,11 +391,11 @@ def before_tail(bundle: Bundle, features: np.ndarray) -> np.ndarray:
 def tune(
     bundle: Bundle, head: Head, given: np.ndarray, truth: Ints, rows: Ints, *, seed: int = 0, threads: int = 0
 ) -> Mapping[str, Tensor]:
-    """Weights of the whole network, its last stage trained on some of the recordings.
+    """Train the last stage on some of the recordings; returns the weights of the whole network.
 
     Args:
-        head: the last layer that it begins with.
-        given: (n, channels, H, W) of `before_tail`; truth: (n,) class indices; rows: which of them are learnt from.
+        head: the last layer to start from.
+        given: (n, channels, H, W) of `before_tail`; truth: (n,) class indices; rows: the rows to train on.
     """
     model = build_model(bundle.model_name, dict(bundle.model_options), len(head.bias), bundle.features.input_shape)
     assert isinstance(model, EnhancedInceptionModel)
@@ -416,7 +417,7 @@ def tune(
 
 
 def tail_logits(bundle: Bundle, state: Mapping[str, Tensor], given: np.ndarray) -> Floats:
-    """Logits (n, C) of a tuned network, of what `before_tail` gave (n, channels, H, W)."""
+    """Logits (n, C) of a tuned network for the output of `before_tail` (n, channels, H, W)."""
     n_classes = len(list(state.values())[-1])
     model = build_model(bundle.model_name, dict(bundle.model_options), n_classes, bundle.features.input_shape)
     assert isinstance(model, EnhancedInceptionModel)

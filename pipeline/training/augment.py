@@ -1,13 +1,13 @@
-"""Training-time changes to features, vectorised over a batch and decided by (seed, epoch, position) alone.
+"""Data augmentation of features in training, computed for a whole batch at once.
 
-What needs more than the stored window works on the mel power of the whole recording: `crop` (another window),
-`stretch` (time-stretch by interpolating frames), `shift` (whole mel bands), `warp` (all frequencies times a factor:
-vocal tract length perturbation, Jaitly & Hinton 2013), `gain` (spectral tilt; a plain gain is normalised away), `noise`
-(white noise added in power), `band` (what a lower sampling rate, a telephone or a lossy format leaves). On finished
-features: `masks` (SpecAugment, Park et al. 2019, two per axis) and `mixup` (Zhang et al. 2018). `pitch` takes a
-pitch-shifted copy made at extraction. An example that draws no change is the stored feature, bit for bit. Limits: a
-cropped window has its frames on the recording's grid and hears across its edges, which the stored middle window does
-not.
+The random choices depend only on (seed, epoch, position). Most augmentations work on the mel power of the whole
+recording: `crop` (another window), `stretch` (time-stretch by interpolating frames), `shift` (by whole mel bands),
+`warp` (all frequencies times a factor: vocal tract length perturbation, Jaitly & Hinton 2013), `gain` (spectral tilt; a
+constant gain would be normalised away), `noise` (white noise added in power), `band` (the band limits of a lower sample
+rate, a telephone or a lossy format). Others work on finished features: `masks` (SpecAugment, Park et al. 2019, two per
+axis) and `mixup` (Zhang et al. 2018). `pitch` takes a pitch-shifted copy made at extraction. An example without any
+augmentation is the stored feature, bit for bit. Limits: the frames of a cropped window lie on the recording's frame
+grid and include sound from beyond the window's edges, unlike those of the stored middle window.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.storage.errors import SerError
 
 POWER_NAMES = ("crop", "stretch", "shift", "warp", "gain", "noise", "band")
 NAMES = (*POWER_NAMES, "masks", "mixup", "pitch")
-# how strong a change may be said to be (`warp:0.2`): its setting and the largest value
+# augmentations that take a strength (`warp:0.2`): the setting it sets, and its largest value
 _STRENGTHS = {
     "stretch": ("max_stretch", 0.5),
     "warp": ("max_warp", 0.5),
@@ -40,9 +40,9 @@ _STRENGTHS = {
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Which changes are made, how often (`_p`: probability an example) and how strongly.
+    """Names, probabilities (`_p`, for each example) and strengths of the augmentations.
 
-    Bands and frames are those of a picture of 64 x 188; a picture of another size takes the same share of it.
+    Numbers of bands and frames are for features of 64 x 188; they are scaled for features of another size.
     """
 
     names: tuple[str, ...] = ()
@@ -66,10 +66,10 @@ class AugmentConfig:
 
     @classmethod
     def of(cls, entries: Sequence[str], *, mixup_alpha: float = 0.2) -> AugmentConfig:
-        """From names, of which some may have a strength: ``warp:0.2``, ``gain:9`` (dB), ``band:0.5`` (how often).
+        """From names, some with a strength: ``warp:0.2``, ``gain:9`` (dB), ``band:0.5`` (probability).
 
         Raises:
-            SerError: an unknown name, a strength that is no number or out of range.
+            SerError: an unknown name, or a strength that is no number or out of range.
         """
         names: list[str] = []
         settings: dict[str, Any] = {}
@@ -86,7 +86,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.names) - set(NAMES))
         if unknown:
-            raise SerError(f"unknown augmentation {unknown[0]!r}; choose among {', '.join(NAMES)}")
+            raise SerError(f"unknown augmentation {unknown[0]!r}; choose from {', '.join(NAMES)}")
         if not self.mixup_alpha > 0:
             raise SerError(
                 f"mixup alpha {self.mixup_alpha}; expected a number above 0 (leave mixup out to turn it off)"
@@ -97,11 +97,11 @@ def _strength(entry: str, text: str, largest: float) -> float:
     with suppress(ValueError):
         if 0 < (value := float(text)) <= largest:
             return value
-    raise SerError(f"augmentation {entry!r}: expected a number above 0, at most {largest:g}, after the colon")
+    raise SerError(f"augmentation {entry!r}: expected a number above 0 and at most {largest:g} after the colon")
 
 
 class Column(IntEnum):
-    """Columns of the uniform draws: one row an example, so that no draw depends on which changes are on."""
+    """Columns of the uniform draws. Each draw has its own column, whichever augmentations are used."""
 
     CROP = 0
     START = auto()
@@ -120,7 +120,7 @@ class Column(IntEnum):
     PITCH = auto()
     COPY = auto()
     MASKS = auto()  # and the seven after it: (width, start) of two masks an axis
-    WARP = 24  # drawn after all others, which are so what they were before there was a warp
+    WARP = 24  # drawn after all others, so that their numbers are the same as before `warp` was added
     FACTOR = auto()
 
 
@@ -143,12 +143,12 @@ class Draws:
         order = rng.random(n).reshape(-1, batch_size).argsort(axis=1)
         partner = (order + np.arange(0, n, batch_size)[:, None]).ravel()
         weight = rng.beta(alpha, alpha, n).astype(np.float32)
-        late = rng.random((_N_COLUMNS - Column.WARP, n), dtype=np.float32)  # one more row leaves the others as they are
+        late = rng.random((_N_COLUMNS - Column.WARP, n), dtype=np.float32)  # adding a row here changes no other draw
         return cls(np.hstack([uniform, late.T]), partner, np.maximum(weight, 1 - weight))
 
 
 class Augmenter:
-    """Applies an AugmentConfig to batches. Draws `u` are rows of `Draws.uniform`, (B, columns)."""
+    """Applies an AugmentConfig to batches. The draws `u` (B, columns) are rows of `Draws.uniform`."""
 
     def __init__(self, config: AugmentConfig, features: FeatureConfig) -> None:
         if features.kind != "log_mel" and (wrong := [n for n in config.names if n in (*POWER_NAMES, "pitch")]):
@@ -157,7 +157,7 @@ class Augmenter:
             )
         self.config = config
         self.features = features
-        taller, longer = features.n_mels / 64, features.n_frames / 188  # than the picture that the settings are for
+        taller, longer = features.n_mels / 64, features.n_frames / 188  # relative to the size that the settings are for
         self.max_shift_bands = round(config.max_shift_bands * taller)
         self.freq_mask_bands = round(config.freq_mask_bands * taller)
         self.time_mask_frames = round(config.time_mask_frames * longer)
@@ -169,12 +169,12 @@ class Augmenter:
         return u[:, column] < probability
 
     def copy_numbers(self, u: Tensor, n_copies: Tensor) -> Tensor:
-        """Which pitch-shifted copy each example takes: (B,) int64, -1 for the recording itself."""
+        """The number of the pitch-shifted copy that each example takes: (B,) int64, -1 for the recording itself."""
         taken = self._happens("pitch", u, Column.PITCH) & (n_copies > 0)
         return torch.where(taken, (u[:, Column.COPY] * n_copies).long(), -1)
 
     def needs_power(self, u: Tensor) -> Tensor:
-        """(B,) bool: the examples that are to be made from the whole recording's mel power."""
+        """(B,) bool: the examples that must be computed from the whole recording's mel power."""
         columns = (
             Column.CROP,
             Column.STRETCH,
@@ -188,7 +188,7 @@ class Augmenter:
         return torch.stack(happens).any(dim=0)
 
     def from_power(self, power: Tensor, n_frames: Tensor, u: Tensor) -> Tensor:
-        """Augmented windows of mel power (B, n_mels, F), `n_frames` (B,) of them valid: (B, 1, n_mels, frames)."""
+        """Augmented windows (B, 1, n_mels, frames) of mel power (B, n_mels, F), of which `n_frames` (B,) are valid."""
         window = self._window(power, n_frames, u)
         window = self._warp(window, u)
         window = self._tilt(window, u)
@@ -201,7 +201,7 @@ class Augmenter:
         n_mels, n_out = self.features.n_mels, self.features.n_frames
         stretched = self._happens("stretch", u, Column.STRETCH)
         speed = torch.where(stretched, 1 + self.config.max_stretch * (2 * u[:, Column.SPEED] - 1), 1.0)
-        room = (n_frames - 1) - speed * (n_out - 1)  # below 0: the recording is shorter than the window, and centred
+        room = (n_frames - 1) - speed * (n_out - 1)  # below 0: the recording is shorter than the window: centre it
         random_start = u[:, Column.START] * torch.where(stretched, room, room + 1)
         cropped = self._happens("crop", u, Column.CROP) & (room > 0)
         start = torch.where(cropped, random_start, room / 2)
@@ -220,13 +220,13 @@ class Augmenter:
 
     @staticmethod
     def _frames(power: Tensor, index: Tensor, n_frames: Tensor) -> Tensor:
-        """Frames `index` (B, T) of power (B, n_mels, F), silent outside the recording: (B, n_mels, T)."""
+        """Frames `index` (B, T) of power (B, n_mels, F), 0 outside the recording: (B, n_mels, T)."""
         inside = (index >= 0) & (index < n_frames[:, None])
         gathered = power.gather(2, index.long().clamp(0, power.shape[2] - 1)[:, None, :].expand(-1, power.shape[1], -1))
         return gathered * inside[:, None, :]
 
     def _warp(self, power: Tensor, u: Tensor) -> Tensor:
-        """Move what was at f Hz to f times a drawn factor, by interpolating mel bands; the topmost band is repeated."""
+        """Multiply all frequencies by a drawn factor, by interpolating mel bands; the highest band is repeated."""
         happens = self._happens("warp", u, Column.WARP)
         if not happens.any():
             return power
@@ -249,7 +249,7 @@ class Augmenter:
         return power * (10 ** (gain_db / 10))[:, :, None]
 
     def _add_noise(self, power: Tensor, u: Tensor) -> Tensor:
-        """White noise of a drawn signal-to-noise ratio; the power of a noise bin is exponentially distributed."""
+        """Add white noise at a drawn signal-to-noise ratio; the power of a noise bin is exponentially distributed."""
         happens = self._happens("noise", u, Column.NOISE)
         for row in happens.nonzero().flatten().tolist():
             snr_db = self.config.min_snr_db + float(u[row, Column.SNR]) * (
@@ -261,7 +261,7 @@ class Augmenter:
         return power
 
     def _band_limit(self, power: Tensor, u: Tensor) -> Tensor:
-        """Remove what lies outside a drawn band; of a filter that the edge goes through, the part outside."""
+        """Remove the power outside a drawn frequency band; a mel filter on its edge loses its part outside."""
         happens = self._happens("band", u, Column.BAND)
         if not happens.any():
             return power
@@ -271,7 +271,7 @@ class Augmenter:
         return power * torch.where(happens[:, None], kept.clamp_min(0), 1.0)[:, :, None]
 
     def mask(self, features: Tensor, u: Tensor) -> Tensor:
-        """SpecAugment: two masks an axis set to 0, the mean, in (B, 1, n_mels, frames) or (B, frames, n_dims)."""
+        """SpecAugment: set two masks per axis to 0 (the mean), in (B, 1, n_mels, frames) or (B, frames, n_dims)."""
         if "masks" not in self.config.names:
             return features
         picture = features.ndim == 4
@@ -286,7 +286,7 @@ class Augmenter:
 
     @staticmethod
     def _span(u: Tensor, number: int, size: int, widest: int) -> Tensor:
-        """Mask `number` of an axis: up to `widest` neighbours of `size` places, (B, size) bool."""
+        """Mask `number` of an axis: up to `widest` neighbouring places of `size`, (B, size) bool."""
         width = (u[:, Column.MASKS + 2 * number, None] * (widest + 1)).floor()
         start = (u[:, Column.MASKS + 2 * number + 1, None] * (size - width + 1)).floor()
         index = torch.arange(size)
@@ -294,11 +294,11 @@ class Augmenter:
 
 
 def band_edges_hz(kind: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper edge of the band that a recording's way leaves, (B,) each, from two draws in [0, 1).
+    """Lower and upper edge in Hz, (B,) each, of a transmission band, from two draws in [0, 1).
 
-    Half are 16 kHz files (edge at 8 kHz, up to 8 % lower where the resampler's filter falls), 15 % telephone (from 200
-    to 400 Hz up to 3.4 to 4 kHz, around ITU-T G.712), 15 % files of 11.025 kHz, 20 % files of 22.05 to 32 kHz and MP3
-    (11 to 16 kHz).
+    50 % are 16 kHz files (upper edge 8 kHz, up to 8 % lower because of the resampler's filter), 15 % telephone (200-400
+    Hz to 3.4-4 kHz, around ITU-T G.712), 15 % files of 11.025 kHz, 20 % files of 22.05 to 32 kHz and MP3 (upper edge 11
+    to 16 kHz).
     """
     wide = torch.where(kind < 0.8, 5512.5 * (1 - 0.08 * place), 11000 + 5000 * place)
     narrow = torch.where(kind < 0.5, 8000 * (1 - 0.08 * place), 3400 + 600 * place)
@@ -307,7 +307,7 @@ def band_edges_hz(kind: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _area_below(cut_hz: Tensor, corners_hz: Tensor) -> Tensor:
-    """Share of each triangular filter's area below a frequency: (B,) and corners (n_mels + 2,) -> (B, n_mels)."""
+    """Share (B, n_mels) of each triangular mel filter's area below a frequency (B,); corners (n_mels + 2,)."""
     left, centre, right = corners_hz[:-2], corners_hz[1:-1], corners_hz[2:]
     cut = cut_hz[:, None]
     rising = ((cut - left).clamp_min(0) / (centre - left)).clamp_max(1) ** 2 * (centre - left)

@@ -1,15 +1,13 @@
-"""What a training epoch reads: the clips of a split, and the augmented batches of one worker.
+"""Augmented batches for training, and the weighted sampler that balances classes and corpora.
 
-Everything comes from memory-mapped arrays in the worker itself: making a batch costs a small part of a training step,
-so there are no loader processes. A batch is a function of (seed, epoch, position in the global stream): the workers of
-one run see what a single worker would have seen.
-
-Balance of classes and corpora: inverse-frequency weights, boosts, and a weighted sampler for any number of workers.
+Batches are read from memory-mapped arrays in the worker itself: this takes a small part of a training step, so there
+are no loader processes. A batch depends only on (seed, epoch, position in the global stream): all workers of a run
+together read what a single worker would read.
 
 Each epoch is one global stream of draws with replacement (`torch.multinomial`, as in
-`torch.utils.data.WeightedRandomSampler`), a function of (seed, epoch) alone. A global batch is a run of `batch_size`
-draws; worker r of W takes its r-th W-th part, so 1, 2 or 4 workers together see exactly the same draws. Limits: W must
-divide the batch size.
+`torch.utils.data.WeightedRandomSampler`), which depends only on (seed, epoch). A global batch is `batch_size`
+consecutive draws, of which each of W workers takes an equal part: 1, 2 or 4 workers together use exactly the same
+draws. Limits: W must divide the batch size.
 """
 
 from __future__ import annotations
@@ -37,10 +35,10 @@ def parse_class_values(
 ) -> dict[int, float]:
     """Read `CLASS:VALUE,...`; a class is an index or a name: "1:2.0,sad:1.5" -> {1: 2.0, 6: 1.5}.
 
-    `given` may be a mapping from classes to values instead, whose names may have commas.
+    `given` may also be a mapping from classes to values; its names may contain commas.
 
     Raises:
-        SerError: not that form, an unknown class, a class given twice, or a value that is not a positive number.
+        SerError: another form, an unknown class, a class given twice, or a value that is not a positive number.
     """
     values: dict[int, float] = {}
     for name, number in pairs(given, option) if isinstance(given, str) else given.items():
@@ -54,10 +52,10 @@ def parse_class_values(
 def pairs(
     text: str, option: str, expected: str = "CLASS:FACTOR with a factor above 0, as in 1:2.0,sad:1.5"
 ) -> Iterator[tuple[str, float]]:
-    """The parts of ``name:number,...``.
+    """Yield the (name, number) pairs of ``name:number,...``.
 
     Raises:
-        SerError: a part of another form, or a number that is not above 0 and finite; says what is ``expected``.
+        SerError: a part of another form, or a number that is not above 0 and finite; the message names ``expected``.
     """
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, separator, value = item.rpartition(":")
@@ -82,22 +80,24 @@ def class_weights(classes: np.ndarray, n_classes: int) -> np.ndarray:
 def shares_of(
     given: Mapping[str, float], corpora: Sequence[str], trained: Collection[str] | None = None
 ) -> np.ndarray | None:
-    """The share of the draws of each of `corpora` (K,); None when none are given.
+    """The share (K,) that each of `corpora` has in the draws; None if no shares are given.
 
-    `trained`: those that are trained on (all by default), which must have a share; that of others is 0.
+    `trained`: the corpora in the training part (default: all). Each needs a share; the others get 0.
 
     Raises:
-        SerError: a share for a corpus that is not there, or a corpus without one.
+        SerError: a share for an unknown corpus, or a training corpus without a share.
     """
     if not given:
         return None
     for name in given:
         if name not in corpora:
-            raise SerError(f"--corpus_share: no corpus {name!r} in the recordings; there are {', '.join(corpora)}")
+            raise SerError(f"--corpus_share: no corpus {name!r} in the recordings; choose from {', '.join(corpora)}")
     trained = corpora if trained is None else trained
     for name in trained:
         if name not in given:
-            raise SerError(f"--corpus_share gives {name or 'the recordings without a corpus'} none; name every corpus")
+            raise SerError(
+                f"--corpus_share has no share for {name or 'the recordings without a corpus'}; name every corpus"
+            )
     shares = np.array([given[name] if name in trained else 0.0 for name in corpora])
     found: np.ndarray = shares / shares.sum()
     return found
@@ -105,13 +105,13 @@ def shares_of(
 
 @dataclass(frozen=True)
 class WeightedSampler:
-    """Weighted draws with replacement, the same whatever the number of workers.
+    """Weighted draws with replacement, which do not depend on the number of workers.
 
     Args:
         weights: (n,) unnormalised draw probability of each clip.
-        batch_size: of all workers together. Every batch is full: an epoch's draws are rounded up to whole batches.
-        seed: together with the epoch it decides every draw.
-        n_draws: of an epoch; 0: as many as there are clips.
+        batch_size: draws in a batch, over all workers. Every batch is full: an epoch is rounded up to whole batches.
+        seed: determines, with the epoch, every draw.
+        n_draws: draws in an epoch; 0: as many as there are clips.
     """
 
     weights: np.ndarray
@@ -140,13 +140,13 @@ class WeightedSampler:
         shares: np.ndarray | None = None,
         n_draws: int = 0,
     ) -> WeightedSampler:
-        """Every class of a corpus equally often, then each class times its boost.
+        """A sampler that draws every class of a corpus equally often, then each class times its boost.
 
         Args:
             classes: (n,) int, the class of each clip.
-            corpora: (n,) int, the corpus of each clip; None: one for all.
-            shares: (K,) of the draws that each corpus gets (before boosts); by default in proportion to the square
-                root of its number of clips.
+            corpora: (n,) int, the corpus of each clip; None: all are of one corpus.
+            shares: (K,) share of each corpus in the draws, before boosts; by default in proportion to the square root
+                of its number of clips.
         """
         weights = np.zeros(len(classes))
         corpora = np.zeros(len(classes), np.int64) if corpora is None else corpora
@@ -176,10 +176,10 @@ class WeightedSampler:
         return drawn
 
     def part(self, world: int) -> int:
-        """Examples of a global batch that each of `world` workers gets.
+        """Number of examples that each of `world` workers gets of a global batch.
 
         Raises:
-            SerError: the workers cannot share the batch equally.
+            SerError: `world` does not divide the batch size.
         """
         if self.batch_size % world:
             raise SerError(
@@ -205,7 +205,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Features of all clips, with the rows that train and those that choose the best epoch."""
+    """Features of all clips, and the row numbers of the training and of the validation part."""
 
     config: FeatureConfig
     features: NDArray[np.float32] | Stacked  # (n, *config.input_shape)
@@ -217,18 +217,18 @@ class TrainingData:
     n_frames: Rows | None = None  # (n,) valid frames of mel_power
     copies: Mapping[int, Rows] | None = None  # row -> rows of its pitch-shifted copies
     corpora: tuple[str, ...] = ("",)
-    corpus_of: Rows | None = None  # (n,) numbers in `corpora`; None: all are of one
-    corpus_classes: NDArray[np.bool_] | None = None  # (K, C) which classes each corpus has; None: all have all
+    corpus_of: Rows | None = None  # (n,) index in `corpora`; None: all clips are of one corpus
+    corpus_classes: NDArray[np.bool_] | None = None  # (K, C) the classes that each corpus has; None: all classes
 
     def __post_init__(self) -> None:
         if len(self.train_rows) == 0:
-            raise SerError("no readable clip is in the training part; check the manifest and the split")
+            raise SerError("the training part has no readable clip; check the manifest and the split")
         shared = np.intersect1d(self.train_rows, self.valid_rows)
         if len(shared):
             raise SerError(f"{len(shared)} clips are in both the training and the validation part; split again")
 
     def allowed(self, rows: Rows) -> Tensor | None:
-        """(len(rows), C) bool: the classes that each clip's corpus has; None where every corpus has all classes."""
+        """(len(rows), C) bool: the classes that each clip's corpus has; None if every corpus has all classes."""
         if self.corpus_of is None or self.corpus_classes is None or self.corpus_classes.all():
             return None
         return torch.from_numpy(self.corpus_classes[self.corpus_of[rows]])
@@ -237,9 +237,9 @@ class TrainingData:
 def from_arrays(
     arrays: FeatureArrays, classes: Rows, n_classes: int, train_rows: Rows, valid_rows: Rows
 ) -> TrainingData:
-    """Training data of extracted features; `classes` (n,) and the rows index `arrays.features`.
+    """Training data of extracted features; `classes` (n,) and the row numbers refer to `arrays.features`.
 
-    The classes of a corpus are those of all its recordings here, whichever part they are in.
+    The classes of a corpus are those of all its recordings, in any part.
     """
     corpora, corpus_of = corpora_of(arrays.table)
     present = np.zeros((len(corpora), n_classes), bool)
@@ -261,7 +261,7 @@ def from_arrays(
 
 
 def pitch_copies(table: pd.DataFrame) -> dict[int, Rows]:
-    """Array rows of the pitch-shifted copies of each row that has some (columns row_id, parent_id)."""
+    """Row -> rows of its pitch-shifted copies, for rows that have some; from the columns row_id and parent_id."""
     if "parent_id" not in table.columns:
         return {}
     row_of = {row_id: row for row, row_id in enumerate(table["row_id"])}
@@ -279,10 +279,10 @@ class Batches:
     """Augmented batches of a sampler's draws.
 
     Args:
-        mask_missing: whether batches say which classes each clip's corpus has.
+        mask_missing: whether batches include the classes that each clip's corpus has.
 
     Raises:
-        SerError: an augmentation that these features cannot give.
+        SerError: an augmentation for which these features lack the data.
     """
 
     def __init__(
@@ -297,17 +297,20 @@ class Batches:
                 f"augmentation {needs_power[0]!r} needs mel power; extract the features again with --mel_power_s 6"
             )
         if "pitch" in augment.names and not data.copies:
-            raise SerError("augmentation 'pitch' needs copies; extract the features again with --pitch_semitones=-1,1")
+            raise SerError(
+                "augmentation 'pitch' needs pitch-shifted copies; extract the features again with "
+                "--pitch_semitones=-1,1"
+            )
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return len(self.sampler)
 
     def epoch(self, epoch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """One worker's batches: features (b, *input_shape), targets, and the classes of each softmax.
+        """One worker's batches: features (b, *input_shape), targets, and the allowed classes of each example.
 
-        Targets are (b,) classes or (b, C) mixtures; the third is (b, C) bool, of a mixture the union of its two clips'
-        classes, or None for all classes.
+        Targets are (b,) classes, or (b, C) mixtures. The allowed classes are (b, C) bool, for a mixture those of both
+        clips; None: all classes.
         """
         rows = self.data.train_rows[self.sampler.draws(epoch)]
         draws = Draws.of_epoch(len(rows), self.sampler.batch_size, self.config.mixup_alpha, self.sampler.seed, epoch)
@@ -319,7 +322,7 @@ class Batches:
             )
 
     def _plain(self, rows: Rows, draws: Draws, positions: Rows) -> Batch:
-        """Examples at `positions` of the stream, augmented one by one."""
+        """The examples at `positions` of the stream, augmented, without mixup."""
         u = torch.from_numpy(draws.uniform[positions])
         chosen = self._copies(rows[positions], u)
         features = torch.from_numpy(self.data.features[chosen])
@@ -342,7 +345,7 @@ class Batches:
         return np.array([c[k] if k >= 0 else row for row, c, k in zip(rows, copies, numbers, strict=True)])
 
     def _mixed(self, rows: Rows, draws: Draws, positions: Rows) -> Batch:
-        """Mixup with partners of the same global batch, which another worker may be training on."""
+        """The examples at `positions`, each mixed with a partner of the same global batch, perhaps another worker's."""
         partners = draws.partner[positions]
         needed, index = np.unique(np.concatenate([positions, partners]), return_inverse=True)
         features, classes, allowed = self._plain(rows, draws, needed)

@@ -1,9 +1,10 @@
-"""Everything that decides a training run, given data and model: optimiser, loss, sampling, augmentation, stopping.
+"""The settings of a training run: optimiser, loss, sampling, augmentation, stopping.
 
-Learning-rate schedules as factors of the peak, a function of the step, for `torch.optim.lr_scheduler.LambdaLR`.
+Also the learning-rate schedules: the factor of the peak rate at each step, for `torch.optim.lr_scheduler.LambdaLR`.
 
-`cosine`: Loshchilov & Hutter 2017 without restarts, to 0 (`CosineAnnealingLR`). `onecycle`: Smith & Topin 2018 with
-cosine arms (`OneCycleLR`: rise from 1/25 of the peak, fall to 1e-4 of the start). Limits: momentum stays as it is.
+`cosine`: Loshchilov & Hutter 2017 without restarts, down to 0 (`CosineAnnealingLR`). `onecycle`: Smith & Topin 2018
+with cosine curves (`OneCycleLR`: rise from 1/25 of the peak, fall to 1e-4 of the start). Limits: the momentum is
+constant.
 """
 
 from __future__ import annotations
@@ -19,93 +20,103 @@ if TYPE_CHECKING:
     from pipeline.training.augment import AugmentConfig
 
 SCHEDULERS = ("cosine", "onecycle")
-ONECYCLE_RISE = 0.15  # share of the steps, unless warm-up epochs are given
+ONECYCLE_RISE = 0.15  # share of the steps in which the rate rises, unless warm-up epochs are given
 _START_DIVISOR = 25.0
 _END_DIVISOR = 1e4
-# may change when a run is resumed
+# settings that may change when a run is resumed
 _FREE = frozenset({"threads", "channels_last", "mixed_precision", "cpu_bfloat16", "patience"})
 
 
-def _about(group: str, told: str, **how: Any) -> dict[str, Any]:
-    """What makes a setting an option of the commands too: its group there, its help; ``how``: metavar, choices."""
-    return {"group": group, "help": told, **how}
+def _about(group: str, text: str, **how: Any) -> dict[str, Any]:
+    """Metadata that makes a field an option of the commands: its group, its help text; ``how``: metavar, choices."""
+    return {"group": group, "help": text, **how}
 
 
-def _option(default: Any, group: str, told: str, **how: Any) -> Any:
-    return field(default=default, metadata=_about(group, told, **how))
+def _option(default: Any, group: str, text: str, **how: Any) -> Any:
+    return field(default=default, metadata=_about(group, text, **how))
 
 
 _LOSS, _LOOP, _WORKERS = "model and loss", "training", "workers"
-_NO_RECIPE = frozenset({"corpus_share", "threads", "cpu_bfloat16"})  # of these data, of this machine
+_NO_RECIPE = frozenset({"corpus_share", "threads", "cpu_bfloat16"})  # they depend on the data or the machine
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a run; kept in every checkpoint. The commands' options are made of these fields.
+    """Settings of a run; kept in every checkpoint. Most fields are also options of the commands.
 
     Raises:
         SerError: a value out of range, an unknown scheduler or augmentation.
     """
 
-    epochs: int = _option(50, _LOOP, "at most so many")
-    batch_size: int = _option(64, _LOOP, "of all workers together")
+    epochs: int = _option(50, _LOOP, "largest number of epochs")
+    batch_size: int = _option(64, _LOOP, "recordings in a batch, over all workers")
     lr: float = _option(1e-4, _LOOP, "highest learning rate")
-    weight_decay: float = _option(1e-5, _LOOP, "of AdamW")
-    scheduler: str = _option("cosine", _LOOP, "course of the learning rate", choices=SCHEDULERS)
-    warmup_epochs: float = _option(0.0, _LOOP, "rise to the highest rate")
+    weight_decay: float = _option(1e-5, _LOOP, "weight decay of AdamW")
+    scheduler: str = _option("cosine", _LOOP, "learning-rate schedule", choices=SCHEDULERS)
+    warmup_epochs: float = _option(0.0, _LOOP, "epochs in which the learning rate rises to its highest value")
     clip_norm: float = _option(0.0, _LOOP, "largest gradient norm; 0: no clipping")
-    label_smoothing: float = _option(0.0, _LOSS, "share of the target spread over all classes")
+    label_smoothing: float = _option(0.0, _LOSS, "share of the target that is spread over all classes")
     use_focal: bool = _option(False, _LOSS, "focal loss instead of cross-entropy")
-    focal_gamma: float = _option(2.0, _LOSS, "how far easy clips count less")
+    focal_gamma: float = _option(2.0, _LOSS, "gamma of the focal loss: the higher, the less easy recordings count")
     class_weights: tuple[float, ...] | None = _option(
-        None, _LOSS, "weights in the loss (default none)", metavar="balanced|none|CLASS:WEIGHT,..."
+        None,
+        _LOSS,
+        "class weights in the loss; balanced: inverse to the class frequency (default none)",
+        metavar="balanced|none|CLASS:WEIGHT,...",
     )
     oversample_boost: dict[int, float] = field(
         default_factory=dict,
-        metadata=_about(_LOSS, "draw classes more often, by index or name: 1:2.0,sad:1.5", metavar="CLASS:FACTOR,..."),
+        metadata=_about(
+            _LOSS,
+            "draw these classes more often by this factor; a class is an index or a name: 1:2.0,sad:1.5",
+            metavar="CLASS:FACTOR,...",
+        ),
     )
     corpus_share: dict[str, float] = field(
         default_factory=dict,
         metadata=_about(
             _LOSS,
-            "how much of the draws each corpus gets (column corpus; default: by the square root of its size)",
+            "share of each corpus (column corpus) in the recordings drawn for training (default: in proportion to the "
+            "square root of its size)",
             metavar="CORPUS:SHARE,...",
         ),
     )
-    draws: int = _option(0, _LOOP, "recordings drawn an epoch; 0: as many as there are")
+    draws: int = _option(0, _LOOP, "recordings drawn in each epoch; 0: as many as the training part has")
     mask_missing_classes: bool = _option(
-        True, _LOSS, "take classes that a corpus has not got out of the softmax of its recordings"
+        True, _LOSS, "compute the softmax of a recording only over the classes that its corpus has"
     )
-    ema: float = _option(0.0, _LOOP, "decay of the average of weights at an update, as 0.995; 0: none")
+    ema: float = _option(
+        0.0, _LOOP, "decay of the exponential moving average of the weights, such as 0.995; 0: no average"
+    )
     augment: tuple[str, ...] = _option(
         (),
         _LOSS,
-        "of crop, stretch, shift, warp, masks, mixup, gain, noise, band, pitch; with commas (default none); stronger "
-        "or weaker than usual: stretch:0.15, warp:0.12 (shares), gain:6 (dB), noise:10 (lowest SNR in dB), band:0.2 "
-        "(how often)",
+        "augmentations, separated by commas: crop, stretch, shift, warp, masks, mixup, gain, noise, band, pitch "
+        "(default none); some take a strength: stretch:0.15 and warp:0.12 (largest change, as a share), gain:6 (dB), "
+        "noise:10 (lowest SNR in dB), band:0.2 (probability)",
         metavar="NAME[:STRENGTH],...",
     )
-    mixup_alpha: float = _option(0.2, _LOSS, "of the Beta distribution that mixes")
+    mixup_alpha: float = _option(0.2, _LOSS, "alpha of the Beta distribution of mixup")
     patience: int = _option(7, _LOOP, "epochs without a better validation F1 before stopping; 0: never stop early")
-    seed: int = _option(42, _LOOP, "of weights, order and augmentation")
-    threads: int = _option(0, _WORKERS, "math threads a worker; 0: the CPUs shared out equally")
+    seed: int = _option(42, _LOOP, "random seed of initial weights, sampling and augmentation")
+    threads: int = _option(0, _WORKERS, "CPU threads of each worker; 0: an equal share of the CPUs")
     mixed_precision: bool = True  # bfloat16 on a GPU
     cpu_bfloat16: bool = _option(
         False,
         _LOOP,
-        "bfloat16 arithmetic on CPUs, as on GPUs: faster where `lscpu` shows amx_bf16 or avx512_bf16",
+        "bfloat16 arithmetic on CPUs, as on GPUs: faster if `lscpu` shows amx_bf16 or avx512_bf16",
     )
     channels_last: bool = True  # memory format of the 2-D models
 
     @classmethod
     def options(cls, *groups: str) -> list[Field[Any]]:
-        """The fields that are options, of these groups or of all, in order."""
+        """The fields that are options, in order; all, or those of these groups."""
         found = [option for option in fields(cls) if option.metadata]
         return [option for option in found if not groups or option.metadata["group"] in groups]
 
     @classmethod
     def recipe(cls) -> list[str]:
-        """Names of the options that another training takes over from a run to learn as that did."""
+        """Names of the options that `--recipe` copies from an earlier run."""
         return [option.name for option in cls.options() if option.name not in _NO_RECIPE]
 
     def __post_init__(self) -> None:
@@ -117,18 +128,18 @@ class FitConfig:
         if min(self.patience, self.threads, self.seed, self.draws) < 0:
             raise SerError("patience, threads, seed and draws must be at least 0")
         if not self.lr > 0 or self.weight_decay < 0 or self.clip_norm < 0 or self.warmup_epochs < 0:
-            raise SerError("the learning rate must be above 0; weight decay, clip norm and warm-up at least 0")
+            raise SerError("the learning rate must be above 0; weight decay, clip norm and warm-up must be at least 0")
         if self.seed >= 2**64:
             raise SerError(f"the seed {self.seed} is too large; expected a number below 2**64")
         if self.scheduler not in SCHEDULERS:
             raise SerError(f"unknown scheduler {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}")
         if not 0 <= self.ema < 1:
-            raise SerError(f"EMA decay {self.ema}; expected 0 (off) or a value below 1, as 0.995")
+            raise SerError(f"EMA decay {self.ema}; expected 0 (off) or a value below 1, such as 0.995")
         self.augmentation()
 
     def augmentation(self) -> AugmentConfig:
         """The augmentation that these settings name."""
-        from pipeline.training.augment import AugmentConfig  # and PyTorch, which the commands' help can do without
+        from pipeline.training.augment import AugmentConfig  # here: it imports PyTorch, which --help does not need
 
         return AugmentConfig.of(self.augment, mixup_alpha=self.mixup_alpha)
 
@@ -138,7 +149,7 @@ class FitConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FitConfig:
-        """The inverse of `to_dict`, also after a way through JSON, which knows neither tuples nor integer keys."""
+        """The inverse of `to_dict`, also for values read from JSON, which has neither tuples nor integer keys."""
         weights = values["class_weights"]
         restored = {
             "augment": tuple(values["augment"]),
@@ -148,10 +159,10 @@ class FitConfig:
         return cls(**{**values, **restored})
 
     def check_continues(self, started: FitConfig) -> None:
-        """Refuse to go on with a run that was started with settings that would give other weights.
+        """Check that a run which was started with other settings may be resumed with these.
 
         Raises:
-            SerError: names the first setting that differs.
+            SerError: a setting differs that changes the weights; names the first one.
         """
         ours, theirs = self.to_dict(), started.to_dict()
         for name in sorted(ours.keys() - _FREE):
@@ -162,9 +173,9 @@ class FitConfig:
 
 
 def learning_rates(name: str, steps_per_epoch: int, epochs: int, warmup_epochs: float = 0.0) -> Callable[[int], float]:
-    """Factor of the peak learning rate at each step, from 0 to `steps_per_epoch * epochs`.
+    """A function from the step, 0 to `steps_per_epoch * epochs`, to the factor of the peak learning rate.
 
-    Warm-up is linear from 0 for `cosine`; for `onecycle` it is the length of the rise.
+    With `cosine` the warm-up rises linearly; with `onecycle` it is the length of the rise.
     """
     total = steps_per_epoch * epochs
     warmup = min(round(warmup_epochs * steps_per_epoch), total)
@@ -193,5 +204,5 @@ def _onecycle(total: int, warmup: int) -> Callable[[int], float]:
 
 
 def _descent(progress: float) -> float:
-    """Half a cosine: 1 at 0, 0 at 1 and after."""
+    """Half a cosine: 1 at 0, falling to 0 at 1; 0 after that."""
     return (1 + math.cos(math.pi * min(progress, 1.0))) / 2

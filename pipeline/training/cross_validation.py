@@ -1,15 +1,14 @@
-"""A protocol run: one model a fold, trained side by side on Ray or in processes of this machine; one table of answers.
+"""Cross-validation by a protocol: trains one model per fold, in parallel, and collects their answers in one table.
 
-Each fold is a run folder (``pipeline.training.run``) below ``OUT/PROTOCOL``: a worker that dies goes on from its last
-epoch, and the same command again trains only what is missing. A finished fold keeps its plan, splits, history and
-answers (``predictions.parquet``), and its weights as a bundle where they are asked for: a later run's folds can then
-learn from it, each from the models that never heard what it is tested on. Limits: one worker (a share of the CPUs, or a
-GPU) a fold.
+Each fold has a run folder (``pipeline.training.run``) below ``OUT/PROTOCOL``. A fold whose process dies continues from
+its last epoch, and the same command again trains only the missing folds. A finished fold keeps its plan, parts, history
+and answers (``predictions.parquet``), and with ``keep_weights`` its bundle. A later run can use these bundles as
+teachers: each fold gets those that were not trained on its test part. Limits: one worker per fold, with a share of the
+CPUs or a GPU.
 
-The report sets several protocols of one recipe side by side, so that the gap to unseen speakers shows. The figures of a
-protocol are those of all its folds' answers together (``metrics.evaluate``, with its intervals: over speakers where
-they are known and enough); mean and standard deviation over folds are beside them. ``protocols.json`` holds everything
-that the page shows.
+The report compares several protocols of one recipe, to show the gap to unseen speakers. A protocol's figures are those
+of all its folds' answers together (``metrics.evaluate``, with intervals over speakers if there are enough), with mean
+and standard deviation over folds. ``protocols.json`` holds everything that the page shows.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from pipeline.training.plan import Plan
 from pipeline.training.run import begin, check, check_resumes, load_checkpoint, read_history, read_splits, train_here
 
 PREDICTIONS = "predictions.parquet"
-_BUNDLE = "config.json"  # what a folder with a finished bundle holds
+_BUNDLE = "config.json"  # exists in a folder whose bundle is complete
 _LOOK_S = 0.5
 
 FoldCallback = Callable[[str, Record], None]  # the fold's name, and the epoch's record
@@ -47,7 +46,7 @@ FoldCallback = Callable[[str, Record], None]  # the fold's name, and the epoch's
 
 @dataclass(frozen=True)
 class FoldConcurrency:
-    """How many folds train at once, each with how many CPUs and what share of a GPU."""
+    """How many folds train at once, and the CPUs and the share of a GPU that each gets."""
 
     folds: int
     cpus: int
@@ -55,16 +54,16 @@ class FoldConcurrency:
 
     @classmethod
     def of(cls, folds: int, at_once: int | None, cpus: int, gpus: int) -> FoldConcurrency:
-        """``at_once`` folds (as many as there are GPUs, or CPUs, when None) of ``folds`` on what there is.
+        """Share ``cpus`` and ``gpus`` among ``at_once`` of ``folds``; None: one fold for each GPU, or else CPU.
 
         Raises:
-            SerError: ``at_once`` below 1 or above the CPUs.
+            SerError: ``at_once`` is below 1 or above ``cpus``.
         """
         wanted = min(folds, gpus or cpus) if at_once is None else at_once
         if not 1 <= wanted <= cpus:
             raise SerError(f"--folds_at_once {wanted} on {cpus} CPUs; expected 1 to {cpus}")
         share = gpus / wanted
-        return cls(wanted, max(1, cpus // wanted), share if share <= 1 else int(share))  # Ray gives no fraction above 1
+        return cls(wanted, max(1, cpus // wanted), share if share <= 1 else int(share))  # above 1 Ray needs an integer
 
 
 def train_folds(
@@ -78,23 +77,23 @@ def train_folds(
     engine: str = "ray",
     on_epoch: FoldCallback = lambda _fold, _record: None,
 ) -> pd.DataFrame:
-    """Train and test every fold that is not done yet.
+    """Train and test every fold that is not finished yet.
 
     Args:
-        base: what each fold trains; its ``out`` is the protocol's folder, its ``teachers`` are folders of earlier runs
+        base: the plan of each fold, but ``out`` is the protocol's folder, and ``teachers`` are folders of earlier runs
             of the same protocol with ``keep_weights``.
-        fits: settings of single folds, by name, in place of those of ``base``.
-        keep_weights: make a bundle of each fold's folder.
-        max_failures: how often a fold whose process died is started again, on Ray.
-        engine: "ray", or "local" for CPUs of this machine.
+        fits: settings of single folds, by name, instead of those of ``base``.
+        keep_weights: write a bundle into each fold's folder.
+        max_failures: how many times a fold whose process died is restarted, on Ray.
+        engine: "ray", or "local" for processes on this machine, on CPUs.
         on_epoch: called in this process with each new epoch.
 
     Returns:
         A scores table of all test parts with a column ``fold``, in the order of the folds.
 
     Raises:
-        SerError: settings that do not fit the data, a folder that holds another protocol run, or teachers that were
-            trained on what a fold is tested on.
+        SerError: settings that do not fit the data, a folder with another protocol run, or teachers that were trained
+            on recordings of a fold's test part.
     """
     plans = {fold.name: _plan_of(base, fold.name, (fits or {}).get(fold.name, base.fit)) for fold in folds}
     for fold in folds:
@@ -122,7 +121,7 @@ def _plan_of(base: Plan, fold: str, fit: FitConfig) -> Plan:
 def _check_teachers(teachers: Sequence[Path], fold: Fold) -> None:
     for teacher in teachers:
         if not (teacher / _BUNDLE).is_file():
-            raise SerError(f"no teacher at {teacher}; train the same folds with --keep_weights first")
+            raise SerError(f"no teacher at {teacher}; first train the same folds with --keep_weights")
     refuse_leaks(teachers, fold.splits)
 
 
@@ -133,7 +132,7 @@ def _refuse_without_weights(finished: Sequence[Path]) -> None:
 
 
 def _lay_down(plan: Plan, fold: Fold) -> None:
-    """Begin the fold's run, or see that what is there is the same."""
+    """Start the fold's run folder, or check that the existing one has the same settings and recordings."""
     if not (plan.out / PLAN).is_file():
         begin(plan, fold.splits)
         check(plan)
@@ -144,11 +143,11 @@ def _lay_down(plan: Plan, fold: Fold) -> None:
         raise SerError(f"{plan.out}: {error}, or give another --out, or --overwrite") from error
     for name, part in read_splits(plan.out).items():
         if not _same_recordings(part, fold.splits[name]):
-            raise SerError(f"{plan.out} was begun with other recordings; give another --out, or --overwrite")
+            raise SerError(f"{plan.out} was started with other recordings; give another --out, or --overwrite")
 
 
 def _same_recordings(begun: pd.DataFrame, found: pd.DataFrame) -> bool:
-    """By row number and label, and by content where both know it: recordings may have been moved away since."""
+    """Whether both have the same row numbers and labels, and the same content hashes where both have one."""
     before, now = (
         dict(zip(zip(part["row_id"].astype(str), part["label"], strict=True), part[HASH_COLUMN], strict=True))
         for part in (begun, found)
@@ -157,7 +156,7 @@ def _same_recordings(begun: pd.DataFrame, found: pd.DataFrame) -> bool:
 
 
 class _Watch:
-    """Tells of each new epoch of the folds."""
+    """Calls ``on_epoch`` for each new epoch of the folds."""
 
     def __init__(self, plans: Mapping[str, Plan], on_epoch: FoldCallback) -> None:
         self._outs = {name: plan.out for name, plan in plans.items()}
@@ -201,7 +200,7 @@ def _on_ray(
             done, running = ray.wait(running, timeout=_LOOK_S)
             watch()
             ray.get(done)
-    except SerError as error:  # Ray's copy carries the worker's traceback in its text
+    except SerError as error:  # the text of Ray's copy includes the worker's traceback
         raise SerError(str(getattr(error, "cause", error))) from error
     finally:
         for reference in running:
@@ -209,7 +208,7 @@ def _on_ray(
 
 
 def _train_fold(values: dict[str, Any], out: str, device: str, keep_weights: bool) -> None:
-    """What runs in a worker: train (on), answer the test part, keep the answers, drop the checkpoint."""
+    """The work of one process: train or continue, predict the test part, save the answers, delete the checkpoint."""
     from pipeline.training.loop import weights_of
     from pipeline.training.results import predict, write_results
 
@@ -229,10 +228,10 @@ FIGURES = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "uar": "UAR"}
 def protocol_row(
     protocol: str, folds: Sequence[Fold], answers: pd.DataFrame, labels: Sequence[str], evaluation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What one protocol came to.
+    """The figures of one protocol: its row of the comparison.
 
     Args:
-        answers: of all folds, with the column ``fold``; evaluation: of the same answers.
+        answers: those of all folds, with a column ``fold``; evaluation: of these answers.
     """
     single = [_fold_row(fold.name, answers[answers["fold"] == fold.name], labels) for fold in folds]
     recalls = {row["label"]: row["recall"]["value"] for row in evaluation["per_class"]}
@@ -270,7 +269,7 @@ def _total(counts: Sequence[int | None]) -> int | None:
 
 
 def gaps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Unseen minus same speakers, for each pair of protocols, in shares of 1."""
+    """Figures on unseen speakers minus figures on known ones, as shares of 1, for each such pair of protocols."""
     same = [row for row in rows if not row["unseen_speakers"]]
     unseen = [row for row in rows if row["unseen_speakers"]]
     return [
@@ -303,7 +302,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def protocols_summary(found: Mapping[str, Any]) -> str:
-    """The table as text, at most 80 columns."""
+    """The comparison as a text of at most 80 columns."""
     lines = [f"{'':<14}{'folds':>6}{'n':>7}" + "".join(f"{name:>14}" for name in FIGURES.values()) + f"{'lowest':>9}"]
     for row in found["protocols"]:
         cells = "".join(f"{percent(row['overall'][name]['value']):>14}" for name in FIGURES)
@@ -318,7 +317,7 @@ def protocols_summary(found: Mapping[str, Any]) -> str:
     ways = dict.fromkeys(row["intervals_over"] for row in found["protocols"])
     kinds = [f"{'bootstrap ' if name == 'speakers' else ''}over {name}" for name in ways]
     lines += ["", f"Intervals: {' or '.join(kinds)}."]
-    lines += [_heard(row) for row in found["protocols"]]
+    lines += [_known_speakers(row) for row in found["protocols"]]
     for gap in found["gaps"]:
         change = ", ".join(f"{title} {points(gap[name])}" for name, title in FIGURES.items())
         lines.append(f"{gap['unseen']} minus {gap['same']}, points: {change}")
@@ -329,9 +328,10 @@ def _spread(values: Mapping[str, float]) -> str:
     return f"{values['mean'] * 100:.1f} ± {values['sd'] * 100:.1f}"
 
 
-def _heard(row: Mapping[str, Any]) -> str:
+def _known_speakers(row: Mapping[str, Any]) -> str:
+    """A sentence on how many tested recordings are of speakers who were also in training."""
     shared, n = row["heard_before"], row["n"]
     if shared["speakers"] is None:
-        return f"{row['protocol']}: no speaker column, so it is unknown who was heard in training"
+        return f"{row['protocol']}: no speaker column, so it is unknown which speakers were in training"
     takes = "" if shared["takes"] is None else f", {shared['takes'] / n:.0%} another take of the same performance"
     return f"{row['protocol']}: training had the speaker of {shared['speakers'] / n:.0%} of the recordings{takes}"

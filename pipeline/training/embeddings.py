@@ -1,8 +1,8 @@
-"""The penultimate features of recordings: what a network's last layer is given of each.
+"""The penultimate features (embeddings) of recordings: the input of a network's last layer.
 
-Recordings are decoded and embedded in blocks, each kept in a file of its own, so that a start after a crash goes on.
-The penultimate features of a model of several networks (`members`) are theirs side by side, and its last layer is
-theirs together: the mean of their logits. Limits: one window a recording, its middle or the one with most speech.
+Recordings are decoded and embedded in blocks, and each block is saved in a file, so that a restart after a crash
+continues. For a model of several networks (`members`) the embeddings of all are concatenated, and one last layer gives
+the mean of their logits. Limits: one window per recording, the middle or the one with most speech.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
 from pipeline.storage.journal import atomic_path
 
-BLOCK = 64  # recordings between two files
+BLOCK = 64  # recordings per file
 _BATCH = 16
 
-Tell = Callable[[int, int, int], None]  # recordings done, in all, of them unreadable
+Tell = Callable[[int, int, int], None]  # recordings done, in all, unreadable ones among those done
 
 
 def last_layers(model: Network) -> list[tuple[str, nn.Linear]]:
-    """The last layer of a network, or of each of its members, and its name in the state dict."""
+    """The last layer of a network, or of each of its members, with its name in the state dict."""
     if isinstance(model, JoinedModel):
         members = [(number, cast("Network", member)) for number, member in model.members.named_children()]
         return [
@@ -51,7 +51,7 @@ def last_layers(model: Network) -> list[tuple[str, nn.Linear]]:
 
 
 def last_layer(model: Network) -> tuple[Floats, Floats]:
-    """Weights (C, d) and biases (C,) that give the model's logits of its penultimate features (d,)."""
+    """Weights (C, d) and biases (C,) that map the model's penultimate features (d,) to its logits."""
     layers = [layer for _, layer in last_layers(model)]
     weights = [layer.weight.detach().double().numpy() for layer in layers]
     biases = [layer.bias.detach().double().numpy() for layer in layers]
@@ -59,7 +59,7 @@ def last_layer(model: Network) -> tuple[Floats, Floats]:
 
 
 def with_last_layer(bundle: Bundle, weight: Floats, bias: Floats) -> dict[str, Tensor]:
-    """The weights of a bundle with another last layer, (C, d) and (C,), as `last_layer` gives it."""
+    """The state dict of a bundle with another last layer, (C, d) and (C,), in the form that `last_layer` returns."""
     state, start = dict(bundle.state_dict()), 0
     layers = last_layers(bundle.build_model())
     for name, layer in layers:
@@ -77,19 +77,19 @@ def embed(network: Backend, features: np.ndarray) -> np.ndarray:
 
 
 def open_network(bundle: Bundle) -> Backend:
-    """Its network, on all CPUs; by ONNX Runtime where it can, in half of PyTorch's time."""
+    """Open the bundle's network on all CPUs, with ONNX Runtime if possible, which takes half of PyTorch's time."""
     return open_backend(bundle, "auto", "cpu", usable_cpus())
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """The rows of a manifest that can be read.
+    """The n readable recordings of a manifest.
 
     Attributes:
-        table: these rows, with `content_hash`.
-        embeddings: (n, d) float64, of each window that was asked for.
-        features: (n, *input_shape) float32 of the first of them; None where they were not to be kept.
-        unread: why each row that is not there could not be read: path -> error.
+        table: their rows, with `content_hash`.
+        embeddings: window -> (n, d) float64.
+        features: (n, *input_shape) float32 of the first window; None without `keep_features`.
+        unread: path -> error, for each recording that could not be read.
     """
 
     table: pd.DataFrame
@@ -107,13 +107,14 @@ def embed_all(
     keep_features: bool = False,
     tell: Tell | None = None,
 ) -> Embedded:
-    """Decode and embed every recording of a manifest; what `folder` holds of an earlier start is taken from there.
+    """Decode and embed every recording of a manifest; blocks that an earlier start saved in `folder` are reused.
 
     Args:
-        windows: of which windows of a recording.
+        windows: the input windows to embed.
+        keep_features: also return the features of the first window.
 
     Raises:
-        SerError: none can be read, or `folder` cannot be written.
+        SerError: no recording can be read, or `folder` cannot be written.
     """
     network = open_network(bundle)
     configs = [replace(bundle.features, window=window) for window in windows]
@@ -128,7 +129,9 @@ def embed_all(
     errors = np.concatenate([part["error"] for part in parts])
     read = errors == ""
     if not read.any():
-        raise SerError(f"none of the {len(table)} recordings can be read, as {errors[0]}; see their paths and --root")
+        raise SerError(
+            f"none of the {len(table)} recordings can be read, for example: {errors[0]}; check their paths and --root"
+        )
     hashes = np.concatenate([part["hash"] for part in parts])
     return Embedded(
         table.assign(**{HASH_COLUMN: hashes})[read].reset_index(drop=True),
@@ -146,15 +149,15 @@ def _block(
     folder: Path,
     keep_features: bool,
 ) -> Mapping[str, np.ndarray]:
-    """One block, from its file or made now: `error` and `hash`, the embeddings of each window, perhaps `features`."""
-    told = repr([(*place, _stamp(str(place[0]))) for place in places])
-    asked = f"{bundle.weights_sha256} {[config.fingerprint() for config in configs]} {keep_features} {told}"
-    path = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:20]}.npz"
+    """One block, read from its file or computed: `error`, `hash`, the embeddings of each window, perhaps `features`."""
+    stamps = repr([(*place, _stamp(str(place[0]))) for place in places])
+    key = f"{bundle.weights_sha256} {[config.fingerprint() for config in configs]} {keep_features} {stamps}"
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     try:
         with np.load(path, allow_pickle=False) as kept:
             return dict(kept)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        pass  # not there, or cut off: made now
+        pass  # missing or incomplete: compute it
     rows = [_read(place, configs) for place in places]
     found = {name: np.array([row[i] for row in rows], dtype=str) for i, name in enumerate(("error", "hash"))}
     features = [np.stack([row[2][number] for row in rows]) for number in range(len(configs))]
@@ -171,12 +174,14 @@ def _block(
         with atomic_path(path) as beside, beside.open("wb") as file:
             np.savez(file, **found)  # type: ignore[arg-type]
     except OSError as error:
-        raise SerError(f"cannot write into {folder}: {error.strerror}; make room, or choose another --out") from error
+        raise SerError(
+            f"cannot write into {folder}: {error.strerror}; free some space, or choose another --out"
+        ) from error
     return found
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    """Size and time of a file; of what is none, zeros."""
+    """Size and modification time (ns) of a file; zeros if there is none."""
     try:
         found = Path(path).stat()
     except (OSError, ValueError):
@@ -185,34 +190,37 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def _read(place: Sequence[object], configs: Sequence[FeatureConfig]) -> tuple[str, str, list[np.ndarray]]:
-    """Error, content hash and features of each window of a recording; those of the first where another has none."""
+    """Error, content hash and features of each window of a recording.
+
+    If a later window cannot be read, the features of the first one are used in its place.
+    """
     digest, found = "", list[np.ndarray]()
     for config in configs:
         how = {"windows_s": [config.window_s], "sample_rate_hz": config.sample_rate_hz, "window": config.window}
         try:
-            heard = load_once(source_at(*place), **how)  # type: ignore[arg-type]
+            loaded = load_once(source_at(*place), **how)  # type: ignore[arg-type]
         except AudioError as error:
             if not found:
                 return " ".join(str(error).split()), "", [np.zeros(config.input_shape, np.float32)] * len(configs)
             found.append(found[0])
             continue
-        digest = digest or heard.content_hash
-        found.append(extract(heard.clips[0].samples, config))
+        digest = digest or loaded.content_hash
+        found.append(extract(loaded.clips[0].samples, config))
     return "", digest, found
 
 
 def of_arrays(arrays: FeatureArrays, rows: np.ndarray, bundle: Bundle) -> Floats:
-    """Hidden features (n, d) of rows of extracted features."""
+    """Penultimate features (n, d) of these rows of extracted features."""
     return embed(open_network(bundle), np.asarray(arrays.features[rows])).astype(np.float64)
 
 
 def rehearsed(
     arrays: FeatureArrays, labels: Sequence[str], own: pd.DataFrame, bundle: Bundle, most: int = 600, seed: int = 0
 ) -> tuple[Floats, np.ndarray] | None:
-    """Hidden features (n, d) and classes (n,) of old recordings of the classes `labels`, each class alike.
+    """Penultimate features (n, d) and classes (n,) of recordings that the parent was trained on, for rehearsal.
 
-    Only what the parent has learnt from (its test part stays unheard, `training.csv` true); copies of another pitch,
-    and what `own` holds too, are left out. None where nothing remains.
+    Takes at most `most` recordings of the classes `labels`, an equal number of each class. Left out are the parent's
+    test part, pitch-shifted copies, and recordings that are also in `own`. None if nothing remains.
     """
     table = arrays.table
     known = table if HASH_COLUMN in table.columns else table.assign(**{HASH_COLUMN: ""})
@@ -233,5 +241,5 @@ def rehearsed(
 
 
 def forget(folder: Path) -> None:
-    """Remove what was kept for another start."""
+    """Remove the folder of saved blocks."""
     shutil.rmtree(folder, ignore_errors=True)

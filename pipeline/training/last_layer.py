@@ -1,13 +1,14 @@
-"""A trained model made somebody's own: a new last layer on a few labelled recordings, and whether that was worth it.
+"""Adapts a trained model to a few labelled recordings: fits a new last layer, and measures it by nested folds.
 
-The network stays but for its last layer, which maps a recording's penultimate features (1,024 of the Inception) to the
-classes and is fitted anew. Three kinds of answers compete: the parent's (`keep`), the parent's with another
-temperature and other class biases (`biases`), and a last layer that is pulled towards those (`last layer`, by how much:
-several). The choice is by cross-validated log-loss, every class counting alike. The figures are those of the whole
-procedure: in each outer fold the choice is made again, on the training part alone, so that no recording has a say in
-the model that answers it. Sources: Yosinski et al. 2014 (features carry over); Xuhong, Grandvalet & Davoine 2018,
-"Explicit inductive bias for transfer learning with convolutional networks" (the pull towards the parent, L2-SP);
-Varma & Simon 2006, "Bias in error estimation when using cross-validation for model selection" (nested folds).
+The network does not change except for its last layer, which maps a recording's penultimate features (1,024 in the
+Inception) to the classes. There are three kinds of candidates: the parent itself (`keep`), the parent with another
+temperature and other class biases (`biases`), and a new last layer with an L2 penalty on its distance from that
+(`last layer`, with several strengths of the penalty, called the pull). The one with the lowest cross-validated log-loss
+is chosen; every class has the same weight. The figures are those of the whole procedure: in each outer fold the choice
+is made again on the training part alone, so that no recording influences the model that answers it. Sources: Yosinski
+et al. 2014 (features are transferable); Xuhong, Grandvalet & Davoine 2018, "Explicit inductive bias for transfer
+learning with convolutional networks" (the penalty, L2-SP); Varma & Simon 2006, "Bias in error estimation when using
+cross-validation for model selection" (nested folds).
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from threadpoolctl import ThreadpoolController
 from pipeline.evaluation.outcomes import Floats, Ints
 
 KEEP, BIASES, LAST_LAYER, LAST_STAGE = "keep", "biases", "last layer", "last stage"
-PULLS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # of the last layer towards the parent's
+PULLS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # strengths of the penalty on the distance from the parent's last layer
 OUTER_FOLDS, INNER_FOLDS, MANY = 5, 4, 1500
 _BIAS_PULL = 0.001
-REHEARSAL = 0.3  # share of the loss that the old recordings make up, where they are heard too
-_STEPS = 100  # of the optimiser
-_FACTORS = np.geomspace(0.1, 2.0, 14)  # of logits: one over the temperatures that are tried
+REHEARSAL = 0.3  # share of the old recordings in the loss, if they are used
+_STEPS = 100  # largest number of optimiser steps
+_FACTORS = np.geomspace(0.1, 2.0, 14)  # of the logits: 1 / temperature, for each temperature tried
 
 Tell = Callable[[int, int], None]  # folds done, folds in all
 
 
 @dataclass(frozen=True)
 class Head:
-    """A last layer: weights (C, d) and biases (C,); classes that it does not know have bias -inf."""
+    """A last layer: weights (C, d) and biases (C,)."""
 
     weight: Floats
     bias: Floats
@@ -48,12 +49,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Recordings:
-    """Labelled recordings as a last layer gets them.
+    """Labelled recordings as input of a last layer.
 
     Attributes:
-        embeddings: (n, d), what the parent's last layer is given.
+        embeddings: (n, d), penultimate features of the parent.
         truth: (n,) class indices.
-        groups: (n,) what must not be on both sides of a fold: the speaker, or the recording itself.
+        groups: (n,) group numbers; a group (a speaker, or a recording) is never on both sides of a fold.
     """
 
     embeddings: Floats
@@ -61,7 +62,7 @@ class Recordings:
     groups: Ints
 
     def where(self, rows: Ints | NDArray[np.bool_]) -> Recordings:
-        """Some of them."""
+        """The recordings of these row numbers or this mask."""
         return Recordings(self.embeddings[rows], self.truth[rows], self.groups[rows])
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class Recordings:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is fitted: `KEEP`, `BIASES` or `LAST_LAYER`; the pull towards the parent; with the old recordings too?"""
+    """A candidate: kind (`KEEP`, `BIASES`, `LAST_LAYER` or `LAST_STAGE`), pull, and whether old recordings are used."""
 
     kind: str
     pull: float = 0.0
@@ -78,9 +79,9 @@ class Choice:
 
     @property
     def told(self) -> str:
-        """In words."""
+        """The candidate in words."""
         names = {
-            KEEP: "the parent as it is",
+            KEEP: "the parent unchanged",
             BIASES: "other temperature and class biases",
             LAST_STAGE: "last stage of the network trained, too",
         }
@@ -91,12 +92,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """Out-of-fold answers of the whole procedure, and the last layer of all recordings.
+    """Out-of-fold answers of the whole procedure, and the last layer fitted on all recordings.
 
     Attributes:
-        logits: (n, C) of each recording, by a model that has not heard its group.
-        choices: what was chosen in each fold.
-        choice, head: what was chosen and fitted on all; the parent's own where that is `keep`.
+        logits: (n, C), each recording's from a model that was not trained on its group.
+        choices: the candidate chosen in each fold.
+        choice, head: the candidate chosen and the layer fitted on all recordings; for `keep` the parent's layer.
     """
 
     logits: Floats
@@ -107,12 +108,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Parent:
-    """Where the fit begins, and what it is compared with.
+    """The parent model: the start of the fit, and what the result is compared with.
 
     Attributes:
-        head: of the new classes; where the parent does not know one, its weights are the mean of the others'.
-        known: (C,) which of the classes the parent knows.
-        old: recordings that the parent was trained on, for rehearsal; None: none at hand.
+        head: last layer for the new classes; for a class that the parent lacks, the mean of all its rows.
+        known: (C,) which of the classes the parent has.
+        old: recordings that the parent was trained on, for rehearsal; None: not available.
     """
 
     head: Head
@@ -120,14 +121,14 @@ class Parent:
     old: Recordings | None = None
 
     def answers(self, embeddings: Floats) -> Floats:
-        """The parent's own logits (n, C), -inf of what it does not know; 0 where it knows none of the classes."""
+        """The parent's own logits (n, C): -inf for classes that it lacks; all 0 if it has none of the classes."""
         if not self.known.any():
             return np.zeros((len(embeddings), len(self.known)))
         return np.where(self.known, self.head.logits(embeddings), -np.inf)
 
 
 def parent_of(weight: Floats, bias: Floats, theirs: Sequence[str], labels: Sequence[str]) -> Parent:
-    """The parent's last layer, weights (K, d) and biases (K,) of the classes `theirs`, for the classes `labels`."""
+    """The parent with its last layer, (K, d) and (K,) for the classes `theirs`, rewritten for the classes `labels`."""
     known = np.array([label in theirs for label in labels])
     rows = [theirs.index(label) for label in labels if label in theirs]
     weights = np.tile(weight.mean(axis=0), (len(labels), 1))
@@ -137,7 +138,7 @@ def parent_of(weight: Floats, bias: Floats, theirs: Sequence[str], labels: Seque
 
 
 def adapt(recordings: Recordings, parent: Parent, *, seed: int = 0, tell: Tell | None = None) -> Found:
-    """Fit, choose, and answer every recording by a model that has not heard its group."""
+    """Choose and fit the last layer on all recordings, and answer each out of fold."""
     fold_of = folds(recordings, OUTER_FOLDS, seed)
     logits, choices = out_of_fold(recordings, parent, fold_of, seed=seed, tell=tell)
     choice = choose(recordings, parent, seed)
@@ -154,12 +155,12 @@ def out_of_fold(
     seed: int = 0,
     tell: Tell | None = None,
 ) -> tuple[Floats, tuple[Choice, ...]]:
-    """Logits (n, C) of the whole procedure, each fold answered by the others; and what was chosen in each.
+    """Out-of-fold logits (n, C) of the whole procedure, and the candidate chosen in each fold.
 
     Args:
-        fold_of: (n,) as `folds` gives it.
-        share: of each training part that is used, for learning curves: the same of every class, two at least.
-        choices: of each fold, where they are made already.
+        fold_of: (n,) fold numbers from `folds`.
+        share: share of each training part to use, for learning curves: the same of every class, at least 2 recordings.
+        choices: the candidate for each fold, if already chosen.
     """
     logits = np.empty((len(recordings), len(parent.known)))
     made: list[Choice] = []
@@ -178,7 +179,7 @@ def out_of_fold(
 
 
 def _some(recordings: Recordings, among: NDArray[np.bool_], share: float, seed: int) -> Ints:
-    """Row numbers of a share of each class of the rows `among`."""
+    """Row numbers of a random share of each class among the rows of the mask `among`, at least 2 of each."""
     rng = np.random.default_rng(seed)
     rows = []
     for index in np.unique(recordings.truth[among]):
@@ -188,7 +189,7 @@ def _some(recordings: Recordings, among: NDArray[np.bool_], share: float, seed: 
 
 
 def folds(recordings: Recordings, most: int, seed: int) -> Ints:
-    """(n,) number of the fold that each recording is tested in; groups stay together, classes are spread evenly."""
+    """(n,) number of the fold in which each recording is tested; groups stay together, classes are spread evenly."""
     import warnings
 
     from sklearn.model_selection import StratifiedGroupKFold  # takes seconds to import
@@ -197,16 +198,16 @@ def folds(recordings: Recordings, most: int, seed: int) -> Ints:
     splitter = StratifiedGroupKFold(n_splits=number, shuffle=True, random_state=seed)
     fold_of = np.zeros(len(recordings), np.int64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes with fewer recordings than folds: they are in some folds only
+        warnings.simplefilter("ignore")  # classes with fewer recordings than folds are in some folds only
         for fold, (_, tested) in enumerate(splitter.split(recordings.embeddings, recordings.truth, recordings.groups)):
             fold_of[tested] = fold
     return fold_of
 
 
 def choose(recordings: Recordings, parent: Parent, seed: int = 0) -> Choice:
-    """The choice of the lowest log-loss in folds of these recordings, every class counting alike.
+    """The candidate with the lowest log-loss in inner folds of these recordings; every class has the same weight.
 
-    Of `MANY` recordings one of the folds is enough.
+    From `MANY` recordings on, only one of the folds is used.
     """
     choices = [Choice(KEEP), Choice(BIASES), *(Choice(LAST_LAYER, pull) for pull in PULLS)]
     if parent.old is not None:
@@ -220,29 +221,29 @@ def choose(recordings: Recordings, parent: Parent, seed: int = 0) -> Choice:
         tested = fold_of == fold
         for number, head in enumerate(_fits(recordings.where(~tested), parent, choices)):
             logits[number, tested] = head.logits(recordings.embeddings[tested])
-    told = np.isin(fold_of, names)
-    return choices[int(np.argmin([loss_of(each[told], recordings.truth[told]) for each in logits]))]
+    answered = np.isin(fold_of, names)
+    return choices[int(np.argmin([loss_of(each[answered], recordings.truth[answered]) for each in logits]))]
 
 
 def loss_of(logits: Floats, truth: Ints) -> float:
-    """Log-loss of logits (n, C), every class counting alike, at the temperature that suits them best."""
+    """Log-loss of logits (n, C) at the best of the tried temperatures; every class has the same weight."""
     own = np.arange(len(truth)), truth
     weights = _balance(truth)
     return min(-float(weights @ _log_softmax(logits * factor)[own]) for factor in _FACTORS)
 
 
 def fit_head(recordings: Recordings, parent: Parent, choice: Choice) -> Head:
-    """The last layer of a choice, fitted to all the recordings."""
+    """The last layer of a candidate, fitted on all the recordings."""
     return _fits(recordings, parent, [choice])[0]
 
 
 @cache
 def _threads() -> ThreadpoolController:
-    return ThreadpoolController()  # looks through all loaded libraries
+    return ThreadpoolController()  # cached, as it searches all loaded libraries
 
 
 def _one_thread(function: Callable[..., list[Head]]) -> Callable[..., list[Head]]:
-    """On small matrices threads of a busy machine wait for each other ten times as long as they compute."""
+    """Run with one BLAS thread below 1,000 recordings: on a busy machine more threads wait ten times as long."""
 
     @wraps(function)
     def alone(recordings: Recordings, *rest: object) -> list[Head]:
@@ -254,7 +255,7 @@ def _one_thread(function: Callable[..., list[Head]]) -> Callable[..., list[Head]
 
 @_one_thread
 def _fits(recordings: Recordings, parent: Parent, choices: Sequence[Choice]) -> list[Head]:
-    """The last layers of several choices, each begun where the one before it ended."""
+    """The last layers of several candidates, each fit started from the result of the one before it."""
     scaled = _biases(parent.head, recordings)
     heads: list[Head] = []
     spaces: dict[bool, _Space] = {}
@@ -271,19 +272,19 @@ def _fits(recordings: Recordings, parent: Parent, choices: Sequence[Choice]) -> 
 
 
 def _log_softmax(logits: Floats) -> Floats:
-    """As SciPy's of each row (n, C), at a fifth of its cost for a few rows."""
+    """Log-softmax of each row (n, C); for a few rows it takes a fifth of the time of SciPy's."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def _balance(truth: Ints) -> Floats:
-    """Weights (n,) of sum 1 that let every class count alike."""
+    """Weights (n,) with sum 1 that give every class the same weight."""
     counts = np.bincount(truth).astype(np.float64)
     return np.asarray(1 / (counts[truth] * (counts > 0).sum()))
 
 
 def _biases(head: Head, recordings: Recordings) -> Head:
-    """The parent's layer times a factor, plus biases: two numbers more than there are classes decide nothing else."""
+    """The parent's layer times a factor, plus class biases: only C + 1 numbers are fitted."""
     logits, weights = head.logits(recordings.embeddings), _balance(recordings.truth)
     targets = np.eye(len(head.bias))[recordings.truth]
 
@@ -301,9 +302,10 @@ def _biases(head: Head, recordings: Recordings) -> Head:
 
 
 class _Space:
-    """Fits of one set of recordings: a change of the last layer lies in the span of their features, not in all of it.
+    """Fits the last layer on one set of recordings, for several pulls.
 
-    Features are centred and have mean square 1 a recording, so that a pull means the same for every network.
+    A change of the layer lies in the span of the recordings' features, so that only its coordinates there are fitted.
+    Features are centred and scaled to mean square length 1, so that a pull means the same for every network.
     """
 
     def __init__(self, own: Recordings, old: Recordings | None, start: Head) -> None:
@@ -325,7 +327,7 @@ class _Space:
         self.values = np.zeros(len(start.bias) * (self.places.shape[1] + 1))
 
     def fit(self, pull: float) -> Head:
-        """The layer that minimises log-loss + pull / 2 * the squared distance from where it began."""
+        """The layer that minimises log-loss + pull / 2 * the squared distance from the layer at the start."""
         n_classes, weights = len(self.start.bias), self.weights[:, None]
 
         def loss(values: Floats) -> tuple[float, Floats]:

@@ -1,18 +1,18 @@
 """The training loop in plain PyTorch: epochs, validation, early stopping, best weights, exact resume.
 
-Runs alone, or in each of several workers once `torch.distributed` is initialised (see `Workers`). AdamW, cosine or
-one-cycle learning rate with warm-up, gradient clipping, an exponential moving average (EMA) of weights and buffers.
-Validation is shared among the workers; every decision is made from the gathered numbers, so that all take the same one.
-Every random choice is a function of (seed, epoch, worker), so that resuming from a checkpoint repeats nothing and loses
-nothing. Limits: the validation part is small enough to be gathered after every epoch; batch-norm statistics are each
-worker's own during an epoch, averaged at its end.
+Runs in one process, or in each of several workers if `torch.distributed` is initialised (see `Workers`). AdamW, cosine
+or one-cycle learning rate with warm-up, gradient clipping, an exponential moving average (EMA) of weights and buffers.
+The workers share the validation; each makes its decisions from the gathered results, so that all decide the same.
+Random choices depend only on (seed, epoch, worker), so that a resumed run gives the same result. Limits: the validation
+part must be small enough to be gathered after every epoch; batch-norm statistics are each worker's own during an epoch
+and averaged at its end.
 
-Workers exchange through plain `torch.distributed` (gloo or nccl), whoever initialised it: Ray Train, torchrun, a test.
-Alone (world 1) every exchange gives back what it was given.
+Workers communicate through `torch.distributed` (gloo or nccl); Ray Train, torchrun or a test may initialise it. With a
+single worker every exchange returns its input.
 
-Freed memory is kept in the process, so that the next step finds it there: glibc gives large blocks back to the kernel,
-which clears every page again when the next one is asked for, and a step asks for over a gigabyte of activations.
-Source: mallopt(3). Limits: Linux with glibc, elsewhere nothing changes; the process stays as large as it once was.
+Freed memory is kept in the process for the next step. By default glibc returns large blocks to the kernel, which clears
+every page again on the next allocation, and a step allocates over a gigabyte of activations. Source: mallopt(3).
+Limits: only on Linux with glibc; the process keeps its largest size.
 """
 
 from __future__ import annotations
@@ -41,38 +41,38 @@ from pipeline.training.losses import ClassificationLoss, Teachers
 
 @dataclass(frozen=True)
 class Workers:
-    """This process's number among all workers, and how many there are."""
+    """The rank of this process, and the number of all workers."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def current(cls) -> Workers:
-        """As `torch.distributed` says; alone when it is not initialised."""
+        """Rank and number from `torch.distributed`; a single worker if it is not initialised."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
     def share_gradients(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model whose backward pass averages gradients over the workers; batch-norm statistics stay apart."""
+        """Wrap the model so that its backward pass averages gradients (not batch-norm statistics) over the workers."""
         if self.world == 1:
             return model
         devices = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def wait_for_all(self) -> None:
-        """Return when every worker has come here."""
+        """Wait until every worker has called this."""
         if self.world > 1:
             dist.barrier()
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all workers of a tensor (of any shape, the same everywhere), in place."""
+        """Sum a tensor, of any shape but the same in all workers, over all workers in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
     def average_buffers(self, module: nn.Module) -> None:
-        """Give all workers the mean of their floating-point buffers (batch-norm statistics)."""
+        """Replace each floating-point buffer (batch-norm statistics) by its mean over all workers."""
         floating = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         if self.world == 1 or not floating:
             return
@@ -94,14 +94,14 @@ class Workers:
 # numbers and limits of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_INT = 2**31 - 1
-_MMAP_THRESHOLDS = (2**30, 2**25)  # the first that is accepted: glibc before 2.35 has a maximum of 32 MiB
+_MMAP_THRESHOLDS = (2**30, 2**25)  # the first accepted one is used: glibc before 2.35 allows at most 32 MiB
 
 IN_WORKERS = {"MALLOC_ARENA_MAX": "1"}
-"""Environment of processes that train in a thread of their own: an arena of a thread gives back what it can."""
+"""Environment of processes that train in a thread of their own, whose separate malloc arena would return its memory."""
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, from now on; whether the C library can."""
+    """Let this process keep the memory that it frees, from now on; returns False if the C library cannot do so."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -116,7 +116,7 @@ _VALIDATION_BATCH = 64
 
 
 class DivergedError(SerError):
-    """The training loss is no longer a finite number. Every worker finds it at the same moment."""
+    """The training loss is no longer a finite number. All workers raise this in the same epoch."""
 
 
 StateDict = dict[str, Tensor]
@@ -125,7 +125,7 @@ Record = dict[str, Any]  # one epoch: a row of history.csv
 
 @dataclass
 class FitResult:
-    """What a run came to. `weights` are the best by validation weighted F1, or the last without a validation part."""
+    """The result of a run. `weights`: the best by validation weighted F1; without a validation part the last ones."""
 
     weights: StateDict
     best_epoch: int
@@ -153,12 +153,12 @@ def fit(
 
     Args:
         teachers: trained models, on `device`, whose answers are part of the targets.
-        state: a checkpoint made by `Run.state`, to go on from.
+        state: a checkpoint made by `Run.state`, to continue from.
         on_epoch: called in every worker after each epoch with its record and the run.
         on_batch: called in every worker after each training step.
 
     Returns:
-        The best weights and the history. On Ctrl-C (alone, not under several workers) the best so far.
+        The best weights and the history; after Ctrl-C the best so far. With several workers Ctrl-C is raised instead.
 
     Raises:
         SerError: settings that do not fit the data or the number of workers.
@@ -181,7 +181,7 @@ def fit(
 
 
 def batches_of(data: TrainingData, config: FitConfig) -> Batches:
-    """The batches of a run, of all its workers.
+    """The batches of a run, over all its workers.
 
     Raises:
         SerError: settings that do not fit the data.
@@ -203,7 +203,7 @@ def batches_of(data: TrainingData, config: FitConfig) -> Batches:
 
 
 class Run:
-    """A training run between two epochs: all that a checkpoint holds."""
+    """A training run: its state between two epochs is what a checkpoint holds."""
 
     def __init__(
         self,
@@ -244,22 +244,22 @@ class Run:
 
     @property
     def validates(self) -> bool:
-        """Whether there are clips to choose the best epoch by."""
+        """Whether there is a validation part to choose the best epoch by."""
         return len(self.data.valid_rows) > 0
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the patience ran out."""
+        """Whether the validation F1 has not improved for `patience` epochs."""
         waited = len(self.history) - self.best_epoch
         return bool(self.validates and self.config.patience and self.history and waited >= self.config.patience)
 
     @property
     def finished(self) -> bool:
-        """Whether no epoch is left to do."""
+        """Whether no epoch is left to train."""
         return len(self.history) >= self.config.epochs or self.stopped_early
 
     def epoch(self, on_batch: BatchCallback | None = None) -> Record:
-        """Train and validate one epoch; returns its record, the same in every worker but for the seconds."""
+        """Train and validate one epoch; returns its record, the same in every worker except for the seconds."""
         started = time.perf_counter()
         number = len(self.history) + 1
         torch.manual_seed(_epoch_seed(self.config.seed, number, self.workers.rank))
@@ -308,7 +308,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _validate(self, number: int) -> Record:
-        """Validation figures of the better of raw and averaged weights, which are kept when they are the best yet."""
+        """Validation figures of the raw or the averaged weights, whichever are better; keeps them if best so far."""
         candidates: dict[str, nn.Module] = {"raw": self.model}
         if self.ema is not None:
             candidates["ema"] = self.ema.module
@@ -328,7 +328,7 @@ class Run:
         mine = self.logits(module, rows[self.workers.rank :: self.workers.world])
         logits = self.workers.gather_rows(mine, len(rows), self.device)
         allowed = self.data.allowed(rows) if self.config.mask_missing_classes else None
-        if allowed is not None:  # as in training: of the classes that the clip's corpus has
+        if allowed is not None:  # as in training: only the classes that the clip's corpus has
             logits = logits.masked_fill(~allowed, -torch.inf)
         classes = self.data.classes[rows]
         found = scores(tally(classes, logits.argmax(dim=1).numpy(), self.data.n_classes))
@@ -350,7 +350,7 @@ class Run:
         return torch.cat(parts)
 
     def chosen_weights(self) -> StateDict:
-        """The best weights so far; without a validation part the last ones (the average, where there is one)."""
+        """The best weights so far; without a validation part the last ones (of the moving average, if there is one)."""
         if self.best_weights is not None:
             return self.best_weights
         return _copy(self.model if self.ema is None else self.ema.module)
@@ -358,7 +358,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """A checkpoint: tensors and plain values only, loadable with `torch.load(weights_only=True)`.
 
-        The random generators are not in it: they are seeded anew in every epoch from (seed, epoch, worker).
+        It holds no random generators: they are seeded anew in every epoch from (seed, epoch, worker).
         """
         return {
             "version": CHECKPOINT_VERSION,
@@ -373,7 +373,7 @@ class Run:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was made.
+        """Continue from a checkpoint.
 
         Raises:
             SerError: a checkpoint of another version or of other settings.
@@ -394,7 +394,7 @@ class Run:
 
 
 def weights_of(state: dict[str, Any]) -> StateDict:
-    """The weights a checkpoint stands for: the best by validation, else the average, else the last."""
+    """The weights to use from a checkpoint: the best by validation, else the moving average, else the last."""
     if state["best_weights"] is not None:
         return dict(state["best_weights"])
     if state["ema"] is None:

@@ -1,23 +1,23 @@
-"""What a training minimises: a loss against the labels, and one against the answers of trained models (teachers).
+"""The training loss: a loss against the labels, and one against the answers of trained models (teachers).
 
 Cross-entropy and focal loss, with class weights, label smoothing and mixed (soft) targets, are one formula. With target
-distribution t (one row a clip), smoothing e, class weights w and focusing gamma:
+distribution t (one row for each clip), smoothing e, class weights w and focal gamma:
 
     t' = (1 - e) t + e / C
     loss = -sum_ic w_c t'_ic (1 - p_ic)^gamma log p_ic / sum_ic w_c t_ic
 
 gamma = 0 is `torch.nn.functional.cross_entropy`; gamma > 0 is Lin et al. 2017, "Focal Loss for Dense Object Detection".
-A clip of a corpus that lacks some classes says nothing about them: with its row of `allowed` classes, p is the softmax
-over those alone, and the smoothing is spread over those alone (C is their number).
-Limits: under several workers the denominator is that of each worker's own part of the batch.
+A clip of a corpus that lacks some classes gives no evidence about them: p is then the softmax over the clip's `allowed`
+classes only, and the smoothing is spread over these (C is their number).
+Limits: with several workers, each worker's denominator is that of its own part of the batch.
 
-Teachers: their mean answer to each augmented example is part of the target, which is knowledge distillation (Hinton,
-Vinyals & Dean 2015) with teacher and student seeing the same view of an example, mixtures and masks included (Beyer et
-al. 2022, "Knowledge distillation: A good teacher is patient and consistent").
-With share d and the teachers' mean probabilities q of an example, its loss is (1 - d) times that against the labels
-plus d times the cross-entropy -sum_c q_c log p_c. Where a clip's corpus lacks classes, p and q are renormalised over
-those it has.
-Limits: the teachers hear the features that the student is trained on, and know its classes in its order.
+Teachers: their mean answer to each augmented example is part of the target. This is knowledge distillation (Hinton,
+Vinyals & Dean 2015), with the same augmented example, mixup and masks included, for teacher and student (Beyer et al.
+2022, "Knowledge distillation: A good teacher is patient and consistent").
+With share d and the teachers' mean probabilities q, the loss of an example is (1 - d) times the loss against the labels
+plus d times the cross-entropy -sum_c q_c log p_c. If a clip's corpus lacks classes, p and q are renormalised over those
+it has.
+Limits: the teachers need the student's features, and its classes in the same order.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ClassificationLoss(nn.Module):
 
     Args:
         n_classes: C.
-        class_weights: one positive weight a class, or None for ones.
+        class_weights: one positive weight for each class; None: all 1.
         label_smoothing: e in [0, 1).
         focal_gamma: 0 = cross-entropy.
 
@@ -64,7 +64,9 @@ class ClassificationLoss(nn.Module):
     ) -> None:
         super().__init__()
         if class_weights is not None and len(class_weights) != n_classes:
-            raise SerError(f"{len(class_weights)} class weights for {n_classes} classes; give one weight a class")
+            raise SerError(
+                f"{len(class_weights)} class weights for {n_classes} classes; give one weight for each class"
+            )
         if class_weights is not None and min(class_weights) <= 0:
             raise SerError(f"class weight {min(class_weights)}; weights must be greater than 0")
         if not 0 <= label_smoothing < 1:
@@ -79,7 +81,7 @@ class ClassificationLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Loss of logits (B, C) against class numbers (B,) int64 or distributions (B, C) float; a scalar.
 
-        `allowed` (B, C) bool: the classes of each clip's softmax; all where it is None. Targets lie within them.
+        `allowed` (B, C) bool: the classes of each clip's softmax, which include its target; None: all classes.
         """
         if targets.ndim == 1:
             targets = functional.one_hot(targets, self.n_classes).to(logits.dtype)
@@ -96,7 +98,7 @@ class ClassificationLoss(nn.Module):
 
 
 def log_probabilities(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """Log-softmax of (B, C) over the classes `allowed` (B, C) bool, 0 at the others; over all where it is None."""
+    """Log-softmax of logits (B, C) over the `allowed` classes (B, C) bool, 0 for the others; None: over all classes."""
     if allowed is None:
         return functional.log_softmax(logits, dim=1)
     inside = functional.log_softmax(logits.masked_fill(~allowed, -torch.inf), dim=1)
@@ -108,14 +110,14 @@ DISTILL = 0.7
 
 @dataclass(frozen=True)
 class Teachers:
-    """Trained models in evaluation mode, and the share of the loss that is theirs."""
+    """Trained models in evaluation mode, and their share of the loss."""
 
     models: Sequence[nn.Module]
     share: float = DISTILL
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise SerError(f"distill share {self.share}; expected a number above 0, at most 1")
+            raise SerError(f"distill share {self.share}; expected a number above 0 and at most 1")
 
     @torch.no_grad()
     def answers(self, features: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ class Teachers:
     def loss(self, features: Tensor, logits: Tensor, by_labels: Tensor, allowed: Tensor | None = None) -> Tensor:
         """The student's loss, a scalar: `logits` (B, C) are its answers, `by_labels` its loss against the labels.
 
-        `allowed` (B, C) bool: the classes that each clip's corpus has; all where it is None.
+        `allowed` (B, C) bool: the classes that each clip's corpus has; None: all classes.
         """
         taught = self.answers(features)
         if allowed is not None:
@@ -136,29 +138,32 @@ class Teachers:
 
 
 def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame], what: str = "the teacher") -> None:
-    """Refuse earlier models that were trained on what the new one is chosen or tested by.
+    """Refuse earlier models that were trained on recordings of the new model's ``inner_val`` or ``test`` part.
 
-    A model of the same split, whose epoch the same ``inner_val`` part chose, has not learnt from that part.
+    An earlier model may have used the same ``inner_val`` part to choose its epoch, as it did not train on it.
+
+    Args:
+        what: what the earlier model is to the new one, for the message.
 
     Raises:
-        SerError: names the model (``what`` it is to the new one), the part and how many recordings of it are known.
+        SerError: names the model, the part, and how many of its recordings the model was trained on.
     """
     for path in paths:
         training = load_bundle(path).training
         if training.empty:
-            raise SerError(f"{what} {path} does not list the recordings it was trained on; train it again")
+            raise SerError(f"{what} {path} has no list of its training recordings; train it again")
         learnt = training[training["split"] != "inner_val"] if "split" in training.columns else training
         for part, used in (("inner_val", learnt), ("test", training)):
             known = int(leaked(splits[part], used).sum()) if HASH_COLUMN in splits[part] else 0
             if known:
                 raise SerError(
-                    f"{what} {path} was trained on {known} recordings of the {part} part, which would flatter the "
-                    "new model; train both on the same split"
+                    f"{what} {path} was trained on {known} recordings of the {part} part, which would make the new "
+                    "model look too good; train both on the same split"
                 )
 
 
 def without_batch_norms(model: nn.Module) -> nn.Module:
-    """A trained 2-D model, changed in place: batch norms become part of the convolutions before them."""
+    """Fold the batch norms of a trained 2-D model into the convolutions before them, in place."""
     for block in model.modules():
         if isinstance(block, ConvBlock):
             convolution, norm = block[0].eval(), block[1].eval()
@@ -171,21 +176,21 @@ def without_batch_norms(model: nn.Module) -> nn.Module:
 def load_teachers(
     paths: Sequence[Path], share: float, labels: Sequence[str], features: FeatureConfig, device: str = "cpu"
 ) -> Teachers | None:
-    """The models of bundles, or None when there are no paths.
+    """The models of these bundles as teachers; None if there are no paths.
 
     Raises:
-        SerError: no bundle, or one of other classes or features than `labels` and `features`; a share out of range.
+        SerError: no bundle, other classes than `labels`, other features than `features`, or a share out of range.
     """
     models = []
     for path in paths:
         bundle = load_bundle(path)
         if tuple(bundle.labels) != tuple(labels):
             raise SerError(
-                f"the teacher {path} knows the classes {', '.join(bundle.labels)}; expected {', '.join(labels)}"
+                f"the teacher {path} has the classes {', '.join(bundle.labels)}; expected {', '.join(labels)}"
             )
         if bundle.features.fingerprint() != features.fingerprint():
             raise SerError(
-                f"the teacher {path} hears features of {bundle.features.unlike(features)}; train one on these"
+                f"the teacher {path} needs other features ({bundle.features.unlike(features)}); train one on these"
             )
         model = without_batch_norms(bundle.build_model()).requires_grad_(False).to(device)
         if len(features.input_shape) == 3:

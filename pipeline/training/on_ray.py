@@ -1,8 +1,8 @@
-"""`loop.py` under Ray Train: 1..N workers, a failed worker replaced, the run resumed on purpose.
+"""Training with `loop.py` on Ray Train: one or more workers; failed workers are replaced; runs can be resumed.
 
-Workers share one global stream of batches (`sampling`), average their gradients (gloo on CPU, nccl on GPU) and report
-every epoch equally often. The state after each epoch is the run folder's checkpoint: a replaced worker group and a
-new driver with `--resume` both go on from it. Limits: the run folder must be visible to every worker.
+Workers share one global stream of batches (`batches`) and average their gradients (gloo on CPU, nccl on GPU). The state
+after each epoch is the run folder's checkpoint: a replaced worker group and a new driver with `--resume` both continue
+from it. Limits: every worker must be able to read and write the run folder.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def train_on_ray(
 
     Args:
         num_workers: processes that share each batch.
-        use_gpu: one GPU a worker, instead of an equal share of the CPUs.
-        max_failures: how often a failed group of workers is started again.
+        use_gpu: give each worker one GPU, instead of an equal share of the CPUs.
+        max_failures: how many times a failed group of workers is restarted.
         on_epoch: called in this process with each new epoch's record.
         on_batch: called in this process, about twice a second, with (epoch, batches done, batches in all).
 
     Raises:
-        SerError: what a worker found wrong with the settings or the data.
-        KeyboardInterrupt: Ctrl-C; the workers are gone, the checkpoint is that of the last finished epoch.
+        SerError: a worker found an error in the settings or the data.
+        KeyboardInterrupt: Ctrl-C; the workers have ended, the checkpoint is that of the last finished epoch.
     """
     start_ray(lean=True)
     check_nodes(plan.out, [*(folder / MANIFEST for folder in plan.features), *plan.teachers])
@@ -60,7 +60,7 @@ def train_on_ray(
     try:
         with _Watch(plan.out, on_epoch, on_batch):
             complaint = trainer.fit().return_value
-    except SystemExit as stop:  # how Ray's own Ctrl-C handler ends a run, once it has stopped the workers
+    except SystemExit as stop:  # raised by Ray's own Ctrl-C handler after it has stopped the workers
         raise KeyboardInterrupt from stop
     except Exception as error:
         complaint = _user_error(error)
@@ -76,12 +76,14 @@ def train_on_ray(
 
 
 def _check_gpus(wanted: int) -> None:
-    """Refuse to wait for GPUs that will not come; a cluster that was joined may still bring some up."""
+    """Raise SerError if this machine has too few GPUs; a cluster is not checked, as it may still start nodes."""
     import ray
 
     found = int(ray.cluster_resources().get("GPU", 0))
     if wanted > found and not joins_cluster():
-        raise SerError(f"{wanted} workers need a GPU each, this machine has {found}; train with fewer, or on CPUs")
+        raise SerError(
+            f"{wanted} workers need one GPU each, but this machine has {found}; use fewer workers, or train on CPUs"
+        )
 
 
 def _storage(plan: Plan) -> Path:
@@ -98,7 +100,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Lean(TorchTrainer):  # here, because importing Ray takes seconds
-        """Without the helpers of a Ray that outlives its driver and of Ray data sets: they cost CPU time throughout."""
+        """A trainer without the callbacks for placement groups and Ray Data, which use CPU time all along."""
 
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees an older TorchTrainer
@@ -109,7 +111,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
     free = float(ray.cluster_resources().get("CPU", 1))
     wanted = float(plan.fit.threads or 1)
     if not several:
-        wanted = max(0.1, min(wanted, free / (2 * num_workers)))  # room for other tasks, even on few CPUs
+        wanted = max(0.1, min(wanted, free / (2 * num_workers)))  # leaves CPUs for Ray's other tasks
     resources = {"CPU": wanted} | ({"GPU": 1} if use_gpu else {})
     memory: dict[str, Any] = {"worker_runtime_env": {"env_vars": IN_WORKERS}}  # mypy sees an older RunConfig
     return (TorchTrainer if joins_cluster() else Lean)(
@@ -127,10 +129,10 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
             resources_per_worker=resources,
             placement_strategy="SPREAD"
             if several and not use_gpu
-            else "PACK",  # CPUs are the bottleneck, GPUs the link
+            else "PACK",  # the bottleneck is the CPUs without GPUs, and the network with them
         ),
         run_config=RunConfig(
-            name=f"attempt-{time.time_ns()}",  # never used twice: Ray would silently go on with the old one
+            name=f"attempt-{time.time_ns()}",  # always new: with an old name Ray would resume that run
             storage_path=str(_storage(plan)),
             failure_config=FailureConfig(max_failures=max_failures),
             **memory,
@@ -139,7 +141,7 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
 
 
 def _worker(config: dict[str, Any]) -> Any:
-    """What each Ray Train worker runs; returns what is wrong when starting again would not help."""
+    """The function that each Ray Train worker runs; returns an error message if a restart would not help, else None."""
     import ray.train
     from ray.train.torch import get_device
 
@@ -164,7 +166,7 @@ def _worker(config: dict[str, Any]) -> Any:
 
 
 def _user_error(error: BaseException) -> str | None:
-    """The message of a SerError that a worker raised, from Ray's wrapping of it."""
+    """The message of a SerError that a worker raised, from Ray's exception; None if it holds no SerError."""
     for cause in getattr(error, "worker_failures", {}).values():
         inner: BaseException | None = cause
         while inner is not None:
@@ -175,7 +177,7 @@ def _user_error(error: BaseException) -> str | None:
 
 
 class _Beat:
-    """Writes how far the epoch is, at most twice a second."""
+    """Writes the progress of the epoch into a file, at most twice a second."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -190,7 +192,7 @@ class _Beat:
 
 
 class _Watch:
-    """Follows a run folder from the driver: what workers print would not reach the user's terminal."""
+    """Watches a run folder in the driver and calls back: the workers' own output would not reach the terminal."""
 
     def __init__(
         self,
@@ -200,7 +202,7 @@ class _Watch:
     ) -> None:
         self.out, self.on_epoch, self.on_batch = out, on_epoch, on_batch
         self.seen = len(read_history(out))
-        self.read: tuple[int, ...] = ()  # what history.csv was when it was last read
+        self.read: tuple[int, ...] = ()  # time, inode and size of history.csv when it was last read
         self.last: list[int] = []
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -231,7 +233,7 @@ class _Watch:
                 self.on_batch(*progress)
 
     def _new_records(self) -> list[Record]:
-        """Epochs not told yet; the file is read only after it was replaced, so that watching costs no CPU time."""
+        """Epochs not yet reported; the file is read only after it was replaced, which saves CPU time."""
         try:
             status = (self.out / HISTORY).stat()
         except FileNotFoundError:

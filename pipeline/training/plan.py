@@ -1,14 +1,12 @@
-"""What a training run trains, on what, and with which settings: `plan.json` in the run's folder.
+"""The plan of a training run, `plan.json` in its folder: model, data and settings.
 
-A run goes on (`--resume`) only with the settings that it was begun with. Limits: one format version; one that is not
-known is refused.
+A run can be resumed (`--resume`) only with the settings that it was started with. Limits: one format version; any other
+is refused.
 
-Starting a training from the weights of an earlier model of this project, instead of from random ones.
-
-The earlier bundle must say which recordings it was trained on: so a model stays "trained from scratch" (no weights
-from elsewhere), and its leak check knows all that it has learnt from. Where the classes differ, the last layer is new
-but for the rows of the classes that both have. Source: Yosinski et al. 2014, "How transferable are features in deep
-neural networks?".
+Also starts a training from the weights of an earlier model of this project (`--init`) instead of random ones. The
+earlier bundle must list its training recordings: the leak check of the new model then knows them too, and no weights
+come from outside this project. If the classes differ, the last layer is new except for the rows of shared classes.
+Source: Yosinski et al. 2014, "How transferable are features in deep neural networks?".
 """
 
 from __future__ import annotations
@@ -31,25 +29,25 @@ from pipeline.training.config import FitConfig
 from pipeline.training.losses import DISTILL
 
 PLAN_VERSION = 1
-KIND = "training"  # of plan.json
-SPLIT_SEED = 42  # not an option: all runs on the same recordings hold out the same ones
+KIND = "training"  # the kind that plan.json names
+SPLIT_SEED = 42  # fixed, so that all runs on the same recordings have the same test part
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run trains, on what, and where it is kept."""
+    """Model, data, settings and folder of a run."""
 
     out: Path
-    features: tuple[Path, ...]  # folders of extracted features, read as one
+    features: tuple[Path, ...]  # folders of extracted features, read as one table
     labels: tuple[str, ...]
     model_name: str
     model_options: Mapping[str, Any]
     fit: FitConfig
-    teachers: tuple[Path, ...] = ()  # bundles that are learnt from (`pipeline.training.losses`)
-    distill: float = DISTILL  # their share of the loss
+    teachers: tuple[Path, ...] = ()  # bundles for knowledge distillation (`pipeline.training.losses`)
+    distill: float = DISTILL  # the teachers' share of the loss
     init: Path | None = None  # bundle whose weights the training starts from
-    crops: int = 1  # windows a recording that are heard of those reported on
-    split: Mapping[str, Any] = field(default_factory=dict)  # the options that its parts were drawn with
+    crops: int = 1  # windows of each recording that the report is made of
+    split: Mapping[str, Any] = field(default_factory=dict)  # options of the split into parts
 
     @property
     def checkpoint(self) -> Path:
@@ -95,25 +93,25 @@ class Plan:
         )
 
     def check_continues(self, started: Plan) -> None:
-        """Refuse to go on with a run of other labels, parts, another model or other settings.
+        """Check that the run `started` may be resumed with this plan.
 
         Raises:
-            SerError: names what differs.
+            SerError: labels, parts, model or settings differ; names what differs.
         """
         ours, theirs = self.to_dict(), started.to_dict()
         for name in ("labels", "model", "teachers", "distill", "init", "crops", "split"):
-            if ours[name] != theirs[name] and theirs[name] != {}:  # begun before this was kept
+            if ours[name] != theirs[name] and theirs[name] != {}:  # {}: older runs did not record it
                 raise SerError(
-                    f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same"
+                    f"the run was started with {name} {theirs[name]}, got {ours[name]}; resume with the same {name}"
                 )
         self.fit.check_continues(started.fit)
 
 
 def read_plan(out: Path) -> Plan:
-    """The plan of a run.
+    """Read the plan of the run in a folder.
 
     Raises:
-        SerError: the folder holds no run, one of another version, or a damaged one.
+        SerError: the folder holds no run, or one that is damaged or of another version.
     """
     path = out / PLAN
     if not path.is_file():
@@ -125,19 +123,21 @@ def read_plan(out: Path) -> Plan:
 
 
 def check_start(path: Path, model_name: str, features: FeatureConfig) -> Bundle:
-    """The bundle to start from.
+    """Open the bundle of ``--init`` and check that a training can start from it.
 
     Raises:
-        SerError: no bundle, one without a training record, of another network, or of other features.
+        SerError: no bundle, or one without a training record, with another network or with other features.
     """
     bundle = load_bundle(path)
     if bundle.training.empty or "training" not in bundle.metrics:
-        raise SerError(f"--init {path} does not say what it was trained on; give a bundle that `ser train` wrote")
+        raise SerError(f"--init {path} has no record of its training data; give a bundle that `ser train` wrote")
     if bundle.model_name != model_name:
-        raise SerError(f"--init {path} is a {bundle.model_name}, the training is of a {model_name}; give --model alike")
+        raise SerError(
+            f"--init {path} is a {bundle.model_name}, but --model is {model_name}; give --model {bundle.model_name}"
+        )
     if bundle.features.fingerprint() != features.fingerprint():
         raise SerError(
-            f"--init {path} takes features of {bundle.features.unlike(features)}; extract the recordings with its "
+            f"--init {path} needs other features ({bundle.features.unlike(features)}); extract the recordings with its "
             "settings, or leave --init out"
         )
     return bundle
@@ -147,7 +147,7 @@ def start_from(path: Path, model: nn.Module, model_name: str, labels: Sequence[s
     """Put the weights of the bundle at ``path`` into ``model``, whose classes are ``labels`` in index order.
 
     Raises:
-        SerError: as ``check_start``; a network of other options, as its width.
+        SerError: as in ``check_start``; or the network has other options, such as another width.
     """
     bundle = check_start(path, model_name, features)
     own = model.state_dict()
@@ -156,7 +156,7 @@ def start_from(path: Path, model: nn.Module, model_name: str, labels: Sequence[s
         model.load_state_dict(given)
     except RuntimeError as error:
         raise SerError(
-            f"--init {path} is a network with the options {dict(bundle.model_options)}, the one to be trained has "
+            f"--init {path} is a network with the options {dict(bundle.model_options)}, but the one to train has "
             "others; give the same --width"
         ) from error
 
@@ -164,7 +164,7 @@ def start_from(path: Path, model: nn.Module, model_name: str, labels: Sequence[s
 def _for_classes(
     given: Mapping[str, Tensor], own: Mapping[str, Tensor], theirs: Sequence[str], ours: Sequence[str]
 ) -> dict[str, Tensor]:
-    """``given`` with a last layer for ``ours``: the rows of shared classes are kept, those of others are ``own``."""
+    """``given`` with a last layer for the classes ``ours``: rows of shared classes are kept, the others are ``own``."""
     if tuple(theirs) == tuple(ours):
         return dict(given)
     head = list(own)[-2:]  # weight and bias of the last layer, in every network here
@@ -177,9 +177,9 @@ def _for_classes(
 
 
 def earlier_training(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Rows for ``training.csv`` of what the earlier model was trained on and ``table`` lacks, in its columns.
+    """The earlier model's training and validation recordings that ``table`` lacks, as rows for ``training.csv``.
 
-    Their ``split`` is ``init``, so that the leak check counts them as known.
+    They have the columns of ``table`` and the ``split`` ``init``; the leak check counts them as training recordings.
     """
     used = used_in_training(load_bundle(path).training)
     new = used[~used[HASH_COLUMN].isin(set(table[HASH_COLUMN]) - {""}) & ~used["id"].isin(set(table["id"]))]
@@ -187,7 +187,7 @@ def earlier_training(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def about_start(path: Path | None) -> dict[str, object]:
-    """The ``init`` entry of a model's training record; empty where it began with random weights."""
+    """The ``init`` entry of a model's training record; empty if the training started from random weights."""
     if path is None:
         return {}
     bundle = load_bundle(path)

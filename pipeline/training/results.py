@@ -1,4 +1,4 @@
-"""From a run's last checkpoint to its bundle: weights, predictions on the reported split, metrics, model card."""
+"""Makes a bundle from a run's last checkpoint: weights, predictions on the reported part, metrics, model card."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from pipeline.training.plan import SPLIT_SEED, Plan, about_start, earlier_traini
 from pipeline.training.run import load_checkpoint, plot_curves, read_splits, rows_of
 
 INTERRUPTED = "interrupted"
-MOST_FAMILIAR = 4000  # training recordings that say what is familiar: a minute of two CPUs
+MOST_FAMILIAR = 4000  # training recordings that the familiarity is fitted on: a minute on two CPUs
 _BATCH = 64
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was made of a run: its bundle, and the report with its text for the terminal where a split was reported."""
+    """A run's bundle; and, if a part was reported on, the report page and its summary for the terminal."""
 
     bundle: Bundle
     best_epoch: int
@@ -42,10 +42,10 @@ class Results:
 
 
 def write_results(plan: Plan, report_split: str) -> Results:
-    """Make a bundle of a finished run's folder, with curves and a report.
+    """Write a finished run's bundle into its folder, with learning curves and a report.
 
     Args:
-        report_split: `test`, `inner_val` or `none`; opened here, once.
+        report_split: the part to report on: `test`, `inner_val` or `none`.
     """
     state = load_checkpoint(plan.checkpoint)
     plot_curves(state["history"], plan.out / "curves.png")
@@ -69,13 +69,13 @@ def write_results(plan: Plan, report_split: str) -> Results:
 
 
 def keep_weights(plan: Plan) -> Results:
-    """Make a bundle of the best weights of an unfinished run, in a folder of its own: no split is opened for it."""
+    """Write the best weights of an unfinished run as a bundle into `OUT/interrupted`, without an evaluation."""
     state = load_checkpoint(plan.checkpoint)
     return Results(_save(plan, plan.out / INTERRUPTED, state, {}), state["best_epoch"])
 
 
 def bundle_name(model_name: str) -> str:
-    """What the bundle of a model is called."""
+    """The name of a trained model's bundle."""
     return f"{model_name}_ser_final"
 
 
@@ -105,14 +105,14 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
 
 
 def learn_familiarity(bundle: Bundle, folders: Sequence[Path], row_ids: Collection[str]) -> int:
-    """Tell a bundle what its training recordings are like, see ``models.doubt``.
+    """Fit the familiarity of a bundle on its training recordings and write it into the bundle; see ``models.doubt``.
 
     Args:
-        folders: of features; row_ids: of the recordings in them that it was trained on, of which it takes up to
-            ``MOST_FAMILIAR``, evenly.
+        folders: of features; row_ids: of the training recordings in them, of which at most ``MOST_FAMILIAR``, evenly
+            spaced, are used.
 
     Returns:
-        The recordings used; 0, and nothing is written, where there are too few.
+        The number of recordings used; 0 if there are too few, and then nothing is written.
     """
     arrays = load_features(folders, bundle.features)
     rows = np.flatnonzero(arrays.table["row_id"].isin(row_ids))
@@ -126,7 +126,7 @@ def learn_familiarity(bundle: Bundle, folders: Sequence[Path], row_ids: Collecti
 
 
 def _training(plan: Plan, state: Mapping[str, Any], train: pd.DataFrame) -> dict[str, Any]:
-    """The `training` block of metrics.json; `train` are the manifest rows that were learnt from."""
+    """The `training` block of metrics.json; `train`: the manifest rows of the training part."""
     return {
         "model": plan.model_name,
         "epochs": len(state["history"]),
@@ -144,7 +144,7 @@ def _training(plan: Plan, state: Mapping[str, Any], train: pd.DataFrame) -> dict
 
 
 def _corpora(plan: Plan, train: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Of each corpus that was learnt from: recordings, speakers, and the classes that it has (in any part)."""
+    """For each corpus in the training part: its recordings and speakers there, and its classes in any part."""
     table = load_features(plan.features).table
     if "corpus" not in table.columns:
         return {}
@@ -160,7 +160,7 @@ def _corpora(plan: Plan, train: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _teachers(plan: Plan) -> dict[str, Any]:
-    """Whom the model learnt from: how much, and each one's weights, epochs and settings."""
+    """The teachers' weights, epochs and settings, and their share of the loss; {} without teachers."""
     bundles = [load_bundle(path) for path in plan.teachers]
     about = [
         {"model_sha256": bundle.weights_sha256}
@@ -171,10 +171,10 @@ def _teachers(plan: Plan) -> dict[str, Any]:
 
 
 def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
-    """Predictions of one split from stored features, in the columns of a score table.
+    """Predictions for one part from stored features, in the columns of a score table.
 
     Raises:
-        SerError: a recording that the features do not hold, or several crops of features without mel power.
+        SerError: the features lack a recording, or lack the mel power that several crops need.
     """
     arrays = load_features(plan.features)
     rows = rows_of(arrays.table, part, plan.features)
@@ -184,9 +184,9 @@ def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
     with torch.inference_mode():
         answers = []
         for start in range(0, len(rows), _BATCH):
-            heard = [arrays.crops(int(row), plan.crops) for row in rows[start : start + _BATCH]]
-            told = model(torch.from_numpy(np.concatenate(heard))).double().log_softmax(dim=1)
-            answers += [each.mean(dim=0).softmax(dim=0) for each in told.split([len(windows) for windows in heard])]
+            crops = [arrays.crops(int(row), plan.crops) for row in rows[start : start + _BATCH]]
+            log_p = model(torch.from_numpy(np.concatenate(crops))).double().log_softmax(dim=1)
+            answers += [each.mean(dim=0).softmax(dim=0) for each in log_p.split([len(windows) for windows in crops])]
         probabilities = torch.stack(answers).numpy()
     table = part.drop(columns=["status", "error", "parent_id", "n_frames"], errors="ignore").assign(
         status="ok",
@@ -199,7 +199,7 @@ def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of an evaluation that a bundle carries, with 95 % intervals (over speakers, where it knows them)."""
+    """The figures of an evaluation for metrics.json, with 95 % intervals (over speakers, if they are known)."""
     overall, per_class = evaluation["overall"], evaluation["per_class"]
     totals = {name: overall[name] for name in OVERALL}
     recalls = {row["label"]: row["recall"] for row in per_class}
@@ -221,9 +221,9 @@ def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_table(splits: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """`training.csv`: id (file stem), content hash, speaker and split of every recording; no audio, no path.
+    """The table `training.csv`: id (file stem), content hash, speaker and split of every recording; no audio, no path.
 
-    Where some are segments, also the hash of the whole recording, and where in it they lie.
+    For segments also the hash of the whole recording, and the segment's start and end in it.
     """
     tables = [
         pd.DataFrame(

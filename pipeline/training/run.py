@@ -1,15 +1,12 @@
-"""The folder of one training run: its plan, splits, checkpoint, growing history, and at last its bundle.
+"""The folder of one training run: its plan, parts, checkpoint and history, and at the end its bundle.
 
-`plan.json` says what the run is; `splits/` which recordings each part holds; `checkpoint.pt` is the full state after
-the last epoch (replaced in one step, never half written); `history.csv` is written anew from that state after each
-epoch, so it holds no epoch twice. `config.json` of the bundle comes last: its presence means finished. On several
-machines the folder must be on storage that all of them share.
+`plan.json` holds the plan, `splits/` the recordings of each part. `checkpoint.pt` is the full state after the last
+epoch; it is replaced in one step, never half written, and reading it runs no code from it. `history.csv` is written
+anew from that state after each epoch, so that it holds no epoch twice. The bundle's `config.json` is written last: if
+it exists, the run is finished. With several machines the folder must be on storage that all of them share.
 
-The state of a run on disk, `checkpoint.pt`: written whole or not at all, read without running code in it.
-
-The history of a run, epoch by epoch: `history.csv`, curves as a picture, TensorBoard event files.
-
-All three are drawn from the records of `fit.Run.epoch`. TensorBoard is optional (extra `tensorboard`).
+`history.csv`, the picture of the curves and the TensorBoard event files are made from the records of `loop.Run.epoch`.
+TensorBoard is optional (extra `tensorboard`).
 """
 
 from __future__ import annotations
@@ -57,13 +54,13 @@ _PANELS = (("train_loss", "val_loss"), ("val_accuracy", "val_weighted_f1"), ("lr
 
 
 def write_history(folder: Path, records: Sequence[Record]) -> None:
-    """Write `history.csv`, one row an epoch, replaced in one step."""
+    """Write `history.csv`, one row for each epoch; the file is replaced in one step."""
     with atomic_path(folder / HISTORY) as beside:
         pd.DataFrame(records, columns=list(COLUMNS)).to_csv(beside, index=False, float_format="%.6g")
 
 
 def read_history(folder: Path) -> list[Record]:
-    """The records of `history.csv`, missing figures as None; empty when there is no such file yet."""
+    """The records of `history.csv`, missing figures as None; empty if there is no such file yet."""
     path = folder / HISTORY
     if not path.is_file():
         return []
@@ -73,7 +70,7 @@ def read_history(folder: Path) -> list[Record]:
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:
-    """Loss, validation figures and learning rate over the epochs, as a PNG."""
+    """Draw loss, validation figures and learning rate over the epochs, as a PNG."""
     from matplotlib.figure import Figure
 
     table = pd.DataFrame(records, columns=list(COLUMNS))
@@ -90,10 +87,10 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
 
 
 class EventLog:
-    """Numbers of each epoch as TensorBoard events in `folder`; does nothing where tensorboard is not installed.
+    """Writes the figures of each epoch as TensorBoard events into `folder`, if tensorboard is installed.
 
     Args:
-        done: epochs already finished; events of later ones that an interrupted run left are hidden.
+        done: number of finished epochs; events of later epochs, left by an interrupted run, are hidden.
     """
 
     def __init__(self, folder: Path, done: int = 0) -> None:
@@ -121,22 +118,22 @@ class EventLog:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the state; the one before it stays until the new one is whole.
+    """Write the state; the earlier one is kept until the new one is complete.
 
     Raises:
-        SerError: the disk is full or cannot be written.
+        SerError: the disk is full or not writable.
     """
     try:
         with atomic_path(path) as beside:
             torch.save(state, beside)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it finds no room
         raise SerError(
-            f"cannot write {path}, is the disk full? Make room, then go on with the same command and --resume"
+            f"cannot write {path}, is the disk full? Free some space, then run the same command with --resume"
         ) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain values only (`weights_only=True`), on the CPU.
+    """Read a checkpoint onto the CPU: tensors and plain values only (`weights_only=True`).
 
     Raises:
         SerError: no readable checkpoint.
@@ -152,16 +149,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 LOCK_WAIT_S = 15.0
-LOCK_WAIT_NODES_S = 120.0  # a file server frees the locks of a machine that died only after its lease: NFSv4's is 90 s
+LOCK_WAIT_NODES_S = 120.0  # a file server frees the locks of a dead machine only after its lease: 90 s with NFSv4
 _FINGERPRINT = "feature_fingerprint"
-_LEFT = (  # what a run leaves, but for splits/, which come before plan.json
+_LEFT = (  # files and folders of a run, without splits/, which is written before plan.json
     *(PLAN, "config.json", "metrics.json", "training.csv", "README.md", "history.csv", "curves.png"),
     *("report", "interrupted", "tensorboard", "ray"),
 )
 
 
 def begin(plan: Plan, splits: Mapping[str, pd.DataFrame]) -> None:
-    """Lay down a new run: splits, then `plan.json`. One that never finished an epoch is written over.
+    """Start a new run's folder: write `splits/`, then `plan.json`. A run without a finished epoch is overwritten.
 
     Raises:
         SerError: the folder holds another run.
@@ -174,35 +171,35 @@ def begin(plan: Plan, splits: Mapping[str, pd.DataFrame]) -> None:
 
 
 def check_resumes(plan: Plan) -> None:
-    """Refuse to go on with the run in `plan.out` with settings or features that it was not begun with.
+    """Check that the run in `plan.out` may be resumed with this plan.
 
     Raises:
-        SerError: names what differs, or the folder holds no run.
+        SerError: settings or features differ (names what), or the folder holds no run.
     """
     plan.check_continues(read_plan(plan.out))
     begun = (journal.read_plan(plan.out, KIND) or {}).get(_FINGERPRINT)
-    if begun not in (None, _fingerprint(plan.features)):  # None: begun before this was kept
+    if begun not in (None, _fingerprint(plan.features)):  # None: older runs did not record it
         raise SerError(
             f"the run was started with features of other settings than those in {plan.features[0]}; "
-            "give the features the run began with"
+            "give the features that it was started with"
         )
 
 
 def _fingerprint(features: Sequence[Path]) -> str:
-    return str(read_shard_manifest(features[0])["fingerprint"])  # load_features refuses folders of which one differs
+    return str(read_shard_manifest(features[0])["fingerprint"])  # load_features refuses folders that differ
 
 
 def refuse_begun(out: Path) -> None:
-    """Raise SerError when `out` holds a run with at least one finished epoch, or what is of no run."""
+    """Raise SerError if `out` holds a run with a finished epoch, or a file with a run's file name that is of no run."""
     ours = journal.read_plan(out, KIND) is not None and (out / "splits").is_dir()
     if not ours and (foreign := next((out / name for name in _LEFT if (out / name).exists()), None)):
-        raise SerError(f"{foreign} is of no run known here; give another --out")
+        raise SerError(f"{foreign} does not belong to a training run; give another --out")
     if (out / "checkpoint.pt").exists() or (out / "config.json").exists():
         raise SerError(f"{out} already holds a run; continue it with --resume, or give another --out")
 
 
 def read_splits(out: Path) -> dict[str, pd.DataFrame]:
-    """The recordings of each part, as `begin` wrote them; every cell a string.
+    """The recordings of each part, as `begin` wrote them; every cell is a string.
 
     Raises:
         SerError: the folder holds no run.
@@ -238,35 +235,39 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folders: Sequence[Path]) ->
     try:
         rows = np.array([position[str(row_id)] for row_id in part["row_id"]], dtype=np.int64)
     except KeyError as error:
-        raise SerError(f"row {error} of the splits is not in {folder}; give the features the run began with") from error
+        raise SerError(
+            f"row {error} of the splits is not in {folder}; give the features that the run was started with"
+        ) from error
     for begun, found in zip(part["speech"], table["speech"].iloc[rows], strict=True):
         if _name(begun) != _name(found):  # folders may have moved
             raise SerError(
-                f"the run began with {begun} where {folder} has {found}; give the features the run began with"
+                f"the run was started with {begun}, but {folder} has {found} in its place; give the features that it "
+                "was started with"
             )
     if "label" in part.columns and "label" in table.columns:
         for path, begun, found in zip(part["speech"], part["label"], table["label"].iloc[rows], strict=True):
             if str(begun) != str(found):
                 raise SerError(
-                    f"the run began with {path} as {begun}, {folder} has it as {found}; start a new run with this label"
+                    f"the run was started with {path} as {begun}, but in {folder} it is {found}; start a new run with "
+                    "this label"
                 )
     return rows
 
 
 def refuse_changed(splits: Mapping[str, pd.DataFrame], table: pd.DataFrame) -> None:
-    """Refuse to go on with other recordings than the `splits` were made from.
+    """Check that the recordings are those that the `splits` were made from.
 
     Args:
-        table: the recordings as they are now, with `row_id` and `content_hash`; one that is gone has none.
+        table: the recordings as they are now, with `row_id` and `content_hash` ("" if the file is gone).
 
     Raises:
-        SerError: names one that has changed.
+        SerError: a recording has changed; names it.
     """
     now = dict(zip(table["row_id"].astype(str), table[HASH_COLUMN], strict=True))
     for part in (part for part in splits.values() if HASH_COLUMN in part.columns):
         for row, path, begun in zip(part["row_id"], part["speech"], part[HASH_COLUMN], strict=True):
             if begun and now.get(row) not in (None, "", begun):
-                raise SerError(f"{path} is not the recording that the run began with; start a new run with it")
+                raise SerError(f"{path} has changed since the run was started; start a new run")
 
 
 def _name(path: str) -> str:
@@ -274,10 +275,10 @@ def _name(path: str) -> str:
 
 
 def check(plan: Plan, num_workers: int = 1) -> None:
-    """Refuse, before any worker is started, settings that do not fit the data, the model or the workers.
+    """Check, before any worker is started, that the settings fit the data, the model and the workers.
 
     Raises:
-        SerError: what is wrong.
+        SerError: they do not; says what is wrong.
     """
     check_crops(plan.crops)
     data = training_data(plan)
@@ -295,12 +296,12 @@ def check(plan: Plan, num_workers: int = 1) -> None:
 
 
 def _check_single(model: nn.Module, input_shape: Sequence[int]) -> None:
-    """Refuse to train on single examples whose last layers have one value a channel: batch norm needs two."""
+    """Raise SerError if single examples have only one value per channel in a batch norm, which needs two or more."""
     try:
         model.train()(torch.zeros(1, *input_shape))
     except ValueError as error:
         raise SerError(
-            "one example a worker and step is too few for batch normalisation of features this small; "
+            "a batch of one example for each worker is too small for batch normalisation with features of this size; "
             "give a larger --batch_size"
         ) from error
 
@@ -313,16 +314,16 @@ def train_here(
     on_batch: BatchCallback | None = None,
     lock_wait_s: float = LOCK_WAIT_S,
 ) -> FitResult:
-    """Train in this process (one worker, or one of several), going on from the run's checkpoint when it has one.
+    """Train in this process, which is the only worker or one of several; continues from the run's checkpoint if any.
 
     The first worker saves the state and the history before `on_epoch` is called.
 
     Raises:
-        SerError: as `fit.fit`; another process trains the same run.
+        SerError: as in `loop.fit`; or another process trains the same run.
     """
     first = Workers.current().rank == 0
     with _only_writer(plan.out, lock_wait_s) if first else nullcontext():
-        Workers.current().wait_for_all()  # until the first has the lock, a killed group may still save an epoch
+        Workers.current().wait_for_all()  # before the lock is held, a killed worker group may still save an epoch
         data = training_data(plan)
         torch.manual_seed(plan.fit.seed)
         model = build_model(plan.model_name, plan.model_options, len(plan.labels), data.config.input_shape)
@@ -357,7 +358,7 @@ def train_here(
 
 @contextmanager
 def _only_writer(out: Path, wait_s: float) -> Iterator[None]:
-    """Hold the run's lock. A killed driver's workers may live on for some seconds: wait for them that long."""
+    """Hold the run's lock; wait `wait_s` for it, as the workers of a killed driver may live on for some seconds."""
     with locked(out / ".lock", f"training the run in {out}", wait_s=wait_s):
         remove_temporaries(out)
         yield

@@ -64,7 +64,7 @@ def test_a_column_of_the_csv_does_not_say_what_a_recording_holds(manifest: pd.Da
 def test_a_bundle_that_lists_nothing_says_so(manifest: pd.DataFrame) -> None:
     found = leaks.find(manifest, pd.DataFrame())
     assert not found.mask.any()
-    assert "cannot be told" in str(found.note)
+    assert "no leak can be found" in str(found.note)
 
 
 def test_figures_with_and_without() -> None:

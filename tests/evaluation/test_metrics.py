@@ -435,7 +435,7 @@ def test_repeated_rows_and_a_single_class_are_told() -> None:
     sad = table[table["label_name"] == "sad"]
     hints = evaluate(pd.concat([sad, sad.head(2)]), LABELS)["hints"]
     assert [h.split(":")[0] for h in hints[:1]] == ["All recordings are sad"]
-    assert any(h.startswith("2 rows name a recording that an earlier row names") for h in hints)
+    assert any(h.startswith("2 rows name a recording that an earlier row also names") for h in hints)
 
 
 def test_breakdowns_are_the_figures_of_each_group() -> None:
@@ -481,7 +481,7 @@ def test_a_class_of_few_speakers_has_no_interval_over_speakers() -> None:
     assert (sad["value"], sad["over_speakers"]) == (0.8, None)
     check = next(check for check in found["verdict"]["checks"] if check["label"] == "sad")
     assert (check["interval_over"], check["outcome"]) == ("recordings", CROSSES)
-    assert "over recordings for classes of few speakers" in " ".join(terminal_summary(found).split())
+    assert "over recordings for classes with few speakers" in " ".join(terminal_summary(found).split())
 
 
 @pytest.mark.parametrize(("right", "n"), [(15, 16), (16, 16), (28, 32), (0, 9)])

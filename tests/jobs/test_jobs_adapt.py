@@ -143,7 +143,7 @@ def test_a_model_of_the_window_with_most_speech_is_heard_so_and_compared_with_th
     assert run(csv, tmp_path / "middle", parent) == DONE
     said = capsys.readouterr().out
     assert "keep the old one" in said
-    assert "most speech is elsewhere in 64" in said
+    assert "in 64 recordings the two windows differ" in said
     assert run(csv, tmp_path / "speech", parent, "--window", "speech") == DONE
     said = capsys.readouterr().out
     assert "verdict: adapted" in said
@@ -238,7 +238,7 @@ def test_one_recording_under_two_labels_is_refused_and_a_copy_left_out(
         tmp_path / "a.csv",
     )
     assert run(csv, tmp_path / "out", parent) == USAGE
-    assert "the same sound twice" in capsys.readouterr().err
+    assert "two rows with the same sound" in capsys.readouterr().err
     assert run(written(pd.concat([table, copy]), tmp_path / "b.csv"), tmp_path / "out", parent, "--anyway") == DONE
     assert load_bundle(tmp_path / "out").metrics["out_of_fold"]["n"] == 64
 
@@ -265,7 +265,7 @@ def test_without_speakers_it_says_that_folds_are_of_recordings(
     csv = tmp_path / "plain.csv"
     table.assign(speech=table["speech"].map(names))[["speech", "label"]].to_csv(csv, index=False)
     assert run(csv, tmp_path / "out", parent, "--anyway") == DONE
-    assert "by recording, for want of 3 speakers" in capsys.readouterr().err
+    assert "by recording, as there are fewer than 3 speakers" in capsys.readouterr().err
 
 
 def test_what_was_heard_is_not_heard_again_but_for_a_changed_recording(

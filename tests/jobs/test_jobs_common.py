@@ -57,7 +57,7 @@ def test_without_out_each_start_has_a_new_dated_folder_that_is_named_first(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "2026-11-30_094636")  # both in one second
     assert [str(with_out().out) for _ in "ab"] == ["runs/2026-11-30_094636", "runs/2026-11-30_094636_2"]
-    assert capsys.readouterr().err.splitlines()[0].endswith("everything goes into runs/2026-11-30_094636")
+    assert capsys.readouterr().err.splitlines()[0].endswith("results go into runs/2026-11-30_094636")
     assert str(with_out("--out", "mine/x", "--resume").out) == "mine/x"
     assert not Path("mine").exists()
     assert capsys.readouterr().err == ""
@@ -77,10 +77,10 @@ def test_a_dated_folder_that_nothing_was_put_into_goes(
     assert run(refuse, made, []) == 2
     assert list(tmp_path.iterdir()) == []
     assert with_out("--resume").out is None
-    assert "--resume without --out; give the folder" in capsys.readouterr().err
+    assert "--resume was given without --out; give --out, the folder" in capsys.readouterr().err
     (tmp_path / "runs").write_text("a file")
     assert run(refuse, made, []) == 2
-    assert "cannot make a folder in runs: File exists; give another one with --out" in capsys.readouterr().err
+    assert "cannot make a folder in runs: File exists; choose another with --out" in capsys.readouterr().err
 
 
 def raises(error: BaseException) -> Callable[[argparse.Namespace], int]:
@@ -96,8 +96,8 @@ def raises(error: BaseException) -> Callable[[argparse.Namespace], int]:
         (SerError("two\nlines"), 2, "error: two lines\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 0, ""),
-        (PermissionError(13, "shut", "a.csv"), 2, "error: a.csv: shut; grant access to it, or name another\n"),
-        (OSError(28, "disk full"), 2, "error: disk full; free some space, then give the same command again\n"),
+        (PermissionError(13, "shut", "a.csv"), 2, "error: a.csv: shut; grant access to it, or choose another one\n"),
+        (OSError(28, "disk full"), 2, "error: disk full; free some space, then run the same command again\n"),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +160,7 @@ def test_a_folder_heeds_the_label_map_and_refuses_a_root(tmp_path: Path, capsys:
     words = ["--data_dir", str(tmp_path), "--out", "x", "--label_map", "excited=happy"]
     assert set(extract.read_data(extract.build_parser().parse_args(words))["label"]) == {"happy", "sad"}
     assert extract.main([*words, "--root", str(tmp_path)]) == 2
-    assert "leave it out beside --data_dir" in capsys.readouterr().err
+    assert "leave it out with --data_dir" in capsys.readouterr().err
 
 
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +189,7 @@ def test_a_manifest_takes_no_place_of_something_else(tmp_path: Path, capsys: pyt
     clip = tmp_path / "sad" / "a.wav"
     clip.parent.mkdir()
     clip.write_bytes(b"x")
-    for out, complaint in ((tmp_path, "is a folder"), (clip, "is there already"), (clip / "x.csv", "cannot write")):
+    for out, complaint in ((tmp_path, "is a folder"), (clip, "exists already"), (clip / "x.csv", "cannot write")):
         assert manifest.main([str(tmp_path), "--out", str(out)]) == 2
         assert complaint in capsys.readouterr().err
     assert clip.read_bytes() == b"x"

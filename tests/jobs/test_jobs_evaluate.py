@@ -109,7 +109,7 @@ def test_the_briefs_own_command_line(
     scan_folder(ravdess_like).iloc[::4].to_csv("val_metadata.csv", index=False)
     assert job.main(["--model_weights", str(tiny_bundle.weights_path), "--data_csv", "val_metadata.csv"]) == DONE
     (made,) = Path("reports").iterdir()
-    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: everything goes into {made}"
+    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: results go into {made}"
     assert {"report.html", "metrics.json", "predictions.csv"} <= {path.name for path in made.iterdir()}
 
 
@@ -268,7 +268,7 @@ def test_leaks_are_counted_named_and_taken_out(
     err = capsys.readouterr().err
     assert "leak check: 7 of 64 recordings were used in training" in err
     assert "without them (57): accuracy 100.0%" in err
-    assert "speakers also heard in training: RAVDESS_01" in err
+    assert "speakers who were also in training: RAVDESS_01" in err
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["leak_check"]
     assert (saved["leaked"], saved["checked"], saved["unseen"]["n"]) == (7, 64, 57)
     assert "7 of 64 recordings were used in training" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -327,7 +327,7 @@ def test_models_of_different_classes_are_compared_on_those_of_both(
     second = first.drop(columns="p_calm").assign(predicted=first["predicted"].replace("calm", "sad"))
     pair = [scores(tmp_path / "a", first), scores(tmp_path / "b", second)]
     assert job.main(["--compare", *pair, "--out", str(tmp_path / "out")]) == DONE
-    assert f"{pair[1]} does not know calm" in capsys.readouterr().err
+    assert f"{pair[1]} does not have calm" in capsys.readouterr().err
     found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
     recalls = {row["label"]: row["second"] for row in found["figures"]}
     assert recalls["calm"] == 0
@@ -338,7 +338,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, capsys: pytest.Capt
     table = made_predictions(40)
     whole, part = scores(tmp_path / "whole", table), scores(tmp_path / "part", table.head(30))
     others = scores(tmp_path / "others", made_predictions(40, ("no", "yes")))
-    for second, reason in ((part, "score the same CSV"), (others, "same classes"), ("none", "no scores at none")):
+    for second, reason in ((part, "score the same CSV"), (others, "share classes"), ("none", "no scores at none")):
         assert job.main(["--compare", whole, second, "--out", str(tmp_path / "out")]) == USAGE
         assert reason in error_of(capsys)
 
@@ -348,7 +348,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_scored(
 ) -> None:
     others = scores(tmp_path / "others", made_predictions(40, ("no", "yes")))
     words = ["--compare", str(tiny_bundle.folder), "--data_csv", str(csv), "--out", str(tmp_path / "out")]
-    for second, reason in ((others, "same classes"), (str(tmp_path / "none"), "no scores at")):
+    for second, reason in ((others, "share classes"), (str(tmp_path / "none"), "no scores at")):
         assert job.main([*words[:2], second, *words[2:]]) == USAGE
         assert reason in error_of(capsys)
     assert scorer.calls == []
@@ -371,7 +371,7 @@ def test_models_that_know_the_recordings_are_not_compared_without_a_word(
     assert job.main([*words, "--out", str(tmp_path / "out")]) == DONE
     said = capsys.readouterr().err
     assert "leak check: 7 of 64 recordings were used in training" in said
-    assert "what it has heard cannot be told" in said  # the other lists nothing
+    assert "so that no leak can be found" in said  # the other lists nothing
     found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))["leak_checks"]
     assert read == [64]  # every recording once, not once a model
     assert [(check["name"], check["leaked"]) for check in found] == [
@@ -416,7 +416,7 @@ def test_speakers_of_ravdess_are_known_by_the_files_names(
     table = pd.read_csv(csv, dtype=str)[["speech", "label"]]
     table.to_csv(tmp_path / "judges.csv", index=False)
     assert run("--leak_check", "warn", data=tmp_path / "judges.csv", weights=trained_bundle) == DONE
-    assert "speakers also heard in training: RAVDESS_01" in capsys.readouterr().err
+    assert "speakers who were also in training: RAVDESS_01" in capsys.readouterr().err
     found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert "no speaker column" not in str(found["bootstrap"]["speakers_note"])
     assert "speaker" in [part["column"] for part in found["breakdowns"]]

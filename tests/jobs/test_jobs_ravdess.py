@@ -86,7 +86,7 @@ def test_other_things_in_the_way_are_not_touched(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     assert ravdess.main(words(server, tmp_path / "mine")) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     assert server.asked == []
 
@@ -96,7 +96,7 @@ def test_an_archive_of_the_users_own(packed: bytes, tmp_path: Path, capsys: pyte
     own.write_bytes(packed)
     md5 = hashlib.md5(packed).hexdigest()
     assert ravdess.main(["--out", str(tmp_path / "a"), "--archive", str(own)]) == 2
-    assert "another MD5 checksum" in capsys.readouterr().err
+    assert "the MD5 checksum of" in capsys.readouterr().err
     assert ravdess.main(["--out", str(tmp_path / "a"), "--archive", str(own), "--md5", md5]) == 0
     assert own.is_file()
     assert ravdess.main(["--out", str(tmp_path / "b"), "--archive", str(tmp_path / "none.zip")]) == 2
@@ -118,7 +118,7 @@ def test_a_link_to_a_folder_elsewhere_and_the_folder_one_is_in(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert ravdess.main(["--out", ".", *words]) == 2
-    assert "--out . is the folder you are in; give a folder to be made" in capsys.readouterr().err
+    assert "--out . is the current folder; give a new folder" in capsys.readouterr().err
 
 
 def test_twice_at_once(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

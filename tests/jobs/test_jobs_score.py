@@ -125,7 +125,7 @@ def test_the_page_of_an_evaluation_stays_one_when_it_is_made_again(
     before = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<audio ") == 2
-    assert "what it has heard cannot be told" in page
+    assert "so that no leak can be found" in page
     if not words:
         (out / "report.html").unlink()
     assert call("--input", csv, "--out", out, *words)[0] == 0
@@ -178,7 +178,7 @@ def test_skipped_silence_is_said(
     words = ("--input", tmp_path / "in", "--out", tmp_path / "out", "--no_report", "--engine", "local")
     code, _, err = call(*words, "--window_s", "2")
     assert code == 0
-    assert "4 s of silence skipped" in err
+    assert "4 s of silence were skipped" in err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["silence_s"] == 4
     segments = pd.read_csv(tmp_path / "out" / "segments.csv")
     assert (segments["predicted"] == "silence").tolist() == [False, True, True]
@@ -221,8 +221,8 @@ def test_long_recordings_are_noticed(
         (["--input", "in", "--out", "o", "--export", "pdf"], "invalid choice"),
         (["--input", "in", "--out", "o", "--merge"], "give --window_s too"),
         (["--input", "in", "--out", "o", "--model_weights", "nowhere"], "no model bundle at nowhere"),
-        (["--input", "in", "--out", "o", "--root", "/r"], "--root is for a CSV; leave it out beside the folder in"),
-        (["--input", "in", "--out", "o", "--label_map", "a=sad"], "--label_map is for a CSV; leave it out beside"),
+        (["--input", "in", "--out", "o", "--root", "/r"], "--root is for a CSV; leave it out with the folder in"),
+        (["--input", "in", "--out", "o", "--label_map", "a=sad"], "--label_map is for a CSV; leave it out with"),
         pytest.param(
             ["--input", "in", "--out", "o", "--num_cpus", "0", "--num_gpus", "1"],
             "the local engine uses no GPU; leave --num_gpus out",

@@ -119,7 +119,7 @@ def test_a_csv_is_uploaded_and_its_recordings_start_from_the_storage(folder: Pat
     assert found.shipped == {"lists/a.csv": Path("lists/a.csv")}
     found = placed("extract", extract_parser(), "--data_csv lists/a.csv --out x --root audio")
     assert found.words[-2:] == ["--root", "/shared/audio"]
-    with pytest.raises(SerError, match=r"is uploaded, its recordings are not; give --root"):
+    with pytest.raises(SerError, match=r"is uploaded, but its recordings are not; give --root"):
         placed("extract", extract_parser(), "--data_csv lists/a.csv --out /x", None)
 
 
@@ -131,7 +131,7 @@ def test_a_file_above_the_folder_is_uploaded_below_inputs(folder: Path) -> None:
 
 
 def test_relative_paths_without_storage_are_refused() -> None:
-    with pytest.raises(SerError, match=r"--out x is relative; give --storage_path"):
+    with pytest.raises(SerError, match=r"--out x is a relative path; give --storage_path"):
         placed("extract", extract_parser(), "--data_dir /a --out x", None)
 
 
@@ -139,7 +139,7 @@ def test_without_out_a_dated_folder_lies_on_the_storage(folder: Path) -> None:
     words = placed("train", train_parser(), "--features features").words
     assert words[:3] == ["--features", "/shared/features", "--out"]
     assert words[3].startswith("/shared/runs/20")
-    with pytest.raises(SerError, match=r"--out runs/\S+ is relative; give --storage_path"):
+    with pytest.raises(SerError, match=r"--out runs/\S+ is a relative path; give --storage_path"):
         placed("train", train_parser(), "--features /features", None)
 
 
@@ -210,9 +210,9 @@ def test_a_job_that_never_ran(cluster: Callable[..., Ray], capfd: pytest.Capture
     ("line", "words"),
     [
         ("extract --data_dir /a", "--out"),
-        ("extract --data_dir a --out /x", "--data_dir a is relative"),
-        ("extract --data_dir /a --out /x --storage_path s3://bucket", "must be an absolute folder"),
-        ("extract --data_dir /a --out /x --env SER_API_KEY=1", "set secrets on the nodes"),
+        ("extract --data_dir a --out /x", "--data_dir a is a relative path"),
+        ("extract --data_dir /a --out /x --storage_path s3://bucket", "must be an absolute path"),
+        ("extract --data_dir /a --out /x --env SER_API_KEY=1", "secrets would be visible"),
         ("extract --data_dir /a --out /x --env NAME", "expected NAME=VALUE"),
         ("extract --data_dir /a --out /x --max_upload_mb 0.1", "more than --max_upload_mb 0.1"),
         ("serve --port 1", "invalid choice"),
@@ -254,7 +254,7 @@ def test_a_lost_connection_prints_nothing_twice(capfd: pytest.CaptureFixture[str
 def test_a_cluster_that_stays_away_is_told() -> None:
     gone = [[RuntimeError("refused")] for _ in range(100)]
     with pytest.raises(
-        ClusterError, match=r"here was lost: refused; when the cluster is back.*give the same command again"
+        ClusterError, match=r"here was lost: refused; when the cluster is back.*run the same command again"
     ):
         follow(JobClient(Ray(*gone), "here"), "job", sleep=lambda _: None, patience_s=3)
 
@@ -286,12 +286,12 @@ def test_ctrl_c_while_nothing_comes(capfd: pytest.CaptureFixture[str]) -> None:
             yield "never"
 
     assert follow(JobClient(Silent(), "here"), "job", sleep=lambda _: None) == 130
-    assert "goes on without this terminal" in capfd.readouterr().err
+    assert "keeps running" in capfd.readouterr().err
 
 
 def test_a_stopped_job(capfd: pytest.CaptureFixture[str]) -> None:
     assert follow(JobClient(Ray(["x"], code=None, status="STOPPED"), "here"), "job") == 130
-    assert "the same command again goes on" in capfd.readouterr().err
+    assert "run the same command again to continue" in capfd.readouterr().err
 
 
 def test_without_waiting(cluster: Callable[..., Ray], capfd: pytest.CaptureFixture[str]) -> None:

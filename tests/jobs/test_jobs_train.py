@@ -85,7 +85,7 @@ def test_the_briefs_own_command_line(
     )
     assert main([*line.split(), "--epochs", "1", "--num_workers", "0", "--width", "0.125"]) == 0
     (made,) = Path("runs").iterdir()
-    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: everything goes into {made}"
+    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: results go into {made}"
     assert load_bundle(made).metrics["training"]["settings"]["oversample_boost"] == {"1": 2.0, "2": 2.0}
     assert (made / "report" / "report.html").is_file()
     assert main(["--features", "nowhere"]) == 2
@@ -104,7 +104,7 @@ def test_without_ray_and_again(features: Path, tmp_path: Path, capsys: pytest.Ca
     assert settings["class_weights"] == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert main([*words, "--out", str(out), "--resume"]) == 0
-    assert "nothing is left to do" in capsys.readouterr().err
+    assert "there is nothing left to do" in capsys.readouterr().err
     assert main([*words, "--out", str(out)]) == 2
     assert "already holds a run; continue it with --resume" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
@@ -150,7 +150,7 @@ def test_ctrl_c_keeps_the_best_weights_and_resume_goes_on(features: Path, tmp_pa
         (["--model", "cnn_bilstm"], "--features_kind frame_features"),
         (["--model", "resnet"], "invalid choice: 'resnet'"),
         (["--use_focal", "maybe"], "expected True or False"),
-        (["--use_gpu", "True"], "PyTorch sees no GPU"),
+        (["--use_gpu", "True"], "PyTorch finds no GPU"),
         (["--test_size", "1.5"], "share of the test part"),
         (["--split", "speaker", "--inner_val", "0.9"], "add speakers"),
         (["--resume"], "holds no run to resume"),
@@ -160,7 +160,7 @@ def test_ctrl_c_keeps_the_best_weights_and_resume_goes_on(features: Path, tmp_pa
 def test_usage_errors_exit_with_two_in_one_line(
     words: list[str], message: str, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if message == "PyTorch sees no GPU" and torch.cuda.is_available():
+    if message == "PyTorch finds no GPU" and torch.cuda.is_available():
         pytest.skip("a GPU is here")
     given = ["--features", str(features), *FAST, "--out", str(tmp_path / "run"), *words]
     assert main(given) == 2
@@ -298,12 +298,12 @@ def test_what_is_of_no_run_is_not_written_over(
 ) -> None:
     (tmp_path / "README.md").write_text("mine")
     assert main(["--features", str(features), *FAST, "--out", str(tmp_path)]) == 2
-    assert f"{tmp_path / 'README.md'} is of no run known here; give another --out" in capsys.readouterr().err
+    assert f"{tmp_path / 'README.md'} does not belong to a training run; give another --out" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     shutil.copytree(features, tmp_path / "features")
     (tmp_path / "features" / "plan.json").write_text("an extraction's")
     assert main(["--features", str(tmp_path / "features"), *FAST, "--out", str(tmp_path / "features")]) == 2
-    assert "plan.json is of no run known here" in capsys.readouterr().err
+    assert "plan.json does not belong to a training run" in capsys.readouterr().err
     assert main(["--features", str(features), *FAST, "--out", str(tmp_path / "README.md")]) == 2
     assert "cannot write into" in capsys.readouterr().err
 
@@ -328,7 +328,7 @@ def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
         assert "the run was started with split {'split': 'random', 'test_size': 0.2" in capsys.readouterr().err
     hashed("b")
     assert main([*words, "--resume"]) == 2
-    assert "is not the recording that the run began with" in capsys.readouterr().err
+    assert "has changed since the run was started" in capsys.readouterr().err
     monkeypatch.setattr(
         "pipeline.data.splits.add_hashes", lambda t, **_: t.assign(content_hash="")
     )  # the recordings are gone
@@ -360,7 +360,7 @@ def test_a_replaced_recording_is_noticed_though_the_features_tell_the_hashes(
     whole = paths[7].read_bytes()
     paths[7].write_bytes(paths[8].read_bytes())
     assert main([*words, "--resume"]) == 2
-    assert f"{paths[7]} is not the recording that the run began with" in capsys.readouterr().err
+    assert f"{paths[7]} has changed since the run was started" in capsys.readouterr().err
     paths[7].write_bytes(whole)  # at another time
     assert main([*words, "--resume"]) == 0
     assert decoded == [str(paths[7])] * 2
@@ -415,8 +415,8 @@ def test_named_corpora_and_speakers_are_scored_and_not_trained_on(
     assert (training["split"] == "test").sum() == held.sum()
     assert set(training.loc[training["split"] == "train", "speaker"]) == set(table["speaker"][~held])
     for option, message in (
-        (["--test_corpora", "d"], "no recording has corpus 'd'; there are a, b, c"),
-        (["--test_corpora", "a,b,c"], "leave nothing to train on"),
+        (["--test_corpora", "d"], "no recording has corpus 'd'; choose from: a, b, c"),
+        (["--test_corpora", "a,b,c"], "leave no recordings to train on"),
         (["--test_speakers", "nobody"], "no recording has speaker 'nobody'"),
         (["--test_corpora", "a", "--corpus_share", "a:1,b:1,c:1"], "--corpus_share: no corpus 'a'"),
         (["--corpus_share", "a:1"], "gives b none"),

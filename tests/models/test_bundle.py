@@ -120,7 +120,7 @@ def test_nothing_there(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["other.pt", "checkpoint.pt"])
 def test_other_weights_beside_the_bundles_are_not_taken_for_them(bundle: Bundle, name: str) -> None:
     (bundle.folder / name).write_bytes(b"other weights")
-    with pytest.raises(BundleError, match=rf"{name} is not the weights of the bundle it lies in; give .*net\.pt"):
+    with pytest.raises(BundleError, match=rf"{name} is not the weights file of its bundle; give .*net\.pt"):
         load_bundle(bundle.folder / name)
     (bundle.folder / name).unlink()
     (bundle.folder / name).symlink_to("net.pt")

@@ -137,7 +137,7 @@ def test_what_a_model_was_trained_on_does_not_set_its_temperature(
     heard.loc[3 * N // 4 :, "split"] = "inner_val"
     heard.to_csv(folder / "training.csv", index=False)
     assert main(["--model_weights", str(folder), "--predictions", str(out)]) == 0
-    assert f"{N // 2} of {N} recordings were used in training" in capsys.readouterr().err
+    assert f"left out: {N // 2} of {N} recordings, which were used in training" in capsys.readouterr().err
     assert load_bundle(folder).temperature == pytest.approx(2, rel=0.05)
     assert load_bundle(folder).metrics["calibration"]["n"] == N // 2
     heard.assign(split="train").to_csv(folder / "training.csv", index=False)
@@ -152,7 +152,7 @@ def test_answers_of_another_model_are_refused(
     answers(dataclasses.replace(tiny_bundle, weights_sha256="0" * 64), *calibrated(), tmp_path / "scores", 1.0)
     before = load_bundle(tiny_bundle.folder).temperature
     assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path / "scores")]) == 2
-    assert "the answers are those of other weights (000000000000)" in capsys.readouterr().err
+    assert "the answers were given by the weights 000000000000" in capsys.readouterr().err
     for damaged in ("{", "[]", '{"plan": {}}'):
         (tmp_path / "scores" / "run.json").write_text(damaged, encoding="utf-8")
         assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path / "scores")]) == 2

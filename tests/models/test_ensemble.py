@@ -142,11 +142,11 @@ def test_what_does_not_fit_together_is_refused(
     for words, complaint in (
         ([], "1 models to join; give 2 to 16"),
         (["copy"], "have the same weights; give one of them"),
-        (["joined"], "is a joined model itself; give the models that it was made of"),
+        (["joined"], "is a joined model itself; give the models that it was made from"),
         (["wide"], "is another network than"),
-        (["classes"], "knows other classes than"),
-        (["features"], "hears other features than"),
-        (["crops"], "hears another number of crops than"),
+        (["classes"], "has other classes than"),
+        (["features"], "uses other features than"),
+        (["crops"], "uses another number of crops than"),
         (["nothing"], "no model bundle at"),
     ):
         assert main([first, *(str(tmp_path / word) for word in words), "--out", str(tmp_path / "out")]) == 2
@@ -154,7 +154,7 @@ def test_what_does_not_fit_together_is_refused(
         assert not (tmp_path / "out").exists()
     second = str(three[1].folder)
     assert main([first, second, "--out", str(tmp_path / "there")]) == 2
-    assert "is there already; give another --out" in capsys.readouterr().err
+    assert "exists already; give another --out" in capsys.readouterr().err
     assert main([first, second, "--out", str(tmp_path / "out")]) == 0
     assert "2 networks in" in capsys.readouterr().err
 
@@ -190,7 +190,7 @@ def test_seeds_to_join_are_two_or_more(tmp_path: Path, capsys: pytest.CaptureFix
     for seeds in (["7"], ["7", "7"]):
         words = ["--protocol", "kfold", "--features", str(tmp_path), "--out", str(tmp_path / "out")]
         assert crossval([*words, "--join_seeds", *seeds]) == 2
-        assert "--join_seeds: give two or more seeds, each once" in capsys.readouterr().err
+        assert "--join_seeds needs two or more different seeds" in capsys.readouterr().err
 
 
 def test_a_joined_model_is_the_recipe_of_its_first_member(three: list[Bundle], tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_every_weight_learns(name: str) -> None:
     [
         ("resnet", {}, (1, 64, 188), "choose one of inception, cnn_bilstm"),
         ("inception", {"depth": 2}, (1, 64, 188), "no option 'depth'; it takes: dropout, width"),
-        ("inception", {"width": 0.124}, (1, 64, 188), "the width is 0.124; it must lie between 0.125 and 2"),
+        ("inception", {"width": 0.124}, (1, 64, 188), "the width is 0.124; it must be between 0.125 and 2"),
         ("inception", {"width": 2.01}, (1, 64, 188), "the width is 2.01"),
         ("inception", {"width": float("nan")}, (1, 64, 188), "the width is nan"),
         ("inception", {"dropout": 1.0}, (1, 64, 188), "the dropout is 1.0; it must be at least 0 and below 1"),

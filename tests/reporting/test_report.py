@@ -385,7 +385,7 @@ def test_rows_without_a_label_are_told(undrawn: None, tmp_path: Path) -> None:
     table = made_predictions(40)
     table.loc[:2, "label_name"] = None
     told = " ".join(terminal_summary(write_report(table, LABELS, tmp_path, meta={})).split())
-    assert "3 of 40 rows have no label: scored, but in no figure." in told
+    assert "3 of 40 rows have no label: scored, but not part of the figures." in told
 
 
 def test_a_table_without_groups_has_its_header(undrawn: None, tmp_path: Path) -> None:

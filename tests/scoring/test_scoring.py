@@ -325,10 +325,10 @@ def test_a_second_run_into_one_folder_is_refused(bundle: Bundle, manifest: pd.Da
     ("make", "words"),
     [
         (lambda: ScoreOptions(crops=0), "crops must be 1 or more"),
-        (lambda: ScoreOptions(min_confidence=1.5), "min_confidence must lie in 0..1"),
+        (lambda: ScoreOptions(min_confidence=1.5), "min_confidence must be between 0 and 1"),
         (lambda: ScoreOptions(hop_s=1.0), "give --window_s too"),
         (lambda: ScoreOptions(channels="each"), "give --window_s too"),
-        (lambda: ScoreOptions(window_s=2.0, crops=3), "exclude each other"),
+        (lambda: ScoreOptions(window_s=2.0, crops=3), "cannot be used together"),
         (lambda: ScoreOptions(window_s=0.0), "window_s must be"),
         (lambda: ScoreOptions(window_s=2.0, hop_s=math.inf), "hop_s must be 0.01 s or more, and finite, got inf"),
         (lambda: ScoreOptions(silence_dbfs=-math.inf), "silence_dbfs must be a finite number, got -inf; -300 calls"),

@@ -307,7 +307,7 @@ def test_strengths_are_settings() -> None:
 
 @pytest.mark.parametrize("entry", ["warp:", "warp:much", "warp:0", "warp:-0.1", "warp:0.6", "gain:nan", "gain:inf"])
 def test_a_strength_is_a_number_in_range(entry: str) -> None:
-    with pytest.raises(SerError, match=f"'{entry}': expected a number above 0, at most"):
+    with pytest.raises(SerError, match=f"'{entry}': expected a number above 0 and at most"):
         AugmentConfig.of([entry])
 
 

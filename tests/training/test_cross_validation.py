@@ -51,7 +51,7 @@ def test_two_protocols_in_one_command_and_resumed(
     words = ["--protocol", "kfold,speaker_kfold", "--features", str(features), *FAST, "--out", str(out)]
     assert main([*words, "--engine", "ray"]) == 0
     printed, said = capsys.readouterr()
-    assert "kfold: 2 folds, 24 recordings tested, 12-12 a fold" in said
+    assert "kfold: 2 folds, 24 recordings tested, 12-12 in each fold" in said
     assert "speaker_kfold fold 2  epoch 1/1  loss " in said
     assert "speaker_kfold minus kfold, points: accuracy" in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("page: "))
@@ -135,7 +135,7 @@ def test_weights_are_balanced_by_what_a_fold_trains_on(
         (["--protocol", "kfold", "--folds_csv", "nowhere.csv"], "cannot read nowhere.csv"),
         (["--protocol", "kfold", "--folds", "2", "--crops", "0"], "crops must be 1 or more, got 0"),
         (["--protocol", "kfold", "--model_weights", "runs/first"], "unrecognized arguments: --model_weights"),
-        (["--protocol", "kfold", "--label_map", "a=sad"], "--label_map is for a --data_csv or --data_dir"),
+        (["--protocol", "kfold", "--label_map", "a=sad"], "--label_map cannot be used with --features"),
         (["--protocol", "kfold", "--num_cpus", "-1"], "on -1 CPUs"),
     ],
 )
@@ -188,7 +188,7 @@ def test_a_recipe_gives_the_settings_that_are_not_given() -> None:
 def test_a_bundle_without_settings_is_no_recipe(tiny_bundle: Any) -> None:
     from jobs.train import build_parser
 
-    with pytest.raises(SerError, match="does not tell how it was trained"):
+    with pytest.raises(SerError, match="has no record of its training settings"):
         with_recipe(build_parser(), ["--recipe", str(tiny_bundle.folder)])
 
 
@@ -333,7 +333,7 @@ def test_folds_learn_from_the_kept_models_of_the_same_folds(
     taught = [*words, "--seed", "43", "--teachers", str(tmp_path / "first"), "--out", str(tmp_path / "taught")]
     assert main(taught) == 2
     missing = tmp_path / "first" / "kfold" / "fold-1"
-    assert f"no teacher at {missing}; train the same folds with --keep_weights first" in capsys.readouterr().err
+    assert f"no teacher at {missing}; first train the same folds with --keep_weights" in capsys.readouterr().err
     assert not (tmp_path / "taught" / "kfold" / "fold-1").exists()  # nothing that would not fit the right ones
 
     assert main([*words, "--out", str(tmp_path / "first")]) == 0
@@ -342,7 +342,7 @@ def test_folds_learn_from_the_kept_models_of_the_same_folds(
     assert "fold-1 was trained without --keep_weights; give another --out, or --overwrite" in capsys.readouterr().err
     assert main([*keeping, "--overwrite"]) == 0
     assert main([*taught[:-1], str(tmp_path / "first"), "--overwrite"]) == 2
-    assert "is where the teachers are; give another --out" in capsys.readouterr().err
+    assert "is the folder of the teachers; give another --out" in capsys.readouterr().err
     first = tmp_path / "first" / "kfold"
     arrays, answers = load_features(features), pd.read_parquet(first / "predictions.parquet")
     for fold, part in answers.groupby("fold"):
@@ -362,14 +362,14 @@ def test_folds_learn_from_the_kept_models_of_the_same_folds(
     monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path, *_: f"other of {path}")
     capsys.readouterr()
     assert main(keeping) == 2
-    assert "fold-1 was begun with other recordings; give another --out, or --overwrite" in capsys.readouterr().err
+    assert "fold-1 was started with other recordings; give another --out, or --overwrite" in capsys.readouterr().err
     monkeypatch.setattr("pipeline.data.splits._hash_or_empty", lambda path, *_: f"content of {path}")
 
     (first / "fold-1").rename(first / "aside")
     (first / "fold-2").rename(first / "fold-1")
     (first / "aside").rename(first / "fold-2")  # each teacher has now heard what its student is tested on
     assert main([*taught[:-1], str(tmp_path / "flattered")]) == 2
-    assert "was trained on 12 recordings of the test part, which would flatter" in capsys.readouterr().err
+    assert "was trained on 12 recordings of the test part, which would make the new" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("old", [["--protocol", "loso"], ["--protocol=kfold,loso"]])
@@ -381,7 +381,7 @@ def test_the_words_from_before_it_had_a_name_of_its_own(
     monkeypatch.setattr(crossval, "job", lambda arguments: asked.append(arguments) or 0)
     assert evaluate_job.main(words) == 0
     assert capsys.readouterr().err == (
-        f"evaluate --protocol is a command of its own now: ser crossval {' '.join(words)}\n"
+        f"evaluate --protocol is now a separate command: ser crossval {' '.join(words)}\n"
     )
     assert (asked[0].protocol[-1], asked[0].epochs, asked[0].out) == (
         "loso" if "loso" in old[-1] else "kfold",

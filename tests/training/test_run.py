@@ -237,7 +237,7 @@ def test_single_examples_are_too_few_where_the_last_stage_is_one_pixel(features:
     config = FitConfig(epochs=1, batch_size=1)
     plan = Plan(tmp_path / "run", (features,), LABELS, "inception", {"width": 0.125}, config)
     begin(plan, split_of(features))
-    message = "one example a worker and step is too few .* give a larger --batch_size"
+    message = "a batch of one example for each worker is too small .* give a larger --batch_size"
     with pytest.raises(SerError, match=message):
         check(plan)
     pairs = replace(plan, fit=replace(config, batch_size=2))
@@ -275,7 +275,7 @@ def test_a_damaged_plan_is_told_in_one_line(text: str, tmp_path: Path) -> None:
 
 def test_splits_of_other_features_are_refused(plan: Plan, tmp_path: Path) -> None:
     fewer = write_features(tmp_path / "fewer", n=30)
-    with pytest.raises(SerError, match="give the features the run began with"):
+    with pytest.raises(SerError, match="give the features that"):
         train_here(replace(plan, features=(fewer,)))
 
 
@@ -337,14 +337,14 @@ def test_a_full_disk_is_told_and_leaves_the_epochs_before(plan: Plan, monkeypatc
     before = plan.checkpoint.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", no_room)
-        with pytest.raises(SerError, match=r"is the disk full\? Make room, then go on with .* --resume"):
+        with pytest.raises(SerError, match=r"is the disk full\? Free some space, then run .* --resume"):
             train_here(plan)
     assert plan.checkpoint.read_bytes() == before
     assert [path.name for path in plan.out.glob(".*.tmp")] == []
     train_here(plan)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", no_room)
-        with pytest.raises(SerError, match=r"cannot write the bundle .*: no room"):
+        with pytest.raises(SerError, match=r"cannot write the bundle .*: the disk is full"):
             write_results(plan, "none")
     write_results(plan, "none")
     assert load_bundle(plan.out)
@@ -415,7 +415,7 @@ def test_features_with_other_labels_are_not_gone_on_with(plan: Plan) -> None:
     table, part = load_features(plan.features).table, read_splits(plan.out)["train"]
     rows_of(table, part, plan.features)
     other = table.assign(label=table["label"].map(dict(zip(LABELS, (*LABELS[1:], LABELS[0]), strict=True))))
-    with pytest.raises(SerError, match=r"the run began with .* as \w+, .* has it as \w+; start a new run"):
+    with pytest.raises(SerError, match=r"the run was started with .* as \w+, but in .* it is \w+; start a new run"):
         rows_of(other, part, plan.features)
 
 
