@@ -134,6 +134,7 @@ def test_an_upload_is_answered_in_words_with_all_classes(fake: FakeService) -> N
     ("duration_s", "told"),
     [
         (2.0, "all of it"),
+        (3.5, "the shaded 2 s"),
         (6.5, "in parts of 2 s"),
     ],
 )

@@ -121,6 +121,9 @@ def test_weights_are_balanced_by_what_a_fold_trains_on(
         (["--protocol", "kfold"], "one of the arguments --data_csv --features is required"),
         (["--protocol", "threefold"], "expected one or more of holdout, kfold"),
         (["--protocol", "kfold", "--folds", "2", "--folds_at_once", "999"], "--folds_at_once 999 on"),
+        (["--protocol", "kfold", "--folds", "1"], "expected 2 to 8"),
+        (["--protocol", "kfold", "--folds", "2", "--crops", "0"], "crops must be 1 or more"),
+        (["--protocol", "kfold", "--num_cpus", "-1"], "-1 CPUs"),
         (["--protocol", "kfold", "--label_map", "a=sad"], "--label_map is for a --data_csv or --data_dir"),
     ],
 )
