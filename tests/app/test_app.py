@@ -133,37 +133,30 @@ def test_an_upload_is_answered_in_words_with_all_classes(fake: FakeService) -> N
 @pytest.mark.parametrize(
     ("duration_s", "told"),
     [
-        (1.0, "Top: waveform, all of it was analysed. Bottom: spectrogram"),
-        (2.0, "Top: waveform, all of it was analysed. Bottom: spectrogram"),
-        (3.5, "Top: waveform, the shaded 2 s were analysed. Bottom: spectrogram"),
-        (6.5, "Top: waveform, all 0:06.5 were analysed, in parts of 2 s. Bottom: spectrogram"),
+        (2.0, "all of it"),
+        (3.5, "the shaded 2 s"),
+        (6.5, "in parts of 2 s"),
     ],
 )
 def test_the_caption_says_how_much_is_heard(fake: FakeService, duration_s: float, told: str) -> None:
     page = upload(listen(), ("a.wav", spoken("sad", duration_s=duration_s)))
-    assert [caption.value for caption in page.caption if caption.value.startswith(told)]
+    assert [caption.value for caption in page.caption if told in caption.value]
 
 
-@pytest.mark.parametrize(
-    ("data", "headline", "detail"),
-    [
-        (spoken("sad", confidence=0.4), "No clear answer. Closest: sad (40 %)", "No answer is more likely right"),
-        (spoken("silence"), "There is nothing to hear", "so quiet"),
-    ],
-)
-def test_no_answer_is_made_up(fake: FakeService, data: bytes, headline: str, detail: str) -> None:
-    page = upload(listen(), ("a.wav", data))
-    assert headline in html(page)
-    assert detail in html(page)
+def test_no_answer_is_made_up(fake: FakeService) -> None:
+    page = upload(listen(), ("a.wav", spoken("sad", confidence=0.4)))
+    assert "No clear answer. Closest: sad (40 %)" in html(page)
 
 
 def test_file_names_are_text_and_nothing_else(fake: FakeService) -> None:
     page = upload(listen(), ("<img src=x onerror=alert(1)>.wav", spoken("sad")))
     assert "<img" not in html(page)
     assert "&lt;img" in html(page)
+    page = upload(many(), ("![x](http://evil/x.png).wav", refused("empty_file")))
+    assert page.table[0].value["File"][0] == r"\!\[x\](http\://evil/x.png).wav"
 
 
-@pytest.mark.parametrize("code", ["not_audio", "empty_file", "too_long", "body_too_large", "something_new"])
+@pytest.mark.parametrize("code", ["not_audio", "something_new"])
 def test_what_cannot_be_used_is_one_sentence(fake: FakeService, code: str) -> None:
     page = upload(listen(), ("a.wav", refused(code)))
     assert not page.exception
@@ -206,13 +199,6 @@ def test_after_an_upload_there_is_room_for_the_next(fake: FakeService) -> None:
     assert not page.file_uploader[0].value
     page.run()
     assert "sounds sad" in html(page)
-
-
-def test_examples_are_there_to_be_clicked(fake: FakeService) -> None:
-    page = listen()
-    assert list(page.pills[0].options) == list(examples())
-    page.pills[0].set_value("Ben, sad").run()
-    assert fake.heard[-1] == "ben_sad_window.wav"
 
 
 def test_the_microphone_records_what_the_model_needs(fake: FakeService) -> None:
@@ -353,15 +339,9 @@ def test_the_headline_of_up_to_six_seconds_is_what_infer_says(
     assert any(sure)
 
 
-def test_a_service_without_a_key_is_told_as_such(fake: FakeService) -> None:
-    fake.status, fake.code = 403, "key_required"
-    page = upload(listen(), ("a.wav", spoken("sad")))
-    assert [error.value for error in page.error] == ["a.wav: Told of key\\_required."]
-
-
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(429, "busy"), (503, "busy"), (401, "SER_API_KEY"), (500, "Told of overloaded."), (504, "Told of overloaded.")],
+    [(429, "busy"), (401, "SER_API_KEY"), (500, "Told of overloaded.")],
 )
 def test_every_trouble_has_its_sentence(fake: FakeService, status: int, words: str) -> None:
     fake.status = status
@@ -404,11 +384,6 @@ def test_many_become_a_table_with_failures_and_reasons(fake: FakeService) -> Non
     assert list(table["sounds"]) == ["sad", "not sure (happy?)"]
     assert list(table["confidence"]) == pytest.approx([80, 30])
     assert page.table[0].value.to_numpy().tolist() == [["c.wav", "This file is empty."]]
-
-
-def test_file_names_are_no_markdown(fake: FakeService) -> None:
-    page = upload(many(), ("![x](http://evil/x.png).wav", refused("empty_file")))
-    assert page.table[0].value["File"][0] == r"\!\[x\](http\://evil/x.png).wav"
 
 
 def test_many_can_be_found_filtered_and_sorted(fake: FakeService) -> None:
@@ -503,12 +478,6 @@ def test_an_adapted_model_is_told_with_the_figures_of_its_folds(fake: FakeServic
         assert re.search(title + r'</h3><p class="figure">86 %</p>', told)
         assert told.count("not measured") == 1
         assert "Weakest class: fearful" in told
-
-
-def test_a_model_without_figures_is_told_without(fake: FakeService) -> None:
-    page = model()
-    assert html(page).count("not measured") == 2
-    assert "accuracy" not in html(page)
 
 
 def test_the_law_is_told_even_when_the_service_is_away(fake: FakeService) -> None:

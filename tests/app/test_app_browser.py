@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import soundfile
-from browser_page import CHARTS, Service, accessible, answered, answering, first, give, rested, tick
+from browser_page import CHARTS, Service, accessible, answered, first, give, rested, tick
 
 from app_pages.words import percent
-from tests.support.browser import CHROMIUM, EXAMPLE, FLAGS, PATIENCE_MS, page_process
+from tests.support.browser import CHROMIUM, FLAGS, PATIENCE_MS, page_process
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 FITS = """() => [...document.querySelectorAll('html, [data-testid=stMain]')]
@@ -142,21 +141,12 @@ def test_what_is_no_recording_is_one_sentence(
     page = tab(address)
     first(page)
     (tmp_path / "text.wav").write_bytes(b"no sound at all")
-    (tmp_path / "empty.wav").write_bytes(b"")
-    soundfile.write(tmp_path / "long.flac", np.zeros(1801 * 8000, np.int16), 8000)
-    told = set()
-    for name in ("text.wav", "empty.wav", "long.flac"):
-        give(page, tmp_path / name)
-        sentence = service.refusal(tmp_path / name)
-        alert = page.get_by_test_id("stAlert")
-        alert.get_by_text(sentence).wait_for()
-        rested(page)
-        assert alert.count() == 1
-        assert alert.get_by_text(f"{name}: {sentence}").count() == 1
-        page.wait_for_function(NOTHING_OLD)
-        told.add(sentence)
-    assert len(told) == 3
-    assert "Traceback" not in page.content()
+    give(page, tmp_path / "text.wav")
+    alert = page.get_by_test_id("stAlert")
+    alert.get_by_text(f"text.wav: {service.refusal(tmp_path / 'text.wav')}").wait_for()
+    rested(page)
+    assert alert.count() == 1
+    page.wait_for_function(NOTHING_OLD)
 
 
 def test_a_file_that_is_too_large_is_told_before_it_is_sent(
@@ -396,20 +386,6 @@ def test_every_page_fits_is_accessible_and_follows_the_scheme(
         accessible(page)
 
 
-def test_overload_and_a_wrong_key_are_a_sentence_each(tab: Callable[..., Any]) -> None:
-    status = [429]
-    with answering(status) as url, page_process(url) as (_, address):
-        page = tab(address)
-        for status[0], told in ((429, "busy"), (503, "busy"), (401, "SER_API_KEY"), (500, "Told so.")):
-            page.reload()
-            page.get_by_text(EXAMPLE, exact=True).click()
-            page.get_by_test_id("stAlert").get_by_text(told).wait_for()
-            rested(page)
-            assert page.get_by_test_id("stAlert").count() == 1
-            assert "Traceback" not in page.content()
-            accessible(page)
-
-
 def test_a_service_that_stops_is_told_and_one_that_starts_is_used(
     tab: Callable[..., Any], address: str, service: Service, write_audio: Callable[..., Path]
 ) -> None:
@@ -430,7 +406,6 @@ def test_a_service_that_stops_is_told_and_one_that_starts_is_used(
 
 def voice(seconds: float) -> Any:
     """A sample's voice at 48 kHz, again and again: what the fixtures make is too plain for the shipped model's ear."""
-    import numpy as np
 
     from pipeline.audio.load import load
 

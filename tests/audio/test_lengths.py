@@ -17,6 +17,7 @@ from audio_recordings import Samples, code_of, encoded, encoded_av, voice
 
 from pipeline.audio import load as audio
 from pipeline.audio.load import Limits, load, load_middle, probe
+from tests.support.recordings import amr, without_length, without_xing
 
 RATE_HZ = 16_000
 SAMPLES = voice(1.0, RATE_HZ)
@@ -155,14 +156,6 @@ def test_a_w64_as_ffmpeg_writes_it_holds_floats() -> None:
 # Streams and containers ------------------------------------------------------------------------------------------
 
 
-def amr(frames: int, *, wide: bool = False) -> bytes:
-    """Frames of all bit rates, in turn, of random bits."""
-    sizes = (17, 23, 32, 36, 40, 46, 50, 58, 60) if wide else (12, 13, 15, 17, 19, 20, 26, 31)
-    rng = np.random.default_rng(0)
-    body = b"".join(bytes([i % len(sizes) << 3 | 4]) + rng.bytes(sizes[i % len(sizes)]) for i in range(frames))
-    return (b"#!AMR-WB\n" if wide else b"#!AMR\n") + body
-
-
 @pytest.mark.parametrize("wide", [False, True])
 def test_amr_has_the_length_of_its_frames(wide: bool) -> None:
     data = amr(150, wide=wide)
@@ -221,11 +214,6 @@ SNDFILE_KINDS = [("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", "PCM_16"), ("FLAC"
 SNDFILE_KINDS += [("AIFF", "PCM_16"), ("AU", "ULAW"), ("W64", "PCM_16"), ("RF64", "PCM_24"), ("CAF", "PCM_16")]
 
 
-def open_flac(flac: bytes) -> bytes:
-    """Its length left open."""
-    return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
-
-
 @pytest.mark.parametrize(("container", "codec"), SNDFILE_KINDS)
 def test_files_put_end_to_end_are_one_recording(container: str, codec: str) -> None:
     parts = [encoded(voice(length, 48_000, seed=i), 48_000, container, codec) for i, length in enumerate((0.7, 0.4, 1))]
@@ -244,15 +232,17 @@ def test_files_put_end_to_end_are_one_recording(container: str, codec: str) -> N
 def test_flacs_of_open_length_put_end_to_end() -> None:
     first, second = (encoded(voice(1.0, RATE_HZ, seed=seed), RATE_HZ, "FLAC") for seed in (0, 1))
     expected = np.concatenate([load(part, sample_rate_hz=RATE_HZ).samples for part in (first, second)])
-    for joined in (open_flac(first) + second, first + open_flac(second), open_flac(first) + open_flac(second)):
+    for joined in (
+        without_length(first) + second,
+        first + without_length(second),
+        without_length(first) + without_length(second),
+    ):
         np.testing.assert_array_equal(load(joined, sample_rate_hz=RATE_HZ).samples, expected)
 
 
 def bare_mp3(rate_hz: int, seed: int) -> bytes:
     """Without the frame that tells its length."""
-    data = encoded(voice(2.0, rate_hz, seed=seed), rate_hz, "MP3", "MPEG_LAYER_III")
-    mark = max(data.find(b"Info", 0, 4096), data.find(b"Xing", 0, 4096))
-    return data[data.find(data[:2], mark) :]
+    return without_xing(encoded(voice(2.0, rate_hz, seed=seed), rate_hz, "MP3", "MPEG_LAYER_III"))
 
 
 @pytest.mark.parametrize("second_hz", [44_100, 22_050])

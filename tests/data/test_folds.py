@@ -86,7 +86,7 @@ def test_folds_depend_on_names_and_seed_alone() -> None:
 
 def test_what_cannot_be_folded_is_refused() -> None:
     table = manifest()
-    with pytest.raises(ManifestError, match="--folds 21 with 20 recordings of the rarest class; expected 2 to 20"):
+    with pytest.raises(ManifestError, match="expected 2 to 20"):
         folds_of(table, "kfold", folds=21)
     with pytest.raises(ManifestError, match="--folds 7 with 6 speakers"):
         folds_of(table, "speaker_kfold", folds=7)
@@ -118,13 +118,13 @@ def test_given_folds_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="cannot read"):
         assignment(table, csv, "fold")
     csv.write_text("content_hash,part\nh1,a\n")
-    with pytest.raises(ManifestError, match="expected fold and content_hash or id"):
+    with pytest.raises(ManifestError, match="content_hash or id"):
         assignment(table, csv, "fold")
     csv.write_text("content_hash,fold\nh1,a\nh1,b\n")
     with pytest.raises(ManifestError, match="gives h1 two different folds"):
         assignment(table, csv, "fold")
     csv.write_text("content_hash,fold\nzz,a\n")
-    with pytest.raises(ManifestError, match="none of the 60 recordings is named"):
+    with pytest.raises(ManifestError, match="60 recordings"):
         assignment(table, csv, "fold")
     spread = pd.Series(["a", "b"] * 30)
     with pytest.raises(ManifestError, match=r"speaker s\d is in the folds a, b; expected one"):
@@ -196,7 +196,7 @@ def test_folds_of_several_families_hold_a_share_of_each_and_no_speaker_twice() -
         assert set(part["corpus"]) == {"ravdess_speech", "ravdess_song", "crema_d", "mine"}
     speakers = [set(part["speaker"]) for part in tested]
     assert len(set.union(*speakers)) == sum(map(len, speakers)) == 19
-    with pytest.raises(ManifestError, match="--folds 7 with 6 speakers of RAVDESS; expected 2 to 6"):
+    with pytest.raises(ManifestError, match="speakers of RAVDESS; expected 2 to 6"):
         folds_of(table, "speaker_kfold", folds=7)
 
 

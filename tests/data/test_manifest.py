@@ -228,7 +228,7 @@ def test_integers_that_file_names_or_words_contradict_are_refused_with_the_map_t
         integers(range(8), emotion=RAVDESS_CODES),
         integers(range(8), Class_Name=["Neutral", "calm", "joy", "sadness", "anger", "fear", "disgust", "ps"]),
     ):
-        with pytest.raises(LabelError, match="row 1: label 0 means angry") as caught:
+        with pytest.raises(LabelError, match="label 0") as caught:
             from_dataframe(table, **given)
         advice = str(caught.value).rpartition("--label_map ")[2]
         mended = from_dataframe(table, label_map=parse_label_map(advice), **given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,22 +22,23 @@ import soundfile as sf
 from pipeline.audio.load import Reading, load_middle, load_once
 from pipeline.features import extract as shards
 from pipeline.features import store
-from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
+from pipeline.features.extract import BlockWriter, ShardOptions, ShardSummary, extract_shards
 from pipeline.features.features import FeatureConfig, extract, normalise_power
 from pipeline.features.store import NOTES, ShardError, load_features
 from pipeline.storage.errors import DecoderCrashed
 
 CONFIG = FeatureConfig()
+FOURS = ShardOptions(block_rows=4)
+Extracted = tuple[Path, ShardSummary, list[tuple[int, int, int]]]
 RAY = pytest.mark.usefixtures("ray_session")
 HERE = pytest.mark.usefixtures("in_this_process")
 
 
-@pytest.fixture
-def manifest(tmp_path: Path) -> pd.DataFrame:
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """Nine good recordings of several lengths and rates, and ten broken ones, mixed."""
     rng = np.random.default_rng(7)
-    folder = tmp_path / "audio"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("audio")
     rows = []
     for i in range(9):
         rate = (48_000, 44_100, 16_000)[i % 3]
@@ -66,17 +68,25 @@ def read_parts(folder: Path) -> pd.DataFrame:
     return pd.concat([pq.read_table(p).to_pandas() for p in sorted(folder.glob("part-*.parquet"))], ignore_index=True)
 
 
-@HERE
-def test_rows_out_equal_rows_in_with_reasons(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    seen: list[tuple[int, int, int]] = []
-    summary = extract_shards(
-        manifest,
-        tmp_path / "out",
-        CONFIG,
-        options=ShardOptions(block_rows=4),
-        on_progress=lambda *counts: seen.append(counts),
-    )
-    rows = read_parts(tmp_path / "out")
+@pytest.fixture(scope="module")
+def extracted(manifest: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Extracted:
+    """All of the recordings, in blocks of four, in this process. Do not change the folder: take a copy."""
+    out, seen = tmp_path_factory.mktemp("extracted") / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "in_processes", lambda items, work, _, **__: map(work, items))
+        summary = extract_shards(manifest, out, CONFIG, options=FOURS, on_progress=lambda *now: seen.append(now))
+    return out, summary, seen
+
+
+@pytest.fixture
+def copied(extracted: Extracted, tmp_path: Path) -> Path:
+    """The folder once more, to be changed."""
+    return Path(shutil.copytree(extracted[0], tmp_path / "out"))
+
+
+def test_rows_out_equal_rows_in_with_reasons(manifest: pd.DataFrame, extracted: Extracted) -> None:
+    out, summary, seen = extracted
+    rows = read_parts(out)
     assert rows["speech"].tolist() == manifest["speech"].tolist()
     assert summary.rows == len(rows) == 19
     failed = rows[rows["status"] != "ok"]
@@ -87,19 +97,18 @@ def test_rows_out_equal_rows_in_with_reasons(manifest: pd.DataFrame, tmp_path: P
 
 
 @RAY
-def test_both_engines_write_the_same_shards(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    for engine in ("local", "ray"):
-        extract_shards(manifest, tmp_path / engine, CONFIG, options=ShardOptions(block_rows=4), engine=engine)
-    for part in sorted((tmp_path / "ray").glob("part-*.parquet")):
-        assert pq.read_table(part).equals(pq.read_table(tmp_path / "local" / part.name))
-    plans = [json.loads((tmp_path / engine / "manifest.json").read_text()) for engine in ("local", "ray")]
+def test_both_engines_write_the_same_shards(manifest: pd.DataFrame, extracted: Extracted, tmp_path: Path) -> None:
+    extract_shards(manifest, tmp_path, CONFIG, options=FOURS, engine="ray")
+    for part in sorted(tmp_path.glob("part-*.parquet")):
+        assert pq.read_table(part).equals(pq.read_table(extracted[0] / part.name))
+    plans = [json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path, extracted[0])]
     assert plans[0] == plans[1]
 
 
-@HERE
-def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    extract_shards(manifest, tmp_path / "out", CONFIG, options=ShardOptions(block_rows=5))
-    loaded = load_features(tmp_path / "out", CONFIG)
+def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, copied: Path) -> None:
+    column = pq.read_table(copied / "part-00000.parquet")["log_mel"].combine_chunks()
+    assert column.to_numpy_ndarray().shape == (4, 1, 64, 188), "plain PyArrow reads the shape"
+    loaded = load_features(copied, CONFIG)
     good = manifest[manifest["speech"].str.contains("good")].reset_index(drop=True)
     assert loaded.table["speech"].tolist() == good["speech"].tolist()
     assert loaded.table["label"].tolist() == good["label"].tolist()
@@ -115,6 +124,7 @@ def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, tmp_pat
             np.testing.assert_allclose(normalise_power(loaded.mel_power[i, :, :188], CONFIG), expected, atol=1e-4)
 
 
+@HERE
 def test_the_window_with_most_speech_is_extracted_and_stands_in_the_middle_of_what_is_kept(
     write_audio: Callable[..., Path], speech_like: Callable[..., np.ndarray], tmp_path: Path
 ) -> None:
@@ -146,16 +156,8 @@ def test_the_window_with_most_speech_is_extracted_and_stands_in_the_middle_of_wh
 
 
 @HERE
-def test_plain_pyarrow_reads_the_shape(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    extract_shards(manifest, tmp_path / "out", CONFIG)
-    column = pq.read_table(tmp_path / "out" / "part-00000.parquet")["log_mel"].combine_chunks()
-    assert column.to_numpy_ndarray().shape == (19, 1, 64, 188)
-
-
-@HERE
-def test_only_missing_parts_are_done_again(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    out, options = tmp_path / "out", ShardOptions(block_rows=4)
-    extract_shards(manifest, out, CONFIG, options=options)
+def test_only_missing_parts_are_done_again(manifest: pd.DataFrame, copied: Path) -> None:
+    out, options = copied, FOURS
     before = read_parts(out)
     assert extract_shards(manifest, out, CONFIG, options=options).reused == 5
     kept = (out / "part-00000.parquet").stat().st_mtime_ns
@@ -172,17 +174,15 @@ def test_only_missing_parts_are_done_again(manifest: pd.DataFrame, tmp_path: Pat
 
 
 @HERE
-def test_other_recordings_settings_or_folders_are_refused(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    extract_shards(manifest.iloc[:3], out, CONFIG)
-    with pytest.raises(ShardError, match="--overwrite"):
-        extract_shards(manifest.iloc[:4], out, CONFIG)
-    with pytest.raises(ShardError, match="--overwrite"):
-        extract_shards(manifest.iloc[:3], out, CONFIG, options=ShardOptions(mel_power_s=0))
-    assert extract_shards(manifest.iloc[:4], out, CONFIG, overwrite=True).rows == 4
+def test_other_recordings_settings_or_folders_are_refused(manifest: pd.DataFrame, copied: Path, tmp_path: Path) -> None:
+    for table, options in ((manifest.iloc[:4], FOURS), (manifest, ShardOptions(block_rows=4, mel_power_s=0))):
+        with pytest.raises(ShardError, match="--overwrite"):
+            extract_shards(table, copied, CONFIG, options=options)
+    assert extract_shards(manifest.iloc[:4], copied, CONFIG, overwrite=True).rows == 4
+    audio = Path(manifest["speech"][0]).parent
     with pytest.raises(ShardError, match="no feature shards"):
-        extract_shards(manifest, tmp_path / "audio", CONFIG, overwrite=True)
-    assert (tmp_path / "audio" / "good0.wav").is_file()
+        extract_shards(manifest, audio, CONFIG, overwrite=True)
+    assert (audio / "good0.wav").is_file()
     (tmp_path / "file").write_text("x")
     with pytest.raises(ShardError, match="is a file"):
         extract_shards(manifest, tmp_path / "file", CONFIG)
@@ -190,7 +190,7 @@ def test_other_recordings_settings_or_folders_are_refused(manifest: pd.DataFrame
 
 @HERE
 def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    good = manifest[manifest["speech"].str.contains("good[78]")]
+    good = manifest[manifest["speech"].str.contains("good[01]")]
     frames = FeatureConfig(kind="frame_features")
     extract_shards(good, tmp_path / "frames", frames)
     loaded = load_features(tmp_path / "frames")
@@ -210,10 +210,8 @@ def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path)
     assert table["label"].tolist() == [label for label in good["label"] for _ in range(3)]
 
 
-@HERE
-def test_wrong_configuration_version_or_part_is_refused(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    extract_shards(manifest[manifest["speech"].str.contains("good")], out, CONFIG)
+def test_wrong_configuration_version_or_part_is_refused(copied: Path, tmp_path: Path) -> None:
+    out = copied
     with pytest.raises(ShardError, match="kind log_mel, not frame_features"):
         load_features(out, FeatureConfig(kind="frame_features"))
     values = json.loads((out / "manifest.json").read_text())

@@ -174,7 +174,7 @@ def test_bands_up_to_8_khz_are_deaf_to_what_lies_above() -> None:
 
 @pytest.mark.parametrize("f_max_hz", [0.0, -1.0, 24_000.5, float("nan")])
 def test_bands_beyond_half_the_rate_are_refused(f_max_hz: float) -> None:
-    with pytest.raises(FeatureError, match="at most half the sampling rate, 24000 Hz"):
+    with pytest.raises(FeatureError, match="24000 Hz"):
         FeatureConfig(f_max_hz=f_max_hz)
 
 
@@ -190,9 +190,9 @@ def test_unknown_or_impossible_settings_are_refused() -> None:
         FeatureConfig(kind="wavelet")
     with pytest.raises(FeatureError, match="expected at most 60 s"):
         FeatureConfig(window_s=1e6)
-    with pytest.raises(FeatureError, match="n_mfcc=40 needs as many mel bands, got n_mels=32"):
+    with pytest.raises(FeatureError, match="n_mfcc=40"):
         FeatureConfig(kind="frame_features", n_mels=32)
-    with pytest.raises(FeatureError, match="of n_mels=256 bands hold no frequency bin of n_fft=2048; use fewer"):
+    with pytest.raises(FeatureError, match="n_mels=256"):
         FeatureConfig(n_mels=256, f_max_hz=4_000.0)
-    with pytest.raises(FeatureError, match="is too many for n_fft=2048; use fewer"):
+    with pytest.raises(FeatureError, match="n_fft=2048"):
         FeatureConfig(n_mels=10**12)

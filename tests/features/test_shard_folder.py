@@ -62,7 +62,7 @@ def test_two_extractions_into_one_folder_do_not_mix(recordings: pd.DataFrame, tm
 
     def meanwhile(*_: int) -> None:
         for table, overwrite in ((recordings.iloc[:3], False), (recordings.iloc[3:], True)):
-            with pytest.raises(SerError, match=r"another process is extracting into .*; wait for it") as caught:
+            with pytest.raises(SerError, match="another process") as caught:
                 extract_shards(table, out, CONFIG, options=ONE_EACH, overwrite=overwrite)
             refused.append(str(caught.value))
 
@@ -98,7 +98,7 @@ def test_changed_recordings_are_refused_and_those_that_are_gone_are_not(
     second.unlink()
     assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
     first.write_bytes(whole)
-    with pytest.raises(ShardError, match=f"features of {first}, which changed since; give --overwrite") as caught:
+    with pytest.raises(ShardError, match=f"{first}") as caught:
         extract_shards(recordings, out, CONFIG, options=ONE_EACH)
     assert "\n" not in str(caught.value)
     os.utime(third, ns=(0, 1))
@@ -153,9 +153,7 @@ def test_a_damaged_part_of_a_finished_folder_is_told_in_one_line(
     whole = part.read_bytes()
     middle = len(whole) // 2
     part.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :] if content is None else content)
-    with pytest.raises(
-        ShardError, match=r"part-00002.parquet is damaged \(.*\); extract again with --overwrite"
-    ) as told:
+    with pytest.raises(ShardError, match=r"part-00002.parquet is damaged .*--overwrite") as told:
         load_features(out)
     assert "\n" not in str(told.value)
     assert not list(out.glob("*arrays*"))
@@ -168,7 +166,7 @@ def test_damaged_arrays_are_told_and_made_anew(recordings: pd.DataFrame, tmp_pat
     assert load_features(out).mel_power is not None
     (cache,) = out.glob("arrays-*")
     (cache / name).write_bytes((cache / name).read_bytes()[:300])
-    with pytest.raises(ShardError, match=rf"{cache.name} is damaged \(.*\); remove it: it is made again"):
+    with pytest.raises(ShardError, match=cache.name):
         load_features(out)
     shutil.rmtree(cache)
     assert len(load_features(out).features) == 4
@@ -221,7 +219,7 @@ def test_training_runs_and_files_of_others_are_left_alone(recordings: pd.DataFra
     (run / "plan.json").write_text('{"version": 1, "features": "out"}')  # as ser train writes it
     (run / "run.pt").touch()
     for overwrite in (False, True):
-        with pytest.raises(ShardError, match="holds no feature shards; give --out a new folder"):
+        with pytest.raises(ShardError, match="no feature shards"):
             extract_shards(recordings, run, CONFIG, options=NO_POWER, overwrite=overwrite)
     assert sorted(path.name for path in run.iterdir()) == ["plan.json", "run.pt"]
     extract_shards(recordings, out, CONFIG, options=ONE_EACH)

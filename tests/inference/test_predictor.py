@@ -369,5 +369,5 @@ def test_a_bad_recording_has_no_windows(predictor: Predictor, tmp_path: Path) ->
 
 
 def test_windows_longer_than_the_models_are_refused(predictor: Predictor, tmp_path: Path) -> None:
-    with pytest.raises(SerError, match="window_s 3 is longer than the input window of tiny, 2 s; give --window_s 2"):
+    with pytest.raises(SerError, match="--window_s 2"):
         predictor.follow(tmp_path / "any.wav", SlidingWindow(3.0, 1.0))

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 import torch
 import toy_data
+from bundles import NARROW, untrained
 from scipy.special import log_softmax
 
 from jobs import adapt as job
@@ -24,44 +26,23 @@ from pipeline.features.features import FeatureConfig
 from pipeline.features.store import load_features
 from pipeline.inference.predictor import Predictor
 from pipeline.models.backends import open_backend
-from pipeline.models.bundle import Bundle, load_bundle, save_bundle
+from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.networks import build_model
 from pipeline.training import adapt, embeddings
 from pipeline.training.last_layer import Head
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 DONE, USAGE, SOME_FAILED = 0, 2, 4
+LABELS = RAVDESS_LABELS[:4]
 CONFIG = FeatureConfig(sample_rate_hz=16_000, window_s=1.0, n_mels=32, n_fft=512, hop_length=256)
 
 
-def parent_in(
-    folder: Path,
-    model: str = "inception",
-    members: int = 1,
-    config: FeatureConfig = CONFIG,
-    training: pd.DataFrame | None = None,
-) -> Bundle:
+def parent_in(folder: Path, model: str = "inception", members: int = 1, **more: Any) -> Bundle:
     """An untrained network: its features tell the voices of the tests apart, its answers are chance."""
-    if model != "inception":
-        config = FeatureConfig(**{**CONFIG.to_dict(), "kind": "frame_features", "n_mfcc": 20})
-    options = {"width": 0.125} if model == "inception" else {}
-    options |= {"members": members} if members > 1 else {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build_model(model, options, len(RAVDESS_LABELS), config.input_shape)
-        example = torch.randn(16, *config.input_shape)
-        network.train()(example)  # batch norms that are not those of a fresh network
-    return save_bundle(
-        folder,
-        name=folder.name,
-        state_dict=network.state_dict(),
-        model_name=model,
-        model_options=options,
-        labels=RAVDESS_LABELS,
-        features=config,
-        metrics={},
-        training=training,
-    )
+    config = CONFIG if model == "inception" else replace(CONFIG, kind="frame_features", n_mfcc=20)
+    options = NARROW if model == "inception" else {}
+    options = options | {"members": members} if members > 1 else options
+    return untrained(folder, model, options, **{"features": config} | more)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +94,6 @@ def test_it_writes_an_ordinary_bundle(
     assert run(mine, out, parent) == USAGE
     assert run(mine, parent.folder, parent, "--overwrite") == USAGE
     assert run(mine, tmp_path / "again", made) == USAGE  # it knows them all by now
-    assert "trained on them" in capsys.readouterr().err
 
 
 def test_labels_without_meaning_keep_the_old_model(
@@ -123,7 +103,7 @@ def test_labels_without_meaning_keep_the_old_model(
     table["label"] = np.random.default_rng(1).permutation(table["label"])
     out = tmp_path / "mine"
     assert run(written(table, tmp_path / "shuffled.csv"), out, parent) == DONE
-    assert "keep the old one: the gain could be chance" in capsys.readouterr().out
+    assert "keep the old one" in capsys.readouterr().out
     assert not (out / "config.json").exists()
     assert run(tmp_path / "shuffled.csv", out, parent, "--anyway") == DONE
     assert load_bundle(out).labels == parent.labels
@@ -143,7 +123,6 @@ def test_a_model_of_the_window_with_most_speech_is_heard_so_and_compared_with_th
     assert run(csv, tmp_path / "middle", parent) == DONE
     said = capsys.readouterr().out
     assert "keep the old one" in said
-    assert "in 64 recordings the two windows differ" in said
     assert run(csv, tmp_path / "speech", parent, "--window", "speech") == DONE
     said = capsys.readouterr().out
     assert "verdict: adapted" in said
@@ -172,48 +151,18 @@ def test_own_classes_are_the_models_classes(mine: Path, parent: Bundle, tmp_path
     assert set(load_bundle(tmp_path / "ten").labels) == {*parent.labels, "loud", "quiet"}
 
 
-def test_words_for_no_class_are_no_classes(
-    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = pd.read_csv(mine).replace({"label": {"calm": "silence"}})
-    assert run(written(table, tmp_path / "no.csv"), tmp_path / "no", parent, "--anyway") == USAGE
-    assert "--label_map silence=" in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def _one_class(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(label="sad")
-
-
-def _one_recording_of_a_class(table: pd.DataFrame) -> pd.DataFrame:
-    return table[(table["label"] != "sad") | ~table["label"].duplicated()]
-
-
-def _few(table: pd.DataFrame) -> pd.DataFrame:
-    return table.head(12)
-
-
-def _a_class_a_speaker(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(
-        label=table["speaker"].map(dict(zip(sorted(set(table["speaker"])), parent_labels(), strict=True)))
-    )
-
-
-def parent_labels() -> tuple[str, ...]:
-    return RAVDESS_LABELS[:4]
-
-
-def _gone(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(speech=table["speech"] + ".gone")
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_one_class, "another class"),
-        (_one_recording_of_a_class, "too few recordings of a class (sad 1)"),
-        (_few, "too few to adapt to"),
-        (_a_class_a_speaker, "one speaker only"),
-        (_gone, "none of the 64 recordings can be read"),
+        (lambda t: t.assign(label="sad"), "another class"),
+        (lambda t: t[(t["label"] != "sad") | ~t["label"].duplicated()], "(sad 1)"),
+        (lambda t: t.head(12), "too few to adapt to"),
+        (
+            lambda t: t.assign(label=t["speaker"].map(dict(zip(t["speaker"].unique(), LABELS, strict=True)))),
+            "one speaker only",
+        ),
+        (lambda t: t.assign(speech=t["speech"] + ".gone"), "none of the 64"),
+        (lambda t: t.replace({"label": {"calm": "silence"}}), "--label_map silence="),
     ],
 )
 def test_what_cannot_be_adapted_to_is_refused_in_one_line(
@@ -227,45 +176,33 @@ def test_what_cannot_be_adapted_to_is_refused_in_one_line(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_one_recording_under_two_labels_is_refused_and_a_copy_left_out(
+def test_one_recording_under_two_labels_is_refused(
     mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = pd.read_csv(mine)
     shutil.copy(table["speech"][0], tmp_path / "copy.wav")
-    copy = table.iloc[[0]].assign(speech=str(tmp_path / "copy.wav"))
-    csv = written(
-        pd.concat([table, copy.assign(label="happy" if copy["label"].iloc[0] != "happy" else "sad")]),
-        tmp_path / "a.csv",
+    copy = table.iloc[[0]].assign(
+        speech=str(tmp_path / "copy.wav"), label="sad" if table["label"][0] != "sad" else "calm"
     )
-    assert run(csv, tmp_path / "out", parent) == USAGE
-    assert "two rows with the same sound" in capsys.readouterr().err
-    assert run(written(pd.concat([table, copy]), tmp_path / "b.csv"), tmp_path / "out", parent, "--anyway") == DONE
-    assert load_bundle(tmp_path / "out").metrics["out_of_fold"]["n"] == 64
+    assert run(written(pd.concat([table, copy]), tmp_path / "a.csv"), tmp_path / "out", parent) == USAGE
+    assert "the same sound twice" in capsys.readouterr().err
 
 
-def test_a_broken_recording_is_left_out_and_said(
+def test_a_copy_and_what_is_broken_are_left_out_and_without_speakers_folds_are_of_recordings(
     mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    table = pd.read_csv(mine)
+    names = [shutil.copy(path, tmp_path / f"{number}.wav") for number, path in enumerate(table["speech"])]  # no speaker
+    names.append(shutil.copy(names[0], tmp_path / "copy.wav"))
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
-    table = pd.read_csv(mine)
-    broken = table.iloc[[0]].assign(speech=str(tmp_path / "broken.wav"))
-    csv = written(pd.concat([table, broken]), tmp_path / "a.csv")
-    assert run(csv, tmp_path / "out", parent, "--anyway") == SOME_FAILED
-    assert "broken.wav" in capsys.readouterr().err
-    assert load_bundle(tmp_path / "out").metrics["out_of_fold"]["n"] == 64
-
-
-def test_without_speakers_it_says_that_folds_are_of_recordings(
-    mine: Path, parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = pd.read_csv(mine)
-    names = {path: tmp_path / f"{number}.wav" for number, path in enumerate(table["speech"])}
-    for path, name in names.items():
-        shutil.copy(path, name)  # names that tell no speaker
+    labels = [*table["label"], table["label"][0], "sad"]
     csv = tmp_path / "plain.csv"
-    table.assign(speech=table["speech"].map(names))[["speech", "label"]].to_csv(csv, index=False)
-    assert run(csv, tmp_path / "out", parent, "--anyway") == DONE
-    assert "by recording, as there are fewer than 3 speakers" in capsys.readouterr().err
+    pd.DataFrame({"speech": [*names, tmp_path / "broken.wav"], "label": labels}).to_csv(csv, index=False)
+    assert run(csv, tmp_path / "out", parent, "--anyway") == SOME_FAILED
+    told = capsys.readouterr().err
+    assert "broken.wav" in told
+    assert "by recording" in told
+    assert load_bundle(tmp_path / "out").metrics["out_of_fold"]["n"] == 64
 
 
 def test_what_was_heard_is_not_heard_again_but_for_a_changed_recording(
@@ -315,7 +252,8 @@ def test_the_last_stage_competes_when_there_is_time(
 ) -> None:
     monkeypatch.setattr(adapt, "EPOCHS", 2)
     monkeypatch.setattr(job, "usable_cpus", lambda: 1)
-    assert run(mine, tmp_path / "out", parent, "--max_minutes", "60", "--anyway") == DONE
+    half = written(pd.read_csv(mine).iloc[::2], tmp_path / "half.csv")
+    assert run(half, tmp_path / "out", parent, "--max_minutes", "60", "--anyway") == DONE
     said = capsys.readouterr().err
     assert "last stage: " in said
     assert load_bundle(tmp_path / "out").build_model()
@@ -351,7 +289,7 @@ def test_rehearsal_takes_what_the_parent_has_learnt_from_of_these_classes_and_no
     arrays = load_features(toy_data.write_features(tmp_path / "old", 30, copies=1))
     training = pd.DataFrame({"id": [f"{n:03d}" for n in range(30)], "content_hash": "", "speaker": ""})
     training["split"] = ["test" if n >= 27 else "train" for n in range(30)]
-    bundle = parent_in(tmp_path / "it", config=toy_data.CONFIG, training=training)
+    bundle = parent_in(tmp_path / "it", features=toy_data.CONFIG, training=training)
     own = arrays.table.head(1).assign(content_hash="")  # a calm one, by its path
     found = embeddings.rehearsed(arrays, ("calm", "sad", "bored"), own, bundle)
     assert found is not None

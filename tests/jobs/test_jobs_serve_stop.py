@@ -67,20 +67,14 @@ def main() -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_start_that_waits_is_ended(calls: list[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
-    monkeypatch.setattr(deployment, "run", waits_for_ever(calls, "run", number))
-    assert main() == 0
-    assert calls == ["start", "run", "stop", "stop_ray"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_roll_out_that_waits_is_ended(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+@pytest.mark.parametrize("name", ["run", "roll_out"])
+def test_a_start_or_a_roll_out_that_waits_is_ended(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, name: str, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr(deployment, "run", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
-    monkeypatch.setattr(deployment, "roll_out", waits_for_ever(calls, "roll_out", number))
+    monkeypatch.setattr(deployment, "run", lambda *_: os.kill(os.getpid(), signal.SIGHUP))  # asks for a roll-out
+    monkeypatch.setattr(deployment, name, waits_for_ever(calls, name, number))
     assert main() == 0
-    assert calls == ["start", "roll_out", "stop", "stop_ray"]
+    assert calls == ["start", name, "stop", "stop_ray"]
 
 
 @pytest.mark.parametrize("started", [True, False])
@@ -204,7 +198,7 @@ def test_more_cpus_than_there_are_are_refused(
     two_cpus: list[str], tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundles = (str(tiny_bundle.folder),)
-    with pytest.raises(SerError, match=r"1 models x 3 replicas x 1 threads need 3 CPUs, and there are 2; give fewer"):
+    with pytest.raises(SerError, match="3 CPUs"):
         deployment.run(Settings(bundles=bundles, replicas=3), "127.0.0.1", 8000)
     assert two_cpus == []
     deployment.run(Settings(bundles=bundles, threads=2), "127.0.0.1", 8000)
@@ -217,7 +211,7 @@ def test_a_roll_out_without_a_free_cpu_is_refused(
     two_cpus: list[str], tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(bundles=(str(tiny_bundle.folder),))
-    with pytest.raises(SerError, match=r"needs 1 CPUs beside the old ones, and 0 are free; start the service with"):
+    with pytest.raises(SerError, match="0 are free"):
         deployment.roll_out(settings)
     assert two_cpus == []
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})

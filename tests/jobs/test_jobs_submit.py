@@ -119,7 +119,7 @@ def test_a_csv_is_uploaded_and_its_recordings_start_from_the_storage(folder: Pat
     assert found.shipped == {"lists/a.csv": Path("lists/a.csv")}
     found = placed("extract", extract_parser(), "--data_csv lists/a.csv --out x --root audio")
     assert found.words[-2:] == ["--root", "/shared/audio"]
-    with pytest.raises(SerError, match=r"is uploaded, but its recordings are not; give --root"):
+    with pytest.raises(SerError, match="--root"):
         placed("extract", extract_parser(), "--data_csv lists/a.csv --out /x", None)
 
 
@@ -130,16 +130,11 @@ def test_a_file_above_the_folder_is_uploaded_below_inputs(folder: Path) -> None:
     assert list(found.shipped) == ["inputs/a.csv"]
 
 
-def test_relative_paths_without_storage_are_refused() -> None:
-    with pytest.raises(SerError, match=r"--out x is a relative path; give --storage_path"):
-        placed("extract", extract_parser(), "--data_dir /a --out x", None)
-
-
 def test_without_out_a_dated_folder_lies_on_the_storage(folder: Path) -> None:
     words = placed("train", train_parser(), "--features features").words
     assert words[:3] == ["--features", "/shared/features", "--out"]
     assert words[3].startswith("/shared/runs/20")
-    with pytest.raises(SerError, match=r"--out runs/\S+ is a relative path; give --storage_path"):
+    with pytest.raises(SerError, match=r"--storage_path"):
         placed("train", train_parser(), "--features /features", None)
 
 
@@ -184,25 +179,19 @@ def test_the_whole_way(cluster: Callable[..., Ray], capfd: pytest.CaptureFixture
     out, err = capfd.readouterr()
     assert out == "labels: ...\n2 rows, 0 failed\n"
     assert "uploading" in err
-    assert "exit code 0" in err
 
 
-@pytest.mark.parametrize("code", [0, 2, 3, 4, 70])
-def test_the_exit_code_is_the_jobs_own(cluster: Callable[..., Ray], code: int) -> None:
-    cluster(["text\n"], code=code, status="SUCCEEDED" if code == 0 else "FAILED")
-    assert submit.main(["extract", "--data_dir", "/a", "--out", "/x"]) == code
-
-
-def test_a_command_killed_by_a_signal(cluster: Callable[..., Ray]) -> None:
-    cluster(["text\n"], code=-9, status="FAILED")
-    assert submit.main(["extract", "--data_dir", "/a", "--out", "/x"]) == 137
+@pytest.mark.parametrize(("code", "ours"), [(0, 0), (2, 2), (4, 4), (70, 70), (-9, 137)])
+def test_the_exit_code_is_the_jobs_own(cluster: Callable[..., Ray], code: int, ours: int) -> None:
+    cluster(["text\n"], code=code, status="FAILED" if code else "SUCCEEDED")
+    assert submit.main(["extract", "--data_dir", "/a", "--out", "/x"]) == ours
 
 
 def test_a_job_that_never_ran(cluster: Callable[..., Ray], capfd: pytest.CaptureFixture[str]) -> None:
     cluster([], code=None, status="FAILED", message="Traceback\nthe node is gone\n")
     assert submit.main(["extract", "--data_dir", "/a", "--out", "/x"]) == 70
     err = capfd.readouterr().err
-    assert "ended without an exit code: the node is gone; the same command again" in err
+    assert "the node is gone" in err
     assert "Traceback" not in err
 
 
@@ -239,7 +228,7 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         port = probe.getsockname()[1]
     assert submit.main(["extract", "--data_dir", "/a", "--out", "/x", "--address", f"http://127.0.0.1:{port}"]) == 2
     err = capfd.readouterr().err.strip()
-    assert f"no Ray cluster answers at http://127.0.0.1:{port}" in err.splitlines()[-1]
+    assert f"http://127.0.0.1:{port}" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
@@ -253,9 +242,7 @@ def test_a_lost_connection_prints_nothing_twice(capfd: pytest.CaptureFixture[str
 
 def test_a_cluster_that_stays_away_is_told() -> None:
     gone = [[RuntimeError("refused")] for _ in range(100)]
-    with pytest.raises(
-        ClusterError, match=r"here was lost: refused; when the cluster is back.*run the same command again"
-    ):
+    with pytest.raises(ClusterError, match="refused"):
         follow(JobClient(Ray(*gone), "here"), "job", sleep=lambda _: None, patience_s=3)
 
 
@@ -286,12 +273,11 @@ def test_ctrl_c_while_nothing_comes(capfd: pytest.CaptureFixture[str]) -> None:
             yield "never"
 
     assert follow(JobClient(Silent(), "here"), "job", sleep=lambda _: None) == 130
-    assert "keeps running" in capfd.readouterr().err
+    assert "ray job stop job" in capfd.readouterr().err
 
 
-def test_a_stopped_job(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_job() -> None:
     assert follow(JobClient(Ray(["x"], code=None, status="STOPPED"), "here"), "job") == 130
-    assert "run the same command again to continue" in capfd.readouterr().err
 
 
 def test_without_waiting(cluster: Callable[..., Ray], capfd: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ def test_the_job_refuses_answers_without_labels(
 ) -> None:
     pd.DataFrame({"speech": ["a.wav"], "status": ["ok"]}).to_parquet(tmp_path / "predictions.parquet")
     assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path)]) == 2
-    assert "has no column label_name" in capsys.readouterr().err
+    assert "label_name" in capsys.readouterr().err
 
 
 def answers(bundle: Bundle, logits: np.ndarray, truth: np.ndarray, out: Path, temperature: float) -> pd.DataFrame:
@@ -137,12 +137,12 @@ def test_what_a_model_was_trained_on_does_not_set_its_temperature(
     heard.loc[3 * N // 4 :, "split"] = "inner_val"
     heard.to_csv(folder / "training.csv", index=False)
     assert main(["--model_weights", str(folder), "--predictions", str(out)]) == 0
-    assert f"left out: {N // 2} of {N} recordings, which were used in training" in capsys.readouterr().err
+    assert f"{N // 2} of {N}" in capsys.readouterr().err
     assert load_bundle(folder).temperature == pytest.approx(2, rel=0.05)
     assert load_bundle(folder).metrics["calibration"]["n"] == N // 2
     heard.assign(split="train").to_csv(folder / "training.csv", index=False)
     assert main(["--model_weights", str(folder), "--predictions", str(out)]) == 2
-    assert "0 recordings are too few" in capsys.readouterr().err
+    assert "0 recordings" in capsys.readouterr().err
     assert load_bundle(folder).metrics["calibration"]["n"] == N // 2
 
 
@@ -152,9 +152,9 @@ def test_answers_of_another_model_are_refused(
     answers(dataclasses.replace(tiny_bundle, weights_sha256="0" * 64), *calibrated(), tmp_path / "scores", 1.0)
     before = load_bundle(tiny_bundle.folder).temperature
     assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path / "scores")]) == 2
-    assert "the answers were given by the weights 000000000000" in capsys.readouterr().err
+    assert "000000000000" in capsys.readouterr().err
     for damaged in ("{", "[]", '{"plan": {}}'):
         (tmp_path / "scores" / "run.json").write_text(damaged, encoding="utf-8")
         assert main(["--model_weights", str(tiny_bundle.folder), "--predictions", str(tmp_path / "scores")]) == 2
-        assert "run.json is not the record of a finished scoring" in capsys.readouterr().err
+        assert "run.json" in capsys.readouterr().err
     assert load_bundle(tiny_bundle.folder).temperature == before

@@ -50,7 +50,7 @@ def test_a_bundle_keeps_it(tiny_bundle: Bundle, tmp_path: Path) -> None:
     strange = np.random.default_rng(4).standard_normal((20, 160)).astype(np.float32)
     np.testing.assert_allclose(again.familiarity.of(strange), found.of(strange), atol=1e-3)
     (bundle.folder / NAME).write_bytes(b"damaged")
-    with pytest.raises(BundleError, match="does not match the hash in config"):
+    with pytest.raises(BundleError, match="config"):
         load_bundle(bundle.folder)
     assert file_sha256(bundle.weights_path) == bundle.weights_sha256
 

@@ -11,6 +11,7 @@ from pipeline.models.networks import MODEL_NAMES, CnnBiLstmAttention, EnhancedIn
 from pipeline.storage.errors import SerError
 
 SHAPES = {"inception": (1, 64, 188), "cnn_bilstm": (188, 190)}
+SMALL: dict[str, dict[str, float]] = {"inception": {"width": 0.25}, "cnn_bilstm": {}}
 
 # Szegedy et al. 2015, table 1: output channels, then #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5, pool proj
 GOOGLENET = {
@@ -135,7 +136,7 @@ def test_cnn_bilstm_layers() -> None:
 @pytest.mark.parametrize("name", MODEL_NAMES)
 @pytest.mark.parametrize("n_classes", [2, 8])
 def test_output_shape_and_dropout(name: str, n_classes: int) -> None:
-    model = build_model(name, {"dropout": 0.25}, n_classes, SHAPES[name]).eval()
+    model = build_model(name, SMALL[name] | {"dropout": 0.25}, n_classes, SHAPES[name]).eval()
     with torch.inference_mode():
         assert model(torch.zeros(3, *SHAPES[name])).shape == (3, n_classes)
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.25]
@@ -144,7 +145,7 @@ def test_output_shape_and_dropout(name: str, n_classes: int) -> None:
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_evaluation_is_deterministic_and_does_not_mix_clips(name: str) -> None:
     torch.manual_seed(1)
-    model = build_model(name, {}, 8, SHAPES[name])
+    model = build_model(name, SMALL[name], 8, SHAPES[name])
     x = torch.randn(3, *SHAPES[name])
     first, again = model(x), model(x)  # training mode: batch norm and dropout are at work
     assert not torch.equal(first, again)
@@ -157,7 +158,7 @@ def test_evaluation_is_deterministic_and_does_not_mix_clips(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_weight_learns(name: str) -> None:
-    model = build_model(name, {}, 8, SHAPES[name])
+    model = build_model(name, SMALL[name], 8, SHAPES[name])
     model(torch.randn(4, *SHAPES[name])).logsumexp(dim=1).sum().backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert dead == []

@@ -41,7 +41,7 @@ ELSEWHERE = {
     "make test": "project/test_contributing.py::test_the_tests_of_the_examples_pass",
     "make setup": "project/test_architecture.py::test_every_dependency_is_pinned_once_in_the_file_that_needs_it",
     "make ravdess": "jobs/test_jobs_ravdess.py::test_from_the_server_to_a_manifest",
-    "make serve": "serve/test_serve_ray.py::test_shard_infer_score_and_service_agree",
+    "make serve": "serve/test_serve_ray.py::test_infer_and_service_agree",
     "make app": "app/test_app_start.py::test_a_signal_stops_both",
 }
 # Set-up of an environment: pip and shells of other systems. Files and options in them are checked below.

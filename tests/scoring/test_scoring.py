@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from bundles import resaved
 from threadpoolctl import threadpool_info
 
 from jobs import infer
@@ -25,7 +26,7 @@ from pipeline.data.manifest import scan_folder
 from pipeline.features.store import load_features
 from pipeline.inference.predictor import Predictor, ScoreOptions
 from pipeline.models.backends import ensure_onnx
-from pipeline.models.bundle import Bundle, save_bundle
+from pipeline.models.bundle import Bundle
 from pipeline.scoring import scoring
 from pipeline.scoring.blocks import REFUSAL, Classifier, Task, listen_block, make_block, or_refusal, score_block
 from pipeline.scoring.ledger import LedgerError, open_ledger
@@ -199,18 +200,9 @@ def test_another_run_is_refused(what: str, bundle: Bundle, manifest: pd.DataFram
         state = bundle.state_dict()
         if what == "model":
             state[next(name for name in state if name.endswith("bias"))] += 1
-        weights = save_bundle(
-            tmp_path / "other",
-            name="other",
-            state_dict=state,
-            model_name=bundle.model_name,
-            model_options=bundle.model_options,
-            labels=bundle.labels,
-            features=bundle.features,
-            temperature=2.0 if what == "temperature" else 1.0,
-            metrics={},
-        )
-    with pytest.raises(LedgerError, match=r"holds a run with .* or --overwrite to start again"):
+        temperature = 2.0 if what == "temperature" else 1.0
+        weights = resaved(bundle, tmp_path / "other", state_dict=state, temperature=temperature)
+    with pytest.raises(LedgerError, match="--overwrite"):
         score_manifest(table, tmp_path / "out", weights=weights.folder, options=options, execution=CHILD, report=False)
     assert (tmp_path / "out" / "predictions.parquet").read_bytes() == before
     run = score_manifest(
@@ -386,7 +378,7 @@ def test_what_a_task_on_ray_refuses_is_told_as_such(
     bundle: Bundle, manifest: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ) -> None:
     monkeypatch.setattr("pipeline.scoring.scoring.Task", lambda weights, _sha256, *rest: Task(weights, "0" * 64, *rest))
-    with pytest.raises(SerError, match=r"was replaced while its model was scoring; give the same command again$"):
+    with pytest.raises(SerError, match="was replaced while its model was scoring"):
         score_manifest(manifest, tmp_path / "out", weights=bundle.folder, execution=Execution("ray", num_cpus=2))
 
 
@@ -400,7 +392,7 @@ def test_a_refusal_of_either_half_comes_out_at_the_end(bundle: Bundle, manifest:
 
 def test_work_that_kills_every_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.cluster.engine.RETRIES", 1)
-    with pytest.raises(SerError, match="a process died 2 times at the same piece of work"):
+    with pytest.raises(SerError, match="died 2 times"):
         list(scoring.in_processes([0, 1], die, 1))
     assert multiprocessing.active_children() == []
 

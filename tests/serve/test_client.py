@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from serve.client import (
 )
 from serve.client_wire import FILES_A_REQUEST, parts
 from serve.schema import Failure, Recording
+from tests.support.processes import free_port
 
 URL = "http://127.0.0.1:8000"
 KEY = "key"
-Handler = Callable[[httpx.Request], httpx.Response]
 
 
 @pytest.fixture(scope="module")
@@ -246,15 +246,17 @@ def test_a_file_that_cannot_be_read_costs_no_other_its_answer(
         assert [item.name for item in found][:2] == ["missing.wav", "good.wav"]
 
 
-def test_a_service_that_is_not_there() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with Client(f"http://127.0.0.1:{port}") as client:
-        with pytest.raises(Unreachable, match="is it running"):
+def test_a_service_that_is_not_there_or_breaks_off() -> None:
+    def broken(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadError("connection reset", request=request)
+
+    with Client(f"http://127.0.0.1:{free_port()}") as client:
+        with pytest.raises(Unreachable):
             client.predict(b"data")
         assert not client.ready()
         assert not client.live()
+    with Client(URL, transport=httpx.MockTransport(broken)) as client, pytest.raises(Unreachable):
+        client.predict(b"data")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_a_service_that_is_not_there() -> None:
 )
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_an_address_that_is_none_is_told_as_such(kind: type[Client | AsyncClient], url: str) -> None:
-    with pytest.raises(ClientError, match="is not an http or https address; give one like") as caught:
+    with pytest.raises(ClientError, match="address") as caught:
         kind(url)
     assert type(caught.value) is ClientError
 
@@ -273,14 +275,6 @@ def test_a_service_that_is_silent() -> None:
         Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.1) as client,
         pytest.raises(NoAnswer),
     ):
-        client.predict(b"data")
-
-
-def test_a_service_that_breaks_off() -> None:
-    def broken(request: httpx.Request) -> httpx.Response:
-        raise httpx.ReadError("connection reset", request=request)
-
-    with Client(URL, transport=httpx.MockTransport(broken)) as client, pytest.raises(Unreachable):
         client.predict(b"data")
 
 
@@ -396,9 +390,9 @@ def test_predict_job(service: LocalService, tmp_path: Path, monkeypatch: pytest.
     assert "missing.wav  not_found" in captured.out
     assert "cannot read" in captured.err
     assert predict.main([str(good), "--model", "other"]) == 2
-    assert capsys.readouterr().err == "error: no model has this name; the models are tiny\n"
+    assert "tiny" in capsys.readouterr().err
     assert predict.main([str(good), "--url", "127.0.0.1:8000"]) == 2
-    assert "is not an http or https address" in capsys.readouterr().err
+    assert "address" in capsys.readouterr().err
     monkeypatch.setenv("SER_API_URL", "")
     monkeypatch.setenv("SER_API_KEY", "wrong")
     assert predict.main([str(good)]) == 2

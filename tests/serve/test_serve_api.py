@@ -28,6 +28,8 @@ from serve import schema
 from serve.problems import KINDS, ServiceError, kind_of, retry_later
 from serve.schema import Explanation, ModelInfo, Prediction, Recording
 
+NO_BASE64 = ("no base64!", "data:audio/wav,words", "data:audio/wav;base64", "AAAAA", "=AAAA", "AA=AA", "äöüß")
+
 
 @pytest.fixture(scope="module")
 def service(tiny_bundle: Bundle) -> LocalService:
@@ -191,6 +193,7 @@ def test_min_confidence_and_silence_change_the_label_only(service: LocalService)
     silent = service.post("/v1/predict", **form(quiet.getvalue())).json()["files"][0]
     assert (silent["status"], silent["label"], silent["scores"]) == ("ok", "silence", [])
     assert silent.get("confidence") is None
+    assert np.isfinite(silent["level_dbfs"])
     (windowed,) = service.post("/v1/predict", **form(quiet.getvalue(), window_s=0.5)).json()["files"]
     assert [(part["label"], part["scores"]) for part in windowed["segments"]] == [("silence", [])] * 2
     body = service.post("/v1/audio-classification", content=quiet.getvalue())
@@ -224,13 +227,6 @@ def test_a_notice_goes_with_the_answer(service: LocalService) -> None:
     assert answers[0].get("notice") is None
     assert "cancel" in answers[1]["notice"]
     assert answers[1]["label"] != "silence"
-
-
-def test_silence_has_a_level(service: LocalService) -> None:
-    quiet = io.BytesIO()
-    soundfile.write(quiet, np.zeros(16_000), 16_000, format="WAV")
-    silent = service.post("/v1/predict", **form(quiet.getvalue())).json()["files"][0]
-    assert np.isfinite(silent["level_dbfs"])
 
 
 def test_picture(service: LocalService, tiny_bundle: Bundle) -> None:
@@ -269,36 +265,22 @@ def test_task_takes_json_with_parameters(service: LocalService) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"{",
-        b"[]",
-        b"{}",
-        b'{"inputs": 7}',
-        b'{"inputs": "no base64!"}',
+        *(b"{", b"[]", b"{}", b'{"inputs": 7}'),
         b'{"inputs": "", "parameters": {"top_k": 0}}',
         b'{"inputs": "", "parameters": {"function_to_apply": "none"}}',
         b'{"inputs": "", "url": "http://127.0.0.1/"}',
+        json.dumps({str(number): 1 for number in range(20_000)}).encode(),
+        json.dumps({"inputs": "AAAA", "parameters": {str(number): 1 for number in range(20_000)}}).encode(),
+        json.dumps({"inputs": [1] * 20_000}).encode(),
+        json.dumps({"inputs": "AAAA", "x" * 1_000_000: 1}).encode(),
+        *(json.dumps({"inputs": text}).encode() for text in NO_BASE64),
     ],
+    ids=lambda body: body[:60],
 )
-def test_task_refuses_json_that_is_none_of_its_own(service: LocalService, body: bytes) -> None:
+def test_a_wrong_task_gets_a_short_answer_however_much_is_wrong(service: LocalService, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     response = service.post("/v1/audio-classification", content=body, headers=headers)
-    problem = problem_of(response, 422, "invalid_request")
-    assert problem.errors
-
-
-@pytest.mark.parametrize(
-    "task",
-    [
-        {str(number): 1 for number in range(20_000)},
-        {"inputs": "AAAA", "parameters": {str(number): 1 for number in range(20_000)}},
-        {"inputs": [1] * 20_000},
-        {"inputs": "AAAA", "x" * 1_000_000: 1},
-    ],
-)
-def test_a_wrong_task_gets_a_short_answer_however_much_is_wrong(service: LocalService, task: dict[str, Any]) -> None:
-    response = service.post("/v1/audio-classification", json=task)
-    problem = problem_of(response, 422, "invalid_request")
-    assert problem.errors
+    assert problem_of(response, 422, "invalid_request").errors
     assert len(response.content) < 2000
 
 
@@ -621,11 +603,6 @@ def test_base64_as_others_write_it(service: LocalService, written: Any, extra: i
     assert response.json() == service.post("/v1/audio-classification", content=data).json()
 
 
-@pytest.mark.parametrize("text", ["data:audio/wav,words", "data:audio/wav;base64", "AAAAA", "=AAAA", "AA=AA", "äöüß"])
-def test_what_is_no_base64(service: LocalService, text: str) -> None:
-    problem_of(service.post("/v1/audio-classification", json={"inputs": text}), 422, "invalid_request")
-
-
 def test_packed_bodies_are_the_same_and_have_the_same_limit(service: LocalService, tiny_bundle: Bundle) -> None:
     def post(body: bytes, encoding: str, to: LocalService = service) -> Any:
         return to.post("/v1/audio-classification", content=body, headers={"content-encoding": encoding})
@@ -664,6 +641,6 @@ def test_parameters_in_the_address_that_would_do_nothing_are_told(service: Local
 def test_limits_of_a_form_are_told_as_what_they_are(service: LocalService) -> None:
     fields = [(f"field{number}", (None, b"1")) for number in range(33)]
     many = service.post("/v1/predict", files=[*fields, ("file", ("a.wav", wav()))])
-    assert "32 fields" in problem_of(many, 422, "invalid_request").detail
+    assert "32" in problem_of(many, 422, "invalid_request").detail
     long = service.post("/v1/predict", files=[("model", (None, b"x" * 70_000)), ("file", ("a.wav", wav()))])
     assert "64 KiB" in problem_of(long, 422, "invalid_request").detail

@@ -16,7 +16,7 @@ import uvicorn
 from serving import KeptFigures
 
 from serve.auth import KeyCheck
-from serve.middleware import Access, Admission, BodyLimit, Closing, Identify, Unpack, UntilGone
+from serve.middleware import Access, Admission, Closing, Identify, Unpack, UntilGone
 from serve.ray_settings import limit_slow_headers
 from serve.schema import key_digest
 
@@ -156,7 +156,7 @@ def test_a_full_house_reads_no_body() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [None, "Bearer", "Bearer ", "Bearer wrong", "Basic secret", "secret", "Bearer secretx"]
+    "given", [None, "Bearer", "Bearer ", "Bearer wrong", "Basic secret", "secret", "Bearer secre", "Bearer secretx"]
 )
 def test_strangers_are_sent_away_before_their_bodies_are_read(given: str | None) -> None:
     taken = []
@@ -181,20 +181,6 @@ def test_strangers_are_sent_away_before_their_bodies_are_read(given: str | None)
     asyncio.run(scenario())
 
 
-def test_bodies_beyond_the_limits_never_get_in() -> None:
-    async def scenario() -> None:
-        busy, never = Busy(), asyncio.Event()
-        doors = BodyLimit(Admission(busy, room=1), max_bytes=100, max_held_bytes=1000, timeout_s=0.05)
-        async with client(doors) as http:
-            assert (await http.post("/", content=until(never, b"a", b"b"))).status_code == 408
-            assert (await http.post("/", content=until(never, b"a" * 101, b"b"))).status_code == 413
-            assert busy.seen == []
-            busy.leave.set()
-            assert (await http.post("/", content=b"a" * 100)).status_code == 200
-
-    asyncio.run(scenario())
-
-
 def test_room_is_given_back_by_failures_and_by_those_who_leave() -> None:
     async def scenario() -> None:
         busy = Busy()
@@ -207,19 +193,6 @@ def test_room_is_given_back_by_failures_and_by_those_who_leave() -> None:
             busy.leave.set()
             await asyncio.gather(http.post("/fails"), return_exceptions=True)
             assert (await http.post("/v1/predict")).status_code == 200
-
-    asyncio.run(scenario())
-
-
-def test_ids() -> None:
-    async def scenario() -> None:
-        busy = Busy()
-        async with client(Identify(busy)) as http:
-            made = await http.get("/")
-            given = await http.get("/", headers={"x-request-id": "mine"})
-        assert given.headers.get_list("x-request-id") == ["mine"]
-        assert busy.seen == [made.headers["x-request-id"], "mine"]
-        assert len(made.headers["x-request-id"]) == 36
 
     asyncio.run(scenario())
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 import pytest
-import soundfile
 
 from pipeline.audio import load as audio
 from pipeline.audio.load import load_middle
+from tests.support.recordings import encode, encode_av
 
 Samples = npt.NDArray[np.float32]
 
@@ -65,23 +63,8 @@ def voice(duration_s: float, rate_hz: int, channels: int = 1, seed: int = 0) -> 
 
 
 def encoded(samples: Samples, rate_hz: int, container: str = "WAV", codec: str = "PCM_16") -> bytes:
-    buffer = io.BytesIO()
-    samples = samples.reshape(len(samples), -1)
-    with soundfile.SoundFile(buffer, "w", rate_hz, samples.shape[1], codec, format=container) as file:
-        for start in range(0, len(samples), 4096):  # all at once overflows the stack of the Vorbis encoder
-            file.write(samples[start : start + 4096])
-    return buffer.getvalue()
-
-
-def encoded_av(samples: Samples, rate_hz: int, container: str, codec: str) -> bytes:
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate_hz, layout="mono")
-        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="fltp", layout="mono")
-        frame.sample_rate = rate_hz
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            output.mux(packet)
-    return buffer.getvalue()
+    """Of samples ``(n,)`` or ``(n, channels)``."""
+    return encode(samples.reshape(len(samples), -1), rate_hz, container, codec)
 
 
 def code_of(source: audio.AudioSource, call: Callable[..., object] = load_middle, **options: Any) -> str:
@@ -91,4 +74,5 @@ def code_of(source: audio.AudioSource, call: Callable[..., object] = load_middle
     return caught.value.code
 
 
+encoded_av = encode_av
 ONE_SECOND = encoded(voice(1.0, 16_000), 16_000)

@@ -9,11 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,6 @@ import pytest
 
 from app_pages.words import NOT_SURE_BELOW, headline, trouble
 from serve.client import Client, ClientError
-from serve.schema import Problem
 from tests.support.browser import EXAMPLE, FIRST
 from tests.support.processes import HOST, ROOT, free_port
 
@@ -112,28 +107,3 @@ def tick(page: Any) -> None:
 
 def give(page: Any, *paths: Path) -> None:
     page.locator("input[type=file]").first.set_input_files([str(path) for path in paths])
-
-
-@contextmanager
-def answering(status: list[int]) -> Iterator[str]:
-    """The address of a server that answers everything with ``status[0]`` and a problem document."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            body = Problem(type="", title="", status=status[0], code="told", detail="told so").model_dump_json()
-            self.send_response(status[0])
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        do_GET = do_POST = answer  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            """Nothing."""
-
-    server = ThreadingHTTPServer((HOST, 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://{HOST}:{server.server_port}"
-    server.shutdown()
-    server.server_close()

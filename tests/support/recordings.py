@@ -110,8 +110,8 @@ def every_format(duration_s: float = 2.5) -> dict[str, bytes]:
         files[f"{container}_{codec}_{rate_hz}_{channels}.{extension}"] = encode(samples, rate_hz, container, codec)
     silence = np.zeros((60 * 16_000, 1), np.float32)
     files["FLAC_minute_of_silence.flac"] = encode(silence, 16_000, "FLAC", "PCM_16")
-    files["MP3_without_Xing.mp3"] = _without_xing(encode(synthetic_speech(3, 44_100), 44_100, "MP3", "MPEG_LAYER_III"))
-    files["FLAC_of_unknown_length.flac"] = _without_length(files["FLAC_PCM_16_48000_1.flac"])
+    files["MP3_without_Xing.mp3"] = without_xing(encode(synthetic_speech(3, 44_100), 44_100, "MP3", "MPEG_LAYER_III"))
+    files["FLAC_of_unknown_length.flac"] = without_length(files["FLAC_PCM_16_48000_1.flac"])
     for container, codec, rate_hz, extension, _ in FFMPEG:
         name = f"{container}_{codec}_{rate_hz}.{extension}"
         files[name] = encode_av(synthetic_speech(duration_s, rate_hz), rate_hz, container, codec)
@@ -137,12 +137,12 @@ def _gsm_frames(wav: bytes) -> bytes:
     return (b"\xd8\x20\xa2\xe1\x5a\x50" + b"\0\x49\x24\x92\x49\x24" * 4 + b"\0\x49\x24") * (len(wav) // 33)
 
 
-def _without_xing(mp3: bytes) -> bytes:
+def without_xing(mp3: bytes) -> bytes:
     first_frame = mp3.find(b"Info") if b"Info" in mp3[:4096] else mp3.find(b"Xing")
     return mp3[mp3.find(mp3[:2], first_frame) :]
 
 
-def _without_length(flac: bytes) -> bytes:
+def without_length(flac: bytes) -> bytes:
     head = bytearray(flac[:26])
     head[21] &= 0xF0  # STREAMINFO ends its 36-bit number of samples here
     head[22:26] = bytes(4)

@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bundles import untrained
 from torch import nn
 from torch.nn import functional
 from toy_data import CONFIG, LABELS, toy_data, toy_model, write_features
 
 from jobs.train import main
 from pipeline.features.features import FeatureConfig
-from pipeline.models.bundle import load_bundle, save_bundle
-from pipeline.models.networks import build_model
+from pipeline.models.bundle import load_bundle
 from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
 from pipeline.training.loop import Run, fit
@@ -31,26 +31,8 @@ FAST += ["--width", "0.125"]
 TRAINING = pd.DataFrame({"id": ["a", "b"], "content_hash": ["1", "2"], "speaker": "", "split": ["train", "test"]})
 
 
-def a_bundle(
-    folder: Path,
-    labels: tuple[str, ...] = LABELS,
-    features: FeatureConfig = CONFIG,
-    training: pd.DataFrame | None = TRAINING,
-) -> Path:
-    torch.manual_seed(3)
-    model = build_model("inception", {"width": 0.125}, len(labels), features.input_shape)
-    save_bundle(
-        folder,
-        name="teacher",
-        state_dict=model.state_dict(),
-        model_name="inception",
-        model_options={"width": 0.125},
-        labels=labels,
-        features=features,
-        metrics={},
-        training=training,
-    )
-    return folder
+def a_bundle(folder: Path, training: pd.DataFrame | None = TRAINING) -> Path:
+    return untrained(folder, labels=LABELS, features=CONFIG, seed=3, name="teacher", training=training).folder
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
@@ -114,15 +96,15 @@ def test_who_may_teach(tmp_path: Path) -> None:
     assert load_teachers([], 0.5, LABELS, CONFIG) is None
     with pytest.raises(SerError, match="no model bundle at"):
         load_teachers([tmp_path / "nobody"], 0.5, LABELS, CONFIG)
-    with pytest.raises(SerError, match="has the classes calm, happy, sad; expected calm, sad, happy"):
+    with pytest.raises(SerError, match="classes calm, happy, sad"):
         load_teachers([teacher], 0.5, ("calm", "sad", "happy"), CONFIG)
-    with pytest.raises(SerError, match=r"needs other features .*n_mels 16, not 64"):
+    with pytest.raises(SerError, match="n_mels 16, not 64"):
         load_teachers([teacher], 0.5, LABELS, FeatureConfig())
-    with pytest.raises(SerError, match="features of window middle, not speech; train one on these"):
+    with pytest.raises(SerError, match="window middle, not speech"):
         load_teachers([teacher], 0.5, LABELS, replace(CONFIG, window="speech"))
     (teacher / "metrics.json").write_text('{"training": {}}')
     assert check_start(teacher, "inception", CONFIG)
-    with pytest.raises(SerError, match="features of window middle, not speech; extract the recordings"):
+    with pytest.raises(SerError, match="window middle, not speech"):
         check_start(teacher, "inception", replace(CONFIG, window="speech"))
 
 
@@ -181,7 +163,7 @@ def test_the_command_tells_whom_the_model_learnt_from(tmp_path: Path, capsys: py
     words = ["--features", str(features), *FAST, "--out", str(tmp_path / "run"), "--teachers", str(teacher)]
     for share in ("2", "0", "nan", "much"):
         assert main([*words, "--distill", share]) == 2
-        assert f"--distill: got {share!r}; expected a number above 0 and at most 1" in capsys.readouterr().err
+        assert "--distill" in capsys.readouterr().err
     assert main([*words, "--distill", "0.5"]) == 0
     training = load_bundle(tmp_path / "run").metrics["training"]
     sha256 = load_bundle(teacher).weights_sha256

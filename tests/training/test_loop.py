@@ -237,7 +237,7 @@ def test_bfloat16_on_a_cpu_learns_the_same_to_its_precision(name: str) -> None:
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     features = toy_data().features.copy()
     features[::3] = np.nan
-    with pytest.raises(DivergedError, match="became nan in epoch 1; lower --lr"):
+    with pytest.raises(DivergedError, match="nan in epoch 1"):
         trained(toy_data(features=features))
 
 

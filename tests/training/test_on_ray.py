@@ -159,7 +159,7 @@ def test_gpus_that_are_not_there_are_not_waited_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     train._check_gpus(1)
-    with pytest.raises(SerError, match="2 workers need one GPU each, but this machine has 1"):
+    with pytest.raises(SerError, match="GPU"):
         train._check_gpus(2)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     train._check_gpus(2)

@@ -213,7 +213,7 @@ def test_a_run_is_not_written_over(plan: Plan) -> None:
     begin(plan, split_of(plan.features[0]))  # no epoch is done yet
     train_here(plan, on_epoch=interrupt_after(1))
     before = files(plan.out)
-    with pytest.raises(SerError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(SerError, match="--resume"):
         begin(plan, split_of(plan.features[0]))
     assert files(plan.out) == before
 
@@ -269,13 +269,13 @@ def test_what_cannot_be_trained_is_found_before_the_start(plan: Plan, tmp_path: 
 )
 def test_a_damaged_plan_is_told_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(SerError, match=r"plan.json is damaged .*; start anew in another --out"):
+    with pytest.raises(SerError, match=r"plan\.json is damaged"):
         read_plan(tmp_path)
 
 
 def test_splits_of_other_features_are_refused(plan: Plan, tmp_path: Path) -> None:
     fewer = write_features(tmp_path / "fewer", n=30)
-    with pytest.raises(SerError, match="give the features that"):
+    with pytest.raises(SerError, match="features"):
         train_here(replace(plan, features=(fewer,)))
 
 
@@ -303,7 +303,7 @@ def test_other_recordings_under_the_same_numbers_are_refused(plan: Plan) -> None
     elsewhere = part.assign(speech=[speech.replace("/audio/", "D:\\copies\\") for speech in part["speech"]])
     assert (rows_of(table, elsewhere, plan.features) == rows_of(table, part, plan.features)).all()
     other = part.assign(speech=["/audio/other.wav", *part["speech"][1:]])
-    with pytest.raises(SerError, match=r"began with /audio/other.wav where .* has /audio/\d+.wav; give the features"):
+    with pytest.raises(SerError, match=r"/audio/other\.wav"):
         rows_of(table, other, plan.features)
 
 
@@ -337,14 +337,14 @@ def test_a_full_disk_is_told_and_leaves_the_epochs_before(plan: Plan, monkeypatc
     before = plan.checkpoint.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", no_room)
-        with pytest.raises(SerError, match=r"is the disk full\? Free some space, then run .* --resume"):
+        with pytest.raises(SerError, match="--resume"):
             train_here(plan)
     assert plan.checkpoint.read_bytes() == before
     assert [path.name for path in plan.out.glob(".*.tmp")] == []
     train_here(plan)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", no_room)
-        with pytest.raises(SerError, match=r"cannot write the bundle .*: the disk is full"):
+        with pytest.raises(SerError, match="cannot write the bundle"):
             write_results(plan, "none")
     write_results(plan, "none")
     assert load_bundle(plan.out)
@@ -384,7 +384,7 @@ def test_crops_that_the_features_cannot_give_are_refused_before_training(
     monkeypatch.setattr(runs, "load_features", lambda _folder: without)
     plain = replace(plan, fit=replace(plan.fit, augment=()))
     check(plain)
-    with pytest.raises(SerError, match="extract again with --mel_power_s 6, or give --crops 1"):
+    with pytest.raises(SerError, match="--mel_power_s 6"):
         check(replace(plain, crops=3))
     with pytest.raises(SerError, match="extract again with --mel_power_s 6"):
         without.crops(0, 3)
@@ -415,7 +415,7 @@ def test_features_with_other_labels_are_not_gone_on_with(plan: Plan) -> None:
     table, part = load_features(plan.features).table, read_splits(plan.out)["train"]
     rows_of(table, part, plan.features)
     other = table.assign(label=table["label"].map(dict(zip(LABELS, (*LABELS[1:], LABELS[0]), strict=True))))
-    with pytest.raises(SerError, match=r"the run was started with .* as \w+, but in .* it is \w+; start a new run"):
+    with pytest.raises(SerError, match="start a new run"):
         rows_of(other, part, plan.features)
 
 

@@ -116,7 +116,7 @@ def test_bad_boosts_are_refused(text: str, message: str) -> None:
 
 
 def test_workers_that_cannot_share_a_batch_are_refused() -> None:
-    with pytest.raises(SerError, match="make it a multiple of 3"):
+    with pytest.raises(SerError, match="multiple of 3"):
         list(WeightedSampler(np.ones(10), 16).positions(0, 3))
 
 
@@ -158,7 +158,7 @@ def test_several_corpora_are_one_stream_for_any_number_of_workers(world: int) ->
 def test_shares_name_every_corpus_and_no_other() -> None:
     assert shares_of({}, ("a", "b")) is None
     np.testing.assert_allclose(shares_of({"b": 3.0, "a": 1.0}, ("a", "b")), [0.25, 0.75])
-    with pytest.raises(SerError, match="no corpus 'c' in the recordings; choose from a, b"):
+    with pytest.raises(SerError, match="no corpus 'c'"):
         shares_of({"a": 1, "c": 1}, ("a", "b"))
-    with pytest.raises(SerError, match="has no share for b; name every corpus"):
+    with pytest.raises(SerError, match="gives b none"):
         shares_of({"a": 1}, ("a", "b"))
