@@ -65,7 +65,7 @@ def _model() -> None:
 
 @st.cache_resource(show_spinner=False)
 def _prepare() -> None:
-    """Once, in the background: start the page's own service if none is configured, and import what views need."""
+    """Once a process, in the background: start the page's own service if none is configured; import what pages need."""
 
     def prepare() -> None:
         from app_pages import own_service

@@ -1,4 +1,4 @@
-"""Makes one bundle of several trained models, whose answers are averaged: slower, but better with new speakers."""
+"""Makes one bundle of several models that averages their log-probabilities: slower, but better with new speakers."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def fit_config(
         threads: math threads of each worker; by default those of the worker options.
 
     Raises:
-        SerError: a value out of range, an unknown class or name.
+        SerError: a value out of range, or an unknown class, scheduler or augmentation.
     """
     from pipeline.cluster.engine import cpus_a_worker
     from pipeline.training.batches import parse_class_values

@@ -174,14 +174,15 @@ _ID = b"x-request-id"
 
 
 class Admission:
-    """Limits the number of uploads in progress, and answers 429 to the others.
+    """Limits the number of uploads that are answered at a time; the others get 429.
 
     An upload counts once its body is complete, so that slow senders do not block others. The body then goes along in
-    the scope (``Unpack``), which saves calls between processes. At the limit, no body is read.
+    the scope (``Unpack``), which saves calls between processes. At the limit no body is read; an upload whose body is
+    complete only then gets 429 too.
 
     Args:
         app: the next application.
-        room: maximum number of uploads in progress.
+        room: maximum number of uploads that are answered at a time.
     """
 
     def __init__(self, app: ASGIApp, *, room: int) -> None:

@@ -85,7 +85,7 @@ async def audio_classification(request: Request) -> list[schema.Score]:
 
 @router.post("/explain", response_model=schema.Explanation)
 async def explain(request: Request) -> schema.Explanation:
-    """Explain a prediction: how much each part of the log-mel spectrogram supports the predicted label."""
+    """Explain a prediction: how much each part of the log-mel spectrogram supports the label (occlusion)."""
     service = service_of(request)
     service.check_room()
     files, options = await uploads.read_form(request, ExplainOptions, max_files=1)

@@ -326,7 +326,7 @@ class ExplainOptions(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """Options of ``WS /v1/stream``: query parameters of its URL, or fields of its first message."""
+    """Options of ``WS /v1/stream``: query parameters of its URL, or if there are none, fields of its first message."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -36,9 +36,9 @@ class Container:
     Attributes:
         whole: the file's bytes from the start of the recording, after tags.
         demuxer: the name of FFmpeg's demuxer for it; None if libsndfile reads it.
-        splice: a repair that its decoder needs.
+        splice: bytes to decode in place of a part of the file, for example a correct header; None if not needed.
         last_page_frames: samples per channel on the last Ogg page.
-        length: bytes until another recording begins in the same file; 0 if none does.
+        length: bytes of ``whole`` before another recording begins in the same file; 0 if none does.
         gain: factor to multiply the samples with.
     """
 
@@ -291,7 +291,7 @@ def _is_loas(file: Opened, head: bytes) -> bool:
 
 
 def _is_gsm(file: Opened) -> bool:
-    """Whether these are bare GSM 6.10 frames of 33 bytes, as telephone systems store them: each begins with 0xD."""
+    """Whether these are bare GSM 6.10 frames of 33 bytes (telephone systems): each begins with the four bits 0xD."""
     if file.size_bytes < 330:
         return False
     data = file.bytes_at(0, 33 * 512)

@@ -356,7 +356,10 @@ def _read_once(decoder: Decoder, windows: Sequence[int], rate_hz: int) -> Readin
 def _middle(
     read: Callable[[int, int], Samples], decoder: Decoder, window: int, rate_hz: int, centre_s: float | None = None
 ) -> Clip:
-    """`window` samples around `centre_s`; a shorter recording is padded with zeros. `read` as for `_resampled`."""
+    """`window` samples around `centre_s` (None: the middle of the recording). `read` as for `_resampled`.
+
+    At an end of the recording the window is moved inwards; a recording shorter than it is padded with zeros.
+    """
     info = _info(decoder)
     start, count = placed(window, resampled_length(info.frames, info.sample_rate_hz, rate_hz), rate_hz, centre_s)
     samples = _resampled(read, info, start, count, rate_hz)

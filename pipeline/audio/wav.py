@@ -1,8 +1,8 @@
 """WAV, RF64 and W64: finds the audio data and its length, and makes a correct header where the file's own is wrong.
 
-Method: the chunks are read one after the other. If the pad byte of an odd chunk is missing, the next chunk is searched
-one byte off; if that finds no ``data`` chunk, its name is searched. A new header replaces one with wrong layout or
-length.
+Method: the chunks are read one after the other. If the pad byte of an odd chunk is missing, the next chunk is expected
+one byte earlier; if there is one too many, one byte later. If that finds no ``data`` chunk, the file is searched for
+the bytes ``data``. A new header replaces one with wrong layout or length.
 Sources: RIFF/WAVE (Microsoft, mmreg.h), EBU Tech 3306 (RF64), Sony Wave64.
 """
 

@@ -267,7 +267,10 @@ def _probabilities(table: pd.DataFrame, names: tuple[str, ...]) -> Floats | None
 
 
 def _answers(table: pd.DataFrame, names: tuple[str, ...], probabilities: Floats | None) -> Ints:
-    """The class in the column ``predicted``; for other words, such as ``uncertain``, the most probable class, or C."""
+    """The class in ``predicted``; for other words, such as ``uncertain``, the most probable class.
+
+    Without ``probabilities`` these words give C, which is no class.
+    """
     if "predicted" not in table.columns and probabilities is None:
         raise SerError(
             f"the predictions have neither a column predicted nor columns p_{names[0]} ... p_{names[-1]}; "

@@ -54,7 +54,7 @@ def decimals(value: float, target: float | None) -> int:
 
 
 def verdict(evaluation: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
-    """The outcome for each target and the overall one, from the figures of ``metrics.evaluate``."""
+    """The outcome (see ``judge``) for each target, and the worst of them, from the figures of ``metrics.evaluate``."""
     checks = [
         _check("accuracy", None, targets.accuracy, evaluation["overall"]["accuracy"]),
         _check("weighted F1", None, targets.weighted_f1, evaluation["overall"]["weighted_f1"]),

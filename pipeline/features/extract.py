@@ -246,7 +246,9 @@ def extract_shards(
     num_cpus: int | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> ShardSummary:
-    """Extract the features of every recording of ``manifest`` into ``out``, continuing an earlier run of the same.
+    """Extract the features of every recording of ``manifest`` into ``out``.
+
+    If ``out`` has a part of the same extraction (manifest and settings), only the rest is computed.
 
     Args:
         manifest: as ``pipeline.data.manifest`` makes it; its columns are kept.
@@ -255,8 +257,8 @@ def extract_shards(
         on_progress: called with (recordings done, recordings in total, rows failed so far).
 
     Raises:
-        ShardError: ``out`` holds another extraction, or recordings have changed since (unless ``overwrite``); it is
-            a folder with other files; pitch copies of features other than log-mel.
+        ShardError: ``out`` holds another extraction, or recordings have changed since it began (unless ``overwrite``);
+            it is a folder with other files; pitch copies of features other than log-mel.
         SerError: another process extracts into ``out``, or it cannot be written.
     """
     options = options or ShardOptions()

@@ -375,7 +375,7 @@ def check_run(out: Path, run: str) -> None:
 
 
 def whole_parts(out: Path, blocks: int) -> dict[int, tuple[int, int]]:
-    """Block -> (rows, failed rows), for every part that can be read; damaged parts count as missing."""
+    """Block -> (all rows, failed rows), for those of the ``blocks`` parts that can be read; others are left out."""
     found: dict[int, tuple[int, int]] = {}
     for block in range(blocks):
         path = out / part_name(block)

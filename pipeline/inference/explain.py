@@ -138,8 +138,8 @@ class Picture:
     """Data to draw a recording; times are in seconds from its start.
 
     Attributes:
-        outline_start_s: start of the outlined part; ``outline_end_s``: its end.
-        low: lowest sample in each of n equal parts of it, ``(n,)``; ``high``: highest.
+        outline_start_s: start of the part whose waveform is outlined; ``outline_end_s``: its end.
+        low: lowest sample in each of n equal pieces of that part, ``(n,)``; ``high``: highest.
         window_start_s: start of the model's window; negative if the window begins with padding.
         frequency_hz: centres of the mel bands, ``(bands,)``; ``time_s``: of the frames, ``(frames,)``.
         level_db: level relative to the loudest cell in dB, at least ``-top_db``, ``(bands, frames)``; row 0 is the

@@ -201,10 +201,10 @@ class Predictor:
         return results
 
     def listen(self, source: audio.AudioSource, *, channel: audio.Channel = "mix", isolated: bool = False) -> Excerpt:
-        """Decode a recording and compute its features; errors are returned in the Excerpt, not raised.
+        """Decode a recording and compute its features; any error is returned in the Excerpt, not raised.
 
         Args:
-            channel: ``mix``, or the number of one channel.
+            channel: ``mix``, or the number of one channel, from 0.
             isolated: decode in a separate process, so that a crash of the decoder affects only this recording.
         """
         return listen(source, self.bundle.features, self.crops, channel, isolated=isolated, limits=self.limits)
@@ -247,7 +247,7 @@ class Predictor:
 
         Args:
             steps: the windows; they may not be longer than the model's.
-            channels: ``mix``, the number of one channel, or ``each``.
+            channels: ``mix``, the number of one channel (from 0), or ``each``.
             isolated: as in ``listen``.
 
         Raises:

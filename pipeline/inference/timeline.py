@@ -112,7 +112,7 @@ class Timeline:
         return (self.level_dbfs >= silence_dbfs) & self.speech
 
     def pooled(self, silence_dbfs: float = SILENCE_DBFS) -> Floats:
-        """Log-probabilities ``(C,)`` of the windows with speech together; of all windows if none has speech."""
+        """``pool`` of the windows that are speech and not silent, ``(C,)``; of all windows if there are none."""
         sounding = self._sounding(silence_dbfs)
         return pool(self.log_p[sounding] if sounding.any() else self.log_p)
 

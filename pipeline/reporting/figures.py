@@ -233,7 +233,7 @@ def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def reliability(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
-    """Draw accuracy against confidence; the area of a point grows with its number of recordings."""
+    """Draw accuracy against confidence, one point per bin; its area grows with the number of recordings."""
     bins = [row for row in evaluation["reliability"] if row["n"]]
     figure, axes = _axes(4.2, 3.6)
     axes.plot([0, 100], [0, 100], color=theme.ink, lw=1, ls=(0, (4, 3)), label="perfectly calibrated")

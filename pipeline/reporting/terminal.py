@@ -1,4 +1,4 @@
-"""An evaluation as plain text: figures, confusion matrix, verdict. Lines have at most 80 columns, except long words."""
+"""Formats an evaluation as text: figures, confusion matrix, verdict. Lines have at most 80 columns, long words more."""
 
 from __future__ import annotations
 

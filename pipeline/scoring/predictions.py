@@ -120,10 +120,11 @@ def write_tables(
     """Write ``predictions``, also ``segments`` if the parts hold windows, and then ``channels`` if ``each_channel``.
 
     Args:
-        manifest: from ``plain_manifest``; a ``label`` column is copied to ``label_name``.
-        parts: tables of ``to_table``, in order, together as long as the manifest; read one at a time.
+        manifest: from ``plain_manifest``; a ``label`` column is kept and also written as ``label_name``.
+        parts: tables of ``to_table``, in order, together one row for each row of the manifest; read one at a time.
         out: an existing folder. Each file appears in it complete or not at all, and replaces an older one.
         labels: the model's classes, in its order.
+        min_confidence, silence_dbfs: thresholds of ``uncertain`` and ``silence`` in ``segments`` and ``channels``.
 
     Raises:
         SerError: the disk is full or cannot be written.

@@ -188,7 +188,7 @@ def _extent(answer: HTTPResponse, held: int) -> tuple[int, int]:
 
 
 def _begin(part: _Part, url: str, answer: HTTPResponse) -> None:
-    """Empty the part file, and record the source of its new bytes."""
+    """Empty the part file; record the URL and the validator (ETag or Last-Modified) of the bytes to come."""
     etag = answer.headers.get("ETag", "")
     strong = etag if etag.startswith('"') else ""
     note = {"url": url, "validator": strong or answer.headers.get("Last-Modified", "")}

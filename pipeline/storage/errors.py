@@ -1,12 +1,14 @@
 """The errors that a user's input can cause, as one class tree; and the limits of a recording.
 
+A class with a prefix is in the module of that name.
+
     SerError
     ├── labels.LabelError           a label is not a class, or class names are invalid
     ├── features.FeatureError       samples or settings do not fit a FeatureConfig
     ├── tables.ManifestError        a folder, CSV or table cannot be used as a manifest
     ├── store.ShardError            a feature folder is incomplete, damaged or of another configuration
     ├── bundle.BundleError          a model bundle is missing, damaged or unknown
-    ├── (see their modules) backends.ExportError, download.DownloadError, download.ArchiveError, engine.NodeError,
+    ├── backends.ExportError, download.DownloadError, download.ArchiveError, engine.NodeError,
     │   ledger.LedgerError, loop.DivergedError, submit.ClusterError
     └── AudioError                    code                one recording cannot be used
         ├── NotFound                  not_found            no such path
@@ -18,14 +20,14 @@
         ├── NotAudio                  not_audio            no audio container known here, or no audio track in it
         ├── UnsupportedFormat         unsupported_format   a known container with a codec that is not accepted
         │   └── ExtraNeeded           extra_needed         decodable once PyAV is installed
-        ├── Corrupt                   corrupt              header or audio data contradict themselves
+        ├── Corrupt                   corrupt              the header is impossible, or the audio data cannot be decoded
         │   └── Truncated             truncated            the recording says it is longer than it is
         ├── NoSamples                 no_samples           a valid recording of 0 frames, or a part past its end
         ├── TooShort                  too_short            too little audio for a prediction
         ├── NotFinite                 not_finite           NaN or infinity among the samples
         ├── OutOfRange                out_of_range         |sample| so large that its power overflows float32
         ├── TooLong                   too_long             ┐
-        ├── TooLarge                  too_large            │ beyond `Limits`
+        ├── TooLarge                  too_large            │ outside `Limits`
         ├── BadSampleRate             bad_sample_rate      │
         ├── BadChannels               bad_channels         ┘
         ├── NoSuchChannel             no_such_channel      the requested channel is not in the recording

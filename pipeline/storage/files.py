@@ -226,7 +226,7 @@ _LARGEST = 2**30
 
 
 def is_remote(text: object) -> bool:
-    """Whether a path is the URI of an object in a store.
+    """Whether a path is the URI (``s3://`` or ``gs://``) of an object in a store.
 
     >>> is_remote("s3://calls/1.wav"), is_remote("/calls/1.wav"), is_remote(b"RIFF")
     (True, False, False)

@@ -149,7 +149,7 @@ def groups_of(table: pd.DataFrame) -> tuple[Ints, str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the adapted model is better than its parent, by out-of-fold answers.
+    """Figures of the parent and the adapted model on out-of-fold answers; ``adapted``: whether the new one is better.
 
     Attributes:
         before, after: UAR of the parent and of the adapted model.

@@ -226,7 +226,7 @@ class Augmenter:
         return gathered * inside[:, None, :]
 
     def _warp(self, power: Tensor, u: Tensor) -> Tensor:
-        """Multiply all frequencies by a drawn factor, by interpolating mel bands; the highest band is repeated."""
+        """Multiply all frequencies by a random factor, by interpolating mel bands; the outermost bands are repeated."""
         happens = self._happens("warp", u, Column.WARP)
         if not happens.any():
             return power

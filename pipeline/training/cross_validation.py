@@ -82,6 +82,7 @@ def train_folds(
     Args:
         base: the plan of each fold, but ``out`` is the protocol's folder, and ``teachers`` are folders of earlier runs
             of the same protocol with ``keep_weights``.
+        side: how many folds train side by side, and the CPUs and GPU share of each.
         fits: settings of single folds, by name, instead of those of ``base``.
         keep_weights: write a bundle into each fold's folder.
         max_failures: how many times a fold whose process died is restarted, on Ray.
@@ -89,7 +90,7 @@ def train_folds(
         on_epoch: called in this process with each new epoch.
 
     Returns:
-        A scores table of all test parts with a column ``fold``, in the order of the folds.
+        The scores on the test parts of all folds, also those finished earlier, with a column ``fold``, in their order.
 
     Raises:
         SerError: settings that do not fit the data, a folder with another protocol run, or teachers that were trained

@@ -243,7 +243,10 @@ def _threads() -> ThreadpoolController:
 
 
 def _one_thread(function: Callable[..., list[Head]]) -> Callable[..., list[Head]]:
-    """Run with one BLAS thread below 1,000 recordings: on a busy machine more threads wait ten times as long."""
+    """Run with one BLAS thread below 1,000 recordings.
+
+    On small matrices, the threads of a busy machine wait for each other ten times as long as they compute.
+    """
 
     @wraps(function)
     def alone(recordings: Recordings, *rest: object) -> list[Head]:

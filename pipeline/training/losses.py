@@ -98,7 +98,10 @@ class ClassificationLoss(nn.Module):
 
 
 def log_probabilities(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """Log-softmax of logits (B, C) over the `allowed` classes (B, C) bool, 0 for the others; None: over all classes."""
+    """Log-softmax of logits (B, C) over the `allowed` classes, (B, C) bool; None: over all.
+
+    Other classes get 0 instead of -inf, so that their product with a probability of 0 is 0.
+    """
     if allowed is None:
         return functional.log_softmax(logits, dim=1)
     inside = functional.log_softmax(logits.masked_fill(~allowed, -torch.inf), dim=1)

@@ -4,8 +4,9 @@ A run can be resumed (`--resume`) only with the settings that it was started wit
 is refused.
 
 Also starts a training from the weights of an earlier model of this project (`--init`) instead of random ones. The
-earlier bundle must list its training recordings: the leak check of the new model then knows them too, and no weights
-come from outside this project. If the classes differ, the last layer is new except for the rows of shared classes.
+earlier bundle must list its training recordings, so that the leak check of the new model knows them too. Models from
+outside this project have no such list and are refused. If the classes differ, the last layer is new except for the rows
+of shared classes.
 Source: Yosinski et al. 2014, "How transferable are features in deep neural networks?".
 """
 

@@ -1,4 +1,4 @@
-"""Makes a bundle from a run's last checkpoint: weights, predictions on the reported part, metrics, model card."""
+"""Makes a bundle from a run's last checkpoint: weights, predictions and metrics on test or inner_val, model card."""
 
 from __future__ import annotations
 
