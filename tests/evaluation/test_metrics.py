@@ -355,7 +355,7 @@ def test_labels_the_model_does_not_know_are_named() -> None:
 
 
 def test_a_table_without_answers_is_refused() -> None:
-    with pytest.raises(SerError, match="neither a column predicted nor p_angry"):
+    with pytest.raises(SerError, match="predicted nor columns p_angry"):
         evaluate(pd.DataFrame({"label_name": ["sad"]}), LABELS)
 
 

@@ -185,7 +185,7 @@ def test_one_recording_under_two_labels_is_refused(
         speech=str(tmp_path / "copy.wav"), label="sad" if table["label"][0] != "sad" else "calm"
     )
     assert run(written(pd.concat([table, copy]), tmp_path / "a.csv"), tmp_path / "out", parent) == USAGE
-    assert "the same sound twice" in capsys.readouterr().err
+    assert "two rows with the same sound" in capsys.readouterr().err
 
 
 def test_a_copy_and_what_is_broken_are_left_out_and_without_speakers_folds_are_of_recordings(

@@ -156,7 +156,7 @@ def test_a_folder_that_could_not_be_read_exits_4(
     monkeypatch.setattr("pipeline.storage.files.os.scandir", scandir)
     code, _, err = call("--input", folder, "--out", tmp_path / "out", "--no_report")
     assert code == 4
-    assert "locked" in err
+    assert "1 folders that cannot be read" in err
 
 
 def test_skipped_silence_is_said(

@@ -47,7 +47,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_missing_bundle_and_two_of_one_name(capsys: Any, tmp_path: Path, tiny_bundle: Bundle) -> None:
     assert "missing" in refused(capsys, "--port", "0", "--bundles", str(tmp_path / "missing"))
     pair = f"{tiny_bundle.folder},{tiny_bundle.folder}"
-    assert "names" in refused(capsys, "--port", "0", "--bundles", pair)
+    assert "name" in refused(capsys, "--port", "0", "--bundles", pair)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])

@@ -99,6 +99,6 @@ def test_a_report_tells_once_that_a_font_is_missing(
 
     assert run(job, Parser(prog="report"), []) == 0
     (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith("warning: no font on this machine has 伤")
+    assert told.startswith("warning: no font")
     assert "fonts-noto-cjk" in told
     assert (tmp_path / "report" / "confusion_matrix.png").is_file()

@@ -99,7 +99,7 @@ def test_a_finished_run_whose_tables_are_gone_is_not_taken_for_done(ledger: Ledg
 
 def test_tables_of_nobody_are_not_overwritten_unasked(ledger: Ledger) -> None:
     (ledger.out / "predictions.csv").write_text("mine")
-    with pytest.raises(LedgerError, match="no run known here"):
+    with pytest.raises(LedgerError, match="unknown run"):
         ledger.check_or_init(PLAN, 2, overwrite=False)
     assert (ledger.out / "predictions.csv").read_text() == "mine"
 

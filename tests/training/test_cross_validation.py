@@ -124,7 +124,7 @@ def test_weights_are_balanced_by_what_a_fold_trains_on(
         (["--protocol", "kfold", "--folds", "1"], "expected 2 to 8"),
         (["--protocol", "kfold", "--folds", "2", "--crops", "0"], "crops must be 1 or more"),
         (["--protocol", "kfold", "--num_cpus", "-1"], "-1 CPUs"),
-        (["--protocol", "kfold", "--label_map", "a=sad"], "--label_map is for a --data_csv or --data_dir"),
+        (["--protocol", "kfold", "--label_map", "a=sad"], "--label_map cannot be used with --features"),
     ],
 )
 def test_usage_errors(
@@ -282,8 +282,8 @@ def test_intervals_are_over_speakers_where_they_are_known(tmp_path: Path) -> Non
     printed = protocols_summary(found)
     assert f"{low * 100:.1f}–{high * 100:.1f}" in printed
     assert f"{low * 100:.1f}–{high * 100:.1f}" in (tmp_path / "protocols.html").read_text()
-    assert "speakers" in printed
-    assert "speakers" not in protocols_summary(write_protocols([row_of("kfold", 6)], tmp_path, {}))
+    assert "over speakers" in printed
+    assert "over speakers" not in protocols_summary(write_protocols([row_of("kfold", 6)], tmp_path, {}))
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -160,5 +160,5 @@ def test_shares_name_every_corpus_and_no_other() -> None:
     np.testing.assert_allclose(shares_of({"b": 3.0, "a": 1.0}, ("a", "b")), [0.25, 0.75])
     with pytest.raises(SerError, match="no corpus 'c'"):
         shares_of({"a": 1, "c": 1}, ("a", "b"))
-    with pytest.raises(SerError, match="gives b none"):
+    with pytest.raises(SerError, match="no share for b"):
         shares_of({"a": 1}, ("a", "b"))
