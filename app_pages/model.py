@@ -88,7 +88,10 @@ def two_figures_html(metrics: Mapping[str, Any]) -> str:
 
 
 def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures of an adapted model under the key by which its folds were separated: ``speaker`` or ``recording``."""
+    """Out-of-fold metrics of an adapted model, as ``{group: metrics}``; empty for any other model.
+
+    The group is what its cross-validation kept together in one fold: ``speaker`` or ``recording``.
+    """
     training, block = metrics.get("training"), metrics.get(OWN)
     about = training.get("adapted") if isinstance(training, Mapping) else None
     if not isinstance(about, Mapping) or not isinstance(block, Mapping):

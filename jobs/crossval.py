@@ -262,7 +262,7 @@ def _run(
     targets: Targets,
     meta: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train, test and report one protocol; returns its row of the comparison, and its verdict."""
+    """Train, test and report one protocol; returns its row of the comparison, and its verdict on the targets."""
     from pipeline.data.manifest import label_set
     from pipeline.models.ensemble import mean_answers
     from pipeline.reporting.report import write_report

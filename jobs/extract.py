@@ -69,7 +69,7 @@ def build_parser() -> Parser:
 
 
 def add_contract_options(parser: Parser) -> None:
-    """Add the options of a model's input; a bundle keeps these settings."""
+    """Add the options for the model's input; the features and each bundle trained on them store these settings."""
     default, group = FeatureConfig(), parser.add_argument_group("input of the model (the defaults fit the shipped one)")
     group.add_argument(
         "--window_s", type=float, default=default.window_s, help="seconds of the input window (default 2)"

@@ -104,11 +104,14 @@ class ModelWorker:
 
 
 class RemoteModels:
-    """``service.Models`` over Ray Serve's deployment handles; handles full, dead and missing workers.
+    """``service.Models`` that calls workers through Ray Serve's deployment handles.
+
+    A request whose worker dies is sent to another worker, once. If the workers are full or none can answer, the call
+    raises a ServiceError.
 
     Args:
-        handles: name -> workers of the model.
-        room: recordings that the workers of one model can hold, in progress and waiting.
+        handles: name of a model -> handle of its workers.
+        room: maximum number of recordings of one model, in progress and waiting, over all its workers.
     """
 
     def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], room: int) -> None:
@@ -214,7 +217,7 @@ class Offer:
         settings: the service's settings.
         digest: hash of the API key; None where no key is set.
         window_s: the longest input window of all models.
-        handles: name -> workers of the model.
+        handles: name of a model -> handle of its workers.
     """
 
     revision: str
@@ -245,7 +248,7 @@ def asking(app_name: str) -> Callable[[], Awaitable[Offer]]:
 
 
 class Ingress:
-    """The process that answers HTTP requests; Ray Serve gets the ASGI application from it."""
+    """A process that answers HTTP requests; Ray Serve calls ``__serve_build_asgi_app__`` for its application."""
 
     def __init__(
         self, settings: Settings, digest: str | None, window_s: float, handles: Mapping[str, DeploymentHandle[Any]]

@@ -152,12 +152,15 @@ class LocalService:
             os._exit(0)
 
     def stop(self) -> None:
-        """Finish the requests in progress, refuse new ones, then end. May be called from any thread."""
+        """Make ``run`` refuse new requests and return once those in progress are answered, or after ``deadline_s``.
+
+        Returns at once. May be called from any thread.
+        """
         self._stopping = True
         self._tell()
 
     def renew(self) -> None:
-        """Open the bundles again while requests go on. May be called from any thread."""
+        """Start to open the bundles again; meanwhile requests are answered. May be called from any thread."""
         if self._loop:
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._reopen()))
 

@@ -345,7 +345,7 @@ def _stopping(scope: Scope) -> JSONResponse:
 class Identify:
     """Gives every request an id, and its response the same id; the outermost middleware.
 
-    An id that the client sent is kept, cut to 128 characters of printable ASCII.
+    Of an id that the client sent, the first 128 printable ASCII characters are used.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -103,7 +103,7 @@ def kind_of(code: str) -> Kind:
 
 
 def recording_error(code: str, detail: str) -> ServiceError:
-    """The error for the ``status`` and ``error`` of a Prediction; an unknown code becomes ``internal_error``."""
+    """The error for a Prediction's ``status`` (code) and ``error`` (detail); ``internal_error`` for unknown codes."""
     if code == "internal_error" or code not in {*ERRORS, *KINDS}:
         return ServiceError(
             "internal_error", "this recording met an error in the service; report it with the request id"
@@ -142,7 +142,7 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 def request_id(scope: Scope) -> str:
-    """The request's id, cut to 128 characters of printable ASCII; empty where the request has none."""
+    """The first 128 printable ASCII characters of the request's id; empty where the request has none."""
     given = header(scope, b"x-request-id") or ""
     return "".join(character for character in given if character.isascii() and character.isprintable())[:_LONGEST]
 

@@ -60,8 +60,8 @@ class Timing:
 
     Attributes:
         decode_s: decoding and features.
-        wait_s: waiting for the network.
-        network_s: in the network.
+        wait_s: waiting for a batch of the neural network; of long requests, also for a thread.
+        network_s: computing in the neural network.
         batch: windows in the batch; of several batches, the largest; 0 where there was none.
     """
 

@@ -151,9 +151,10 @@ def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[
 
 
 def _svg(figure: Figure, title: str, like: Figure | None) -> bytes:
-    """A figure as SVG; its layout is fixed from then on.
+    """A figure as SVG, with ``title`` in its metadata; its layout is fixed from then on.
 
-    Layout takes as long as drawing, so a figure that differs from ``like`` only in colours takes over its layout.
+    The layout is copied from ``like``, if given, which must differ only in colours: computing it takes as long as
+    drawing.
     """
     about = {"Date": None, "Title": title}
     buffer = io.BytesIO()
@@ -204,7 +205,7 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
-    """Draw the recall of every class as a bar with its interval over recordings; hatched if below the target."""
+    """Draw the recall of every class as a bar with its 95 % Wilson interval; recalls below the target are hatched."""
     rows = evaluation["per_class"]
     target = evaluation["verdict"]["targets"]["class_recall"]
     figure, axes = _axes(4.2, max(2.2, 0.42 * len(rows) + 0.8))

@@ -107,7 +107,10 @@ def classify_block(rows: pa.Table, task: Task) -> pa.Table:
 
 
 def or_refusal(rows: pa.Table, work: Callable[[pa.Table, Task], pa.Table], task: Task) -> pa.Table:
-    """The result of ``work``, or its SerError as text in a column ``REFUSAL``: Ray Data would hide a raised error."""
+    """The result of ``work``; if it raises a SerError, a table of one row with the message, in the column ``refusal``.
+
+    Ray Data would hide a raised error. ``rows`` that are such a table already are returned unchanged.
+    """
     if REFUSAL in rows.column_names:
         return rows
     try:

@@ -12,8 +12,8 @@ speech, and unusable ones have no confidence and no probabilities. If the manife
 ``start_s``, ``end_s``, ``predicted`` (also ``silence``), ``confidence``, ``p_<label>``, ``level_dbfs``, ``entropy``,
 ``margin``, ``familiarity``. ``channels``, if each channel was scored separately: one row per channel of a recording.
 
-Each table is written as ``.parquet``, which is exact, and as ``.csv``, with guarded text cells
-(``pipeline.data.tables``); ``read_predictions`` reads both.
+Each table is written as ``.parquet``, which is exact, and as ``.csv``. There, text that a spreadsheet
+could run as a formula begins with ``'`` (``pipeline.data.tables.guard``). ``read_predictions`` reads both.
 
 Exports are made from these tables, nothing is scored again: ``timeline`` (``segments`` with consecutive windows of the
 same prediction merged), JSON Lines, and Audacity label tracks. Source: Audacity manual, "Importing and Exporting
@@ -213,12 +213,13 @@ def read_segments(out: Path, labels: Sequence[str]) -> Iterator[tuple[int, str, 
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """Read a predictions table: from the folder of a run, its ``.parquet``, or its ``.csv`` (guards removed).
+    """Read a predictions table: from the folder of a run, its ``.parquet``, or its ``.csv``.
 
-    From a CSV, the numeric columns of scoring become numbers again; the manifest's columns remain text.
+    From a CSV, the numeric columns of scoring become numbers again; the manifest's columns remain text. Each ``'`` that
+    ``tables.guard`` added is removed.
 
     Raises:
-        SerError: no such table, or a numeric column of scoring holds other text.
+        SerError: no such table, or a numeric column of scoring holds text that is not a number.
     """
     if path.is_dir():
         path = path / PARQUET

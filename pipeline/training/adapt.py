@@ -221,7 +221,7 @@ def _share(drawn: Sequence[float], found: float) -> float:
 
 
 def answers(table: pd.DataFrame, logits: Floats, labels: Sequence[str], temperature: float = 1.0) -> pd.DataFrame:
-    """Logits (n, C) as a table of scores, in the form that `score` writes."""
+    """`table` with the predictions of logits (n, C) / temperature, in columns named as by `jobs.score`."""
     p = softmax(logits / temperature, axis=1)
     found = table.drop(columns=["status", "error"], errors="ignore").assign(
         status="ok",

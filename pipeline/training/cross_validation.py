@@ -330,7 +330,7 @@ def _spread(values: Mapping[str, float]) -> str:
 
 
 def _known_speakers(row: Mapping[str, Any]) -> str:
-    """A sentence on how many tested recordings are of speakers who were also in training."""
+    """A sentence: for what share of the tested recordings training had the speaker, and another take."""
     shared, n = row["heard_before"], row["n"]
     if shared["speakers"] is None:
         return f"{row['protocol']}: no speaker column, so it is unknown which speakers were in training"

@@ -199,7 +199,7 @@ def refuse_begun(out: Path) -> None:
 
 
 def read_splits(out: Path) -> dict[str, pd.DataFrame]:
-    """The recordings of each part, as `begin` wrote them; every cell is a string.
+    """The recordings of each split (`train`, `inner_val`, `test`), as `begin` wrote them; every cell is a string.
 
     Raises:
         SerError: the folder holds no run.

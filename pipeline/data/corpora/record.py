@@ -41,9 +41,9 @@ class Corpus:
         heard: who says what, a clause for model cards ("ten actors speak ten German sentences").
         example: a typical file name of the corpus.
         read: path -> facts from the file name; None if the name is not of this corpus.
-        left_out: classes that no model here is trained for.
+        left_out: classes of the corpus that no model of this project has; ``ser manifest`` leaves them out by default.
         broken: code -> defect of that recording, which is left out.
-        speakers_file: name of a table of the speakers, in the audio's folder or one above it.
+        speakers_file: name of a table of the speakers, in the audio's folder or any folder above it.
         sexes: reads that table: speaker -> sex.
         tried: True if the reader was tested on the corpus' real files, False if only on its description.
     """
