@@ -261,7 +261,7 @@ def from_arrays(
 
 
 def pitch_copies(table: pd.DataFrame) -> dict[int, Rows]:
-    """Row -> rows of its pitch-shifted copies, for rows that have some; from the columns row_id and parent_id."""
+    """Row -> rows ``(k,)`` of its k pitch-shifted copies, where it has some; from the columns row_id and parent_id."""
     if "parent_id" not in table.columns:
         return {}
     row_of = {row_id: row for row, row_id in enumerate(table["row_id"])}
