@@ -6,6 +6,8 @@ READY  := $(VENV)/.ready
 APP    := $(VENV)/.ready-app
 DEV    := $(VENV)/.ready-dev
 BROWSE := $(VENV)/.ready-browser
+# Python may keep compiled libraries in .venv, also where a container forbids it: else every command compiles them again (6 s)
+unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo ravdess serve app docs docs-check test test-slow test-browser bench-features bench-score bench-train simulate-scale
