@@ -1,9 +1,8 @@
 """ASGI middlewares of the ingress and of Ray Serve's proxy. No Ray.
 
-`Identify` gives a request its id. CORS lets pages of allowed origins read all responses, errors too. `Access` counts a
-request and writes its log line. `Closing` refuses requests while the service stops. `BodyLimit` stops reading at the
-limit. `Admission` refuses excess requests in the proxy; `Unpack` takes, in the ingress, the body that `Admission` read.
-`UntilGone` cancels the work for a client that has gone.
+`Identify` gives a request its id. `Access` counts a request and writes its log line. `Closing` refuses requests while
+the service stops. `BodyLimit` stops reading at the limit. `Admission` refuses excess requests in the proxy; `Unpack`
+takes, in the ingress, the body that `Admission` read. `UntilGone` cancels the work for a client that has gone.
 """
 
 from __future__ import annotations

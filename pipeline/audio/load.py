@@ -1,12 +1,11 @@
 """Loads a recording (path or `bytes`) as float32 mono samples at a given rate, or raises an `AudioError`.
 
 Method: the header is checked first (`headers`), then the limits, and only then are samples decoded. libsndfile seeks to
-the needed frames plus the resampler's margin. They are read and mixed down block by block, so memory use does not
-depend on the recording's length or channels. If the channels cancel each other in the mix, the loudest one is taken.
-Resampling is soxr's HQ, librosa's default. Reading starts at a time on both sample grids, with a margin for the filter.
-So a part equals the same part of the whole recording resampled.
-Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` for conventions (mean of channels, ceil of lengths).
-Limits: formats that libsndfile cannot read (m4a, mp4, webm, AMR ...) are decoded from their start by FFmpeg (PyAV).
+the needed frames, which are mixed down block by block, so memory does not depend on the recording's length. If the
+channels cancel each other in the mix, the loudest one is taken. Resampling is soxr's HQ, librosa's default; reading
+starts early enough that a part equals the same part of the whole recording resampled.
+Sources: libsndfile, soxr, `librosa.load` and `librosa.resample` (mean of channels, ceil of lengths).
+Limits: what libsndfile cannot read (m4a, mp4, webm, AMR ...) is decoded from its start by FFmpeg (PyAV).
 """
 
 from __future__ import annotations
@@ -63,10 +62,7 @@ Channel = int | Literal["mix"]
 
 _OVERHANG_S = 0.5  # a segment may end this much past the recording's end: people round, and codecs pad
 _CANCELLED = 0.2  # share of the power that unrelated channels keep in the mix; below it they cancel
-_INEXACT_SEEKS = (
-    "MPEG",
-    "OPUS",
-)  # libsndfile codecs whose samples after a seek may differ from those read without seeking
+_INEXACT_SEEKS = ("MPEG", "OPUS")  # codecs of libsndfile whose samples may differ after a seek
 _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 still fits float32
 
 
