@@ -206,7 +206,8 @@ class Worker:
         log_p = np.concatenate([row.result for row in found])
         wait_s = max(found[0].begun_s - decoded_s, 0.0)
         network_s = found[-1].ended_s - found[0].begun_s
-        return predictor.prediction(excerpt, log_p), Timing(decoded_s - started_s, wait_s, network_s, found[0].size)
+        largest = max(row.size for row in found)
+        return predictor.prediction(excerpt, log_p), Timing(decoded_s - started_s, wait_s, network_s, largest)
 
     async def _is_long(self, middle: Prediction, data: bytes, isolated: bool) -> bool:
         if middle.status != "too_short":  # the window may be too short, but not the recording
