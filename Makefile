@@ -110,11 +110,11 @@ reproduce-corpora: $(READY)  ## train the shipped model again: make reproduce-co
 	  --corpus_share ravdess_speech:0.5,crema_d:0.33,ravdess_song:0.17 --inner_val 0 --test_size 0 --report_split none \
 	  --num_workers 0 --threads 2 --out runs/corpora $(ARGS) $$(test -f runs/corpora/plan.json && echo --resume)
 
-three-seconds: $(READY)  ## train a model that hears 3 s instead of 2, which knows new voices better; goes on where it was stopped: make three-seconds DATA=/path/to/RAVDESS
+three-seconds: $(READY)  ## train a model whose input is 3 s instead of 2, better on new voices; goes on where it was stopped: make three-seconds DATA=/path/to/RAVDESS
 	$(call extracted,$(LONG),--window_s 3 --hop_length 768)
 	$(call trained,$(LONG),model,$(VOICES) --epochs 125 --seed 42)
 
-new-voices: three-seconds  ## train two more of these and join the three, which know new voices better still: make new-voices DATA=/path/to/RAVDESS
+new-voices: three-seconds  ## train two more of these and join the three, better still on new voices: make new-voices DATA=/path/to/RAVDESS
 	$(call trained,$(LONG),model-43,$(VOICES) --epochs 125 --seed 43 --report_split none)
 	$(call trained,$(LONG),model-44,$(VOICES) --epochs 125 --seed 44 --report_split none)
 	test -f $(LONG)/joined/config.json || \

@@ -1,6 +1,8 @@
 """Shows figures: report, comparison and protocols as HTML pages, drawings, and text for a terminal.
 
 Not here: computing the figures (``evaluation``).
+
+Start with: ``report.write_report``, ``report.write_comparison``, ``figures.drawings``.
 """
 
 REPORT_TABLES = (

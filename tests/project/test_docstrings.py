@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,3 +83,12 @@ def test_examples_in_docstrings_run(path: Path) -> None:
     result = doctest.testmod(module, raise_on_error=False)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("package", sorted(path.parent.name for path in ROOT.glob("pipeline/*/__init__.py")))
+def test_what_a_package_says_to_start_with_exists(package: str) -> None:
+    text = importlib.import_module(f"pipeline.{package}").__doc__ or ""
+    names = re.findall(r"``([\w.]+)``", text.split("Start with:")[1])
+    assert names
+    for name in names:
+        pkgutil.resolve_name(f"pipeline.{package}.{name}")
