@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from jobs._common import AS_SER, EXIT_DONE, EXIT_USAGE, say
+from pipeline import __version__
 
 COMMANDS = {
     "ravdess": "download the RAVDESS speech recordings and check them",
@@ -33,7 +34,7 @@ def usage() -> str:
     return (
         "usage: ser COMMAND [options]\n\n"
         + "\n".join(lines)
-        + "\n\nser COMMAND --help lists the options of a command."
+        + "\n\nser COMMAND --help lists the options of a command; ser --version prints the version."
         + "\nexample: ser infer --file samples/ben_sad_window.wav"
     )
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in ("-h", "--help"):
         print(usage())
+        return EXIT_DONE
+    if words and words[0] in ("-V", "--version"):
+        print(f"ser {__version__}")
         return EXIT_DONE
     if not words or words[0] not in COMMANDS:
         say(f"error: unknown command {words[0]!r}; see ser --help" if words else usage())

@@ -20,6 +20,7 @@ from pipeline.models.bundle import load_bundle
 from pipeline.training.config import FitConfig
 
 COMMANDS = sorted(cli.COMMANDS)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parser_of(command: str) -> Parser:
@@ -47,6 +48,12 @@ def test_the_list_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert re.findall(r"^  (\w+) +\S", shown, flags=re.MULTILINE) == list(cli.COMMANDS)
     assert re.search(r"example", shown)
+
+
+def test_the_version_is_the_one_to_cite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert capsys.readouterr().out == f"ser {cited}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
