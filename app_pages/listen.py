@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MICROPHONE_HZ = 48_000  # the widget's default of 16 kHz would leave the upper third of the picture empty
 ABOUT = (
     "Record or drop speech: a model that learned from actors names the emotion that it conveys, says how sure it is, "
-    "and shows what it heard."
+    "and shows the sound that it analysed."
 )
 _ANSWER_PX = 500  # height of the placeholder: that of an answer on a desktop, so that nothing moves
 
@@ -50,15 +50,15 @@ def page() -> None:
     with player.container():
         _playback(recorded)
     with answer.container():
-        heard = _heard(recorded)
-    if heard is None:
+        result = _analysed(recorded)
+    if result is None:
         player.empty()
         pictures.empty()
         return
     with answer.container():
-        _show(recorded, heard)
+        _show(recorded, result)
     with pictures.container():
-        _pictures(heard)
+        _pictures(result)
     with below.container():
         from app_pages import mattered
 
@@ -142,11 +142,11 @@ def _playback(recorded: Recorded) -> None:
         st.audio(recorded.data, format=recorded.media_type, alt=f"The recording {recorded.name}")
 
 
-def _heard(recorded: Recorded) -> Recording | None:
+def _analysed(recorded: Recorded) -> Recording | None:
     """The answer for the recording; the service is asked once."""
     from app_pages.service import asked
 
-    known: tuple[str, Recording] | None = st.session_state.get("heard")
+    known: tuple[str, Recording] | None = st.session_state.get("analysed")
     if known is None or known[0] != recorded.digest:
         with st.spinner("Listening …"):
             answer = asked(
@@ -156,62 +156,62 @@ def _heard(recorded: Recorded) -> Recording | None:
         if answer is None:
             return None
         known = (recorded.digest, answer)
-        st.session_state["heard"] = known
+        st.session_state["analysed"] = known
     return known[1]
 
 
-def _show(recorded: Recorded, heard: Recording) -> None:
+def _show(recorded: Recorded, result: Recording) -> None:
     from app_pages import mattered
     from app_pages.bars import answer_html, scores_html
 
-    st.html(answer_html(heard))
-    if scores := scores_html(heard):
+    st.html(answer_html(result))
+    if scores := scores_html(result):
         st.html(scores)
-    mattered.button(recorded, heard)
+    mattered.button(recorded, result)
 
 
-def _pictures(heard: Recording) -> None:
+def _pictures(result: Recording) -> None:
     """Draw waveform and spectrogram of the recording on one time axis, and the model's input."""
     from app_pages import over_time
     from app_pages.drawing import overview, spectrogram, waveform
 
-    picture = heard.picture
+    picture = result.picture
     assert picture is not None
-    st.altair_chart(waveform(picture, whole=bool(heard.segments)), alt=_waveform_alt(heard))
-    apart = picture.overview_db is not None and (heard.segments or heard.duration_s > picture.window_s)
-    st.altair_chart(overview(picture) if apart else spectrogram(picture), alt=_picture_alt(heard))
-    over_time.section(heard, _caption(heard))
-    if apart and not heard.segments:
+    st.altair_chart(waveform(picture, whole=bool(result.segments)), alt=_waveform_alt(result))
+    apart = picture.overview_db is not None and (result.segments or result.duration_s > picture.window_s)
+    st.altair_chart(overview(picture) if apart else spectrogram(picture), alt=_picture_alt(result))
+    over_time.section(result, _caption(result))
+    if apart and not result.segments:
         st.altair_chart(spectrogram(picture, strip=True), alt=f"The analysed {picture.window_s:g} seconds, enlarged.")
         st.caption(f"Enlarged: the {picture.window_s:g} s that were analysed, as the model sees them.")
 
 
-def _caption(heard: Recording) -> str:
-    assert heard.picture is not None
-    window = f"{heard.picture.window_s:g} s"
-    if heard.segments:
-        part = f"all {clock(heard.duration_s)} were analysed, in parts of {window}"
-    elif heard.duration_s <= heard.picture.window_s:
+def _caption(result: Recording) -> str:
+    assert result.picture is not None
+    window = f"{result.picture.window_s:g} s"
+    if result.segments:
+        part = f"all {clock(result.duration_s)} were analysed, in parts of {window}"
+    elif result.duration_s <= result.picture.window_s:
         part = "all of it was analysed"
     else:
         part = f"the shaded {window} were analysed"
     return f"Top: waveform, {part}. Bottom: spectrogram; high sounds are up, loud ones bright."
 
 
-def _waveform_alt(heard: Recording) -> str:
-    assert heard.picture is not None
-    told = f"Loudness over time of a recording of {heard.duration_s:.1f} seconds. "
-    if heard.segments:
+def _waveform_alt(result: Recording) -> str:
+    assert result.picture is not None
+    told = f"Loudness over time of a recording of {result.duration_s:.1f} seconds. "
+    if result.segments:
         return told + "All of it was analysed."
-    start_s = max(0.0, heard.picture.window_start_s)
-    end_s = min(heard.duration_s, heard.picture.window_start_s + heard.picture.window_s)
+    start_s = max(0.0, result.picture.window_start_s)
+    end_s = min(result.duration_s, result.picture.window_start_s + result.picture.window_s)
     return told + f"The part from second {start_s:.1f} to second {end_s:.1f} was analysed."
 
 
-def _picture_alt(heard: Recording) -> str:
-    if heard.label in NO_ANSWER or not heard.scores:
-        return f"Spectrogram by time and pitch: {spoken(heard.label)}."
-    if heard.segments:
+def _picture_alt(result: Recording) -> str:
+    if result.label in NO_ANSWER or not result.scores:
+        return f"Spectrogram by time and pitch: {spoken(result.label)}."
+    if result.segments:
         return "Spectrogram of all of the recording, by time and pitch."
-    best = heard.scores[0]
+    best = result.scores[0]
     return f"Spectrogram by time and pitch. The closest answer to it: {spoken(best.label)}, {percent(best.score)}."

@@ -114,11 +114,11 @@ class Session {
     const share = (score) => `${this.known(score.label).word} (${Math.round(100 * score.score)} %)`;
     const told = known.kind === 'unsure' ? `No clear answer. Closest: ${scores.map(share).join(', ')}` : known.told;
     const sure = this.data.sure.find(([least]) => confidence >= least);
-    this.say(told, known.kind === 'heard' && sure ? `${sure[1]}: ${Math.round(100 * confidence)} %` : '\u00a0');
+    this.say(told, known.kind === 'emotion' && sure ? `${sure[1]}: ${Math.round(100 * confidence)} %` : '\u00a0');
   }
 
   known(label) {
-    return this.data.labels[label] || { word: label, told: label, kind: 'heard', colour: '#8a99a0', ink: '#000000' };
+    return this.data.labels[label] || { word: label, told: label, kind: 'emotion', colour: '#8a99a0', ink: '#000000' };
   }
 
   /** Draw a segment in the band; the last one is updated until it is final. */
@@ -136,7 +136,7 @@ class Session {
     element.title = `${known.word}, ${segment.start_s.toFixed(1)} s to ${segment.end_s.toFixed(1)} s`;
     element.style.left = share(drawn.start);
     element.style.width = share(drawn.end - drawn.start);
-    if (known.kind === 'heard') Object.assign(element.style, { backgroundColor: known.colour, color: known.ink });
+    if (known.kind === 'emotion') Object.assign(element.style, { backgroundColor: known.colour, color: known.ink });
     const roomPx = ((drawn.end - drawn.start) * this.parts.track.clientWidth) / SHOWN_S;
     element.textContent = roomPx > 14 + 8 * known.word.length ? known.word : '';
     if (!this.parts.legend.querySelector(`[data-label="${segment.label}"]`)) this.explain(segment.label, known);
@@ -146,7 +146,7 @@ class Session {
     const entry = document.createElement('li'), mark = document.createElement('i');
     entry.dataset.label = label;
     mark.className = known.kind;
-    if (known.kind === 'heard') mark.style.backgroundColor = known.colour;
+    if (known.kind === 'emotion') mark.style.backgroundColor = known.colour;
     entry.append(mark, known.word);
     this.parts.legend.append(entry);
   }

@@ -65,7 +65,7 @@ def _close() -> None:
 
 
 def _drawn(label: str) -> dict[str, str]:
-    kind = "unsure" if label == UNCERTAIN else "empty" if label in NO_ANSWER else "heard"
+    kind = "unsure" if label == UNCERTAIN else "empty" if label in NO_ANSWER else "emotion"
     told = "" if label == UNCERTAIN else headline(label, ())
     return {"word": spoken(label), "told": told, "kind": kind, "colour": colour(label), "ink": ink(colour(label))}
 

@@ -20,7 +20,7 @@ from serve.schema import ModelInfo
 def page() -> None:
     """Draw the page."""
     st.title("Many recordings", anchor=False)
-    st.markdown("A table of all answers, to filter, sort, hear and download.")
+    st.markdown("A table of all answers, to filter, sort, play and download.")
     collection = _collection()
     _choose(collection)
     for kind, sentence in st.session_state.pop("many_notes", []):

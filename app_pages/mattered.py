@@ -14,10 +14,10 @@ from serve.schema import Explanation, Recording
 _LITTLE = 0.1  # fall of the log-odds: a probability of 50 % becomes 47.5 %
 
 
-def button(recorded: Recorded, heard: Recording) -> None:
+def button(recorded: Recorded, result: Recording) -> None:
     """Draw the button for the section, unless the answer is silence or no speech."""
-    if heard.label not in NO_ANSWER:
-        where = " in one part" if heard.segments else ""
+    if result.label not in NO_ANSWER:
+        where = " in one part" if result.segments else ""
         st.button(f"Show what mattered{where}", on_click=_want, args=(recorded.digest,), icon=":material/visibility:")
 
 

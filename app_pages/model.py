@@ -17,8 +17,8 @@ from app_pages.words import percent, spoken
 from serve.schema import ModelInfo
 
 NOTICE = """
-**Learned from actors.** The model heard actors who spoke set sentences in set moods, in a studio. It knows how acting
-sounds, not what anybody feels. Other languages, children, noise and telephone lines are strange to it.
+**Trained on actors.** The model was trained on actors who spoke given sentences in given emotions, in a studio. It
+knows how acting sounds, not what anybody feels. It does not know other languages, children, noise or telephone lines.
 
 **Forbidden at work and in education.** In the European Union, Article 5(1)(f) of the AI Act prohibits inferring the
 emotions of people at the workplace and in schools and universities, except for medical or safety reasons.
@@ -29,6 +29,7 @@ anybody by these answers.
 **What happens to recordings.** This page holds them in memory while it is open, and sends them to the service below.
 Neither stores them.
 """
+SIBLING = "known_speakers"  # figures of a model of the same recipe that was trained without the test part
 OWN = "out_of_fold"  # figures of an adapted model, on the recordings that it was adapted to
 _OPEN_SECTIONS = ("Data", "Limits")
 _LIMITS = {
@@ -58,22 +59,27 @@ def page() -> None:
 def _figures(model: ModelInfo) -> None:
     st.header("How well it does", anchor=False)
     st.html(two_figures_html(model.metrics))
-    test = model.metrics.get("test", model.metrics.get(OWN))
+    test = next((model.metrics[name] for name in ("test", SIBLING, OWN) if name in model.metrics), None)
     if _measured(test):
         assert test is not None
+        if test is model.metrics.get(SIBLING):
+            st.caption(
+                "Measured with a model of the same recipe that was trained without these recordings. "
+                "The model in use was trained on all of them."
+            )
         st.html(verdict.targets_html(_targets(test, model.labels)))
         st.markdown("**Recall by emotion**, with 95 % intervals")
         st.html(_recall_html(model, test))
         _confusion(model, test)
     _elsewhere(model.metrics)
-    st.header("What it hears", anchor=False)
-    hears = model.features
-    speech = model.crops == 1 and hears.get("window") == "speech"
+    st.header("What it analyses", anchor=False)
+    window = model.features
+    speech = model.crops == 1 and window.get("window") == "speech"
     where = "of a recording, where most speech is" if speech else "from the middle of a recording"
     st.markdown(
-        f"{model.crops * hears.get('window_s', 2):g} seconds {where}, and all of one that is longer than 6 seconds in "
-        f"parts, as a picture of {hears.get('n_mels', '?')} pitch bands, at "
-        f"{hears.get('sample_rate_hz', 0) / 1000:g} kHz. Voice, not words."
+        f"{model.crops * window.get('window_s', 2):g} seconds {where}, and all of one that is longer than 6 seconds in "
+        f"parts: a spectrogram of {window.get('n_mels', '?')} frequency bands, from sound at "
+        f"{window.get('sample_rate_hz', 0) / 1000:g} kHz. Voice, not words."
     )
 
 
@@ -81,7 +87,11 @@ def two_figures_html(metrics: Mapping[str, Any]) -> str:
     """Accuracy for known and for new speakers, equally large; "not measured" where the bundle has no figure."""
     own = _own(metrics)
     told = (
-        ("Voices it knows", metrics.get("test", own.get("recording")), "other recordings of speakers it learned from"),
+        (
+            "Voices it knows",
+            metrics.get("test", metrics.get(SIBLING, own.get("recording"))),
+            "other recordings of speakers it learned from",
+        ),
         ("New voices", metrics.get("unseen_speakers", own.get("speaker")), "speakers it has never heard"),
     )
     return f'<div class="ser-figures">{"".join(_figure(*one) for one in told)}</div>'
@@ -183,7 +193,7 @@ def _elsewhere(metrics: Mapping[str, Any]) -> None:
         + (f" (95 % interval {verdict.interval_words(verdict.wilson(float(block['accuracy']), block['n']))})")
         + f" of {block['n']:,} recordings"
         for name, block in metrics.items()
-        if name not in ("test", "unseen_speakers", OWN) and isinstance(block, Mapping)
+        if name not in ("test", SIBLING, "unseen_speakers", OWN) and isinstance(block, Mapping)
         if isinstance(block.get("accuracy"), float) and isinstance(block.get("n"), int)
     ]
     if told:

@@ -10,13 +10,13 @@ from serve.schema import Recording
 _ROW_PX, _SHOWN_ROWS = 35, 8.5  # the half row shows that there are more
 
 
-def section(heard: Recording, caption: str) -> None:
+def section(result: Recording, caption: str) -> None:
     """Draw the time line and a table of the windows; only the ``caption`` where there are no windows."""
-    if not heard.segments:
+    if not result.segments:
         st.caption(caption)
         return
-    table = as_table(heard.segments, heard.channels)
-    st.html(timeline_html(table, heard.duration_s))
+    table = as_table(result.segments, result.channels)
+    st.html(timeline_html(table, result.duration_s))
     st.caption(f"{caption} Click a part to play it from there.")
     with st.expander(f"All {len(table)} parts as a table"):
         shown = table[["lane", "from", "to", "sounds", "confidence"]].assign(confidence=100 * table["confidence"])

@@ -57,9 +57,9 @@ def _sounds(part: Segment) -> str:
 def shares(segments: Sequence[Segment]) -> dict[str, float]:
     """Answer -> share of the time, largest first; silence and no speech count only if there is nothing else."""
     table = as_table(segments, 1)
-    heard = table[~table["label"].isin(list(NO_ANSWER))]
-    heard = table if heard.empty else heard
-    lengths = (heard["until_s"] - heard["drawn_s"]).groupby(heard["label"], sort=False).sum()
+    rows = table[~table["label"].isin(list(NO_ANSWER))]
+    rows = table if rows.empty else rows
+    lengths = (rows["until_s"] - rows["drawn_s"]).groupby(rows["label"], sort=False).sum()
     found = (lengths / lengths.sum()).sort_values(ascending=False, kind="stable")
     return {str(label): float(share) for label, share in found.items()}
 
@@ -137,12 +137,12 @@ def _columns(table: pd.DataFrame, duration_s: float) -> str:
 
 
 def _kind(label: str) -> str:
-    return "unsure" if label == UNCERTAIN else "empty" if label in NO_ANSWER else "heard"
+    return "unsure" if label == UNCERTAIN else "empty" if label in NO_ANSWER else "emotion"
 
 
 def _paint(label: str) -> str:
     """CSS colours of an emotion; other answers have theirs in the style sheet."""
-    if _kind(label) != "heard":
+    if _kind(label) != "emotion":
         return ""
     return f"background-color:{colour(label)};color:{ink(colour(label))}"
 

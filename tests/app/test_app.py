@@ -95,11 +95,11 @@ def test_the_first_view_is_three_choices_and_no_answer(fake: FakeService) -> Non
     assert [header.value for header in page.header] == ["Record", "Drop audio", "Live"]
     assert 'class="ser-answer"' not in html(page)
     assert not charts(page)
-    assert fake.heard == []
+    assert fake.received == []
     assert "Do not use it to judge people" in html(page)
     page.pills[0].set_value("Anna, happy").run()
     assert "This voice sounds calm" in html(page)
-    assert fake.heard == ["anna_happy_train.ogg"]
+    assert fake.received == ["anna_happy_train.ogg"]
     assert page.expander[0].label == "Another recording"
 
 
@@ -174,7 +174,7 @@ def test_the_same_recording_is_asked_for_once(fake: FakeService) -> None:
     page = upload(listen(), ("a.wav", spoken("sad")))
     page.run()
     upload(page, ("again.wav", spoken("sad")))
-    assert fake.heard == ["a.wav"]
+    assert fake.received == ["a.wav"]
 
 
 def test_a_voice_that_is_taken_back_is_gone(fake: FakeService) -> None:
@@ -207,7 +207,7 @@ def test_the_microphone_records_what_the_model_needs(fake: FakeService) -> None:
     assert "localhost" in " ".join(caption.value for caption in page.caption)
     page.audio_input[0].set_value(("audio.wav", spoken("happy"), "audio/wav")).run()
     assert "sounds happy" in html(page)
-    assert fake.heard[-1] == "Your voice.wav"
+    assert fake.received[-1] == "Your voice.wav"
 
 
 def test_what_mattered_is_shown_on_request(fake: FakeService) -> None:
@@ -226,7 +226,7 @@ def test_only_long_recordings_have_a_time_line(fake: FakeService) -> None:
     assert len(charts(page)) == 3  # waveform and spectrogram of all of it, and the window enlarged
     page = upload(page, ("long.wav", spoken("sad", duration_s=10.0, channels=2)))
     assert len(charts(page)) == 2
-    assert fake.heard == ["short.wav", "long.wav"]
+    assert fake.received == ["short.wav", "long.wav"]
     table = page.dataframe[0].value
     assert list(table["lane"]) == ["Left"] * 5 + ["Right"] * 5
     assert list(table["from"])[:2] == ["0:00.0", "0:02.0"]
@@ -406,7 +406,7 @@ def test_the_same_file_twice_is_in_the_list_once(fake: FakeService) -> None:
     assert "1 of these recordings was in the list already" in page.info[0].value
     page = upload(page, ("a.wav", spoken("sad")), ("a.wav", spoken("sad", take=2)))
     assert list(page.dataframe[0].value["file"]) == ["a.wav", "a.wav"]
-    assert len(fake.heard) == 2
+    assert len(fake.received) == 2
 
 
 def test_what_was_answered_survives_a_service_that_goes_away(fake: FakeService) -> None:
@@ -418,7 +418,7 @@ def test_what_was_answered_survives_a_service_that_goes_away(fake: FakeService) 
     page.run()
     assert not page.warning
     assert list(page.dataframe[0].value["file"]) == [name for name, _ in files]
-    assert fake.heard == [name for name, _ in files]
+    assert fake.received == [name for name, _ in files]
 
 
 def test_labels_beside_the_recordings_give_a_verdict(fake: FakeService) -> None:

@@ -230,7 +230,7 @@ def test_live_shows_what_is_heard_as_a_moving_band(
     with speaking(playwright, spoken) as page:
         page.goto(address)
         page.get_by_role("button", name="Start live").click()
-        page.wait_for_selector(".ser-live .run.heard, .ser-live .run.unsure")
+        page.wait_for_selector(".ser-live .run.emotion, .ser-live .run.unsure")
         assert re.search("sounds|No clear", page.inner_text(".ser-live .ser-answer"))
         drawn = {entry.get_attribute("data-label") for entry in page.locator(".ser-live .legend li").all()}
         assert drawn <= {*service.client.model().labels, "uncertain", "silence", "not_speech"}

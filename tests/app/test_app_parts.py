@@ -272,7 +272,7 @@ def test_neighbours_of_one_answer_are_one_band_and_bands_cover_the_time_once() -
     assert [float(start) for start in re.findall(r'data-start="([\d.]+)"', html)] == [0, 4, 6, 10, 12]
     assert sum(_lengths(html, "run ")) == pytest.approx(100, abs=0.01)
     kinds = re.findall(r'class="run (\w+)"', html)
-    assert kinds == ["heard", "heard", "unsure", "empty", "heard"]  # hatched and empty are no colours
+    assert kinds == ["emotion", "emotion", "unsure", "empty", "emotion"]  # hatched and empty are no colours
     assert palette.colour("neutral") in html
     assert 'aria-label="not sure, ' in html
     calls = timeline_html(as_table([segment(0, 4, "sad", "0"), segment(0, 4, "angry", "1")], 2), 4.0)
@@ -334,6 +334,9 @@ def test_two_figures_of_the_model_or_that_they_are_not_measured() -> None:
     assert "interval: 84 to 93<" in html
     low, high = binomtest(784, 1188).proportion_ci(method="wilson")
     assert f"interval: {100 * low:.0f} to {100 * high:.0f}<" in html
+    sibling = two_figures_html({"known_speakers": measured | {"protocol": "test part"}})
+    assert "88" in sibling
+    assert "models of the same recipe" in sibling
     assert two_figures_html({}).count("not measured") == 2
     assert two_figures_html({"test": "?", "unseen_speakers": {"uar": 0.5}}).count("not measured") == 2
     assert two_figures_html({"training": "?", "out_of_fold": {"accuracy": 0.5}}).count("not measured") == 2

@@ -35,7 +35,7 @@ class FakeService:
         self.up = True
         self.status, self.code = 200, "overloaded"
         self.after = 10**9  # so many recordings are answered before the connection breaks
-        self.heard: list[str] = []
+        self.received: list[str] = []
         self.asked: list[str] = []
         self.metrics: dict[str, Any] = {}
         self.transport = httpx.MockTransport(self._answer)
@@ -58,9 +58,9 @@ class FakeService:
 
     def _predict(self, request: httpx.Request) -> httpx.Response:
         files, options = _parts(request)
-        if len(self.heard) + len(files) > self.after:
+        if len(self.received) + len(files) > self.after:
             raise httpx.ReadError("gone", request=request)
-        self.heard += [name for name, _ in files]
+        self.received += [name for name, _ in files]
         answers = [recording_of(name, _said(data), options) for name, data in files]
         if len(answers) == 1 and answers[0]["status"] == "failed":
             return httpx.Response(422, json=answers[0]["problem"])
