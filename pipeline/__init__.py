@@ -1,3 +1,3 @@
 """Speech emotion recognition: audio in, emotion probabilities and reports out. No command line, no HTTP."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

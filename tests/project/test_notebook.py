@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import pkgutil
 import re
 from pathlib import Path
@@ -41,16 +40,6 @@ def test_what_it_imports_is_there() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline"):
                 for name in node.names:
                     pkgutil.resolve_name(f"{node.module}.{name.name}")
-
-
-@pytest.mark.docs
-def test_it_tells_how_the_shipped_model_was_made() -> None:
-    text = " ".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "markdown")
-    (told,) = re.findall(r"`(\S+ \S+)[^`]*`[^`.]*\b(?:the model that is shipped)", text)
-    assert told == "make reproduce"
-    training = json.loads((ROOT / "models/inception_ravdess/metrics.json").read_text(encoding="utf-8"))["training"]
-    epochs = [teacher["epochs"] for teacher in training["teachers"]]
-    assert "({} and {} epochs)".format(*epochs) in text
 
 
 @pytest.mark.docs
