@@ -24,7 +24,7 @@ $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	-$(PIP) pip==26.3  # installs in half the time of Python 3.11's own; without it, that one does
 	$(PIP) --no-compile -r requirements.txt
-	$(PIP) --no-deps --no-build-isolation -e .
+	PYTHONWARNINGS=ignore $(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(APP): requirements-app.txt $(READY)
