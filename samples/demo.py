@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pandas as pd
 
@@ -78,9 +79,9 @@ def two_voices(url: str, out: Path) -> Path | None:
         except OSError as error:
             if error.filename is not None:  # of this machine; those of the network have none
                 raise
-            return _not_fetched(error)
+            return _not_fetched(url, error)
         except Exception as error:  # remotezip, requests, urllib3 and zipfile have classes of their own
-            return _not_fetched(error)
+            return _not_fetched(url, error)
         (folder / NOTICE_FILE).write_text(NOTICE, encoding="utf-8")
         print(f"fetched {len(missing)} recordings of RAVDESS (CC BY-NC-SA 4.0) to {folder}", file=sys.stderr)
     table = pd.DataFrame(
@@ -94,9 +95,14 @@ def two_voices(url: str, out: Path) -> Path | None:
     return out / "clips.csv"
 
 
-def _not_fetched(error: Exception) -> None:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    print(f"no recordings of people: the public record cannot be reached ({reason[:80]})", file=sys.stderr)
+def _not_fetched(url: str, error: Exception) -> None:
+    reason = (str(error).splitlines() or [""])[0]
+    if not 0 < len(reason) <= 60:  # requests puts whole objects and addresses into its messages
+        reason = type(error).__name__
+    print(
+        f"cannot download the recordings of two actors from {urlsplit(url).netloc} ({reason}); using synthetic clips",
+        file=sys.stderr,
+    )
 
 
 def unlabelled(out: Path) -> Path:
