@@ -60,8 +60,7 @@ def _figures(model: ModelInfo) -> None:
     st.header("How well it does", anchor=False)
     st.html(two_figures_html(model.metrics))
     test = next((model.metrics[name] for name in ("test", SIBLING, OWN) if name in model.metrics), None)
-    if _measured(test):
-        assert test is not None
+    if test is not None and _measured(test):
         if test is model.metrics.get(SIBLING):
             st.caption(
                 "Measured with a model of the same recipe that was trained without these recordings. "
@@ -92,7 +91,7 @@ def two_figures_html(metrics: Mapping[str, Any]) -> str:
             metrics.get("test", metrics.get(SIBLING, own.get("recording"))),
             "other recordings of speakers it learned from",
         ),
-        ("New voices", metrics.get("unseen_speakers", own.get("speaker")), "speakers it has never heard"),
+        ("New voices", metrics.get("unseen_speakers", own.get("speaker")), "speakers that were not in its training"),
     )
     return f'<div class="ser-figures">{"".join(_figure(*one) for one in told)}</div>'
 

@@ -56,8 +56,8 @@ def model_card(
         recordings: manifest rows of all parts, for their number, speakers and corpora.
     """
     names = sorted(set(recordings["corpus"].fillna("").astype(str))) if "corpus" in recordings else [""]
-    corpora = [corpus for name in names if (corpus := by_name(name)) and corpus.heard]
-    acted = [_ACTED_LIMIT.format("; ".join(corpus.heard for corpus in corpora))] if len(corpora) == len(names) else []
+    corpora = [corpus for name in names if (corpus := by_name(name)) and corpus.summary]
+    acted = [_ACTED_LIMIT.format("; ".join(corpus.summary for corpus in corpora))] if len(corpora) == len(names) else []
     return "\n".join(
         [
             f"# {name}",

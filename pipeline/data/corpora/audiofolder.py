@@ -23,7 +23,7 @@ AUDIOFOLDER = Corpus(
     citation="",
     source="https://huggingface.co/docs/datasets/audio_dataset",
     licence="as its owner says",
-    heard="",
+    summary="",
     example="metadata.csv with file_name,label",
     read=lambda _: None,
 )

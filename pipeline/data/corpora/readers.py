@@ -41,7 +41,7 @@ def _read_ravdess(channel: str, path: PurePath) -> Told | None:
     )
 
 
-def _corpus_ravdess(name: str, channel: str, title: str, heard: str, example: str) -> Corpus:
+def _corpus_ravdess(name: str, channel: str, title: str, summary: str, example: str) -> Corpus:
     return Corpus(
         name=name,
         title=title,
@@ -49,7 +49,7 @@ def _corpus_ravdess(name: str, channel: str, title: str, heard: str, example: st
         citation="Livingstone & Russo 2018",
         source="https://doi.org/10.5281/zenodo.1188976",
         licence="CC BY-NC-SA 4.0: name the source, no commercial use, share alike",
-        heard=heard,
+        summary=summary,
         example=example,
         read=partial(_read_ravdess, channel),
         tried=True,
@@ -117,7 +117,7 @@ CREMA_D = Corpus(
     citation="Cao et al. 2014",
     source="https://github.com/CheyneyComputerScience/CREMA-D",
     licence="ODbL 1.0 and DbCL 1.0: name the source, share changed databases alike",
-    heard="91 American actors of many ages speak twelve English sentences, at 16 kHz",
+    summary="91 American actors of many ages speak twelve English sentences, at 16 kHz",
     example="1001_DFA_ANG_XX.wav",
     read=_read_crema_d,
     broken={"1076_MTI_SAD_XX": "digital silence"},
@@ -170,7 +170,7 @@ EMODB = Corpus(
     citation="Burkhardt et al. 2005",
     source="http://emodb.bilderbar.info",
     licence="free for research (CC0 1.0 as audEERING publishes it)",
-    heard="ten actors speak ten German sentences in a studio, at 16 kHz",
+    summary="ten actors speak ten German sentences in a studio, at 16 kHz",
     example="03a01Fa.wav",
     read=_read_emodb,
     left_out=("boredom",),
@@ -212,7 +212,7 @@ TESS = Corpus(
     citation="Pichora-Fuller & Dupuis 2020",
     source="https://doi.org/10.5683/SP2/E8H2MF",
     licence="CC BY-NC-ND 4.0: name the source, no commercial use, pass no changed version on",
-    heard="two women, one young, one older, say 200 English words in the sentence 'Say the word ...'",
+    summary="two women, one young, one older, say 200 English words in the sentence 'Say the word ...'",
     example="OAF_back_angry.wav",
     read=_read_tess,
 )
@@ -262,7 +262,7 @@ SAVEE = Corpus(
     citation="Haq & Jackson 2010",
     source="http://kahlan.eps.surrey.ac.uk/savee",
     licence="free for research, on request from its authors",
-    heard="four British men speak English TIMIT sentences in a laboratory",
+    summary="four British men speak English TIMIT sentences in a laboratory",
     example="DC_a01.wav",
     read=_read_savee,
 )

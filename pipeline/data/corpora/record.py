@@ -38,7 +38,7 @@ class Corpus:
         title: the name shown to people.
         family: corpora of one family share their speakers.
         citation, source, licence: for model cards. ``source`` is a URL.
-        heard: who says what, a clause for model cards ("ten actors speak ten German sentences").
+        summary: who says what, a clause for model cards ("ten actors speak ten German sentences").
         example: a typical file name of the corpus.
         read: path -> facts from the file name; None if the name is not of this corpus.
         left_out: classes of the corpus that no model of this project has; ``ser manifest`` leaves them out by default.
@@ -54,7 +54,7 @@ class Corpus:
     citation: str
     source: str
     licence: str
-    heard: str
+    summary: str
     example: str
     read: Callable[[PurePath], Told | None]
     left_out: tuple[str, ...] = ()
