@@ -70,19 +70,18 @@ def read_history(folder: Path) -> list[Record]:
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:
-    """Draw loss, validation figures and learning rate over the epochs, as a PNG."""
+    """Draw loss, validation figures (of a run that has them) and learning rate over the epochs, as a PNG."""
     from matplotlib.figure import Figure
 
     table = pd.DataFrame(records, columns=list(COLUMNS))
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    for axis, names in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+    panels = [known for names in _PANELS if (known := [name for name in names if table[name].notna().any()])] or _PANELS
+    figure = Figure(figsize=(3.7 * len(panels), 3.2), layout="constrained")
+    for axis, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in names:
-            if table[name].notna().any():
-                axis.plot(table["epoch"], table[name].astype(float), label=name, marker="." if len(table) == 1 else "")
+            axis.plot(table["epoch"], table[name].astype(float), label=name, marker="." if len(table) == 1 else "")
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
+        axis.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -39,6 +39,12 @@ def test_curves_are_drawn(records: list[dict[str, Any]], tmp_path: Path) -> None
     assert (picture[..., :3].min(axis=2) < 0.9).any()
 
 
+def test_a_run_without_validation_has_no_empty_panel(tmp_path: Path) -> None:
+    missing = {"val_loss": None, "val_accuracy": None, "val_weighted_f1": None}
+    plot_curves([record(1, **missing), record(2, **missing)], tmp_path / "curves.png")
+    assert image.imread(tmp_path / "curves.png").shape[1] < 1000  # two of the three panels
+
+
 def tags(path: Path) -> bytes:
     """The bytes of an event file's records, without their checksums (TFRecord format)."""
     data, found = path.read_bytes(), b""
