@@ -135,8 +135,8 @@ bench-page: $(DEV)  ## the page: time from upload to picture, memory over 200 up
 page-pictures: $(DEV)  ## docs/page-*.png anew, with the shipped model; after make test-browser
 	$(BIN)/python -m docs.take_page_pictures
 
-video: $(DEV)     ## docs/demo.mp4 anew, filmed: make video DATA=/path/to/RAVDESS; after make test-browser; needs chromium, ffmpeg
-	$(BIN)/python -m docs.film.demo --data_dir "$(DATA)"
+video: $(DEV)     ## docs/demo.mp4 anew, filmed: make video DATA=/path/to/RAVDESS OWN=/path/to/EmoDB; after make test-browser; needs chromium, ffmpeg
+	$(BIN)/python -m docs.film.demo --data_dir "$(DATA)" --own_dir "$(OWN)"
 
 fuzz: $(DEV)      ## 10,000 mutated recordings through the decoder
 	$(BIN)/python -m benchmarks.fuzz_audio --count 10000
