@@ -55,18 +55,20 @@ def _familiarity(arguments: argparse.Namespace) -> int:
     from pipeline.data.segments import HASH_COLUMN
     from pipeline.features.store import load_features
     from pipeline.models.bundle import load_bundle
-    from pipeline.training.results import learn_familiarity
+    from pipeline.training.results import LEAST_ALONE, LEAST_HELD_OUT, learn_familiarity
 
     bundle = load_bundle(arguments.model_weights)
     table, training = load_features(arguments.features, bundle.features).table, bundle.training
     if training.empty or HASH_COLUMN not in table.columns:
         raise SerError("the bundle has no training.csv, or the features no content hashes; extract them again")
     learnt = training[training["split"] == "train"] if "split" in training.columns else training
-    rows = table.loc[table[HASH_COLUMN].isin(set(learnt[HASH_COLUMN])) & (table["parent_id"] == ""), "row_id"]
-    if not (used := learn_familiarity(bundle, arguments.features, set(rows))):
+    own = table[table["parent_id"] == ""]
+    known = own[HASH_COLUMN].isin(set(learnt[HASH_COLUMN]))
+    rows, others = own.loc[known, "row_id"], own.loc[~known, "row_id"]
+    if not (used := learn_familiarity(bundle, arguments.features, set(rows), set(others))):
         raise SerError(
-            f"only {len(rows)} of these recordings are in the model's training part; give the features that it was "
-            "trained on"
+            f"{len(rows)} of these recordings are in the model's training part, and {len(others)} are not; give the "
+            f"features that it was trained on, {LEAST_ALONE:,} or more, or also {LEAST_HELD_OUT} of other recordings"
         )
     found = load_bundle(bundle.folder).familiarity
     assert found is not None

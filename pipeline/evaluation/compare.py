@@ -2,7 +2,7 @@
 
 The bootstrap draws recordings (or speakers) with both answers together, so that a recording's difficulty cancels out.
 McNemar's test (1947) asks whether recordings that only one of the two gets right are split evenly between them; its
-exact binomial form is used. Recordings that could not be read count as wrong.
+exact binomial form is used. Recordings that got no emotion as answer count as wrong.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def describe(leaks: Leaks, predictions: pd.DataFrame, labels: Sequence[str]) -> 
 
 
 def _figures(found: Outcomes) -> dict[str, Any]:
-    """Figures as in the verdict: recordings that could not be read count as wrong."""
+    """Figures as in the verdict: recordings that got no emotion as answer count as wrong."""
     if not len(found):
         return {"n": 0, "accuracy": None, "uar": None, "weighted_f1": None}
     point = scores(found.counts)

@@ -1,8 +1,8 @@
 """Evaluates predictions: metrics with intervals, breakdowns, hints and verdict, as one dict for JSON.
 
 The formulas and the bootstrap are in ``outcomes``, the targets in ``verdict``. Figures that have a target are given
-twice: for the recordings that were read, and as ``with_failed``, where recordings that could not be read count as
-wrong. A figure that is not defined is None, never NaN (a class without recordings, or no probabilities).
+twice: for the recordings with an answer, and as ``with_failed``, where the others count as wrong. A figure that is not
+defined is None, never NaN (a class without recordings, or no probabilities).
 
 The hints name problems of the evaluation itself: permuted labels, repeated rows, classes without recordings.
 """

@@ -4,9 +4,9 @@ The columns of a scores table (``status error label_name predicted confidence p_
 here, so that metrics, breakdowns and comparisons use the same rows.
 
 The metrics are those of scikit-learn, but vectorised and computed from counts. They take a *tally*: integers of shape
-``(..., C, C + 1)``; rows are the true class, columns the answer, the last column the recordings without an answer (they
-could not be read). Leading axes are resamples, so that a bootstrap of 1,000 draws is one call. Without the last column,
-``(..., C, C)``, it is a plain confusion matrix.
+``(..., C, C + 1)``; rows are the true class, columns the answer, the last column the recordings without an answer (not
+readable, silent or not speech). Leading axes are resamples, so that a bootstrap of 1,000 draws is one call. Without the
+last column, ``(..., C, C)``, it is a plain confusion matrix.
 
 Sources: ECE and reliability bins, Naeini et al. (AAAI 2015) and Guo et al. (ICML 2017); Brier (1950), the sum over
 classes (0 best, 2 worst); AURC, Geifman, Uziel & El-Yaniv (ICLR 2019); the rest as scikit-learn defines it.
@@ -174,8 +174,8 @@ def risk_coverage(confidence: Floats, correct: NDArray[np.bool_]) -> RiskCoverag
 class Outcomes:
     """Labelled rows of a predictions table; C classes, n rows.
 
-    ``answer`` is the index of the answered class, or C if there is none (the recording could not be read). Instead of
-    ``uncertain``, ``silence`` and the like it is the most probable class: thresholds never change an evaluation.
+    ``answer`` is the index of the answered class, or C if there is none (not readable, silent or not speech). Instead
+    of ``uncertain`` it is the most probable class: ``--min_confidence`` never changes an evaluation.
     """
 
     labels: tuple[str, ...]

@@ -1,8 +1,8 @@
 """The verdict: whether accuracy, weighted F1 and the recall of every class reach their targets.
 
-Recordings that could not be read count as wrong here; the figure without them is shown next to it. The interval is the
-one over speakers if there is one, else the one over recordings. If a figure meets its target but the interval reaches
-below it, the outcome says so. A class without recordings is named and does not count for the outcome.
+Recordings that got no emotion as answer count as wrong here; the figure without them is shown next to it. The interval
+is the one over speakers if there is one, else the one over recordings. If a figure meets its target but the interval
+reaches below it, the outcome says so. A class without recordings is named and does not count for the outcome.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _check(metric: str, label: str | None, target: float, figure: Mapping[str, A
 
 
 def _lowest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The class with the lowest recall; recordings that could not be read count as wrong."""
+    """The class with the lowest recall; recordings that got no emotion as answer count as wrong."""
     known = [(row["recall"]["with_failed"]["value"], row["label"]) for row in rows]
     value, label = min((pair for pair in known if pair[0] is not None), key=lambda pair: pair[0])
     return {"label": label, "value": value}

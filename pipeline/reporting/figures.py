@@ -226,7 +226,7 @@ def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.65)
     axes.set_xlim(0, 100)
-    unread = ", of those read" if evaluation["n"]["labelled_failed"] else ""
+    unread = ", of those answered" if evaluation["n"]["labelled_failed"] else ""
     figure.supxlabel(f"accuracy of the class (recall), %{unread}", size=8)
     axes.tick_params(axis="y", length=0)
     _despine(axes, "top", "right", "left")

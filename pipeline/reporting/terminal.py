@@ -75,7 +75,7 @@ def _confusion(confusion: Mapping[str, Any]) -> str:
 
 def _per_class(evaluation: Mapping[str, Any]) -> str:
     level, confusion = evaluation["bootstrap"]["level"], evaluation["confusion"]
-    lines = [f"per-class accuracy (recall) of the recordings read, {level:.0%} interval over recordings"]
+    lines = [f"per-class accuracy (recall) with a {level:.0%} interval over recordings"]
     for i, row in enumerate(evaluation["per_class"]):
         share = f"{confusion['counts'][i][i]}/{row['support']}"
         figure = row["recall"]
@@ -124,8 +124,8 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
     if n["labelled_failed"]:
         read = found["checks"][0]["value_read_only"]
         notes += (
-            f" {n['labelled_failed']} of {n['labelled']} recordings could not be read and count as wrong"
-            f" here; accuracy of the {n['read']} read: {_percent(read)}."
+            f" {n['labelled_failed']} of {n['labelled']} recordings got no emotion as answer and count as wrong"
+            f" here; accuracy of the {n['read']} answered: {_percent(read)}."
         )
     return "\n".join([*lines, _wrapped(notes, "  ")])
 

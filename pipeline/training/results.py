@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from pipeline.data.segments import END, RECORDING_HASH, START, has_segments, ids
 from pipeline.evaluation.metrics import OVERALL
@@ -28,6 +29,7 @@ from pipeline.training.run import load_checkpoint, plot_curves, read_splits, row
 
 INTERRUPTED = "interrupted"
 MOST_FAMILIAR = 4000  # training recordings that the familiarity is fitted on: a minute on two CPUs
+LEAST_HELD_OUT, LEAST_ALONE = 50, 2000
 _BATCH = 64
 
 
@@ -100,29 +102,42 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
         corpora={name: about["classes"] for name, about in training["corpora"].items()},
         card=model_card(name, plan.labels, features, training, figures, pd.concat(splits.values())),
     )
-    learn_familiarity(bundle, plan.features, set(splits["train"]["row_id"]))
+    held_out = splits.get("inner_val")
+    learn_familiarity(
+        bundle, plan.features, set(splits["train"]["row_id"]), set() if held_out is None else set(held_out["row_id"])
+    )
     return load_bundle(folder)
 
 
-def learn_familiarity(bundle: Bundle, folders: Sequence[Path], row_ids: Collection[str]) -> int:
+def learn_familiarity(
+    bundle: Bundle, folders: Sequence[Path], row_ids: Collection[str], held_out: Collection[str]
+) -> int:
     """Fit the familiarity of a bundle on its training recordings and write it into the bundle; see ``models.doubt``.
 
     Args:
-        folders: of features; row_ids: of the training recordings in them, of which at most ``MOST_FAMILIAR``, evenly
-            spaced, are used.
+        folders: of features.
+        row_ids: of the training recordings in them, of which at most ``MOST_FAMILIAR``, evenly spaced, are used.
+        held_out: of recordings that the network was not trained on. From ``LEAST_HELD_OUT`` on they set the threshold:
+            a network that knows few recordings by heart finds every other one unfamiliar.
 
     Returns:
-        The number of recordings used; 0 if there are too few, and then nothing is written.
+        The number of training recordings used; 0 if they are too few, or fewer than ``LEAST_ALONE`` without held-out
+        ones, and then nothing is written.
     """
     arrays = load_features(folders, bundle.features)
-    rows = np.flatnonzero(arrays.table["row_id"].isin(row_ids))
-    if len(rows) < LEAST_RECORDINGS:
+    rows, others = (np.flatnonzero(arrays.table["row_id"].isin(part)) for part in (row_ids, held_out))
+    if len(rows) < (LEAST_RECORDINGS if len(others) >= LEAST_HELD_OUT else LEAST_ALONE):
         return 0
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_FAMILIAR)).astype(int)]
     network = open_network(bundle)
-    parts = [embed(network, np.asarray(arrays.features[rows[i : i + _BATCH]])) for i in range(0, len(rows), _BATCH)]
-    set_familiarity(bundle, Familiarity.fit(np.concatenate(parts)))
-    return len(rows)
+
+    def embeddings(part: NDArray[np.intp]) -> NDArray[np.float32]:
+        part = part[np.linspace(0, len(part) - 1, min(len(part), MOST_FAMILIAR)).astype(int)]
+        batches = (part[i : i + _BATCH] for i in range(0, len(part), _BATCH))
+        return np.concatenate([embed(network, np.asarray(arrays.features[batch])) for batch in batches])
+
+    found = Familiarity.fit(embeddings(rows))
+    set_familiarity(bundle, found.widened(embeddings(others)) if len(others) >= LEAST_HELD_OUT else found)
+    return min(len(rows), MOST_FAMILIAR)
 
 
 def _training(plan: Plan, state: Mapping[str, Any], train: pd.DataFrame) -> dict[str, Any]:

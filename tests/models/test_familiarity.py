@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pipeline.models.bundle import Bundle, BundleError, file_sha256, load_bundle, set_familiarity
 from pipeline.models.doubt import NAME, Familiarity
 from pipeline.storage.errors import SerError
+from pipeline.training import results
 
 
 def training(n: int = 600, d: int = 160, k: int = 5) -> np.ndarray:
@@ -58,3 +61,27 @@ def test_a_bundle_keeps_it(tiny_bundle: Bundle, tmp_path: Path) -> None:
 def test_too_few_recordings() -> None:
     with pytest.raises(SerError, match="3 recordings are too few"):
         Familiarity.fit(np.ones((3, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("n_train", "n_held_out", "fitted"), [(600, 0, 0), (600, 20, 0), (600, 60, 600), (2100, 0, 2100)]
+)
+def test_a_network_that_knows_its_recordings_by_heart_does_not_call_others_no_speech(
+    n_train: int, n_held_out: int, fitted: int, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+    rng = np.random.default_rng(5)
+    noise = np.full(n_train + n_held_out, 0.02)
+    noise[n_train:] = 0.2  # ten times as far from the subspace as what it was trained on
+    points = (training(len(noise)) + rng.standard_normal((len(noise), 160)) * noise[:, None]).astype(np.float32)
+    ids = [str(row) for row in range(len(points))]
+    arrays = SimpleNamespace(table=pd.DataFrame({"row_id": ids}), features=points)
+    monkeypatch.setattr(results, "load_features", lambda *_: arrays)
+    monkeypatch.setattr(results, "open_network", lambda _: None)
+    monkeypatch.setattr(results, "embed", lambda _, features: features)
+    assert results.learn_familiarity(bundle, [tmp_path], ids[:n_train], ids[n_train:]) == fitted
+    found = load_bundle(bundle.folder).familiarity
+    if n_held_out and fitted:
+        assert found is not None
+        assert (found.of(points[n_train:]) > found.least_of_speech).all()
+        assert found.of(points[n_train:]).max() < 0.65 * found.of(points[:n_train]).min()  # the training alone would
