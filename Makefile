@@ -105,16 +105,10 @@ reproduced-teacher-2: reproduced-features
 reproduce: reproduced-teacher-1 reproduced-teacher-2  ## train models/inception_ravdess and its two teachers again; goes on where it was stopped: make reproduce DATA=/path/to/RAVDESS
 	$(call trained,$(AGAIN),student,--teachers $(AGAIN)/teacher-1 $(AGAIN)/teacher-2)
 
-CORPORA := runs/corpora
-stage = $(BIN)/python -m jobs.train --features $(FEATURES) --recipe models/inception_ser_final --inner_val 0 --test_size 0 \
-	  --report_split none --num_workers 0 --threads 2 --out $(CORPORA)/$(1) $(2) $(ARGS) \
-	  $$(test -f $(CORPORA)/$(1)/plan.json && echo --resume)
-FIRST  := --init models/inception_ravdess --epochs 70 --lr 6e-4 --corpus_share ravdess_speech:0.5,crema_d:0.33,ravdess_song:0.17
-SECOND := --init $(CORPORA)/first --epochs 50 --lr 3e-4 --corpus_share ravdess_speech:0.7,crema_d:0.2,ravdess_song:0.1
-
 reproduce-corpora: $(READY)  ## train the shipped model again: make reproduce-corpora FEATURES="RAVDESS CREMA_D SONG", folders of jobs.extract in this order
-	$(call stage,first,$(FIRST))
-	$(call stage,model,$(SECOND))
+	$(BIN)/python -m jobs.train --features $(FEATURES) --init models/inception_ravdess --recipe models/inception_ser_final \
+	  --corpus_share ravdess_speech:0.5,crema_d:0.33,ravdess_song:0.17 --inner_val 0 --test_size 0 --report_split none \
+	  --num_workers 0 --threads 2 --out runs/corpora $(ARGS) $$(test -f runs/corpora/plan.json && echo --resume)
 
 three-seconds: $(READY)  ## train a model whose input is 3 s instead of 2, better on new voices; goes on where it was stopped: make three-seconds DATA=/path/to/RAVDESS
 	$(call extracted,$(LONG),--window_s 3 --hop_length 768)

@@ -115,7 +115,7 @@ def _figure(title: str, block: Any, what: str) -> str:
     n = block.get("n")
     interval = _interval(block, "accuracy") or (verdict.wilson(float(share), n) if isinstance(n, int) else None)
     count = f" ({n:,} recordings)" if isinstance(n, int) else ""
-    count += ", by models of the same recipe" if "protocol" in block else ""
+    count += ", measured with models that were trained without them" if "protocol" in block else ""
     return (
         f'<section><h3>{title}</h3><p class="figure">{percent(float(share))}</p>'
         f"<p>95 % interval: {verdict.interval_words(interval)}</p><p>right answers for {what}{count}</p></section>"
