@@ -336,7 +336,7 @@ def test_two_figures_of_the_model_or_that_they_are_not_measured() -> None:
     assert f"interval: {100 * low:.0f} to {100 * high:.0f}<" in html
     sibling = two_figures_html({"known_speakers": measured | {"protocol": "test part"}})
     assert "88" in sibling
-    assert "models of the same recipe" in sibling
+    assert "trained without them" in sibling
     assert two_figures_html({}).count("not measured") == 2
     assert two_figures_html({"test": "?", "unseen_speakers": {"uar": 0.5}}).count("not measured") == 2
     assert two_figures_html({"training": "?", "out_of_fold": {"accuracy": 0.5}}).count("not measured") == 2
