@@ -428,19 +428,13 @@ def _cancels(mix: Samples, powers: npt.NDArray[np.float64]) -> bool:
 
 
 def _mixed(block: Block) -> Samples:
-    """The mean of the channels of a block (n, channels): (n,).
-
-    Added up channel by channel: a matrix product rounds differently from one block length or processor to the next.
-    """
+    """The mean of the channels of a block (n, channels): (n,); a matrix product would depend on block and processor."""
     channels = block.shape[1]
     if channels == 1:
         return block[:, 0]
-    share = np.float32(1.0 / channels)
     with np.errstate(invalid="ignore", over="ignore"):  # `_check_values` reports values that are not finite
-        mean: Samples = block[:, 0] * share
-        for channel in range(1, channels):
-            mean += block[:, channel] * share
-    return mean
+        shares = block * np.float32(1.0 / channels)
+        return sum((shares[:, channel] for channel in range(1, channels)), start=shares[:, 0])
 
 
 def _check_values(samples: Samples, start: int, decoder: Decoder) -> None:
