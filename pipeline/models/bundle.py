@@ -67,6 +67,11 @@ class Bundle:
         path = self.folder / _METRICS
         return dict(_read_json(path)) if path.is_file() else {}
 
+    def about(self, names: Sequence[str] = ("epochs", "trained_on", "settings")) -> dict[str, Any]:
+        """The sha256 of the weights and entries of the training record, for the record of a model made from this."""
+        record = self.metrics.get("training", {})
+        return {"model_sha256": self.weights_sha256} | {name: record.get(name) for name in names}
+
     @property
     def training(self) -> pd.DataFrame:
         """Rows of ``training.csv`` (``id, content_hash, speaker, split``); empty if there is no such file."""
@@ -266,7 +271,7 @@ def set_temperature(bundle: Bundle, temperature: float, figures: Mapping[str, An
 
 
 def set_familiarity(bundle: Bundle, found: Familiarity) -> None:
-    """Write the familiarity measure into a bundle."""
+    """Write a familiarity measure into a bundle."""
     from pipeline.models.doubt import NAME
 
     with atomic_path(bundle.folder / NAME) as beside:
@@ -285,7 +290,7 @@ def stamped(metrics: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
+    """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

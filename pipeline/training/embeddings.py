@@ -31,7 +31,7 @@ from pipeline.models.backends import Backend, open_backend
 from pipeline.models.bundle import Bundle
 from pipeline.models.networks import JoinedModel, Network
 from pipeline.storage.errors import SerError
-from pipeline.storage.files import usable_cpus
+from pipeline.storage.files import stamps_of, usable_cpus
 from pipeline.storage.journal import atomic_path
 
 BLOCK = 64  # recordings per file
@@ -83,19 +83,12 @@ def open_network(bundle: Bundle) -> Backend:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The n readable recordings of a manifest.
+    """The n readable recordings of a manifest."""
 
-    Attributes:
-        table: their rows, with `content_hash`.
-        embeddings: window -> (n, d) float64.
-        features: (n, *input_shape) float32 of the first window; None without `keep_features`.
-        unread: path -> error, for each recording that could not be read.
-    """
-
-    table: pd.DataFrame
-    embeddings: Mapping[Window, Floats]
-    features: np.ndarray | None
-    unread: Mapping[str, str]
+    table: pd.DataFrame  # their rows, with content_hash
+    embeddings: Mapping[Window, Floats]  # window -> (n, d)
+    features: np.ndarray | None  # (n, *input_shape) float32 of the first window; None without keep_features
+    unread: Mapping[str, str]  # path -> error, for each recording that could not be read
 
 
 def embed_all(
@@ -107,11 +100,9 @@ def embed_all(
     keep_features: bool = False,
     tell: Tell | None = None,
 ) -> Embedded:
-    """Decode and embed every recording of a manifest; blocks that an earlier start saved in `folder` are reused.
+    """Decode and embed every recording of a manifest, with each of the input `windows`.
 
-    Args:
-        windows: the input windows to embed.
-        keep_features: also return the features of the first window.
+    Blocks that an earlier start saved in `folder` are reused.
 
     Raises:
         SerError: no recording can be read, or `folder` cannot be written.
@@ -150,8 +141,8 @@ def _block(
     keep_features: bool,
 ) -> Mapping[str, np.ndarray]:
     """One block, read from its file or computed: `error`, `hash`, the embeddings of each window, perhaps `features`."""
-    stamps = repr([(*place, _stamp(str(place[0]))) for place in places])
-    key = f"{bundle.weights_sha256} {[config.fingerprint() for config in configs]} {keep_features} {stamps}"
+    stamps = stamps_of([str(path) for path, *_ in places]).tolist()
+    key = f"{bundle.weights_sha256} {[config.fingerprint() for config in configs]} {keep_features} {places} {stamps}"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     try:
         with np.load(path, allow_pickle=False) as kept:
@@ -178,15 +169,6 @@ def _block(
             f"cannot write into {folder}: {error.strerror}; free some space, or choose another --out"
         ) from error
     return found
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    """Size and modification time (ns) of a file; zeros if there is none."""
-    try:
-        found = Path(path).stat()
-    except (OSError, ValueError):
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
 
 
 def _read(place: Sequence[object], configs: Sequence[FeatureConfig]) -> tuple[str, str, list[np.ndarray]]:

@@ -1,19 +1,16 @@
 """The folder of one training run: its plan, parts, checkpoint and history, and at the end its bundle.
 
 `plan.json` holds the plan, `splits/` the recordings of each part. `checkpoint.pt` is the full state after the last
-epoch; it is replaced in one step, never half written, and reading it runs no code from it. `history.csv` is written
-anew from that state after each epoch, so that it holds no epoch twice. The bundle's `config.json` is written last: if
-it exists, the run is finished. With several machines the folder must be on storage that all of them share.
-
-`history.csv`, the picture of the curves and the TensorBoard event files are made from the records of `loop.Run.epoch`.
-TensorBoard is optional (extra `tensorboard`).
+epoch; it is replaced in one step, and reading it runs no code from it. `history.csv` is written anew from that state
+after each epoch, so that it holds no epoch twice. The bundle's `config.json` is written last: if it exists, the run is
+finished. With several machines the folder must be on storage that all of them share. TensorBoard is optional.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +36,8 @@ if TYPE_CHECKING:
 
 
 HISTORY = "history.csv"
-COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "val_loss",
-    "val_accuracy",
-    "val_weighted_f1",
-    "weights",
-    "seconds",
-    "train_seconds",
-)
+_VALIDATION = ("val_loss", "val_accuracy", "val_weighted_f1")
+COLUMNS = ("epoch", "lr", "train_loss", *_VALIDATION, "weights", "seconds", "train_seconds")
 _PANELS = (("train_loss", "val_loss"), ("val_accuracy", "val_weighted_f1"), ("lr",))
 
 
@@ -67,6 +55,27 @@ def read_history(folder: Path) -> list[Record]:
     table = pd.read_csv(path).astype(object)
     rows = table.where(table.notna(), None).to_dict("records")
     return [{str(name): cell for name, cell in row.items()} for row in rows]
+
+
+class NewRecords:
+    """Returns, at each call, the epochs of a run that were added to its history since the last call."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.seen = out, len(read_history(out))
+        self.read: tuple[int, ...] = ()  # time, inode and size of history.csv when it was last read
+
+    def __call__(self) -> list[Record]:
+        try:
+            status = (self.out / HISTORY).stat()
+        except FileNotFoundError:
+            return []
+        found = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if found == self.read:  # saves CPU time
+            return []
+        self.read = found
+        new = read_history(self.out)[self.seen :]
+        self.seen += len(new)
+        return new
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:
@@ -254,10 +263,9 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folders: Sequence[Path]) ->
 
 
 def refuse_changed(splits: Mapping[str, pd.DataFrame], table: pd.DataFrame) -> None:
-    """Check that the recordings are those that the `splits` were made from.
+    """Check that the recordings, as they are now in `table`, are those that the `splits` were made from.
 
-    Args:
-        table: the recordings as they are now, with `row_id` and `content_hash` ("" if the file is gone).
+    A recording without a `content_hash` ("": the file is gone) is not checked.
 
     Raises:
         SerError: a recording has changed; names it.
@@ -315,13 +323,17 @@ def train_here(
 ) -> FitResult:
     """Train in this process, which is the only worker or one of several; continues from the run's checkpoint if any.
 
-    The first worker saves the state and the history before `on_epoch` is called.
+    The first worker saves the state and the history before `on_epoch` is called. It waits `lock_wait_s` for the run's
+    lock, as the workers of a killed driver may live on for some seconds.
 
     Raises:
         SerError: as in `loop.fit`; or another process trains the same run.
     """
     first = Workers.current().rank == 0
-    with _only_writer(plan.out, lock_wait_s) if first else nullcontext():
+    lock = locked(plan.out / ".lock", f"training the run in {plan.out}", wait_s=lock_wait_s)
+    with lock if first else nullcontext():
+        if first:
+            remove_temporaries(plan.out)
         Workers.current().wait_for_all()  # before the lock is held, a killed worker group may still save an epoch
         data = training_data(plan)
         torch.manual_seed(plan.fit.seed)
@@ -353,11 +365,3 @@ def train_here(
                 on_epoch=save_then_report,
                 on_batch=on_batch,
             )
-
-
-@contextmanager
-def _only_writer(out: Path, wait_s: float) -> Iterator[None]:
-    """Hold the run's lock; wait `wait_s` for it, as the workers of a killed driver may live on for some seconds."""
-    with locked(out / ".lock", f"training the run in {out}", wait_s=wait_s):
-        remove_temporaries(out)
-        yield
