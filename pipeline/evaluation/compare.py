@@ -161,31 +161,25 @@ def _figures(found: Bootstrap, labels: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each metric, then one for the recall of each class."""
     point = (scores(found.counts.sum(axis=2)), scores(found.counts.sum(axis=1)))
     samples = {over: (scores(array.sum(axis=3)), scores(array.sum(axis=2))) for over, array in found.drawn.items()}
-
-    def row(
-        metric: str, label: str | None, pair: tuple[Floats, Floats], resampled: dict[str, Floats]
-    ) -> dict[str, Any]:
-        known = bool(np.isfinite(pair[0]))
-        bounds = {over: percentile_interval(array) if known else None for over, array in resampled.items()}
-        return {
-            "metric": metric,
-            "label": label,
-            "first": float(pair[0]) if known else None,
-            "second": float(pair[1]) if known else None,
-            "difference": float(pair[1] - pair[0]) if known else None,
-            "over_recordings": None,
-            "over_speakers": None,
-        } | {over: None if found is None else list(found) for over, found in bounds.items()}
-
     rows = []
-    for name, field in OVERALL.items():
-        pair = (getattr(point[0], field), getattr(point[1], field))
-        rows.append(row(name, None, pair, {o: getattr(b, field) - getattr(a, field) for o, (a, b) in samples.items()}))
+    for metric, field in OVERALL.items():
+        drawn = {over: getattr(b, field) - getattr(a, field) for over, (a, b) in samples.items()}
+        rows.append(_row(metric, None, getattr(point[0], field), getattr(point[1], field), drawn))
     for i, label in enumerate(labels):
-        recalls = {
+        drawn = {
             over: b.recall[:, i] - a.recall[:, i]
             for over, (a, b) in samples.items()
             if over == "over_recordings" or found.enough_speakers[i]
         }
-        rows.append(row("recall", label, (point[0].recall[i], point[1].recall[i]), recalls))
+        rows.append(_row("recall", label, point[0].recall[i], point[1].recall[i], drawn))
     return rows
+
+
+def _row(metric: str, label: str | None, first: Floats, second: Floats, drawn: Mapping[str, Floats]) -> dict[str, Any]:
+    row: dict[str, Any] = {"metric": metric, "label": label, "first": None, "second": None, "difference": None}
+    row |= {"over_recordings": None, "over_speakers": None}
+    if np.isfinite(first):
+        row |= {"first": float(first), "second": float(second), "difference": float(second - first)}
+        bounds = {over: percentile_interval(array) for over, array in drawn.items()}
+        row |= {over: list(found) for over, found in bounds.items() if found is not None}
+    return row

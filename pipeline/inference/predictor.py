@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -20,16 +20,7 @@ from pipeline.audio import load as audio
 from pipeline.audio.speech import LEAST_SHARE
 from pipeline.audio.windows import GivenWindows, SlidingWindow, check_crops, covered_s
 from pipeline.inference.excerpts import LEAST_S, Excerpt, check_sound, describe, failed, listen, walk
-from pipeline.inference.timeline import (
-    SILENCE_DBFS,
-    Floats,
-    Timeline,
-    finished,
-    joined,
-    named,
-    no_windows,
-    pool,
-)
+from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, finished, joined, named, no_windows, pool
 from pipeline.models.backends import Backend, open_backend
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.doubt import log_softmax
@@ -332,20 +323,9 @@ class Predictor:
 
     def _prediction(self, excerpt: Excerpt, log_p: Floats | None) -> Prediction:
         p = np.full(len(self.labels), np.nan) if log_p is None else np.exp(log_p)
-        return Prediction(
-            status=excerpt.status,
-            error=excerpt.error,
-            predicted=None if log_p is None else self.labels[int(p.argmax())],
-            confidence=float(p.max()),
-            probabilities=p,
-            duration_s=excerpt.duration_s,
-            scored_s=excerpt.scored_s,
-            sample_rate_hz=excerpt.sample_rate_hz,
-            channels=excerpt.channels,
-            level_dbfs=excerpt.level_dbfs,
-            notice=excerpt.notice,
-            speech_share=excerpt.speech_share,
-        )
+        predicted = None if log_p is None else self.labels[int(p.argmax())]
+        about = {field.name: getattr(excerpt, field.name) for field in fields(excerpt) if field.name != "features"}
+        return Prediction(predicted=predicted, confidence=float(p.max()), probabilities=p, **about)
 
 
 def entropy(p: Floats) -> Floats:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.models.doubt import log_softmax
+from pipeline.models.doubt import log_softmax as log_softmax
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -148,8 +148,7 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     """Draw the confusion matrix: rows are true classes; a cell's colour and per cent are its share of the row."""
     confusion = evaluation["confusion"]
     names = confusion["labels"]
-    shares = np.array([[np.nan if cell is None else cell for cell in row] for row in confusion["row_normalised"]])
-    shares = shares.reshape(len(names), len(names))
+    shares = np.array(confusion["row_normalised"], dtype=np.float64)  # None becomes NaN
     width = max(4.2, 1.0 + 0.42 * len(names))
     figure, axes = _axes(width, width)
     colours = LinearSegmentedColormap.from_list("shares", [theme.low, theme.high])

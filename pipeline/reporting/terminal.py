@@ -91,14 +91,16 @@ def _restricted(found: Mapping[str, Any]) -> str:
     missing = f"the data has no {', '.join(found['missing'])}; " if found["missing"] else ""
     lines = [_wrapped(f"{missing}open answers, and answers among the classes that each corpus has")]
     lines.append(f"  {'':<{_NAME_WIDTH}} {'n':>6} {'classes':>8}{'accuracy':>20}{'UAR':>20}")
-    rows = [(_clip(row["corpus"] or "(no corpus)"), row["n"], len(row["classes"]), row) for row in found["corpora"]]
-    rows.append(("all", found["all"]["n"], len(found["all"]["classes"]), found["all"]))
-    rows += [("mean of corpora", "", "", found["mean"])] if found["mean"] else []
-    for name, n, classes, row in rows:
+    rows: list[dict[str, Any]] = [*found["corpora"], found["all"] | {"corpus": "all"}]
+    if found["mean"]:
+        rows.append(found["mean"] | {"corpus": "mean of corpora", "n": ""})
+    for row in rows:
         cells = "".join(
             f"{percent(row[kind][of]):>10}" for of in ("accuracy", "uar") for kind in ("open", "restricted")
         )
-        lines.append(f"  {name:<{_NAME_WIDTH}} {n:>6} {classes:>8}{cells}")
+        classes = len(row["classes"]) if "classes" in row else ""
+        name = _clip(row["corpus"] or "(no corpus)")
+        lines.append(f"  {name:<{_NAME_WIDTH}} {row['n']:>6} {classes:>8}{cells}")
     return "\n".join(lines)
 
 

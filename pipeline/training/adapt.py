@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from pipeline.training.last_layer import (
     Head,
     Parent,
     Recordings,
+    Tell,
     fit_head,
     folds,
     loss_of,
@@ -66,8 +67,6 @@ CLASSES = ("auto", "mine", "all")
 MIN_MINUTES = 5.0  # the last stage is tried only with more than this
 EPOCHS, RATE, BATCH = 10, 1e-4, 32
 _AT_ONCE = 16
-
-Tell = Callable[[int, int], None]  # trainings done, in all
 
 
 def labels_for(own: Sequence[str], theirs: Sequence[str], classes: str) -> tuple[str, ...]:

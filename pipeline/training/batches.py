@@ -79,9 +79,7 @@ def class_weights(classes: np.ndarray, n_classes: int) -> np.ndarray:
 def shares_of(
     given: Mapping[str, float], corpora: Sequence[str], trained: Collection[str] | None = None
 ) -> np.ndarray | None:
-    """The share (K,) that each of `corpora` has in the draws; None if no shares are given.
-
-    `trained`: the corpora in the training part (default: all). Each needs a share; the others get 0.
+    """The share (K,) that each of `corpora` has in the draws; None if none are given. Those not `trained` get 0.
 
     Raises:
         SerError: a share for an unknown corpus, or a training corpus without a share.
@@ -168,11 +166,7 @@ class WeightedSampler:
         return drawn
 
     def part(self, world: int) -> int:
-        """Number of examples that each of `world` workers gets of a global batch.
-
-        Raises:
-            SerError: `world` does not divide the batch size.
-        """
+        """Examples that each of `world` workers gets of a global batch. Raise SerError if that is no whole number."""
         if self.batch_size % world:
             raise SerError(
                 f"batch size {self.batch_size} cannot be shared by {world} workers; make it a multiple of {world}"

@@ -155,11 +155,7 @@ class FitConfig:
         return cls(**{**values, **restored})
 
     def check_continues(self, started: FitConfig) -> None:
-        """Check that a run which was started with other settings may be resumed with these.
-
-        Raises:
-            SerError: a setting differs that changes the weights; names the first one.
-        """
+        """Raise SerError if a run that was started with other settings may not be resumed with these."""
         ours, theirs = self.to_dict(), started.to_dict()
         for name in sorted(ours.keys() - _FREE):
             if ours[name] != theirs[name]:

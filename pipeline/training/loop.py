@@ -232,8 +232,7 @@ class Run:
         decay = config.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            learning_rates(config.scheduler, len(self.batches), config.epochs, config.warmup_epochs),
+            self.optimizer, learning_rates(config.scheduler, len(self.batches), config.epochs, config.warmup_epochs)
         )
         self.history: list[Record] = []
         self.best_epoch = 0
@@ -369,11 +368,7 @@ class Run:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            SerError: a checkpoint of another version or of other settings.
-        """
+        """Continue from a checkpoint. Raise SerError if it is of another version or of other settings."""
         if state.get("version") != CHECKPOINT_VERSION:
             raise SerError(
                 f"the checkpoint has version {state.get('version')}, expected {CHECKPOINT_VERSION}; start a new run"

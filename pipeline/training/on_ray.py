@@ -190,10 +190,7 @@ class _Watch:
     """Watches a run folder in the driver and calls back: the workers' own output would not reach the terminal."""
 
     def __init__(
-        self,
-        out: Path,
-        on_epoch: Callable[[Record], None] | None,
-        on_batch: Callable[[int, int, int], None] | None,
+        self, out: Path, on_epoch: Callable[[Record], None] | None, on_batch: Callable[[int, int, int], None] | None
     ) -> None:
         self.out, self.on_epoch, self.on_batch = out, on_epoch, on_batch
         self.new_records = NewRecords(out)

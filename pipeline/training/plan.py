@@ -92,11 +92,7 @@ class Plan:
         )
 
     def check_continues(self, started: Plan) -> None:
-        """Check that the run `started` may be resumed with this plan.
-
-        Raises:
-            SerError: labels, parts, model or settings differ; names what differs.
-        """
+        """Raise SerError if the run `started` may not be resumed with this plan; names what differs."""
         ours, theirs = self.to_dict(), started.to_dict()
         for name in ("labels", "model", "teachers", "distill", "init", "crops", "split"):
             if ours[name] != theirs[name] and theirs[name] != {}:  # {}: older runs did not record it
@@ -143,7 +139,7 @@ def check_start(path: Path, model_name: str, features: FeatureConfig) -> Bundle:
 
 
 def start_from(path: Path, model: nn.Module, model_name: str, labels: Sequence[str], features: FeatureConfig) -> None:
-    """Put the weights of the bundle at ``path`` into ``model``, whose classes are ``labels`` in index order.
+    """Put the weights of the bundle at ``path`` into ``model``, whose classes are ``labels``.
 
     Raises:
         SerError: as in ``check_start``; or the network has other options, such as another width.

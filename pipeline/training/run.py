@@ -126,11 +126,7 @@ class EventLog:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the state; the earlier one is kept until the new one is complete.
-
-    Raises:
-        SerError: the disk is full or not writable.
-    """
+    """Write the state in place of the earlier one. Raise SerError if the disk is full or not writable."""
     try:
         with atomic_path(path) as beside:
             torch.save(state, beside)
@@ -141,11 +137,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: tensors and plain values only (`weights_only=True`).
-
-    Raises:
-        SerError: no readable checkpoint.
-    """
+    """Read a checkpoint, tensors and plain values only, onto the CPU. Raise SerError if it cannot be read."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
@@ -179,11 +171,7 @@ def begin(plan: Plan, splits: Mapping[str, pd.DataFrame]) -> None:
 
 
 def check_resumes(plan: Plan) -> None:
-    """Check that the run in `plan.out` may be resumed with this plan.
-
-    Raises:
-        SerError: settings or features differ (names what), or the folder holds no run.
-    """
+    """Raise SerError if the run in `plan.out` may not be resumed with this plan."""
     plan.check_continues(read_plan(plan.out))
     begun = (journal.read_plan(plan.out, KIND) or {}).get(_FINGERPRINT)
     if begun not in (None, _fingerprint(plan.features)):  # None: older runs did not record it
@@ -207,11 +195,7 @@ def refuse_begun(out: Path) -> None:
 
 
 def read_splits(out: Path) -> dict[str, pd.DataFrame]:
-    """The recordings of each split (`train`, `inner_val`, `test`), as `begin` wrote them; every cell is a string.
-
-    Raises:
-        SerError: the folder holds no run.
-    """
+    """The recordings of each split (`train`, `inner_val`, `test`) as strings. Raise SerError if there is no run."""
     missing = [name for name in SPLITS if not (out / "splits" / f"{name}.csv").is_file()]
     if missing:
         raise SerError(f"{out} holds no run to resume (no splits/{missing[0]}.csv); leave --resume out to start one")
@@ -233,7 +217,7 @@ def training_data(plan: Plan) -> TrainingData:
 
 
 def rows_of(table: pd.DataFrame, part: pd.DataFrame, folders: Sequence[Path]) -> np.ndarray:
-    """Positions in `table` of the recordings of a split, by `row_id`.
+    """Positions (n,) in `table` of the recordings of a split, by `row_id`.
 
     Raises:
         SerError: the table lacks one of them, or has another file or another label there.
@@ -263,12 +247,9 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folders: Sequence[Path]) ->
 
 
 def refuse_changed(splits: Mapping[str, pd.DataFrame], table: pd.DataFrame) -> None:
-    """Check that the recordings, as they are now in `table`, are those that the `splits` were made from.
+    """Raise SerError if a recording in `table` has changed since the `splits` were made.
 
     A recording without a `content_hash` ("": the file is gone) is not checked.
-
-    Raises:
-        SerError: a recording has changed; names it.
     """
     now = dict(zip(table["row_id"].astype(str), table[HASH_COLUMN], strict=True))
     for part in (part for part in splits.values() if HASH_COLUMN in part.columns):
@@ -282,11 +263,7 @@ def _name(path: str) -> str:
 
 
 def check(plan: Plan, num_workers: int = 1) -> None:
-    """Check, before any worker is started, that the settings fit the data, the model and the workers.
-
-    Raises:
-        SerError: they do not; says what is wrong.
-    """
+    """Raise SerError, before any worker is started, if the settings do not fit the data, the model or the workers."""
     check_crops(plan.crops)
     data = training_data(plan)
     if plan.crops > 1 and data.mel_power is None:
