@@ -134,14 +134,15 @@ class Reliability:
         return float(np.nansum(gap * self.n) / self.n.sum())
 
 
-def reliability(confidence: Floats, correct: NDArray[np.bool_], n_bins: int = CALIBRATION_BINS) -> Reliability:
-    """Accuracy against confidence in ``n_bins`` equal bins, of ``(n,)`` recordings."""
-    edges = np.linspace(0, 1, n_bins + 1)
-    index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)
-    n = np.bincount(index, minlength=n_bins).astype(np.int64)
+def reliability(confidence: Floats, correct: NDArray[np.bool_]) -> Reliability:
+    """Accuracy against confidence in ``CALIBRATION_BINS`` equal bins, of ``(n,)`` recordings."""
+    bins = CALIBRATION_BINS
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, bins - 1)
+    n = np.bincount(index, minlength=bins).astype(np.int64)
     with np.errstate(invalid="ignore"):
-        mean_confidence = np.bincount(index, weights=confidence, minlength=n_bins) / n
-        accuracy = np.bincount(index, weights=correct, minlength=n_bins) / n
+        mean_confidence = np.bincount(index, weights=confidence, minlength=bins) / n
+        accuracy = np.bincount(index, weights=correct, minlength=bins) / n
     return Reliability(edges, n, mean_confidence, accuracy)
 
 

@@ -174,9 +174,7 @@ class Verdict:
         return f"keep the old one: the gain could be chance ({gain}; in {self.p_gain:.0%} of tries); label more"
 
 
-def judge(
-    truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, compared: int = 1, seed: int = 0
-) -> Verdict:
+def judge(truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, compared: int = 1) -> Verdict:
     """Compare two sets of answers to the same recordings, (n,) class indices each.
 
     If the parent is worse than guessing (for example if it has none of the classes), the comparison is with guessing.
@@ -189,7 +187,7 @@ def judge(
     n_classes = int((counts > 0).sum())
     weights = 1 / (n_classes * counts[truth])
     old, new = weights * (before == truth), weights * (after == truth)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     by_speaker = speakers is not None and len(np.unique(speakers)) >= SPEAKERS_TO_TEST
     units = speakers if by_speaker and speakers is not None else np.arange(len(truth))
     differences = np.bincount(units, weights=new - old)

@@ -35,6 +35,7 @@ from pipeline.storage.files import stamps_of, usable_cpus
 from pipeline.storage.journal import atomic_path
 
 BLOCK = 64  # recordings per file
+MOST_OLD = 600  # of the parent's training recordings, for rehearsal
 _BATCH = 16
 
 Tell = Callable[[int, int, int], None]  # recordings done, in all, unreadable ones among those done
@@ -197,12 +198,12 @@ def of_arrays(arrays: FeatureArrays, rows: np.ndarray, bundle: Bundle) -> Floats
 
 
 def rehearsed(
-    arrays: FeatureArrays, labels: Sequence[str], own: pd.DataFrame, bundle: Bundle, most: int = 600, seed: int = 0
+    arrays: FeatureArrays, labels: Sequence[str], own: pd.DataFrame, bundle: Bundle, seed: int = 0
 ) -> tuple[Floats, np.ndarray] | None:
     """Penultimate features (n, d) and classes (n,) of recordings that the parent was trained on, for rehearsal.
 
-    Takes at most `most` recordings of the classes `labels`, an equal number of each class. Left out are the parent's
-    test part, pitch-shifted copies, and recordings that are also in `own`. None if nothing remains.
+    Takes at most `MOST_OLD` recordings, an equal number of each class of `labels`. Left out are the parent's test part,
+    pitch-shifted copies, and recordings that are also in `own`. None if nothing remains.
     """
     table = arrays.table
     known = table if HASH_COLUMN in table.columns else table.assign(**{HASH_COLUMN: ""})
@@ -214,7 +215,7 @@ def rehearsed(
     fits &= ~table["speech"].isin(set(own["speech"]))
     rng, rows = np.random.default_rng(seed), np.flatnonzero(fits)
     classes = np.array([labels.index(name) for name in table["label"].iloc[rows]], np.int64)
-    number = max(1, most // max(1, len(np.unique(classes))))
+    number = max(1, MOST_OLD // max(1, len(np.unique(classes))))
     chosen = [rng.permutation(rows[classes == index])[:number] for index in np.unique(classes)]
     if not chosen:
         return None
