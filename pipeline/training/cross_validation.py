@@ -111,7 +111,9 @@ def train_folds(
 
         absolute = [Plan.from_dict(plan.to_dict(), plan.out.absolute()) for plan in todo.values()]
         if engine == "local":
-            _in_processes(absolute, side, keep_weights, watch)
+            work = partial(_train_fold, device="cpu", keep_weights=keep_weights)
+            for _ in in_processes(absolute, work, side.folds, look_s=_LOOK_S, look=watch):
+                watch()
         else:
             _on_ray(absolute, side, keep_weights, max_failures, watch)
     tables = [pd.read_parquet(plan.out / PREDICTIONS).assign(fold=name) for name, plan in plans.items()]
@@ -152,12 +154,6 @@ def _same_recordings(begun: pd.DataFrame, found: pd.DataFrame) -> bool:
         for part in (begun, found)
     )
     return before.keys() == now.keys() and all(now[row] in (known, "") for row, known in before.items() if known)
-
-
-def _in_processes(todo: Sequence[Plan], side: FoldConcurrency, keep_weights: bool, watch: Callable[[], None]) -> None:
-    work = partial(_train_fold, device="cpu", keep_weights=keep_weights)
-    for _ in in_processes(list(todo), work, side.folds, look_s=_LOOK_S, look=watch):
-        watch()
 
 
 def _on_ray(

@@ -113,11 +113,11 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
     if not several:
         wanted = max(0.1, min(wanted, free / (2 * num_workers)))  # leaves CPUs for Ray's other tasks
     resources = {"CPU": wanted} | ({"GPU": 1} if use_gpu else {})
+    config = {"plan": plan.to_dict(), "out": str(plan.out.absolute()), "use_gpu": use_gpu, "several": several}
     memory: dict[str, Any] = {"worker_runtime_env": {"env_vars": IN_WORKERS}}  # mypy sees an older RunConfig
     return (TorchTrainer if joins_cluster() else Lean)(
         _worker,
-        train_loop_config={"plan": plan.to_dict(), "out": str(plan.out.absolute()), "several": several}
-        | {"use_gpu": use_gpu},
+        train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
