@@ -54,7 +54,6 @@ class Bundle:
     crops: int
     weights_sha256: str
     corpora: Mapping[str, Sequence[str]] = field(default_factory=dict)  # training corpus -> its classes
-    created_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def weights_path(self) -> Path:
@@ -190,7 +189,6 @@ def _parse(folder: Path, config: Mapping[str, Any]) -> tuple[Bundle, dict[str, s
             crops=int(config["crops"]),
             weights_sha256=files[f"{name}.pt"],
             corpora={str(name): tuple(classes) for name, classes in config.get("corpora", {}).items()},
-            created_by=dict(config.get("created_by", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, FeatureError, LabelError) as error:
         raise BundleError(f"{folder / _CONFIG} is damaged ({error}); get the bundle again") from error
@@ -216,7 +214,6 @@ def save_bundle(
     temperature: float = 1.0,
     crops: int = 1,
     corpora: Mapping[str, Sequence[str]] | None = None,
-    created_by: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Write a bundle into ``folder`` (made if missing). ``config.json`` is written last: if it exists, all is complete.
 
@@ -251,7 +248,6 @@ def save_bundle(
             "crops": crops,
             "corpora": {name: list(classes) for name, classes in (corpora or {}).items()},
             "files": digests,
-            "created_by": dict(created_by or {}),
         }
         write_json(folder / _CONFIG, config)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full

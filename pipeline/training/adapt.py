@@ -6,10 +6,9 @@ UAR itself must be such that chance gives them in less than 5 % of tries. Source
 1935; it exchanges whole speakers if there are eight or more, as recordings of one speaker are not independent);
 permutation test of a classifier (Ojala & Garriga 2010). Limits: the tests say nothing about other speakers.
 
-The last stage of an Inception network may be trained too, at a low rate, starting from a new last layer. The layers
-before it do not change: their output is computed once per recording, so that an epoch takes a tenth of the time. Batch
-norms keep the parent's statistics, as a few speakers are too few for new ones. Limits: a single `inception` network;
-ten epochs, no augmentation.
+The last stage of a single Inception network may be trained too, at a low rate, starting from a new last layer. The
+output of the layers before it is computed once per recording, so that an epoch takes a tenth of the time. Batch norms
+keep the parent's statistics, as a few speakers are too few for new ones.
 """
 
 from __future__ import annotations
@@ -329,7 +328,6 @@ def compete(
     Args:
         found: the result of `last_layer.adapt` with this `seed`.
         features: (n, *input_shape) of the recordings.
-        minutes: how long all trainings may take.
 
     Returns:
         The better result; the network's weights if that is the last stage, else None; and the minutes needed if

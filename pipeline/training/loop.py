@@ -151,8 +151,7 @@ def fit(
         on_epoch: called in every worker after each epoch with its record and the run.
         on_batch: called in every worker after each training step.
 
-    Returns:
-        The best weights and the history; after Ctrl-C the best so far. With several workers Ctrl-C is raised instead.
+    After Ctrl-C the result is the best so far; with several workers Ctrl-C is raised instead.
 
     Raises:
         SerError: settings that do not fit the data or the number of workers.

@@ -41,8 +41,7 @@ def train_on_ray(
     """Train a plan on Ray workers; the result is the run folder's checkpoint.
 
     Args:
-        num_workers: processes that share each batch.
-        use_gpu: give each worker one GPU, instead of an equal share of the CPUs.
+        num_workers: processes that share each batch, each with one GPU (``use_gpu``) or an equal share of the CPUs.
         max_failures: how many times a failed group of workers is restarted.
         on_epoch: called in this process with each new epoch's record.
         on_batch: called in this process, about twice a second, with (epoch, batches done, batches in all).

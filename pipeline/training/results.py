@@ -46,11 +46,7 @@ class Results:
 
 
 def write_results(plan: Plan, report_split: str) -> Results:
-    """Write a finished run's bundle into its folder, with learning curves and a report.
-
-    Args:
-        report_split: the part to report on: `test`, `inner_val` or `none`.
-    """
+    """Write a finished run's bundle into its folder, with learning curves and a report on one part, or on `none`."""
     state = load_checkpoint(plan.checkpoint)
     plot_curves(state["history"], plan.out / "curves.png")
     part = read_splits(plan.out).get(report_split)
@@ -114,13 +110,12 @@ def learn_familiarity(
 
     Args:
         folders: of features.
-        row_ids: of the training recordings in them, of which at most ``MOST_FAMILIAR``, evenly spaced, are used.
+        row_ids: of the training recordings in them, of which at most ``MOST_FAMILIAR`` are used.
         held_out: of recordings that the network was not trained on. From ``LEAST_HELD_OUT`` on they set the threshold:
             a network that knows few recordings by heart finds every other one unfamiliar.
 
     Returns:
-        The number of training recordings used; 0 if they are too few, or fewer than ``LEAST_ALONE`` without held-out
-        ones, and then nothing is written.
+        The number of training recordings used; 0 if there are too few, and then nothing is written.
     """
     arrays = load_features(folders, bundle.features)
     rows, others = (np.flatnonzero(arrays.table["row_id"].isin(part)) for part in (row_ids, held_out))
