@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +14,10 @@ from jobs._common import (
     Parser,
     Progress,
     add_csv_options,
-    called,
-    run,
+    add_shared,
+    command,
+    parser_of,
+    read_csv,
     say,
 )
 from pipeline.audio.windows import Window
@@ -38,11 +38,7 @@ _KEPT = ".adapt"  # features of the recordings that were read, for a restart aft
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("adapt"),
-        description=__doc__,
-        epilog="example: %(prog)s --data_csv mine.csv --out models/mine",
-    )
+    parser = parser_of("adapt", __doc__, "--data_csv mine.csv --out models/mine")
     parser.add_argument("--data_csv", type=Path, required=True, help="CSV with the columns speech,label (and speaker)")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the adapted model")
     parser.add_argument(
@@ -84,9 +80,7 @@ def build_parser() -> Parser:
     parser.add_argument("--anyway", action="store_true", help="write the model even if it is not better")
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     parser.add_argument("--seed", type=int, default=0, help="random seed of folds and samples (default 0)")
-    parser.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(parser, "tolerate_failures")
     return parser
 
 
@@ -185,10 +179,10 @@ def _job(arguments: argparse.Namespace) -> int:
 
 
 def _manifest(arguments: argparse.Namespace) -> pd.DataFrame:
-    from jobs.extract import describe_labels, read_csv
+    from jobs.extract import describe_labels
     from pipeline.data.corpora.voices import with_speakers
 
-    table = read_csv(arguments)
+    table = read_csv(arguments, arguments.data_csv, label_names=arguments.label_names)
     describe_labels(table)
     return with_speakers(table)
 
@@ -370,12 +364,7 @@ def _learning_curve(
     return curve
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
-    return run(job, parser, argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import EXIT_DONE, Parser, called, run, say
+from jobs._common import EXIT_DONE, Parser, command, parser_of, say
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("calibrate"),
-        description=__doc__,
-        epilog="example: %(prog)s --model_weights runs/first --predictions protocols/kfold",
-    )
+    parser = parser_of("calibrate", __doc__, "--model_weights runs/first --predictions protocols/kfold")
     parser.add_argument("--model_weights", type=Path, required=True, help="the bundle to change")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -154,9 +150,7 @@ def _without_training(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bund
     return table[~rows]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from jobs._common import (
     add_csv_options,
     add_engine,
     add_out,
-    called,
-    run,
+    add_shared,
+    command,
+    parser_of,
     say,
     tell_engine,
     true_or_false,
     underscored,
 )
-from jobs._recipe import add_recipe_option, with_recipe
+from jobs._recipe import add_recipe_option, parse_with_recipe
 from jobs._targets import add_targets, targets_of
 from jobs.train_options import (
     USUAL,
@@ -53,11 +54,7 @@ _NAMES = ("holdout", "kfold", "speaker_kfold", "loso", "loco")  # splits.PROTOCO
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("crossval"),
-        description=__doc__,
-        epilog="example: %(prog)s --protocol kfold,speaker_kfold --features features --epochs 60 --out protocols",
-    )
+    parser = parser_of("crossval", __doc__, "--protocol kfold,speaker_kfold --features features --out protocols")
     _add_data_options(parser)
     _add_fold_options(parser)
     add_targets(parser)
@@ -78,10 +75,7 @@ def _add_data_options(parser: Parser) -> None:
     )
     add_csv_options(group)
     add_out(group, "reports", "metrics and reports; a folder of an interrupted run is continued")
-    group.add_argument("--overwrite", action="store_true", help="start anew even if --out has results")
-    group.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(group, "overwrite", "tolerate_failures")
     group.add_argument(
         "--crops",
         type=int,
@@ -178,9 +172,10 @@ def job(arguments: argparse.Namespace) -> int:
 def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     """``job`` while ``--out`` is locked: ``--overwrite`` would remove the folds that another process is training."""
     from jobs._provenance import provenance
+    from jobs.train import extracted
     from pipeline.training.cross_validation import protocols_summary, write_protocols
 
-    features, failed = (tuple(arguments.features), 0) if arguments.features else _extracted(arguments)
+    features, failed = (tuple(arguments.features), 0) if arguments.features else extracted(arguments)
     table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}
     meta = provenance(arguments.command) | {"data": str(arguments.data_csv or ", ".join(map(str, features)))}
@@ -199,12 +194,6 @@ def _job(arguments: argparse.Namespace, targets: Targets) -> int:
         say("--enforce: " + ", ".join(f"{row['protocol']} {row['verdict']}" for row in rows))
         return EXIT_TARGET_MISSED
     return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
-
-
-def _extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
-    from jobs.train import extracted
-
-    return extracted(argparse.Namespace(**{**vars(arguments), "data_dir": None, "data_csv": [arguments.data_csv]}))
 
 
 def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
@@ -347,9 +336,7 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> FoldConcurrency:
     return FoldConcurrency.of(folds, arguments.folds_at_once, cpus, gpus)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv, prepare=with_recipe)
+main = command(job, build_parser, parse=parse_with_recipe)
 
 
 if __name__ == "__main__":

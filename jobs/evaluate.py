@@ -19,12 +19,15 @@ from jobs._common import (
     add_csv_options,
     add_engine,
     add_out,
-    called,
+    add_shared,
+    parser_of,
+    read_csv,
     run,
     say,
     tell_engine,
 )
 from jobs._targets import add_targets, targets_of
+from pipeline.data.labels import describe
 from pipeline.evaluation.verdict import reached
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
@@ -38,22 +41,12 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("evaluate"),
-        description=__doc__,
-        epilog="example: %(prog)s --model_weights runs/first --data_csv val_metadata.csv",
-    )
-    parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
+    parser = parser_of("evaluate", __doc__, "--model_weights runs/first --data_csv val_metadata.csv")
+    add_shared(parser, "model_weights")
     parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
     add_csv_options(parser, integers=False)
     add_out(parser, "reports", "predictions, metrics, figures and report.html")
-    parser.add_argument("--overwrite", action="store_true", help="start anew even if --out has results")
-    parser.add_argument(
-        "--crops",
-        type=int,
-        help="number of evenly spaced windows in each recording; their answers are averaged (default: the model's own "
-        "number)",
-    )
+    add_shared(parser, "overwrite", "crops")
     add_engine(parser)
     parser.add_argument(
         "--leak_check",
@@ -76,9 +69,7 @@ def build_parser() -> Parser:
         help="compare two models instead: two bundles, which are scored on --data_csv, or two --out folders with "
         "scores of the same recordings",
     )
-    parser.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(parser, "tolerate_failures")
     add_targets(parser)
     return parser
 
@@ -140,18 +131,11 @@ def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed
 
 def _manifest(arguments: argparse.Namespace, bundle: Bundle, labels: Sequence[str] | None = None) -> pd.DataFrame:
     """Read the CSV; ``labels``: the classes that it may have (default: the bundle's)."""
-    from pipeline.data.manifest import label_counts, read_manifest
+    from pipeline.data.manifest import label_counts
 
     labels = labels or bundle.labels
-    manifest = read_manifest(
-        arguments.data_csv,
-        root=arguments.root,
-        label_map=arguments.label_map,
-        labels=labels,
-        require_labels=False,
-        tell=say,
-    )
-    say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)))
+    manifest = read_csv(arguments, arguments.data_csv, labels=labels, require_labels=False)
+    say(f"labels: {describe(labels)}")
     if "label" in manifest.columns and manifest["label"].notna().any():
         counts = label_counts(manifest, labels)
         say("counts: " + ", ".join(f"{name} {n}" for name, n in counts.items()))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, add_shared, command, fields_of, parser_of, say
 from jobs._window_options import add_window_options, window_options
 from pipeline.audio.source import EXTENSIONS, printable
 from pipeline.audio.windows import LONG_S
@@ -31,12 +31,8 @@ STDIN = "-"
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("infer"),
-        description=__doc__,
-        epilog="example: %(prog)s --model_weights runs/first --file a.wav b.flac",
-    )
-    parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
+    parser = parser_of("infer", __doc__, "--model_weights runs/first --file a.wav b.flac")
+    add_shared(parser, "model_weights")
     parser.add_argument(
         "--file",
         nargs="+",
@@ -73,11 +69,7 @@ def job(arguments: argparse.Namespace) -> int:
 
     options = window_options(arguments)
     predictor = Predictor.from_bundle(
-        arguments.model_weights,
-        backend=arguments.backend,
-        device=arguments.device,
-        threads=arguments.threads,
-        crops=options.crops,
+        arguments.model_weights, crops=options.crops, **fields_of(arguments, "backend", "device", "threads")
     )
     window_s = predictor.bundle.features.window_s
     answers = [_answer(name, predictor, options) for name in expanded(arguments.file)]
@@ -204,9 +196,7 @@ def _print_windows(windows: Timeline, labels: Sequence[str], options: ScoreOptio
         print(f"  {channel}{windows.start_s[i]:8.2f} - {windows.end_s[i]:8.2f} s  {name:<12} {sure:>10}".rstrip())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

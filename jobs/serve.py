@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, NoReturn
 from urllib.request import urlopen
 
-from jobs._common import EXIT_DONE, Parser, called, check_free, run, say
+from jobs._common import EXIT_DONE, Parser, check_free, command, parser_of, say
 from jobs._terminal import Terminal
 from pipeline.cluster.runtime import joins_cluster, start_ray, stop_ray
 from pipeline.storage.errors import SerError
@@ -38,11 +38,7 @@ _LABELS = {"route", "status", "code", "model", "stage", "le"}
 
 def build_parser() -> Parser:
     """The options of this job: address, metrics, and all of ``serve.settings.Settings``."""
-    parser = Parser(
-        prog=called("serve"),
-        description=__doc__,
-        epilog="example: %(prog)s --bundles runs/first --max_replicas 2",
-    )
+    parser = parser_of("serve", __doc__, "--bundles runs/first --max_replicas 2")
     parser.add_argument(
         "--engine",
         choices=("ray", "local"),
@@ -291,9 +287,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise SerError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from jobs import crossval
-from jobs._common import EXIT_DONE, Parser, called, run, say
+from jobs._common import EXIT_DONE, Parser, command, parser_of, say
 from jobs._follow import follow
 from jobs._package import describe, largest, pack
 from jobs._paths import Placed, place, read_words
@@ -28,13 +28,9 @@ _MIB = 2**20
 
 def build_parser() -> Parser:
     """The options of this command; all other options are the job's."""
-    parser = Parser(
-        prog=called("submit"),
-        description=__doc__,
-        usage="ser submit {extract,train,evaluate,crossval,score} [options of the job] [options below]",
-        epilog="example: %(prog)s train --features features --out runs/first --storage_path /shared",
-        allow_abbrev=False,
-    )
+    parser = parser_of("submit", __doc__, "train --features features --out runs/first --storage_path /shared")
+    parser.usage = "ser submit {extract,train,evaluate,crossval,score} [options of the job] [options below]"
+    parser.allow_abbrev = False
     parser.add_argument("job", choices=JOBS, help="the command to run there; for its options see ser JOB --help")
     parser.add_argument(
         "--address",
@@ -127,9 +123,7 @@ def split_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    return run(job, build_parser(), argv, parse=split_words)
+main = command(job, build_parser, parse=split_words)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, called, run, say
-from jobs._recipe import add_recipe_option, with_recipe
+from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, command, parser_of, say
+from jobs._recipe import add_recipe_option, parse_with_recipe
 from jobs.extract import describe_labels, read_data
 from jobs.train_options import (
     FEATURE_KINDS,
@@ -36,11 +35,7 @@ PITCH_SEMITONES = (-1.0, 1.0)  # shifts of the extra copies that --augment pitch
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("train"),
-        description=__doc__,
-        epilog="example: %(prog)s --data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first",
-    )
+    parser = parser_of("train", __doc__, "--data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first")
     add_data_options(parser)
     add_recipe_option(parser)
     add_fit_options(parser, ("model and loss", "training", "workers"))
@@ -97,7 +92,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
     from pipeline.features.features import FeatureConfig
     from pipeline.training.plan import check_start
 
-    table = _read_all(arguments)
+    table = read_data(arguments)
     describe_labels(table)
     _check_corpora(table, arguments)
     config = FeatureConfig(kind=FEATURE_KINDS[arguments.model])
@@ -118,20 +113,6 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
             f"in {folder}"
         )
     return (folder,), summary.failed
-
-
-def _read_all(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest of a folder or CSVs; of several CSVs, one without a column corpus gets its file name as corpus."""
-    import pandas as pd
-
-    if arguments.data_csv is None or len(arguments.data_csv) == 1:
-        csv = None if arguments.data_csv is None else arguments.data_csv[0]
-        return read_data(argparse.Namespace(**{**vars(arguments), "data_csv": csv}))
-    tables = []
-    for csv in arguments.data_csv:
-        table = read_data(argparse.Namespace(**{**vars(arguments), "data_csv": csv}))
-        tables.append(table if "corpus" in table.columns else table.assign(corpus=csv.stem))
-    return pd.concat(tables, ignore_index=True).fillna("")
 
 
 def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
@@ -348,9 +329,7 @@ def _finish(plan: Plan, report_split: str, interrupted: bool) -> None:
     say(f"best epoch {results.best_epoch}; bundle: {results.bundle.weights_path}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv, prepare=with_recipe)
+main = command(job, build_parser, parse=parse_with_recipe)
 
 
 if __name__ == "__main__":

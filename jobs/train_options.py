@@ -9,7 +9,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import Parser, add_csv_options, add_out, true_or_false
+from jobs._common import Parser, add_csv_options, add_out, add_shared, true_or_false
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
@@ -91,9 +91,7 @@ def add_data_options(parser: Parser) -> None:
         help="the part that the final report is computed on (default test)",
     )
     group.add_argument("--resume", action="store_true", help="continue the run in --out")
-    group.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(group, "tolerate_failures")
 
 
 def names(text: str) -> tuple[str, ...]:
