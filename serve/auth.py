@@ -40,7 +40,6 @@ class KeyCheck:
         self.app, self._digest = app, digest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
         if scope["type"] == "http" and scope["method"] == "POST" and not _has_key(scope, self._digest):
             await answer(_unauthorized(), scope)(scope, receive, send)
         else:
@@ -59,7 +58,6 @@ class PageCheck:
         self.app, self._origins = app, frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
         asks = scope["type"] in ("http", "websocket") and not scope["path"].startswith(_HEALTH)
         error = self._refusal(scope) if asks else None
         if error:

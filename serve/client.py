@@ -230,15 +230,12 @@ class AsyncClient:
         await self._http.aclose()
 
     async def predict(self, source: Source, **options: Any) -> Recording:
-        """See ``Client.predict``."""
         return single(await self.predict_together([source], **options))
 
     async def predict_together(self, sources: Sequence[Source], **options: Any) -> Prediction:
-        """See ``Client.predict_together``."""
         return read(await self._send("POST", "/v1/predict", **form(sources, options)), Prediction)
 
     async def predict_each(self, sources: Iterable[Source], **options: Any) -> AsyncIterator[Recording | Failure]:
-        """See ``Client.predict_each``."""
         for group in parts(sources):
             if isinstance(group, Failure):
                 yield group
@@ -256,23 +253,18 @@ class AsyncClient:
                         yield _only(part, error)
 
     async def explain(self, source: Source, **options: Any) -> Explanation:
-        """See ``Client.explain``."""
         return read(await self._send("POST", "/v1/explain", **form([source], options)), Explanation)
 
     async def classify(self, source: Source) -> list[Score]:
-        """See ``Client.classify``."""
         return read(await self._send("POST", "/v1/audio-classification", content=named(source)[1]), list[Score])
 
     async def model(self, name: str | None = None) -> ModelInfo:
-        """See ``Client.model``."""
         return read(await self._send("GET", "/v1/model", params={"model": name} if name else {}), ModelInfo)
 
     async def live(self) -> bool:
-        """See ``Client.live``."""
         return await self._healthy("/v2/health/live")
 
     async def ready(self) -> bool:
-        """See ``Client.ready``."""
         return await self._healthy("/v2/health/ready")
 
     async def _healthy(self, path: str) -> bool:

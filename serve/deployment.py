@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from click import ClickException
@@ -81,15 +81,12 @@ class ModelWorker:
         logger.info("model %s, version %s, is loaded", card.name, card.version)
 
     async def predict(self, data: bytes, request: PredictRequest, isolated: bool = False) -> WorkerResult:
-        """Predict the emotion of a recording, see ``Worker.predict``."""
         return await self._now.predict(data, request, isolated=isolated)
 
     async def explain(self, data: bytes, request: PredictRequest, isolated: bool = False) -> Explained:
-        """Explain the prediction of a recording, see ``Worker.explain``."""
         return await self._now.explain(data, request, isolated=isolated)
 
     async def card(self) -> Card:
-        """The description of the model."""
         return self._now.card()
 
     def check_health(self) -> None:
@@ -121,23 +118,17 @@ class RemoteModels:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the models."""
         return tuple(self._handles)
 
     def check_room(self, model: str) -> None:
-        """Raise 429 when the workers are known to be full."""
         if self._open[model] >= self._room:
             raise overloaded()
 
     async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
-        """Predict the emotion of a recording."""
-        result: WorkerResult = await self._twice(model, "predict", data, request)
-        return result
+        return cast(WorkerResult, await self._twice(model, "predict", data, request))
 
     async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
-        """Explain the prediction of a recording."""
-        explained: Explained = await self._twice(model, "explain", data, request)
-        return explained
+        return cast(Explained, await self._twice(model, "explain", data, request))
 
     async def card(self, model: str) -> Card:
         """The description of a model; the last one received, where its workers are too busy to answer."""
@@ -184,7 +175,8 @@ class RemoteModels:
         except BackPressureError:
             raise overloaded() from None
         except DeploymentUnavailableError:
-            raise _unavailable(model) from None
+            detail = f"no worker of {model} can answer; send the request again in a moment"
+            raise retry_later("unavailable", detail, after_s=2) from None
         except RayActorError as error:
             raise _WorkerDied from error
 
@@ -202,10 +194,6 @@ class _WorkerDied(ServiceError):
     def __init__(self) -> None:
         super().__init__("unavailable", "the model's worker has just stopped; send the request again in a moment")
         self.headers["Retry-After"] = "2"
-
-
-def _unavailable(model: str) -> ServiceError:
-    return retry_later("unavailable", f"no worker of {model} can answer; send the request again in a moment", after_s=2)
 
 
 @dataclass(frozen=True)

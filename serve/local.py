@@ -55,7 +55,6 @@ class LocalModels:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the models."""
         return tuple(self._workers)
 
     @property
@@ -64,22 +63,18 @@ class LocalModels:
         return any(worker.busy for worker in self._workers.values())
 
     def check_room(self, model: str) -> None:
-        """Raise 429 when the worker is full."""
         if self._open[model] >= self._room:
             raise overloaded()
 
     async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
-        """Predict the emotion of a recording."""
         async with self._place(model) as worker:
             return await worker.predict(data, request)
 
     async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
-        """Explain the prediction of a recording."""
         async with self._place(model) as worker:
             return await worker.explain(data, request)
 
     async def card(self, model: str) -> Card:
-        """The description of a model."""
         return self._workers[model].card()
 
     async def ready(self, model: str) -> bool:
@@ -165,16 +160,10 @@ class LocalService:
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._reopen()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request with the models that are open now."""
         assert self._app is not None, "open comes before the first request"
-        with self._counted():
-            await self._app(scope, receive, send)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
         self._inside += 1
         try:
-            yield
+            await self._app(scope, receive, send)
         finally:
             self._inside -= 1
             self._tell()

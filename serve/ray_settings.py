@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 
 from serve.auth import KeyCheck, PageCheck, key_digest_from_environment
 from serve.middleware import STREAM, UPLOADS, Access, Admission, Closing, Identify, cors_of, limits_of
-from serve.problems import holds_body
+from serve.problems import BODY
 from serve.settings import APP_NAME, MIB, Settings
 
 if TYPE_CHECKING:
@@ -73,9 +73,8 @@ class ShortWay:
         self._asking: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         streams = scope["type"] == "websocket" and scope["path"] == STREAM
-        uploads = scope["type"] == "http" and scope["path"] in UPLOADS and holds_body(scope)
+        uploads = scope["type"] == "http" and scope["path"] in UPLOADS and BODY in scope
         if not (streams or uploads):
             await self.app(scope, receive, send)
             return
@@ -190,10 +189,9 @@ def in_proxy() -> list[Middleware]:
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
     mark = os.environ.get(_CLOSING)
     closed = (lambda: os.path.exists(mark)) if mark else None
-    short_way = Middleware(
-        ShortWay, ask=deployment.asking(APP_NAME), make=lambda found: found.application(meter, closed)
-    )
-    inwards = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
+    ask, room = deployment.asking(APP_NAME), settings.models * settings.room
+    short_way = Middleware(ShortWay, ask=ask, make=lambda found: found.application(meter, closed))
+    inwards = [short_way, Middleware(Admission, room=room), limits_of(settings)]
     digest = os.environ.get(_KEY_DIGEST)  # "": no key is set; None: unknown in this process
     if digest:
         inwards.append(Middleware(KeyCheck, digest=digest))

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pipeline.storage.errors import Limits, SerError
 
 MIB = 2**20
+_PUBLIC = {
+    *("max_body_mib", "max_files", "max_duration_s", "max_decoded_mib", "max_windows"),
+    *("body_timeout_s", "deadline_s", "max_streams", "max_stream_s", "stream_idle_s"),
+}
 APP_NAME = "ser"  # name of the application in Ray Serve
 
 
@@ -102,15 +106,4 @@ class Settings(BaseModel):
     @property
     def public_limits(self) -> dict[str, float]:
         """The limits that ``GET /v1/model`` publishes to clients."""
-        return {
-            "max_body_mib": self.max_body_mib,
-            "max_files": self.max_files,
-            "max_duration_s": self.max_duration_s,
-            "max_decoded_mib": self.max_decoded_mib,
-            "max_windows": self.max_windows,
-            "body_timeout_s": self.body_timeout_s,
-            "deadline_s": self.deadline_s,
-            "max_streams": self.max_streams,
-            "max_stream_s": self.max_stream_s,
-            "stream_idle_s": self.stream_idle_s,
-        }
+        return self.model_dump(include=_PUBLIC)

@@ -19,12 +19,11 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from serve.problems import ServiceError
-from serve.schema import FieldError, TaskInput, TaskParameters
+from serve.problems import ServiceError, invalid_fields
+from serve.schema import TaskInput, TaskParameters
 
 _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 64 * 1024
-_MAX_NAME = 64  # characters of a field's name in an error
 _CHARSETS = {"utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin-1"}
 _SPACE_AND_ALPHABET = str.maketrans({" ": None, "\t": None, "\r": None, "\n": None, "-": "+", "_": "/"})
 _RAW_TYPES = ("application/octet-stream", "audio/", "video/")
@@ -176,22 +175,15 @@ def validated(model: type[Fields], fields: dict[str, str]) -> Fields:
 
 
 def _invalid_fields(error: ValidationError) -> ServiceError:
-    errors = [
-        _field_error(".".join(part for part in map(str, item["loc"]) if part.isidentifier()) or "body", item["msg"])
+    return invalid_fields(
+        (".".join(part for part in map(str, item["loc"]) if part.isidentifier()) or "body", item["msg"])
         for item in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
-    told = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
-    return ServiceError("invalid_request", told, errors=errors)
+    )
 
 
 def invalid(field: str, message: str) -> ServiceError:
     """The error for one wrong field."""
-    error = _field_error(field, message)
-    return ServiceError("invalid_request", f"{error.field}: {message}", errors=[error])
-
-
-def _field_error(field: str, message: str) -> FieldError:
-    return FieldError(field=field if len(field) <= _MAX_NAME else field[: _MAX_NAME - 3] + "...", message=message)
+    return invalid_fields([(field, message)])
 
 
 def _too_many(max_files: int) -> ServiceError:
