@@ -53,9 +53,7 @@ def read_labels(data: bytes, name: str, classes: Sequence[str]) -> dict[str, str
         LabelsError: the data is not a table, a column is missing, or a label is unknown.
     """
     try:
-        table = pd.read_csv(io.BytesIO(data), dtype=str, sep=None, engine="python", encoding="utf-8-sig").dropna(
-            how="all"
-        )
+        table = pd.read_csv(io.BytesIO(data), dtype=str, sep=None, engine="python", encoding="utf-8-sig")
     except (csv.Error, ValueError) as error:  # pandas' errors, and UnicodeDecodeError, are ValueErrors
         raise LabelsError(f"{name} is not a CSV table in UTF-8.") from error
     columns = {str(column).strip().casefold(): column for column in table.columns}

@@ -32,11 +32,12 @@ Neither stores them.
 SIBLING = "known_speakers"  # figures of a model of the same recipe that was trained without the test part
 OWN = "out_of_fold"  # figures of an adapted model, on the recordings that it was adapted to
 _OPEN_SECTIONS = ("Data", "Limits")
+# name of a limit -> name on the page, divisor, format
 _LIMITS = {
     "max_body_mib": ("Largest upload", 1, "{:g} MB"),
     "max_duration_s": ("Longest recording", 60, "{:g} minutes"),
     "max_windows": ("Most parts over time", 1, "{:g}"),
-}  # name of a limit -> name on the page, divisor, format
+}
 
 
 def page() -> None:
@@ -85,15 +86,11 @@ def _figures(model: ModelInfo) -> None:
 def two_figures_html(metrics: Mapping[str, Any]) -> str:
     """Accuracy for known and for new speakers, equally large; "not measured" where the bundle has no figure."""
     own = _own(metrics)
-    told = (
-        (
-            "Voices it knows",
-            metrics.get("test", metrics.get(SIBLING, own.get("recording"))),
-            "other recordings of speakers it learned from",
-        ),
-        ("New voices", metrics.get("unseen_speakers", own.get("speaker")), "speakers that were not in its training"),
-    )
-    return f'<div class="ser-figures">{"".join(_figure(*one) for one in told)}</div>'
+    known = metrics.get("test", metrics.get(SIBLING, own.get("recording")))
+    new = metrics.get("unseen_speakers", own.get("speaker"))
+    told = _figure("Voices it knows", known, "other recordings of speakers it learned from")
+    told += _figure("New voices", new, "speakers that were not in its training")
+    return f'<div class="ser-figures">{told}</div>'
 
 
 def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:

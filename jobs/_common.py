@@ -198,6 +198,10 @@ def true_or_false(text: str) -> bool:
     return value
 
 
+# keywords of ``add_argument`` for such an option; without a value it is True
+TRUE_OR_FALSE: dict[str, Any] = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
+
+
 def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
     """Add ``--out``, a folder for ``what``; without it, ``run`` makes a new folder in ``below``."""
     parser.add_argument(

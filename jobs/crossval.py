@@ -14,16 +14,17 @@ from jobs._common import (
     EXIT_DONE,
     EXIT_SOME_FAILED,
     EXIT_TARGET_MISSED,
+    TRUE_OR_FALSE,
     Parser,
     add_csv_options,
     add_engine,
     add_out,
     add_shared,
     command,
+    fields_of,
     parser_of,
     say,
     tell_engine,
-    true_or_false,
     underscored,
 )
 from jobs._recipe import add_recipe_option, parse_with_recipe
@@ -34,6 +35,7 @@ from jobs.train_options import (
     add_fit_options,
     fit_config,
     model_options,
+    names,
     refuse_beside_features,
 )
 from pipeline.evaluation.verdict import Targets, reached
@@ -135,19 +137,17 @@ def _add_fold_options(parser: Parser) -> None:
     group.add_argument(
         "--folds_at_once", type=int, help="number of folds trained at the same time (default: one for each GPU or CPU)"
     )
-    group.add_argument(
-        "--use_gpu", type=true_or_false, nargs="?", const=True, help="train on GPUs (default: if this machine has one)"
-    )
+    group.add_argument("--use_gpu", **TRUE_OR_FALSE, help="train on GPUs (default: if this machine has one)")
     group.add_argument(
         "--max_failures", type=int, default=3, help="how many times a fold whose process died is restarted (default 3)"
     )
 
 
 def _protocols(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names or set(names) - set(_NAMES):
+    found = tuple(dict.fromkeys(names(text)))
+    if not found or set(found) - set(_NAMES):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected one or more of {', '.join(_NAMES)}")
-    return names
+    return found
 
 
 def asked(words: Sequence[str]) -> bool:
@@ -198,14 +198,11 @@ def _job(arguments: argparse.Namespace, targets: Targets) -> int:
 
 def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
     """Labelled rows of feature folders, without pitch-shifted copies, with content hashes."""
-    from jobs.extract import describe_labels
+    from jobs.extract import describe_labels, labelled
     from pipeline.data.splits import add_hashes, unknown_content
-    from pipeline.features.store import known_hashes, load_features
+    from pipeline.features.store import known_hashes
 
-    table = load_features(features).table
-    if "label" not in table.columns:
-        raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
-    originals = table[table["parent_id"] == ""].reset_index(drop=True)
+    originals = labelled(features).reset_index(drop=True)
     describe_labels(originals)
     found = add_hashes(originals, known=known_hashes(features, originals))
     if unknown := unknown_content(found):
@@ -231,11 +228,9 @@ def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) ->
     found = folds_of(
         table,
         protocol,
-        folds=arguments.folds,
-        test_size=arguments.test_size,
-        inner_val=arguments.inner_val,
         seed=SPLIT_SEED,
         assigned=assigned,
+        **fields_of(arguments, "folds", "test_size", "inner_val"),
     )
     tested = [len(fold.splits["test"]) for fold in found]
     say(f"{protocol}: {len(found)} folds, {sum(tested)} recordings tested, {min(tested)}-{max(tested)} in each fold")

@@ -99,11 +99,12 @@ def job(arguments: argparse.Namespace) -> int:
     found = found or _leaks(arguments, manifest, bundle)  # late, as it reads every recording
     meta = provenance(arguments.command, bundle)
     meta |= {"data": str(arguments.data_csv), "crops": arguments.crops or bundle.crops}
+    seconds = float(json.loads((arguments.out / "run.json").read_text(encoding="utf-8"))["seconds"])  # of the scoring
     evaluation = write_report(
         predictions,
         bundle.labels,
         arguments.out,
-        meta=meta | {"seconds": round(_seconds(arguments.out), 1)},
+        meta=meta | {"seconds": round(seconds, 1)},
         targets=targets_of(arguments),
         embed_audio=arguments.embed_audio,
         leak_check=None if found is None else leaks.describe(found, predictions, bundle.labels),
@@ -111,20 +112,13 @@ def job(arguments: argparse.Namespace) -> int:
     print(terminal_summary(evaluation))
     _say_leaks(evaluation["leak_check"])
     print(f"report: {arguments.out / 'report.html'}")
-    return _exit_code(arguments, evaluation, failed)
-
-
-def _seconds(out: Path) -> float:
-    """Seconds that the scoring took, from ``run.json``."""
-    return float(json.loads((out / "run.json").read_text(encoding="utf-8"))["seconds"])
-
-
-def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed: int) -> int:
+    missed = None
     if arguments.enforce and not evaluation["labelled"]:
-        say("--enforce: without labels no target can be checked")
-        return EXIT_TARGET_MISSED
-    if arguments.enforce and not reached(evaluation["verdict"]):
-        say(f"--enforce: {evaluation['verdict']['outcome']}")
+        missed = "without labels no target can be checked"
+    elif arguments.enforce and not reached(evaluation["verdict"]):
+        missed = evaluation["verdict"]["outcome"]
+    if missed:
+        say(f"--enforce: {missed}")
         return EXIT_TARGET_MISSED
     return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -144,6 +145,20 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
         table = pd.concat(named, ignore_index=True).fillna("")
     check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
     return table
+
+
+def labelled(features: Sequence[Path]) -> pd.DataFrame:
+    """Rows of feature folders, without pitch-shifted copies.
+
+    Raises:
+        SerError: no such folder, or one without labels.
+    """
+    from pipeline.features.store import load_features
+
+    table = load_features(features).table
+    if "label" not in table.columns:
+        raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
+    return table[table["parent_id"] == ""]
 
 
 def describe_labels(table: pd.DataFrame) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,15 +147,15 @@ def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dic
                 "predicted": name,
                 "probabilities": _named(labels, p),
             }
-            for i, (name, p) in enumerate(
-                zip(
-                    windows.names(labels, options.min_confidence, options.silence_dbfs),
-                    windows.told(options.silence_dbfs),
-                    strict=True,
-                )
-            )
+            for i, (name, p) in enumerate(_told(windows, labels, options))
         ]
     return found
+
+
+def _told(windows: Timeline, labels: Sequence[str], options: ScoreOptions) -> Iterator[tuple[str, Floats]]:
+    """The name and the probabilities ``(C,)`` of each window."""
+    names = windows.names(labels, options.min_confidence, options.silence_dbfs)
+    return zip(names, windows.told(options.silence_dbfs), strict=True)
 
 
 def known(number: float) -> float | None:
@@ -189,8 +189,7 @@ def print_table(answers: Sequence[Answer], labels: Sequence[str], options: Score
 
 
 def _print_windows(windows: Timeline, labels: Sequence[str], options: ScoreOptions) -> None:
-    names = windows.names(labels, options.min_confidence, options.silence_dbfs)
-    for i, (name, p) in enumerate(zip(names, windows.told(options.silence_dbfs), strict=True)):
+    for i, (name, p) in enumerate(_told(windows, labels, options)):
         sure = "" if name in NO_EMOTION else f"{p.max():.1%}"
         channel = "" if windows.channel[i] == "mix" else f"channel {windows.channel[i]}  "
         print(f"  {channel}{windows.start_s[i]:8.2f} - {windows.end_s[i]:8.2f} s  {name:<12} {sure:>10}".rstrip())

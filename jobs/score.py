@@ -76,8 +76,8 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
 
     remote, source = is_remote(arguments.input), Path(local_path(arguments.input))
     if remote or source.is_dir():
-        for name in ("root", "label_map"):
-            if getattr(arguments, name):
+        for name, value in fields_of(arguments, "root", "label_map").items():
+            if value:
                 raise SerError(f"--{name} is for a CSV; leave it out with the folder {arguments.input}")
     if remote:
         return _listed(arguments.input, scan_remote(arguments.input, EXTENSIONS))

@@ -108,7 +108,9 @@ def _here(
     if arguments.stop_with_stdin:
         threading.Thread(target=_until_stdin_ends, args=(service.stop,), daemon=True).start()
     else:
-        _log_to_stderr()
+        log = logging.getLogger("ray.serve.ser")  # a line for each request, as Ray Serve writes to its files
+        log.setLevel(logging.INFO)
+        log.addHandler(logging.StreamHandler())
     service.open(bundles)
     metrics.source = service.metrics
     _take_signals(service.stop, service.renew)
@@ -134,7 +136,11 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings, digest: str | Non
         metrics.source = lambda: fetched(deployment.metrics_address())
         _say_ready(arguments, metrics)
         while renewals.get():
-            _roll_out(settings, digest)
+            try:
+                deployment.roll_out(settings, digest)
+                say("rolled out")
+            except SerError as error:
+                say(f"error: {error}; the service keeps running with its earlier bundles")
     except KeyboardInterrupt:
         pass
     finally:
@@ -158,13 +164,6 @@ def _until_stdin_ends(stop: Callable[[], None]) -> None:
         while os.read(0, 4096):
             pass
     stop()
-
-
-def _log_to_stderr() -> None:
-    """Log a line for each request to stderr, as Ray Serve does to its files."""
-    log = logging.getLogger("ray.serve.ser")
-    log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler())
 
 
 class _Metrics(ThreadingHTTPServer):
@@ -265,16 +264,6 @@ def _take_signals(stop: Callable[[], None], renew: Callable[[], None]) -> None:
 
     for number in numbers:
         signal.signal(number, hung_up if number == hang_up else stopping)
-
-
-def _roll_out(settings: Settings, digest: str | None) -> None:
-    from serve import deployment
-
-    try:
-        deployment.roll_out(settings, digest)
-        say("rolled out")
-    except SerError as error:
-        say(f"error: {error}; the service keeps running with its earlier bundles")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

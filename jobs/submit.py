@@ -66,7 +66,7 @@ def job(arguments: argparse.Namespace) -> int:
         size = pack(folder, placed.shipped)
         if size > arguments.max_upload_mb * _MIB:
             raise SerError(
-                f"{size / _MIB:.1f} MiB would be uploaded ({', '.join(largest(folder))}), more than --max_upload_mb "
+                f"{size / _MIB:.1f} MiB would be uploaded ({largest(folder)}), more than --max_upload_mb "
                 f"{arguments.max_upload_mb:g}; put large files on storage that all nodes share and give absolute paths"
             )
         client = connect(arguments.address)

@@ -7,9 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, command, parser_of, say
+from jobs._common import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_SOME_FAILED,
+    Parser,
+    Progress,
+    command,
+    fields_of,
+    parser_of,
+    say,
+)
 from jobs._recipe import add_recipe_option, parse_with_recipe
-from jobs.extract import describe_labels, read_data
+from jobs.extract import describe_labels, labelled, read_data
 from jobs.train_options import (
     FEATURE_KINDS,
     USUAL,
@@ -17,9 +27,9 @@ from jobs.train_options import (
     add_fit_options,
     add_teacher_options,
     add_worker_options,
-    augmentations,
     fit_config,
     model_options,
+    names,
     refuse_beside_features,
 )
 from pipeline.storage.errors import SerError
@@ -103,7 +113,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
         table,
         folder,
         config,
-        options=ShardOptions(pitch_semitones=PITCH_SEMITONES if "pitch" in augmentations(arguments) else ()),
+        options=ShardOptions(pitch_semitones=PITCH_SEMITONES if "pitch" in names(arguments.augment) else ()),
         overwrite=getattr(arguments, "overwrite", False),  # an option of crossval only
         on_progress=Progress("extract"),
     )
@@ -166,15 +176,12 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     """The checked plan of a new run, whose parts are drawn and written here, or of the run to resume."""
     from pipeline.data.manifest import label_set
     from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
-    from pipeline.features.store import known_hashes, load_features
+    from pipeline.features.store import known_hashes
     from pipeline.training.losses import refuse_leaks
     from pipeline.training.plan import SPLIT_SEED, Plan
     from pipeline.training.run import begin, check, check_resumes, read_splits, refuse_changed
 
-    table = load_features(features).table
-    if "label" not in table.columns:
-        raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
-    originals = table[table["parent_id"] == ""]
+    originals = labelled(features)
     if arguments.features:
         describe_labels(originals)
         _check_corpora(originals, arguments)
@@ -190,11 +197,7 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
         if unknown := unknown_content(found):
             say(unknown)
         splits = split_table(
-            found,
-            test_size=arguments.test_size,
-            inner_val=arguments.inner_val,
-            by=arguments.split,
-            seed=SPLIT_SEED,
+            found, by=arguments.split, seed=SPLIT_SEED, **fields_of(arguments, "test_size", "inner_val")
         )
         check_disjoint(splits)
     say("parts: " + ", ".join(f"{name} {len(part)}" for name, part in splits.items()))
@@ -225,8 +228,8 @@ def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of the split; ``--split_csv`` by its hash, since the file may have moved before ``--resume``."""
     from pipeline.models.bundle import file_sha256
 
-    given = {name: getattr(arguments, name) for name in ("split", "test_size", "inner_val")}
-    given |= {name: list(value) for name in ("test_corpora", "test_speakers") if (value := getattr(arguments, name))}
+    given = fields_of(arguments, "split", "test_size", "inner_val")
+    given |= {name: list(held) for name, held in fields_of(arguments, "test_corpora", "test_speakers").items() if held}
     csv: Path | None = arguments.split_csv
     return given | {"split_csv": file_sha256(csv)[:12] if csv is not None and csv.is_file() else None}
 

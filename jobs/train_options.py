@@ -9,7 +9,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import Parser, add_csv_options, add_out, add_shared, true_or_false
+from jobs._common import TRUE_OR_FALSE, Parser, add_csv_options, add_out, add_shared, fields_of
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
@@ -19,20 +19,9 @@ if TYPE_CHECKING:
 
 MODELS = ("inception", "cnn_bilstm")
 FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
-USUAL = (
-    *(
-        "data_csv",
-        "features",
-        "protocol",
-        "out",
-        "epochs",
-        "batch_size",
-        "lr",
-        "oversample_boost",
-        "use_focal",
-    ),
-    *("augment", "num_workers"),
-)  # options of train and crossval that --help shows
+# options of train and crossval that --help shows
+USUAL = ("data_csv", "features", "protocol", "out", "epochs", "batch_size", "lr", "oversample_boost")
+USUAL += ("use_focal", "augment", "num_workers")
 
 
 def add_data_options(parser: Parser) -> None:
@@ -66,9 +55,9 @@ def add_data_options(parser: Parser) -> None:
         help="CSV that names each recording's part: a column split (train, inner_val, test), and content_hash, id or "
         "speaker; recordings that it does not name are left out",
     )
-    for name, what in (("corpora", "corpora"), ("speakers", "speakers")):
+    for what in ("corpora", "speakers"):
         group.add_argument(
-            f"--test_{name}",
+            f"--test_{what}",
             type=names,
             default=(),
             metavar="NAME,...",
@@ -134,14 +123,11 @@ def _reading(option: Field[Any]) -> dict[str, Any]:
     if option.name in _TEXTS:
         default, read = _TEXTS[option.name]
         return {"type": read, "default": default, **how}
-    if option.type == "bool":
-        words = {"nargs": "?", "const": True, "metavar": "True|False"}
-        return {"type": true_or_false, "default": option.default, **words, **how} | {
-            "help": f"{how['help']} (default {option.default})"
-        }
     default = f"{option.default:g}" if option.type == "float" else option.default
-    read = {"int": int, "float": float, "str": str}[str(option.type)]
-    return {"type": read, "default": option.default, **how, "help": f"{how['help']} (default {default})"}
+    how |= {"default": option.default, "help": f"{how['help']} (default {default})"}
+    if option.type == "bool":
+        return TRUE_OR_FALSE | how
+    return {"type": {"int": int, "float": float, "str": str}[str(option.type)], **how}
 
 
 def shares(text: str) -> dict[str, float]:
@@ -221,14 +207,7 @@ def add_worker_options(parser: Parser) -> None:
         default=3,
         help="how many times failed Ray workers are restarted before the training stops (default 3)",
     )
-    group.add_argument(
-        "--use_gpu",
-        type=true_or_false,
-        nargs="?",
-        const=True,
-        metavar="True|False",
-        help="train on a GPU (default: if this machine has one)",
-    )
+    group.add_argument("--use_gpu", **TRUE_OR_FALSE, help="train on a GPU (default: if this machine has one)")
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, float]:
@@ -239,15 +218,9 @@ def model_options(arguments: argparse.Namespace) -> dict[str, float]:
     """
     from pipeline.models.networks import check_options
 
-    values = {name: getattr(arguments, name) for name in ("dropout", "width")}
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in fields_of(arguments, "dropout", "width").items() if value is not None}
     check_options(arguments.model, given)
     return given
-
-
-def augmentations(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The names in `--augment`."""
-    return tuple(name.strip() for name in arguments.augment.split(",") if name.strip())
 
 
 def fit_config(
@@ -271,7 +244,7 @@ def fit_config(
     given |= {
         "class_weights": _loss_weights(arguments.class_weights, labels, train),
         "oversample_boost": parse_class_values(arguments.oversample_boost, labels),
-        "augment": augmentations(arguments),
+        "augment": names(arguments.augment),
         "threads": threads,
     }
     return FitConfig(**given)

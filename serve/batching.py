@@ -61,9 +61,8 @@ class Batcher(Generic[Item, Result]):
 
     def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], size: int) -> None:
         self._work, self._size = work, size
-        self._waiting: dict[
-            Share, deque[tuple[Item, asyncio.Future[Batched[Result]]]]
-        ] = {}  # the next in turn is first
+        # the next request in turn is first
+        self._waiting: dict[Share, deque[tuple[Item, asyncio.Future[Batched[Result]]]]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
         self._task: asyncio.Task[None] | None = None
 
