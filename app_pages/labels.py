@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import pandas as pd
@@ -12,32 +12,17 @@ import pandas as pd
 FILE_COLUMNS = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_COLUMNS = ("label", "emotion", "label_name")
 # the aliases of pipeline.data.labels, which the page does not import
-ALIASES: Mapping[str, str] = {
-    "anger": "angry",
-    "ang": "angry",
-    "mad": "angry",
-    "calmness": "calm",
-    "relaxed": "calm",
-    "disgusted": "disgust",
-    "dis": "disgust",
-    "fear": "fearful",
-    "fea": "fearful",
-    "afraid": "fearful",
-    "scared": "fearful",
-    "anxiety": "fearful",
-    "happiness": "happy",
-    "hap": "happy",
-    "joy": "happy",
-    "joyful": "happy",
-    "neu": "neutral",
-    "neutrality": "neutral",
-    "sadness": "sad",
-    "surprise": "surprised",
-    "sur": "surprised",
-    "ps": "surprised",
-    "pleasant_surprise": "surprised",
-    "pleasant_surprised": "surprised",
+_SPELLINGS = {
+    "angry": "anger ang mad",
+    "calm": "calmness relaxed",
+    "disgust": "disgusted dis",
+    "fearful": "fear fea afraid scared anxiety",
+    "happy": "happiness hap joy joyful",
+    "neutral": "neu neutrality",
+    "sad": "sadness",
+    "surprised": "surprise sur ps pleasant_surprise pleasant_surprised",
 }
+ALIASES = {alias: name for name, aliases in _SPELLINGS.items() for alias in aliases.split()}
 
 
 class LabelsError(Exception):

@@ -114,19 +114,29 @@ def underscored(argument: str) -> str:
 class LabelMap(argparse.Action):
     """``--label_map``. If it is given twice, the second map also renames the new names of the first one."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, *_: object) -> None:
         """Parse a map, and chain it to the earlier one."""
         setattr(namespace, self.dest, chained(getattr(namespace, self.dest) or {}, parse_label_map(str(values))))
 
 
+def _label_names(text: str) -> tuple[str, ...]:
+    try:
+        return parse_label_names(text)
+    except SerError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 _SHARED: Mapping[str, Mapping[str, Any]] = {
     "model_weights": {"type": Path, "help": "bundle folder or the .pt in it (default: the shipped one)"},
+    "features": {"type": Path, "nargs": "+", "metavar": "FOLDER", "help": "one or more folders that ser extract wrote"},
+    "root": {"type": Path, "help": "folder that relative paths in the CSV start from (default: the CSV's folder)"},
+    "label_map": {"action": LabelMap, "help": "rename labels of the CSV: old=new,..."},
+    "label_names": {
+        "type": _label_names,
+        "metavar": "NAME,...",
+        "help": "class names of the integer labels 0,1,... in the CSV: angry,sad,... (default: the integers "
+        "themselves)",
+    },
     "overwrite": {"action": "store_true", "help": "start anew even if --out has results"},
     "tolerate_failures": {"action": "store_true", "help": "exit with code 0 even if some recordings failed"},
     "crops": {
@@ -134,7 +144,16 @@ _SHARED: Mapping[str, Mapping[str, Any]] = {
         "help": "number of evenly spaced windows in each recording; their answers are averaged (default: the model's "
         "own number)",
     },
+    "engine": {
+        "choices": ("auto", "local", "ray"),
+        "default": "auto",
+        "help": "ray: run on Ray, on this machine or on the cluster at RAY_ADDRESS; local: in processes on this "
+        "machine; auto (default): local if the work is too small to be worth starting Ray",
+    },
+    "num_cpus": {"type": int, "help": "CPUs to use (default: all)"},
 }
+CSV_OPTIONS = ("root", "label_map", "label_names")
+ENGINE_OPTIONS = ("engine", "num_cpus")
 
 
 def add_shared(parser: argparse._ActionsContainer, *names: str) -> None:
@@ -143,38 +162,11 @@ def add_shared(parser: argparse._ActionsContainer, *names: str) -> None:
         parser.add_argument(f"--{name}", **_SHARED[name])
 
 
-def add_csv_options(
-    parser: argparse._ActionsContainer,
-    *,
-    integers: bool = True,
-    label_map: str = "rename labels of the CSV: old=new,...",
-) -> None:
-    """Add ``--root`` and ``--label_map``; with ``integers`` also ``--label_names``, for CSVs with integer labels."""
-    parser.add_argument(
-        "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
-    )
-    parser.add_argument("--label_map", action=LabelMap, help=label_map)
-    if integers:
-        parser.add_argument(
-            "--label_names",
-            type=_label_names,
-            metavar="NAME,...",
-            help="class names of the integer labels 0,1,... in the CSV: angry,sad,... (default: the integers)",
-        )
-
-
 def read_csv(arguments: argparse.Namespace, csv: Path, **how: Any) -> pd.DataFrame:
-    """The manifest ``csv``, read with the options of ``add_csv_options``; ``how``: as in ``read_manifest``."""
+    """The manifest ``csv``, read with ``CSV_OPTIONS``; ``how``: as in ``read_manifest``."""
     from pipeline.data.manifest import read_manifest
 
     return read_manifest(csv, root=arguments.root, label_map=arguments.label_map, tell=say, **how)
-
-
-def _label_names(text: str) -> tuple[str, ...]:
-    try:
-        return parse_label_names(text)
-    except SerError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def say(text: str = "") -> None:
@@ -210,21 +202,14 @@ def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
     parser.set_defaults(out_below=below)
 
 
-def add_engine(parser: argparse._ActionsContainer) -> None:
-    """Add ``--engine`` and ``--num_cpus``."""
-    parser.add_argument(
-        "--engine",
-        choices=("auto", "local", "ray"),
-        default="auto",
-        help="ray: run on Ray, on this machine or on the cluster at RAY_ADDRESS; local: in processes on this machine; "
-        "auto (default): local if the work is too small to be worth starting Ray",
-    )
-    parser.add_argument("--num_cpus", type=int, help="CPUs to use (default: all)")
-
-
 def fields_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The values of these options, by name."""
     return {name: getattr(arguments, name) for name in names}
+
+
+def exit_code(arguments: argparse.Namespace, failed: object) -> int:
+    """The exit code of a finished command; ``failed``: whether recordings failed, or how many."""
+    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
 
 
 def tell_engine(arguments: argparse.Namespace, engine: str, work: str, other: str = "Ray Data") -> None:

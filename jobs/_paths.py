@@ -17,17 +17,8 @@ from pipeline.storage.files import is_remote
 
 RESULTS = ("--out",)
 TABLES = ("--data_csv", "--input")
-INPUTS = (
-    *TABLES,
-    "--data_dir",
-    "--features",
-    "--root",
-    "--split_csv",
-    "--folds_csv",
-    "--model_weights",
-    "--recipe",
-    "--compare",
-)
+MODELS = ("--model_weights", "--recipe", "--compare")
+INPUTS = (*TABLES, *MODELS, "--data_dir", "--features", "--root", "--split_csv", "--folds_csv")
 
 
 @dataclass

@@ -8,18 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
-    Parser,
-    Progress,
-    add_csv_options,
-    add_shared,
-    command,
-    parser_of,
-    read_csv,
-    say,
-)
+from jobs._common import CSV_OPTIONS, Parser, Progress, add_shared, command, exit_code, parser_of, read_csv, say
 from pipeline.audio.windows import Window
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
@@ -46,7 +35,7 @@ def build_parser() -> Parser:
         type=Path,
         help="the parent, the model to adapt: bundle folder or the .pt in it (default: the shipped one)",
     )
-    add_csv_options(parser)
+    add_shared(parser, *CSV_OPTIONS)
     parser.add_argument(
         "--window",
         choices=get_args(Window),
@@ -175,7 +164,7 @@ def _job(arguments: argparse.Namespace) -> int:
         if (arguments.out / "config.json").is_file():
             say(f"{arguments.out} still holds its earlier model")
     forget(arguments.out / _KEPT)
-    return EXIT_SOME_FAILED if read.unread and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, read.unread)
 
 
 def _manifest(arguments: argparse.Namespace) -> pd.DataFrame:
@@ -245,7 +234,6 @@ def _with_last_stage(
     if not can_be_tuned(bundle):
         say("--max_minutes: only a single inception network has a last stage to train; only the last layer is fitted")
         return found, None
-    progress = Progress("last stage", "trainings")
     found, state, needed = compete(
         found,
         recordings,
@@ -255,7 +243,7 @@ def _with_last_stage(
         minutes=arguments.max_minutes,
         seed=arguments.seed,
         threads=usable_cpus(),
-        tell=progress,
+        tell=Progress("last stage", "trainings"),
     )
     if needed:
         say(f"the last stage was not trained: it would take {needed:.0f} minutes; allow it: --max_minutes {needed:.0f}")

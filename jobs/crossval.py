@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
+    CSV_OPTIONS,
+    ENGINE_OPTIONS,
     EXIT_TARGET_MISSED,
     TRUE_OR_FALSE,
     Parser,
-    add_csv_options,
-    add_engine,
     add_out,
     add_shared,
     command,
+    exit_code,
     fields_of,
     parser_of,
     say,
@@ -72,10 +71,8 @@ def _add_data_options(parser: Parser) -> None:
     source.add_argument(
         "--data_csv", type=Path, help="CSV with the columns speech,label; its features are written to OUT/features"
     )
-    source.add_argument(
-        "--features", type=Path, nargs="+", metavar="FOLDER", help="one or more folders that ser extract wrote"
-    )
-    add_csv_options(group)
+    add_shared(source, "features")
+    add_shared(group, *CSV_OPTIONS)
     add_out(group, "reports", "metrics and reports; a folder of an interrupted run is continued")
     add_shared(group, "overwrite", "tolerate_failures")
     group.add_argument(
@@ -84,7 +81,7 @@ def _add_data_options(parser: Parser) -> None:
         default=1,
         help="number of evenly spaced windows in each tested recording; their answers are averaged (default 1)",
     )
-    add_engine(group)
+    add_shared(group, *ENGINE_OPTIONS)
 
 
 def _add_fold_options(parser: Parser) -> None:
@@ -193,7 +190,7 @@ def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     if arguments.enforce and not all(map(reached, verdicts)):
         say("--enforce: " + ", ".join(f"{row['protocol']} {row['verdict']}" for row in rows))
         return EXIT_TARGET_MISSED
-    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, failed)
 
 
 def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:

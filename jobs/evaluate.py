@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import crossval
 from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
+    ENGINE_OPTIONS,
     EXIT_TARGET_MISSED,
     Parser,
     Progress,
-    add_csv_options,
-    add_engine,
     add_out,
     add_shared,
+    exit_code,
     parser_of,
     read_csv,
     run,
@@ -44,10 +42,10 @@ def build_parser() -> Parser:
     parser = parser_of("evaluate", __doc__, "--model_weights runs/first --data_csv val_metadata.csv")
     add_shared(parser, "model_weights")
     parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
-    add_csv_options(parser, integers=False)
+    add_shared(parser, "root", "label_map")
     add_out(parser, "reports", "predictions, metrics, figures and report.html")
     add_shared(parser, "overwrite", "crops")
-    add_engine(parser)
+    add_shared(parser, *ENGINE_OPTIONS)
     parser.add_argument(
         "--leak_check",
         choices=("warn", "error", "off"),
@@ -120,7 +118,7 @@ def job(arguments: argparse.Namespace) -> int:
     if missed:
         say(f"--enforce: {missed}")
         return EXIT_TARGET_MISSED
-    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, failed)
 
 
 def _manifest(arguments: argparse.Namespace, bundle: Bundle, labels: Sequence[str] | None = None) -> pd.DataFrame:
@@ -260,7 +258,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         say(f"{check['name']}:")
         _say_leaks(check)
     print(f"comparison: {arguments.out / 'comparison.html'}")
-    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, failed)
 
 
 def _together(known: Sequence[list[str]], names: Sequence[str]) -> list[str]:

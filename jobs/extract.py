@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
+    ENGINE_OPTIONS,
+    LabelMap,
     Parser,
     Progress,
-    add_csv_options,
-    add_engine,
     add_shared,
     command,
+    exit_code,
     fields_of,
     parser_of,
     read_csv,
@@ -60,7 +59,7 @@ def build_parser() -> Parser:
         help="also write pitch-shifted copies, for training with --augment pitch; for example --pitch_semitones=-1,1",
     )
     parser.add_argument("--block_rows", type=int, default=128, help="recordings in each part file (default 128)")
-    add_engine(parser)
+    add_shared(parser, *ENGINE_OPTIONS)
     parser.add_argument("--overwrite", action="store_true", help="replace earlier shards in --out")
     add_shared(parser, "tolerate_failures")
     return parser
@@ -110,7 +109,8 @@ def add_data_options(parser: Parser) -> None:
         help="folder of labelled recordings: a known corpus, or one subfolder for each emotion (see ser manifest)",
     )
     source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
-    add_csv_options(parser, label_map=LABEL_MAP)
+    add_shared(parser, "root", "label_names")
+    parser.add_argument("--label_map", action=LabelMap, help=LABEL_MAP)
 
 
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
@@ -195,7 +195,7 @@ def job(arguments: argparse.Namespace) -> int:
     )
     kept = f" ({summary.reused} parts existed already)" if summary.reused else ""
     say(f"{summary.rows} rows, {summary.failed} failed, {time.monotonic() - start:.1f} s -> {summary.folder}{kept}")
-    return EXIT_SOME_FAILED if summary.failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, summary.failed)
 
 
 main = command(job, build_parser)

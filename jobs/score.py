@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
+    ENGINE_OPTIONS,
     Parser,
     Progress,
-    add_csv_options,
-    add_engine,
     add_out,
     add_shared,
     command,
+    exit_code,
     fields_of,
     parser_of,
     read_csv,
@@ -47,7 +45,7 @@ def build_parser() -> Parser:
         help="folder of recordings (also s3://, gs://), one recording, or a table of paths: CSV, JSON Lines or text",
     )
     add_out(parser, "scores", "predictions, report and run.json; a folder of an interrupted run is continued")
-    add_csv_options(parser, integers=False)
+    add_shared(parser, "root", "label_map")
     add_shared(parser, "overwrite", "tolerate_failures")
     parser.add_argument("--no_report", action="store_true", help="write the tables only")
     parser.add_argument("--note", help="a sentence to show at the top of the report")
@@ -59,7 +57,7 @@ def build_parser() -> Parser:
     )
     add_window_options(parser)
     spread = parser.add_argument_group("CPUs, GPUs and batches (no effect on the results)")
-    add_engine(spread)
+    add_shared(spread, *ENGINE_OPTIONS)
     spread.add_argument("--num_gpus", type=int, default=0, help="GPUs to use (default 0)")
     spread.add_argument("--batch_size", type=int, default=16, help="windows in a batch of the network (default 16)")
     spread.add_argument(
@@ -147,7 +145,7 @@ def job(arguments: argparse.Namespace) -> int:
     for path in [arguments.out / ("predictions.csv" if arguments.no_report else "report.html"), *result.exports]:
         print(path)
     unseen = found is not None and (found.unreadable or found.too_deep)
-    return EXIT_SOME_FAILED if (result.failed or unseen) and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, result.failed or unseen)
 
 
 def tell(result: ScoreRun, bundle: Bundle) -> None:

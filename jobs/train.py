@@ -7,17 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_SOME_FAILED,
-    Parser,
-    Progress,
-    command,
-    fields_of,
-    parser_of,
-    say,
-)
+from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, Parser, Progress, command, exit_code, fields_of, parser_of, say
 from jobs._recipe import add_recipe_option, parse_with_recipe
 from jobs.extract import describe_labels, labelled, read_data
 from jobs.train_options import (
@@ -81,7 +71,7 @@ def _job(arguments: argparse.Namespace, device: str) -> int:
     _finish(plan, arguments.report_split, interrupted)
     if interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, failed)
 
 
 def _nothing_left(out: Path, resume: bool) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import TRUE_OR_FALSE, Parser, add_csv_options, add_out, add_shared, fields_of
+from jobs._common import CSV_OPTIONS, TRUE_OR_FALSE, Parser, add_out, add_shared, fields_of
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODELS = ("inception", "cnn_bilstm")
 FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
 # options of train and crossval that --help shows
-USUAL = ("data_csv", "features", "protocol", "out", "epochs", "batch_size", "lr", "oversample_boost")
+USUAL: tuple[str, ...] = ("data_csv", "features", "protocol", "out", "epochs", "batch_size", "lr", "oversample_boost")
 USUAL += ("use_focal", "augment", "num_workers")
 
 
@@ -38,10 +38,8 @@ def add_data_options(parser: Parser) -> None:
     source.add_argument(
         "--data_dir", type=Path, help="folder of labelled recordings; their features are written to OUT/features first"
     )
-    source.add_argument(
-        "--features", type=Path, nargs="+", metavar="FOLDER", help="one or more folders that ser extract wrote"
-    )
-    add_csv_options(group)
+    add_shared(source, "features")
+    add_shared(group, *CSV_OPTIONS)
     add_out(group, "runs", "the run: checkpoints, history, bundle, report")
     group.add_argument(
         "--split",
