@@ -99,11 +99,7 @@ def _model() -> ModelInfo:
 
 
 def _answer(collection: Collection) -> None:
-    """Get the missing answers, with a progress bar.
-
-    Raises:
-        ClientError: the service cannot be used; the answers received so far are kept.
-    """
+    """Get the missing answers, with a progress bar; after a ClientError the answers received so far are kept."""
     waiting = collection.waiting()
     if not waiting:
         return

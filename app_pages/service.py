@@ -39,11 +39,9 @@ def _client(url: str, key: str | None) -> Client:
 
 
 def asked(question: Callable[[Client], Answer], about: str | None = None) -> Answer | None:
-    """The answer of the service; None where it failed, after the page has shown the error and the remedy.
+    """The answer to a call of the client; None where it failed, after the page has shown the error and the remedy.
 
-    Args:
-        question: the call to the client.
-        about: file name of the recording in question.
+    ``about`` is the file name of the recording in question.
     """
     try:
         return question(client())

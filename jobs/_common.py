@@ -225,11 +225,7 @@ def dated(below: str) -> str:
 
 @contextmanager
 def _new_out(arguments: argparse.Namespace) -> Iterator[None]:
-    """If the command has ``--out`` and it was not given: make a new folder for it, and remove it if it stays empty.
-
-    Raises:
-        SerError: the folder cannot be made, or ``--resume`` was given without ``--out``.
-    """
+    """If the command has ``--out`` and it was not given: make a new folder for it, and remove it if it stays empty."""
     below = getattr(arguments, "out_below", None)
     if below is None or arguments.out is not None:
         yield
@@ -310,11 +306,7 @@ def _one_line(
 
 
 def check_free(host: str, port: int, remedy: str) -> None:
-    """Check that a server can listen on this host and port.
-
-    Raises:
-        SerError: it cannot; the message ends with ``remedy``.
-    """
+    """Raise SerError, which ends with ``remedy``, unless a server can listen on this host and port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -19,10 +19,7 @@ def follow(client: JobClient, name: str, *, sleep: Sleep = time.sleep, patience_
     """Print the job's output until it ends; returns the exit code of its command.
 
     Ctrl-C leaves the job running and prints how to stop it; a second Ctrl-C within 5 seconds stops it. After a lost
-    connection the cluster is tried again for ``patience_s`` seconds.
-
-    Raises:
-        ClusterError: the cluster cannot be reached again.
+    connection the cluster is tried again for ``patience_s`` seconds; then ClusterError is raised.
     """
     try:
         return _exit_code(name, _watch(client, name, sleep, patience_s))

@@ -23,11 +23,7 @@ def add_recipe_option(parser: Parser) -> None:
 
 
 def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
-    """The parser, with the settings of the ``--recipe`` bundle as its defaults.
-
-    Raises:
-        SerError: no such bundle, or one without its training settings.
-    """
+    """The parser, with the settings of the ``--recipe`` bundle as its defaults; refuses a bundle that has none."""
     first = Parser(prog=parser.prog, add_help=False)
     add_recipe_option(first)
     first.add_argument("--model")

@@ -48,11 +48,7 @@ def add_window_options(parser: argparse.ArgumentParser) -> None:
 
 
 def window_options(arguments: argparse.Namespace) -> ScoreOptions:
-    """The ``ScoreOptions`` of the command line.
-
-    Raises:
-        SerError: a number out of range, or options that exclude each other.
-    """
+    """The ``ScoreOptions`` of the command line; refuses numbers out of range, and options that exclude each other."""
     from pipeline.inference.predictor import ScoreOptions
 
     names = ("crops", "min_confidence", "channels", "window_s", "hop_s", "silence_dbfs")

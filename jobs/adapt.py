@@ -282,8 +282,7 @@ def _compared(
 ) -> tuple[Verdict, dict[str, Any]]:
     """Compare parent and new model, printed and written as a page; the verdict, and a record of it for the new model.
 
-    Args:
-        old: (n, C) logits of the parent.
+    ``old``: the parent's logits ``(n, C)``.
     """
     from dataclasses import asdict
 

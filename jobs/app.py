@@ -90,9 +90,8 @@ def page_command(port: int) -> list[str]:
 def service_environment(environment: Mapping[str, str], platform: str = sys.platform) -> dict[str, str]:
     """The environment of the service.
 
-    On Windows, PyTorch and scikit-learn may each load their own copy of the OpenMP library, and the second one ends
-    the process with "OMP: Error #15". ``KMP_DUPLICATE_LIB_OK`` allows both; it is set only on Windows, and only if the
-    user has not set it. The page loads no PyTorch and needs no such setting.
+    On Windows, PyTorch and scikit-learn may each load their own copy of OpenMP, and the second one ends the process
+    with "OMP: Error #15". ``KMP_DUPLICATE_LIB_OK`` allows both; a value that the user has set is kept.
     """
     extra = {"KMP_DUPLICATE_LIB_OK": "TRUE"} if platform == "win32" else {}
     return {**extra, **environment}

@@ -105,13 +105,7 @@ def _temperature(arguments: argparse.Namespace) -> int:
 
 
 def _plan(predictions: Path) -> dict[str, Any] | None:
-    """The model and temperature of a ``score`` or ``evaluate`` run.
-
-    None for the answers of a protocol: they are of several models, each at temperature 1.
-
-    Raises:
-        SerError: a ``run.json`` that these jobs did not write.
-    """
+    """The model and temperature of a scoring; None for the answers of a protocol: several models at temperature 1."""
     from pipeline.scoring.ledger import RUN
 
     record = (predictions if predictions.is_dir() else predictions.parent) / RUN
@@ -125,11 +119,7 @@ def _plan(predictions: Path) -> dict[str, Any] | None:
 
 
 def _without_training(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -> pd.DataFrame:
-    """A bundle's own answers without those to its training recordings; the inner validation part is kept.
-
-    Raises:
-        SerError: another model gave the answers.
-    """
+    """A bundle's own answers without those to its training recordings; the inner validation part is kept."""
     from pipeline.data.segments import END, START, place_of
     from pipeline.data.splits import add_hashes, leaked
 

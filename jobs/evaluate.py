@@ -141,11 +141,7 @@ def _leaks(
 ) -> Leaks | None:
     """The recordings and speakers that the CSV shares with the model's training; None with ``--leak_check off``.
 
-    Args:
-        contents: the manifest with content hashes, if they are known already.
-
-    Raises:
-        SerError: ``--leak_check error`` and a recording was used in training.
+    ``contents``: the manifest with content hashes, if they are known already.
     """
     from pipeline.evaluation import leaks
 
@@ -262,11 +258,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _together(known: Sequence[list[str]], names: Sequence[str]) -> list[str]:
-    """The union of both models' classes. If a model lacks some, prints that recordings of these count as its mistakes.
-
-    Raises:
-        SerError: the models have no class in common.
-    """
+    """The union of both models' classes. Where a model lacks some, prints that these count as its mistakes."""
     if known[0] == known[1]:
         return known[0]
     if not set(known[0]) & set(known[1]):

@@ -114,13 +114,9 @@ def add_data_options(parser: Parser) -> None:
 
 
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest of ``--data_dir``, or of one or more ``--data_csv``.
+    """The manifest of ``--data_dir``, or of one or more ``--data_csv``; refuses corpora that cannot be combined.
 
     Of several CSVs, one without a column corpus gets its file name as corpus.
-
-    Raises:
-        SerError: ``--root`` or ``--label_names`` with ``--data_dir``, nothing readable, or corpora that cannot be
-            combined.
     """
     from pipeline.data.corpora.voices import check_corpora
     from pipeline.data.manifest import scan_folder
@@ -148,11 +144,7 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
 
 
 def labelled(features: Sequence[Path]) -> pd.DataFrame:
-    """Rows of feature folders, without pitch-shifted copies.
-
-    Raises:
-        SerError: no such folder, or one without labels.
-    """
+    """Rows of feature folders that have labels, without pitch-shifted copies."""
     from pipeline.features.store import load_features
 
     table = load_features(features).table

@@ -59,11 +59,7 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def _is_manifest(out: Path) -> bool:
-    """Whether ``out`` is an earlier manifest, which may be replaced; False if it does not exist.
-
-    Raises:
-        ManifestError: it is a folder or another file.
-    """
+    """Whether ``out`` is an earlier manifest, which may be replaced; any other file or folder is refused."""
     if out.is_dir():
         raise ManifestError(f"--out {out} is a folder; give the name of the CSV file to write")
     if not out.is_file():

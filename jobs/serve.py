@@ -171,9 +171,6 @@ class _Metrics(ThreadingHTTPServer):
 
     Ray exports about a megabyte of metrics on a port of its choice. ``/metrics`` gives the service's own metrics,
     summed over its processes; ``/metrics/all`` gives everything. Without Ray both are the same.
-
-    Raises:
-        SerError: the port is taken.
     """
 
     daemon_threads = True

@@ -96,11 +96,7 @@ def _placed(arguments: argparse.Namespace) -> Placed:
 
 
 def _environment(given: Sequence[str]) -> dict[str, str]:
-    """Parse ``NAME=VALUE`` arguments into a mapping.
-
-    Raises:
-        SerError: not of this form, or a secret, which everybody who can see the job could read in its record.
-    """
+    """``NAME=VALUE`` arguments as a mapping; refuses secrets, which all who see the job could read in its record."""
     pairs = {}
     for word in given:
         name, equals, value = word.partition("=")

@@ -116,11 +116,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
 
 
 def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
-    """Print the corpora; check that they can be combined, and that the options name corpora and speakers that exist.
-
-    Raises:
-        SerError: they cannot be combined, or an option names one that is not there.
-    """
+    """Print the corpora; check that they can be combined, and that the options name corpora and speakers that exist."""
     from pipeline.data.corpora.voices import check_corpora, corpora_of, renewed
     from pipeline.training.batches import shares_of
 
@@ -136,11 +132,7 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
 
 
 def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFrame:
-    """The table with the recordings of ``--test_corpora`` and ``--test_speakers`` as its test part.
-
-    Raises:
-        SerError: a name that no recording has, or no recordings left to train on.
-    """
+    """The table with the recordings of ``--test_corpora`` and ``--test_speakers`` as its test part."""
     import pandas as pd
 
     from pipeline.data.corpora.voices import voice, voices

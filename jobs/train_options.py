@@ -209,11 +209,7 @@ def add_worker_options(parser: Parser) -> None:
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, float]:
-    """Those of ``--dropout`` and ``--width`` that were given.
-
-    Raises:
-        SerError: an option that the network does not have, or a value out of range.
-    """
+    """Those of ``--dropout`` and ``--width`` that were given; refuses what the network does not have or allow."""
     from pipeline.models.networks import check_options
 
     given = {name: value for name, value in fields_of(arguments, "dropout", "width").items() if value is not None}
@@ -224,14 +220,11 @@ def model_options(arguments: argparse.Namespace) -> dict[str, float]:
 def fit_config(
     arguments: argparse.Namespace, labels: LabelSet, train: pd.DataFrame, threads: int | None = None
 ) -> FitConfig:
-    """The training settings of the options.
+    """The training settings of the options; refuses values out of range, and unknown classes or augmentations.
 
     Args:
         train: manifest rows of the training part.
         threads: math threads of each worker; by default those of the worker options.
-
-    Raises:
-        SerError: a value out of range, or an unknown class, scheduler or augmentation.
     """
     from pipeline.cluster.engine import cpus_a_worker
     from pipeline.training.batches import parse_class_values

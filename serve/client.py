@@ -120,32 +120,23 @@ class Client:
         self._http.close()
 
     def predict(self, source: Source, **options: Any) -> Recording:
-        """Emotions of one recording.
+        """Emotions of one recording: a path, bytes, or (name, bytes). Errors as in ``client_wire``.
 
-        Args:
-            source: a path, bytes, or (name, bytes).
-            options: ``window_s, hop_s, channels, top_k, min_confidence, picture, model``, as in ``schema.Options``.
-
-        Raises:
-            ClientError: see ``client_wire``.
+        Options: ``window_s, hop_s, channels, top_k, min_confidence, picture, model``, as in ``schema.Options``.
         """
         return single(self.predict_together([source], **options))
 
     def predict_together(self, sources: Sequence[Source], **options: Any) -> Prediction:
         """Emotions of several recordings in one request; those that cannot be used are ``Failure`` entries.
 
-        Raises:
-            ClientError: as ``predict``; also ``BadRecording``, where a single recording cannot be used.
+        A single one that cannot be used is a ``BadRecording``. Errors as in ``client_wire``.
         """
         return read(self._send("POST", "/v1/predict", **form(sources, options)), Prediction)
 
     def predict_each(self, sources: Iterable[Source], **options: Any) -> Iterator[Recording | Failure]:
         """Emotions of any number of recordings, in order, several per request.
 
-        A recording that cannot be read or used gives a ``Failure``.
-
-        Raises:
-            ClientError: the service cannot be used.
+        A recording that cannot be read or used gives a ``Failure``; errors: the service cannot be used.
         """
         for group in parts(sources):
             if isinstance(group, Failure):

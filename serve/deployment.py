@@ -101,14 +101,10 @@ class ModelWorker:
 
 
 class RemoteModels:
-    """``service.Models`` that calls workers through Ray Serve's deployment handles.
+    """``service.Models`` that calls workers through Ray Serve's handles; ``room`` is that of all workers.
 
     A request whose worker dies is sent to another worker, once. If the workers are full or none can answer, the call
     raises a ServiceError.
-
-    Args:
-        handles: name of a model -> handle of its workers.
-        room: maximum number of recordings of one model, in progress and waiting, over all its workers.
     """
 
     def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], room: int) -> None:
@@ -200,12 +196,7 @@ class _WorkerDied(ServiceError):
 class Offer:
     """What one ingress process serves; Serve's proxy builds the same application from it.
 
-    Attributes:
-        revision: a random id, different in every process.
-        settings: the service's settings.
-        digest: hash of the API key; None where no key is set.
-        window_s: the longest input window of all models.
-        handles: name of a model -> handle of its workers.
+    Every process has another ``revision``; ``digest``: the API key's hash; ``window_s``: the longest input window.
     """
 
     revision: str
@@ -334,11 +325,7 @@ def run(settings: Settings, host: str, port: int, digest: str | None = None) -> 
 
 
 def metrics_address() -> str:
-    """The URL at which Ray exports the metrics of this machine's processes, in Prometheus' format.
-
-    Raises:
-        ConnectionError: no Ray node runs on this machine.
-    """
+    """The URL of the metrics that Ray exports on this machine. Raise ConnectionError where no node runs here."""
     here = get_node_ip_address()
     ports = [node["MetricsExportPort"] for node in ray.nodes() if node["NodeManagerAddress"] == here and node["Alive"]]
     if not ports:

@@ -40,10 +40,7 @@ _GRACE_S = 2  # for connections, once all requests are answered
 class LocalModels:
     """``service.Models`` over workers in this process; use it from one event loop.
 
-    Args:
-        workers: name of a model -> its worker.
-        settings: the limits.
-        renew: makes a new worker for one that hangs; called in a thread.
+    ``renew`` makes a new worker for one that hangs; it is called in a thread.
     """
 
     def __init__(
@@ -106,9 +103,7 @@ class LocalModels:
 class LocalService:
     """The service on uvicorn; ``run`` returns once ``stop`` was called and the requests in progress are answered.
 
-    Args:
-        settings: models and limits.
-        digest: hash of the API key; without one the service answers on loopback addresses only.
+    ``digest`` is the hash of the API key; without one the service answers on loopback addresses only.
     """
 
     def __init__(self, settings: Settings, digest: str | None = None) -> None:
@@ -125,8 +120,7 @@ class LocalService:
     def open(self, bundles: Sequence[Bundle]) -> None:
         """Use these bundles for new requests; requests in progress finish with the previous models.
 
-        Raises:
-            SerError: one of them cannot be used; the previous models stay in use.
+        After a SerError the previous models stay in use.
         """
         settings, (requests, work) = self.settings, self._meters
         workers = {bundle.name: open_worker(str(bundle.folder), settings, work) for bundle in bundles}

@@ -43,13 +43,9 @@ _LOOK_S = 0.2  # interval at which an incomplete request checks whether the serv
 
 
 class BodyLimit:
-    """Limits the size and the time of request bodies; unpacks gzip, and counts the unpacked bytes.
+    """Limits the bytes of a request body, its time from start to end, and the bytes of all requests in progress.
 
-    Args:
-        app: the next application.
-        max_bytes: of one request.
-        max_held_bytes: of all requests that are being received or answered.
-        timeout_s: from the start of a request until its body is complete.
+    It unpacks gzip, and counts the unpacked bytes.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float) -> None:
@@ -160,15 +156,11 @@ _ID = b"x-request-id"
 
 
 class Admission:
-    """Limits the number of uploads that are answered at a time; the others get 429.
+    """Limits the number of uploads that are answered at a time to ``room``; the others get 429.
 
     An upload counts once its body is complete, so that slow senders do not block others. The body then goes along in
     the scope (``Unpack``), which saves calls between processes. At the limit no body is read; an upload whose body is
     complete only then gets 429 too.
-
-    Args:
-        app: the next application.
-        room: maximum number of uploads that are answered at a time.
     """
 
     def __init__(self, app: ASGIApp, *, room: int) -> None:
@@ -345,10 +337,7 @@ STREAM = "/v1/stream"
 class Access:
     """Counts each request in the metrics and writes its log line, a JSON object.
 
-    Args:
-        app: the next application.
-        meter: the metrics.
-        refusals: only for requests refused in Ray Serve's proxy; the ingress does it for the others.
+    With ``refusals`` only those refused in Ray Serve's proxy; the ingress does it for the others.
     """
 
     def __init__(self, app: ASGIApp, *, meter: Meter, refusals: bool = False) -> None:

@@ -59,10 +59,7 @@ VARIABLES = {
 class ShortWay:
     """Answers uploads and streams in the proxy with the ingress' own application; the innermost middleware.
 
-    Args:
-        app: Ray Serve's proxy, for all other requests.
-        ask: returns the offer of the ingress; may raise any exception while there is none.
-        make: builds the application from an offer.
+    ``ask`` returns the offer of the ingress, or raises any exception; ``make`` builds the application from an offer.
     """
 
     def __init__(self, app: ASGIApp, *, ask: Callable[[], Awaitable[Offer]], make: Callable[[Offer], ASGIApp]) -> None:
@@ -131,9 +128,8 @@ def tidy_up() -> None:
 def limit_slow_headers() -> None:
     """Make uvicorn, in this process, close connections on which the headers of a request take longer than 30 s.
 
-    uvicorn itself has no such limit. The time counts while no request is in progress on the connection: from its
-    start, or from the first byte after a response. An idle connection after a response is closed by uvicorn's
-    ``timeout_keep_alive``.
+    uvicorn has no such limit. The time counts while no request is in progress: from the start of the connection, or
+    from the first byte after a response. Idle connections after a response are closed by ``timeout_keep_alive``.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol

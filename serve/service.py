@@ -169,11 +169,7 @@ class Service:
         raise full
 
     def model(self, name: str | None) -> str:
-        """``name``; the name of the first model where it is None.
-
-        Raises:
-            ServiceError: no model has this name.
-        """
+        """``name``, or where it is None the name of the first model; an unknown one is refused."""
         names = self.models.names
         if name is not None and name not in names:
             raise ServiceError("unknown_model", f"no model has this name; the models are {', '.join(names)}")

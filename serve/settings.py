@@ -86,11 +86,7 @@ class Settings(BaseModel):
         return max(1, len(self.bundles))
 
     def check_cpus(self, there: float) -> None:
-        """Check that ``there`` CPUs are enough for the minimum number of model workers.
-
-        Raises:
-            SerError: they are not enough.
-        """
+        """Raise SerError unless ``there`` CPUs are enough for the minimum number of model workers."""
         needed = self.models * self.replicas * self.threads
         if needed > there:
             raise SerError(

@@ -45,12 +45,9 @@ _PASSES = ("overloaded", "unavailable", "deadline_exceeded")  # temporary errors
 
 
 class Streams:
-    """The WebSocket endpoint of one application.
+    """The WebSocket endpoint of one application; ``closed()`` is true once the service stops.
 
-    Args:
-        service: the models and settings.
-        closed: returns True once the service stops.
-        relayed: whether a proxy in front keeps reading, and buffers, while this endpoint does not read.
+    ``relayed``: whether a proxy in front keeps reading, and buffers, while this endpoint does not read.
     """
 
     def __init__(self, service: Service, closed: Callable[[], bool], *, relayed: bool) -> None:
@@ -128,12 +125,7 @@ class _Session:
         return asyncio.get_running_loop().time()
 
     async def run(self) -> None:
-        """Serve the stream until its client ends it.
-
-        Raises:
-            ServiceError: an error ends the stream.
-            _Gone: the client disconnected, or does not read.
-        """
+        """Serve the stream until its client ends it; raises ServiceError or _Gone where something else does."""
         options = await self._options()
         service = self._service
         model = service.model(options.model)

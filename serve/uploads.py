@@ -46,9 +46,7 @@ def content_type(request: Request) -> str:
 async def read_form(request: Request, model: type[Fields], max_files: int) -> tuple[list[Upload], Fields]:
     """The recordings (at least one) in the parts ``file`` of a multipart form, and its other fields as a ``model``.
 
-    Raises:
-        ServiceError: the content type is not multipart, the form is broken, there are too many files, or a field is
-            wrong.
+    Refuses other content types, broken forms, too many files, and wrong fields.
     """
     if content_type(request) != "multipart/form-data":
         raise ServiceError(
@@ -110,8 +108,7 @@ async def _check_form(request: Request, max_files: int) -> None:
 async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
     """The recording and the parameters of the audio-classification task, from raw audio or JSON with base64.
 
-    Raises:
-        ServiceError: the content type is not supported, the JSON or base64 is broken, or a field is wrong.
+    Refuses other content types, broken JSON or base64, and wrong fields.
     """
     kind = content_type(request)
     if kind == "application/json":
@@ -135,11 +132,7 @@ async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
 
 
 def _decoded(text: str) -> bytes:
-    """The bytes of base64 text; line breaks, the URL-safe alphabet, missing padding and data URLs are accepted.
-
-    Raises:
-        ValueError: the text is not base64.
-    """
+    """The bytes of base64 text; line breaks, the URL-safe alphabet, missing padding and data URLs are accepted."""
     if text[:5].lower() == "data:":
         head, comma, text = text.partition(",")
         if not comma or not head.lower().rstrip().endswith(";base64"):
@@ -150,11 +143,7 @@ def _decoded(text: str) -> bytes:
 
 
 def check_query(request: Request) -> None:
-    """Refuse query parameters that the endpoint does not have; they would be ignored.
-
-    Raises:
-        ServiceError: there is an unknown one.
-    """
+    """Refuse query parameters that the endpoint does not have; they would be ignored."""
     known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:
@@ -163,11 +152,7 @@ def check_query(request: Request) -> None:
 
 
 def validated(model: type[Fields], fields: dict[str, str]) -> Fields:
-    """The fields of a form as a ``model``.
-
-    Raises:
-        ServiceError: a field is unknown, or its value is not allowed.
-    """
+    """The fields of a form as a ``model``; unknown fields and values that are not allowed are refused."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:

@@ -68,11 +68,7 @@ class NotExplainable(audio.AudioError):
 class Worker:
     """One model with its threads; use it from one event loop.
 
-    Args:
-        predictor: the model, with the limits of recordings.
-        max_windows: maximum number of windows of a recording, over all channels.
-        decode_timeout_s: seconds after which decoding of a recording is given up.
-        meter: the metrics.
+    ``max_windows`` counts over all channels of a recording.
     """
 
     def __init__(
@@ -130,10 +126,7 @@ class Worker:
     async def predict(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> WorkerResult:
         """Predict the emotion of a recording. One that cannot be used gives a prediction with an error, no exception.
 
-        Args:
-            data: the bytes of a file.
-            request: the options.
-            isolated: decode in a separate process, for a recording that may have crashed a worker.
+        ``isolated``: decode in a separate process, for a recording that may have crashed a worker.
         """
         with self._metered():
             result = await self._predict(data, request, isolated)
@@ -214,9 +207,7 @@ class Worker:
     async def _follow(self, work: Generator[Array, Floats, Result], share: Share) -> tuple[Result, Timing]:
         """Run long work step by step, its features in the shared batches; cancelling the caller ends it.
 
-        Args:
-            work: yields features ``(n, *input_shape)``, and is sent ``Predictor.answers``, ``(n, classes + 1)``.
-            share: the thread time of the request.
+        ``work`` yields features ``(n, *input_shape)``, and is sent ``Predictor.answers``, ``(n, classes + 1)``.
         """
         log_p, started_s, network_s, size = None, time.monotonic(), 0.0, 0
         self.long += 1
@@ -389,11 +380,7 @@ def _advance(
 
 
 def open_worker(folder: str, settings: Settings, meter: WorkMeter) -> Worker:
-    """A worker for the bundle in ``folder``, warmed up, with the limits of ``settings``.
-
-    Raises:
-        SerError: the bundle cannot be used.
-    """
+    """A worker for the bundle in ``folder``, warmed up, with the limits of ``settings``; SerError if unusable."""
     limits = settings.audio_limits
     predictor = Predictor.from_bundle(folder, threads=settings.threads, batch_size=settings.batch_size, limits=limits)
     worker = Worker(predictor, max_windows=settings.max_windows, meter=meter)
