@@ -175,13 +175,6 @@ def say(text: str = "") -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def escape_on_consoles() -> None:
-    """From now on, print characters that the console's encoding lacks as escapes instead of raising an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def true_or_false(text: str) -> bool:
     """Parse ``True`` or ``False`` of the command line (also yes/no, 1/0)."""
     value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.strip().lower())
@@ -266,7 +259,9 @@ def run(job: Job, parser: Parser, argv: Sequence[str] | None, parse: Parse = Par
     """Parse the command line, run the job and return the exit code; the user never sees a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     atexit.register(gc.freeze)  # else the garbage collector runs at exit, for a second or more
-    escape_on_consoles()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the console's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _one_line
     try:
         try:
