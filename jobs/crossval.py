@@ -275,25 +275,24 @@ def _run(
     fits = {fold.name: fit_config(arguments, labels, fold.splits["train"], threads=side.cpus) for fold in folds}
     seeds = arguments.join_seeds or [plan.fit.seed]
     engine = _engine(plan.fit, folds, len(seeds), side, arguments)
-    tables = []
+    joined, tables = len(seeds) > 1, []
     for seed in seeds:
-        if len(seeds) > 1:
+        if joined:
             say(f"{protocol}: seed {seed}")
-        tables.append(
-            train_folds(
-                folds,
-                replace(plan, out=out / f"seed-{seed}", fit=replace(plan.fit, seed=seed)) if len(seeds) > 1 else plan,
-                side,
-                fits={name: replace(fit, seed=seed) for name, fit in fits.items()},
-                keep_weights=arguments.keep_weights,
-                max_failures=arguments.max_failures,
-                engine=engine,
-                on_epoch=show,
-            )
+        place = out / f"seed-{seed}" if joined else out
+        found = train_folds(
+            folds,
+            replace(plan, out=place, fit=replace(plan.fit, seed=seed)),
+            side,
+            fits={name: replace(fit, seed=seed) for name, fit in fits.items()},
+            engine=engine,
+            on_epoch=show,
+            **fields_of(arguments, "keep_weights", "max_failures"),
         )
-    answers = mean_answers(tables, labels.names) if len(seeds) > 1 else tables[0]
+        tables.append(found)
+    answers = mean_answers(tables, labels.names) if joined else tables[0]
     answers.to_parquet(out / "predictions.parquet", index=False)
-    networks = "one a fold" if len(seeds) == 1 else f"{len(seeds)} a fold, joined (seeds {', '.join(map(str, seeds))})"
+    networks = f"{len(seeds)} a fold, joined (seeds {', '.join(map(str, seeds))})" if joined else "one a fold"
     about = {"model": f"{arguments.model}, {networks}", "protocol": protocol, "folds": len(folds), "crops": plan.crops}
     if plan.teachers:
         about |= {"teachers": ", ".join(map(str, plan.teachers)), "distill": plan.distill}
