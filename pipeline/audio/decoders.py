@@ -23,7 +23,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -251,10 +251,7 @@ class SndfileDecoder:
 _MOST = 10_000  # recordings in one file
 
 
-@dataclass(frozen=True)
-class _Part:
-    container: Container
-    frames: int
+_Parts = list[tuple[Container, int]]  # with their numbers of frames
 
 
 class JoinedDecoder:
@@ -262,10 +259,10 @@ class JoinedDecoder:
 
     next_at = 0
 
-    def __init__(self, first: Decoder, parts: list[_Part], left_out: list[str], limits: Limits) -> None:
+    def __init__(self, first: Decoder, parts: _Parts, left_out: list[str], limits: Limits) -> None:
         self.name, self.container, self.codec = first.name, first.container, first.codec
         self.sample_rate_hz, self.channels = first.sample_rate_hz, first.channels
-        self.frames = sum(part.frames for part in parts)
+        self.frames = sum(frames for _, frames in parts)
         self._parts, self._limits = parts, limits
         self.notice = ""
         if left_out:
@@ -274,18 +271,14 @@ class JoinedDecoder:
             self.notice = f"{these}; the first has {self.sample_rate_hz} Hz and {self.channels} channels)"
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
-        for part in self._parts:
-            if start < part.frames and count:
-                here = min(count, part.frames - start)
-                with open_decoder(part.container, self._limits) as decoder:
+        for container, frames in self._parts:
+            if start < frames and count:
+                here = min(count, frames - start)
+                with open_decoder(container, self._limits) as decoder:
                     yield from decoder.blocks(start, here)
                 start, count = 0, count - here
             else:
-                start -= part.frames
-
-
-def _part(container: Container, decoder: Decoder) -> _Part:
-    return _Part(replace(container, length=decoder.next_at), decoder.frames)
+                start -= frames
 
 
 @contextmanager
@@ -296,7 +289,7 @@ def open_recording(file: Opened, limits: Limits) -> Iterator[Decoder]:
         if not first.next_at:
             yield first
             return
-        parts, left_out = [_part(container, first)], list[str]()
+        parts, left_out = [(replace(container, length=first.next_at), first.frames)], list[str]()
         rest, place = container.whole, first.next_at
     while place:
         if len(parts) + len(left_out) >= _MOST:
@@ -305,8 +298,8 @@ def open_recording(file: Opened, limits: Limits) -> Iterator[Decoder]:
         container = inspect(rest)
         with open_decoder(container, limits) as decoder:
             if (decoder.sample_rate_hz, decoder.channels) == (first.sample_rate_hz, first.channels):
-                parts.append(_part(container, decoder))
-                frames = sum(part.frames for part in parts)
+                parts.append((replace(container, length=decoder.next_at), decoder.frames))
+                frames = sum(frames for _, frames in parts)
                 limits.check(file.name, rate_hz=first.sample_rate_hz, channels=first.channels, frames=frames)
             else:
                 left_out.append(f"{decoder.sample_rate_hz} Hz, {decoder.channels} channels")

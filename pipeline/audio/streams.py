@@ -153,13 +153,19 @@ def _behind_tags(file: Opened, position: int) -> int:
         if head[:3] == b"TAG":
             position += 128
         elif head[:3] == b"ID3" and len(head) >= 10:
-            position += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+            position += id3_bytes(head)
         elif head[:8] == b"APETAGEX" and len(head) == 32:
             header = 32 if head[23] & 0x20 else 0
             position += header + (int.from_bytes(head[12:16], "little") if header else 32)
         else:
             break
     return min(position, file.size_bytes)
+
+
+def id3_bytes(head: bytes) -> int:
+    """Bytes of the ID3v2 tag with this header of 10 bytes or more."""
+    size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    return int(10 + size + (10 if head[5] & 0x10 else 0))  # the flag: a footer follows
 
 
 def _told_bytes(head: bytes) -> int | None:

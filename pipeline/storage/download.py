@@ -228,7 +228,6 @@ def _writing(path: Path) -> Iterator[None]:
         raise DownloadError(f"cannot write {path}: {error.strerror}; free space, or choose another --out") from error
 
 
-_COPY_BYTES = 1 << 20
 _ENCRYPTED = 0x1
 
 
@@ -293,20 +292,15 @@ def _judged(entries: list[zipfile.ZipInfo], limits: UnpackLimits, archive: Path)
     if len(entries) > limits.entries:
         raise ArchiveError(f"{archive} has {len(entries):,} entries, more than {limits.entries:,}; refused")
     seen: set[str] = set()
-    total = 0
     for entry in entries:
-        reason = _objection(entry, limits)
         key = entry.filename.rstrip("/").casefold()
-        if reason is None and key in seen:
-            reason = "occurs twice"
-        if reason is not None:
+        if reason := _objection(entry, limits) or ("occurs twice" if key in seen else None):
             raise ArchiveError(f"{archive}: entry {entry.filename[:100]!r} {reason}; nothing was unpacked")
         seen.add(key)
-        total += entry.file_size
+    total = sum(entry.file_size for entry in entries)
     if total > limits.total_bytes:
-        raise ArchiveError(
-            f"{archive} unpacks to {total:,} bytes, more than {limits.total_bytes:,}; nothing was unpacked"
-        )
+        found = f"{total:,} bytes, more than {limits.total_bytes:,}"
+        raise ArchiveError(f"{archive} unpacks to {found}; nothing was unpacked")
     return [entry for entry in entries if not entry.is_dir()]
 
 
@@ -332,23 +326,18 @@ def _objection(entry: zipfile.ZipInfo, limits: UnpackLimits) -> str | None:
 def _check_room(parent: Path, needed: int) -> None:
     while not parent.is_dir():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ArchiveError(
-            f"{needed:,} bytes are needed in {parent}, {free:,} are free; free some space, or choose another --out"
-        )
+    if (free := shutil.disk_usage(parent).free) < needed:
+        remedy = "free some space, or choose another --out"
+        raise ArchiveError(f"{needed:,} bytes are needed in {parent}, {free:,} are free; {remedy}")
 
 
 def _write(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, archive: Path) -> int:
     """Write one file; returns its size. ``zipfile`` checks the checksum at the end, and stops at the declared size."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
     with opened.open(entry) as source, path.open("xb") as target:
-        while chunk := source.read(_COPY_BYTES):
-            written += len(chunk)
-            target.write(chunk)
+        shutil.copyfileobj(source, target)
+        written = target.tell()
     if written != entry.file_size:
-        raise ArchiveError(
-            f"{archive}: entry {entry.filename[:100]!r} holds {written:,} bytes, not {entry.file_size:,}"
-        )
+        name = entry.filename[:100]
+        raise ArchiveError(f"{archive}: entry {name!r} holds {written:,} bytes, not {entry.file_size:,}")
     return written

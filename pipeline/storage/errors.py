@@ -155,26 +155,11 @@ class DecodeTimeout(AudioError):
     code = "decode_timeout"
 
 
-ERRORS: dict[str, type[AudioError]] = {
-    error.code: error
-    for error in (
-        *(AudioError, NotFound, NotFetched, NotAFile, PermissionDenied, Unreadable, EmptyFile, NotAudio),
-        *(
-            UnsupportedFormat,
-            ExtraNeeded,
-            Corrupt,
-            Truncated,
-            NoSamples,
-            TooShort,
-            NotFinite,
-            OutOfRange,
-            TooLong,
-            TooLarge,
-            BadSampleRate,
-        ),
-        *(BadChannels, NoSuchChannel, NoSuchSegment, DecoderCrashed, DecodeTimeout),
-    )
-}
+def _with_subclasses(error: type[AudioError]) -> list[type[AudioError]]:
+    return [error, *(one for kind in error.__subclasses__() for one in _with_subclasses(kind))]
+
+
+ERRORS: dict[str, type[AudioError]] = {error.code: error for error in _with_subclasses(AudioError)}
 
 
 @dataclass(frozen=True)

@@ -64,19 +64,12 @@ class FolderScan:
 
     def skipped(self) -> str:
         """One line of text on what was left out; "" if nothing was."""
-        parts = [
-            f"{count:,} {what}"
-            for count, what in (
-                (self.hidden, "hidden"),
-                *_by_ending(self.other),
-                (self.linked, "links to folders listed already"),
-            )
-            if count
-        ]
-        if self.unreadable:
-            parts.append(f"{len(self.unreadable):,} folders that cannot be read (first: {_example(self.unreadable)})")
-        if self.too_deep:
-            parts.append(f"{len(self.too_deep):,} folders too deep (first: {_example(self.too_deep)})")
+        linked = self.linked, "links to folders listed already"
+        counts = ((self.hidden, "hidden"), *_by_ending(self.other), linked)
+        parts = [f"{count:,} {what}" for count, what in counts if count]
+        for folders, what in ((self.unreadable, "that cannot be read"), (self.too_deep, "too deep")):
+            if folders:
+                parts.append(f"{len(folders):,} folders {what} (first: {_start_of(folders[0], 80)})")
         return ", ".join(parts)
 
 
@@ -205,22 +198,25 @@ def _identity(folder: bytes) -> tuple[int, int]:
 def _by_ending(other: Mapping[str, int]) -> list[tuple[int, str]]:
     """(count, ending) pairs, the most frequent first; the rest as one pair."""
     ordered = sorted(other.items(), key=lambda item: (-item[1], item[0]))
-    shown = [(count, _printable(ending) or "without ending") for ending, count in ordered[:_SHOWN_ENDINGS]]
+    shown = [
+        (count, _start_of(printable(ending), _LONGEST_ENDING) or "without ending")
+        for ending, count in ordered[:_SHOWN_ENDINGS]
+    ]
     rest = sum(count for _, count in ordered[_SHOWN_ENDINGS:])
     return [*shown, (rest, "with other endings")]
 
 
-def _printable(ending: str) -> str:
-    text = ending.encode("utf-8", "backslashreplace").decode("utf-8")
+def _start_of(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path as one printable line: control characters and undecodable bytes escaped, cut in the middle if long."""
+    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= _LONGEST_ENDING else f"{text[:_LONGEST_ENDING]}..."
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-100:]}"
 
 
-def _example(paths: tuple[str, ...], limit: int = 80) -> str:
-    return paths[0] if len(paths[0]) <= limit else f"{paths[0][:limit]}..."
-
-
-SCHEMES = ("s3", "gs")
 _OBJECT = re.compile(r"^(s3|gs)://([^/?]+)/?(.*?)(\?(?:(?:region|endpoint_override|scheme)=[^&]*&?)+)?$", re.DOTALL)
 _LARGEST = 2**30
 
@@ -299,21 +295,11 @@ def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
     return FolderScan(tuple(f"{store}://{name}{options}" for name in sorted(names)), hidden, other)
 
 
-def stamp_of(uri: str) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of the object; -1 if unknown."""
-    try:
-        files, path, _, _ = _open(uri)
-        info = files.get_file_info(path)
-    except (OSError, ValueError, SerError):
-        return -1, -1
-    return (-1 if info.size is None else info.size), (info.mtime_ns or -1)
-
-
 def _open(uri: str) -> tuple[Any, str, str, str]:
     """(file system, path in it, scheme, options) of an object's URI."""
     match = _OBJECT.match(uri)
     if match is None:
-        raise SerError(f"{uri!r} is not an object's URI; expected {' or '.join(f'{s}://bucket/key' for s in SCHEMES)}")
+        raise SerError(f"{uri!r} is not an object's URI; expected s3://bucket/key or gs://bucket/key")
     scheme, bucket, key, options = match.groups(default="")
     return _file_system(f"{scheme}://{bucket}{options}"), f"{bucket}/{key}".rstrip("/"), scheme, options
 
@@ -342,18 +328,17 @@ def stamps_of(recordings: Sequence[str]) -> NDArray[np.int64]:
 
     groups = [recordings[begin : begin + _AT_ONCE] for begin in range(0, len(recordings), _AT_ONCE)]
     with ThreadPoolExecutor(8) as pool:
-        stamps = [stamp for found in pool.map(_stamps, groups) for stamp in found]
+        stamps = [stamp for found in pool.map(lambda group: list(map(stamp_of, group)), groups) for stamp in found]
     return np.array(stamps, dtype=np.int64).reshape(-1, 2)
 
 
-def _stamps(recordings: Sequence[str]) -> list[tuple[int, int]]:
-    return [_stamp(recording) for recording in recordings]
-
-
-def _stamp(recording: str) -> tuple[int, int]:
+def stamp_of(recording: str) -> tuple[int, int]:
+    """Size in bytes and modification time in ns of a recording, a path or an object's URI; -1 if unknown."""
     try:
         if is_remote(recording):
-            return stamp_of(recording)
+            files, path, _, _ = _open(recording)
+            info = files.get_file_info(path)
+            return (-1 if info.size is None else info.size), (info.mtime_ns or -1)
         status = os.stat(local_path(recording))
     except (OSError, ValueError, SerError):
         return -1, -1
