@@ -17,7 +17,6 @@ The load tool runs on the same machine and uses a part of the CPUs; its CPU time
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import statistics
 import sys
@@ -25,19 +24,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import soundfile
-
+from benchmarks.common import clips
 from benchmarks.load import Load, closed_loop, multipart, open_loop, request
 from benchmarks.services import HOST, Running, no_op, ours, started
 from pipeline.inference.predictor import Predictor
 from tests.support.processes import cpu_seconds, machine, watched
-from tests.support.recordings import synthetic_speech
 
 BATCH = 16
 BESIDE = "measured beside"
 STEADY = "p99 within 1.5x, 0 other errors, Retry-After on all, memory flat"
 CLIENTS, TURNS = 16, 5
-CLIP_S, RATE_HZ = 3.7, 48_000
 
 
 @dataclass
@@ -54,16 +50,6 @@ class Verdict:
         for what, measured, wanted, reached in self.rows:
             verdict = "" if wanted == BESIDE else "reached" if reached else "MISSED"
             print(f"| {what} | {measured} | {wanted} | {verdict} |")
-
-
-def clips(count: int = 16) -> list[bytes]:
-    """Different recordings of one length."""
-    found = []
-    for seed in range(count):
-        buffer = io.BytesIO()
-        soundfile.write(buffer, synthetic_speech(CLIP_S, RATE_HZ, seed=seed), RATE_HZ, format="WAV", subtype="PCM_16")
-        found.append(buffer.getvalue())
-    return found
 
 
 def in_batches(predictor: Predictor, data: Sequence[bytes], seconds: float) -> float:
