@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +77,10 @@ def started(words: Sequence[str]) -> Iterator[Running]:
         yield Running(process.pid, port, metrics_port, log)
     finally:
         process.send_signal(signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # does nothing if it has ended
+        process.wait()
 
 
 def ours(*options: str) -> tuple[str, ...]:
@@ -96,9 +95,7 @@ def no_op(*, two_stages: bool) -> tuple[str, ...]:
 
 def main() -> None:
     """Run the service that does nothing."""
-    parser = argparse.ArgumentParser(
-        description="Run a Serve application that does nothing, to measure the cost of Serve."
-    )
+    parser = argparse.ArgumentParser(description="Run a Serve application that does nothing.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--metrics_port", type=int, required=True)
     parser.add_argument("--two_stages", action="store_true")
