@@ -1,19 +1,15 @@
 """Decoders with one interface: frames [start, start + count) of a recording as float32 blocks (frames, channels).
 
-Method: `SndfileDecoder` reads through libsndfile and seeks, from a file descriptor or else through a Python file
-object. `pyav.AvDecoder` (FFmpeg) decodes from the start and drops the frames before `start`. Files that a library
-cannot open raise `Corrupt`; the library's own messages are not shown to users.
+Method: `SndfileDecoder` (libsndfile) seeks. `pyav.AvDecoder` (FFmpeg) decodes from the start and drops the frames
+before `start`. Files that a library cannot open raise `Corrupt`, without the library's own message.
 
-libmpg123 prints warnings on damaged MP3 files, and libsndfile has no option against that. So C's ``stderr`` stream is
-pointed at /dev/null while an MP3 is open. File descriptor 2 stays as it is, so Python's ``sys.stderr`` and faulthandler
-still work; output of C code in other threads is lost meanwhile. Limits: GNU libc only, whose ``stderr`` is a variable;
-on other systems the warnings are printed.
+libmpg123 prints warnings on damaged MP3 files. So C's ``stderr`` stream is pointed at /dev/null while an MP3 is open;
+Python's ``sys.stderr`` and faulthandler still work. Limits: GNU libc only, whose ``stderr`` is a variable.
 
-Recordings put end to end in one file (chained Ogg streams, files joined by ``cat``) are read as one recording. Each is
-opened to find its length, and again to read its frames, so a thousand of them need no more memory than one. Those with
-another rate or number of channels than the first are left out, and a notice says so. (FFmpeg itself reads joined MP3
-and AAC streams, see ``pyav``.) Limits: in FLAC files above 8 MiB, only the part after the first recording's last frame
-is searched for another; one of exactly the same length as the first may be missed.
+Recordings put end to end in one file (chained Ogg streams, files joined by ``cat``) are read as one. Each is opened to
+find its length, and again to read its frames. Those with another rate or number of channels than the first are left
+out, with a notice. (FFmpeg itself reads joined MP3 and AAC streams.) Limits: in FLAC files above 8 MiB, only the part
+after the first recording's last frame is searched for another; one of exactly the same length may be missed.
 """
 
 from __future__ import annotations

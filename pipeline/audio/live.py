@@ -1,13 +1,12 @@
 """Buffers the audio of a live stream and cuts each window out of it as a short recording, read like any other file.
 
 A part holds one window plus the margin that resampling needs, so its samples equal those of the whole stream in one
-file. Only the audio for the next windows is kept. PCM becomes a WAV file. Opus in WebM becomes another WebM file that
-begins half a second early, because Opus decoding depends on earlier packets.
-
-Browsers' MediaRecorder sends a WebM in pieces of any size, and only the first piece has a header. So the Opus packets
-are extracted without decoding. Sources: RFC 8794 (EBML), RFC 9559 (Matroska), RFC 6716 section 3 (duration of an Opus
-packet), RFC 7845 (OpusHead). Limits: only the first audio track is read; it must be Opus of one or two channels,
-without lacing and compression, as browsers write it.
+file. PCM becomes a WAV file, Opus in WebM another WebM file that begins half a second early, because Opus decoding
+depends on earlier packets. Browsers' MediaRecorder sends a WebM in pieces of any size, and only the first piece has a
+header. So the Opus packets are extracted without decoding.
+Sources: RFC 8794 (EBML), RFC 9559 (Matroska), RFC 6716 section 3 (duration of an Opus packet), RFC 7845 (OpusHead).
+Limits: only the first audio track is read; it must be Opus of one or two channels, without lacing and compression, as
+browsers write it.
 """
 
 from __future__ import annotations
@@ -60,11 +59,7 @@ class WebmReader:
         return int.from_bytes(self.head[10:12], "little")
 
     def add(self, data: bytes) -> list[Packet]:
-        """Take the next bytes of the stream; return the packets that are now complete.
-
-        Raises:
-            AudioError: the stream is not WebM, or breaks the limits described above.
-        """
+        """Take the next bytes; return the packets that are now complete. Raises AudioError if the stream is refused."""
         self._waiting += data
         packets: list[Packet] = []
         at = 0
@@ -205,9 +200,7 @@ _OPUS_BYTES_A_SECOND = 64_000
 class Part:
     """A short recording that holds one window.
 
-    Attributes:
-        data: the content of an audio file.
-        start_s: where the window starts in the file; ``shift_s``: where the file starts in the stream.
+    ``data``: an audio file. ``start_s``: where the window starts in it. ``shift_s``: where it starts in the stream.
     """
 
     data: bytes
@@ -216,14 +209,9 @@ class Part:
 
 
 class Tape(ABC):
-    """The received audio of a stream.
+    """The received audio of a stream, for a model with sample rate ``rate_hz``.
 
-    Args:
-        rate_hz: the model's sample rate.
-
-    Attributes:
-        frames: number received so far, at ``from_hz``.
-        bytes_a_second: of raw audio; for compressed audio, the most that encoders produce.
+    ``frames``: number received so far, at ``from_hz``. ``bytes_a_second``: of raw audio, or at most from encoders.
     """
 
     def __init__(self, rate_hz: int, from_hz: int, bytes_a_second: int) -> None:
@@ -238,11 +226,7 @@ class Tape(ABC):
 
     @abstractmethod
     def add(self, data: bytes) -> None:
-        """Append received bytes.
-
-        Raises:
-            AudioError: they cannot be read.
-        """
+        """Append received bytes. Raises AudioError if they cannot be read."""
 
     def holds(self, start_s: float, window_s: float) -> bool:
         """Whether all audio for the window has been received, or the stream has ended."""

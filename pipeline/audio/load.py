@@ -123,10 +123,8 @@ def load_middle(
     """The middle of a recording, or its part with most speech; the same samples as from the whole one resampled.
 
     Args:
-        source: path or bytes.
         window_s: length in seconds; the clip has exactly round(window_s * sample_rate_hz) samples; a shorter
             recording is centred and padded with zeros.
-        sample_rate_hz: rate of the samples returned.
         channel: "mix" (the mean of all channels), or one channel, counted from 0.
         window: "speech": the part with most speech; this decodes the whole recording.
         limits: recordings beyond them are refused, before decoding where possible.
@@ -154,11 +152,8 @@ def load_once(
     because their samples depend on where decoding starts. With `window` "speech", each part is decoded again too.
 
     Args:
-        source: path or bytes.
         windows_s: lengths of the middles in seconds, one or more.
-        sample_rate_hz: rate of the samples returned.
         window: "speech": all clips are centred where the clip of the first length has most speech.
-        limits: recordings beyond them are refused, before decoding where possible.
 
     Returns:
         The clips, all channels mixed; the hash is "" if the recording is damaged outside its middles.
@@ -199,12 +194,8 @@ def load(
     The result needs 4 bytes of memory a sample: load long recordings in parts.
 
     Args:
-        source: path or bytes.
-        sample_rate_hz: rate of the samples returned.
-        start_s: start of the part, in seconds.
         duration_s: length of the part in seconds, shortened at the recording's end; None: up to the end.
         channel: "mix" (the mean of all channels), or one channel, counted from 0.
-        limits: recordings beyond them are refused, before decoding where possible.
 
     Raises:
         AudioError: the recording cannot be used; `NoSamples` when `start_s` lies at or past its end.

@@ -1,8 +1,7 @@
 """Opens a path or `bytes` as a regular, non-empty file with random access; lists the accepted endings and codecs.
 
-Method: the kind of file is checked before it is opened (without blocking, where the system allows that). So a pipe, a
-device or a folder gives an error and never hangs. On Linux `bytes` become an anonymous file in memory, so decoders get
-a descriptor either way. Without a descriptor (Windows, a part of a file) they read through a `FileView`.
+A pipe, a device or a folder gives an error and never hangs. On Linux `bytes` become an anonymous file in memory, so
+decoders get a descriptor either way. Without a descriptor (Windows, a part of a file) they read through a `FileView`.
 
 Endings only decide whether a folder scan takes a file; its format is detected from its content (``headers``).
 Sources: the endings that FFmpeg's, libsndfile's and SoX's documentation name for their formats; libmagic's "magic"

@@ -1,12 +1,11 @@
 """The real length of an Ogg, MP3, AMR or AAC stream, from its pages and frame headers.
 
-Method, Ogg: the headers of all pages are read, and the last page must be complete. A page that begins a new stream
-after the first streams have had data starts another recording. The samples on the last page are counted too:
-libsndfile 1.2.2 seeks wrongly into the last page of a Vorbis stream (off by the samples trimmed at its end).
-Method, MP3: without a Xing, Info or VBRI frame, libsndfile estimates the length from the first frame. For variable
-bit rates that can be wrong by half, and reading stops there. So all frames are counted, and a Xing frame with the count
-is put in front. Frames beyond the length in a Xing frame, or frames of another rate, mean that several files were
-joined.
+Ogg: the headers of all pages are read, and the last page must be complete. A page that begins a new stream after the
+first streams have had data starts another recording. The samples on the last page are counted, because libsndfile
+1.2.2 seeks wrongly into the last page of a Vorbis stream (off by the samples trimmed at its end).
+MP3: without a Xing, Info or VBRI frame, libsndfile estimates the length from the first frame, which can be wrong by
+half, and stops there. So all frames are counted, and a Xing frame with the count is put in front. Frames beyond the
+length in a Xing frame, or frames of another rate, mean that several files were joined.
 Sources: RFC 3533 (Ogg), ISO/IEC 11172-3 and 13818-3 (MPEG audio), the Xing header as LAME writes it, RFC 4867 (AMR),
 ISO/IEC 13818-7 (ADTS).
 Limits: a recording cut exactly between two Ogg pages, or two frames of an MP3 without Xing frame, passes as complete.

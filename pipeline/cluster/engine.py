@@ -2,10 +2,9 @@
 
 Ray takes half a minute to start on two CPUs, so work of a few such times is finished sooner without it.
 
-Before a job runs on several nodes, ``check_nodes`` checks that all of them can read its inputs and see the same output
-folder. A small task runs on each live node, even a busy one. It reads a file of random content, just written by the
-driver, and opens the inputs. Then it writes a file of its own into the folder. A failure is reported in one line with
-the node and the path. Not checked: a cluster of one node, and nodes that an autoscaler adds later.
+Before a job runs on several nodes, ``check_nodes`` runs a small task on each: it reads a file of random content, just
+written by the driver, opens the inputs, and writes a file of its own into the output folder. Not checked: a cluster of
+one node, and nodes that an autoscaler adds later.
 """
 
 from __future__ import annotations

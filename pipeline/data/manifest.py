@@ -40,13 +40,7 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Meaning:
-    """How labels are translated to class names.
-
-    Attributes:
-        label_map: label as given, or its standard name -> wanted name, see ``labels.mapped``.
-        labels: the classes of a model; integers are their indices, and every name must be one of them.
-        label_names: without a model, the names that integers are indices of, in any order.
-    """
+    """How labels are translated to class names; the fields are arguments of ``read_manifest``."""
 
     label_map: Mapping[str, str] = field(default_factory=dict)
     labels: Sequence[str] | None = None
@@ -58,11 +52,7 @@ class Meaning:
         return self.labels if self.labels is not None else self.label_names
 
     def name(self, wanted: str) -> str:
-        """The class of a label that is a name.
-
-        Raises:
-            LabelError: there is no such class.
-        """
+        """The class of a label that is a name; LabelError refuses an unknown one."""
         if self.labels is not None:
             known = LabelSet(tuple(self.labels))
             return known.names[known.index(wanted)]
@@ -75,11 +65,7 @@ class Meaning:
         return name
 
     def of_integer(self, number: int) -> str:
-        """The class of a label that is an integer.
-
-        Raises:
-            LabelError: there is no such class.
-        """
+        """The class of a label that is an integer; LabelError refuses one without a class."""
         names = self.by_index
         if (names is None and number >= 0) or (self.labels and str(number) in self.labels):
             return str(number)

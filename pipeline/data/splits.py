@@ -1,8 +1,8 @@
 """Divides a manifest into training, inner validation and test parts; also content hashes and the leak check.
 
-Rows are sorted by file stem before any random choice. So a split depends only on the recordings' names and the seed,
-not on folders or formats. Recordings with the same content (decoded samples, rate, channels) always go to the same
-part. Stratified splits are scikit-learn's ``StratifiedShuffleSplit`` over such groups of equal content.
+Rows are sorted by file stem before any random choice, so a split does not depend on folders or formats. Recordings
+with the same content (decoded samples, rate, channels) go to the same part: scikit-learn's ``StratifiedShuffleSplit``
+splits groups of equal content.
 
 Evaluation protocols as folds, each with a training, an inner validation and a test part:
 ``holdout`` is one split of ``split_table``. ``kfold`` is stratified k-fold over recordings: each is tested once, by a
@@ -23,12 +23,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.audio.load import AudioError, content_hash
-from pipeline.data.corpora import by_name
+from pipeline.data.corpora import family_of
 from pipeline.data.corpora.voices import voices
 from pipeline.data.manifest import ManifestError
-from pipeline.data.segments import (
-    HASH_COLUMN as HASH_COLUMN,
-)
+from pipeline.data.segments import HASH_COLUMN as HASH_COLUMN
 from pipeline.data.segments import (
     RECORDING_HASH,
     WHOLE,
@@ -367,8 +365,7 @@ def families_of(table: pd.DataFrame) -> pd.Series:
     """The family of each row's corpus (n,); "" without a corpus. Corpora of one family share their speakers."""
     if "corpus" not in table.columns:
         return pd.Series("", index=table.index)
-    names = table["corpus"].fillna("").astype(str)
-    return names.map(lambda name: corpus.family if (corpus := by_name(name)) and corpus.family else name)
+    return table["corpus"].fillna("").astype(str).map(family_of)
 
 
 def _dealt(speakers: pd.Series, families: pd.Series, folds: int, seed: int) -> np.ndarray:

@@ -147,12 +147,12 @@ def write_tables(
             files.write("predictions", table.select([n for n in table.column_names if n not in last] + last))
             if "windows" in part.column_names:
                 found = unnested(part["windows"])
-                named = [t.names(labels, min_confidence, silence_dbfs) for t in found]
-                files.write("segments", segments_table(found, named, rows["speech"], labels, silence_dbfs))
+                tables = {"segments": found}
                 if each_channel:
-                    by_channel = [t.per_channel(silence_dbfs) for t in found]
-                    named = [t.names(labels, min_confidence, silence_dbfs) for t in by_channel]
-                    files.write("channels", segments_table(by_channel, named, rows["speech"], labels, silence_dbfs))
+                    tables["channels"] = [t.per_channel(silence_dbfs) for t in found]
+                for name, timelines in tables.items():
+                    named = [t.names(labels, min_confidence, silence_dbfs) for t in timelines]
+                    files.write(name, segments_table(timelines, named, rows["speech"], labels, silence_dbfs))
             begin += len(part)
         if begin != len(manifest):
             raise ValueError(f"parts hold {begin} rows, the manifest {len(manifest)}")
@@ -292,7 +292,7 @@ def write_exports(out: Path, labels: Sequence[str], formats: Sequence[str] = (),
     if merge:
         written += _write_timeline(out, labels)
     if "jsonl" in formats:
-        written += _write_jsonl(out)
+        written += _rewrite(out, _tables(out), "jsonl")
     if "audacity" in formats:
         written.append(_write_audacity(out, labels, merge=merge))
     return written
@@ -327,10 +327,6 @@ def restore_csv(out: Path) -> None:
     _rewrite(out, [name for name in _tables(out) if not (out / f"{name}.csv").is_file()], "csv")
 
 
-def _write_jsonl(out: Path) -> list[Path]:
-    return _rewrite(out, _tables(out), "jsonl")
-
-
 def _tables(out: Path) -> list[str]:
     return [name for name in TABLES if (out / f"{name}.parquet").is_file()]
 
@@ -352,11 +348,10 @@ def _write_audacity(out: Path, labels: Sequence[str], *, merge: bool) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for row, speech, timeline, names in _segments(out, labels, merge=merge):
+            windows = zip(timeline.channel, timeline.start_s, timeline.end_s, names, strict=True)
             lines = [
-                f"{start:.3f}\t{end:.3f}\t{name}" if channel == "mix" else f"{start:.3f}\t{end:.3f}\t{channel} {name}"
-                for channel, start, end, name in zip(
-                    timeline.channel, timeline.start_s, timeline.end_s, names, strict=True
-                )
+                f"{start:.3f}\t{end:.3f}\t{'' if channel == 'mix' else f'{channel} '}{name}"
+                for channel, start, end, name in windows
             ]
             stem = re.sub(r"[^\w.-]+", "_", Path(local_path(speech)).stem, flags=re.ASCII)[:80]
             (folder / f"{row:06d}-{stem}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

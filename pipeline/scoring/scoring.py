@@ -1,12 +1,10 @@
 """Scores a whole manifest, on Ray Data or in processes of this machine; resumable, and every recording gets a row.
 
-The manifest is cut into blocks (``pipeline.scoring.ledger``). On CPUs, one stateless task scores one block: decoding,
-features and network run in one process, which keeps its Predictor for further blocks. The driver receives the results
-and commits them. With GPUs, tasks decode and compute features, and one actor per GPU runs the network. When all blocks
-are committed, the tables are written from the parts, with only a few parts in memory.
-
-A task whose process died is run again (``pipeline.scoring.blocks``). Small work, for which starting Ray takes too
-long, uses the local engine: processes of this machine, with the same blocks, ledger and results.
+The manifest is cut into blocks (``ledger``). On CPUs, one task scores one block: decoding, features and network run in
+one process, which keeps its Predictor for further blocks. With GPUs, tasks decode and compute features, and one actor
+per GPU runs the network. The driver commits the results. When all blocks are committed, the tables are written from the
+parts, with only a few parts in memory. A task whose process died is run again (``blocks``). Small work, for which
+starting Ray takes too long, runs in processes of this machine, with the same blocks, ledger and results.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@ Last-Modified). The next attempt, of this process or a later one, requests the r
 sections 13.1.5 and 14); a server without these sends the whole file again. The file is renamed to its final name only
 if its checksum is right. Limits: MD5 detects damage and mix-ups, not an attacker; one connection at a time.
 
-Unpacking: all entries' headers are checked before anything is written. Refused are absolute paths, paths with ``..``,
-drive letters, backslashes or control characters, links, devices, names that occur twice (ignoring case), encryption,
-and sizes beyond the limits. Sizes are counted again while writing, because headers can be wrong, and checksums are
-verified. The tree is written to a temporary folder and renamed at the end: the new folder is complete or absent, and
-nothing is written outside it. Limits: ZIP only; times and permissions are dropped.
+Unpacking: all entries' headers are checked before anything is written (``_objection``). Sizes are counted again
+afterwards, because headers can be wrong, and checksums are verified. The tree is written to a temporary folder and
+renamed at the end: the new folder is complete or absent. Limits: ZIP only; times and permissions are dropped.
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
 """Locations of recordings: scans folders, converts file names to text, and reads objects from stores.
 
-``scan`` lists a folder recursively in a fixed order. Hidden files and files with other endings are counted, not listed.
-Each real folder is entered only once, however many links lead to it (so symlink loops end). Very deep trees are cut and
-reported. A link to a file counts as a recording of its own.
+``scan`` lists a folder recursively in a fixed order. Each real folder is entered only once, however many links lead to
+it (so symlink loops end). A link to a file counts as a recording of its own.
 
 Tables hold text, but a POSIX file name can be any bytes. A name that is not valid UTF-8 is written as its ``file://``
 URI (RFC 8089, percent-encoded bytes): ``path_text`` and ``local_path`` convert without loss.
 
 Objects (``s3://bucket/key``, ``gs://bucket/key``) are read through Arrow's file systems. Keys are written without
-percent encoding, as in the stores' own tools. Credentials, region and endpoint come from the same places as for those
-tools (environment, profile, role). Arrow's options may follow the key
-(``?region=eu-west-1&endpoint_override=host:port&scheme=http``). An object is fetched as a whole, and kept for further
-reads. Limits: no object above 1 GiB; a process keeps only the last object in memory.
+percent encoding; credentials, region and endpoint come from the same places as for the stores' own tools (environment,
+profile, role). Arrow's options may follow the key (``?region=eu-west-1&endpoint_override=host:port&scheme=http``).
+Limits: an object is fetched as a whole, none above 1 GiB; a process keeps only the last one in memory.
 
 A recording's stamp is its size and modification time, as in ``make`` and ``rsync``: it shows that a file was replaced
 without reading it. Limits: a replacement with the same size and time is not noticed.

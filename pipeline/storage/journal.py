@@ -1,11 +1,9 @@
 """The files of a long job in its output folder: after a crash, the same command continues and repeats no finished part.
 
 A job holds a lock on its folder, which ends with its process. ``plan.json`` identifies the job: a later start with
-other inputs or settings is refused. Finished parts and files appear complete or not at all: each is written under a
-temporary name in the same folder and then renamed. A record, written last, marks the job as finished. ``CrashLog`` is
-used by the workers: it records which recording of a block is being decoded, so a retry after a crash can isolate it.
-
-Used by scoring (``scoring.ledger``), extraction (``features.store``) and training (``training.run``).
+other inputs or settings is refused. Files appear complete or not at all: each is written under a temporary name in the
+same folder and then renamed. A record, written last, marks the job as finished. ``CrashLog`` records which recording of
+a block a worker decodes, so a retry after a crash can isolate it.
 Sources: write-ahead logs of databases; POSIX rename; the library ``filelock``. Limits: the folder must be on a file
 system with atomic rename and locks (NFSv4 has them).
 """
