@@ -44,20 +44,16 @@ class Running:
         """Pids of the model workers."""
         return sorted(self.processes(f"{SERVE_REPLICA}ser:Model"))
 
-    def memory_mib(self) -> dict[str, float]:
-        """Resident memory of proxy, ingress and model workers (the largest of them)."""
-        return memory_mib(self.parts())
+    def memory_mib(self, parts: Mapping[str, Sequence[int]] | None = None) -> dict[str, float]:
+        """Resident memory of the largest process of each of ``parts()``."""
+        found = (parts or self.parts()).items()
+        return {name: max((resident_bytes(pid) / _MIB for pid in pids), default=0.0) for name, pids in found}
 
     def parts(self) -> dict[str, list[int]]:
         """Pids of proxy, ingress and model workers; for the local engine, of its only process."""
         titles = {"proxy": SERVE_PROXY, "ingress": ":Ingress", "model": ":Model"}
         found = {name: list(self.processes(title)) for name, title in titles.items()}
         return found if any(found.values()) else {"service": [self.pid]}  # without Ray it is one process
-
-
-def memory_mib(parts: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Resident memory of the largest process of each part."""
-    return {name: max((resident_bytes(pid) / _MIB for pid in pids), default=0.0) for name, pids in parts.items()}
 
 
 @contextmanager

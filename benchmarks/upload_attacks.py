@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 
 from benchmarks.common import clips
-from benchmarks.services import HOST, Running, memory_mib, ours, started
+from benchmarks.services import HOST, Running, ours, started
 from tests.support.processes import machine, sampled
 from tests.support.recordings import encode, every_format
 
@@ -207,11 +207,11 @@ def attacks() -> list[Attack]:
 def watched(service: Running, send: Callable[[Running], Statuses]) -> tuple[Statuses, dict[str, float]]:
     """The statuses of an upload, and the largest growth of each part in MiB."""
     parts = service.parts()
-    before = memory_mib(parts)
+    before = service.memory_mib(parts)
     peaks = dict(before)
 
     def look() -> float:
-        for name, value in memory_mib(parts).items():
+        for name, value in service.memory_mib(parts).items():
             peaks[name] = max(peaks[name], value)
         return 0.0
 

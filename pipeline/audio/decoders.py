@@ -80,20 +80,16 @@ _LAP_FRAMES = 8192  # the largest Vorbis block; the first one after a seek can l
 
 
 class Decoder(Protocol):
-    """An open recording.
+    """An open recording."""
 
-    `frames`: its length in samples per channel; `name`: its name in messages; `notice`: a remark for users, usually "";
-    `next_at`: offset in the file where another recording begins, or 0.
-    """
-
-    name: str
+    name: str  # in messages
     container: str
     codec: str
     sample_rate_hz: int
     channels: int
-    frames: int
-    notice: str
-    next_at: int
+    frames: int  # samples per channel
+    notice: str  # a remark for users, usually ""
+    next_at: int  # offset in the file where another recording begins, or 0
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
         """Frames [start, start + count) in order, float32 (n, channels). `Truncated` if the recording ends earlier.

@@ -32,24 +32,15 @@ _SEARCHED_BYTES = 2**23
 
 @dataclass(frozen=True)
 class Container:
-    """A recognised recording and how to decode it.
-
-    Attributes:
-        whole: the file's bytes from the start of the recording, after tags.
-        demuxer: the name of FFmpeg's demuxer for it; None if libsndfile reads it.
-        splice: bytes to decode in place of a part of the file, for example a correct header; None if not needed.
-        last_page_frames: samples per channel on the last Ogg page.
-        length: bytes of ``whole`` before another recording begins in the same file; 0 if none does.
-        gain: factor to multiply the samples with.
-    """
+    """A recognised recording and how to decode it."""
 
     name: str
-    whole: Opened
-    demuxer: str | None = None
-    splice: Splice | None = None
-    last_page_frames: int = 0
-    length: int = 0
-    gain: float = 1.0
+    whole: Opened  # from the start of the recording, after tags
+    demuxer: str | None = None  # FFmpeg's name for it; None if libsndfile reads it
+    splice: Splice | None = None  # bytes to decode in place of a part of the file, for example a correct header
+    last_page_frames: int = 0  # samples per channel on the last Ogg page
+    length: int = 0  # bytes of `whole` before another recording begins; 0 if none does
+    gain: float = 1.0  # factor to multiply the samples with
 
     @property
     def file(self) -> Opened:

@@ -34,10 +34,10 @@ _LONGEST = 5_760  # samples of an Opus packet at 48 kHz: 120 ms
 
 @dataclass(frozen=True)
 class Packet:
-    """An Opus packet, and the number of samples at 48 kHz that it decodes to."""
+    """An Opus packet."""
 
     data: bytes
-    samples: int
+    samples: int  # that it decodes to, at 48 kHz
 
 
 class WebmReader:
@@ -198,14 +198,11 @@ _OPUS_BYTES_A_SECOND = 64_000
 
 @dataclass(frozen=True)
 class Part:
-    """A short recording that holds one window.
+    """A short recording that holds one window."""
 
-    ``data``: an audio file. ``start_s``: where the window starts in it. ``shift_s``: where it starts in the stream.
-    """
-
-    data: bytes
-    start_s: float
-    shift_s: float
+    data: bytes  # an audio file
+    start_s: float  # where the window starts in it
+    shift_s: float  # where it starts in the stream
 
 
 class Tape(ABC):

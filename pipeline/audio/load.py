@@ -68,41 +68,34 @@ _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 stil
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """Facts about a recording: rate in Hz, channels, frames (samples per channel), seconds, container, codec.
-
-    `notice`: a remark for users on how it was read; usually "".
-    """
+    """Facts about a recording."""
 
     sample_rate_hz: int
     channels: int
-    frames: int
+    frames: int  # samples per channel
     duration_s: float
     container: str
     codec: str
-    notice: str = ""
+    notice: str = ""  # a remark for users on how it was read
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of a recording.
+    """A part of a recording."""
 
-    `samples`: float32 mono (n,) at `sample_rate_hz`; `start_s`: where in the recording its audio starts; `scored_s`:
-    seconds of audio from the recording, the rest is zero padding.
-    """
-
-    samples: Samples
+    samples: Samples  # float32 mono (n,)
     sample_rate_hz: int
-    start_s: float
-    scored_s: float
+    start_s: float  # where in the recording its audio starts
+    scored_s: float  # seconds of audio from the recording; the rest is zero padding
     info: AudioInfo
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The result of `load_once`: `clips`, one for each requested length, and the `content_hash` (or "")."""
+    """The result of `load_once`."""
 
-    clips: tuple[Clip, ...]
-    content_hash: str
+    clips: tuple[Clip, ...]  # one for each requested length
+    content_hash: str  # or ""
 
 
 def probe(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> AudioInfo:

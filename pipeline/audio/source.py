@@ -49,20 +49,13 @@ AudioSource = Recording | Segment
 
 @dataclass(frozen=True)
 class Opened:
-    """A regular file open for reading, or a part of one. Not thread-safe.
+    """A regular file open for reading, or a part of one. Not thread-safe."""
 
-    Attributes:
-        name: its name in messages.
-        read_at: (offset in the file, count) -> up to `count` bytes.
-        descriptor: file descriptor of the whole file, if C code can read from it; else None.
-        base: offset in the file where the part starts.
-    """
-
-    name: str
+    name: str  # in messages
     size_bytes: int
-    read_at: Callable[[int, int], bytes]
-    descriptor: int | None = None
-    base: int = 0
+    read_at: Callable[[int, int], bytes]  # (offset in the file, count) -> up to `count` bytes
+    descriptor: int | None = None  # of the whole file, if C code can read from it
+    base: int = 0  # offset in the file where the part starts
 
     def bytes_at(self, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset`; fewer at the end. Does not move the descriptor's read position."""

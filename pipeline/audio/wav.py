@@ -34,19 +34,12 @@ _MAX_FORMAT_BYTES = 1024
 
 @dataclass(frozen=True)
 class Wav:
-    """The audio data of a file and how to read it.
+    """The audio data of a file and how to read it."""
 
-    Attributes:
-        splice: a header for the decoder in place of the file's own; None if that is correct.
-        sndfile: True if libsndfile reads the codec, False if FFmpeg does.
-        end: offset where the audio ends.
-        gain: factor to multiply the samples with.
-    """
-
-    splice: Splice | None
-    sndfile: bool
-    end: int
-    gain: float = 1.0
+    splice: Splice | None  # a header for the decoder in place of the file's own, if that is wrong
+    sndfile: bool  # whether libsndfile reads the codec; else FFmpeg does
+    end: int  # offset where the audio ends
+    gain: float = 1.0  # factor to multiply the samples with
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def scan_folder(
     If several files have the same code of a corpus (copies, also renamed ones), only one is kept.
 
     Args:
-        corpus: name of the only corpus to keep; None keeps all labelled recordings.
+        corpus: name of the only corpus to keep.
         songs: keep RAVDESS's songs in addition to its speech.
         keep_classes: keep emotions that no model here is trained for, such as boredom.
         label_map: as in ``read_manifest``; folder names that are in it count as labels, too.

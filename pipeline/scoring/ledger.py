@@ -168,17 +168,13 @@ def _difference(keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any])
 
 @dataclass
 class Tally:
-    """Sums over the parts of a run.
-
-    Attributes:
-        long: recordings of more than ``LONG_S``; noted: recordings with a notice.
-    """
+    """Sums over the parts of a run."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     duration_s: float = 0.0
     scored_s: float = 0.0
-    long: int = 0
-    noted: int = 0
+    long: int = 0  # recordings of more than `LONG_S`
+    noted: int = 0  # recordings with a notice
 
     def add(self, part: pa.Table) -> None:
         """Count the rows of a part."""

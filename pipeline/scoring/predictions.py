@@ -64,11 +64,7 @@ def to_table(
     silence_dbfs: float = SILENCE_DBFS,
     timelines: Sequence[Timeline] | None = None,
 ) -> pa.Table:
-    """A table with ``our_columns`` except ``label_name``; missing values are null.
-
-    Args:
-        timelines: the windows of each recording, stored in a nested column ``windows``.
-    """
+    """A table with ``our_columns`` except ``label_name``, and the nested ``windows`` of ``timelines``."""
     predictions = [prediction.told(silence_dbfs) for prediction in predictions]
     p = np.array([prediction.probabilities for prediction in predictions]).reshape(len(predictions), len(labels))
     columns: dict[str, pa.Array] = {
@@ -124,7 +120,7 @@ def write_tables(
         parts: tables of ``to_table``, in order, together one row for each row of the manifest; read one at a time.
         out: an existing folder. Each file appears in it complete or not at all, and replaces an older one.
         labels: the model's classes, in its order.
-        min_confidence, silence_dbfs: thresholds of ``uncertain`` and ``silence`` in ``segments`` and ``channels``.
+        min_confidence, silence_dbfs: thresholds of ``uncertain`` and ``silence``.
 
     Raises:
         SerError: the disk is full or cannot be written.
@@ -165,11 +161,9 @@ def segments_table(
     labels: Sequence[str],
     silence_dbfs: float = SILENCE_DBFS,
 ) -> pa.Table:
-    """The table ``segments`` of some recordings.
+    """The table ``segments`` of some recordings; ``names`` are the predictions of their windows.
 
-    Args:
-        names: the predictions of each recording's windows.
-        speech: path of each recording; its index is the row in ``predictions``.
+    ``speech``: path of each recording; its index is the row in ``predictions``.
     """
     lengths = [len(timeline) for timeline in timelines]
     row = np.repeat(np.arange(len(timelines)), lengths)
@@ -319,11 +313,7 @@ def _write_timeline(out: Path, labels: Sequence[str]) -> list[Path]:
 
 
 def restore_csv(out: Path) -> None:
-    """Write missing CSV tables of the run in ``out`` again, from its Parquet tables.
-
-    Raises:
-        SerError: the disk is full.
-    """
+    """Write missing CSV tables of the run in ``out`` again, from its Parquet tables. Raises SerError (a full disk)."""
     _rewrite(out, [name for name in _tables(out) if not (out / f"{name}.csv").is_file()], "csv")
 
 

@@ -56,20 +56,15 @@ ProgressCallback = Callable[[int, int, int], None]
 class Execution:
     """Where and how the work runs. It does not change the results, and may differ when a run is resumed.
 
-    Attributes:
-        engine: "ray": Ray Data, here or on the cluster of ``RAY_ADDRESS``; "local": processes of this machine;
-            "auto": local for small work without a cluster and without GPUs, else Ray.
-        num_cpus: CPUs to use; None: all. 0 (from earlier versions): the local engine on all CPUs.
-        num_gpus: GPUs to use, 0 for none.
-        batch_size: examples per batch of the network.
-        block_rows: recordings per block; None: chosen from the number of recordings and CPUs.
+    ``engine``: "ray": Ray Data, here or on the cluster of ``RAY_ADDRESS``; "local": processes of this machine;
+    "auto": local for small work without a cluster and without GPUs, else Ray.
     """
 
     engine: str = "auto"
-    num_cpus: int | None = None
+    num_cpus: int | None = None  # None: all; 0: the local engine on all
     num_gpus: int = 0
-    batch_size: int = 16
-    block_rows: int | None = None
+    batch_size: int = 16  # examples per batch of the network
+    block_rows: int | None = None  # recordings per block; None: chosen from the number of recordings and CPUs
 
     def __post_init__(self) -> None:
         for name, least in (("num_cpus", 0), ("num_gpus", 0), ("batch_size", 1), ("block_rows", 1)):
@@ -95,29 +90,18 @@ class Execution:
 
 @dataclass(frozen=True)
 class ScoreRun:
-    """A finished run.
-
-    Attributes:
-        statuses: status -> number of rows.
-        scored: rows scored now, not by an earlier start of the same run; ``seconds``: wall time of this call.
-        unheard: scored and total seconds, ``"2 s of 184 s"``, if most recordings are long and only their middle (or
-            crops) was scored; else None.
-        evaluation: the content of ``metrics.json``, if a report was requested.
-        exports: further files and folders written.
-        noted: number of recordings with a remark in the column ``notice``.
-        silence_s: seconds that lie only in silent windows and so were not scored.
-    """
+    """A finished run."""
 
     out: Path
     rows: int
-    statuses: Mapping[str, int]
-    scored: int
-    seconds: float
-    unheard: str | None
-    evaluation: Mapping[str, Any] | None
-    exports: Sequence[Path]
-    noted: int = 0
-    silence_s: float = 0.0
+    statuses: Mapping[str, int]  # status -> number of rows
+    scored: int  # rows scored now, not by an earlier start of the same run
+    seconds: float  # wall time of this call
+    unheard: str | None  # "2 s of 184 s" scored, if most recordings are long and only a part of each was read
+    evaluation: Mapping[str, Any] | None  # the content of `metrics.json`, if a report was requested
+    exports: Sequence[Path]  # further files and folders written
+    noted: int = 0  # recordings with a remark in the column `notice`
+    silence_s: float = 0.0  # only in silent windows, so not scored
 
     @property
     def failed(self) -> int:

@@ -42,23 +42,14 @@ _URI = "file://"
 
 @dataclass(frozen=True)
 class FolderScan:
-    """The result of ``scan``.
+    """The result of ``scan``."""
 
-    Attributes:
-        files: absolute paths as text (see ``path_text``): each folder's files by name, then its sub-folders by name.
-        hidden: number of files and folders left out because their name begins with a dot.
-        other: files left out because of their ending: ending ("" for none) -> number of files.
-        unreadable: folders that could not be listed.
-        too_deep: folders left out because they are ``MAX_DEPTH`` or more levels below the start.
-        linked: number of links to folders left out because the folder itself is listed elsewhere in the scan.
-    """
-
-    files: tuple[str, ...]
-    hidden: int = 0
-    other: Mapping[str, int] = field(default_factory=dict)
-    unreadable: tuple[str, ...] = ()
-    too_deep: tuple[str, ...] = ()
-    linked: int = 0
+    files: tuple[str, ...]  # absolute, see `path_text`; each folder's files by name, then its sub-folders
+    hidden: int = 0  # files and folders whose name begins with a dot
+    other: Mapping[str, int] = field(default_factory=dict)  # ending ("" for none) -> number of files left out
+    unreadable: tuple[str, ...] = ()  # folders that could not be listed
+    too_deep: tuple[str, ...] = ()  # folders `MAX_DEPTH` or more levels below the start
+    linked: int = 0  # links to folders that are listed elsewhere in the scan
 
     def skipped(self) -> str:
         """One line of text on what was left out; "" if nothing was."""
@@ -230,11 +221,7 @@ def is_remote(text: object) -> bool:
 
 @lru_cache(maxsize=1)
 def fetch(uri: str) -> bytes:
-    """The object's content.
-
-    Raises:
-        NotFound, NotAFile, TooLarge, Unreadable: see ``pipeline.storage.errors``.
-    """
+    """The object's content. Raises: NotFound, NotAFile, TooLarge, Unreadable."""
     try:
         files, path, _, _ = _open(uri)
     except SerError as error:  # becomes the error of one recording, so that the job continues
@@ -259,8 +246,7 @@ def fetch(uri: str) -> bytes:
 def source_of(speech: str) -> str | bytes:
     """The source for ``audio.load`` from a manifest's cell: a path (also from a ``file://`` URI), or an object's bytes.
 
-    Raises:
-        AudioError: an object that cannot be fetched.
+    Raises: AudioError for an object that cannot be fetched.
     """
     return fetch(speech) if is_remote(speech) else local_path(speech)
 
@@ -268,8 +254,7 @@ def source_of(speech: str) -> str | bytes:
 def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
     """Objects below ``uri`` whose lower-case extension is in ``extensions``, in the order of their keys.
 
-    Raises:
-        SerError: they cannot be listed.
+    Raises: SerError if they cannot be listed.
     """
     import pyarrow.fs
 
