@@ -106,7 +106,7 @@ def _mutated(data: bytearray, rng: Random) -> bytearray:
     return data[:at] + rng.bytes(int(rng.integers(1, 500))) + data[at:]
 
 
-def decode(index: int, name: str, data: bytes, folder: Path) -> str:
+def decode(index: int, data: bytes, folder: Path) -> str:
     """Decode a recording -> "ok" or the error's code. Other errors are raised; a wrong result is a ValueError."""
     source: bytes | Path = data
     if index % 4 == 3:
@@ -146,7 +146,7 @@ def child(answers: Connection, indices: range, seed: int) -> None:
             name, data = mutated(index, seed, files)
             started_s, detail = time.process_time(), ""
             try:
-                result = decode(index, name, data, Path(folder))
+                result = decode(index, data, Path(folder))
             except Exception as error:
                 result, detail = "uncoded", f"{type(error).__name__}: {error}"
             cpu_s = time.process_time() - started_s

@@ -67,9 +67,9 @@ def request(host: str, port: int, path: str, body: bytes, content_type: str) -> 
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def multipart(data: bytes, name: str = "clip.wav") -> tuple[bytes, str]:
+def multipart(data: bytes) -> tuple[bytes, str]:
     """Body and content type of a multipart form with one file."""
-    head = f'--b\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
+    head = '--b\r\nContent-Disposition: form-data; name="file"; filename="clip.wav"\r\n\r\n'
     return head.encode() + data + b"\r\n--b--\r\n", "multipart/form-data; boundary=b"
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 
-from benchmarks.common import clips
+from benchmarks.common import RATE_HZ, clips
 from benchmarks.services import HOST, Running, ours, started
 from tests.support.processes import machine, sampled
 from tests.support.recordings import encode, every_format
@@ -139,9 +139,9 @@ def together(count: int, send: Callable[[Running], Statuses]) -> Callable[[Runni
     return all_of_them
 
 
-def silence(seconds: int, rate_hz: int = 48_000, channels: int = 1) -> bytes:
+def silence(seconds: int, channels: int = 1) -> bytes:
     """A small FLAC with a very large decoded size."""
-    return encode(np.zeros((seconds * rate_hz, channels), np.float32), rate_hz, "FLAC", "PCM_16")
+    return encode(np.zeros((seconds * RATE_HZ, channels), np.float32), RATE_HZ, "FLAC", "PCM_16")
 
 
 def zip_bomb() -> bytes:

@@ -299,20 +299,17 @@ def _look(probe: str, content: str, paths: Sequence[str], name: str) -> str | No
     """Run on a node: the problem found, as the end of a sentence that begins with the node; None if all is well."""
     folder = os.path.dirname(probe)
     try:
-        with open(probe, encoding="ascii") as file:
-            if file.read() != content:
-                return f"has another folder at {folder}"
+        if Path(probe).read_text(encoding="ascii") != content:
+            return f"has another folder at {folder}"
     except OSError as error:
         return f"does not see {folder} ({error.strerror})"
     try:
-        with open(f"{probe}.{name}", "x", encoding="ascii"):
-            pass
+        open(f"{probe}.{name}", "xb").close()
     except OSError as error:
         return f"cannot write into {folder} ({error.strerror})"
     for path in paths:
         try:
-            with open(path, "rb"):
-                pass
+            open(path, "rb").close()
         except OSError as error:
             return f"cannot read {path} ({error.strerror})"
     return None

@@ -52,7 +52,7 @@ _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # longest path in sock
 _finished: dict[int, bytes] = {}
 
 
-def missing(names: tuple[tuple[str, str], ...] = _CORE + _OF_DATA + _OF_SERVE) -> list[str]:
+def missing(names: tuple[tuple[str, str], ...]) -> list[str]:
     """The names that the installed Ray lacks, as ``module.name``."""
     lacking = []
     for module, name in names:

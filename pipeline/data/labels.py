@@ -29,32 +29,17 @@ RAVDESS_LABELS: tuple[str, ...] = tuple(sorted(RAVDESS_EMOTIONS.values()))
 NO_CLASSES = ("not_speech", "silence", "uncertain")  # predictions that are not a class
 OTHER_CLASSES = ("boredom", "bored")  # known emotions that no model here is trained for
 
-ALIASES: Mapping[str, str] = {
-    "anger": "angry",
-    "ang": "angry",
-    "mad": "angry",
-    "calmness": "calm",
-    "relaxed": "calm",
-    "disgusted": "disgust",
-    "dis": "disgust",
-    "fear": "fearful",
-    "fea": "fearful",
-    "afraid": "fearful",
-    "anxiety": "fearful",
-    "scared": "fearful",
-    "happiness": "happy",
-    "hap": "happy",
-    "joy": "happy",
-    "joyful": "happy",
-    "neu": "neutral",
-    "neutrality": "neutral",
-    "sadness": "sad",
-    "surprise": "surprised",
-    "sur": "surprised",
-    "ps": "surprised",
-    "pleasant_surprise": "surprised",
-    "pleasant_surprised": "surprised",
+_SPELLINGS = {
+    "angry": "anger ang mad",
+    "calm": "calmness relaxed",
+    "disgust": "disgusted dis",
+    "fearful": "fear fea afraid anxiety scared",
+    "happy": "happiness hap joy joyful",
+    "neutral": "neu neutrality",
+    "sad": "sadness",
+    "surprised": "surprise sur ps pleasant_surprise pleasant_surprised",
 }
+ALIASES: Mapping[str, str] = {alias: name for name, aliases in _SPELLINGS.items() for alias in aliases.split()}
 _KNOWN = frozenset((*RAVDESS_LABELS, *OTHER_CLASSES))
 
 

@@ -20,15 +20,7 @@ import pandas as pd
 
 from pipeline.data.corpora import recognised
 from pipeline.data.folder import scan_folder as scan_folder
-from pipeline.data.labels import (
-    LabelError,
-    LabelSet,
-    as_integer,
-    canonical_name,
-    describe,
-    mapped,
-    normalise_name,
-)
+from pipeline.data.labels import LabelError, LabelSet, as_integer, canonical_name, describe, mapped, normalise_name
 from pipeline.data.segments import with_segments
 from pipeline.data.tables import MISSING, PATH_NAMES, read_cells
 from pipeline.data.tables import ManifestError as ManifestError

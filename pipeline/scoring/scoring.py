@@ -30,15 +30,7 @@ from pipeline.data.segments import bounds
 from pipeline.inference.predictor import ScoreOptions
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.scoring.blocks import (
-    REFUSAL,
-    Classifier,
-    Task,
-    listen_block,
-    make_block,
-    or_refusal,
-    score_block,
-)
+from pipeline.scoring.blocks import REFUSAL, Classifier, Task, listen_block, make_block, or_refusal, score_block
 from pipeline.scoring.ledger import Ledger, LedgerError, Tally, open_ledger, plan_of, record_of
 from pipeline.scoring.predictions import PARQUET, plain_manifest, restore_csv, write_exports, write_tables
 from pipeline.storage.errors import SerError
