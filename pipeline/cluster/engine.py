@@ -38,15 +38,9 @@ Result = TypeVar("Result")
 
 
 def choose_engine(engine: str, work_s: float, num_cpus: int | None = None) -> str:
-    """The engine for the work: "local" or "ray".
+    """The engine for work of about ``work_s`` CPU seconds: "local" or "ray". Refuses an unknown engine.
 
-    Args:
-        engine: one of ENGINES. "auto" is Ray on a cluster (``RAY_ADDRESS``), in a Ray job, and for long work.
-        work_s: estimated CPU seconds.
-        num_cpus: CPUs that may be used; None: all. With "auto", 0 (from earlier versions) is the local engine.
-
-    Raises:
-        SerError: an unknown engine.
+    "auto" is Ray on a cluster (``RAY_ADDRESS``), in a Ray job, and for long work; with ``num_cpus`` 0 it is local.
     """
     if engine not in ENGINES:
         raise SerError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
@@ -214,10 +208,9 @@ def cpus_a_worker(workers: int) -> int:
 
 
 def check_nodes(folder: Path, inputs: Sequence[str | Path] = (), some_of: Sequence[str] = ()) -> None:
-    """Check before a job starts that every node can read its inputs and write into its folder.
+    """Check before a job starts that every node can read its inputs and write into its folder, which exists.
 
     Args:
-        folder: an existing folder that the job writes into on all nodes.
         inputs: files that every node must be able to open. Files that this process cannot open either are not
             checked, nor are object-store URIs.
         some_of: many files, of which about 32, evenly spaced, are checked in the same way.

@@ -33,7 +33,7 @@ _QUIET = {
     "RAY_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",  # same as the command; with Ray's default, 15, workers starve on a busy machine
 }
-_LEAN = {
+_LEAN = {  # CPU time of Ray slows a computation on all CPUs by about twice that: threads wait for the slowest one
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # not needed: this machine is the only node
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
@@ -68,8 +68,7 @@ def start_ray(
     Args:
         num_cpus: logical CPUs of a local Ray, by default as many as this process may use. Ignored when joining.
         metrics_port: port where a local Ray exports metrics in Prometheus' format; None: any free port.
-        lean: start a local Ray without metrics, task list and idle workers, for a long computation on all CPUs. CPU
-            time of Ray slows such work by about twice that time, because parallel threads wait for the slowest one.
+        lean: start a local Ray without metrics, task list and idle workers, for a long computation on all CPUs.
 
     Raises:
         SerError: the machine is too busy to start Ray, no folder can hold its sockets, or the cluster of

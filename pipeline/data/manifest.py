@@ -82,7 +82,6 @@ def class_names(
     Args:
         required: whether a missing label is an error.
         where: row number -> its name in messages.
-        tell: called with one line of text on the meaning of integer labels.
 
     Raises:
         LabelError: a label that is not a class, names mixed with integers that have no names, or integers that

@@ -67,7 +67,6 @@ def split_table(
         test_size: share of all recordings (or speakers) held out for the one final test.
         inner_val: share of the rest for choosing epochs and settings; 0 leaves that part empty.
         by: ``random`` (stratified by class) or ``speaker`` (no speaker in two parts).
-        seed: random state of both choices.
 
     A ``split`` column with the cells train, inner_val (or val, valid, validation, dev) and test is used as given. If it
     has no inner_val rows, these are drawn from its train rows. With ``inner_val`` 0, its inner_val rows become train.
@@ -183,9 +182,7 @@ def add_hashes(table: pd.DataFrame, *, known: pd.Series | None = None, threads: 
 
     A table with segments also gets ``recording_hash``, that of the whole recording.
 
-    Args:
-        known: hashes of the rows, from ``features.store.known_hashes``; only rows with "" are decoded.
-        threads: number of recordings decoded at the same time.
+    ``known``: hashes of the rows, from ``features.store.known_hashes``; only rows with "" are decoded.
     """
     hashes = [""] * len(table) if known is None else list(known)
     places = list(zip(table["speech"], *bounds(table), strict=True))
@@ -293,8 +290,7 @@ def folds_of(
     """The folds of a labelled manifest.
 
     Args:
-        folds: number of folds, for ``kfold`` and ``speaker_kfold``.
-        test_size: share held out, for ``holdout``.
+        folds: for ``kfold`` and ``speaker_kfold``; ``test_size``: for ``holdout``.
         inner_val: share of each fold's training recordings (or speakers) used to choose the epoch; 0: none.
         assigned: fold of each row of ``table`` (see ``assignment``), instead of a random choice; rows without one are
             left out. Ignored by ``holdout``, ``loso`` and ``loco``.

@@ -171,9 +171,7 @@ def read_cells(
 
     Blank rows are left out. A list of paths gives one column, ``speech``. JSON values other than text become JSON text.
 
-    Args:
-        root: folder that relative paths start from; by default the table's own.
-        tell: called with one line of text if the encoding had to be guessed.
+    ``root``: folder that relative paths start from; by default the table's own.
 
     Raises:
         ManifestError: no such file, not text, an open quote, a row of another length, a column name used twice.

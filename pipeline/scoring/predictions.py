@@ -119,8 +119,6 @@ def write_tables(
         manifest: from ``plain_manifest``; a ``label`` column is kept and also written as ``label_name``.
         parts: tables of ``to_table``, in order, together one row for each row of the manifest; read one at a time.
         out: an existing folder. Each file appears in it complete or not at all, and replaces an older one.
-        labels: the model's classes, in its order.
-        min_confidence, silence_dbfs: thresholds of ``uncertain`` and ``silence``.
 
     Raises:
         SerError: the disk is full or cannot be written.
@@ -275,7 +273,6 @@ def write_exports(out: Path, labels: Sequence[str], formats: Sequence[str] = (),
     """Write the exports of the run in ``out``; returns the files and folders written.
 
     Args:
-        labels: the model's classes, in its order.
         formats: ``jsonl``: every table as JSON Lines; ``audacity``: a label track for each recording.
         merge: write ``timeline``; the label tracks then contain merged segments instead of single windows.
 

@@ -122,11 +122,10 @@ def score_manifest(
     are added.
 
     Args:
-        manifest: as ``pipeline.data.manifest`` makes it: ``speech``, optional ``label``, and further columns.
+        manifest: from ``pipeline.data.manifest``.
         weights: a bundle, or the ``.pt`` in it; None for the shipped one.
         overwrite: replace any run in ``out``.
-        report: also write ``report.html`` and its files.
-        formats: exports; merge: also write merged segments; see ``pipeline.scoring.predictions``.
+        formats, merge: see ``predictions.write_exports``.
         meta: facts about the run for the report (command, versions ...), in addition to the model.
         on_progress: called in the driver with (rows done, rows in total, rows failed so far).
 

@@ -93,15 +93,11 @@ def download(
     The caller must make sure that only one process works on ``destination``.
 
     Args:
-        md5: 32 hex digits of the whole file.
-        max_bytes: larger files are refused.
+        md5: 32 hex digits of the whole file; if ``destination`` has it already, nothing is downloaded.
         attempts: number of failed attempts in a row, without a new byte, after which this gives up.
         timeout_s: silence of the server, in seconds, after which an attempt ends.
         pause: called with the seconds to wait before the next attempt.
         tell: called with one line of text when an attempt failed and another follows.
-
-    Returns:
-        ``destination``. If it already has the right checksum, nothing is downloaded.
 
     Raises:
         DownloadError: not an http or https URL, a refusal, no connection, too many bytes, a wrong checksum, a disk that
@@ -250,10 +246,7 @@ def unpack(
     limits: UnpackLimits | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> int:
-    """Unpack ``archive`` into ``folder``, which must be empty or absent.
-
-    Returns:
-        Number of files written.
+    """Unpack ``archive`` into ``folder``, which must be empty or absent; returns the number of files written.
 
     Raises:
         ArchiveError: not a ZIP archive, a damaged or hostile one, one beyond ``limits``, a ``folder`` that is not

@@ -37,10 +37,9 @@ def locked(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
 
     Args:
         doing: the holder's activity, for the message, for example "training into runs/first".
-        wait_s: how long to wait for another holder, in seconds.
 
     Raises:
-        SerError: another process holds the lock, or the file cannot be created.
+        SerError: another process holds the lock for longer than ``wait_s``, or the file cannot be created.
     """
     from filelock import FileLock, Timeout
 
@@ -62,8 +61,7 @@ def locked(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
 def atomic_path(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
     """A temporary path to write to; renamed to ``path`` at the end of the block, removed after an error.
 
-    Args:
-        on_disk: wait until the content is on the disk, so that it also survives a power cut.
+    ``on_disk``: wait until the content is on the disk, so that it also survives a power cut.
     """
     beside = temporary(path)
     try:
@@ -173,11 +171,9 @@ def part_counts(path: Path) -> tuple[int, int] | None:
 class CrashLog:
     """One attempt at a block: records which recording is being decoded, and reads the records of crashed attempts.
 
-    If this machine cannot write into the folder, nothing is recorded and no recording is suspected.
-
-    Attributes:
-        suspects: positions in the block of the recordings that were being decoded when earlier attempts crashed.
-        attempts: number of crashed attempts with this ``run``; those of another run may have ended with their job.
+    ``suspects``: positions in the block of the recordings at which earlier attempts crashed. ``attempts``: number of
+    crashed attempts with this ``run``; those of another run may have ended with their job. If this machine cannot
+    write into the folder, nothing is recorded and no recording is suspected.
     """
 
     def __init__(self, folder: Path, block: int, run: str = "") -> None:
