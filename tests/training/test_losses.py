@@ -36,21 +36,14 @@ def by_hand(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, smooth
     return total / norm
 
 
-@pytest.mark.parametrize(("weights", "smoothing"), list(product([None, WEIGHTS], [0.0, 0.1])))
-def test_cross_entropy_is_torchs(weights: tuple[float, ...] | None, smoothing: float) -> None:
-    logits, classes, _ = batch()
-    ours = ClassificationLoss(4, class_weights=weights, label_smoothing=smoothing)(logits, classes)
-    tensor = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    assert ours.item() == pytest.approx(
-        functional.cross_entropy(logits, classes, tensor, label_smoothing=smoothing).item(), rel=1e-6
-    )
-
-
-def test_mixtures_are_torchs_class_probabilities() -> None:
-    logits, _, mixtures = batch()
-    ours = ClassificationLoss(4, label_smoothing=0.1)(logits, mixtures)
-    expected = functional.cross_entropy(logits, mixtures, label_smoothing=0.1)
-    torch.testing.assert_close(ours, expected)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_torchs(smoothing: float) -> None:
+    logits, classes, mixtures = batch()
+    for weights, targets in ((None, classes), (WEIGHTS, classes), (None, mixtures)):
+        ours = ClassificationLoss(4, class_weights=weights, label_smoothing=smoothing)(logits, targets)
+        tensor = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        expected = functional.cross_entropy(logits, targets, tensor, label_smoothing=smoothing)
+        assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("weights", "smoothing", "gamma"), list(product([None, WEIGHTS], [0.0, 0.2], [0.5, 2.0])))
@@ -61,14 +54,6 @@ def test_focal_loss_is_the_formula(weights: tuple[float, ...] | None, smoothing:
         expected = by_hand(logits.numpy(), targets.numpy(), np.array(weights or [1.0] * 4), smoothing, gamma)
         assert loss(logits, targets).item() == pytest.approx(expected, rel=1e-6)
     assert torch.equal(loss(logits, classes), loss(logits, functional.one_hot(classes, 4).double()))
-
-
-def test_focal_loss_turns_to_the_hard_clips() -> None:
-    easy, hard = torch.tensor([[4.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
-    target = torch.tensor([0])
-    plain, focal = ClassificationLoss(2), ClassificationLoss(2, focal_gamma=2.0)
-    assert focal(easy, target) / plain(easy, target) < 0.001
-    assert focal(hard, target) / plain(hard, target) > 0.5
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -82,17 +67,17 @@ def test_certain_answers_keep_finite_gradients(gamma: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "word"),
     [
-        ({"class_weights": (1.0, 2.0)}, "2 class weights for 3 classes"),
-        ({"class_weights": (1.0, 0.0, 1.0)}, "greater than 0"),
-        ({"label_smoothing": 1.0}, "0 <= value < 1"),
-        ({"label_smoothing": -0.1}, "0 <= value < 1"),
-        ({"focal_gamma": -1.0}, "focal gamma"),
+        ({"class_weights": (1.0, 2.0)}, "2 class weights"),
+        ({"class_weights": (1.0, 0.0, 1.0)}, "class weight 0"),
+        ({"label_smoothing": 1.0}, "smoothing"),
+        ({"label_smoothing": -0.1}, "smoothing"),
+        ({"focal_gamma": -1.0}, "gamma"),
     ],
 )
-def test_wrong_settings_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(SerError, match=message):
+def test_wrong_settings_are_refused(options: dict[str, object], word: str) -> None:
+    with pytest.raises(SerError, match=word):
         ClassificationLoss(3, **options)
 
 
