@@ -15,7 +15,6 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from toy_data import toy_data, toy_model
 
-from pipeline.training.batches import Batches
 from pipeline.training.config import FitConfig
 from pipeline.training.loop import Run, Workers, fit
 
@@ -95,26 +94,7 @@ def test_exchanges(both: list[dict[str, Any]]) -> None:
     for found in both:
         assert found["gathered"].flatten().tolist() == [0, 1, 2, 3, 4]
         assert float(found["sum"]) == 3
-
-
-def test_two_workers_take_the_step_of_one(both: list[dict[str, Any]]) -> None:
-    """Without batch norm and dropout, gradients averaged over halves of a batch are those of the batch."""
-    del both
-    data = toy_data(60, 0, classes=CLASSES)
-    batches: Batches = Run(toy_model(), data, settings()).batches
-    model = nn.Sequential(nn.Flatten(), nn.Linear(512, 3))
-    whole = [nn.functional.cross_entropy(model(x), y) for x, y, _ in batches.epoch(1)]
-    halves = [
-        [nn.functional.cross_entropy(model(x), y) for x, y, _ in batches.epoch(1, rank, WORLD)] for rank in range(WORLD)
-    ]
-    for one, *two in zip(whole, *halves, strict=True):
-        torch.testing.assert_close(sum(two) / WORLD, one)
-
-
-def test_alone_every_exchange_gives_back_what_it_got() -> None:
     alone, value = Workers.current(), torch.tensor([[1.0], [2.0]])
     assert (alone.rank, alone.world) == (0, 1)
     assert alone.sum(value) is value
     assert alone.gather_rows(value, 2, torch.device("cpu")) is value
-    model = toy_model()
-    assert alone.share_gradients(model, torch.device("cpu")) is model
