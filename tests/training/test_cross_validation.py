@@ -53,6 +53,7 @@ def test_two_protocols_in_one_command_and_resumed(
     assert main([*words, "--engine", "ray"]) == 0
     printed, said = capsys.readouterr()
     assert "speaker_kfold fold 2  epoch 1/1" in said
+    assert "24 recordings tested, 12-12 in each" in said
     assert "speaker_kfold minus kfold" in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("page: "))
     found = json.loads((out / "protocols.json").read_text())["protocols"]
@@ -87,28 +88,25 @@ def test_weights_are_balanced_by_what_a_fold_trains_on(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not by what it is tested on; the oracle is scikit-learn's."""
-    seen: list[tuple[Any, dict[str, float]]] = []
+    seen: list[tuple[Any, Any]] = []
 
-    def noted(folds: list[Fold], _base: object, _side: object, *, fits: dict[str, Any], **_: object) -> None:
-        for fold in folds:
-            names = fold.splits["train"]["label"].to_numpy()
-            present = np.unique(names)
-            expected = dict(zip(present, compute_class_weight("balanced", classes=present, y=names), strict=True))
-            seen.append((fits[fold.name].class_weights, expected))
+    def noted(folds: list[Fold], *_: object, fits: dict[str, Any], **__: object) -> None:
+        seen.extend((fits[fold.name].class_weights, fold.splits["train"]["label"].to_numpy()) for fold in folds)
         raise SerError("enough")
 
     monkeypatch.setattr("pipeline.training.cross_validation.train_folds", noted)
     rows = load_features(features).table
     uneven = ["1" if label == "sad" or i % 4 == 0 else "2" for i, label in enumerate(rows["label"])]
-    ids = [Path(path).stem for path in rows["speech"]]
-    pd.DataFrame({"id": ids, "fold": uneven}).to_csv(tmp_path / "folds.csv", index=False)
+    table = pd.DataFrame({"id": [Path(path).stem for path in rows["speech"]], "fold": uneven})
+    table.to_csv(tmp_path / "folds.csv", index=False)
     words = ["--protocol", "kfold", "--features", str(features), "--folds_csv", str(tmp_path / "folds.csv")]
-    words += ["--inner_val", "0", "--class_weights", "balanced", "--out", str(tmp_path / "out")]
-    assert main(words) == 2
-    assert len(seen) == 2
-    for found, expected in seen:
+    assert main([*words, "--inner_val", "0", "--class_weights", "balanced", "--out", str(tmp_path / "out")]) == 2
+    for found, labels in seen:
+        present = np.unique(labels)
+        expected = dict(zip(present, compute_class_weight("balanced", classes=present, y=labels), strict=True))
         assert found == pytest.approx([expected.get(name, 1.0) for name in ("calm", "happy", "sad")])
-    assert seen[0][0] != seen[1][0]
+    first, second = (found for found, _ in seen)
+    assert first != second
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,7 @@ def test_other_settings_are_refused(plan: Plan) -> None:
         (replace(plan, model_name="cnn_bilstm"), "model"),
         (replace(plan, model_options={"dropout": 0.1}), "model"),
         (replace(plan, labels=("calm", "sad")), "labels"),
+        (replace(plan, teachers=(plan.out,)), "teachers"),
         (replace(plan, crops=3), "crops 1, got 3"),
         (replace(plan, fit=replace(plan.fit, seed=1)), "seed=42, got 1"),
     ):
@@ -394,6 +395,10 @@ def test_several_folders_are_read_as_one(features: Path, tmp_path: Path) -> None
         load_features((features, features))
 
 
-def test_a_plan_of_one_folder_as_it_was_written_before_there_were_several(plan: Plan) -> None:
+def test_a_plan_is_read_as_it_was_written_also_by_earlier_releases(plan: Plan) -> None:
+    plan = replace(plan, teachers=(plan.out / "teacher",), distill=0.4, crops=3)
     values = plan.to_dict()
-    assert Plan.from_dict(values | {"features": values["features"][0]}, plan.out) == Plan.from_dict(values, plan.out)
+    assert Plan.from_dict(values, plan.out) == plan
+    one_folder = values | {"features": values["features"][0]}
+    older = {name: value for name, value in one_folder.items() if name not in ("teachers", "distill", "crops", "init")}
+    assert Plan.from_dict(older, plan.out) == replace(plan, teachers=(), distill=0.7, crops=1)
