@@ -16,22 +16,8 @@ from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from pipeline.data.labels import LabelError
+from pipeline.evaluation import outcomes as figures
 from pipeline.evaluation.metrics import evaluate, permutation_hint
-from pipeline.evaluation.outcomes import (
-    brier,
-    clopper_pearson,
-    in_top,
-    interval,
-    log_loss,
-    newcombe,
-    outcomes,
-    reliability,
-    resample_groups,
-    resample_recordings,
-    risk_coverage,
-    scores,
-    tally,
-)
 from pipeline.evaluation.verdict import CROSSES, MET, NOT_DECIDABLE, NOT_MET, Targets, judge, reached
 from pipeline.reporting.terminal import terminal_summary
 from pipeline.storage.errors import SerError
@@ -74,10 +60,10 @@ PER_CLASS = ("precision", "recall", "f1")
 def test_counts_and_scores_are_those_of_sklearn_also_of_many_tallies(drawn: Answers) -> None:
     truth, answer, p = drawn
     n_classes = p.shape[1]
-    counts = tally(truth, answer, n_classes)
+    counts = figures.tally(truth, answer, n_classes)
     want = sk.confusion_matrix(truth, answer, labels=range(n_classes + 1))
     np.testing.assert_array_equal(counts, want[:n_classes])
-    found, oracle = scores(counts), by_sklearn(truth, answer, n_classes)
+    found, oracle = figures.scores(counts), by_sklearn(truth, answer, n_classes)
     for name in OVERALL:
         assert getattr(found, name) == pytest.approx(oracle[name], abs=1e-12), name
     present = np.isin(np.arange(n_classes), truth)
@@ -87,7 +73,9 @@ def test_counts_and_scores_are_those_of_sklearn_also_of_many_tallies(drawn: Answ
     stack = np.stack([counts, counts[::-1], counts * 0, counts + 1])
     for i, single in enumerate(stack):
         for name in (*OVERALL, *PER_CLASS):
-            np.testing.assert_array_equal(getattr(scores(stack), name)[i], getattr(scores(single), name))
+            np.testing.assert_array_equal(
+                getattr(figures.scores(stack), name)[i], getattr(figures.scores(single), name)
+            )
 
 
 @quick
@@ -96,12 +84,12 @@ def test_figures_of_probabilities_are_those_of_sklearn_and_of_their_definitions(
     truth, _, p = drawn
     n_classes = p.shape[1]
     best = np.argsort(-p, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(in_top(truth, p, k), (best == truth[:, None]).any(axis=1))
+    np.testing.assert_array_equal(figures.in_top(truth, p, k), (best == truth[:, None]).any(axis=1))
     if n_classes > 2 and k < n_classes:
         want = sk.top_k_accuracy_score(truth, p, k=k, labels=range(n_classes))
-        assert in_top(truth, p, k).mean() == pytest.approx(want)
-    assert log_loss(truth, p) == pytest.approx(sk.log_loss(truth, p, labels=range(n_classes)), rel=1e-9)
-    assert brier(truth, p) == pytest.approx(((p - np.eye(n_classes)[truth]) ** 2).sum(axis=1).mean())
+        assert figures.in_top(truth, p, k).mean() == pytest.approx(want)
+    assert figures.log_loss(truth, p) == pytest.approx(sk.log_loss(truth, p, labels=range(n_classes)), rel=1e-9)
+    assert figures.brier(truth, p) == pytest.approx(((p - np.eye(n_classes)[truth]) ** 2).sum(axis=1).mean())
 
     confidence, correct = p.max(axis=1), p.argmax(axis=1) == truth
     error = 0.0
@@ -109,13 +97,13 @@ def test_figures_of_probabilities_are_those_of_sklearn_and_of_their_definitions(
         inside = (confidence > low) & (confidence <= low + 0.1 + 1e-12)
         if inside.any():
             error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
-    bins = reliability(confidence, correct)
+    bins = figures.reliability(confidence, correct)
     assert bins.ece == pytest.approx(error)
     assert bins.n.sum() == len(truth)
 
     order = sorted(range(len(truth)), key=lambda i: -confidence[i])
     risks = [sum(not correct[i] for i in order[:n]) / n for n in range(1, len(order) + 1)]
-    curve = risk_coverage(confidence, correct)
+    curve = figures.risk_coverage(confidence, correct)
     np.testing.assert_allclose(curve.risk, risks, atol=1e-12)
     assert curve.aurc == pytest.approx(np.mean(risks))
     np.testing.assert_array_equal(curve.threshold, confidence[order])
@@ -123,16 +111,16 @@ def test_figures_of_probabilities_are_those_of_sklearn_and_of_their_definitions(
 
 def test_figures_of_equal_and_of_certain_probabilities() -> None:
     equal = np.full((4, 4), 0.25)
-    assert in_top(np.arange(4), equal, 1).tolist() == [True, False, False, False]  # the lower index, as argmax
-    assert in_top(np.arange(4), equal, 2).tolist() == [True, True, False, False]
+    assert figures.in_top(np.arange(4), equal, 1).tolist() == [True, False, False, False]  # the lower index, as argmax
+    assert figures.in_top(np.arange(4), equal, 2).tolist() == [True, True, False, False]
     certain, wrong = np.eye(2), np.array([1, 0])
-    assert log_loss(wrong, certain) == pytest.approx(sk.log_loss(wrong, certain, labels=[0, 1]))
-    assert brier(wrong, certain) == 2.0
-    bins = reliability(np.array([0.0, 0.1, 0.1 + 1e-9, 1.0]), np.array([False, True, True, True]))
+    assert figures.log_loss(wrong, certain) == pytest.approx(sk.log_loss(wrong, certain, labels=[0, 1]))
+    assert figures.brier(wrong, certain) == 2.0
+    bins = figures.reliability(np.array([0.0, 0.1, 0.1 + 1e-9, 1.0]), np.array([False, True, True, True]))
     assert bins.n.tolist() == [2, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     confidence, correct = np.array([0.9, 0.9, 0.9, 0.5]), np.array([True, False, True, False])
     for order in ([0, 1, 2, 3], [1, 3, 0, 2]):
-        curve = risk_coverage(confidence[order], correct[order])
+        curve = figures.risk_coverage(confidence[order], correct[order])
         np.testing.assert_allclose(curve.risk, [1 / 3, 1 / 3, 1 / 3, 1 / 2])
 
 
@@ -141,9 +129,9 @@ def test_figures_of_equal_and_of_certain_probabilities() -> None:
 
 def test_resampled_recordings_spread_as_the_binomial_says() -> None:
     counts = np.array([[60, 20, 0], [10, 100, 10]])
-    drawn = resample_recordings(counts, 20_000, np.random.default_rng(0))
+    drawn = figures.resample_recordings(counts, 20_000, np.random.default_rng(0))
     assert (drawn.sum(axis=(1, 2)) == 200).all()
-    accuracy = scores(drawn).accuracy
+    accuracy = figures.scores(drawn).accuracy
     assert accuracy.mean() == pytest.approx(0.8, abs=0.002)
     assert accuracy.var() == pytest.approx(0.8 * 0.2 / 200, rel=0.05)
 
@@ -153,7 +141,7 @@ def test_resampled_speakers_are_those_of_plain_row_resampling() -> None:
     n, n_speakers = 300, 12
     speaker = rng.integers(0, n_speakers, n)
     cell = np.where(rng.random(n) < 0.5 + 0.04 * speaker, 0, 1)  # 2 x 1 "shape": right or wrong
-    drawn = resample_groups(speaker, cell, (2,), 20_000, np.random.default_rng(2))
+    drawn = figures.resample_groups(speaker, cell, (2,), 20_000, np.random.default_rng(2))
     fast = drawn[:, 0] / drawn.sum(axis=1)
     slow = []
     for _ in range(4000):
@@ -178,10 +166,10 @@ def test_speakers_that_differ_widen_the_interval_and_those_that_do_not_leave_it(
 def test_exact_binomial_bounds_also_instead_of_no_width() -> None:
     for right, n in ((0, 5), (5, 5), (1, 30), (29, 30), (40, 80)):
         want = binomtest(right, n).proportion_ci(0.95, method="exact")
-        assert clopper_pearson(right, n) == pytest.approx((want.low, want.high))
-    assert interval(1.0, np.ones(100), 20) == clopper_pearson(20, 20)
-    assert interval(0.0, np.zeros(100), 20) == clopper_pearson(0, 20)
-    assert interval(1.0, np.array([1.0, 0.9] * 50), 20) == (0.9, 1.0)
+        assert figures.clopper_pearson(right, n) == pytest.approx((want.low, want.high))
+    assert figures.interval(1.0, np.ones(100), 20) == figures.clopper_pearson(20, 20)
+    assert figures.interval(0.0, np.zeros(100), 20) == figures.clopper_pearson(0, 20)
+    assert figures.interval(1.0, np.array([1.0, 0.9] * 50), 20) == (0.9, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -196,27 +184,23 @@ def test_exact_binomial_bounds_also_instead_of_no_width() -> None:
     ],
 )
 def test_difference_of_shares_as_published(counts: tuple[int, int, int, int], want: tuple[float, float]) -> None:
-    assert newcombe(*counts) == pytest.approx(want, abs=6e-5)
+    assert figures.newcombe(*counts) == pytest.approx(want, abs=6e-5)
 
 
-@pytest.mark.parametrize(("right", "n"), [(15, 16), (16, 16), (28, 32), (0, 9)])
-def test_shares_over_recordings_have_the_score_interval(right: int, n: int) -> None:
-    predicted = ["calm"] * right + ["sad"] * (n - right)
-    found = evaluate(
-        made_predictions(n, ("calm", "sad")).assign(label_name="calm", predicted=predicted), ("calm", "sad")
-    )
-    want = binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert found["overall"]["accuracy"]["over_recordings"] == pytest.approx([want.low, want.high])
-    assert found["per_class"][0]["recall"]["over_recordings"] == pytest.approx([want.low, want.high])
+def test_shares_over_recordings_have_the_score_interval() -> None:
+    def wilson(right: int, n: int) -> Any:
+        return pytest.approx(list(binomtest(right, n).proportion_ci(0.95, method="wilson")))
 
-
-def test_precision_counts_its_answers() -> None:
-    """Right in all of 4 answers of 40 recordings: 4 answers are what is known."""
+    for right, n in ((15, 16), (16, 16), (28, 32), (0, 9)):
+        predicted = ["calm"] * right + ["sad"] * (n - right)
+        table = made_predictions(n, ("calm", "sad")).assign(label_name="calm", predicted=predicted)
+        found = evaluate(table, ("calm", "sad"))
+        assert found["overall"]["accuracy"]["over_recordings"] == wilson(right, n)
+        assert found["per_class"][0]["recall"]["over_recordings"] == wilson(right, n)
     table = made_predictions(80, ("calm", "sad")).sort_values("label_name", ignore_index=True)
     table["predicted"] = ["calm"] * 4 + ["sad"] * 76
-    want = binomtest(4, 4).proportion_ci(0.95, method="wilson")
     precision = evaluate(table, ("calm", "sad"))["per_class"][0]["precision"]
-    assert (precision["value"], precision["over_recordings"]) == (1.0, pytest.approx([want.low, want.high]))
+    assert (precision["value"], precision["over_recordings"]) == (1.0, wilson(4, 4))  # of 4 answers, not of 40
 
 
 def test_too_few_or_blank_speakers_give_a_reason_and_no_interval() -> None:
@@ -269,7 +253,7 @@ def test_every_figure_against_sklearn_on_a_whole_table(failed: int) -> None:
     assert overall["brier"] == pytest.approx(((p - np.eye(8)[truth[read]]) ** 2).sum(axis=1).mean())
     matrix = sk.confusion_matrix(truth[read], answer[read], labels=range(8))
     assert found["confusion"]["counts"] == matrix.tolist()
-    shares = matrix / matrix.sum(axis=1, keepdims=True)
+    shares = sk.confusion_matrix(truth[read], answer[read], normalize="true")
     np.testing.assert_allclose(found["confusion"]["row_normalised"], shares)
     assert found["n"]["labelled_failed"] == failed == sum(found["confusion"]["failed"])
 
@@ -295,19 +279,12 @@ def test_only_the_seed_moves_the_intervals() -> None:
         assert plain["overall"][key]["over_recordings"] == mixed["overall"][key]["over_recordings"]
 
 
-def test_without_labels_there_are_answers_and_no_metrics() -> None:
-    found = evaluate(made_predictions(40, failed=3).drop(columns=["label_name", "label"]), LABELS)
-    assert found["labelled"] is False
-    assert found["n"] == {"rows": 40, "failed": 3}
-    assert sum(row["n"] for row in found["answers"]) == 37
-    assert "overall" not in found
-
-
 def test_degenerate_tables_give_json_without_nan() -> None:
     table = made_predictions(24, seed=8)
-    for given_table in (
+    for degenerate in (
         table.head(1),
         table[table["label_name"] == "sad"],
+        table[table["label_name"] != "calm"],
         with_failed(table, range(24)),
         with_failed(table, list(np.flatnonzero(table["label_name"] == "sad"))),
         table.assign(predicted=table["label_name"]),
@@ -318,20 +295,23 @@ def test_degenerate_tables_give_json_without_nan() -> None:
         pd.concat([table, table]),
         table.assign(speaker=np.nan),
     ):
-        found = evaluate(given_table, LABELS, resamples=50)
+        found = evaluate(degenerate, LABELS, resamples=50)
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_a_class_without_a_clip_is_not_available_instead_of_zero() -> None:
-    table = made_predictions(24, seed=8)
+def test_what_is_not_there_is_not_available_instead_of_zero() -> None:
+    table = made_predictions(40, failed=3, seed=8)
     found = evaluate(table[table["label_name"] != "calm"], LABELS)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
     row = found["per_class"][LABELS.index("calm")]
     assert row["support"] == 0
     assert row["recall"]["value"] is row["precision"]["value"] is row["f1"]["value"] is None
     assert found["confusion"]["row_normalised"][1] == [None] * 8
     assert found["verdict"]["checks"][2 + 1]["outcome"] == NOT_DECIDABLE
     assert any("No recordings of calm" in hint for hint in found["hints"])
+    unlabelled = evaluate(table.drop(columns=["label_name", "label"]), LABELS)
+    assert (unlabelled["labelled"], unlabelled["n"]) == (False, {"rows": 40, "failed": 3})
+    assert sum(row["n"] for row in unlabelled["answers"]) == 37
+    assert "overall" not in unlabelled
 
 
 def test_unknown_labels_and_tables_without_answers_are_refused() -> None:
@@ -396,7 +376,7 @@ def test_permuted_labels_are_noticed_and_the_map_named_is_the_cure() -> None:
 def test_chance_and_honest_mistakes_are_not_taken_for_a_permutation() -> None:
     for seed in range(60):
         table = made_predictions(30, accuracy=(0.0, 0.3, 0.6)[seed % 3], seed=seed)
-        assert permutation_hint(outcomes(table, LABELS)) is None
+        assert permutation_hint(figures.outcomes(table, LABELS)) is None
 
 
 def test_repeated_rows_and_a_single_class_are_told() -> None:
