@@ -208,13 +208,13 @@ def load(
         return Clip(samples, sample_rate_hz, start / sample_rate_hz, count / sample_rate_hz, _info(decoder))
 
 
-def content_hash(source: AudioSource) -> str:
+def content_hash(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> str:
     """sha256 (64 hex digits) of the decoded samples, the rate and the number of channels.
 
     Samples are hashed as little-endian float32, so a WAV and the FLAC made from it have the same hash; names and tags
     do not matter. Raises `AudioError`.
     """
-    with _decoder(source, DEFAULT_LIMITS) as decoder:
+    with _decoder(source, limits) as decoder:
         return _hashed(decoder, decoder.blocks(0, decoder.frames))
 
 
