@@ -17,6 +17,7 @@ from websockets.exceptions import InvalidStatus
 from pipeline.models.bundle import Bundle
 from serve.schema import STREAM_PROTOCOL, key_digest, stream_ticket
 
+Headers = dict[str, str]
 PREDICT, LINK = "/v1/predict", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
 OPENS = {"authorization": f"Bearer {KEY}"}
 
@@ -41,7 +42,7 @@ PROTECTED = [
 
 
 @pytest.mark.parametrize(("method", "path", "content"), PROTECTED)
-def test_only_the_right_key_opens_and_without_a_key_only_this_machine_is_served(
+def test_only_the_right_key_opens_to_others(
     service: LocalService, guarded: LocalService, method: str, path: str, content: dict[str, Any]
 ) -> None:
     async def body() -> Any:
@@ -76,9 +77,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("headers", FOREIGN)
-def test_pages_of_other_sites_are_refused_where_there_is_no_key(
-    service: LocalService, guarded: LocalService, headers: dict[str, str]
-) -> None:
+def test_without_a_key_other_sites_are_refused(service: LocalService, guarded: LocalService, headers: Headers) -> None:
     code = "foreign_host" if "host" in headers else "foreign_page"
     for path in ("/v1/model", "/openapi.json", "/docs", "/v2/models/tiny"):
         problem_of(service.get(path, headers=headers), 403, code)
@@ -100,7 +99,7 @@ def test_pages_of_other_sites_are_refused_where_there_is_no_key(
         {"origin": "http://localhost:8501"},
     ],
 )
-def test_this_machine_s_own_requests_are_answered(service: LocalService, headers: dict[str, str]) -> None:
+def test_this_machine_s_own_requests_are_answered(service: LocalService, headers: Headers) -> None:
     assert service.get("/v1/model", headers=headers).status_code == 200
     if headers == LINK:  # a form of another site is no link
         problem_of(service.post(PREDICT, headers=headers, **form(wav())), 403, "foreign_page")
@@ -204,9 +203,7 @@ def test_without_the_key_no_stream_opens(guarded_url: str, options: dict[str, An
     assert refused(guarded_url, **options) == (401, "unauthorized")
 
 
-def test_key_and_ticket_open_streams_only_and_are_never_logged(
-    guarded_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_key_and_ticket_open_and_are_never_logged(guarded_url: str, caplog: pytest.LogCaptureFixture) -> None:
     made, log = ticket(), logging.getLogger("ray.serve.ser")
     log.addHandler(caplog.handler)  # Ray, where it has been imported, keeps its lines from the root
     with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, log.name):

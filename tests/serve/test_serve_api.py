@@ -108,16 +108,12 @@ def test_windows(service: LocalService, predictor: Predictor) -> None:
         (6.1, {}, 4),  # long begins beyond six seconds
     ],
 )
-def test_windows_are_for_who_asks_and_for_long_recordings(
-    service: LocalService, length_s: float, fields: dict[str, Any], windows: int | None
-) -> None:
+def test_when_there_are_windows(service: LocalService, length_s: float, fields: Any, windows: int | None) -> None:
     found = answer(service, wav(length_s), **fields).segments
     assert (None if found is None else len(found)) == windows
 
 
-def test_a_long_recording_is_heard_in_full_and_its_middle_on_request(
-    service: LocalService, predictor: Predictor
-) -> None:
+def test_long_recordings_are_heard_in_full_or_their_middle(service: LocalService, predictor: Predictor) -> None:
     data = wav(6.5, seed=3)
     found = answer(service, data)
     pooled, timeline = predictor.follow(data, SlidingWindow(2.0, 2.0))
@@ -132,6 +128,13 @@ def test_a_long_recording_is_heard_in_full_and_its_middle_on_request(
     assert (middle.segments, middle.label, middle.scored_s) == (None, expected.predicted, 2.0)
     for fields in ({"hop_s": 1}, {"channels": "each"}):
         problem_of(service.post(PREDICT, **form(data, window_s="middle", **fields)), 422, "invalid_request")
+    voice, click = speech_like(duration_s=3.0), np.zeros(64_000, np.float32)
+    click[32_000:32_100] = 0.5  # in the middle there is too little sound for an answer
+    data = wav_of(np.concatenate([voice, click, voice]))
+    problem_of(service.post(PREDICT, **form(data, window_s="middle")), 422, "too_short")
+    parts = answer(service, data).segments
+    assert parts
+    assert "silence" not in {part.label for part in parts}
 
 
 def test_channels_are_heard_apart_where_they_differ(service: LocalService) -> None:
@@ -151,17 +154,7 @@ def test_channels_are_heard_apart_where_they_differ(service: LocalService) -> No
         assert {part.channel for part in asked.segments or []} == {"1"}, name
 
 
-def test_a_long_recording_with_nothing_in_its_middle_is_still_heard(service: LocalService) -> None:
-    voice, click = speech_like(duration_s=3.0), np.zeros(64_000, np.float32)
-    click[32_000:32_100] = 0.5  # too little sound for an answer
-    data = wav_of(np.concatenate([voice, click, voice]))
-    problem_of(service.post(PREDICT, **form(data, window_s="middle")), 422, "too_short")
-    found = answer(service, data).segments
-    assert found
-    assert "silence" not in {part.label for part in found}
-
-
-def test_answers_that_are_no_emotion(service: LocalService) -> None:
+def test_answers_that_are_no_emotion_or_have_a_notice(service: LocalService) -> None:
     plain, unsure = answer(service, wav()), answer(service, wav(), min_confidence=1)
     assert (unsure.label, unsure.scores) == ("uncertain", plain.scores)
     info = ModelInfo.model_validate_json(service.get("/v1/model").content)
@@ -179,14 +172,9 @@ def test_answers_that_are_no_emotion(service: LocalService) -> None:
         body = service.post(TASK, content=data)
         assert (body.status_code, body.json()) == (200, [])
     assert found.speech_share == 0
-
-
-def test_a_notice_goes_with_the_answer(service: LocalService) -> None:
-    voice = speech_like()
-    assert answer(service, wav_of(voice)).notice is None
-    opposite = answer(service, wav_of(voice, -voice))
+    opposite = answer(service, wav_of(speech_like(), -speech_like()))
+    assert (plain.notice, opposite.label == "silence") == (None, False)
     assert "cancel" in (opposite.notice or "")
-    assert opposite.label != "silence"
 
 
 def test_pictures_and_explanations_are_of_the_window_that_was_heard(service: LocalService, tiny_bundle: Bundle) -> None:
@@ -272,15 +260,12 @@ def test_recordings_that_cannot_be_used(service: LocalService, data: bytes, stat
         problem_of(response, status, code or response.json()["code"])
 
 
-def test_lengths_are_limited_before_decoding(tiny_bundle: Bundle) -> None:
+def test_lengths_and_windows_are_limited(tiny_bundle: Bundle) -> None:
     service = LocalService(tiny_bundle, max_duration_s=2.0, max_decoded_mib=0.1)
     problem_of(service.post(PREDICT, **form(wav(2.5))), 413, "too_long")
     problem_of(service.post(PREDICT, **form(wav(1.9))), 413, "too_large")
     problem_of(service.post(EXPLAIN, **form(wav(2.5))), 413, "too_long")
     problem_of(service.post(PREDICT, **form(wav(2.5), window_s=1)), 413, "too_long")
-
-
-def test_windows_are_limited_where_they_are_asked_for(tiny_bundle: Bundle) -> None:
     service, asked = LocalService(tiny_bundle, max_windows=5), {"window_s": 1, "hop_s": 0.5}
     assert service.post(PREDICT, **form(wav(3.0), **asked)).status_code == 200
     problem_of(service.post(PREDICT, **form(wav(3.5), **asked)), 422, "too_many_windows")
@@ -347,18 +332,22 @@ TEXT = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n/etc/passwd\r
         (EXPLAIN, form(wav()) | {"params": {"window_s": "1"}}, 422, "invalid_request"),
         (TASK, {"content": wav(), "params": {"top_k": 1}}, 422, "invalid_request"),
         (EXPLAIN, form(wav(), wav()), 422, "too_many_files"),
+        (PREDICT, form(*[b"x"] * 33), 422, "too_many_files"),
+        (PREDICT, form(*[b"x"] * 34), 422, "too_many_files"),
+        (PREDICT, form(*[b"x"] * 90), 422, "too_many_files"),
+        (PREDICT, form(wav(), channels=1), 422, "no_such_channel"),
+        (PREDICT, form(wav(), channels=1, hop_s=1), 422, "no_such_channel"),
     ],
 )
-def test_requests_that_are_none(
-    service: LocalService, path: str, content: dict[str, Any], status: int, code: str
-) -> None:
+def test_requests_that_are_none(service: LocalService, path: str, content: Any, status: int, code: str) -> None:
     problem = problem_of(service.post(path, **content), status, code)
     for name in content.get("params", {}):
         assert [error.field for error in problem.errors or []] == [name]
         assert "form" in problem.detail
 
 
-def test_unknown_addresses_and_methods(service: LocalService) -> None:
+def test_what_is_unknown_and_what_just_fits(service: LocalService) -> None:
+    assert service.post(PREDICT, **form(*[b"x"] * 32)).status_code == 200
     problem_of(service.get("/v1/nothing"), 404, "not_found")
     response = service.get(PREDICT)
     problem_of(response, 405, "method_not_allowed")
@@ -382,13 +371,6 @@ def test_forms_that_are_slow_to_read_are_refused(service: LocalService) -> None:
     for borders, status, code in ((100, 422, "too_many_files"), (10, 400, "not_audio")):
         response = service.post(PREDICT, content=BORDERS % (b"\r\n--x?" * borders), headers=MULTIPART)
         problem_of(response, status, code)
-
-
-def test_files_are_counted(tiny_bundle: Bundle) -> None:
-    limited = LocalService(tiny_bundle, max_files=2)
-    assert limited.post(PREDICT, **form(wav(), wav())).status_code == 200
-    for count in (3, 4, 60):
-        problem_of(limited.post(PREDICT, **form(*[b"x"] * count)), 422, "too_many_files")
 
 
 def test_model_and_health(service: LocalService, tiny_bundle: Bundle, failing: LocalService) -> None:
@@ -424,7 +406,7 @@ def test_a_full_model_keeps_no_request_from_another(tiny_bundle: Bundle, monkeyp
     problem_of(service.post(PREDICT, content=b"no form"), 429, "overloaded")
 
 
-def test_a_full_queue_is_told_before_the_body_is_read_and_concerns_the_whole_request(failing: LocalService) -> None:
+def test_full_queues_and_deadlines_are_told(failing: LocalService, tiny_bundle: Bundle) -> None:
     async def body() -> Any:
         raise AssertionError("read for nothing")
         yield b""
@@ -438,11 +420,8 @@ def test_a_full_queue_is_told_before_the_body_is_read_and_concerns_the_whole_req
     response = failing.post(PREDICT, **form(wav(), wav()))
     problem_of(response, 429, "overloaded")
     assert response.headers["retry-after"] == "2"
-
-
-def test_deadline(tiny_bundle: Bundle) -> None:
-    service = LocalService(tiny_bundle, deadline_s=0.001)
-    response = service.post(PREDICT, **form(wav(30.0), window_s=0.1))
+    hurried = LocalService(tiny_bundle, deadline_s=0.001)
+    response = hurried.post(PREDICT, **form(wav(30.0), window_s=0.1))
     problem_of(response, 503, "deadline_exceeded")
     assert response.headers["retry-after"] == "1"
 
@@ -480,7 +459,7 @@ def test_figures_and_one_structured_line_a_request(tiny_bundle: Bundle, caplog: 
     assert service.meter.requests[2] == (TASK, 400, "not_audio")
 
 
-def test_the_documentation_page_needs_nothing_from_elsewhere(service: LocalService) -> None:
+def test_the_documentation_tells_every_status_and_needs_nothing_from_elsewhere(service: LocalService) -> None:
     page = service.get("/docs")
     assert page.status_code == 200
     assert "//" not in re.sub(r"<!--.*?-->", "", page.text).replace("window.location.protocol + '//'", "")
@@ -488,9 +467,6 @@ def test_the_documentation_page_needs_nothing_from_elsewhere(service: LocalServi
     assert len(loaded) >= 2
     for path in loaded:
         assert service.get(path).status_code == 200, path
-
-
-def test_every_code_has_a_status_and_every_status_is_in_the_document(service: LocalService) -> None:
     document = service.get("/openapi.json").json()
     post = document["paths"][PREDICT]["post"]
     not_here = {"not_found", "not_a_file", "permission_denied", "unreadable"}  # bytes have no path

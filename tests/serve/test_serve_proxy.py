@@ -223,9 +223,7 @@ async def test_while_it_stops_new_work_is_told_to_come_again(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 @awaited
-async def test_slow_headers_end_the_connection_and_slow_answers_do_not(
-    http: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_slow_headers_end_the_connection_not_slow_answers(http: str, monkeypatch: pytest.MonkeyPatch) -> None:
     limit_slow_headers()
     limit_slow_headers()  # once is enough
     request, leave = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", asyncio.Event()

@@ -239,9 +239,7 @@ async def test_mistakes_of_the_application_are_raised(now: list[float]) -> None:
 
 @pytest.mark.parametrize(("found", "way"), [("first", "short"), (RuntimeError("gone"), "ingress")])
 @awaited
-async def test_streams_wait_for_the_first_offer_and_take_the_short_way(
-    now: list[float], found: str | Exception, way: str
-) -> None:
+async def test_streams_wait_for_the_first_offer(now: list[float], found: str | Exception, way: str) -> None:
     """A connection stays where it begins, and behind the proxy nothing would keep a fast sender back."""
     told: list[Any] = []
 
