@@ -1,4 +1,4 @@
-"""Options, help, exit codes, one-line errors and progress of all commands; the manifest and extract jobs."""
+"""Options, help, exit codes and one-line errors of all commands; the manifest and extract jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from jobs import _common, cli, extract, manifest
-from jobs._common import Parser, Progress, run, true_or_false
+from jobs._common import Parser, run, true_or_false
 from pipeline.data.manifest import read_manifest, scan_folder
 from pipeline.features.features import FeatureConfig
 from pipeline.features.store import load_features
@@ -225,15 +225,6 @@ def test_our_mistakes_leave_a_log_and_no_traceback(capsys: Capture, monkeypatch:
     assert str(log) in talk
     assert "Traceback" not in talk
     assert "boom" in log.read_text()
-
-
-def test_progress_lines_tell_failures_and_the_end(capsys: Capture) -> None:
-    progress = Progress("score", every_s=0)
-    for done in (10, 20):
-        progress(done, 20, 3)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("score: 20/20 files")
-    assert all("3 failed" in line for line in lines)
 
 
 # --- manifest and extract --------------------------------------------------------------------------------------------
