@@ -119,9 +119,7 @@ def test_values_that_are_not_finite_or_whose_power_would_overflow(codec: str) ->
 @pytest.mark.parametrize(
     ("tag", "code"), [(0, "unsupported_format"), (0x31, "corrupt"), (0x55, "corrupt"), (0x1234, "unsupported_format")]
 )
-def test_the_wav_format_tag_is_checked_before_a_decoder_opens_it(
-    tag: int, code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wav_tags_are_checked_before_a_decoder_opens_it(tag: int, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("opened by libsndfile")
 
@@ -305,9 +303,7 @@ def test_any_bytes_give_samples_or_an_audio_error(magic: bytes, rest: bytes) -> 
     changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=8),
     kept=st.floats(0.0, 1.0),
 )
-def test_any_change_to_a_recording_gives_samples_or_an_audio_error(
-    seed: bytes, changes: list[tuple[int, int]], kept: float
-) -> None:
+def test_any_change_gives_samples_or_an_audio_error(seed: bytes, changes: list[tuple[int, int]], kept: float) -> None:
     data = bytearray(seed)
     for position, value in changes:
         data[position % len(data)] = value

@@ -57,9 +57,7 @@ def paths(folder: Path, *names: str) -> list[str]:
         ),
     ],
 )
-def test_tables_as_people_and_programs_write_them(
-    tmp_path: Path, text: str, speech: list[str], further: dict[str, list[str]]
-) -> None:
+def test_tables_as_people_write_them(tmp_path: Path, text: str, speech: list[str], further: dict[str, Any]) -> None:
     (tmp_path / " b.wav").touch()
     found = read(tmp_path, text)
     assert found["speech"].tolist() == paths(tmp_path, *speech)

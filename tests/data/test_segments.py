@@ -99,9 +99,7 @@ def test_scores_are_those_of_the_files_cut_out(
     assert "no segments" in told[0]
 
 
-def test_features_are_those_of_the_files_cut_out(
-    tiny_bundle: Bundle, long: Path, cut: list[Path], tmp_path: Path
-) -> None:
+def test_features_are_those_of_files_cut_out(tiny_bundle: Bundle, long: Path, cut: list[Path], tmp_path: Path) -> None:
     tables = []
     for number, manifest in enumerate((rows(long), pd.DataFrame({"speech": list(map(str, cut))}))):
         schema = pa.Schema.from_pandas(manifest, preserve_index=False)

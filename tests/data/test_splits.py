@@ -191,9 +191,7 @@ def test_folds_depend_on_names_and_seed_alone() -> None:
         ("speaker_kfold", {}, {"assigned": pd.Series(["a", "b"] * 30)}, r"speaker s\d is in the folds a, b"),
     ],
 )
-def test_what_cannot_be_folded_is_refused(
-    protocol: str, changes: dict[str, str], options: dict[str, Any], complaint: str
-) -> None:
+def test_what_cannot_be_folded_is_refused(protocol: str, changes: Any, options: Any, complaint: str) -> None:
     with pytest.raises(ManifestError, match=complaint):
         folds_of(manifest().assign(**changes), protocol, **options)
 

@@ -54,9 +54,7 @@ def test_copies_repeats_and_unreadable_files(manifest: pd.DataFrame, tmp_path: P
     assert leaks.describe(found, asked.assign(status="ok"), LABELS)["checked"] == 11 - 3
 
 
-def test_a_bundle_that_lists_no_contents_is_compared_by_name_and_one_that_lists_nothing_says_so(
-    manifest: pd.DataFrame,
-) -> None:
+def test_a_bundle_without_contents_is_compared_by_name_and_one_without_a_list_says_so(manifest: pd.DataFrame) -> None:
     training = trained_on(manifest, ["train", "train", "test"]).assign(content_hash="", id=["0", "1", "2"])
     found = leaks.find(manifest, training)
     assert found.mask.tolist() == [True, True, False, False, False, False]
