@@ -144,7 +144,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     For several seeds it uses the mean log-probabilities, which are those of their joined networks.
     """
-    from jobs.protocols import labelled_recordings
+    from jobs.crossval import labelled_recordings
 
     from pipeline.data.manifest import label_set
     from pipeline.data.splits import assignment, folds_of
