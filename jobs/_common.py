@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from pipeline.data.labels import chained, parse_label_map, parse_label_names
 from pipeline.storage.errors import SerError, SerWarning
@@ -41,9 +41,6 @@ _REMEDIES = {
 }
 EXIT_DONE, EXIT_USAGE, EXIT_TARGET_MISSED, EXIT_SOME_FAILED, EXIT_OURS, EXIT_INTERRUPTED = 0, 2, 3, 4, 70, 130
 AS_SER = ContextVar("AS_SER", default=False)  # whether the user typed ``ser score``, not ``python -m jobs.score``
-
-
-_FORMAT = warnings.formatwarning
 
 
 class Parser(argparse.ArgumentParser):
@@ -262,7 +259,7 @@ def run(job: Job, parser: Parser, argv: Sequence[str] | None, parse: Parse = Par
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the console's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = _one_line
+    warnings.showwarning = _show
     try:
         try:
             arguments = parse(parser, words)
@@ -291,13 +288,19 @@ def run(job: Job, parser: Parser, argv: Sequence[str] | None, parse: Parse = Par
         return EXIT_OURS
 
 
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A ``SerWarning`` as one line; any other warning as Python prints it."""
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a ``SerWarning`` as one line; any other warning as Python does."""
     if issubclass(category, SerWarning):
-        return f"warning: {message}\n"
-    return _FORMAT(message, category, filename, lineno, line)
+        say(f"warning: {message}")
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def check_free(host: str, port: int, remedy: str) -> None:

@@ -307,7 +307,7 @@ def test_the_words_from_before_it_had_a_name_of_its_own(
 ) -> None:
     words = [*old, "--features", str(features), "--epochs", "3", "--out", "out"]
     asked: list[Any] = []
-    monkeypatch.setattr(crossval, "job", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr(crossval, "main", lambda given: asked.append(crossval.build_parser().parse_args(given)) or 0)
     assert evaluate_job.main(words) == 0
     assert "ser crossval" in capsys.readouterr().err
     assert (asked[0].protocol[-1], asked[0].epochs, asked[0].out) == ("loso", 3, Path("out"))
