@@ -19,13 +19,9 @@ def answer_html(recording: Recording) -> str:
     For a recording that was analysed in windows, the headline gives the share of the time of each emotion.
     """
     if recording.segments:
-        from app_pages.timeline import shares
-
-        found = shares(recording.segments)
+        found = _shares(recording)
         told, below = over_time(found)
-        label = next(
-            (label for label in found if label != UNCERTAIN), UNCERTAIN
-        )  # the one that the headline names first
+        label = next((label for label in found if label != UNCERTAIN), UNCERTAIN)  # the first in the headline
     else:
         label = recording.label
         told, below = headline(label, recording.scores), explained(label, recording.confidence)
@@ -45,10 +41,14 @@ def scores_html(recording: Recording) -> str:
     """A bar for each class; for a recording that was analysed in windows, its share of the time."""
     if not recording.segments:
         return bars_html(recording.scores) if recording.scores else ""
+    found = [Score(label=label, score=min(share, 1.0)) for label, share in _shares(recording).items()]
+    return bars_html(found, "Share of the time")
+
+
+def _shares(recording: Recording) -> dict[str, float]:
     from app_pages.timeline import shares
 
-    found = [Score(label=label, score=min(share, 1.0)) for label, share in shares(recording.segments).items()]
-    return bars_html(found, "Share of the time")
+    return shares(recording.segments or [])
 
 
 def bars_html(scores: Sequence[Score], caption: str = "All scores") -> str:
@@ -64,13 +64,9 @@ def bars_html(scores: Sequence[Score], caption: str = "All scores") -> str:
 
 
 def _rows(scores: Sequence[Score], *, first: bool = True) -> str:
-    return "".join(_row(score, best=first and i == 0) for i, score in enumerate(scores))
-
-
-def _row(score: Score, *, best: bool) -> str:
-    width = f"width:{100 * score.score:.1f}%;background:{colour(score.label)}"
-    return (
-        f'<tr{" class=best" if best else ""}><th scope="row">{escape(spoken(score.label))}</th>'
-        f'<td><div class="track"><div class="bar" style="{width}"></div></div></td>'
-        f'<td class="share">{escape(percent(score.score))}</td></tr>'
+    return "".join(
+        f'<tr{" class=best" if first and i == 0 else ""}><th scope="row">{escape(spoken(score.label))}</th>'
+        f'<td><div class="track"><div class="bar" style="width:{100 * score.score:.1f}%;'
+        f'background:{colour(score.label)}"></div></div></td><td class="share">{escape(percent(score.score))}</td></tr>'
+        for i, score in enumerate(scores)
     )

@@ -108,14 +108,9 @@ def failure_table(collection: Collection) -> pd.DataFrame:
 def chosen_rows(
     table: pd.DataFrame, text: str, words: Sequence[str], order: str, *, only_wrong: bool = False
 ) -> pd.DataFrame:
-    """The rows whose file name contains ``text`` and whose word is in ``words`` (any word if empty), sorted.
+    """The rows whose file name contains ``text``, in any case, and whose word is in ``words`` (empty: any), sorted.
 
-    Args:
-        table: as from ``result_table``.
-        text: part of a file name, in any case.
-        words: values of the column ``word``.
-        order: one of ``many_results.ORDERS``.
-        only_wrong: only rows whose answer differs from the label.
+    ``order`` is one of ``many_results.ORDERS``; ``only_wrong``: only rows whose answer differs from the label.
     """
     table = table[table["wrong"]] if only_wrong else table
     found = table[table["file"].str.contains(text, case=False, regex=False)]

@@ -28,12 +28,8 @@ _LATER = ("serve.client", "pandas", "altair", "app_pages.drawing", "app_pages.ma
 
 def run() -> None:
     """Draw the chosen page."""
-    many = st.Page(_many, title="Many recordings", icon=":material/queue_music:", url_path="many")
-    pages = [
-        st.Page(_listen, title="Listen", icon=":material/hearing:", url_path="listen", default=True),
-        many,
-        st.Page(_model, title="The model", icon=":material/info:", url_path="model"),
-    ]
+    many = _page("many", "Many recordings", "queue_music")
+    pages = [_page("listen", "Listen", "hearing", default=True), many, _page("model", "The model", "info")]
     chosen = st.navigation(pages, position="hidden")  # its own menu hides on a phone
     if st.session_state.pop("go_to_many", False):
         st.switch_page(many)
@@ -51,16 +47,11 @@ def run() -> None:
     _prepare()
 
 
-def _listen() -> None:
-    import_module("app_pages.listen").page()
+def _page(module: str, title: str, icon: str, *, default: bool = False) -> st.Page:
+    def draw() -> None:
+        import_module(f"app_pages.{module}").page()
 
-
-def _many() -> None:
-    import_module("app_pages.many").page()
-
-
-def _model() -> None:
-    import_module("app_pages.model").page()
+    return st.Page(draw, title=title, icon=f":material/{icon}:", url_path=module, default=default)
 
 
 @st.cache_resource(show_spinner=False)

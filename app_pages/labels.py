@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import pandas as pd
@@ -12,32 +12,17 @@ import pandas as pd
 FILE_COLUMNS = ("speech", "path", "file", "filename", "file_name", "audio")
 LABEL_COLUMNS = ("label", "emotion", "label_name")
 # the aliases of pipeline.data.labels, which the page does not import
-ALIASES: Mapping[str, str] = {
-    "anger": "angry",
-    "ang": "angry",
-    "mad": "angry",
-    "calmness": "calm",
-    "relaxed": "calm",
-    "disgusted": "disgust",
-    "dis": "disgust",
-    "fear": "fearful",
-    "fea": "fearful",
-    "afraid": "fearful",
-    "scared": "fearful",
-    "anxiety": "fearful",
-    "happiness": "happy",
-    "hap": "happy",
-    "joy": "happy",
-    "joyful": "happy",
-    "neu": "neutral",
-    "neutrality": "neutral",
-    "sadness": "sad",
-    "surprise": "surprised",
-    "sur": "surprised",
-    "ps": "surprised",
-    "pleasant_surprise": "surprised",
-    "pleasant_surprised": "surprised",
+_SPELLINGS = {
+    "angry": "anger ang mad",
+    "calm": "calmness relaxed",
+    "disgust": "disgusted dis",
+    "fearful": "fear fea afraid scared anxiety",
+    "happy": "happiness hap joy joyful",
+    "neutral": "neu neutrality",
+    "sad": "sadness",
+    "surprised": "surprise sur ps pleasant_surprise pleasant_surprised",
 }
+ALIASES = {alias: name for name, aliases in _SPELLINGS.items() for alias in aliases.split()}
 
 
 class LabelsError(Exception):
@@ -53,9 +38,7 @@ def read_labels(data: bytes, name: str, classes: Sequence[str]) -> dict[str, str
         LabelsError: the data is not a table, a column is missing, or a label is unknown.
     """
     try:
-        table = pd.read_csv(io.BytesIO(data), dtype=str, sep=None, engine="python", encoding="utf-8-sig").dropna(
-            how="all"
-        )
+        table = pd.read_csv(io.BytesIO(data), dtype=str, sep=None, engine="python", encoding="utf-8-sig")
     except (csv.Error, ValueError) as error:  # pandas' errors, and UnicodeDecodeError, are ValueErrors
         raise LabelsError(f"{name} is not a CSV table in UTF-8.") from error
     columns = {str(column).strip().casefold(): column for column in table.columns}

@@ -45,15 +45,17 @@ def view() -> None:
     if model is None:
         return
     labels = [*model.labels, UNCERTAIN, *NO_ANSWER]
-    _mount(
-        data={
-            "service": address(),
-            "protocols": _protocols(),
-            "doubtBelow": NOT_SURE_BELOW,
-            "labels": {label: _drawn(label) for label in labels},
-            "sure": [list(step) for step in SURE],
-        }
+    component = st.components.v2.component(
+        "ser_live", html=_HTML, js=_SCRIPT.read_text(encoding="utf-8"), isolate_styles=False
     )
+    data = {
+        "service": address(),
+        "protocols": _protocols(),
+        "doubtBelow": NOT_SURE_BELOW,
+        "labels": {label: _drawn(label) for label in labels},
+        "sure": [list(step) for step in SURE],
+    }
+    component(key="live_band", data=data)
     st.caption(
         "The sound goes to the service, is analysed in parts of two seconds, and is not stored. "
         "Open at its end: may still change. Hatched: not sure. Empty: silent, or no speech."
@@ -73,15 +75,7 @@ def _drawn(label: str) -> dict[str, str]:
 def _protocols() -> list[str]:
     """The WebSocket subprotocols for the browser: the protocol, and a ticket where the service has a key."""
     key = checked_key(os.environ.get("SER_API_KEY"))
-    until_s = (
-        time.time() // _TICKET_S + 2
-    ) * _TICKET_S  # constant for an hour, so that Streamlit does not restart a running band
+    # constant for an hour, so that Streamlit does not restart a running band
+    until_s = (time.time() // _TICKET_S + 2) * _TICKET_S
     tickets = [stream_ticket(key_digest(key), until_s)] if key else []
     return [STREAM_PROTOCOL, *tickets]
-
-
-def _mount(data: dict[str, object]) -> None:
-    component = st.components.v2.component(
-        "ser_live", html=_HTML, js=_SCRIPT.read_text(encoding="utf-8"), isolate_styles=False
-    )
-    component(key="live_band", data=data)

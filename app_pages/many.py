@@ -8,7 +8,7 @@ from __future__ import annotations
 import streamlit as st
 
 from app_pages import many_results
-from app_pages.collection import Collection, Entry
+from app_pages.collection import Collection
 from app_pages.labels import LabelsError, read_labels
 from app_pages.recordings import Recorded, examples
 from app_pages.service import client, tell
@@ -87,9 +87,8 @@ def _add(collection: Collection, files: list[tuple[str, bytes]]) -> None:
         except LabelsError as error:
             notes.append(("error", plain(str(error))))
         except ClientError:
-            notes.append(
-                ("error", f"{plain(name)} was not read, because the service does not answer; add it again, please.")
-            )
+            told = f"{plain(name)} was not read, because the service does not answer; add it again, please."
+            notes.append(("error", told))
 
 
 def _model() -> ModelInfo:
@@ -100,23 +99,16 @@ def _model() -> ModelInfo:
 
 
 def _answer(collection: Collection) -> None:
-    """Get the missing answers, with a progress bar.
-
-    Raises:
-        ClientError: the service cannot be used; the answers received so far are kept.
-    """
+    """Get the missing answers, with a progress bar; after a ClientError the answers received so far are kept."""
     waiting = collection.waiting()
     if not waiting:
         return
-    bar = st.progress(0.0, text=f"Listening to {_counted(waiting)} …")
+    counted = "1 recording" if len(waiting) == 1 else f"{len(waiting)} recordings"
+    bar = st.progress(0.0, text=f"Listening to {counted} …")
     answers = client().predict_each(entry.recorded.source for entry in waiting)
     try:
         for number, (entry, answer) in enumerate(zip(waiting, answers, strict=True), start=1):
             entry.answer = answer
-            bar.progress(number / len(waiting), text=f"{number} of {_counted(waiting)}")
+            bar.progress(number / len(waiting), text=f"{number} of {counted}")
     finally:
         bar.empty()
-
-
-def _counted(entries: list[Entry]) -> str:
-    return "1 recording" if len(entries) == 1 else f"{len(entries)} recordings"

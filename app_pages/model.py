@@ -32,11 +32,12 @@ Neither stores them.
 SIBLING = "known_speakers"  # figures of a model of the same recipe that was trained without the test part
 OWN = "out_of_fold"  # figures of an adapted model, on the recordings that it was adapted to
 _OPEN_SECTIONS = ("Data", "Limits")
+# name of a limit -> name on the page, divisor, format
 _LIMITS = {
     "max_body_mib": ("Largest upload", 1, "{:g} MB"),
     "max_duration_s": ("Longest recording", 60, "{:g} minutes"),
     "max_windows": ("Most parts over time", 1, "{:g}"),
-}  # name of a limit -> name on the page, divisor, format
+}
 
 
 def page() -> None:
@@ -85,15 +86,11 @@ def _figures(model: ModelInfo) -> None:
 def two_figures_html(metrics: Mapping[str, Any]) -> str:
     """Accuracy for known and for new speakers, equally large; "not measured" where the bundle has no figure."""
     own = _own(metrics)
-    told = (
-        (
-            "Voices it knows",
-            metrics.get("test", metrics.get(SIBLING, own.get("recording"))),
-            "other recordings of speakers it learned from",
-        ),
-        ("New voices", metrics.get("unseen_speakers", own.get("speaker")), "speakers that were not in its training"),
-    )
-    return f'<div class="ser-figures">{"".join(_figure(*one) for one in told)}</div>'
+    known = metrics.get("test", metrics.get(SIBLING, own.get("recording")))
+    new = metrics.get("unseen_speakers", own.get("speaker"))
+    told = _figure("Voices it knows", known, "other recordings of speakers it learned from")
+    told += _figure("New voices", new, "speakers that were not in its training")
+    return f'<div class="ser-figures">{told}</div>'
 
 
 def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,9 +121,8 @@ def _figure(title: str, block: Any, what: str) -> str:
 
 def _interval(block: Mapping[str, Any], name: str) -> tuple[float, float] | None:
     """The 95 % interval stored with a figure; None where there is none."""
-    given = block.get("intervals_95")
-    given = given.get(name) if isinstance(given, Mapping) else block.get(f"{name}_interval_95")
-    return (float(given[0]), float(given[1])) if isinstance(given, list | tuple) and len(given) == 2 else None
+    given = block.get("intervals_95", {}).get(name)
+    return (float(given[0]), float(given[1])) if given else None
 
 
 def _measured(test: Any) -> bool:
@@ -138,8 +134,7 @@ def _recalls(test: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _counts(test: Mapping[str, Any]) -> Any:
-    found = test.get("confusion")
-    return found.get("counts") if isinstance(found, Mapping) else found
+    return test.get("confusion", {}).get("counts")
 
 
 def _of_class(test: Mapping[str, Any], labels: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -188,9 +183,8 @@ def _confusion(model: ModelInfo, test: Mapping[str, Any]) -> None:
 def _elsewhere(metrics: Mapping[str, Any]) -> None:
     """Draw the figures on corpora that the model was not trained on."""
     told = [
-        f"- {name}: {percent(float(block['accuracy']))} right"
-        + (f" (95 % interval {verdict.interval_words(verdict.wilson(float(block['accuracy']), block['n']))})")
-        + f" of {block['n']:,} recordings"
+        f"- {name}: {percent(block['accuracy'])} right (95 % interval "
+        f"{verdict.interval_words(verdict.wilson(block['accuracy'], block['n']))}) of {block['n']:,} recordings"
         for name, block in metrics.items()
         if name not in ("test", SIBLING, "unseen_speakers", OWN) and isinstance(block, Mapping)
         if isinstance(block.get("accuracy"), float) and isinstance(block.get("n"), int)
@@ -204,11 +198,8 @@ def _service(model: ModelInfo | None) -> None:
     rows = [("Address", address()), ("Status", "running" if model else "not answering")]
     if model is not None:
         rows += [("Model", f"{model.name}, version {model.version}")]
-        rows += [
-            (name, shown.format(model.limits[key] / unit))
-            for key, (name, unit, shown) in _LIMITS.items()
-            if key in model.limits
-        ]
+        limits = {key: told for key, told in _LIMITS.items() if key in model.limits}
+        rows += [(name, shown.format(model.limits[key] / unit)) for key, (name, unit, shown) in limits.items()]
     st.table(pd.DataFrame(rows, columns=["What", "Value"]), hide_index=True, hide_header=True, border="horizontal")
 
 

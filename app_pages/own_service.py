@@ -24,11 +24,9 @@ _found: OwnService | None = None
 
 
 class OwnService:
-    """The service that the page uses; starts one, unless one answers at the default address.
+    """The service that the page uses; starts one, unless one answers at the default address ``url``.
 
-    Attributes:
-        url: its address.
-        since_s: its start time (``time.time``); NaN for a service that was already running.
+    ``since_s`` is its start time (``time.time``); NaN for a service that was already running.
     """
 
     def __init__(self) -> None:

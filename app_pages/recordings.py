@@ -9,18 +9,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
-_TYPES = {
-    "wav": "audio/wav",
-    "flac": "audio/flac",
-    "ogg": "audio/ogg",
-    "oga": "audio/ogg",
-    "opus": "audio/ogg",
-    "mp3": "audio/mpeg",
-    "m4a": "audio/mp4",
-    "mp4": "audio/mp4",
-    "webm": "audio/webm",
-    "aac": "audio/aac",
-}
+_TYPES = {name: f"audio/{name}" for name in ("wav", "flac", "ogg", "mp4", "webm", "aac")}
+_TYPES |= {"oga": "audio/ogg", "opus": "audio/ogg", "mp3": "audio/mpeg", "m4a": "audio/mp4"}
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,9 @@ def _client(url: str, key: str | None) -> Client:
 
 
 def asked(question: Callable[[Client], Answer], about: str | None = None) -> Answer | None:
-    """The answer of the service; None where it failed, after the page has shown the error and the remedy.
+    """The answer to a call of the client; None where it failed, after the page has shown the error and the remedy.
 
-    Args:
-        question: the call to the client.
-        about: file name of the recording in question.
+    ``about`` is the file name of the recording in question.
     """
     try:
         return question(client())
@@ -61,11 +59,10 @@ def tell(error: ClientError, about: str | None = None) -> None:
         _wait("The service is busy at the moment; this page asks again by itself.")
     elif isinstance(error, WrongKey) and error.code != "key_required":  # key_required: the service has no key
         st.error("The service needs its API key: start this page with SER_API_KEY set to it.", icon=":material/key:")
-    elif isinstance(error, BadRecording):
-        st.error(named + plain(trouble(error)), icon=":material/error:")
     else:
         st.error(named + plain(trouble(error)), icon=":material/error:")
-        st.button("Try again", key="try_again", icon=":material/refresh:")
+        if not isinstance(error, BadRecording):
+            st.button("Try again", key="try_again", icon=":material/refresh:")
 
 
 def _unreachable() -> None:

@@ -192,14 +192,8 @@ def _cells(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> list[dict
 def confusion_alt(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     """The matrix in words: how many are right, and the most frequent mistakes."""
     matrix = np.asarray(counts)
-    wrong = sorted(
-        (
-            (int(matrix[i, j]), a, b)
-            for i, a in enumerate(classes)
-            for j, b in enumerate(classes)
-            if i != j and matrix[i, j]
-        ),
-        key=lambda item: -item[0],
-    )
+    rows = [zip(row, classes, strict=True) for row in counts]
+    wrong = [(int(n), a, b) for a, row in zip(classes, rows, strict=True) for n, b in row if a != b and n]
+    wrong.sort(key=lambda item: -item[0])
     most = "; ".join(f"{n} {spoken(a)} taken for {spoken(b)}" for n, a, b in wrong[:3]) or "none"
     return f"Confusion matrix of {matrix.sum()} recordings, {np.trace(matrix)} right. Most frequent mistakes: {most}."

@@ -107,11 +107,7 @@ def explained(label: str, confidence: float | None) -> str:
 
 
 def over_time(shares: Mapping[str, float]) -> tuple[str, str]:
-    """Headline and sentence for a long recording: the share of the time of each emotion.
-
-    Args:
-        shares: label -> share of the time, largest first.
-    """
+    """Headline and sentence for a long recording, from ``shares``: label -> share of the time, largest first."""
     named = [(spoken(label), share) for label, share in shares.items() if label not in (UNCERTAIN, *NO_ANSWER)]
     if not named:
         if UNCERTAIN in shares:

@@ -139,9 +139,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--limit", type=int, default=1500, help="recordings of each corpus, drawn at random (0: all)")
     parser.add_argument("--draws", type=int, default=100)
-    parser.add_argument(
-        "--clock", type=int, default=200, help="recordings for the measurement of time (5000: use --limit 0)"
-    )
+    parser.add_argument("--clock", type=int, default=200, help="recordings to measure time (5000: use --limit 0)")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "ser-bench-adapt"))
     arguments = parser.parse_args()
     torch.set_num_threads(usable_cpus())

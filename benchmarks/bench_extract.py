@@ -4,7 +4,7 @@
 
 Both sides run the same ``BlockWriter`` over the same blocks and write the same parts. The slope, in seconds per clip
 between ``--small`` and ``--large``, excludes the start: Ray has run one warm-up pipeline, the pool one block per
-process. The sides alternate; medians are printed. The recordings are hard links to those in ``--data_dir`` (copies
+process. Medians are printed. The recordings are hard links to those in ``--data_dir`` (copies
 where links fail), repeated until there are enough.
 """
 
@@ -17,12 +17,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 
+from benchmarks.common import in_turns, median_ratio, timed
 from pipeline.audio.load import EXTENSIONS
 from pipeline.cluster.ray_internals import WORKER
 from pipeline.cluster.runtime import start_ray
@@ -35,11 +37,6 @@ from tests.support.processes import command_of, descendants, linked_folder, mach
 CONFIG = FeatureConfig()
 
 
-def manifest_of(folder: Path) -> pd.DataFrame:
-    """Manifest of all recordings in ``folder``."""
-    return pd.DataFrame({"speech": scan(folder, EXTENSIONS).files, "label": "calm"})
-
-
 def blocks_of(table: pd.DataFrame, options: ShardOptions) -> list[pd.DataFrame]:
     """The blocks of ``table``, as ``extract_shards`` makes them."""
     numbered = table.assign(_row=range(len(table)))
@@ -49,9 +46,7 @@ def blocks_of(table: pd.DataFrame, options: ShardOptions) -> list[pd.DataFrame]:
 
 def on_ray(table: pd.DataFrame, out: Path, options: ShardOptions) -> float:
     """Seconds of one extraction on Ray Data."""
-    start_s = time.perf_counter()
-    extract_shards(table, out, CONFIG, options=options)
-    return time.perf_counter() - start_s
+    return timed(lambda: extract_shards(table, out, CONFIG, options=options))
 
 
 def on_pool(pool: object, table: pd.DataFrame, out: Path, options: ShardOptions) -> float:
@@ -74,28 +69,20 @@ def slopes(arguments: argparse.Namespace, table: pd.DataFrame, scratch: Path, op
     with get_context("spawn").Pool(arguments.cpus, initializer=_one_thread) as pool:
         on_pool(pool, table.iloc[: options.block_rows * arguments.cpus], scratch / "warm-pool", options)
         on_ray(table.iloc[: options.block_rows * arguments.cpus], scratch / "warm-ray", options)
-        sides: dict[str, Callable[[pd.DataFrame, Path], float]] = {
-            "Ray Data": lambda t, out: on_ray(t, out, options),
-            "pool": lambda t, out: on_pool(pool, t, out, options),
-        }
-        costs: dict[str, list[float]] = {name: [] for name in sides}
-        for repeat in range(arguments.repeats):
-            for name, side in sides.items():
-                seconds = []
-                for part in (small, large):
-                    out = scratch / f"{name}-{repeat}-{len(part)}".replace(" ", "")
-                    seconds.append(side(part, out))
-                    shutil.rmtree(out)
-                costs[name].append((seconds[1] - seconds[0]) / (len(large) - len(small)))
-            print(
-                f"  repeat {repeat + 1}: " + ", ".join(f"{n} {c[-1] * 1e3:.2f} ms a clip" for n, c in costs.items()),
-                flush=True,
-            )
-    medians = {name: statistics.median(values) for name, values in costs.items()}
-    ratio = statistics.median(p / r for r, p in zip(costs["Ray Data"], costs["pool"], strict=True))
+
+        def a_clip(extract: Callable[[pd.DataFrame, Path, ShardOptions], float]) -> float:
+            seconds = []
+            for part in (small, large):
+                seconds.append(extract(part, scratch / "slope", options))
+                shutil.rmtree(scratch / "slope")
+            return (seconds[1] - seconds[0]) / (len(large) - len(small))
+
+        sides = {"Ray Data": lambda: a_clip(on_ray), "pool": lambda: a_clip(partial(on_pool, pool))}
+        costs = in_turns(sides, arguments.repeats, "ms a clip", 1e3)
+    ratio = median_ratio(costs["pool"], costs["Ray Data"])
     print(f"slope {len(small):,} -> {len(large):,} clips, median of {arguments.repeats}:")
-    for name, value in medians.items():
-        print(f"  {name:<9} {value * 1e3:6.2f} ms a clip")
+    for name, values in costs.items():
+        print(f"  {name:<9} {statistics.median(values) * 1e3:6.2f} ms a clip")
     print(f"  Ray Data runs at {ratio:.2f} x the pool's speed (wanted: at least 0.85)")
 
 
@@ -135,7 +122,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.data_dir.absolute().parent) as folder:
         scratch = Path(folder)
         n = max(arguments.large, *arguments.memory)
-        table = manifest_of(linked_folder(arguments.data_dir, scratch / "audio", n))
+        recordings = scan(linked_folder(arguments.data_dir, scratch / "audio", n), EXTENSIONS).files
+        table = pd.DataFrame({"speech": recordings, "label": "calm"})
         slopes(arguments, table, scratch, options)
         memory(arguments, table, scratch, options)
 

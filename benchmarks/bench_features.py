@@ -16,11 +16,9 @@ if __name__ == "__main__":  # before the imports that read them
     os.environ |= dict.fromkeys([f"{of}_NUM_THREADS" for of in ("OMP", "OPENBLAS", "MKL", "NUMBA")], "1")
 
 import argparse
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import librosa
@@ -28,8 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from benchmarks.common import in_turns, timed
 from pipeline.audio.load import load_middle
 from pipeline.features.features import FeatureConfig, log_mel
+from tests.support.processes import machine
 from tests.support.recordings import synthetic_speech
 
 Picture = npt.NDArray[np.float32]
@@ -55,22 +55,12 @@ def plain(path: str | Path, config: FeatureConfig = CONFIG) -> Picture:
     return ((decibel - decibel.mean()) / (decibel.std() + 1e-6))[np.newaxis].astype(np.float32)
 
 
-def seconds(function: Callable[[Path], Picture], paths: Sequence[Path]) -> float:
-    """Mean seconds per recording."""
-    started_s = time.perf_counter()
-    for path in paths:
-        function(path)
-    return (time.perf_counter() - started_s) / len(paths)
-
-
 def compare(case: str, paths: Sequence[Path], turns: int) -> bool:
     """Measure and print one case; True where it reaches its target."""
     difference = max(float(np.abs(ours(path) - plain(path)).max()) for path in paths[:5])
-    times_s: dict[Callable[[Path], Picture], list[float]] = {ours: [], plain: []}
-    for _ in range(turns):
-        for function, measured in times_s.items():
-            measured.append(seconds(function, paths))
-    ours_s, plain_s = statistics.median(times_s[ours]), statistics.median(times_s[plain])
+    sides = {side.__name__: lambda side=side: timed(lambda: list(map(side, paths))) for side in (ours, plain)}
+    times_s = in_turns(sides, turns)
+    ours_s, plain_s = (statistics.median(found) / len(paths) for found in times_s.values())
     ratio = plain_s / ours_s
     verdict = "reached" if ratio >= WANTED[case] else "MISSED"
     figures = f"{plain_s * 1e3:10.2f} {ours_s * 1e3:10.2f} {ratio:7.1f}x {WANTED[case]:6.1f}x {verdict:8s}"
@@ -91,20 +81,6 @@ def clips(data_dir: Path | None, folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def long_recording(path: Path, minutes: int = 10) -> Path:
-    with soundfile.SoundFile(path, "w", 44_100, 2, "PCM_16") as file:
-        for minute in range(minutes):
-            file.write(synthetic_speech(60.0, 44_100, 2, seed=minute))
-    return path
-
-
-def processor() -> str:
-    """The processor's name on Linux."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
 def main() -> int:
     """Parse the command line, measure, print; 0 where every case reaches its target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,14 +90,17 @@ def main() -> int:
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for both sides
-    print(f"{processor()}, pinned to one; Python {platform.python_version()}, librosa {librosa.__version__}")
+    print(f"{machine()}; pinned to one CPU")
     print(f"{'middle 2 s -> log-mel':30s} {'plain ms':>10s} {'ours ms':>10s} {'faster':>8s} {'wanted':>7s}", end="")
     print(f" {'':8s} {'max diff':>9s} {'files x turns':>13s}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         reached = [compare("48 kHz clip", clips(args.data_dir, folder, args.clips), args.turns)]
         for extension in ("wav", "flac"):
-            path = long_recording(folder / f"long.{extension}")
+            path = folder / f"long.{extension}"
+            with soundfile.SoundFile(path, "w", 44_100, 2, "PCM_16") as file:
+                for minute in range(10):
+                    file.write(synthetic_speech(60.0, 44_100, 2, seed=minute))
             reached.append(compare(f"10 min {extension.upper()}, 44.1 kHz stereo", [path], args.turns))
     return 0 if all(reached) else 1
 

@@ -3,8 +3,8 @@
     python -m benchmarks.bench_score --data_dir RECORDINGS [--parts plain command slope scale call broken infer]
         [--ends 100 1000 5000 20000 --small 5000 --large 20000 --sizes 1000 10000 --repeats 3 --hours 3]
 
-The recordings are hard links to those in ``--data_dir``, repeated until there are enough. Compared sides take turns.
-A figure is the median over the repeats, a ratio the median of the ratios of each turn.
+The recordings are hard links to those in ``--data_dir``, repeated until there are enough. A figure is the median over
+the repeats, a ratio the median of the ratios of each turn.
 
 - plain: a simple script: per file ``librosa.load`` at 48 kHz, the middle 2 s, librosa's log-mel, eager
   PyTorch at batch 1, default threads; measured per file after a warm-up.
@@ -20,7 +20,6 @@ A figure is the median over the repeats, a ratio the median of the ratios of eac
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -29,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,44 +37,28 @@ import numpy as np
 import pandas as pd
 import soundfile
 
+from benchmarks.common import in_turns, median_ratio, start_job, timed
 from benchmarks.pool_score import open_pool
 from benchmarks.pool_score import run as run_pool
 from pipeline.audio.load import EXTENSIONS
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.storage.files import local_path, scan
-from tests.support.processes import descendants, linked_folder, machine, resident_bytes, sampled
+from tests.support.processes import ROOT, descendants, finish, linked_folder, machine, resident_bytes, sampled
+from tests.support.recordings import encode
 
-PARTS = ("plain", "command", "slope", "scale", "call", "broken", "infer")
-ROOT = Path(__file__).resolve().parents[1]
 WARM = 512
 _AGAINST_POOL = {100: 2.5, 1_000: 1.5, 5_000: 1.25}  # files -> largest ratio to the pool's seconds
 
 
-def timed(call: Callable[[], object]) -> float:
-    start_s = time.perf_counter()
-    call()
-    return time.perf_counter() - start_s
-
-
-def command(*words: object, environment: dict[str, str] | None = None) -> float:
+def command(*words: object) -> float:
     """Seconds of a Python command; the benchmark ends if it fails."""
     line = [sys.executable, *map(str, words)]
-    return timed(
-        lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True, env=environment or dict(os.environ))
-    )
-
-
-def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over the turns of ``theirs`` divided by ``ours``: above 1, ours is faster."""
-    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    return timed(lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True))
 
 
 def score_words(bundle: Bundle, folder: Path, out: Path, *more: object) -> list[object]:
     return ["-m", "jobs.score", "--model_weights", bundle.folder, "--input", folder, "--out", out, "--crops", 1, *more]
-
-
-# --- the simple script ---
 
 
 def plain_seconds(bundle: Bundle, folder: Path, n: int) -> float:
@@ -93,9 +77,6 @@ def plain_seconds(bundle: Bundle, folder: Path, n: int) -> float:
     for path in paths[:20]:
         one(path)
     return timed(lambda: [one(path) for path in paths[:n]]) / min(n, len(paths))
-
-
-# --- parts ---
 
 
 def inner(arguments: argparse.Namespace, side: str, sizes: Sequence[int]) -> dict[str, Any]:
@@ -137,36 +118,42 @@ def run_inner(arguments: argparse.Namespace) -> None:
             out = Path(arguments.scratch) / f"ray-{n}"
             shutil.rmtree(out, ignore_errors=True)
             table = pd.DataFrame({"speech": paths[:n]})
+            how = {"weights": bundle.folder, "options": options, "execution": Execution("ray"), "report": False}
             with sampled(lambda: resident_bytes(os.getpid()), 1.0) as peak, sampled(stored, 2.0) as in_store:
-                start_s = time.perf_counter()
-                score_manifest(
-                    table, out, weights=bundle.folder, options=options, execution=Execution("ray"), report=False
-                )
-                seconds.append(time.perf_counter() - start_s)
+                seconds.append(timed(partial(score_manifest, table, out, **how)))
             memory.append(peak[0])
             store.append(in_store[0] / cap)
     print(json.dumps({"seconds": seconds[1:], "memory": memory[1:], "store": store[1:]}))
 
 
-def slope(arguments: argparse.Namespace) -> None:
+def slope(arguments: argparse.Namespace, _: Bundle) -> None:
     sizes = (arguments.small, arguments.large)
-    costs: dict[str, list[float]] = {"ray": [], "pool": []}
-    for turn in range(arguments.repeats):
-        for side, found in costs.items():
-            small_s, large_s = inner(arguments, side, sizes)["seconds"]
-            found.append((large_s - small_s) / (sizes[1] - sizes[0]))
-        print(
-            f"  turn {turn + 1}: " + ", ".join(f"{s} {c[-1] * 1e3:.2f} ms a file" for s, c in costs.items()), flush=True
-        )
-    ratio = median_ratio(costs["ray"], costs["pool"])
+
+    def a_file(side: str) -> float:
+        small_s, large_s = inner(arguments, side, sizes)["seconds"]
+        return float(large_s - small_s) / (sizes[1] - sizes[0])
+
+    sides = {side: partial(a_file, side) for side in ("ray", "pool")}
+    costs = in_turns(sides, arguments.repeats, "ms a file", 1e3)
+    ratio = median_ratio(costs["pool"], costs["ray"])
     ours, theirs = (statistics.median(found) * 1e3 for found in costs.values())
     result(f"slope {sizes[0]:,} -> {sizes[1]:,} files", f"{ours:.2f} ms a file, pool {theirs:.2f}", ratio, 0.85)
 
 
-def whole_command(arguments: argparse.Namespace, bundle: Bundle, plain_s: float | None) -> None:
+def plain(arguments: argparse.Namespace, bundle: Bundle) -> None:
+    turns = [plain_seconds(bundle, arguments.folder, arguments.plain) for _ in range(arguments.repeats)]
+    arguments.plain_s = statistics.median(turns)
+
+
+def anew(out: Path, words: Sequence[object]) -> float:
+    shutil.rmtree(out, ignore_errors=True)
+    return command(*words)
+
+
+def whole_command(arguments: argparse.Namespace, bundle: Bundle) -> None:
     for n in arguments.ends:
         folder = linked_folder(arguments.data_dir, Path(arguments.scratch) / f"end-{n}", n)
-        out = Path(arguments.scratch) / "command"
+        out = Path(arguments.scratch) / f"command-{n}"
         sides = {
             "auto": score_words(bundle, folder, out / "auto", "--no_report"),
             "pool": ["-m", "benchmarks.pool_score", folder, out / "pool", bundle.folder],
@@ -174,23 +161,19 @@ def whole_command(arguments: argparse.Namespace, bundle: Bundle, plain_s: float 
         }
         if n == max(arguments.ends):
             sides["ray"] = score_words(bundle, folder, out / "ray", "--no_report", "--engine", "ray")
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for turn in range(arguments.repeats):
-            for side, words in sides.items():
-                seconds[side].append(command(*words))
-            shutil.rmtree(out)
-            print(f"  turn {turn + 1}: " + ", ".join(f"{s} {t[-1]:.1f} s" for s, t in seconds.items()), flush=True)
+        calls = {side: partial(anew, out / side, words) for side, words in sides.items()}
+        seconds = in_turns(calls, arguments.repeats)
         middle = {side: statistics.median(found) for side, found in seconds.items()}
         figures = f"{middle['auto']:.1f} s ({middle['report']:.1f} with report), pool {middle['pool']:.1f} s"
-        ratio = 1 / median_ratio(seconds["auto"], seconds["pool"])
+        ratio = median_ratio(seconds["auto"], seconds["pool"])
         limit = next((most for size, most in _AGAINST_POOL.items() if n <= size), 1.15)
         result(f"whole command over the pool's, {n:,} files", figures, ratio, limit, at_most=True)
         if "ray" in sides:
-            ratio = 1 / median_ratio(seconds["ray"], seconds["pool"])
+            ratio = median_ratio(seconds["ray"], seconds["pool"])
             result(f"the same with --engine ray, {n:,} files", f"{middle['ray']:.1f} s", ratio, 1.4, at_most=True)
-        if plain_s is not None:
-            figures = f"{middle['report']:.1f} s with report; plain {plain_s * 1e3:.1f} ms a file"
-            result(f"folder of {n:,} against the plain way", figures, plain_s * n / middle["report"], 8.0)
+        if arguments.plain_s:
+            figures = f"{middle['report']:.1f} s with report; plain {arguments.plain_s * 1e3:.1f} ms a file"
+            result(f"folder of {n:,} against the plain way", figures, arguments.plain_s * n / middle["report"], 8.0)
 
 
 def scale(arguments: argparse.Namespace, bundle: Bundle) -> None:
@@ -211,7 +194,6 @@ def scale(arguments: argparse.Namespace, bundle: Bundle) -> None:
 
 def call(arguments: argparse.Namespace, bundle: Bundle) -> None:
     rate_hz, rng = 8_000, np.random.default_rng(0)
-    quiet = subprocess.DEVNULL
     peaks: list[float] = []
     seconds = 0.0
     for duration_s in (10, round(arguments.hours * 3600)):
@@ -221,44 +203,34 @@ def call(arguments: argparse.Namespace, bundle: Bundle) -> None:
             for _ in range(0, duration_s, 10):
                 loud = np.repeat(rng.random((10, 2)), rate_hz, axis=0) * 0.3
                 file.write(loud * rng.standard_normal((10 * rate_hz, 2)) * 0.3)
-        words = score_words(bundle, path.parent, path.parent / "out", "--no_report", "--num_cpus", 0)[:-2]
-        words = [w for w in words if w not in ("--crops", 1)]
-        words += ["--window_s", 2, "--hop_s", 1, "--channels", "each", "--num_cpus", 0]
+        words = ["jobs.score", "--model_weights", bundle.folder, "--input", path.parent, "--out", path.parent / "out"]
+        words += ["--no_report", "--window_s", 2, "--hop_s", 1, "--channels", "each", "--num_cpus", 0]
         before = time.perf_counter()
-        with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=quiet, stderr=quiet) as process:
-            tree = lambda pid=process.pid: float(sum(map(resident_bytes, [pid, *descendants(pid)])))  # noqa: E731
-            with sampled(tree) as peak:
-                if process.wait():
-                    raise SystemExit(f"scoring {path} failed")
+        process = start_job(*words)
+        with sampled(lambda pid=process.pid: sum(map(resident_bytes, [pid, *descendants(pid)]))) as peak:
+            finish(process, 24 * 3600)
         seconds = time.perf_counter() - before
         peaks.append(peak[0])
     windows = len(pd.read_parquet(path.parent / "out" / "segments.parquet", columns=["row"]))
     figures = f"{windows:,} windows in {seconds:.0f} s, {duration_s / seconds:.0f} x real time; memory over a 10 s call"
-    result(
-        f"{arguments.hours:g} h stereo call", figures, (peaks[1] - peaks[0]) / 2**20, 1024, at_most=True, unit=" MiB"
-    )
+    more_mib = (peaks[1] - peaks[0]) / 2**20
+    result(f"{arguments.hours:g} h stereo call", figures, more_mib, 1024, at_most=True, unit=" MiB")
 
 
 def broken_recordings(good: bytes) -> dict[str, tuple[bytes, str]]:
     """Name ending -> content and expected status; ``good`` is an intact 16-bit WAV."""
-
-    def wav(samples: np.ndarray, rate_hz: int, subtype: str) -> bytes:
-        buffer = io.BytesIO()
-        soundfile.write(buffer, samples, rate_hz, format="WAV", subtype=subtype)
-        return buffer.getvalue()
-
     quiet = np.zeros((4_000, 1), np.float32)
     return {
         "empty.wav": (b"", "empty_file"),
         "words.wav": (b"no audio, only words\n" * 50, "not_audio"),
         "noise.mp3": (np.random.default_rng(0).bytes(20_000), "not_audio"),
-        "header.wav": (wav(quiet[:0], 16_000, "PCM_16"), "no_samples"),
+        "header.wav": (encode(quiet[:0], 16_000, "WAV", "PCM_16"), "no_samples"),
         "cut.wav": (good[: len(good) // 2], "truncated"),
         "codec.wav": (good[:20] + b"\x34\x12" + good[22:], "unsupported_format"),
-        "nan.wav": (wav(quiet + np.float32(np.nan), 16_000, "FLOAT"), "not_finite"),
-        "loud.wav": (wav(quiet + np.float32(1e30), 16_000, "FLOAT"), "out_of_range"),
-        "slow.wav": (wav(quiet, 1_000, "PCM_16"), "bad_sample_rate"),
-        "wide.wav": (wav(np.zeros((4_000, 12), np.float32), 16_000, "PCM_16"), "bad_channels"),
+        "nan.wav": (encode(quiet + np.float32(np.nan), 16_000, "WAV", "FLOAT"), "not_finite"),
+        "loud.wav": (encode(quiet + np.float32(1e30), 16_000, "WAV", "FLOAT"), "out_of_range"),
+        "slow.wav": (encode(quiet, 1_000, "WAV", "PCM_16"), "bad_sample_rate"),
+        "wide.wav": (encode(np.zeros((4_000, 12), np.float32), 16_000, "WAV", "PCM_16"), "bad_channels"),
     }
 
 
@@ -266,10 +238,9 @@ def broken(arguments: argparse.Namespace, bundle: Bundle) -> None:
     n, bad = arguments.broken, arguments.broken // 20
     folder = linked_folder(arguments.data_dir, Path(arguments.scratch) / "broken", n - bad)
     first = Path(local_path(scan(folder, EXTENSIONS).files[0]))
-    samples, rate_hz = soundfile.read(first, dtype="int16")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate_hz, format="WAV", subtype="PCM_16")
-    kinds = broken_recordings(buffer.getvalue()) | {"pipe.wav": (b"", "not_a_file"), "link.wav": (b"", "not_found")}
+    samples, rate_hz = soundfile.read(first, dtype="int16", always_2d=True)
+    good = encode(samples, rate_hz, "WAV", "PCM_16")
+    kinds = broken_recordings(good) | {"pipe.wav": (b"", "not_a_file"), "link.wav": (b"", "not_found")}
     expected: dict[str, str] = {}
     for i in range(bad):
         kind, (content, code) = list(kinds.items())[i % len(kinds)]
@@ -289,20 +260,28 @@ def broken(arguments: argparse.Namespace, bundle: Bundle) -> None:
     counts = found["status"].value_counts().to_dict()
     print("  " + ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())), flush=True)
     right = int((found["status"] == wanted).sum())
-    result(
-        f"{n:,} files, {bad} of them broken: rows out", f"{right:,} rows with the right status", len(found), n, unit=""
-    )
+    figures = f"{right:,} rows with the right status"
+    result(f"{n:,} files, {bad} of them broken: rows out", figures, len(found), n, unit="")
 
 
 def infer(arguments: argparse.Namespace, bundle: Bundle) -> None:
     recording = scan(arguments.folder, EXTENSIONS).files[0]
-    ours, torch = [], []
-    for _ in range(max(arguments.repeats, 5)):
-        ours.append(command("-m", "jobs.infer", "--model_weights", bundle.folder, "--file", recording))
-        torch.append(command("-c", "import torch"))
+    words = ("-m", "jobs.infer", "--model_weights", bundle.folder, "--file", recording)
+    sides = {"infer": lambda: command(*words), "import torch": lambda: command("-c", "import torch")}
+    ours, torch = in_turns(sides, max(arguments.repeats, 5)).values()
     figures = f"{statistics.median(ours):.2f} s, import torch {statistics.median(torch):.2f} s"
-    ratio = statistics.median(a / b for a, b in zip(ours, torch, strict=True))
-    result("infer of one file over import torch", figures, ratio, 2.5, at_most=True)
+    result("infer of one file over import torch", figures, median_ratio(ours, torch), 2.5, at_most=True)
+
+
+PARTS = {
+    "plain": plain,
+    "command": whole_command,
+    "slope": slope,
+    "scale": scale,
+    "call": call,
+    "broken": broken,
+    "infer": infer,
+}
 
 
 def result(what: str, figures: str, value: float, wanted: float, *, at_most: bool = False, unit: str = " x") -> None:
@@ -339,26 +318,13 @@ def main() -> None:
     ensure_onnx(bundle)
     print(f"machine: {machine()}\nmodel: {bundle.name}\n", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.data_dir.absolute().parent, prefix=".bench-") as scratch:
-        arguments.scratch = scratch
+        arguments.scratch, arguments.plain_s = scratch, 0.0
         n = max(arguments.large, *(arguments.sizes if "scale" in arguments.parts else [0]))
         arguments.folder = linked_folder(arguments.data_dir, Path(scratch) / "audio", n)
         print("| what | figures | value | wanted | reached |\n|---|---|---|---|---|", flush=True)
-        plain_s = None
-        if "plain" in arguments.parts:
-            turns = [plain_seconds(bundle, arguments.folder, arguments.plain) for _ in range(arguments.repeats)]
-            plain_s = statistics.median(turns)
-        if "command" in arguments.parts:
-            whole_command(arguments, bundle, plain_s)
-        if "slope" in arguments.parts:
-            slope(arguments)
-        if "scale" in arguments.parts:
-            scale(arguments, bundle)
-        if "call" in arguments.parts:
-            call(arguments, bundle)
-        if "broken" in arguments.parts:
-            broken(arguments, bundle)
-        if "infer" in arguments.parts:
-            infer(arguments, bundle)
+        for name, part in PARTS.items():
+            if name in arguments.parts:
+                part(arguments, bundle)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ import argparse
 import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common import Seconds, in_turns, median_ratio, start_job, timed
 from pipeline.data.manifest import label_set
 from pipeline.features.store import load_features
 from pipeline.models.networks import build_model
@@ -43,7 +43,6 @@ from pipeline.training.loop import Run, batches_of, keep_freed_memory
 from pipeline.training.losses import ClassificationLoss
 from tests.support.processes import machine
 
-ROOT = Path(__file__).resolve().parents[1]
 AUGMENT = ("crop", "stretch", "shift", "masks", "mixup")
 Batch = tuple[Tensor, Tensor]
 FIT, BF16, BARE, KEPT, NCHW = SIDES = (
@@ -77,12 +76,6 @@ def bare_loop(data: TrainingData, config: FitConfig, batches: Sequence[Batch]) -
             optimizer.step()
 
     return epoch
-
-
-def timed(call: Callable[[], object]) -> float:
-    start_s = time.perf_counter()
-    call()
-    return time.perf_counter() - start_s
 
 
 def fit_loop(data: TrainingData, config: FitConfig) -> Run:
@@ -133,21 +126,16 @@ def sides_of(arguments: argparse.Namespace) -> Iterator[dict[str, Connection]]:
 
 def loop(arguments: argparse.Namespace) -> None:
     """Print the loop's epoch time against the bare loop's."""
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
 
     def ask(side: Connection, what: str) -> float:
         side.send(what)
         return float(side.recv())
 
     with sides_of(arguments) as sides:
-        for repeat in range(arguments.repeats):
-            for name, side in sides.items():
-                seconds[name].append(ask(side, "epoch"))
-            print(f"  turn {repeat + 1}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
+        seconds = in_turns({name: partial(ask, side, "epoch") for name, side in sides.items()}, arguments.repeats)
         making_s = statistics.median(ask(sides[FIT], "batches") for _ in range(3))
-    print(
-        f"an epoch of {arguments.clips} clips, batches of {arguments.batch_size}, {arguments.threads} threads, medians:"
-    )
+    batches = f"batches of {arguments.batch_size}, {arguments.threads} threads"
+    print(f"an epoch of {arguments.clips} clips, {batches}, medians:")
     for name, values in seconds.items():
         print(f"  {name:<24} {statistics.median(values):7.2f} s")
     print(f"  {'making batches':<24} {making_s:7.2f} s of loop.py's, with {', '.join(AUGMENT)}")
@@ -163,13 +151,7 @@ def epoch_seconds(arguments: argparse.Namespace, workers: int, threads: int, out
     words = ["--features", arguments.features, "--out", out, "--epochs", arguments.epochs, "--patience", 0]
     words += ["--batch_size", arguments.batch_size, "--augment", ",".join(AUGMENT), "--report_split", "none"]
     words += ["--num_workers", workers, "--threads", threads]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.train", *map(str, words)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_job("jobs.train", *words)
     written_s: list[float] = []
     while process.poll() is None:
         try:
@@ -193,15 +175,15 @@ def ray(arguments: argparse.Namespace) -> None:
         f"Ray, 1 worker x {threads} threads": (1, threads),
         f"Ray, {threads} workers x 1 thread": (threads, 1),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    turns: dict[str, list[float]] = {name: [] for name in sides}
-    with tempfile.TemporaryDirectory() as scratch:
-        for repeat in range(arguments.repeats):
-            for number, (name, (workers, each)) in enumerate(sides.items()):
-                found = epoch_seconds(arguments, workers, each, Path(scratch) / f"{repeat}-{number}")
-                seconds[name] += found
-                turns[name].append(statistics.median(found))
-            print(f"  turn {repeat + 1}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in turns.items()), flush=True)
+    seconds: Seconds = {name: [] for name in sides}
+
+    def median_epoch(name: str) -> float:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = epoch_seconds(arguments, *sides[name], Path(scratch) / "run")
+        seconds[name] += found
+        return statistics.median(found)
+
+    turns = in_turns({name: partial(median_epoch, name) for name in sides}, arguments.repeats)
     print("an epoch from one checkpoint to the next, medians:")
     for name, values in seconds.items():
         print(f"  {name:<28} {statistics.median(values):7.2f} s")
@@ -212,7 +194,7 @@ def ray(arguments: argparse.Namespace) -> None:
 
 def result(what: str, theirs: Sequence[float], ours: Sequence[float], wanted: float | None = None) -> None:
     """Print our speed relative to theirs."""
-    ratio = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+    ratio = median_ratio(theirs, ours)
     goal = "" if wanted is None else f" (wanted: at least {wanted:g}: {'met' if ratio >= wanted else 'MISSED'})"
     print(f"  {what}: {ratio:.2f} x the speed{goal}", flush=True)
 

@@ -120,12 +120,8 @@ def scaling(arguments: argparse.Namespace, folder: Path) -> None:
             with Hosts(place, nodes, namespaces=not arguments.loopback, pinned=True) as hosts:
                 data = make_recordings(hosts.shared, arguments.files)
                 for kind, make in (("extract", extraction), ("score", scoring)):
-                    seconds = []
-                    for count in (
-                        small,
-                        small,
-                        arguments.files,
-                    ):  # the first is a warm-up: uploads, exports, file cache
+                    seconds = []  # the first is of a warm-up: uploads, exports, file cache
+                    for count in (small, small, arguments.files):
                         work = make(first_rows(data, count), count, arguments.block_rows)
                         out, begun_s = hosts.shared / f"{kind}-{len(seconds)}", time.time()
                         running = Running(hosts, work, out, plain=False)
@@ -175,16 +171,9 @@ def main() -> int:
     parser.add_argument("--head_restarts", type=int, default=1, help="kills of the head in each job")
     parser.add_argument("--scaling", action="store_true", help="measure 1 and 2 nodes instead")
     parser.add_argument("--turns", type=int, default=3, help="turns of --scaling")
-    parser.add_argument(
-        "--loopback", action="store_true", help="use loopback addresses even where namespaces are permitted"
-    )
+    parser.add_argument("--loopback", action="store_true", help="loopback addresses instead of namespaces")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--scratch",
-        type=Path,
-        default=Path("/var/tmp"),
-        help="folder for everything, not below /tmp: each node has its own",
-    )
+    parser.add_argument("--scratch", type=Path, default=Path("/var/tmp"), help="not below /tmp: each node has its own")
     arguments = parser.parse_args()
     print(f"machine: {machine()}; load {os.getloadavg()[0]:.1f}; seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="ser-nodes-", ignore_cleanup_errors=True) as scratch:

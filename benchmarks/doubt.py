@@ -26,6 +26,7 @@ from pipeline.data.manifest import read_manifest
 from pipeline.inference.predictor import Prediction, Predictor
 from pipeline.inference.timeline import SURE_ENOUGH
 from pipeline.storage.files import scan
+from tests.support.recordings import encode
 
 RATE_HZ, SECONDS = 48_000, 2
 NO_ANSWER = ("not_speech", "uncertain", "silence", "too_short")
@@ -63,9 +64,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_weights", type=Path)
-    parser.add_argument(
-        "--data_csv", type=Path, nargs="+", default=[], help="labelled recordings of corpora outside the training"
-    )
+    parser.add_argument("--data_csv", type=Path, nargs="+", default=[], help="labelled recordings of other corpora")
     parser.add_argument("--known_csv", type=Path, nargs="+", default=[], help="recordings of corpora of the training")
     parser.add_argument("--sounds", type=Path, help="folder of recordings without speech")
     parser.add_argument("--sample", type=int, default=300, help="recordings of each table, drawn at random")
@@ -77,7 +76,9 @@ def main() -> None:
         table = table.iloc[np.sort(rng.permutation(len(table))[: arguments.sample])]
         return table, predictor.predict(list(table["speech"]))
 
-    sounds = {"synthetic": predictor.predict([_wav(x) for x in synthetic(rng).values()])}
+    sounds = {
+        "synthetic": predictor.predict([encode(x[:, None], RATE_HZ, "WAV", "PCM_16") for x in synthetic(rng).values()])
+    }
     if arguments.sounds:
         paths = scan(arguments.sounds, EXTENSIONS).files
         drawn = rng.permutation(len(paths))[: arguments.sample]
@@ -99,21 +100,9 @@ def main() -> None:
         answered = np.array([label not in NO_ANSWER and p.ok for label, p in zip(told(found), found, strict=True)])
         right = np.array([p.predicted == label for p, label in zip(found, labels, strict=True)])
         wrong = np.array([p.confidence >= 0.8 for p in found]) & ~right
-        print(
-            f"{name}: coverage {answered.mean():.1%}, accuracy {right.mean():.1%}, of the answered "
-            f"{right[answered].mean():.1%}; wrong with 0.8 or more {wrong.mean():.1%}, of the answered "
-            f"{wrong[answered].mean():.1%}"
-        )
-
-
-def _wav(samples: NDArray[np.float32]) -> bytes:
-    import io
-
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(file, samples, RATE_HZ, format="WAV")
-    return file.getvalue()
+        coverage, accuracy = answered.mean(), f"{right.mean():.1%}, of the answered {right[answered].mean():.1%}"
+        sure = f"{wrong.mean():.1%}, of the answered {wrong[answered].mean():.1%}"
+        print(f"{name}: coverage {coverage:.1%}, accuracy {accuracy}; wrong with 0.8 or more {sure}")
 
 
 if __name__ == "__main__":

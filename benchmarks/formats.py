@@ -86,9 +86,8 @@ def main() -> int:
     arguments = parser.parse_args()
     table, failed = measure()
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
-    page = (
-        HEAD.format(endings=", ".join(sorted(f"`{ending}`" for ending in audio.EXTENSIONS))) + "\n".join(lines) + "\n"
-    )
+    endings = ", ".join(sorted(f"`{ending}`" for ending in audio.EXTENSIONS))
+    page = HEAD.format(endings=endings) + "\n".join(lines) + "\n"
     if arguments.write:
         OUT.write_text(page, encoding="utf-8")
     print(page if not arguments.write else f"{OUT}: {len(table)} formats")

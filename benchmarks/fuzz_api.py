@@ -21,9 +21,7 @@ KEY = "key-of-the-fuzz-run"
 def main() -> int:
     """Start the service, run schemathesis, stop the service."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--examples", type=int, default=100, help="maximum number of test cases per operation and phase"
-    )
+    parser.add_argument("--examples", type=int, default=100, help="at most, per operation and phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("ray", "local"), default="ray")
     arguments = parser.parse_args()

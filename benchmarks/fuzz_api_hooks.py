@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import base64
-import io
 
 import schemathesis
-import soundfile
 from hypothesis import strategies as st
 
-from tests.support.recordings import synthetic_speech
+from tests.support.recordings import encode, synthetic_speech
 
-
-def _recordings() -> list[bytes]:
-    found = []
-    for container, duration_s in (("WAV", 0.3), ("FLAC", 0.5), ("WAV", 1.0)):
-        buffer = io.BytesIO()
-        soundfile.write(buffer, synthetic_speech(duration_s, 8_000, 8), 8_000, format=container, subtype="PCM_16")
-        found.append(buffer.getvalue())
-    return found
-
-
-RECORDINGS = _recordings()
+RECORDINGS = [
+    encode(synthetic_speech(duration_s, 8_000, 8), 8_000, container, "PCM_16")
+    for container, duration_s in (("WAV", 0.3), ("FLAC", 0.5), ("WAV", 1.0))
+]
 
 schemathesis.openapi.format("binary", st.sampled_from(RECORDINGS))
 schemathesis.openapi.format("byte", st.sampled_from(RECORDINGS).map(lambda data: base64.b64encode(data).decode()))

@@ -36,19 +36,23 @@ START_WITHIN_S = 600.0
 GROWTH_MIB = 16.0
 _EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFE, 0xFFFF_FFFF)
 _FAILURES = ("crash", "hang", "uncoded")
+_KINDS = (
+    *("flip bits", "flip bits", "overwrite", "overwrite", "forge header", "forge header", "forge header"),
+    *("cut tail", "cut head", "remove", "repeat", "insert"),
+)
 
 Random = np.random.Generator
 
 
 class Outcome(NamedTuple):
-    """`result`: "ok", an error code, or one of `_FAILURES`; `cpu_s`: seconds of CPU; `held_mib`: memory held after."""
+    """The result of one case."""
 
     index: int
     name: str
-    result: str
+    result: str  # "ok", an error code, or one of `_FAILURES`
     detail: str
-    cpu_s: float
-    held_mib: float
+    cpu_s: float  # seconds of CPU
+    held_mib: float  # memory held after it
     peak_mib: float
 
 
@@ -59,7 +63,7 @@ def mutated(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]
     data = bytearray(files[name])
     for _ in range(rng.integers(1, 4)):
         if len(data):
-            data = _MUTATIONS[rng.integers(len(_MUTATIONS))](data, rng)
+            data = _mutated(data, rng)
     if rng.random() < 0.05:  # the head of this recording, the rest of another
         other = files[sorted(files)[rng.integers(len(files))]]
         cut = int(rng.integers(1, 200))
@@ -73,58 +77,36 @@ def _somewhere(data: bytearray, rng: Random) -> int:
     return int(rng.integers(end))
 
 
-def _flip_bits(data: bytearray, rng: Random) -> bytearray:
-    for _ in range(rng.integers(1, 33)):
-        data[_somewhere(data, rng)] ^= 1 << int(rng.integers(8))
-    return data
-
-
-def _overwrite(data: bytearray, rng: Random) -> bytearray:
+def _mutated(data: bytearray, rng: Random) -> bytearray:
+    """One mutation of a kind drawn from `_KINDS`."""
+    kind = _KINDS[rng.integers(len(_KINDS))]
+    if kind == "flip bits":
+        for _ in range(rng.integers(1, 33)):
+            data[_somewhere(data, rng)] ^= 1 << int(rng.integers(8))
+        return data
+    if kind == "forge header":  # a field within the first 128 bytes gets an extreme value, in either byte order
+        size = int(rng.choice((1, 2, 4, 8)))
+        at = int(rng.integers(0, min(len(data), 128)))
+        value = int(rng.choice(_EXTREMES)) & (256**size - 1)
+        data[at : at + size] = value.to_bytes(size, "little" if rng.random() < 0.5 else "big")
+        return data
     at = _somewhere(data, rng)
-    end = min(at + int(rng.integers(1, 64)), len(data))
-    data[at:end] = rng.bytes(end - at)
-    return data
-
-
-def _cut_tail(data: bytearray, rng: Random) -> bytearray:
-    return data[: _somewhere(data, rng)]
-
-
-def _cut_head(data: bytearray, rng: Random) -> bytearray:
-    return data[_somewhere(data, rng) :]
-
-
-def _remove(data: bytearray, rng: Random) -> bytearray:
-    at = _somewhere(data, rng)
-    return data[:at] + data[at + int(rng.integers(1, 2000)) :]
-
-
-def _repeat(data: bytearray, rng: Random) -> bytearray:
-    at = _somewhere(data, rng)
-    return data[: at + int(rng.integers(1, 2000))] + data[at:]
-
-
-def _insert(data: bytearray, rng: Random) -> bytearray:
-    at = _somewhere(data, rng)
+    match kind:
+        case "overwrite":
+            end = min(at + int(rng.integers(1, 64)), len(data))
+            return data[:at] + rng.bytes(end - at) + data[end:]
+        case "cut tail":
+            return data[:at]
+        case "cut head":
+            return data[at:]
+        case "remove":
+            return data[:at] + data[at + int(rng.integers(1, 2000)) :]
+        case "repeat":
+            return data[: at + int(rng.integers(1, 2000))] + data[at:]
     return data[:at] + rng.bytes(int(rng.integers(1, 500))) + data[at:]
 
 
-def _forge_header(data: bytearray, rng: Random) -> bytearray:
-    """Set a field of 1, 2, 4 or 8 bytes within the first 128 bytes to an extreme value, in either byte order."""
-    size = int(rng.choice((1, 2, 4, 8)))
-    at = int(rng.integers(0, min(len(data), 128)))
-    value = int(rng.choice(_EXTREMES)) & (256**size - 1)
-    data[at : at + size] = value.to_bytes(size, "little" if rng.random() < 0.5 else "big")
-    return data
-
-
-_MUTATIONS = (
-    *(_flip_bits, _flip_bits, _overwrite, _overwrite, _forge_header, _forge_header, _forge_header),
-    *(_cut_tail, _cut_head, _remove, _repeat, _insert),
-)
-
-
-def decode(index: int, name: str, data: bytes, folder: Path) -> str:
+def decode(index: int, data: bytes, folder: Path) -> str:
     """Decode a recording -> "ok" or the error's code. Other errors are raised; a wrong result is a ValueError."""
     source: bytes | Path = data
     if index % 4 == 3:
@@ -164,7 +146,7 @@ def child(answers: Connection, indices: range, seed: int) -> None:
             name, data = mutated(index, seed, files)
             started_s, detail = time.process_time(), ""
             try:
-                result = decode(index, name, data, Path(folder))
+                result = decode(index, data, Path(folder))
             except Exception as error:
                 result, detail = "uncoded", f"{type(error).__name__}: {error}"
             cpu_s = time.process_time() - started_s

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 
-from benchmarks.bench_serve import clips
+from benchmarks.common import clips
 from benchmarks.services import Running, ours, started
 from serve.client import AsyncClient, ClientError, Refused
 from tests.support.processes import machine

@@ -26,11 +26,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from benchmarks.common import kill_driver, start_job
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import load_bundle
 from tests.support.processes import command_of, descendants, finish, linked_folder, machine
 
-ROOT = Path(__file__).resolve().parents[1]
 BROKEN = {"empty.wav": b"", "words.wav": b"no audio, only words\n" * 30, "cut.flac": b"fLaC" + bytes(40)}
 _WORKER = {"ray": "score_block", "local": "spawn_main"}  # part of the command line of worker processes
 Rows = Counter[tuple[object, ...]]
@@ -38,12 +38,10 @@ Rows = Counter[tuple[object, ...]]
 
 def begin(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
     """Start the command of a run."""
-    words = ["-m", "jobs.score", "--input", arguments.folder, "--out", out, "--block_rows", arguments.block_rows]
+    words = ["jobs.score", "--input", arguments.folder, "--out", out, "--block_rows", arguments.block_rows]
     words += ["--model_weights", arguments.model_weights, "--no_report", "--tolerate_failures"]
     words += ["--num_cpus", arguments.num_cpus, "--engine", arguments.engine]
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return start_job(*words)
 
 
 def rows_of(out: Path) -> Rows:
@@ -78,22 +76,14 @@ def wait_for(process: subprocess.Popen[str], out: Path, rows: int) -> bool:
     return False
 
 
-def kill_driver(arguments: argparse.Namespace, out: Path, share: float) -> tuple[str, int]:
+def kill_and_resume(arguments: argparse.Namespace, out: Path, share: float) -> tuple[str, int]:
     """Kill the driver once, then start the command again; returns a description and the number of kills."""
     process = begin(arguments, out)
     hit = wait_for(process, out, int(share * arguments.files))
-    family = [pid for pid in descendants(process.pid) if "Agent" not in command_of(pid)]  # Ray's agents linger
-    process.kill()
-    process.communicate()
-    found = committed_rows(out)
-    start_s = time.monotonic()
-    while any(map(command_of, family)) and time.monotonic() - start_s < 60:
-        time.sleep(0.1)
-    gone_s = time.monotonic() - start_s
-    left = sum(bool(command_of(pid)) for pid in family)
+    ended = kill_driver(process)
+    found = committed_rows(out) / arguments.files
     finish(begin(arguments, out), arguments.deadline_s)
-    text = f"driver killed at {found / arguments.files:6.1%} of the rows (wanted {share:.1%})"
-    return f"{text}; its {len(family)} processes gone after {gone_s:.1f} s, {left} left", int(hit)
+    return f"driver killed at {found:6.1%} of the rows (wanted {share:.1%}); {ended}", int(hit)
 
 
 def kill_workers(
@@ -134,18 +124,14 @@ def main() -> None:
     parser.add_argument("--kills_a_run", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deadline_s", type=float, default=600, help="seconds after which a run is aborted")
-    parser.add_argument(
-        "--scratch", type=Path, help="folder for the runs; default: beside DATA_DIR, so that hard links work"
-    )
+    parser.add_argument("--scratch", type=Path, help="folder for the runs; default: beside DATA_DIR, for hard links")
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.model_weights)
     ensure_onnx(bundle)
     arguments.model_weights = bundle.folder
     rng = np.random.default_rng(arguments.seed)
-    print(
-        f"machine: {machine()}\nmodel: {bundle.name}; "
-        f"{arguments.files:,} files, {len(BROKEN)} of them broken; seed {arguments.seed}"
-    )
+    files = f"{arguments.files:,} files, {len(BROKEN)} of them broken"
+    print(f"machine: {machine()}\nmodel: {bundle.name}; {files}; seed {arguments.seed}")
     beside = arguments.scratch or arguments.data_dir.absolute().parent
     with tempfile.TemporaryDirectory(dir=beside, prefix=".kill-") as scratch:
         arguments.folder = linked_folder(arguments.data_dir, Path(scratch) / "audio", arguments.files - len(BROKEN))
@@ -162,9 +148,8 @@ def main() -> None:
         workers = [("workers", list(shares[i : i + a_run])) for i in range(0, len(shares), a_run)]
         for number, (kind, at) in enumerate([*driver, *workers]):
             out = Path(scratch) / f"{kind}-{number}"
-            text, kills = (
-                kill_driver(arguments, out, at[0]) if kind == "driver" else kill_workers(arguments, out, at, rng)
-            )
+            killed = kind == "driver"
+            text, kills = kill_and_resume(arguments, out, at[0]) if killed else kill_workers(arguments, out, at, rng)
             lost, doubled, different = compare(expected, out)
             totals += [kills, lost, doubled, different]
             print(f"  {text}: {lost} lost, {doubled} doubled, {different} different", flush=True)

@@ -19,18 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.common import kill_driver, start_job
 from pipeline.cluster.ray_internals import TRAIN_WORKER
 from pipeline.data.manifest import scan_folder
 from pipeline.models.bundle import load_bundle
 from pipeline.training.run import read_history
 from tests.support.processes import command_of, descendants, finish, machine
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def sample(data_dir: Path, clips: int, path: Path) -> Path:
@@ -40,21 +40,15 @@ def sample(data_dir: Path, clips: int, path: Path) -> Path:
     return path
 
 
-def run_job(*words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
 def begin(arguments: argparse.Namespace, out: Path, *more: str) -> subprocess.Popen[str]:
     """Start the command of a run."""
     words = ["--features", arguments.features, "--out", out, "--epochs", arguments.epochs, "--patience", 0]
     words += ["--num_workers", arguments.num_workers, "--batch_size", arguments.batch_size, "--lr", 1e-3, *more]
-    return run_job("jobs.train", *words)
+    return start_job("jobs.train", *words)
 
 
 def progress(out: Path) -> float:
-    """Finished epochs plus the share of the current one; reported after batches, at most twice a second."""
+    """Finished epochs plus the share of the current one."""
     done = float(len(read_history(out)))
     try:
         epoch, batches, total = json.loads((out / "ray" / "progress.json").read_text(encoding="utf-8"))
@@ -84,26 +78,18 @@ def kill_worker(arguments: argparse.Namespace, out: Path, moment: float, rng: np
     os.kill(victim, signal.SIGKILL)
     start_s = time.monotonic()
     finish(process, arguments.deadline_s)
-    return (
-        f"worker killed at epoch {found:.2f} (wanted {moment:.2f}), finished {time.monotonic() - start_s:.0f} s later"
-    )
+    took_s = time.monotonic() - start_s
+    return f"worker killed at epoch {found:.2f} (wanted {moment:.2f}), finished {took_s:.0f} s later"
 
 
-def kill_driver(arguments: argparse.Namespace, out: Path, moment: float) -> str:
+def kill_and_resume(arguments: argparse.Namespace, out: Path, moment: float) -> str:
     """Kill the driver once, then start the command again; returns a description."""
     process = begin(arguments, out)
     wait_for(process, out, moment)
-    family, found = descendants(process.pid), progress(out)
-    process.kill()
-    process.communicate()
-    start_s = time.monotonic()
-    while any(map(command_of, family)) and time.monotonic() - start_s < 60:
-        time.sleep(0.1)
-    gone_s, left = time.monotonic() - start_s, sum(bool(command_of(pid)) for pid in family)
+    found, ended = progress(out), kill_driver(process)
     kept = len(read_history(out))
     finish(begin(arguments, out, "--resume"), arguments.deadline_s)
-    text = f"driver killed at epoch {found:.2f} (wanted {moment:.2f}); its {len(family)} processes gone"
-    return f"{text} after {gone_s:.1f} s, {left} left; resumed after epoch {kept}"
+    return f"driver killed at epoch {found:.2f} (wanted {moment:.2f}); {ended}; resumed after epoch {kept}"
 
 
 def check(arguments: argparse.Namespace, out: Path, expected: pd.DataFrame) -> tuple[str, bool]:
@@ -139,7 +125,8 @@ def main() -> int:
         folder = Path(scratch)
         arguments.features = folder / "features"
         manifest = sample(arguments.data_dir, arguments.clips, folder / "clips.csv")
-        finish(run_job("jobs.extract", "--data_csv", manifest, "--out", arguments.features), arguments.deadline_s)
+        extract = start_job("jobs.extract", "--data_csv", manifest, "--out", arguments.features)
+        finish(extract, arguments.deadline_s)
         start_s = time.monotonic()
         finish(begin(arguments, folder / "undisturbed"), arguments.deadline_s)
         expected = pd.DataFrame(read_history(folder / "undisturbed"))
@@ -147,10 +134,8 @@ def main() -> int:
         for kind in ("worker", "driver"):
             for number, moment in enumerate(rng.uniform(0, len(expected), arguments.kills)):
                 out = folder / f"{kind}-{number}"
-                if kind == "worker":
-                    text = kill_worker(arguments, out, moment, rng)
-                else:
-                    text = kill_driver(arguments, out, moment)
+                kill = partial(kill_worker, rng=rng) if kind == "worker" else kill_and_resume
+                text = kill(arguments, out, moment)
                 found, right = check(arguments, out, expected)
                 failed += not right
                 print(f"  {text}: {found}", flush=True)

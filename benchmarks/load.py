@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import resource
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +26,19 @@ class Load:
     answers: list[tuple[float, float, int]] = field(default_factory=list)
     without_retry_after: int = 0  # refusals without Retry-After
     seconds: float = 0.0
-    cpu_s: float = 0.0
+    cpu_s: float = field(default_factory=lambda: -time.process_time())
+    started_s: float = field(default_factory=time.perf_counter)
+
+    async def send(self, connection: _Connection, message: bytes, due_s: float) -> None:
+        status, told = await connection.ask(message)
+        now_s = time.perf_counter()
+        self.answers.append((due_s - self.started_s, now_s - due_s, status))
+        self.without_retry_after += status in (429, 503) and not told
+
+    def finish(self) -> Load:
+        self.seconds = time.perf_counter() - self.started_s
+        self.cpu_s += time.process_time()
+        return self
 
     @property
     def statuses(self) -> Counter[int]:
@@ -56,9 +67,9 @@ def request(host: str, port: int, path: str, body: bytes, content_type: str) -> 
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def multipart(data: bytes, name: str = "clip.wav") -> tuple[bytes, str]:
+def multipart(data: bytes) -> tuple[bytes, str]:
     """Body and content type of a multipart form with one file."""
-    head = f'--b\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
+    head = '--b\r\nContent-Disposition: form-data; name="file"; filename="clip.wav"\r\n\r\n'
     return head.encode() + data + b"\r\n--b--\r\n", "multipart/form-data; boundary=b"
 
 
@@ -92,40 +103,22 @@ class _Connection:
             self.streams = None
 
 
-class _Recorder:
-    def __init__(self) -> None:
-        self.load = Load()
-        self.started_s = time.perf_counter()
-        self.cpu_s = _cpu_s()
-
-    async def one(self, connection: _Connection, message: bytes, due_s: float) -> None:
-        status, told = await connection.ask(message)
-        now_s = time.perf_counter()
-        self.load.answers.append((due_s - self.started_s, now_s - due_s, status))
-        self.load.without_retry_after += status in (429, 503) and not told
-
-    def finish(self) -> Load:
-        self.load.seconds = time.perf_counter() - self.started_s
-        self.load.cpu_s = _cpu_s() - self.cpu_s
-        return self.load
-
-
 def closed_loop(host: str, port: int, messages: Sequence[bytes], clients: int, seconds: float) -> Load:
     """Run ``clients`` that send one request after another."""
 
     async def run() -> Load:
-        recorder = _Recorder()
-        until_s = recorder.started_s + seconds
+        load = Load()
+        until_s = load.started_s + seconds
 
         async def client(number: int) -> None:
             connection, turn = _Connection(host, port), number
             while (now_s := time.perf_counter()) < until_s:
-                await recorder.one(connection, messages[turn % len(messages)], now_s)
+                await load.send(connection, messages[turn % len(messages)], now_s)
                 turn += clients
             connection.close()
 
         await asyncio.gather(*(client(number) for number in range(clients)))
-        return recorder.finish()
+        return load.finish()
 
     return asyncio.run(run())
 
@@ -134,18 +127,17 @@ def open_loop(host: str, port: int, messages: Sequence[bytes], rate: float, seco
     """Start requests at ``rate`` a second, Poisson, on as many connections as needed."""
 
     async def run() -> Load:
-        rng = random.Random(seed)
-        recorder = _Recorder()
+        rng, load = random.Random(seed), Load()
         idle: list[_Connection] = []
         tasks: set[asyncio.Task[None]] = set()
 
         async def one(message: bytes, due_s: float) -> None:
             connection = idle.pop() if idle else _Connection(host, port)
-            await recorder.one(connection, message, due_s)
+            await load.send(connection, message, due_s)
             idle.append(connection)
 
-        due_s, turn = recorder.started_s, 0
-        while due_s < recorder.started_s + seconds:
+        due_s, turn = load.started_s, 0
+        while due_s < load.started_s + seconds:
             await asyncio.sleep(max(due_s - time.perf_counter(), 0))
             task = asyncio.create_task(one(messages[turn % len(messages)], due_s))
             tasks.add(task)
@@ -155,11 +147,6 @@ def open_loop(host: str, port: int, messages: Sequence[bytes], rate: float, seco
         await asyncio.gather(*tasks)
         for connection in idle:
             connection.close()
-        return recorder.finish()
+        return load.finish()
 
     return asyncio.run(run())
-
-
-def _cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime

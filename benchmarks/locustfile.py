@@ -9,29 +9,20 @@ key is read from ``SER_API_KEY``. ``bench_serve`` measures the service with a to
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import time
 from typing import Any
 
-import soundfile
 from locust import HttpUser, between, events, task
 
-from tests.support.recordings import synthetic_speech
+from benchmarks.common import clips
 
-CLIP_S, RATE_HZ = 3.7, 48_000
 KEY = os.environ.get("SER_API_KEY", "")
 
 
-def _wav(seed: int, duration_s: float = CLIP_S) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, synthetic_speech(duration_s, RATE_HZ, seed=seed), RATE_HZ, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()
-
-
-CLIPS = itertools.cycle([_wav(seed) for seed in range(8)])
-LONG = _wav(8, duration_s=20.0)
+CLIPS = itertools.cycle(clips(8))
+LONG = clips(1, duration_s=20.0)[0]
 
 
 class Caller(HttpUser):

@@ -22,6 +22,7 @@ from scipy.signal import butter, sosfiltfilt
 from pipeline.audio.load import load, probe
 from pipeline.data.manifest import read_manifest
 from pipeline.inference.predictor import Predictor
+from tests.support.recordings import encode
 
 Samples = NDArray[np.float32]
 AIM = 0.95
@@ -59,12 +60,11 @@ def telephone(samples: Samples, rate_hz: int) -> Samples:
 
 def encoded(samples: Samples, rate_hz: int, container: str) -> bytes:
     """The bytes of a WAV (16 bit) or MP3 (about 128 kbit/s) file."""
-    buffer = io.BytesIO()
     clipped = np.clip(samples, -1, 32767 / 32768)
-    if container == "MP3":
-        soundfile.write(buffer, clipped, rate_hz, format="MP3", bitrate_mode="CONSTANT", compression_level=0.65)
-    else:
-        soundfile.write(buffer, clipped, rate_hz, format="WAV", subtype="PCM_16")
+    if container == "WAV":
+        return encode(clipped[:, np.newaxis], rate_hz, "WAV", "PCM_16")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, clipped, rate_hz, format="MP3", bitrate_mode="CONSTANT", compression_level=0.65)
     return buffer.getvalue()
 
 
@@ -97,11 +97,8 @@ def main() -> None:
     table = read_manifest(arguments.data_csv, labels=predictor.labels)
     if arguments.limit:
         table = table.iloc[np.linspace(0, len(table) - 1, min(arguments.limit, len(table))).astype(int)]
-    sounds = [
-        (load(path, sample_rate_hz=rate).samples, rate)
-        for path in table["speech"]
-        for rate in [probe(path).sample_rate_hz]
-    ]
+    rates = {path: probe(path).sample_rate_hz for path in table["speech"]}
+    sounds = [(load(path, sample_rate_hz=rates[path]).samples, rates[path]) for path in table["speech"]]
     truth = table["label"].to_numpy()
 
     def answers(make: Callable[[Samples, int], bytes]) -> NDArray[np.object_]:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,20 +44,16 @@ class Running:
         """Pids of the model workers."""
         return sorted(self.processes(f"{SERVE_REPLICA}ser:Model"))
 
-    def memory_mib(self) -> dict[str, float]:
-        """Resident memory of proxy, ingress and model workers (the largest of them)."""
-        return memory_mib(self.parts())
+    def memory_mib(self, parts: Mapping[str, Sequence[int]] | None = None) -> dict[str, float]:
+        """Resident memory of the largest process of each of ``parts()``."""
+        found = (parts or self.parts()).items()
+        return {name: max((resident_bytes(pid) / _MIB for pid in pids), default=0.0) for name, pids in found}
 
     def parts(self) -> dict[str, list[int]]:
         """Pids of proxy, ingress and model workers; for the local engine, of its only process."""
         titles = {"proxy": SERVE_PROXY, "ingress": ":Ingress", "model": ":Model"}
         found = {name: list(self.processes(title)) for name, title in titles.items()}
         return found if any(found.values()) else {"service": [self.pid]}  # without Ray it is one process
-
-
-def memory_mib(parts: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Resident memory of the largest process of each part."""
-    return {name: max((resident_bytes(pid) / _MIB for pid in pids), default=0.0) for name, pids in parts.items()}
 
 
 @contextmanager
@@ -77,11 +73,10 @@ def started(words: Sequence[str]) -> Iterator[Running]:
         yield Running(process.pid, port, metrics_port, log)
     finally:
         process.send_signal(signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # does nothing if it has ended
+        process.wait()
 
 
 def ours(*options: str) -> tuple[str, ...]:
@@ -96,9 +91,7 @@ def no_op(*, two_stages: bool) -> tuple[str, ...]:
 
 def main() -> None:
     """Run the service that does nothing."""
-    parser = argparse.ArgumentParser(
-        description="Run a Serve application that does nothing, to measure the cost of Serve."
-    )
+    parser = argparse.ArgumentParser(description="Run a Serve application that does nothing.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--metrics_port", type=int, required=True)
     parser.add_argument("--two_stages", action="store_true")

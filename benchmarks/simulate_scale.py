@@ -17,9 +17,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,6 +37,8 @@ from tests.support.processes import command_of, descendants, machine, resident_b
 
 CLIP_S = 0.0076  # docs/benchmarks.md: slope between 5,000 and 20,000 files
 PHASES = ("list", "plan", "blocks", "tables")
+WHO = ("driver", "Ray's processes")
+Costs = dict[str, dict[str, float]]  # process -> phase -> CPU seconds
 SYSTEM = ("raylet", "gcs_server")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -67,57 +67,35 @@ def make_files(folder: Path, n: int) -> None:
         path.touch()
 
 
-def system_cpu_s() -> float:
-    """CPU seconds used so far by Ray's own processes, children of this one."""
+def cpu_s() -> tuple[float, float]:
+    """CPU seconds used so far by this process, and by Ray's own processes, children of this one."""
     total = 0.0
     for pid in descendants(os.getpid()):
         if Path(command_of(pid).split(" ")[0]).name in SYSTEM:
             fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             total += (int(fields[11]) + int(fields[12])) / _TICKS
-    return total
+    return time.process_time(), total
 
 
-class Meter:
-    """CPU seconds of each phase, of this process and of Ray's own processes."""
-
-    def __init__(self) -> None:
-        self.own: dict[str, float] = {}
-        self.system: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        own_s, system_s = time.process_time(), system_cpu_s()
-        yield
-        self.own[name] = time.process_time() - own_s
-        self.system[name] = system_cpu_s() - system_s
-
-
-def simulate(folder: Path, out: Path, execution: Execution) -> tuple[int, Meter, float]:
-    """Score ``folder``; returns the number of rows, the cost of each phase, and the seconds in all."""
-    meter, begin_s = Meter(), time.monotonic()
-    with meter.phase("list"):
-        table = pd.DataFrame({"speech": scan(folder, EXTENSIONS).files})
-    marks: list[tuple[float, float]] = [(time.process_time(), system_cpu_s())]
+def simulate(folder: Path, out: Path, execution: Execution) -> tuple[Costs, float]:
+    """Score ``folder``; returns the CPU seconds of each phase, by process, and the seconds in all."""
+    marks, begin_s = [cpu_s()], time.monotonic()
+    table = pd.DataFrame({"speech": scan(folder, EXTENSIONS).files})
+    marks.append(cpu_s())
 
     def progress(done: int, total: int, failed: int) -> None:
         if done in (0, total):  # before the first block, and after the last
-            marks.append((time.process_time(), system_cpu_s()))
+            marks.append(cpu_s())
 
     with patch("pipeline.scoring.scoring.score_block", sleeping_block):
-        run = score_manifest(
-            table,
-            out,
-            options=ScoreOptions(crops=1),
-            execution=execution,
-            report=False,
-            on_progress=progress,
-        )
-    marks.append((time.process_time(), system_cpu_s()))
-    for name, (before, after) in zip(PHASES[1:], pairwise(marks), strict=True):
-        meter.own[name], meter.system[name] = after[0] - before[0], after[1] - before[1]
+        options = ScoreOptions(crops=1)
+        run = score_manifest(table, out, options=options, execution=execution, report=False, on_progress=progress)
+    marks.append(cpu_s())
     if run.rows != len(table) or run.statuses != {"ok": len(table)}:
         raise SystemExit(f"{run.rows} rows, {run.statuses}: expected {len(table)} that are ok")
-    return run.rows, meter, time.monotonic() - begin_s
+    steps = np.diff(marks, axis=0).T  # (processes, phases)
+    costs = {who: dict(zip(PHASES, step, strict=True)) for who, step in zip(WHO, steps, strict=True)}
+    return costs, time.monotonic() - begin_s
 
 
 def bytes_a_file(labels: Sequence[str], path: str) -> tuple[float, float]:
@@ -137,35 +115,31 @@ def main() -> None:
     parser.add_argument("--num_cpus", type=int, default=32, help="logical CPUs; each is a sleeping process")
     parser.add_argument("--scratch", type=Path, help="folder for the files (default: the system's)")
     arguments = parser.parse_args()
-    print(
-        f"machine: {machine()}\nlogical CPUs: {arguments.num_cpus}, {CLIP_S * 1e3:g} ms of sleep a file\n", flush=True
-    )
+    print(f"machine: {machine()}\nlogical CPUs: {arguments.num_cpus}, {CLIP_S * 1e3:g} ms of sleep a file\n")
     if arguments.engine == "ray":
         start_ray(arguments.num_cpus)
     execution = Execution(arguments.engine, num_cpus=arguments.num_cpus, block_rows=256)
-    found: list[tuple[int, Meter]] = []
+    found: list[Costs] = []
     heads = ["files", "", *PHASES, "seconds in all", "driver's memory, MiB"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="simulate-") as scratch:
         for n in (2_000, *arguments.sizes):  # the first run warms up
             make_files(Path(scratch) / f"in-{n}", n)
             with sampled(lambda: resident_bytes(os.getpid()), 0.2) as peak:
-                rows, meter, seconds = simulate(Path(scratch) / f"in-{n}", Path(scratch) / f"out-{n}", execution)
-            found.append((rows, meter))
-            for who, costs in (("driver", meter.own), ("Ray's processes", meter.system)):
-                cells = " | ".join(f"{costs[name]:.2f} s" for name in PHASES)
-                print(f"| {rows:,} | {who} | {cells} | {seconds:.0f} | {peak[0] / 2**20:.0f} |", flush=True)
+                costs, seconds = simulate(Path(scratch) / f"in-{n}", Path(scratch) / f"out-{n}", execution)
+            found.append(costs)
+            for who in WHO:
+                cells = " | ".join(f"{costs[who][name]:.2f} s" for name in PHASES)
+                print(f"| {n:,} | {who} | {cells} | {seconds:.0f} | {peak[0] / 2**20:.0f} |", flush=True)
         kept = sum(path.stat().st_size for path in (Path(scratch) / f"out-{arguments.sizes[-1]}").iterdir())
-    (_, _), (small, first), (large, second) = found
-    for who, costs in (("driver", (first.own, second.own)), ("Ray's processes", (first.system, second.system))):
-        slope = {name: (costs[1][name] - costs[0][name]) / (large - small) * 1e6 for name in PHASES}
+    (_, first, second), (small, large) = found, arguments.sizes
+    for who in WHO:
+        slope = {name: (second[who][name] - first[who][name]) / (large - small) * 1e6 for name in PHASES}
         cells = " | ".join(f"{slope[name]:.1f} ms" for name in PHASES)
         print(f"| 1,000 more | {who} | {cells} | {sum(slope.values()):.1f} ms of CPU together |", flush=True)
     there, back = bytes_a_file(load_bundle().labels, f"{tempfile.gettempdir()}/folder/00042/00042042.wav")
-    print(
-        f"\nobject store: {there:.0f} bytes a file to the worker, {back:.0f} back; tables: {kept / large:.0f} bytes a "
-        "file on the disk"
-    )
+    print(f"\nobject store: {there:.0f} bytes a file to the worker, {back:.0f} back")
+    print(f"tables: {kept / large:.0f} bytes a file on the disk")
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
 import numpy as np
-import soundfile
 
-from benchmarks.bench_serve import clips
-from benchmarks.services import HOST, Running, memory_mib, ours, started
+from benchmarks.common import RATE_HZ, clips
+from benchmarks.services import HOST, Running, ours, started
 from tests.support.processes import machine, sampled
-from tests.support.recordings import every_format
+from tests.support.recordings import encode, every_format
 
 MIB = 2**20
 GIB = 2**30
@@ -79,24 +79,16 @@ def stream(parts: Iterator[bytes], *, declared: int | None = None) -> Callable[[
         sent = 0
         with socket.create_connection((HOST, service.port), timeout=60) as connection:
             connection.sendall(head.encode())
-            try:
+            with suppress(OSError):  # the service closed the connection
                 for part in parts:
                     connection.sendall(b"%x\r\n%s\r\n" % (len(part), part) if declared is None else part)
                     sent += len(part)
-            except OSError:
-                pass  # the service closed the connection
-            status = _status_line(connection)
+            status = "hung up"
+            with suppress(OSError):
+                status = _answer(connection)
         return Counter([f"{status} (took {sent / MIB:.0f} MiB)"])
 
     return send
-
-
-def _status_line(connection: socket.socket) -> str:
-    try:
-        answer = connection.recv(65536).decode("latin-1")
-    except OSError:
-        return "hung up"
-    return _brief(answer)
 
 
 def slow_bodies(count: int) -> Callable[[Running], Statuses]:
@@ -110,7 +102,7 @@ def slow_bodies(count: int) -> Callable[[Running], Statuses]:
             while time.monotonic() < until_s:
                 try:
                     connection.sendall(b"x")
-                    return _first(connection)
+                    return _answer(connection)
                 except TimeoutError:
                     continue
                 except OSError:
@@ -130,13 +122,9 @@ def slow_bodies(count: int) -> Callable[[Running], Statuses]:
     return send
 
 
-def _first(connection: socket.socket) -> str:
-    """The status of a response; TimeoutError while there is none."""
-    return _brief(connection.recv(65536).decode("latin-1"))
-
-
-def _brief(answer: str) -> str:
-    """Status and problem code of a raw response."""
+def _answer(connection: socket.socket) -> str:
+    """Status and problem code of a raw response; OSError where there is none."""
+    answer = connection.recv(65536).decode("latin-1")
     code = answer.partition('"code":"')[2].partition('"')[0]
     return f"{answer[9:12]} {code}".strip() or "hung up"
 
@@ -151,13 +139,9 @@ def together(count: int, send: Callable[[Running], Statuses]) -> Callable[[Runni
     return all_of_them
 
 
-def silence(seconds: int, rate_hz: int = 48_000, channels: int = 1) -> bytes:
+def silence(seconds: int, channels: int = 1) -> bytes:
     """A small FLAC with a very large decoded size."""
-    buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", rate_hz, channels, "PCM_16", format="FLAC") as target:
-        for _ in range(seconds):
-            target.write(np.zeros((rate_hz, channels), np.float32))
-    return buffer.getvalue()
+    return encode(np.zeros((seconds * RATE_HZ, channels), np.float32), RATE_HZ, "FLAC", "PCM_16")
 
 
 def zip_bomb() -> bytes:
@@ -223,11 +207,11 @@ def attacks() -> list[Attack]:
 def watched(service: Running, send: Callable[[Running], Statuses]) -> tuple[Statuses, dict[str, float]]:
     """The statuses of an upload, and the largest growth of each part in MiB."""
     parts = service.parts()
-    before = memory_mib(parts)
+    before = service.memory_mib(parts)
     peaks = dict(before)
 
     def look() -> float:
-        for name, value in memory_mib(parts).items():
+        for name, value in service.memory_mib(parts).items():
             peaks[name] = max(peaks[name], value)
         return 0.0
 

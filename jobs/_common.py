@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,6 +29,7 @@ from pipeline.data.labels import chained, parse_label_map, parse_label_names
 from pipeline.storage.errors import SerError, SerWarning
 
 if TYPE_CHECKING:
+    import pandas as pd
     from tqdm import tqdm
 
 _REMEDIES = {
@@ -39,14 +40,7 @@ _REMEDIES = {
     errno.EDQUOT: "free some space, then run the same command again",
 }
 EXIT_DONE, EXIT_USAGE, EXIT_TARGET_MISSED, EXIT_SOME_FAILED, EXIT_OURS, EXIT_INTERRUPTED = 0, 2, 3, 4, 70, 130
-
-
-AS_SER = ContextVar("AS_SER", default=False)  # whether the command was given as ``ser NAME``
-
-
-def called(job: str) -> str:
-    """The command as the user typed it: ``ser score`` or ``python -m jobs.score``."""
-    return f"ser {job}" if AS_SER.get() else f"python -m jobs.{job}"
+AS_SER = ContextVar("AS_SER", default=False)  # whether the user typed ``ser score``, not ``python -m jobs.score``
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,20 +61,15 @@ class Parser(argparse.ArgumentParser):
         self._usual = frozenset({*names, "help", "help_all"})
 
     def format_help(self) -> str:
-        """The help text with the options of ``put_first`` only; with all options if it was not called."""
+        """The help text; after ``put_first`` only with the options named there."""
         others = [action for action in self._actions if self._usual and action.dest not in self._usual]
         helps = [action.help for action in others]
-        try:
-            for action in others:
-                action.help = argparse.SUPPRESS
-            return self.format_all()
-        finally:
-            for action, text in zip(others, helps, strict=True):
-                action.help = text
-
-    def format_all(self) -> str:
-        """The help text with all options."""
-        return super().format_help()
+        for action in others:
+            action.help = argparse.SUPPRESS
+        found = super().format_help()
+        for action, text in zip(others, helps, strict=True):
+            action.help = text
+        return found
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As in argparse, after replacing the hyphens in option names with underscores."""
@@ -92,12 +81,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"error: {message}; see {self.prog} --help\n")
 
 
+Job = Callable[[argparse.Namespace], int]
+Parse = Callable[[Parser, Sequence[str]], argparse.Namespace]
+
+
 class _HelpAll(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print all options and exit."""
         assert isinstance(parser, Parser)
-        print(parser.format_all(), end="")
+        parser._usual = frozenset()
+        parser.print_help()
         parser.exit()
+
+
+def parser_of(job: str, description: str | None, example: str) -> Parser:
+    """The parser of a command; ``example``: the arguments that its help shows."""
+    prog = f"ser {job}" if AS_SER.get() else f"python -m jobs.{job}"
+    return Parser(prog=prog, description=description, epilog=f"example: %(prog)s {example}")
 
 
 def underscored(argument: str) -> str:
@@ -111,35 +111,9 @@ def underscored(argument: str) -> str:
 class LabelMap(argparse.Action):
     """``--label_map``. If it is given twice, the second map also renames the new names of the first one."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, *_: object) -> None:
         """Parse a map, and chain it to the earlier one."""
         setattr(namespace, self.dest, chained(getattr(namespace, self.dest) or {}, parse_label_map(str(values))))
-
-
-def add_csv_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, integers: bool = True) -> None:
-    """Add ``--root`` and ``--label_map``; with ``integers`` also ``--label_names``, for CSVs with integer labels."""
-    parser.add_argument(
-        "--root", type=Path, help="folder that relative paths in the CSV start from (default: the CSV's folder)"
-    )
-    parser.add_argument("--label_map", action=LabelMap, help="rename labels of the CSV: old=new,...")
-    if integers:
-        add_label_names(parser)
-
-
-def add_label_names(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add ``--label_names``."""
-    parser.add_argument(
-        "--label_names",
-        type=_label_names,
-        metavar="NAME,...",
-        help="class names of the integer labels 0,1,... in the CSV: angry,sad,... (default: the integers themselves)",
-    )
 
 
 def _label_names(text: str) -> tuple[str, ...]:
@@ -149,17 +123,53 @@ def _label_names(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+_SHARED: Mapping[str, Mapping[str, Any]] = {
+    "model_weights": {"type": Path, "help": "bundle folder or the .pt in it (default: the shipped one)"},
+    "features": {"type": Path, "nargs": "+", "metavar": "FOLDER", "help": "one or more folders that ser extract wrote"},
+    "root": {"type": Path, "help": "folder that relative paths in the CSV start from (default: the CSV's folder)"},
+    "label_map": {"action": LabelMap, "help": "rename labels of the CSV: old=new,..."},
+    "label_names": {
+        "type": _label_names,
+        "metavar": "NAME,...",
+        "help": "class names of the integer labels 0,1,... in the CSV: angry,sad,... (default: the integers "
+        "themselves)",
+    },
+    "overwrite": {"action": "store_true", "help": "start anew even if --out has results"},
+    "tolerate_failures": {"action": "store_true", "help": "exit with code 0 even if some recordings failed"},
+    "crops": {
+        "type": int,
+        "help": "number of evenly spaced windows in each recording; their answers are averaged (default: the model's "
+        "own number)",
+    },
+    "engine": {
+        "choices": ("auto", "local", "ray"),
+        "default": "auto",
+        "help": "ray: run on Ray, on this machine or on the cluster at RAY_ADDRESS; local: in processes on this "
+        "machine; auto (default): local if the work is too small to be worth starting Ray",
+    },
+    "num_cpus": {"type": int, "help": "CPUs to use (default: all)"},
+}
+CSV_OPTIONS = ("root", "label_map", "label_names")
+ENGINE_OPTIONS = ("engine", "num_cpus")
+
+
+def add_shared(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add these of the options that several commands have."""
+    for name in names:
+        parser.add_argument(f"--{name}", **_SHARED[name])
+
+
+def read_csv(arguments: argparse.Namespace, csv: Path, **how: Any) -> pd.DataFrame:
+    """The manifest ``csv``, read with ``CSV_OPTIONS``; ``how``: as in ``read_manifest``."""
+    from pipeline.data.manifest import read_manifest
+
+    return read_manifest(csv, root=arguments.root, label_map=arguments.label_map, tell=say, **how)
+
+
 def say(text: str = "") -> None:
     """Print one line on stderr, at once. If the terminal or pipe is closed, the line is lost and the job continues."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-
-
-def escape_on_consoles() -> None:
-    """From now on, print characters that the console's encoding lacks as escapes instead of raising an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def true_or_false(text: str) -> bool:
@@ -170,6 +180,10 @@ def true_or_false(text: str) -> bool:
     return value
 
 
+# keywords of ``add_argument`` for such an option; without a value it is True
+TRUE_OR_FALSE: dict[str, Any] = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
+
+
 def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
     """Add ``--out``, a folder for ``what``; without it, ``run`` makes a new folder in ``below``."""
     parser.add_argument(
@@ -178,16 +192,14 @@ def add_out(parser: argparse._ActionsContainer, below: str, what: str) -> None:
     parser.set_defaults(out_below=below)
 
 
-def add_engine(parser: argparse._ActionsContainer) -> None:
-    """Add ``--engine`` and ``--num_cpus``."""
-    parser.add_argument(
-        "--engine",
-        choices=("auto", "local", "ray"),
-        default="auto",
-        help="ray: run on Ray, on this machine or on the cluster at RAY_ADDRESS; local: in processes on this machine; "
-        "auto (default): local if the work is too small to be worth starting Ray",
-    )
-    parser.add_argument("--num_cpus", type=int, help="CPUs to use (default: all)")
+def fields_of(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The values of these options, by name."""
+    return {name: getattr(arguments, name) for name in names}
+
+
+def exit_code(arguments: argparse.Namespace, failed: object) -> int:
+    """The exit code of a finished command; ``failed``: whether recordings failed, or how many."""
+    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
 
 
 def tell_engine(arguments: argparse.Namespace, engine: str, work: str, other: str = "Ray Data") -> None:
@@ -203,11 +215,7 @@ def dated(below: str) -> str:
 
 @contextmanager
 def _new_out(arguments: argparse.Namespace) -> Iterator[None]:
-    """If the command has ``--out`` and it was not given: make a new folder for it, and remove it if it stays empty.
-
-    Raises:
-        SerError: the folder cannot be made, or ``--resume`` was given without ``--out``.
-    """
+    """If the command has ``--out`` and it was not given: make a new folder for it, and remove it if it stays empty."""
     below = getattr(arguments, "out_below", None)
     if below is None or arguments.out is not None:
         yield
@@ -239,33 +247,25 @@ def _new_out(arguments: argparse.Namespace) -> Iterator[None]:
                     Path(below).rmdir()
 
 
-def run(
-    job: Callable[[argparse.Namespace], int],
-    parser: Parser,
-    argv: Sequence[str] | None,
-    *,
-    prepare: Callable[[Parser, Sequence[str]], Parser] | None = None,
-    parse: Callable[[Parser, Sequence[str]], argparse.Namespace] = Parser.parse_args,
-) -> int:
-    """Parse the command line, run the job and return the exit code; the user never sees a traceback.
+def command(job: Job, build_parser: Callable[[], Parser], parse: Parse = Parser.parse_args) -> Callable[..., int]:
+    """``main(argv=None)`` of a command; ``parse`` reads the command line."""
+    return lambda argv=None: run(job, build_parser(), argv, parse)
 
-    ``prepare`` may change the parser before ``parse`` reads the command line.
-    """
+
+def run(job: Job, parser: Parser, argv: Sequence[str] | None, parse: Parse = Parser.parse_args) -> int:
+    """Parse the command line, run the job and return the exit code; the user never sees a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     atexit.register(gc.freeze)  # else the garbage collector runs at exit, for a second or more
-    escape_on_consoles()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the console's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show
     try:
-        if prepare is not None:
-            parser = prepare(parser, words)
-        arguments = parse(parser, words)
+        try:
+            arguments = parse(parser, words)
+        except SystemExit as stop:
+            return int(stop.code or 0)
         arguments.command = f"{parser.prog} {shlex.join(words)}"  # shown in reports
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    except SerError as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return EXIT_USAGE
-    try:
         with _new_out(arguments):
             return job(arguments)
     except SerError as error:
@@ -304,11 +304,7 @@ def _show(
 
 
 def check_free(host: str, port: int, remedy: str) -> None:
-    """Check that a server can listen on this host and port.
-
-    Raises:
-        SerError: it cannot; the message ends with ``remedy``.
-    """
+    """Raise SerError, which ends with ``remedy``, unless a server can listen on this host and port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 from jobs._common import EXIT_INTERRUPTED, EXIT_OURS, say
 from pipeline.cluster.submit import ClusterError, JobClient, JobState
 
+Sleep = Callable[[float], None]
 _PATIENCE_S = 60.0
 _LOOK_S = 0.5
 _SECOND_S = 5.0
 
 
-class _Clock(Protocol):
-    def __call__(self, seconds: float, /) -> None: ...
-
-
-def follow(client: JobClient, name: str, *, sleep: _Clock = time.sleep, patience_s: float = _PATIENCE_S) -> int:
+def follow(client: JobClient, name: str, *, sleep: Sleep = time.sleep, patience_s: float = _PATIENCE_S) -> int:
     """Print the job's output until it ends; returns the exit code of its command.
 
     Ctrl-C leaves the job running and prints how to stop it; a second Ctrl-C within 5 seconds stops it. After a lost
-    connection the cluster is tried again for ``patience_s`` seconds.
-
-    Raises:
-        ClusterError: the cluster cannot be reached again.
+    connection the cluster is tried again for ``patience_s`` seconds; then ClusterError is raised.
     """
     try:
         return _exit_code(name, _watch(client, name, sleep, patience_s))
@@ -40,7 +34,7 @@ def follow(client: JobClient, name: str, *, sleep: _Clock = time.sleep, patience
     return EXIT_INTERRUPTED
 
 
-def _watch(client: JobClient, name: str, sleep: _Clock, patience_s: float) -> JobState:
+def _watch(client: JobClient, name: str, sleep: Sleep, patience_s: float) -> JobState:
     """Print the job's log as it grows, until the job has ended."""
     printed, left_s = 0, patience_s
     while True:

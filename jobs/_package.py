@@ -24,7 +24,7 @@ def pack(folder: Path, shipped: Mapping[str, Path]) -> int:
     for name, source in shipped.items():
         for path in _model_files(source) if source.is_dir() else [source]:
             _copy(path, folder / name / path.name if source.is_dir() else folder / name)
-    return sum(path.stat().st_size for path in _files(folder))
+    return sum(_sizes(folder).values())
 
 
 def _model_files(bundle: Path) -> Iterable[Path]:
@@ -38,27 +38,23 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of all code files together, and of each other file, largest first."""
     sizes: dict[str, int] = {}
-    for path in _files(folder):
+    for path in filter(Path.is_file, folder.rglob("*")):
         relative = path.relative_to(folder)
         name = "code" if relative.parts[0] in CODE else str(relative)
         sizes[name] = sizes.get(name, 0) + path.stat().st_size
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def largest(folder: Path, count: int = 3) -> list[str]:
-    """The largest parts of the upload, as ``name size MiB``."""
-    return [f"{name} {size / _MIB:.1f} MiB" for name, size in list(_sizes(folder).items())[:count]]
+def largest(folder: Path) -> str:
+    """The three largest parts of the upload, as ``name size MiB, ...``."""
+    return ", ".join(f"{name} {size / _MIB:.1f} MiB" for name, size in list(_sizes(folder).items())[:3])
 
 
 def describe(folder: Path) -> str:
     """One line about the upload: its size and its largest parts."""
     sizes = _sizes(folder)
     more = f" and {len(sizes) - 3} smaller files" if len(sizes) > 3 else ""
-    return f"{sum(sizes.values()) / _MIB:.1f} MiB ({', '.join(largest(folder))}{more})"
+    return f"{sum(sizes.values()) / _MIB:.1f} MiB ({largest(folder)}{more})"

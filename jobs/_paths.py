@@ -17,17 +17,8 @@ from pipeline.storage.files import is_remote
 
 RESULTS = ("--out",)
 TABLES = ("--data_csv", "--input")
-INPUTS = (
-    *TABLES,
-    "--data_dir",
-    "--features",
-    "--root",
-    "--split_csv",
-    "--folds_csv",
-    "--model_weights",
-    "--recipe",
-    "--compare",
-)
+MODELS = ("--model_weights", "--recipe", "--compare")
+INPUTS = (*TABLES, *MODELS, "--data_dir", "--features", "--root", "--split_csv", "--folds_csv")
 
 
 @dataclass
@@ -39,25 +30,15 @@ class Placed:
 
 
 def read_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a job's arguments as the job itself would, but accept no shortened options.
-
-    Raises:
-        SystemExit: arguments that the job does not accept; the error has been printed.
-    """
+    """Parse a job's arguments as the job itself would, but accept no shortened options."""
     parser.allow_abbrev = False
     return parser.parse_args(list(words))
 
 
 def place(job: str, words: Sequence[str], arguments: argparse.Namespace, storage: Path | None) -> Placed:
-    """Rewrite every path in the arguments of a job.
+    """Rewrite every path in the arguments of a job: ``words``, which ``read_words`` parsed into ``arguments``.
 
-    Args:
-        words: the arguments as text.
-        arguments: the same, parsed by ``read_words``.
-        storage: absolute folder that all nodes share.
-
-    Raises:
-        SerError: a relative path that needs ``storage``, which is None.
+    ``storage`` is the absolute folder that all nodes share; a relative path that needs it, if it is None, is refused.
     """
     from pipeline.models.backends import ensure_onnx
     from pipeline.models.bundle import DEFAULT_BUNDLE, load_bundle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,19 +25,13 @@ def provenance(command: str, bundle: Bundle | None = None) -> dict[str, Any]:
             "feature_fingerprint": bundle.features.fingerprint(),
             "temperature": bundle.temperature,
         }
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return found | {
         "command": command,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "made": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

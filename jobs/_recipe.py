@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,7 @@ def add_recipe_option(parser: Parser) -> None:
 
 
 def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
-    """The parser, with the settings of the ``--recipe`` bundle as its defaults.
-
-    Raises:
-        SerError: no such bundle, or one without its training settings.
-    """
+    """The parser, with the settings of the ``--recipe`` bundle as its defaults; refuses a bundle that has none."""
     first = Parser(prog=parser.prog, add_help=False)
     add_recipe_option(first)
     first.add_argument("--model")
@@ -44,6 +41,11 @@ def with_recipe(parser: Parser, argv: Sequence[str]) -> Parser:
         if given.model in (None, bundle.model_name):  # another network has other options
             parser.set_defaults(**bundle.model_options)
     return parser
+
+
+def parse_with_recipe(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line with ``with_recipe``."""
+    return with_recipe(parser, argv).parse_args(argv)
 
 
 def _defaults(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:

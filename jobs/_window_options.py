@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from jobs._common import add_shared, fields_of
 from pipeline.inference.timeline import SILENCE_DBFS, SURE_ENOUGH
 
 if TYPE_CHECKING:
@@ -14,12 +15,7 @@ if TYPE_CHECKING:
 def add_window_options(parser: argparse.ArgumentParser) -> None:
     """Add them, as a group."""
     group = parser.add_argument_group("input windows and answers")
-    group.add_argument(
-        "--crops",
-        type=int,
-        help="number of evenly spaced windows in each recording; their answers are averaged (default: the model's "
-        "own number)",
-    )
+    add_shared(group, "crops")
     group.add_argument(
         "--window_s",
         type=float,
@@ -52,21 +48,11 @@ def add_window_options(parser: argparse.ArgumentParser) -> None:
 
 
 def window_options(arguments: argparse.Namespace) -> ScoreOptions:
-    """The ``ScoreOptions`` of the command line.
-
-    Raises:
-        SerError: a number out of range, or options that exclude each other.
-    """
+    """The ``ScoreOptions`` of the command line; refuses numbers out of range, and options that exclude each other."""
     from pipeline.inference.predictor import ScoreOptions
 
-    return ScoreOptions(
-        crops=arguments.crops,
-        min_confidence=arguments.min_confidence,
-        channels=arguments.channels,
-        window_s=arguments.window_s,
-        hop_s=arguments.hop_s,
-        silence_dbfs=arguments.silence_dbfs,
-    )
+    names = ("crops", "min_confidence", "channels", "window_s", "hop_s", "silence_dbfs")
+    return ScoreOptions(**fields_of(arguments, *names))
 
 
 def _confidence(text: str) -> float:

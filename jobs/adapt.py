@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
-    Parser,
-    Progress,
-    add_csv_options,
-    called,
-    run,
-    say,
-)
+from jobs._common import CSV_OPTIONS, Parser, Progress, add_shared, command, exit_code, parser_of, read_csv, say
 from pipeline.audio.windows import Window
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
@@ -38,11 +27,7 @@ _KEPT = ".adapt"  # features of the recordings that were read, for a restart aft
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("adapt"),
-        description=__doc__,
-        epilog="example: %(prog)s --data_csv mine.csv --out models/mine",
-    )
+    parser = parser_of("adapt", __doc__, "--data_csv mine.csv --out models/mine")
     parser.add_argument("--data_csv", type=Path, required=True, help="CSV with the columns speech,label (and speaker)")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the adapted model")
     parser.add_argument(
@@ -50,7 +35,7 @@ def build_parser() -> Parser:
         type=Path,
         help="the parent, the model to adapt: bundle folder or the .pt in it (default: the shipped one)",
     )
-    add_csv_options(parser)
+    add_shared(parser, *CSV_OPTIONS)
     parser.add_argument(
         "--window",
         choices=get_args(Window),
@@ -84,9 +69,7 @@ def build_parser() -> Parser:
     parser.add_argument("--anyway", action="store_true", help="write the model even if it is not better")
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     parser.add_argument("--seed", type=int, default=0, help="random seed of folds and samples (default 0)")
-    parser.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(parser, "tolerate_failures")
     return parser
 
 
@@ -181,14 +164,14 @@ def _job(arguments: argparse.Namespace) -> int:
         if (arguments.out / "config.json").is_file():
             say(f"{arguments.out} still holds its earlier model")
     forget(arguments.out / _KEPT)
-    return EXIT_SOME_FAILED if read.unread and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, read.unread)
 
 
 def _manifest(arguments: argparse.Namespace) -> pd.DataFrame:
-    from jobs.extract import describe_labels, read_csv
+    from jobs.extract import describe_labels
     from pipeline.data.corpora.voices import with_speakers
 
-    table = read_csv(arguments)
+    table = read_csv(arguments, arguments.data_csv, label_names=arguments.label_names)
     describe_labels(table)
     return with_speakers(table)
 
@@ -251,7 +234,6 @@ def _with_last_stage(
     if not can_be_tuned(bundle):
         say("--max_minutes: only a single inception network has a last stage to train; only the last layer is fitted")
         return found, None
-    progress = Progress("last stage", "trainings")
     found, state, needed = compete(
         found,
         recordings,
@@ -261,7 +243,7 @@ def _with_last_stage(
         minutes=arguments.max_minutes,
         seed=arguments.seed,
         threads=usable_cpus(),
-        tell=progress,
+        tell=Progress("last stage", "trainings"),
     )
     if needed:
         say(f"the last stage was not trained: it would take {needed:.0f} minutes; allow it: --max_minutes {needed:.0f}")
@@ -300,8 +282,7 @@ def _compared(
 ) -> tuple[Verdict, dict[str, Any]]:
     """Compare parent and new model, printed and written as a page; the verdict, and a record of it for the new model.
 
-    Args:
-        old: (n, C) logits of the parent.
+    ``old``: the parent's logits ``(n, C)``.
     """
     from dataclasses import asdict
 
@@ -370,12 +351,7 @@ def _learning_curve(
     return curve
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    parser.set_defaults(command=f"{parser.prog} {shlex.join(words)}")
-    return run(job, parser, argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

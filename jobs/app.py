@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, EXIT_OURS, Parser, called, check_free, run, say
+from jobs._common import EXIT_DONE, EXIT_OURS, Parser, check_free, command, parser_of, say
 from jobs._terminal import Terminal
 from pipeline.storage.errors import SerError
 
@@ -30,7 +30,7 @@ _STOP_S = 60.0
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(prog=called("app"), description=__doc__, epilog="example: %(prog)s --port 8600")
+    parser = parser_of("app", __doc__, "--port 8600")
     parser.add_argument("--port", type=int, default=8501, help="port of the page (default 8501)")
     parser.add_argument("--service_port", type=int, default=8000, help="port of the service (default 8000)")
     parser.add_argument("--metrics_port", type=int, default=8080, help="port of the service's metrics (default 8080)")
@@ -90,9 +90,8 @@ def page_command(port: int) -> list[str]:
 def service_environment(environment: Mapping[str, str], platform: str = sys.platform) -> dict[str, str]:
     """The environment of the service.
 
-    On Windows, PyTorch and scikit-learn may each load their own copy of the OpenMP library, and the second one ends
-    the process with "OMP: Error #15". ``KMP_DUPLICATE_LIB_OK`` allows both; it is set only on Windows, and only if the
-    user has not set it. The page loads no PyTorch and needs no such setting.
+    On Windows, PyTorch and scikit-learn may each load their own copy of OpenMP, and the second one ends the process
+    with "OMP: Error #15". ``KMP_DUPLICATE_LIB_OK`` allows both; a value that the user has set is kept.
     """
     extra = {"KMP_DUPLICATE_LIB_OK": "TRUE"} if platform == "win32" else {}
     return {**extra, **environment}
@@ -115,9 +114,7 @@ def _running(command: Sequence[str], environment: Mapping[str, str]) -> Iterator
             process.wait()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

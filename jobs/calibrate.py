@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import EXIT_DONE, Parser, called, run, say
+from jobs._common import EXIT_DONE, Parser, command, parser_of, say
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("calibrate"),
-        description=__doc__,
-        epilog="example: %(prog)s --model_weights runs/first --predictions protocols/kfold",
-    )
+    parser = parser_of("calibrate", __doc__, "--model_weights runs/first --predictions protocols/kfold")
     parser.add_argument("--model_weights", type=Path, required=True, help="the bundle to change")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -109,13 +105,7 @@ def _temperature(arguments: argparse.Namespace) -> int:
 
 
 def _plan(predictions: Path) -> dict[str, Any] | None:
-    """The model and temperature of a ``score`` or ``evaluate`` run.
-
-    None for the answers of a protocol: they are of several models, each at temperature 1.
-
-    Raises:
-        SerError: a ``run.json`` that these jobs did not write.
-    """
+    """The model and temperature of a scoring; None for the answers of a protocol: several models at temperature 1."""
     from pipeline.scoring.ledger import RUN
 
     record = (predictions if predictions.is_dir() else predictions.parent) / RUN
@@ -129,11 +119,7 @@ def _plan(predictions: Path) -> dict[str, Any] | None:
 
 
 def _without_training(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bundle) -> pd.DataFrame:
-    """A bundle's own answers without those to its training recordings; the inner validation part is kept.
-
-    Raises:
-        SerError: another model gave the answers.
-    """
+    """A bundle's own answers without those to its training recordings; the inner validation part is kept."""
     from pipeline.data.segments import END, START, place_of
     from pipeline.data.splits import add_hashes, leaked
 
@@ -154,9 +140,7 @@ def _without_training(table: pd.DataFrame, plan: Mapping[str, Any], bundle: Bund
     return table[~rows]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
+    CSV_OPTIONS,
+    ENGINE_OPTIONS,
     EXIT_TARGET_MISSED,
+    TRUE_OR_FALSE,
     Parser,
-    add_csv_options,
-    add_engine,
     add_out,
-    called,
-    run,
+    add_shared,
+    command,
+    exit_code,
+    fields_of,
+    parser_of,
     say,
     tell_engine,
-    true_or_false,
     underscored,
 )
-from jobs._recipe import add_recipe_option, with_recipe
+from jobs._recipe import add_recipe_option, parse_with_recipe
 from jobs._targets import add_targets, targets_of
 from jobs.train_options import (
     USUAL,
@@ -33,6 +34,7 @@ from jobs.train_options import (
     add_fit_options,
     fit_config,
     model_options,
+    names,
     refuse_beside_features,
 )
 from pipeline.evaluation.verdict import Targets, reached
@@ -53,11 +55,7 @@ _NAMES = ("holdout", "kfold", "speaker_kfold", "loso", "loco")  # splits.PROTOCO
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("crossval"),
-        description=__doc__,
-        epilog="example: %(prog)s --protocol kfold,speaker_kfold --features features --epochs 60 --out protocols",
-    )
+    parser = parser_of("crossval", __doc__, "--protocol kfold,speaker_kfold --features features --out protocols")
     _add_data_options(parser)
     _add_fold_options(parser)
     add_targets(parser)
@@ -73,22 +71,17 @@ def _add_data_options(parser: Parser) -> None:
     source.add_argument(
         "--data_csv", type=Path, help="CSV with the columns speech,label; its features are written to OUT/features"
     )
-    source.add_argument(
-        "--features", type=Path, nargs="+", metavar="FOLDER", help="one or more folders that ser extract wrote"
-    )
-    add_csv_options(group)
+    add_shared(source, "features")
+    add_shared(group, *CSV_OPTIONS)
     add_out(group, "reports", "metrics and reports; a folder of an interrupted run is continued")
-    group.add_argument("--overwrite", action="store_true", help="start anew even if --out has results")
-    group.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(group, "overwrite", "tolerate_failures")
     group.add_argument(
         "--crops",
         type=int,
         default=1,
         help="number of evenly spaced windows in each tested recording; their answers are averaged (default 1)",
     )
-    add_engine(group)
+    add_shared(group, *ENGINE_OPTIONS)
 
 
 def _add_fold_options(parser: Parser) -> None:
@@ -141,19 +134,17 @@ def _add_fold_options(parser: Parser) -> None:
     group.add_argument(
         "--folds_at_once", type=int, help="number of folds trained at the same time (default: one for each GPU or CPU)"
     )
-    group.add_argument(
-        "--use_gpu", type=true_or_false, nargs="?", const=True, help="train on GPUs (default: if this machine has one)"
-    )
+    group.add_argument("--use_gpu", **TRUE_OR_FALSE, help="train on GPUs (default: if this machine has one)")
     group.add_argument(
         "--max_failures", type=int, default=3, help="how many times a fold whose process died is restarted (default 3)"
     )
 
 
 def _protocols(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names or set(names) - set(_NAMES):
+    found = tuple(dict.fromkeys(names(text)))
+    if not found or set(found) - set(_NAMES):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected one or more of {', '.join(_NAMES)}")
-    return names
+    return found
 
 
 def asked(words: Sequence[str]) -> bool:
@@ -178,9 +169,10 @@ def job(arguments: argparse.Namespace) -> int:
 def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     """``job`` while ``--out`` is locked: ``--overwrite`` would remove the folds that another process is training."""
     from jobs._provenance import provenance
+    from jobs.train import extracted
     from pipeline.training.cross_validation import protocols_summary, write_protocols
 
-    features, failed = (tuple(arguments.features), 0) if arguments.features else _extracted(arguments)
+    features, failed = (tuple(arguments.features), 0) if arguments.features else extracted(arguments)
     table = labelled_recordings(features)
     folds = {protocol: _folds(protocol, table, arguments) for protocol in arguments.protocol}
     meta = provenance(arguments.command) | {"data": str(arguments.data_csv or ", ".join(map(str, features)))}
@@ -198,25 +190,16 @@ def _job(arguments: argparse.Namespace, targets: Targets) -> int:
     if arguments.enforce and not all(map(reached, verdicts)):
         say("--enforce: " + ", ".join(f"{row['protocol']} {row['verdict']}" for row in rows))
         return EXIT_TARGET_MISSED
-    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
-
-
-def _extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
-    from jobs.train import extracted
-
-    return extracted(argparse.Namespace(**{**vars(arguments), "data_dir": None, "data_csv": [arguments.data_csv]}))
+    return exit_code(arguments, failed)
 
 
 def labelled_recordings(features: Sequence[Path]) -> pd.DataFrame:
     """Labelled rows of feature folders, without pitch-shifted copies, with content hashes."""
-    from jobs.extract import describe_labels
+    from jobs.extract import describe_labels, labelled
     from pipeline.data.splits import add_hashes, unknown_content
-    from pipeline.features.store import known_hashes, load_features
+    from pipeline.features.store import known_hashes
 
-    table = load_features(features).table
-    if "label" not in table.columns:
-        raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
-    originals = table[table["parent_id"] == ""].reset_index(drop=True)
+    originals = labelled(features).reset_index(drop=True)
     describe_labels(originals)
     found = add_hashes(originals, known=known_hashes(features, originals))
     if unknown := unknown_content(found):
@@ -242,11 +225,9 @@ def _folds(protocol: str, table: pd.DataFrame, arguments: argparse.Namespace) ->
     found = folds_of(
         table,
         protocol,
-        folds=arguments.folds,
-        test_size=arguments.test_size,
-        inner_val=arguments.inner_val,
         seed=SPLIT_SEED,
         assigned=assigned,
+        **fields_of(arguments, "folds", "test_size", "inner_val"),
     )
     tested = [len(fold.splits["test"]) for fold in found]
     say(f"{protocol}: {len(found)} folds, {sum(tested)} recordings tested, {min(tested)}-{max(tested)} in each fold")
@@ -294,25 +275,24 @@ def _run(
     fits = {fold.name: fit_config(arguments, labels, fold.splits["train"], threads=side.cpus) for fold in folds}
     seeds = arguments.join_seeds or [plan.fit.seed]
     engine = _engine(plan.fit, folds, len(seeds), side, arguments)
-    tables = []
+    joined, tables = len(seeds) > 1, []
     for seed in seeds:
-        if len(seeds) > 1:
+        if joined:
             say(f"{protocol}: seed {seed}")
-        tables.append(
-            train_folds(
-                folds,
-                replace(plan, out=out / f"seed-{seed}", fit=replace(plan.fit, seed=seed)) if len(seeds) > 1 else plan,
-                side,
-                fits={name: replace(fit, seed=seed) for name, fit in fits.items()},
-                keep_weights=arguments.keep_weights,
-                max_failures=arguments.max_failures,
-                engine=engine,
-                on_epoch=show,
-            )
+        place = out / f"seed-{seed}" if joined else out
+        found = train_folds(
+            folds,
+            replace(plan, out=place, fit=replace(plan.fit, seed=seed)),
+            side,
+            fits={name: replace(fit, seed=seed) for name, fit in fits.items()},
+            engine=engine,
+            on_epoch=show,
+            **fields_of(arguments, "keep_weights", "max_failures"),
         )
-    answers = mean_answers(tables, labels.names) if len(seeds) > 1 else tables[0]
+        tables.append(found)
+    answers = mean_answers(tables, labels.names) if joined else tables[0]
     answers.to_parquet(out / "predictions.parquet", index=False)
-    networks = "one a fold" if len(seeds) == 1 else f"{len(seeds)} a fold, joined (seeds {', '.join(map(str, seeds))})"
+    networks = f"{len(seeds)} a fold, joined (seeds {', '.join(map(str, seeds))})" if joined else "one a fold"
     about = {"model": f"{arguments.model}, {networks}", "protocol": protocol, "folds": len(folds), "crops": plan.crops}
     if plan.teachers:
         about |= {"teachers": ", ".join(map(str, plan.teachers)), "distill": plan.distill}
@@ -347,9 +327,7 @@ def _side_by_side(folds: int, arguments: argparse.Namespace) -> FoldConcurrency:
     return FoldConcurrency.of(folds, arguments.folds_at_once, cpus, gpus)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv, prepare=with_recipe)
+main = command(job, build_parser, parse=parse_with_recipe)
 
 
 if __name__ == "__main__":

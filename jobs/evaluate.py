@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import crossval
 from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
+    ENGINE_OPTIONS,
     EXIT_TARGET_MISSED,
     Parser,
     Progress,
-    add_csv_options,
-    add_engine,
     add_out,
-    called,
+    add_shared,
+    exit_code,
+    parser_of,
+    read_csv,
     run,
     say,
     tell_engine,
 )
 from jobs._targets import add_targets, targets_of
+from pipeline.data.labels import describe
 from pipeline.evaluation.verdict import reached
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import usable_cpus
@@ -38,23 +39,13 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("evaluate"),
-        description=__doc__,
-        epilog="example: %(prog)s --model_weights runs/first --data_csv val_metadata.csv",
-    )
-    parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
+    parser = parser_of("evaluate", __doc__, "--model_weights runs/first --data_csv val_metadata.csv")
+    add_shared(parser, "model_weights")
     parser.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
-    add_csv_options(parser, integers=False)
+    add_shared(parser, "root", "label_map")
     add_out(parser, "reports", "predictions, metrics, figures and report.html")
-    parser.add_argument("--overwrite", action="store_true", help="start anew even if --out has results")
-    parser.add_argument(
-        "--crops",
-        type=int,
-        help="number of evenly spaced windows in each recording; their answers are averaged (default: the model's own "
-        "number)",
-    )
-    add_engine(parser)
+    add_shared(parser, "overwrite", "crops")
+    add_shared(parser, *ENGINE_OPTIONS)
     parser.add_argument(
         "--leak_check",
         choices=("warn", "error", "off"),
@@ -76,9 +67,7 @@ def build_parser() -> Parser:
         help="compare two models instead: two bundles, which are scored on --data_csv, or two --out folders with "
         "scores of the same recordings",
     )
-    parser.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(parser, "tolerate_failures")
     add_targets(parser)
     return parser
 
@@ -108,11 +97,12 @@ def job(arguments: argparse.Namespace) -> int:
     found = found or _leaks(arguments, manifest, bundle)  # late, as it reads every recording
     meta = provenance(arguments.command, bundle)
     meta |= {"data": str(arguments.data_csv), "crops": arguments.crops or bundle.crops}
+    seconds = float(json.loads((arguments.out / "run.json").read_text(encoding="utf-8"))["seconds"])  # of the scoring
     evaluation = write_report(
         predictions,
         bundle.labels,
         arguments.out,
-        meta=meta | {"seconds": round(_seconds(arguments.out), 1)},
+        meta=meta | {"seconds": round(seconds, 1)},
         targets=targets_of(arguments),
         embed_audio=arguments.embed_audio,
         leak_check=None if found is None else leaks.describe(found, predictions, bundle.labels),
@@ -120,38 +110,24 @@ def job(arguments: argparse.Namespace) -> int:
     print(terminal_summary(evaluation))
     _say_leaks(evaluation["leak_check"])
     print(f"report: {arguments.out / 'report.html'}")
-    return _exit_code(arguments, evaluation, failed)
-
-
-def _seconds(out: Path) -> float:
-    """Seconds that the scoring took, from ``run.json``."""
-    return float(json.loads((out / "run.json").read_text(encoding="utf-8"))["seconds"])
-
-
-def _exit_code(arguments: argparse.Namespace, evaluation: dict[str, Any], failed: int) -> int:
+    missed = None
     if arguments.enforce and not evaluation["labelled"]:
-        say("--enforce: without labels no target can be checked")
+        missed = "without labels no target can be checked"
+    elif arguments.enforce and not reached(evaluation["verdict"]):
+        missed = evaluation["verdict"]["outcome"]
+    if missed:
+        say(f"--enforce: {missed}")
         return EXIT_TARGET_MISSED
-    if arguments.enforce and not reached(evaluation["verdict"]):
-        say(f"--enforce: {evaluation['verdict']['outcome']}")
-        return EXIT_TARGET_MISSED
-    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, failed)
 
 
 def _manifest(arguments: argparse.Namespace, bundle: Bundle, labels: Sequence[str] | None = None) -> pd.DataFrame:
     """Read the CSV; ``labels``: the classes that it may have (default: the bundle's)."""
-    from pipeline.data.manifest import label_counts, read_manifest
+    from pipeline.data.manifest import label_counts
 
     labels = labels or bundle.labels
-    manifest = read_manifest(
-        arguments.data_csv,
-        root=arguments.root,
-        label_map=arguments.label_map,
-        labels=labels,
-        require_labels=False,
-        tell=say,
-    )
-    say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)))
+    manifest = read_csv(arguments, arguments.data_csv, labels=labels, require_labels=False)
+    say(f"labels: {describe(labels)}")
     if "label" in manifest.columns and manifest["label"].notna().any():
         counts = label_counts(manifest, labels)
         say("counts: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
@@ -165,11 +141,7 @@ def _leaks(
 ) -> Leaks | None:
     """The recordings and speakers that the CSV shares with the model's training; None with ``--leak_check off``.
 
-    Args:
-        contents: the manifest with content hashes, if they are known already.
-
-    Raises:
-        SerError: ``--leak_check error`` and a recording was used in training.
+    ``contents``: the manifest with content hashes, if they are known already.
     """
     from pipeline.evaluation import leaks
 
@@ -282,15 +254,11 @@ def _compare(arguments: argparse.Namespace) -> int:
         say(f"{check['name']}:")
         _say_leaks(check)
     print(f"comparison: {arguments.out / 'comparison.html'}")
-    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, failed)
 
 
 def _together(known: Sequence[list[str]], names: Sequence[str]) -> list[str]:
-    """The union of both models' classes. If a model lacks some, prints that recordings of these count as its mistakes.
-
-    Raises:
-        SerError: the models have no class in common.
-    """
+    """The union of both models' classes. Where a model lacks some, prints that these count as its mistakes."""
     if known[0] == known[1]:
         return known[0]
     if not set(known[0]) & set(known[1]):

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
+    ENGINE_OPTIONS,
     LabelMap,
     Parser,
     Progress,
-    add_engine,
-    add_label_names,
-    called,
-    run,
+    add_shared,
+    command,
+    exit_code,
+    fields_of,
+    parser_of,
+    read_csv,
     say,
     tell_engine,
 )
@@ -29,14 +30,12 @@ from pipeline.storage.errors import SerError
 if TYPE_CHECKING:
     import pandas as pd
 
+LABEL_MAP = "rename labels: old=new,...; old may be an integer (0=angry); cough=cough makes the folder cough a class"
+
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("extract"),
-        description=__doc__,
-        epilog="example: %(prog)s --data_csv metadata.csv --out features",
-    )
+    parser = parser_of("extract", __doc__, "--data_csv metadata.csv --out features")
     add_data_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for part-*.parquet and manifest.json")
     parser.add_argument(
@@ -60,11 +59,9 @@ def build_parser() -> Parser:
         help="also write pitch-shifted copies, for training with --augment pitch; for example --pitch_semitones=-1,1",
     )
     parser.add_argument("--block_rows", type=int, default=128, help="recordings in each part file (default 128)")
-    add_engine(parser)
+    add_shared(parser, *ENGINE_OPTIONS)
     parser.add_argument("--overwrite", action="store_true", help="replace earlier shards in --out")
-    parser.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(parser, "tolerate_failures")
     return parser
 
 
@@ -112,35 +109,19 @@ def add_data_options(parser: Parser) -> None:
         help="folder of labelled recordings: a known corpus, or one subfolder for each emotion (see ser manifest)",
     )
     source.add_argument("--data_csv", type=Path, help="CSV with the columns speech,label")
-    parser.add_argument(
-        "--root",
-        type=Path,
-        help="folder that relative paths in the CSV start from (default: the CSV's folder)",
-    )
-    add_label_map(parser)
-    add_label_names(parser)
-
-
-def add_label_map(parser: Parser) -> None:
-    """Add ``--label_map``, for a folder or a CSV."""
-    parser.add_argument(
-        "--label_map",
-        action=LabelMap,
-        help="rename labels: old=new,...; old may be an integer (0=angry); cough=cough makes the folder cough a class",
-    )
+    add_shared(parser, "root", "label_names")
+    parser.add_argument("--label_map", action=LabelMap, help=LABEL_MAP)
 
 
 def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest of ``--data_dir`` or ``--data_csv``.
+    """The manifest of ``--data_dir``, or of one or more ``--data_csv``; refuses corpora that cannot be combined.
 
-    Raises:
-        SerError: ``--root`` or ``--label_names`` with ``--data_dir``, nothing readable, or corpora that cannot be
-            combined.
+    Of several CSVs, one without a column corpus gets its file name as corpus.
     """
     from pipeline.data.corpora.voices import check_corpora
     from pipeline.data.manifest import scan_folder
 
-    if arguments.data_dir is not None:
+    if getattr(arguments, "data_dir", None) is not None:
         if arguments.root is not None:
             raise SerError(
                 f"--root {arguments.root} is for the relative paths of a --data_csv; leave it out with --data_dir"
@@ -150,22 +131,26 @@ def read_data(arguments: argparse.Namespace) -> pd.DataFrame:
                 "--label_names is for the integer labels of a --data_csv; for a folder use --label_map old=new,..."
             )
         return scan_folder(arguments.data_dir, label_map=arguments.label_map, tell=say)
-    table = read_csv(arguments)
+    csvs = arguments.data_csv if isinstance(arguments.data_csv, list) else [arguments.data_csv]
+    tables = [read_csv(arguments, csv, label_names=arguments.label_names) for csv in csvs]
+    table: pd.DataFrame = tables[0]
+    if len(csvs) > 1:
+        import pandas as pd
+
+        named = [t if "corpus" in t.columns else t.assign(corpus=csv.stem) for t, csv in zip(tables, csvs, strict=True)]
+        table = pd.concat(named, ignore_index=True).fillna("")
     check_corpora(table, {*(arguments.label_map or {}).values(), *(arguments.label_names or ())})
     return table
 
 
-def read_csv(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest of ``--data_csv``, read with the options of ``add_csv_options``."""
-    from pipeline.data.manifest import read_manifest
+def labelled(features: Sequence[Path]) -> pd.DataFrame:
+    """Rows of feature folders that have labels, without pitch-shifted copies."""
+    from pipeline.features.store import load_features
 
-    return read_manifest(
-        arguments.data_csv,
-        root=arguments.root,
-        label_map=arguments.label_map,
-        label_names=arguments.label_names,
-        tell=say,
-    )
+    table = load_features(features).table
+    if "label" not in table.columns:
+        raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
+    return table[table["parent_id"] == ""]
 
 
 def describe_labels(table: pd.DataFrame) -> None:
@@ -182,18 +167,9 @@ def job(arguments: argparse.Namespace) -> int:
     from pipeline.features.extract import ShardOptions, extract_shards, extraction_engine
 
     config = FeatureConfig(
-        kind=arguments.features_kind,
-        window_s=arguments.window_s,
-        window=arguments.window,
-        n_mels=arguments.n_mels,
-        hop_length=arguments.hop_length,
-        f_max_hz=arguments.f_max_hz,
+        kind=arguments.features_kind, **fields_of(arguments, "window_s", "window", "n_mels", "hop_length", "f_max_hz")
     )
-    options = ShardOptions(
-        mel_power_s=arguments.mel_power_s,
-        block_rows=arguments.block_rows,
-        pitch_semitones=arguments.pitch_semitones,
-    )
+    options = ShardOptions(**fields_of(arguments, "mel_power_s", "block_rows", "pitch_semitones"))
     table = read_data(arguments)
     describe_labels(table)
     say(f"extracting {len(table)} recordings -> {arguments.out}")
@@ -206,19 +182,15 @@ def job(arguments: argparse.Namespace) -> int:
         arguments.out,
         config,
         options=options,
-        overwrite=arguments.overwrite,
-        engine=arguments.engine,
-        num_cpus=arguments.num_cpus,
         on_progress=Progress("extract"),
+        **fields_of(arguments, "overwrite", "engine", "num_cpus"),
     )
     kept = f" ({summary.reused} parts existed already)" if summary.reused else ""
     say(f"{summary.rows} rows, {summary.failed} failed, {time.monotonic() - start:.1f} s -> {summary.folder}{kept}")
-    return EXIT_SOME_FAILED if summary.failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, summary.failed)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, add_shared, command, fields_of, parser_of, say
 from jobs._window_options import add_window_options, window_options
 from pipeline.audio.source import EXTENSIONS, printable
 from pipeline.audio.windows import LONG_S
@@ -31,12 +31,8 @@ STDIN = "-"
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("infer"),
-        description=__doc__,
-        epilog="example: %(prog)s --model_weights runs/first --file a.wav b.flac",
-    )
-    parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
+    parser = parser_of("infer", __doc__, "--model_weights runs/first --file a.wav b.flac")
+    add_shared(parser, "model_weights")
     parser.add_argument(
         "--file",
         nargs="+",
@@ -73,11 +69,7 @@ def job(arguments: argparse.Namespace) -> int:
 
     options = window_options(arguments)
     predictor = Predictor.from_bundle(
-        arguments.model_weights,
-        backend=arguments.backend,
-        device=arguments.device,
-        threads=arguments.threads,
-        crops=options.crops,
+        arguments.model_weights, crops=options.crops, **fields_of(arguments, "backend", "device", "threads")
     )
     window_s = predictor.bundle.features.window_s
     answers = [_answer(name, predictor, options) for name in expanded(arguments.file)]
@@ -155,15 +147,15 @@ def as_json(answer: Answer, labels: Sequence[str], options: ScoreOptions) -> dic
                 "predicted": name,
                 "probabilities": _named(labels, p),
             }
-            for i, (name, p) in enumerate(
-                zip(
-                    windows.names(labels, options.min_confidence, options.silence_dbfs),
-                    windows.told(options.silence_dbfs),
-                    strict=True,
-                )
-            )
+            for i, (name, p) in enumerate(_told(windows, labels, options))
         ]
     return found
+
+
+def _told(windows: Timeline, labels: Sequence[str], options: ScoreOptions) -> Iterator[tuple[str, Floats]]:
+    """The name and the probabilities ``(C,)`` of each window."""
+    names = windows.names(labels, options.min_confidence, options.silence_dbfs)
+    return zip(names, windows.told(options.silence_dbfs), strict=True)
 
 
 def known(number: float) -> float | None:
@@ -197,16 +189,13 @@ def print_table(answers: Sequence[Answer], labels: Sequence[str], options: Score
 
 
 def _print_windows(windows: Timeline, labels: Sequence[str], options: ScoreOptions) -> None:
-    names = windows.names(labels, options.min_confidence, options.silence_dbfs)
-    for i, (name, p) in enumerate(zip(names, windows.told(options.silence_dbfs), strict=True)):
+    for i, (name, p) in enumerate(_told(windows, labels, options)):
         sure = "" if name in NO_EMOTION else f"{p.max():.1%}"
         channel = "" if windows.channel[i] == "mix" else f"channel {windows.channel[i]}  "
         print(f"  {channel}{windows.start_s[i]:8.2f} - {windows.end_s[i]:8.2f} s  {name:<12} {sure:>10}".rstrip())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, Parser, called, run, say
+from jobs._common import EXIT_DONE, Parser, command, parser_of, say
 
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("join"),
-        description=__doc__,
-        epilog="example: %(prog)s runs/seed-42 runs/seed-43 runs/seed-44 --out runs/joined",
-    )
+    parser = parser_of("join", __doc__, "runs/seed-42 runs/seed-43 runs/seed-44 --out runs/joined")
     parser.add_argument(
         "bundles", type=Path, nargs="+", metavar="BUNDLE", help="models of one kind, for example of different seeds"
     )
@@ -35,9 +30,7 @@ def job(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, Parser, called, run, say
-from jobs.extract import add_label_map, describe_labels
+from jobs._common import EXIT_DONE, LabelMap, Parser, command, fields_of, parser_of, say
+from jobs.extract import LABEL_MAP, describe_labels
 from pipeline.data.corpora import CORPORA
 from pipeline.data.tables import ManifestError, write_csv
 
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(prog=called("manifest"), description=__doc__, epilog="example: %(prog)s RAVDESS --out metadata.csv")
+    parser = parser_of("manifest", __doc__, "RAVDESS --out metadata.csv")
     parser.add_argument(
         "folder", type=Path, help="folder of recordings: known corpora, or one subfolder for each emotion"
     )
@@ -36,7 +35,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="keep classes that the models here do not have, such as boredom in EmoDB (default: left out)",
     )
-    add_label_map(parser)
+    parser.add_argument("--label_map", action=LabelMap, help=LABEL_MAP)
     return parser
 
 
@@ -47,12 +46,7 @@ def job(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     replaced = _is_manifest(out)
     table = scan_folder(
-        arguments.folder,
-        corpus=arguments.corpus,
-        songs=arguments.songs,
-        keep_classes=arguments.keep_classes,
-        label_map=arguments.label_map,
-        tell=say,
+        arguments.folder, tell=say, **fields_of(arguments, "corpus", "songs", "keep_classes", "label_map")
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,11 +59,7 @@ def job(arguments: argparse.Namespace) -> int:
 
 
 def _is_manifest(out: Path) -> bool:
-    """Whether ``out`` is an earlier manifest, which may be replaced; False if it does not exist.
-
-    Raises:
-        ManifestError: it is a folder or another file.
-    """
+    """Whether ``out`` is an earlier manifest, which may be replaced; any other file or folder is refused."""
     if out.is_dir():
         raise ManifestError(f"--out {out} is a folder; give the name of the CSV file to write")
     if not out.is_file():
@@ -81,9 +71,7 @@ def _is_manifest(out: Path) -> bool:
     raise ManifestError(f"{out} exists already and is no manifest of this command; choose another --out")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, called, run, say
+from jobs._common import EXIT_DONE, EXIT_SOME_FAILED, Parser, command, fields_of, parser_of, say
 from pipeline.storage.errors import SerError
 
 if TYPE_CHECKING:
@@ -20,11 +19,7 @@ STDIN = "-"
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("predict"),
-        description=__doc__,
-        epilog="example: %(prog)s --url http://127.0.0.1:8000 a.wav b.flac; SER_API_KEY holds the key",
-    )
+    parser = parser_of("predict", __doc__, "--url http://127.0.0.1:8000 a.wav b.flac; SER_API_KEY holds the key")
     parser.add_argument("file", nargs="+", help="recordings; - reads one from stdin")
     parser.add_argument(
         "--url",
@@ -58,7 +53,7 @@ def job(arguments: argparse.Namespace) -> int:
     from serve.schema import Failure
 
     names = ("window_s", "hop_s", "channels", "top_k", "min_confidence", "model")
-    options = {name: getattr(arguments, name) for name in names}
+    options = fields_of(arguments, *names)
     sources = [("-", sys.stdin.buffer.read()) if name == STDIN else name for name in arguments.file]
     windows = any(options[name] is not None for name in ("window_s", "hop_s")) or options["channels"] == "each"
     width = max(len("file"), *(len(Path(name).name) for name in arguments.file))
@@ -103,9 +98,7 @@ def _share(confidence: float | None) -> str:
     return "" if confidence is None else f"{confidence:.1%}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from jobs._common import EXIT_DONE, Parser, Progress, called, run, say
+from jobs._common import EXIT_DONE, Parser, Progress, command, parser_of, say
 from pipeline.storage.download import download, md5_of, unpack
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import locked
@@ -31,7 +31,7 @@ Name the source; no commercial use; if you distribute something built on it, use
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(prog=called("ravdess"), description=__doc__, epilog="example: %(prog)s --out RAVDESS")
+    parser = parser_of("ravdess", __doc__, "--out RAVDESS")
     parser.add_argument("--out", type=Path, default=Path("RAVDESS"), help="folder to make (default RAVDESS)")
     parser.add_argument(
         "--base_url",
@@ -106,9 +106,7 @@ def _megabytes(what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(done // 1_000_000, total // 1_000_000)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

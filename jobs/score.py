@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import argparse
 import glob
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs._common import (
-    EXIT_DONE,
-    EXIT_SOME_FAILED,
+    ENGINE_OPTIONS,
     Parser,
     Progress,
-    add_csv_options,
-    add_engine,
     add_out,
-    called,
-    run,
+    add_shared,
+    command,
+    exit_code,
+    fields_of,
+    parser_of,
+    read_csv,
     say,
     tell_engine,
 )
 from jobs._window_options import add_window_options, window_options
 from pipeline.audio.source import EXTENSIONS, USUAL_ENDINGS
+from pipeline.data.labels import describe
 from pipeline.scoring import FORMATS
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import FolderScan, is_remote, local_path, path_text, scan, scan_remote
@@ -36,25 +37,18 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("score"),
-        description=__doc__,
-        epilog="example: %(prog)s --model_weights models/inception_ser_final --input calls/ --out scores",
-    )
-    parser.add_argument("--model_weights", type=Path, help="bundle folder or the .pt in it (default: the shipped one)")
+    parser = parser_of("score", __doc__, "--model_weights models/inception_ser_final --input calls/ --out scores")
+    add_shared(parser, "model_weights")
     parser.add_argument(
         *("--input", "--data_csv"),
         required=True,
         help="folder of recordings (also s3://, gs://), one recording, or a table of paths: CSV, JSON Lines or text",
     )
     add_out(parser, "scores", "predictions, report and run.json; a folder of an interrupted run is continued")
-    add_csv_options(parser, integers=False)
-    parser.add_argument("--overwrite", action="store_true", help="start anew even if --out has results")
+    add_shared(parser, "root", "label_map")
+    add_shared(parser, "overwrite", "tolerate_failures")
     parser.add_argument("--no_report", action="store_true", help="write the tables only")
     parser.add_argument("--note", help="a sentence to show at the top of the report")
-    parser.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
     parser.add_argument(
         "--export", nargs="+", choices=FORMATS, default=[], help="also write JSON Lines, or Audacity label tracks"
     )
@@ -63,7 +57,7 @@ def build_parser() -> Parser:
     )
     add_window_options(parser)
     spread = parser.add_argument_group("CPUs, GPUs and batches (no effect on the results)")
-    add_engine(spread)
+    add_shared(spread, *ENGINE_OPTIONS)
     spread.add_argument("--num_gpus", type=int, default=0, help="GPUs to use (default 0)")
     spread.add_argument("--batch_size", type=int, default=16, help="windows in a batch of the network (default 16)")
     spread.add_argument(
@@ -76,12 +70,12 @@ def build_parser() -> Parser:
 
 def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFrame, FolderScan | None]:
     """The manifest of ``--input``, and the result of the folder scan (None if it is no folder)."""
-    from pipeline.data.manifest import ManifestError, read_manifest
+    from pipeline.data.manifest import ManifestError
 
     remote, source = is_remote(arguments.input), Path(local_path(arguments.input))
     if remote or source.is_dir():
-        for name in ("root", "label_map"):
-            if getattr(arguments, name):
+        for name, value in fields_of(arguments, "root", "label_map").items():
+            if value:
                 raise SerError(f"--{name} is for a CSV; leave it out with the folder {arguments.input}")
     if remote:
         return _listed(arguments.input, scan_remote(arguments.input, EXTENSIONS))
@@ -90,15 +84,7 @@ def read_input(arguments: argparse.Namespace, bundle: Bundle) -> tuple[pd.DataFr
 
         return pd.DataFrame({"speech": recordings}), None
     if not source.is_dir():
-        table = read_manifest(
-            source,
-            root=arguments.root,
-            label_map=arguments.label_map,
-            labels=bundle.labels,
-            require_labels=False,
-            tell=say,
-        )
-        return table, None
+        return read_csv(arguments, source, labels=bundle.labels, require_labels=False), None
     try:
         found = scan(source, EXTENSIONS)
     except OSError as error:
@@ -134,16 +120,10 @@ def job(arguments: argparse.Namespace) -> int:
 
     bundle = load_bundle(arguments.model_weights)
     table, found = read_input(arguments, bundle)
-    say("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(bundle.labels)))
+    say(f"labels: {describe(bundle.labels)}")
     say(f"scoring {len(table):,} recordings with {bundle.name} ({bundle.weights_sha256[:12]}) -> {arguments.out}")
     options = window_options(arguments)
-    execution = Execution(
-        engine=arguments.engine,
-        num_cpus=arguments.num_cpus,
-        num_gpus=arguments.num_gpus,
-        batch_size=arguments.batch_size,
-        block_rows=arguments.block_rows,
-    )
+    execution = Execution(**fields_of(arguments, "engine", "num_cpus", "num_gpus", "batch_size", "block_rows"))
     tell_engine(arguments, execution.chosen(len(table), walked=options.steps is not None), f"{len(table):,} recordings")
     result = score_manifest(
         table,
@@ -151,10 +131,9 @@ def job(arguments: argparse.Namespace) -> int:
         weights=bundle.folder,
         options=options,
         execution=execution,
-        overwrite=arguments.overwrite,
         report=not arguments.no_report,
         formats=arguments.export,
-        merge=arguments.merge,
+        **fields_of(arguments, "overwrite", "merge"),
         meta=provenance(arguments.command, bundle) | {"data": arguments.input, "note": arguments.note},
         on_progress=Progress("score"),
     )
@@ -166,7 +145,7 @@ def job(arguments: argparse.Namespace) -> int:
     for path in [arguments.out / ("predictions.csv" if arguments.no_report else "report.html"), *result.exports]:
         print(path)
     unseen = found is not None and (found.unreadable or found.too_deep)
-    return EXIT_SOME_FAILED if (result.failed or unseen) and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, result.failed or unseen)
 
 
 def tell(result: ScoreRun, bundle: Bundle) -> None:
@@ -187,9 +166,7 @@ def tell(result: ScoreRun, bundle: Bundle) -> None:
         say(f"{result.unheard} scored; --window_s {bundle.features.window_s:g} scores all of it")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

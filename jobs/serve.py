@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, NoReturn
 from urllib.request import urlopen
 
-from jobs._common import EXIT_DONE, Parser, called, check_free, run, say
+from jobs._common import EXIT_DONE, Parser, check_free, command, parser_of, say
 from jobs._terminal import Terminal
 from pipeline.cluster.runtime import joins_cluster, start_ray, stop_ray
 from pipeline.storage.errors import SerError
@@ -38,11 +38,7 @@ _LABELS = {"route", "status", "code", "model", "stage", "le"}
 
 def build_parser() -> Parser:
     """The options of this job: address, metrics, and all of ``serve.settings.Settings``."""
-    parser = Parser(
-        prog=called("serve"),
-        description=__doc__,
-        epilog="example: %(prog)s --bundles runs/first --max_replicas 2",
-    )
+    parser = parser_of("serve", __doc__, "--bundles runs/first --max_replicas 2")
     parser.add_argument(
         "--engine",
         choices=("ray", "local"),
@@ -112,7 +108,9 @@ def _here(
     if arguments.stop_with_stdin:
         threading.Thread(target=_until_stdin_ends, args=(service.stop,), daemon=True).start()
     else:
-        _log_to_stderr()
+        log = logging.getLogger("ray.serve.ser")  # a line for each request, as Ray Serve writes to its files
+        log.setLevel(logging.INFO)
+        log.addHandler(logging.StreamHandler())
     service.open(bundles)
     metrics.source = service.metrics
     _take_signals(service.stop, service.renew)
@@ -138,7 +136,11 @@ def _on_ray(arguments: argparse.Namespace, settings: Settings, digest: str | Non
         metrics.source = lambda: fetched(deployment.metrics_address())
         _say_ready(arguments, metrics)
         while renewals.get():
-            _roll_out(settings, digest)
+            try:
+                deployment.roll_out(settings, digest)
+                say("rolled out")
+            except SerError as error:
+                say(f"error: {error}; the service keeps running with its earlier bundles")
     except KeyboardInterrupt:
         pass
     finally:
@@ -164,21 +166,11 @@ def _until_stdin_ends(stop: Callable[[], None]) -> None:
     stop()
 
 
-def _log_to_stderr() -> None:
-    """Log a line for each request to stderr, as Ray Serve does to its files."""
-    log = logging.getLogger("ray.serve.ser")
-    log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler())
-
-
 class _Metrics(ThreadingHTTPServer):
     """HTTP server of the metrics, in this process, so that its port is free as soon as the process ends.
 
     Ray exports about a megabyte of metrics on a port of its choice. ``/metrics`` gives the service's own metrics,
     summed over its processes; ``/metrics/all`` gives everything. Without Ray both are the same.
-
-    Raises:
-        SerError: the port is taken.
     """
 
     daemon_threads = True
@@ -271,16 +263,6 @@ def _take_signals(stop: Callable[[], None], renew: Callable[[], None]) -> None:
         signal.signal(number, hung_up if number == hang_up else stopping)
 
 
-def _roll_out(settings: Settings, digest: str | None) -> None:
-    from serve import deployment
-
-    try:
-        deployment.roll_out(settings, digest)
-        say("rolled out")
-    except SerError as error:
-        say(f"error: {error}; the service keeps running with its earlier bundles")
-
-
 def _settings(arguments: argparse.Namespace) -> Settings:
     from pydantic import ValidationError
 
@@ -291,9 +273,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise SerError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv)
+main = command(job, build_parser)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from jobs import crossval
-from jobs._common import EXIT_DONE, Parser, called, run, say
+from jobs._common import EXIT_DONE, Parser, command, parser_of, say
 from jobs._follow import follow
 from jobs._package import describe, largest, pack
 from jobs._paths import Placed, place, read_words
@@ -28,13 +28,9 @@ _MIB = 2**20
 
 def build_parser() -> Parser:
     """The options of this command; all other options are the job's."""
-    parser = Parser(
-        prog=called("submit"),
-        description=__doc__,
-        usage="ser submit {extract,train,evaluate,crossval,score} [options of the job] [options below]",
-        epilog="example: %(prog)s train --features features --out runs/first --storage_path /shared",
-        allow_abbrev=False,
-    )
+    parser = parser_of("submit", __doc__, "train --features features --out runs/first --storage_path /shared")
+    parser.usage = "ser submit {extract,train,evaluate,crossval,score} [options of the job] [options below]"
+    parser.allow_abbrev = False
     parser.add_argument("job", choices=JOBS, help="the command to run there; for its options see ser JOB --help")
     parser.add_argument(
         "--address",
@@ -70,7 +66,7 @@ def job(arguments: argparse.Namespace) -> int:
         size = pack(folder, placed.shipped)
         if size > arguments.max_upload_mb * _MIB:
             raise SerError(
-                f"{size / _MIB:.1f} MiB would be uploaded ({', '.join(largest(folder))}), more than --max_upload_mb "
+                f"{size / _MIB:.1f} MiB would be uploaded ({largest(folder)}), more than --max_upload_mb "
                 f"{arguments.max_upload_mb:g}; put large files on storage that all nodes share and give absolute paths"
             )
         client = connect(arguments.address)
@@ -100,11 +96,7 @@ def _placed(arguments: argparse.Namespace) -> Placed:
 
 
 def _environment(given: Sequence[str]) -> dict[str, str]:
-    """Parse ``NAME=VALUE`` arguments into a mapping.
-
-    Raises:
-        SerError: not of this form, or a secret, which everybody who can see the job could read in its record.
-    """
+    """``NAME=VALUE`` arguments as a mapping; refuses secrets, which all who see the job could read in its record."""
     pairs = {}
     for word in given:
         name, equals, value = word.partition("=")
@@ -127,9 +119,7 @@ def split_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    return run(job, build_parser(), argv, parse=split_words)
+main = command(job, build_parser, parse=split_words)
 
 
 if __name__ == "__main__":

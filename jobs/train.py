@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Parser, Progress, called, run, say
-from jobs._recipe import add_recipe_option, with_recipe
-from jobs.extract import describe_labels, read_data
+from jobs._common import EXIT_DONE, EXIT_INTERRUPTED, Parser, Progress, command, exit_code, fields_of, parser_of, say
+from jobs._recipe import add_recipe_option, parse_with_recipe
+from jobs.extract import describe_labels, labelled, read_data
 from jobs.train_options import (
     FEATURE_KINDS,
     USUAL,
@@ -18,9 +17,9 @@ from jobs.train_options import (
     add_fit_options,
     add_teacher_options,
     add_worker_options,
-    augmentations,
     fit_config,
     model_options,
+    names,
     refuse_beside_features,
 )
 from pipeline.storage.errors import SerError
@@ -36,11 +35,7 @@ PITCH_SEMITONES = (-1.0, 1.0)  # shifts of the extra copies that --augment pitch
 
 def build_parser() -> Parser:
     """The options of this job."""
-    parser = Parser(
-        prog=called("train"),
-        description=__doc__,
-        epilog="example: %(prog)s --data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first",
-    )
+    parser = parser_of("train", __doc__, "--data_csv metadata.csv --epochs 50 --num_workers 2 --out runs/first")
     add_data_options(parser)
     add_recipe_option(parser)
     add_fit_options(parser, ("model and loss", "training", "workers"))
@@ -76,7 +71,7 @@ def _job(arguments: argparse.Namespace, device: str) -> int:
     _finish(plan, arguments.report_split, interrupted)
     if interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_SOME_FAILED if failed and not arguments.tolerate_failures else EXIT_DONE
+    return exit_code(arguments, failed)
 
 
 def _nothing_left(out: Path, resume: bool) -> bool:
@@ -97,7 +92,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
     from pipeline.features.features import FeatureConfig
     from pipeline.training.plan import check_start
 
-    table = _read_all(arguments)
+    table = read_data(arguments)
     describe_labels(table)
     _check_corpora(table, arguments)
     config = FeatureConfig(kind=FEATURE_KINDS[arguments.model])
@@ -108,7 +103,7 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
         table,
         folder,
         config,
-        options=ShardOptions(pitch_semitones=PITCH_SEMITONES if "pitch" in augmentations(arguments) else ()),
+        options=ShardOptions(pitch_semitones=PITCH_SEMITONES if "pitch" in names(arguments.augment) else ()),
         overwrite=getattr(arguments, "overwrite", False),  # an option of crossval only
         on_progress=Progress("extract"),
     )
@@ -120,26 +115,8 @@ def extracted(arguments: argparse.Namespace) -> tuple[tuple[Path, ...], int]:
     return (folder,), summary.failed
 
 
-def _read_all(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The manifest of a folder or CSVs; of several CSVs, one without a column corpus gets its file name as corpus."""
-    import pandas as pd
-
-    if arguments.data_csv is None or len(arguments.data_csv) == 1:
-        csv = None if arguments.data_csv is None else arguments.data_csv[0]
-        return read_data(argparse.Namespace(**{**vars(arguments), "data_csv": csv}))
-    tables = []
-    for csv in arguments.data_csv:
-        table = read_data(argparse.Namespace(**{**vars(arguments), "data_csv": csv}))
-        tables.append(table if "corpus" in table.columns else table.assign(corpus=csv.stem))
-    return pd.concat(tables, ignore_index=True).fillna("")
-
-
 def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
-    """Print the corpora; check that they can be combined, and that the options name corpora and speakers that exist.
-
-    Raises:
-        SerError: they cannot be combined, or an option names one that is not there.
-    """
+    """Print the corpora; check that they can be combined, and that the options name corpora and speakers that exist."""
     from pipeline.data.corpora.voices import check_corpora, corpora_of, renewed
     from pipeline.training.batches import shares_of
 
@@ -155,11 +132,7 @@ def _check_corpora(table: pd.DataFrame, arguments: argparse.Namespace) -> None:
 
 
 def _held_out(table: pd.DataFrame, arguments: argparse.Namespace) -> pd.DataFrame:
-    """The table with the recordings of ``--test_corpora`` and ``--test_speakers`` as its test part.
-
-    Raises:
-        SerError: a name that no recording has, or no recordings left to train on.
-    """
+    """The table with the recordings of ``--test_corpora`` and ``--test_speakers`` as its test part."""
     import pandas as pd
 
     from pipeline.data.corpora.voices import voice, voices
@@ -185,15 +158,12 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
     """The checked plan of a new run, whose parts are drawn and written here, or of the run to resume."""
     from pipeline.data.manifest import label_set
     from pipeline.data.splits import add_hashes, check_disjoint, split_table, unknown_content
-    from pipeline.features.store import known_hashes, load_features
+    from pipeline.features.store import known_hashes
     from pipeline.training.losses import refuse_leaks
     from pipeline.training.plan import SPLIT_SEED, Plan
     from pipeline.training.run import begin, check, check_resumes, read_splits, refuse_changed
 
-    table = load_features(features).table
-    if "label" not in table.columns:
-        raise SerError(f"{features[0]} has no labels; extract it from a CSV with a label column")
-    originals = table[table["parent_id"] == ""]
+    originals = labelled(features)
     if arguments.features:
         describe_labels(originals)
         _check_corpora(originals, arguments)
@@ -209,11 +179,7 @@ def _plan(arguments: argparse.Namespace, features: tuple[Path, ...]) -> Plan:
         if unknown := unknown_content(found):
             say(unknown)
         splits = split_table(
-            found,
-            test_size=arguments.test_size,
-            inner_val=arguments.inner_val,
-            by=arguments.split,
-            seed=SPLIT_SEED,
+            found, by=arguments.split, seed=SPLIT_SEED, **fields_of(arguments, "test_size", "inner_val")
         )
         check_disjoint(splits)
     say("parts: " + ", ".join(f"{name} {len(part)}" for name, part in splits.items()))
@@ -244,8 +210,8 @@ def _split_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of the split; ``--split_csv`` by its hash, since the file may have moved before ``--resume``."""
     from pipeline.models.bundle import file_sha256
 
-    given = {name: getattr(arguments, name) for name in ("split", "test_size", "inner_val")}
-    given |= {name: list(value) for name in ("test_corpora", "test_speakers") if (value := getattr(arguments, name))}
+    given = fields_of(arguments, "split", "test_size", "inner_val")
+    given |= {name: list(held) for name, held in fields_of(arguments, "test_corpora", "test_speakers").items() if held}
     csv: Path | None = arguments.split_csv
     return given | {"split_csv": file_sha256(csv)[:12] if csv is not None and csv.is_file() else None}
 
@@ -348,9 +314,7 @@ def _finish(plan: Plan, report_split: str, interrupted: bool) -> None:
     say(f"best epoch {results.best_epoch}; bundle: {results.bundle.weights_path}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job."""
-    return run(job, build_parser(), argv, prepare=with_recipe)
+main = command(job, build_parser, parse=parse_with_recipe)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._common import Parser, add_csv_options, add_out, true_or_false
+from jobs._common import CSV_OPTIONS, TRUE_OR_FALSE, Parser, add_out, add_shared, fields_of
 from pipeline.data.labels import LabelSet
 from pipeline.storage.errors import SerError
 from pipeline.training.config import FitConfig
@@ -19,20 +19,9 @@ if TYPE_CHECKING:
 
 MODELS = ("inception", "cnn_bilstm")
 FEATURE_KINDS = {"inception": "log_mel", "cnn_bilstm": "frame_features"}
-USUAL = (
-    *(
-        "data_csv",
-        "features",
-        "protocol",
-        "out",
-        "epochs",
-        "batch_size",
-        "lr",
-        "oversample_boost",
-        "use_focal",
-    ),
-    *("augment", "num_workers"),
-)  # options of train and crossval that --help shows
+# options of train and crossval that --help shows
+USUAL: tuple[str, ...] = ("data_csv", "features", "protocol", "out", "epochs", "batch_size", "lr", "oversample_boost")
+USUAL += ("use_focal", "augment", "num_workers")
 
 
 def add_data_options(parser: Parser) -> None:
@@ -49,10 +38,8 @@ def add_data_options(parser: Parser) -> None:
     source.add_argument(
         "--data_dir", type=Path, help="folder of labelled recordings; their features are written to OUT/features first"
     )
-    source.add_argument(
-        "--features", type=Path, nargs="+", metavar="FOLDER", help="one or more folders that ser extract wrote"
-    )
-    add_csv_options(group)
+    add_shared(source, "features")
+    add_shared(group, *CSV_OPTIONS)
     add_out(group, "runs", "the run: checkpoints, history, bundle, report")
     group.add_argument(
         "--split",
@@ -66,9 +53,9 @@ def add_data_options(parser: Parser) -> None:
         help="CSV that names each recording's part: a column split (train, inner_val, test), and content_hash, id or "
         "speaker; recordings that it does not name are left out",
     )
-    for name, what in (("corpora", "corpora"), ("speakers", "speakers")):
+    for what in ("corpora", "speakers"):
         group.add_argument(
-            f"--test_{name}",
+            f"--test_{what}",
             type=names,
             default=(),
             metavar="NAME,...",
@@ -91,9 +78,7 @@ def add_data_options(parser: Parser) -> None:
         help="the part that the final report is computed on (default test)",
     )
     group.add_argument("--resume", action="store_true", help="continue the run in --out")
-    group.add_argument(
-        "--tolerate_failures", action="store_true", help="exit with code 0 even if some recordings failed"
-    )
+    add_shared(group, "tolerate_failures")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -136,14 +121,11 @@ def _reading(option: Field[Any]) -> dict[str, Any]:
     if option.name in _TEXTS:
         default, read = _TEXTS[option.name]
         return {"type": read, "default": default, **how}
-    if option.type == "bool":
-        words = {"nargs": "?", "const": True, "metavar": "True|False"}
-        return {"type": true_or_false, "default": option.default, **words, **how} | {
-            "help": f"{how['help']} (default {option.default})"
-        }
     default = f"{option.default:g}" if option.type == "float" else option.default
-    read = {"int": int, "float": float, "str": str}[str(option.type)]
-    return {"type": read, "default": option.default, **how, "help": f"{how['help']} (default {default})"}
+    how |= {"default": option.default, "help": f"{how['help']} (default {default})"}
+    if option.type == "bool":
+        return TRUE_OR_FALSE | how
+    return {"type": {"int": int, "float": float, "str": str}[str(option.type)], **how}
 
 
 def shares(text: str) -> dict[str, float]:
@@ -223,46 +205,26 @@ def add_worker_options(parser: Parser) -> None:
         default=3,
         help="how many times failed Ray workers are restarted before the training stops (default 3)",
     )
-    group.add_argument(
-        "--use_gpu",
-        type=true_or_false,
-        nargs="?",
-        const=True,
-        metavar="True|False",
-        help="train on a GPU (default: if this machine has one)",
-    )
+    group.add_argument("--use_gpu", **TRUE_OR_FALSE, help="train on a GPU (default: if this machine has one)")
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, float]:
-    """Those of ``--dropout`` and ``--width`` that were given.
-
-    Raises:
-        SerError: an option that the network does not have, or a value out of range.
-    """
+    """Those of ``--dropout`` and ``--width`` that were given; refuses what the network does not have or allow."""
     from pipeline.models.networks import check_options
 
-    values = {name: getattr(arguments, name) for name in ("dropout", "width")}
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in fields_of(arguments, "dropout", "width").items() if value is not None}
     check_options(arguments.model, given)
     return given
-
-
-def augmentations(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The names in `--augment`."""
-    return tuple(name.strip() for name in arguments.augment.split(",") if name.strip())
 
 
 def fit_config(
     arguments: argparse.Namespace, labels: LabelSet, train: pd.DataFrame, threads: int | None = None
 ) -> FitConfig:
-    """The training settings of the options.
+    """The training settings of the options; refuses values out of range, and unknown classes or augmentations.
 
     Args:
         train: manifest rows of the training part.
         threads: math threads of each worker; by default those of the worker options.
-
-    Raises:
-        SerError: a value out of range, or an unknown class, scheduler or augmentation.
     """
     from pipeline.cluster.engine import cpus_a_worker
     from pipeline.training.batches import parse_class_values
@@ -273,7 +235,7 @@ def fit_config(
     given |= {
         "class_weights": _loss_weights(arguments.class_weights, labels, train),
         "oversample_boost": parse_class_values(arguments.oversample_boost, labels),
-        "augment": augmentations(arguments),
+        "augment": names(arguments.augment),
         "threads": threads,
     }
     return FitConfig(**given)

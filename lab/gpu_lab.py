@@ -5,21 +5,17 @@
     python -m lab.gpu_lab report --features FEATURES --data lab.npz --answers answers.npz --recipe base --out OUT
 
 A plan is a list of waves. A wave is a list of recipes, trained at once, each training on its own CUDA stream:
-{"name": "base", "jobs": ["five", "six"], "seeds": [42], "fit": {FitConfig}, "model": "inception", "dropout": 0.4,
-"teachers": [names]}. The EMA weights of the last epoch classify the middle of each recording, and 3, 5 and 9 crops of
-it ("base@5"). The answers choose nothing, with one exception: a recipe with "like_best_of": [names] copies the recipe
-with the best accuracy on the other folds of the same job. "teachers" names recipes of earlier waves; those of the same
-job and fold, with all seeds, teach together.
+{"name": "base", "jobs": ["five", "six"], "seeds": [42], "fit": {FitConfig}, "dropout": 0.4, "teachers": [names]}.
+``five`` are the folds of the 80 %, ``six`` the actor folds. The EMA weights of the last epoch classify the middle of
+each recording, and 3, 5 and 9 crops of it ("base@5"); the answers choose nothing. "teachers" names recipes of earlier
+waves; those of the same job and fold, with all seeds, teach together.
 
-An H100 has run two plans, in 7 and 4 minutes. lab/plans/unseen_voices.json: six actor folds, features of 3 s; commit
-cfec75a is the last one with the script that made its copies. shipped_recipe.json: five folds of the 80 %, whose answers
-gave the temperature of the earlier model. joined_voices.json has not been run: three networks of 3 s to be joined
-(``report --seed 45 46 47``). ``report`` needs no GPU, only the answers that ``run`` wrote.
-
-``five`` are the folds of the 80 %, ``six`` the actor folds. ``inner`` trains on train and answers inner_val. ``final``
-trains on the 80 %; with ``--keep`` it saves the weights, with ``--open_test`` it answers the test part (note each use
-in docs/lab/README.md). Limits: one GPU; ``lab.gpu_data`` rounds features, and ``lab.gpu_training`` lists the
-differences from ``pipeline.training.loop``.
+An H100 has run lab/plans/shipped_recipe.json in 4 minutes: five folds of the 80 %, whose answers gave the temperature
+of the earlier model. joined_voices.json has not been run: three networks of 3 s to be joined (``report --seed 45 46
+47``). ``report`` needs no GPU, only the answers that ``run`` wrote. Changed copies, the CNN-BiLSTM, trainings on the
+whole 80 % and the plan unseen_voices.json are in commit 0050146 for the last time.
+Limits: one GPU; ``lab.gpu_data`` rounds features, and ``lab.gpu_training`` lists the differences from
+``pipeline.training.loop``.
 """
 
 from __future__ import annotations
@@ -27,8 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +35,7 @@ from lab.gpu_data import SPLITS, Data, pack
 from lab.gpu_training import N_CLASSES, Recipe, Training, train_wave
 from pipeline.evaluation.outcomes import reliability, scores, tally
 
-FOLDS = {"five": range(1, 6), "six": range(1, 7), "inner": [1], "final": [1]}
+FOLDS = {"five": range(1, 6), "six": range(1, 7)}
 CROPS = (3, 5, 9)
 
 Answers = dict[str, NDArray[np.float32]]
@@ -72,25 +67,6 @@ def table(answers: Answers, data: Data) -> str:
     return "\n".join(lines)
 
 
-def take_after(
-    recipe: Recipe, job: str, fold: int, recipes: Mapping[str, Recipe], answers: Answers, data: Data
-) -> Recipe:
-    """The recipe with the settings of the one that is best on the other folds of the job."""
-    accuracy = {}
-    for name in recipe.like_best_of:
-        keys = [key for key in answers if key.startswith(f"{name}|{job}|") and int(key.split("|")[2]) != fold]
-        rows = np.concatenate([data.rows(job, int(key.split("|")[2]))[1] for key in keys])
-        found = np.concatenate([answers[key].argmax(axis=1) for key in keys])
-        accuracy[name] = float((found == data.classes[rows]).mean())
-    chosen = max(accuracy, key=lambda name: accuracy[name])
-    told = ", ".join(f"{name} {value:.1%}" for name, value in accuracy.items())
-    print(f"{recipe.name}, {job} fold {fold}, takes after {chosen} ({told})", flush=True)
-    return replace(
-        recipes[chosen],
-        **{name: getattr(recipe, name) for name in ("name", "jobs", "seeds", "folds", "teachers", "share")},
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Train the plan's waves in order, until all are done or the time is over."""
     started = time.monotonic()
@@ -101,15 +77,13 @@ def run(arguments: argparse.Namespace) -> None:
         print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     data = Data(arguments.data, device)
     plan = [[Recipe.of(dict(given)) for given in wave] for wave in json.loads(arguments.plan.read_text())]
-    recipes = {recipe.name: recipe for wave in plan for recipe in wave}
-    teaching = {name for recipe in recipes.values() for name in recipe.teachers}
+    teaching = {name for wave in plan for recipe in wave for name in recipe.teachers}
     teachers: dict[str, torch.nn.Module] = {}
     arguments.out.mkdir(parents=True, exist_ok=True)
     answers: Answers = {}
     for number, wave in enumerate(plan, start=1):
         trainings: dict[str, Training] = {}
-        for named, job, fold, seed in _jobs(wave):
-            recipe = take_after(named, job, fold, recipes, answers, data) if named.like_best_of else named
+        for recipe, job, fold, seed in _jobs(wave):
             own = [model for key, model in teachers.items() if _teaches(key, recipe, job, fold)]
             assert bool(own) == bool(recipe.teachers), f"{recipe.name}: no teachers of {job}, fold {fold}"
             trainings[f"{recipe.name}|{job}|{fold}|{seed}"] = Training(recipe, job, fold, seed, data, own)
@@ -120,12 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
         for key, training in trainings.items():
             if training.recipe.name in teaching:
                 teachers[key] = training.teacher()
-            if training.job != "final" or arguments.open_test:
-                answers[key] = training.answers()
-                for crops in CROPS if training.recipe.model == "inception" else ():
-                    answers[key.replace("|", f"@{crops}|", 1)] = training.answers(crops)
-            if training.job == "final" and key in arguments.keep:
-                keep(training, arguments.out)
+            answers[key] = training.answers()
+            for crops in CROPS:
+                answers[key.replace("|", f"@{crops}|", 1)] = training.answers(crops)
         trainings.clear()
         np.savez_compressed(arguments.out / "answers.npz", **answers)  # type: ignore[arg-type]
         print(table(answers, data), flush=True)
@@ -139,7 +110,7 @@ def _jobs(wave: list[Recipe]) -> list[tuple[Recipe, str, int, int]]:
         (recipe, job, fold, seed)
         for recipe in wave
         for job in recipe.jobs
-        for fold in recipe.folds or FOLDS[job]
+        for fold in FOLDS[job]
         for seed in recipe.seeds
     ]
 
@@ -147,19 +118,6 @@ def _jobs(wave: list[Recipe]) -> list[tuple[Recipe, str, int, int]]:
 def _teaches(key: str, recipe: Recipe, job: str, fold: int) -> bool:
     name, its_job, its_fold, _ = key.split("|")
     return name in recipe.teachers and its_job == job and int(its_fold) == fold
-
-
-def keep(training: Training, out: Path) -> None:
-    """Save the EMA weights in two files of half the size each."""
-    state = {
-        name: value.detach().to("cpu", copy=True).contiguous() for name, value in training.ema.state_dict().items()
-    }
-    sizes = np.cumsum([value.nbytes for value in state.values()])
-    for half in (0, 1):
-        chosen = (sizes > sizes[-1] / 2) == bool(half)
-        torch.save(
-            {name: state[name] for name, here in zip(state, chosen, strict=True) if here}, out / f"weights-{half}.pt"
-        )
 
 
 def confidences(found: pd.DataFrame, names: Sequence[str]) -> str:
@@ -186,7 +144,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     For several seeds it uses the mean log-probabilities, which are those of their joined networks.
     """
-    from jobs.protocols import labelled_recordings
+    from jobs.crossval import labelled_recordings
 
     from pipeline.data.manifest import label_set
     from pipeline.data.splits import assignment, folds_of
@@ -199,7 +157,7 @@ def report(arguments: argparse.Namespace) -> None:
     tested = assignment(table, SPLITS / "ravdess_split.csv", "split") == "test"
     kept_from_all = set(table.loc[tested, "row_id"])
     row_of = {row_id: row for row, row_id in enumerate(load_features(arguments.features).table["row_id"])}
-    labels, data = label_set(table), Data([arguments.data], torch.device("cpu"))
+    labels, data = label_set(table), Data(arguments.data, torch.device("cpu"))
     rows = []
     for job, protocol, name in (
         ("five", "kfold", "ravdess_five_folds_of_80"),
@@ -239,29 +197,22 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
     packing.add_argument("--features", type=Path, required=True)
-    packing.add_argument(
-        "--copies", type=Path, help="features of one changed copy of each recording, in the same order"
-    )
     packing.add_argument("--out", type=Path, required=True)
     running = commands.add_parser("run")
-    running.add_argument("--data", type=Path, nargs="+", required=True, help="packed files")
+    running.add_argument("--data", type=Path, required=True, help="a packed file")
     running.add_argument("--plan", type=Path, required=True)
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--minutes", type=float, default=60.0)
-    running.add_argument("--open_test", action="store_true")
-    running.add_argument("--keep", nargs="*", default=[], metavar="NAME|final|1|SEED")
     reporting = commands.add_parser("report")
     reporting.add_argument("--features", type=Path, required=True)
     reporting.add_argument("--data", type=Path, required=True)
     reporting.add_argument("--answers", type=Path, required=True)
     reporting.add_argument("--recipe", required=True)
-    reporting.add_argument(
-        "--seed", type=int, nargs="+", default=[42], help="one seed, or several for their joined model"
-    )
+    reporting.add_argument("--seed", type=int, nargs="+", default=[42], help="several: their joined model")
     reporting.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.command == "pack":
-        pack(arguments.features, arguments.out, arguments.copies)
+        pack(arguments.features, arguments.out)
     elif arguments.command == "run":
         run(arguments)
     else:

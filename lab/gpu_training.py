@@ -1,8 +1,8 @@
 """One training of ``lab.gpu_lab`` on its own CUDA stream, and many trainings at once.
 
-Models, sampler, draws, losses, schedules and augmentation are those of ``pipeline``. The step is captured once as a
-CUDA graph: forward and backward in bfloat16 for the Inception, float32 for the CNN-BiLSTM; AdamW and EMA in float32.
-Teachers classify all augmented examples of an epoch before its steps; the targets are the same as in ``loop.py``.
+Model (Inception), sampler, draws, losses, schedules and augmentation are those of ``pipeline``. The step is captured
+once as a CUDA graph: forward and backward in bfloat16, AdamW and EMA in float32. Teachers classify all augmented
+examples of an epoch before its steps; the targets are the same as in ``loop.py``.
 Limits: one GPU; on a CPU the same steps run one by one. The noise differs from that of the same seed on the CPU.
 """
 
@@ -28,7 +28,6 @@ from pipeline.training.config import FitConfig, learning_rates
 from pipeline.training.losses import ClassificationLoss
 
 N_CLASSES = 8
-DROPOUT = {"inception": 0.4, "cnn_bilstm": 0.3}
 
 
 @dataclass
@@ -39,12 +38,9 @@ class Recipe:
     jobs: list[str]
     fit: FitConfig
     seeds: list[int] = field(default_factory=lambda: [42])
-    model: str = "inception"
-    dropout: float | None = None
+    dropout: float = 0.4
     teachers: list[str] = field(default_factory=list)  # recipes of an earlier wave
     share: float = 0.7  # the teachers' share of the loss, as in pipeline.training.losses
-    like_best_of: list[str] = field(default_factory=list)
-    folds: list[int] = field(default_factory=list)  # only these folds; empty: all
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Recipe:
@@ -67,17 +63,16 @@ class FastAugmenter(Augmenter):
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:
-    """The same model with bfloat16 2-D convolutions, if it has any; its linear layers follow them."""
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.to(torch.bfloat16)
+    """The same model with bfloat16 convolutions and linear layers."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(torch.bfloat16)
     return model
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """Log-mel features in channels-last order and bfloat16; frame features unchanged."""
-    return x.to(torch.bfloat16, memory_format=torch.channels_last) if x.ndim == 4 else x
+    """Log-mel features in channels-last order and bfloat16."""
+    return x.to(torch.bfloat16, memory_format=torch.channels_last)
 
 
 class Training:
@@ -89,12 +84,10 @@ class Training:
     def __init__(
         self, recipe: Recipe, job: str, fold: int, seed: int, data: Data, teachers: Sequence[nn.Module] = ()
     ) -> None:
-        self.recipe, self.job, self.fold, self.data, self.teachers = recipe, job, fold, data, teachers
-        self.features = data.configs[recipe.model]
-        self.stored = data.stored[recipe.model]
+        self.recipe, self.data, self.teachers = recipe, data, teachers
         self.fit = replace(recipe.fit, seed=seed)
         self.train_rows, self.test_rows = data.rows(job, fold)
-        self.augmenter = FastAugmenter(self.fit.augmentation(), self.features)
+        self.augmenter = FastAugmenter(self.fit.augmentation(), data.config)
         self.sampler = WeightedSampler.balanced(
             data.classes[self.train_rows],
             N_CLASSES,
@@ -108,16 +101,14 @@ class Training:
 
     def _build_model(self, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
-        dropout = DROPOUT[self.recipe.model] if self.recipe.dropout is None else self.recipe.dropout
-        model = build_model(self.recipe.model, {"dropout": dropout}, N_CLASSES, self.features.input_shape)
+        model = build_model("inception", {"dropout": self.recipe.dropout}, N_CLASSES, self.data.config.input_shape)
         self.ema = copy.deepcopy(model).to(device).eval().requires_grad_(False)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d):
                 module.num_batches_tracked = None  # saves a kernel per layer; the number is not used
         self.model = in_bfloat16(model).to(device).train()
-        if len(self.features.input_shape) == 3:
-            for each in (self.ema, self.model):
-                each.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for each in (self.ema, self.model):
+            each.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.parameters = dict(self.model.named_parameters())
         averaged = dict(self.ema.named_parameters())
         self.masters = {name: averaged[name].clone() for name in self.parameters}
@@ -134,7 +125,7 @@ class Training:
 
     def _build_step(self, device: torch.device) -> None:
         size = self.steps * self.fit.batch_size
-        self.inputs = torch.zeros((size, *self.features.input_shape), device=device)
+        self.inputs = torch.zeros((size, *self.data.config.input_shape), device=device)
         self.targets = torch.zeros((size, N_CLASSES), device=device)
         rate = learning_rates(self.fit.scheduler, self.steps, self.fit.epochs, self.fit.warmup_epochs)
         rates = [self.fit.lr * rate(step) for step in range(self.steps * self.fit.epochs)]
@@ -142,9 +133,7 @@ class Training:
         self.step_of_epoch, self.step_of_all = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.batch = torch.arange(self.fit.batch_size, device=device)
         self.lr = torch.tensor(self.fit.lr, device=device)
-        self.loss = ClassificationLoss(N_CLASSES).to(
-            device
-        )  # targets of smoothing, mixup and teachers come from `prepare`
+        self.loss = ClassificationLoss(N_CLASSES).to(device)  # `prepare` makes its targets
         self.total = torch.zeros((), device=device)
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -212,18 +201,15 @@ class Training:
         draws = Draws.of_epoch(len(rows), self.fit.batch_size, self.fit.mixup_alpha, self.fit.seed, epoch)
         u = torch.from_numpy(draws.uniform).to(device)
         targets = nn.functional.one_hot(torch.from_numpy(self.data.classes).to(device)[rows], N_CLASSES).float()
-        features = self.stored[rows]
         with device:
-            if features.ndim == 4:
-                power, n_frames, copied = self._power(rows, u)
-                powered = self.augmenter.from_power(power, n_frames, u)
-                changed = self.augmenter.needs_power(u) | copied
-                features = torch.where(changed[:, None, None, None], powered, features)
+            powered = self.augmenter.from_power(self.data.power[rows], self.data.n_frames[rows], u)
+            changed = self.augmenter.needs_power(u)
+            features = torch.where(changed[:, None, None, None], powered, self.data.stored[rows])
             features = self.augmenter.mask(features, u)
         if "mixup" in self.augmenter.config.names:
             partner = torch.from_numpy(draws.partner).to(device)
             weight = torch.from_numpy(draws.weight).to(device)
-            features = torch.lerp(features[partner], features, weight.view(-1, *[1] * (features.ndim - 1)))
+            features = torch.lerp(features[partner], features, weight.view(-1, 1, 1, 1))
             targets = torch.lerp(targets[partner], targets, weight[:, None])
         targets = torch.lerp(targets, torch.full_like(targets, 1 / N_CLASSES), self.fit.label_smoothing)
         if self.teachers:
@@ -231,19 +217,6 @@ class Training:
             told = torch.stack([teacher(x).float().softmax(dim=1) for teacher in self.teachers]).mean(dim=0)
             targets = torch.lerp(targets, told, self.recipe.share)
         return features, targets
-
-    def _power(self, rows: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mel power and number of frames of each recording or its copy, and a mask of the copies."""
-        power, n_frames = self.data.power[rows], self.data.n_frames[rows]
-        copied = self.augmenter.copy_numbers(u, torch.ones(len(rows), dtype=torch.long)) >= 0
-        if not copied.any():
-            return power, n_frames, copied
-        if self.data.copies is None:
-            raise SystemExit("the augmentation pitch needs copies: pack --copies FEATURES")
-        other, other_n_frames = self.data.copies
-        longest = min(power.shape[2], other.shape[2])
-        power[copied, :, :longest] = other[rows[copied], :, :longest]
-        return power, torch.where(copied, other_n_frames[rows].clamp_max(longest), n_frames), copied
 
     def launch(self, features: Tensor, targets: Tensor, side: Any) -> None:
         """Enqueue one epoch of steps."""
@@ -274,13 +247,12 @@ class Training:
         """Logits of the EMA weights for the middle windows of the test rows; mean log-probabilities for crops."""
         rows = self.test_rows
         if crops == 1:
-            return self._heard(self.stored[torch.from_numpy(rows).to(self.data.device)]).cpu().numpy()
+            return self._heard(self.data.stored[torch.from_numpy(rows).to(self.data.device)]).cpu().numpy()
         told = [self._heard(window).log_softmax(dim=1) for window in self.data.crops(rows, crops)]
         return torch.stack(told).mean(dim=0).cpu().numpy()
 
     def _heard(self, x: Tensor) -> Tensor:
-        if x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
         padded = torch.cat([x, x[:1].expand(-len(x) % 64, *x.shape[1:])])  # cuDNN tunes for each batch size
         return torch.cat([self.ema(part).float() for part in padded.split(64)])[: len(x)]
 

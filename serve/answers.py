@@ -38,11 +38,7 @@ _PLATFORMS = {"onnx": "onnxruntime_onnx", "torch": "pytorch"}
 
 
 def recording(result: WorkerResult, name: str | None, options: Options) -> schema.Recording:
-    """The answer for one recording.
-
-    Raises:
-        ServiceError: the recording could not be used.
-    """
+    """The answer for one recording; raises ServiceError where it could not be used."""
     prediction = usable(result.prediction).told()
     label = prediction.label(options.min_confidence)
     assert label is not None
@@ -105,11 +101,7 @@ class Segments:
         self._open: _Run | None = None
 
     def add(self, timeline: Timeline, later_s: float) -> tuple[schema.Segment, list[schema.StreamSegment]]:
-        """Add the window of ``timeline``, its times moved by ``later_s``.
-
-        Returns:
-            The window, and the segments that it changes: the one it ends, if any, and the last one.
-        """
+        """Add the window of ``timeline``, its times moved by ``later_s``; returns it and the segments it changes."""
         found = segments(timeline, self._labels, self._options)[0]
         start_s, end_s = round(found.start_s + later_s, 6), round(found.end_s + later_s, 6)
         window = found.model_copy(update={"start_s": start_s, "end_s": end_s})
@@ -193,11 +185,7 @@ def picture(drawn: Picture) -> schema.Picture:
 
 
 def explanation(explained: Explained, request_id: str) -> schema.Explanation:
-    """The response of ``POST /v1/explain``.
-
-    Raises:
-        ServiceError: the recording cannot be used, or the model cannot be explained.
-    """
+    """The response of ``POST /v1/explain``; raises ServiceError where there is no explanation."""
     prediction = usable(explained.prediction)
     assert explained.occlusion is not None
     assert explained.picture is not None

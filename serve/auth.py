@@ -40,7 +40,6 @@ class KeyCheck:
         self.app, self._digest = app, digest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
         if scope["type"] == "http" and scope["method"] == "POST" and not _has_key(scope, self._digest):
             await answer(_unauthorized(), scope)(scope, receive, send)
         else:
@@ -59,7 +58,6 @@ class PageCheck:
         self.app, self._origins = app, frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
         asks = scope["type"] in ("http", "websocket") and not scope["path"].startswith(_HEALTH)
         error = self._refusal(scope) if asks else None
         if error:
@@ -88,21 +86,13 @@ class PageCheck:
 async def require_key(
     request: Request, _given: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]
 ) -> None:
-    """Check the API key of a request; the parameter ``_given`` only adds the key to the OpenAPI document.
-
-    Raises:
-        ServiceError: the key is missing or wrong.
-    """
+    """Refuse a missing or wrong API key; the parameter ``_given`` only adds the key to the OpenAPI document."""
     if not _has_key(request.scope, request.app.state.service.key_digest):
         raise _unauthorized()
 
 
 async def require_loopback(request: Request) -> None:
-    """Check that a request arrived at a loopback address.
-
-    Raises:
-        ServiceError: it arrived at another address.
-    """
+    """Refuse a request that arrived at an address beyond loopback."""
     if error := _beyond(request.scope):
         raise error
 
@@ -135,11 +125,7 @@ def _unauthorized() -> ServiceError:
 
 
 def key_from_environment() -> str | None:
-    """``SER_API_KEY``; None when it is unset or empty.
-
-    Raises:
-        SerError: it is not a valid key.
-    """
+    """``SER_API_KEY``; None when it is unset or empty. An invalid key is refused with a SerError."""
     try:
         return checked_key(os.environ.get(API_KEY_VARIABLE))
     except ValueError as error:
@@ -147,11 +133,7 @@ def key_from_environment() -> str | None:
 
 
 def key_digest_from_environment() -> str | None:
-    """Hash of ``SER_API_KEY``; None when it is unset or empty.
-
-    Raises:
-        SerError: it is not a valid key.
-    """
+    """Hash of ``key_from_environment()``; None without a key."""
     key = key_from_environment()
     return key_digest(key) if key else None
 

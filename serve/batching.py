@@ -26,11 +26,9 @@ _MOST_BEHIND_S = 2.0  # heavy use delays a step by at most this, compared with a
 
 @dataclass(eq=False)
 class Share:
-    """The thread time of one request.
+    """The thread time of one request: used so far, and estimated from its size.
 
-    Attributes:
-        used_s: seconds of a thread used so far.
-        expected_s: seconds estimated from its size, so that long requests count as heavy from the start.
+    By the estimate long requests count as heavy from the start.
     """
 
     used_s: float = 0.0
@@ -54,16 +52,13 @@ class Batched(NamedTuple, Generic[Result]):
 class Batcher(Generic[Item, Result]):
     """Runs ``work`` on batches of at most ``size`` items, one batch at a time, in its own thread.
 
-    Args:
-        work: gets a batch of items, returns one result per item in the same order.
-        size: maximum number of items in a batch.
+    ``work`` returns one result per item, in the same order.
     """
 
     def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], size: int) -> None:
         self._work, self._size = work, size
-        self._waiting: dict[
-            Share, deque[tuple[Item, asyncio.Future[Batched[Result]]]]
-        ] = {}  # the next in turn is first
+        # the next request in turn is first
+        self._waiting: dict[Share, deque[tuple[Item, asyncio.Future[Batched[Result]]]]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
         self._task: asyncio.Task[None] | None = None
 

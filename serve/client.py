@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -61,14 +60,6 @@ _TIMEOUT = httpx.Timeout(90.0, connect=5.0, pool=5.0)
 _HEALTH_TIMEOUT = httpx.Timeout(5.0, connect=2.0)
 
 
-def _authorization(api_key: str | None) -> dict[str, str]:
-    try:
-        key = checked_key(api_key)
-    except ValueError as error:
-        raise ClientError(str(error)) from error
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
 def _only(part: Part, error: BadRecording) -> Failure:
     """A Failure for the only recording of a refused request; raises ``error`` where the recording is not the cause."""
     if len(part) > 1 or error.code == "invalid_request":
@@ -82,8 +73,8 @@ def _halves(part: Part, error: BadRecording) -> list[Part]:
     return [part[middle:], part[:middle]] if middle and error.code in ("too_many_files", "body_too_large") else []
 
 
-class Client:
-    """Synchronous client. Use it in a ``with`` block, or call ``close``. Threads may share one.
+class _Caller:
+    """What both clients share.
 
     Args:
         base_url: address of the service; an invalid one raises ClientError.
@@ -94,6 +85,8 @@ class Client:
         transport: a transport of httpx, for tests.
     """
 
+    _kind: Any
+
     def __init__(
         self,
         base_url: str = DEFAULT_URL,
@@ -102,17 +95,28 @@ class Client:
         timeout: float | httpx.Timeout = _TIMEOUT,
         retries: int = 5,
         patience_s: float = 60.0,
-        transport: httpx.BaseTransport | None = None,
+        transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.base_url = checked_address(base_url)
         self.retries, self.patience_s = retries, patience_s
-        headers = _authorization(api_key)
-        self._http = httpx.Client(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
+        try:
+            key = checked_key(api_key)
+        except ValueError as error:
+            raise ClientError(str(error)) from error
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = self._kind(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
+
+
+class Client(_Caller):
+    """Synchronous client. Use it in a ``with`` block, or call ``close``. Threads may share one."""
+
+    _kind = httpx.Client
+    _http: httpx.Client
 
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -120,32 +124,23 @@ class Client:
         self._http.close()
 
     def predict(self, source: Source, **options: Any) -> Recording:
-        """Emotions of one recording.
+        """Emotions of one recording: a path, bytes, or (name, bytes). Errors as in ``client_wire``.
 
-        Args:
-            source: a path, bytes, or (name, bytes).
-            options: ``window_s, hop_s, channels, top_k, min_confidence, picture, model``, as in ``schema.Options``.
-
-        Raises:
-            ClientError: see ``client_wire``.
+        Options: ``window_s, hop_s, channels, top_k, min_confidence, picture, model``, as in ``schema.Options``.
         """
         return single(self.predict_together([source], **options))
 
     def predict_together(self, sources: Sequence[Source], **options: Any) -> Prediction:
         """Emotions of several recordings in one request; those that cannot be used are ``Failure`` entries.
 
-        Raises:
-            ClientError: as ``predict``; also ``BadRecording``, where a single recording cannot be used.
+        A single one that cannot be used is a ``BadRecording``. Errors as in ``client_wire``.
         """
         return read(self._send("POST", "/v1/predict", **form(sources, options)), Prediction)
 
     def predict_each(self, sources: Iterable[Source], **options: Any) -> Iterator[Recording | Failure]:
         """Emotions of any number of recordings, in order, several per request.
 
-        A recording that cannot be read or used gives a ``Failure``.
-
-        Raises:
-            ClientError: the service cannot be used.
+        A recording that cannot be read or used gives a ``Failure``; errors: the service cannot be used.
         """
         for group in parts(sources):
             if isinstance(group, Failure):
@@ -199,30 +194,16 @@ class Client:
             time.sleep(wait_s)
 
 
-class AsyncClient:
+class AsyncClient(_Caller):
     """Asynchronous client with the methods of ``Client``; use it in an ``async with`` block."""
 
-    def __init__(
-        self,
-        base_url: str = DEFAULT_URL,
-        api_key: str | None = None,
-        *,
-        timeout: float | httpx.Timeout = _TIMEOUT,
-        retries: int = 5,
-        patience_s: float = 60.0,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self.base_url = checked_address(base_url)
-        self.retries, self.patience_s = retries, patience_s
-        headers = _authorization(api_key)
-        self._http = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport, mounts=DIRECT)
+    _kind = httpx.AsyncClient
+    _http: httpx.AsyncClient
 
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -230,15 +211,12 @@ class AsyncClient:
         await self._http.aclose()
 
     async def predict(self, source: Source, **options: Any) -> Recording:
-        """See ``Client.predict``."""
         return single(await self.predict_together([source], **options))
 
     async def predict_together(self, sources: Sequence[Source], **options: Any) -> Prediction:
-        """See ``Client.predict_together``."""
         return read(await self._send("POST", "/v1/predict", **form(sources, options)), Prediction)
 
     async def predict_each(self, sources: Iterable[Source], **options: Any) -> AsyncIterator[Recording | Failure]:
-        """See ``Client.predict_each``."""
         for group in parts(sources):
             if isinstance(group, Failure):
                 yield group
@@ -256,23 +234,18 @@ class AsyncClient:
                         yield _only(part, error)
 
     async def explain(self, source: Source, **options: Any) -> Explanation:
-        """See ``Client.explain``."""
         return read(await self._send("POST", "/v1/explain", **form([source], options)), Explanation)
 
     async def classify(self, source: Source) -> list[Score]:
-        """See ``Client.classify``."""
         return read(await self._send("POST", "/v1/audio-classification", content=named(source)[1]), list[Score])
 
     async def model(self, name: str | None = None) -> ModelInfo:
-        """See ``Client.model``."""
         return read(await self._send("GET", "/v1/model", params={"model": name} if name else {}), ModelInfo)
 
     async def live(self) -> bool:
-        """See ``Client.live``."""
         return await self._healthy("/v2/health/live")
 
     async def ready(self) -> bool:
-        """See ``Client.ready``."""
         return await self._healthy("/v2/health/ready")
 
     async def _healthy(self, path: str) -> bool:

@@ -124,9 +124,7 @@ def refused(problem: Problem) -> Refused:
 class Retries:
     """Decides whether and when one request is sent again: after 429 or 503 with ``Retry-After``.
 
-    Args:
-        most: maximum number of retries.
-        patience_s: seconds since the first attempt after which there is no retry.
+    At most ``most`` times, and within ``patience_s`` seconds of the first attempt.
     """
 
     def __init__(self, most: int, patience_s: float) -> None:
@@ -144,11 +142,7 @@ class Retries:
 
 
 def checked_address(url: str) -> str:
-    """The address of a service, without a slash at its end.
-
-    Raises:
-        ClientError: ``url`` is not an http or https address.
-    """
+    """The address of a service, without a slash at its end; refuses, with ClientError, what is not http or https."""
     try:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
@@ -159,11 +153,7 @@ def checked_address(url: str) -> str:
 
 
 def named(source: Source) -> tuple[str, bytes]:
-    """File name and bytes of a recording; reads paths.
-
-    Raises:
-        NotRead: the file cannot be read.
-    """
+    """File name and bytes of a recording; reads paths, or raises NotRead."""
     if isinstance(source, tuple):
         return _text(source[0]), source[1]
     if isinstance(source, bytes):
@@ -213,11 +203,7 @@ def parts(sources: Iterable[Source]) -> Iterator[Part | Failure]:
 
 
 def single(prediction: Prediction) -> Recording:
-    """The answer for the only recording.
-
-    Raises:
-        Refused: the recording could not be used.
-    """
+    """The answer for the only recording; raises Refused where it could not be used."""
     (answer,) = prediction.files
     if isinstance(answer, Failure):
         raise refused(answer.problem)
@@ -238,11 +224,7 @@ def translate_errors(base_url: str) -> Iterator[None]:
 
 
 def read(response: httpx.Response, kind: type[Answer]) -> Answer:
-    """The body of a response as a ``kind``.
-
-    Raises:
-        Refused: it is a problem, or it is not a response of this service.
-    """
+    """The body of a response as a ``kind``; raises Refused for a problem, or for the response of another server."""
     expected: Any = kind if response.is_success else Problem
     try:
         answer: Any = TypeAdapter(expected).validate_json(response.content)

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from click import ClickException
@@ -81,15 +81,12 @@ class ModelWorker:
         logger.info("model %s, version %s, is loaded", card.name, card.version)
 
     async def predict(self, data: bytes, request: PredictRequest, isolated: bool = False) -> WorkerResult:
-        """Predict the emotion of a recording, see ``Worker.predict``."""
         return await self._now.predict(data, request, isolated=isolated)
 
     async def explain(self, data: bytes, request: PredictRequest, isolated: bool = False) -> Explained:
-        """Explain the prediction of a recording, see ``Worker.explain``."""
         return await self._now.explain(data, request, isolated=isolated)
 
     async def card(self) -> Card:
-        """The description of the model."""
         return self._now.card()
 
     def check_health(self) -> None:
@@ -104,14 +101,10 @@ class ModelWorker:
 
 
 class RemoteModels:
-    """``service.Models`` that calls workers through Ray Serve's deployment handles.
+    """``service.Models`` that calls workers through Ray Serve's handles; ``room`` is that of all workers.
 
     A request whose worker dies is sent to another worker, once. If the workers are full or none can answer, the call
     raises a ServiceError.
-
-    Args:
-        handles: name of a model -> handle of its workers.
-        room: maximum number of recordings of one model, in progress and waiting, over all its workers.
     """
 
     def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], room: int) -> None:
@@ -121,23 +114,17 @@ class RemoteModels:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the models."""
         return tuple(self._handles)
 
     def check_room(self, model: str) -> None:
-        """Raise 429 when the workers are known to be full."""
         if self._open[model] >= self._room:
             raise overloaded()
 
     async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
-        """Predict the emotion of a recording."""
-        result: WorkerResult = await self._twice(model, "predict", data, request)
-        return result
+        return cast(WorkerResult, await self._twice(model, "predict", data, request))
 
     async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
-        """Explain the prediction of a recording."""
-        explained: Explained = await self._twice(model, "explain", data, request)
-        return explained
+        return cast(Explained, await self._twice(model, "explain", data, request))
 
     async def card(self, model: str) -> Card:
         """The description of a model; the last one received, where its workers are too busy to answer."""
@@ -184,7 +171,8 @@ class RemoteModels:
         except BackPressureError:
             raise overloaded() from None
         except DeploymentUnavailableError:
-            raise _unavailable(model) from None
+            detail = f"no worker of {model} can answer; send the request again in a moment"
+            raise retry_later("unavailable", detail, after_s=2) from None
         except RayActorError as error:
             raise _WorkerDied from error
 
@@ -204,20 +192,11 @@ class _WorkerDied(ServiceError):
         self.headers["Retry-After"] = "2"
 
 
-def _unavailable(model: str) -> ServiceError:
-    return retry_later("unavailable", f"no worker of {model} can answer; send the request again in a moment", after_s=2)
-
-
 @dataclass(frozen=True)
 class Offer:
     """What one ingress process serves; Serve's proxy builds the same application from it.
 
-    Attributes:
-        revision: a random id, different in every process.
-        settings: the service's settings.
-        digest: hash of the API key; None where no key is set.
-        window_s: the longest input window of all models.
-        handles: name of a model -> handle of its workers.
+    Every process has another ``revision``; ``digest``: the API key's hash; ``window_s``: the longest input window.
     """
 
     revision: str
@@ -346,11 +325,7 @@ def run(settings: Settings, host: str, port: int, digest: str | None = None) -> 
 
 
 def metrics_address() -> str:
-    """The URL at which Ray exports the metrics of this machine's processes, in Prometheus' format.
-
-    Raises:
-        ConnectionError: no Ray node runs on this machine.
-    """
+    """The URL of the metrics that Ray exports on this machine. Raise ConnectionError where no node runs here."""
     here = get_node_ip_address()
     ports = [node["MetricsExportPort"] for node in ray.nodes() if node["NodeManagerAddress"] == here and node["Alive"]]
     if not ports:

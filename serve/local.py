@@ -40,10 +40,7 @@ _GRACE_S = 2  # for connections, once all requests are answered
 class LocalModels:
     """``service.Models`` over workers in this process; use it from one event loop.
 
-    Args:
-        workers: name of a model -> its worker.
-        settings: the limits.
-        renew: makes a new worker for one that hangs; called in a thread.
+    ``renew`` makes a new worker for one that hangs; it is called in a thread.
     """
 
     def __init__(
@@ -55,7 +52,6 @@ class LocalModels:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the models."""
         return tuple(self._workers)
 
     @property
@@ -64,22 +60,18 @@ class LocalModels:
         return any(worker.busy for worker in self._workers.values())
 
     def check_room(self, model: str) -> None:
-        """Raise 429 when the worker is full."""
         if self._open[model] >= self._room:
             raise overloaded()
 
     async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
-        """Predict the emotion of a recording."""
         async with self._place(model) as worker:
             return await worker.predict(data, request)
 
     async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
-        """Explain the prediction of a recording."""
         async with self._place(model) as worker:
             return await worker.explain(data, request)
 
     async def card(self, model: str) -> Card:
-        """The description of a model."""
         return self._workers[model].card()
 
     async def ready(self, model: str) -> bool:
@@ -111,9 +103,7 @@ class LocalModels:
 class LocalService:
     """The service on uvicorn; ``run`` returns once ``stop`` was called and the requests in progress are answered.
 
-    Args:
-        settings: models and limits.
-        digest: hash of the API key; without one the service answers on loopback addresses only.
+    ``digest`` is the hash of the API key; without one the service answers on loopback addresses only.
     """
 
     def __init__(self, settings: Settings, digest: str | None = None) -> None:
@@ -130,8 +120,7 @@ class LocalService:
     def open(self, bundles: Sequence[Bundle]) -> None:
         """Use these bundles for new requests; requests in progress finish with the previous models.
 
-        Raises:
-            SerError: one of them cannot be used; the previous models stay in use.
+        After a SerError the previous models stay in use.
         """
         settings, (requests, work) = self.settings, self._meters
         workers = {bundle.name: open_worker(str(bundle.folder), settings, work) for bundle in bundles}
@@ -165,16 +154,10 @@ class LocalService:
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._reopen()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request with the models that are open now."""
         assert self._app is not None, "open comes before the first request"
-        with self._counted():
-            await self._app(scope, receive, send)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
         self._inside += 1
         try:
-            yield
+            await self._app(scope, receive, send)
         finally:
             self._inside -= 1
             self._tell()

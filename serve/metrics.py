@@ -15,9 +15,6 @@ from serve.service import Timing
 
 _SECONDS = [0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 _BATCH = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]
-_BY_ANSWER = ("route", "status", "code")
-_BY_RECORDING = ("model", "code")
-_BY_STAGE = ("model", "stage")
 _PREFIX = "ray_"
 
 
@@ -61,15 +58,12 @@ class _Tagged:
         self._metric = metric
 
     def inc(self, *, tags: Mapping[str, str]) -> None:
-        """Add one to a counter."""
         self._metric.labels(**tags).inc()
 
     def set(self, value: float, *, tags: Mapping[str, str]) -> None:
-        """Set a gauge."""
         (self._metric.labels(**tags) if tags else self._metric).set(value)
 
     def observe(self, value: float, *, tags: Mapping[str, str]) -> None:
-        """Add an observation to a histogram."""
         self._metric.labels(**tags).observe(value)
 
 
@@ -80,7 +74,7 @@ class RequestMeter:
         self._requests = kinds.counter(
             "ser_requests_total",
             description="HTTP requests by route, status, and problem code (ok when there is none).",
-            tag_keys=_BY_ANSWER,
+            tag_keys=("route", "status", "code"),
         )
         self._seconds = kinds.histogram(
             "ser_request_seconds",
@@ -91,21 +85,18 @@ class RequestMeter:
         self._recordings = kinds.counter(
             "ser_recordings_total",
             description="Recordings by model and problem code (ok when the recording could be used).",
-            tag_keys=_BY_RECORDING,
+            tag_keys=("model", "code"),
         )
         self._streams = kinds.gauge("ser_streams", description="Open live streams.", tag_keys=())
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None:
-        """Count a request."""
         self._requests.inc(tags={"route": route, "status": str(status), "code": code})
         self._seconds.observe(seconds, tags={"route": route})
 
     def recording(self, model: str, code: str) -> None:
-        """Count a recording."""
         self._recordings.inc(tags={"model": model, "code": code})
 
     def streams(self, count: int) -> None:
-        """Set the number of open live streams."""
         self._streams.set(count, tags={})
 
 
@@ -117,7 +108,7 @@ class WorkMeter:
             "ser_stage_seconds",
             description="Seconds per recording and stage: decode (with features), wait (for the network), network.",
             boundaries=_SECONDS,
-            tag_keys=_BY_STAGE,
+            tag_keys=("model", "stage"),
         )
         self._batch = kinds.histogram(
             "ser_batch_size",

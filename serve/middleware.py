@@ -18,21 +18,10 @@ from typing import TYPE_CHECKING
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from serve.problems import (
-    ServiceError,
-    answer,
-    hand_over,
-    handed_over,
-    header,
-    note,
-    notes,
-    overloaded,
-    request_id,
-    retry_later,
-)
+from serve.problems import BODY, ServiceError, answer, header, note, notes, overloaded, request_id, retry_later
 from serve.settings import MIB, Settings
 
 if TYPE_CHECKING:
@@ -54,13 +43,9 @@ _LOOK_S = 0.2  # interval at which an incomplete request checks whether the serv
 
 
 class BodyLimit:
-    """Limits the size and the time of request bodies; unpacks gzip, and counts the unpacked bytes.
+    """Limits the bytes of a request body, its time from start to end, and the bytes of all requests in progress.
 
-    Args:
-        app: the next application.
-        max_bytes: of one request.
-        max_held_bytes: of all requests that are being received or answered.
-        timeout_s: from the start of a request until its body is complete.
+    It unpacks gzip, and counts the unpacked bytes.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float) -> None:
@@ -69,7 +54,6 @@ class BodyLimit:
         self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request within the limits."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -125,9 +109,8 @@ class _Body:
             async with asyncio.timeout_at(self._until_s):
                 message = await self._receive()
         except TimeoutError:
-            detail = (
-                f"the body did not arrive within {self._limit.timeout_s:g} s; use a faster connection or a smaller file"
-            )
+            within = f"within {self._limit.timeout_s:g} s"
+            detail = f"the body did not arrive {within}; use a faster connection or a smaller file"
             return await self._refuse(ServiceError("body_timeout", detail))
         self._complete = not message.get("more_body", False)
         try:
@@ -173,27 +156,25 @@ _ID = b"x-request-id"
 
 
 class Admission:
-    """Limits the number of uploads that are answered at a time; the others get 429.
+    """Limits the number of uploads that are answered at a time to ``room``; the others get 429.
 
     An upload counts once its body is complete, so that slow senders do not block others. The body then goes along in
     the scope (``Unpack``), which saves calls between processes. At the limit no body is read; an upload whose body is
     complete only then gets 429 too.
-
-    Args:
-        app: the next application.
-        room: maximum number of uploads that are answered at a time.
     """
 
     def __init__(self, app: ASGIApp, *, room: int) -> None:
         self.app, self._room, self._inside = app, room, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        if not self._full and not await _received(scope, receive):
-            return  # the client has gone, or the body was refused
+        if not self._full:
+            try:
+                scope[BODY] = await Request(scope, receive).body()
+            except ClientDisconnect:
+                return  # or the body was refused
         if self._full:  # the limit may have been reached meanwhile
             await answer(overloaded(), scope)(scope, receive, send)
         else:
@@ -208,20 +189,6 @@ class Admission:
         return self._inside >= self._room
 
 
-async def _received(scope: Scope, receive: Receive) -> bool:
-    """Put the whole body into the scope; False where the client went away before it was complete."""
-    parts = []
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            return False
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    hand_over(scope, b"".join(parts))
-    return True
-
-
 class Unpack:
     """Gives the application the body that `Admission` put into the scope; only `Identify` stands outside it."""
 
@@ -229,12 +196,9 @@ class Unpack:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        body = handed_over(scope)
         waiting: list[Message] = []
-        if body is not None:
-            waiting.append({"type": "http.request", "body": body, "more_body": False})
-        del body  # do not hold it while the request is answered
+        if BODY in scope:  # out of the scope and the list: it is not held while the request is answered
+            waiting.append({"type": "http.request", "body": scope.pop(BODY), "more_body": False})
 
         async def next_message() -> Message:
             return waiting.pop() if waiting else await receive()
@@ -249,7 +213,6 @@ class UntilGone:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
@@ -296,7 +259,6 @@ class Closing:
         self.app, self._closed = app, closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
         if scope["type"] not in _ASKED or (scope["type"] == "websocket" and not self._closed()):
             await self.app(scope, receive, send)  # open streams check closed() themselves
         elif not self._closed():
@@ -351,7 +313,6 @@ class Identify:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] not in _ASKED:
             await self.app(scope, receive, send)
             return
@@ -376,17 +337,13 @@ STREAM = "/v1/stream"
 class Access:
     """Counts each request in the metrics and writes its log line, a JSON object.
 
-    Args:
-        app: the next application.
-        meter: the metrics.
-        refusals: only for requests refused in Ray Serve's proxy; the ingress does it for the others.
+    With ``refusals`` only those refused in Ray Serve's proxy; the ingress does it for the others.
     """
 
     def __init__(self, app: ASGIApp, *, meter: Meter, refusals: bool = False) -> None:
         self.app, self.meter, self._refusals = app, meter, refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, then count and log it."""
         if scope["type"] not in _ASKED:
             await self.app(scope, receive, send)
             return
@@ -406,10 +363,8 @@ class Access:
         except Exception:
             logger.exception("request %s failed with an internal error", request_id(scope))
             if not status:
-                error = ServiceError(
-                    "internal_error", "this request met an error in the service; report it with its id"
-                )
-                await answer(error, scope)(scope, receive, watched)
+                detail = "this request met an error in the service; report it with its id"
+                await answer(ServiceError("internal_error", detail), scope)(scope, receive, watched)
         finally:
             self._tell(scope, status, time.perf_counter() - started_s)
 

@@ -8,7 +8,7 @@ request's id (``X-Request-ID``) to every response.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,6 +63,7 @@ _AUDIO_STATUS: Mapping[str, int] = {
     "decode_timeout": 503,
 }
 _AUDIO_TITLE = "The recording cannot be used"
+_MAX_NAME = 64  # characters of a field's name in an error
 
 
 class ServiceError(Exception):
@@ -105,15 +106,23 @@ def kind_of(code: str) -> Kind:
 def recording_error(code: str, detail: str) -> ServiceError:
     """The error for a Prediction's ``status`` (code) and ``error`` (detail); ``internal_error`` for unknown codes."""
     if code == "internal_error" or code not in {*ERRORS, *KINDS}:
-        return ServiceError(
-            "internal_error", "this recording met an error in the service; report it with the request id"
-        )
+        code, detail = "internal_error", "this recording met an error in the service; report it with the request id"
     return ServiceError(code, detail)
 
 
 def retry_later(code: str, detail: str, after_s: float = 1.0) -> ServiceError:
     """A temporary error, with the header ``Retry-After`` in whole seconds."""
     return ServiceError(code, detail, headers={"Retry-After": str(max(1, math.ceil(after_s)))})
+
+
+def invalid_fields(wrong: Iterable[tuple[str, str]]) -> ServiceError:
+    """The error for wrong fields: the name of each, and what is wrong with it."""
+    errors = [
+        FieldError(field=name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "...", message=message)
+        for name, message in wrong
+    ]
+    told = "; ".join(f"{error.field}: {error.message}" if error.field else error.message for error in errors[:3])
+    return ServiceError("invalid_request", told, errors=errors)
 
 
 def overloaded() -> ServiceError:
@@ -133,7 +142,9 @@ def answer(error: ServiceError, scope: Scope) -> JSONResponse:
 
 
 _LONGEST = 128
-_NOTES, _BODY = "ser.notes", "ser.body"
+_NOTES = "ser.notes"
+BODY = "ser.body"
+"""Key of a scope that holds the whole body, so that the ingress need not ask the proxy for it."""
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -156,19 +167,3 @@ def notes(scope: Scope) -> dict[str, Any]:
 def note(scope: Scope, **values: Any) -> None:
     """Add fields to ``notes``."""
     notes(scope).update(values)
-
-
-def hand_over(scope: Scope, body: bytes) -> None:
-    """Put the whole body into the scope, so that the ingress need not ask the proxy for it."""
-    scope[_BODY] = body
-
-
-def holds_body(scope: Scope) -> bool:
-    """Whether the scope holds the whole body."""
-    return _BODY in scope
-
-
-def handed_over(scope: Scope) -> bytes | None:
-    """Take the body out of the scope; None where it is not there and must be received."""
-    body: bytes | None = scope.pop(_BODY, None)
-    return body

@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 
 from serve.auth import KeyCheck, PageCheck, key_digest_from_environment
 from serve.middleware import STREAM, UPLOADS, Access, Admission, Closing, Identify, cors_of, limits_of
-from serve.problems import holds_body
+from serve.problems import BODY
 from serve.settings import APP_NAME, MIB, Settings
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ VARIABLES = {
 class ShortWay:
     """Answers uploads and streams in the proxy with the ingress' own application; the innermost middleware.
 
-    Args:
-        app: Ray Serve's proxy, for all other requests.
-        ask: returns the offer of the ingress; may raise any exception while there is none.
-        make: builds the application from an offer.
+    ``ask`` returns the offer of the ingress, or raises any exception; ``make`` builds the application from an offer.
     """
 
     def __init__(self, app: ASGIApp, *, ask: Callable[[], Awaitable[Offer]], make: Callable[[Offer], ASGIApp]) -> None:
@@ -73,9 +70,8 @@ class ShortWay:
         self._asking: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         streams = scope["type"] == "websocket" and scope["path"] == STREAM
-        uploads = scope["type"] == "http" and scope["path"] in UPLOADS and holds_body(scope)
+        uploads = scope["type"] == "http" and scope["path"] in UPLOADS and BODY in scope
         if not (streams or uploads):
             await self.app(scope, receive, send)
             return
@@ -132,9 +128,8 @@ def tidy_up() -> None:
 def limit_slow_headers() -> None:
     """Make uvicorn, in this process, close connections on which the headers of a request take longer than 30 s.
 
-    uvicorn itself has no such limit. The time counts while no request is in progress on the connection: from its
-    start, or from the first byte after a response. An idle connection after a response is closed by uvicorn's
-    ``timeout_keep_alive``.
+    uvicorn has no such limit. The time counts while no request is in progress: from the start of the connection, or
+    from the first byte after a response. Idle connections after a response are closed by ``timeout_keep_alive``.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -190,10 +185,9 @@ def in_proxy() -> list[Middleware]:
     settings = Settings.model_validate_json(os.environ.get(_SETTINGS, "{}"))
     mark = os.environ.get(_CLOSING)
     closed = (lambda: os.path.exists(mark)) if mark else None
-    short_way = Middleware(
-        ShortWay, ask=deployment.asking(APP_NAME), make=lambda found: found.application(meter, closed)
-    )
-    inwards = [short_way, Middleware(Admission, room=settings.models * settings.room), limits_of(settings)]
+    ask, room = deployment.asking(APP_NAME), settings.models * settings.room
+    short_way = Middleware(ShortWay, ask=ask, make=lambda found: found.application(meter, closed))
+    inwards = [short_way, Middleware(Admission, room=room), limits_of(settings)]
     digest = os.environ.get(_KEY_DIGEST)  # "": no key is set; None: unknown in this process
     if digest:
         inwards.append(Middleware(KeyCheck, digest=digest))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache, partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -24,8 +25,8 @@ from pipeline.inference.predictor import Channels
 from serve import answers, schema, uploads
 from serve.auth import PageCheck, require_key, require_loopback
 from serve.middleware import STREAM, Access, Closing, Identify, Unpack, UntilGone, cors_of, limits_of
-from serve.problems import KINDS, MEDIA_TYPE, ServiceError, answer, note, request_id, retry_later
-from serve.schema import ExplainOptions, FieldError, Options, Problem, TaskInput
+from serve.problems import KINDS, MEDIA_TYPE, ServiceError, answer, invalid_fields, note, request_id, retry_later
+from serve.schema import ExplainOptions, Options, Problem, TaskInput
 from serve.service import PredictRequest, Service, WorkerResult, service_of
 from serve.settings import Settings
 from serve.streams import Streams
@@ -44,9 +45,8 @@ async def predict(request: Request) -> schema.Prediction:
     model = service.model(options.model)
     service.models.check_room(model)
     if options.window_s == "middle" and (options.hop_s is not None or options.channels == "each"):
-        raise uploads.invalid(
-            "window_s", "middle is a single window; leave out hop_s and channels=each, or give a length"
-        )
+        one = "middle is a single window; leave out hop_s and channels=each, or give a length"
+        raise uploads.invalid("window_s", one)
     if isinstance(options.window_s, float) and options.window_s > service.window_s:
         most = f"{options.window_s:g} is above {service.window_s:g}, the longest input window of the models"
         raise uploads.invalid("window_s", most)
@@ -93,9 +93,8 @@ async def explain(request: Request) -> schema.Explanation:
     service.models.check_room(model)
     note(request.scope, model=model, files=1)
     async with _deadline(service):
-        explained = await service.models.explain(
-            model, files[0].data, PredictRequest(channels=_channels(options.channels))
-        )
+        wanted = PredictRequest(channels=_channels(options.channels))
+        explained = await service.models.explain(model, files[0].data, wanted)
     with _counted(service, model):
         return answers.explanation(explained, request_id(request.scope))
 
@@ -226,7 +225,7 @@ def create_app(service: Service, closed: Callable[[], bool] | None = None, *, re
     outwards = [*inner, *cors_of(settings), Middleware(Unpack), Middleware(Identify)]
     for middleware in outwards:
         app.add_middleware(middleware.cls, *middleware.args, **middleware.kwargs)
-    app.openapi = _described(app, service.models.names, service.window_s, settings)  # type: ignore[method-assign]
+    app.openapi = cache(partial(_document, app, service))  # type: ignore[method-assign]
     return app
 
 
@@ -237,9 +236,8 @@ async def _service_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = [FieldError(field=".".join(map(str, e["loc"][1:])), message=e["msg"]) for e in error.errors()]
-    told = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
-    return answer(ServiceError("invalid_request", told, errors=errors), request.scope)
+    wrong = invalid_fields((".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors())
+    return answer(wrong, request.scope)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -260,33 +258,15 @@ _DESCRIPTION = (
 )
 
 
-def _described(app: FastAPI, names: Sequence[str], window_s: float, settings: Settings) -> Callable[[], dict[str, Any]]:
-    """The function that FastAPI calls for its OpenAPI document; it builds the document once.
-
-    Args:
-        app: the application.
-        names: of the models.
-        window_s: the longest input window of the models.
-        settings: the limits.
-    """
-    made: dict[str, Any] = {}
-
-    def document() -> dict[str, Any]:
-        if not made:
-            made.update(_document(app, names, window_s, settings))
-        return made
-
-    return document
-
-
-def _document(app: FastAPI, names: Sequence[str], window_s: float, settings: Settings) -> dict[str, Any]:
+def _document(app: FastAPI, service: Service) -> dict[str, Any]:
+    """The OpenAPI document."""
     document = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
     document["components"].setdefault("schemas", {}).update(_schemas(Problem, Options, ExplainOptions, TaskInput))
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            _complete(operation, path, settings, names)
+            _complete(operation, path, service.settings, service.models.names)
     form = document["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    form["properties"]["window_s"]["oneOf"][0]["maximum"] = window_s
+    form["properties"]["window_s"]["oneOf"][0]["maximum"] = service.window_s
     return document
 
 

@@ -22,7 +22,17 @@ def _form_bool(text: object) -> object:
     return {"true": True, "false": False}.get(text, "") if isinstance(text, str) else text
 
 
-Confidence = Annotated[float, Field(ge=0, le=1)] | None
+Confidence = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | None,
+    Field(description="probability of the most probable class; null for silence and not_speech"),
+]
+Familiarity = Annotated[
+    float | None,
+    Field(description="similarity to the training recordings, 0 to 1; null where the model cannot measure it"),
+]
+ModelName = Annotated[
+    str | None, Field(max_length=100, description="one of models in GET /v1/model; default: the first")
+]
 FormBool = Annotated[bool, BeforeValidator(_form_bool)]
 
 
@@ -65,14 +75,9 @@ class Segment(Wire):
     start_s: float
     end_s: float
     label: str = Field(description="a class, or uncertain, silence, not_speech")
-    confidence: Confidence = Field(
-        default=None, description="probability of the most probable class; null for silence and not_speech"
-    )
+    confidence: Confidence = None
     scores: list[Score] = Field(description="most probable first; empty for silence and not_speech")
-    familiarity: float | None = Field(
-        default=None,
-        description="similarity to the training recordings, 0 to 1; null where the model cannot measure it",
-    )
+    familiarity: Familiarity = None
     level_dbfs: float = Field(description="RMS level")
 
 
@@ -108,9 +113,7 @@ class Recording(Wire):
     status: Literal["ok"] = "ok"
     name: str | None = Field(description="the file name as sent")
     label: str = Field(description="a class, or uncertain, silence, not_speech")
-    confidence: Confidence = Field(
-        default=None, description="probability of the most probable class; null for silence and not_speech"
-    )
+    confidence: Confidence = None
     scores: list[Score] = Field(
         description="most probable first, at most top_k entries; empty for silence and not_speech"
     )
@@ -118,10 +121,7 @@ class Recording(Wire):
     scored_s: float = Field(description="length of the part that was analysed; silent windows do not count")
     sample_rate_hz: int = Field(description="of the file")
     channels: int = Field(description="number of channels in the file")
-    familiarity: float | None = Field(
-        default=None,
-        description="similarity to the training recordings, 0 to 1; null where the model cannot measure it",
-    )
+    familiarity: Familiarity = None
     speech_share: float | None = Field(
         default=None, description="share of the window that may be speech, 0 to 1; of several windows, the largest"
     )
@@ -307,9 +307,7 @@ class Options(BaseModel):
         "training recordings",
     )
     picture: FormBool = Field(default=False, description="add the waveform and the model's log-mel spectrogram")
-    model: str | None = Field(
-        default=None, max_length=100, description="one of models in GET /v1/model; default: the first"
-    )
+    model: ModelName = None
 
 
 class ExplainOptions(BaseModel):
@@ -320,9 +318,7 @@ class ExplainOptions(BaseModel):
     channels: str = Field(
         default="mix", pattern=r"^(mix|[0-7])$", description="mix, or a channel's number counted from 0"
     )
-    model: str | None = Field(
-        default=None, max_length=100, description="one of models in GET /v1/model; default: the first"
-    )
+    model: ModelName = None
 
 
 class StreamOptions(BaseModel):
@@ -343,9 +339,7 @@ class StreamOptions(BaseModel):
     )
     top_k: int | None = Field(default=None, ge=1, description="number of classes in scores; default: all")
     min_confidence: float = Field(default=0.0, ge=0, le=1, description="as of POST /v1/predict")
-    model: str | None = Field(
-        default=None, max_length=100, description="one of models in GET /v1/model; default: the first"
-    )
+    model: ModelName = None
 
     @model_validator(mode="after")
     def _complete(self) -> StreamOptions:

@@ -117,27 +117,21 @@ class Models(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
         """Their names; the first is the default."""
-        ...
 
     async def predict(self, model: str, data: bytes, request: PredictRequest) -> WorkerResult:
         """Predict the emotion of a recording, a file's bytes."""
-        ...
 
     async def explain(self, model: str, data: bytes, request: PredictRequest) -> Explained:
         """Explain the prediction of a recording."""
-        ...
 
     async def card(self, model: str) -> Card:
         """The description of a model."""
-        ...
 
     async def ready(self, model: str) -> bool:
         """Whether the model can answer now."""
-        ...
 
     def check_room(self, model: str) -> None:
         """Raise ``overloaded`` where the model's queue is full, before a body is read."""
-        ...
 
 
 class Meter(Protocol):
@@ -145,15 +139,12 @@ class Meter(Protocol):
 
     def request(self, route: str, status: int, code: str, seconds: float) -> None:
         """Count a request; ``code`` is ``ok`` or a problem's code."""
-        ...
 
     def recording(self, model: str, code: str) -> None:
         """Count a recording; ``code`` is ``ok`` or a problem's code."""
-        ...
 
     def streams(self, count: int) -> None:
         """Set the number of open live streams."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -178,11 +169,7 @@ class Service:
         raise full
 
     def model(self, name: str | None) -> str:
-        """``name``; the name of the first model where it is None.
-
-        Raises:
-            ServiceError: no model has this name.
-        """
+        """``name``, or where it is None the name of the first model; an unknown one is refused."""
         names = self.models.names
         if name is not None and name not in names:
             raise ServiceError("unknown_model", f"no model has this name; the models are {', '.join(names)}")

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pipeline.storage.errors import Limits, SerError
 
 MIB = 2**20
+_PUBLIC = {
+    *("max_body_mib", "max_files", "max_duration_s", "max_decoded_mib", "max_windows"),
+    *("body_timeout_s", "deadline_s", "max_streams", "max_stream_s", "stream_idle_s"),
+}
 APP_NAME = "ser"  # name of the application in Ray Serve
 
 
@@ -82,11 +86,7 @@ class Settings(BaseModel):
         return max(1, len(self.bundles))
 
     def check_cpus(self, there: float) -> None:
-        """Check that ``there`` CPUs are enough for the minimum number of model workers.
-
-        Raises:
-            SerError: they are not enough.
-        """
+        """Raise SerError unless ``there`` CPUs are enough for the minimum number of model workers."""
         needed = self.models * self.replicas * self.threads
         if needed > there:
             raise SerError(
@@ -102,15 +102,4 @@ class Settings(BaseModel):
     @property
     def public_limits(self) -> dict[str, float]:
         """The limits that ``GET /v1/model`` publishes to clients."""
-        return {
-            "max_body_mib": self.max_body_mib,
-            "max_files": self.max_files,
-            "max_duration_s": self.max_duration_s,
-            "max_decoded_mib": self.max_decoded_mib,
-            "max_windows": self.max_windows,
-            "body_timeout_s": self.body_timeout_s,
-            "deadline_s": self.deadline_s,
-            "max_streams": self.max_streams,
-            "max_stream_s": self.max_stream_s,
-            "stream_idle_s": self.stream_idle_s,
-        }
+        return self.model_dump(include=_PUBLIC)

@@ -24,7 +24,7 @@ from pipeline.audio.live import PcmTape, Tape, WebmTape, ends
 from pipeline.storage.errors import AudioError
 from serve import answers, schema
 from serve.auth import stream_refusal
-from serve.problems import ServiceError, answer, note, recording_error, request_id, retry_later
+from serve.problems import ServiceError, answer, invalid_fields, note, recording_error, request_id, retry_later
 from serve.schema import STREAM_PROTOCOL, StreamOptions
 from serve.service import Card, PredictRequest, Service, WorkerResult
 
@@ -45,12 +45,9 @@ _PASSES = ("overloaded", "unavailable", "deadline_exceeded")  # temporary errors
 
 
 class Streams:
-    """The WebSocket endpoint of one application.
+    """The WebSocket endpoint of one application; ``closed()`` is true once the service stops.
 
-    Args:
-        service: the models and settings.
-        closed: returns True once the service stops.
-        relayed: whether a proxy in front keeps reading, and buffers, while this endpoint does not read.
+    ``relayed``: whether a proxy in front keeps reading, and buffers, while this endpoint does not read.
     """
 
     def __init__(self, service: Service, closed: Callable[[], bool], *, relayed: bool) -> None:
@@ -128,12 +125,7 @@ class _Session:
         return asyncio.get_running_loop().time()
 
     async def run(self) -> None:
-        """Serve the stream until its client ends it.
-
-        Raises:
-            ServiceError: an error ends the stream.
-            _Gone: the client disconnected, or does not read.
-        """
+        """Serve the stream until its client ends it; raises ServiceError or _Gone where something else does."""
         options = await self._options()
         service = self._service
         model = service.model(options.model)
@@ -164,8 +156,8 @@ class _Session:
             taking.cancel()
             answering.cancel()
             await asyncio.gather(taking, answering, return_exceptions=True)
-            note(self._websocket.scope, sound_s=round(tape.received_s, 1), windows=self._answered)
-            note(self._websocket.scope, skipped=self._skipped)
+            sound_s = round(tape.received_s, 1)
+            note(self._websocket.scope, sound_s=sound_s, windows=self._answered, skipped=self._skipped)
 
     async def _options(self) -> StreamOptions:
         """The options, from the query parameters, or else from the first message."""
@@ -180,10 +172,8 @@ class _Session:
         try:
             return StreamOptions.model_validate(given)
         except ValidationError as error:
-            fields = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors(include_url=False)]
-            told = "; ".join(f"{name}: {said}" if name else said for name, said in fields[:3])
-            errors = [schema.FieldError(field=name, message=said) for name, said in fields]
-            raise ServiceError("invalid_request", told, errors=errors) from None
+            found = error.errors(include_url=False)
+            raise invalid_fields((".".join(map(str, one["loc"])), one["msg"]) for one in found) from None
 
     async def _message(self) -> str | bytes:
         """The next message of the client."""

@@ -19,12 +19,11 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from serve.problems import ServiceError
-from serve.schema import FieldError, TaskInput, TaskParameters
+from serve.problems import ServiceError, invalid_fields
+from serve.schema import TaskInput, TaskParameters
 
 _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 64 * 1024
-_MAX_NAME = 64  # characters of a field's name in an error
 _CHARSETS = {"utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin-1"}
 _SPACE_AND_ALPHABET = str.maketrans({" ": None, "\t": None, "\r": None, "\n": None, "-": "+", "_": "/"})
 _RAW_TYPES = ("application/octet-stream", "audio/", "video/")
@@ -47,9 +46,7 @@ def content_type(request: Request) -> str:
 async def read_form(request: Request, model: type[Fields], max_files: int) -> tuple[list[Upload], Fields]:
     """The recordings (at least one) in the parts ``file`` of a multipart form, and its other fields as a ``model``.
 
-    Raises:
-        ServiceError: the content type is not multipart, the form is broken, there are too many files, or a field is
-            wrong.
+    Refuses other content types, broken forms, too many files, and wrong fields.
     """
     if content_type(request) != "multipart/form-data":
         raise ServiceError(
@@ -111,8 +108,7 @@ async def _check_form(request: Request, max_files: int) -> None:
 async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
     """The recording and the parameters of the audio-classification task, from raw audio or JSON with base64.
 
-    Raises:
-        ServiceError: the content type is not supported, the JSON or base64 is broken, or a field is wrong.
+    Refuses other content types, broken JSON or base64, and wrong fields.
     """
     kind = content_type(request)
     if kind == "application/json":
@@ -136,11 +132,7 @@ async def read_task(request: Request) -> tuple[Upload, TaskParameters]:
 
 
 def _decoded(text: str) -> bytes:
-    """The bytes of base64 text; line breaks, the URL-safe alphabet, missing padding and data URLs are accepted.
-
-    Raises:
-        ValueError: the text is not base64.
-    """
+    """The bytes of base64 text; line breaks, the URL-safe alphabet, missing padding and data URLs are accepted."""
     if text[:5].lower() == "data:":
         head, comma, text = text.partition(",")
         if not comma or not head.lower().rstrip().endswith(";base64"):
@@ -151,11 +143,7 @@ def _decoded(text: str) -> bytes:
 
 
 def check_query(request: Request) -> None:
-    """Refuse query parameters that the endpoint does not have; they would be ignored.
-
-    Raises:
-        ServiceError: there is an unknown one.
-    """
+    """Refuse query parameters that the endpoint does not have; they would be ignored."""
     known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:
@@ -164,11 +152,7 @@ def check_query(request: Request) -> None:
 
 
 def validated(model: type[Fields], fields: dict[str, str]) -> Fields:
-    """The fields of a form as a ``model``.
-
-    Raises:
-        ServiceError: a field is unknown, or its value is not allowed.
-    """
+    """The fields of a form as a ``model``; unknown fields and values that are not allowed are refused."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -176,22 +160,15 @@ def validated(model: type[Fields], fields: dict[str, str]) -> Fields:
 
 
 def _invalid_fields(error: ValidationError) -> ServiceError:
-    errors = [
-        _field_error(".".join(part for part in map(str, item["loc"]) if part.isidentifier()) or "body", item["msg"])
+    return invalid_fields(
+        (".".join(part for part in map(str, item["loc"]) if part.isidentifier()) or "body", item["msg"])
         for item in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
-    told = "; ".join(f"{item.field}: {item.message}" for item in errors[:3])
-    return ServiceError("invalid_request", told, errors=errors)
+    )
 
 
 def invalid(field: str, message: str) -> ServiceError:
     """The error for one wrong field."""
-    error = _field_error(field, message)
-    return ServiceError("invalid_request", f"{error.field}: {message}", errors=[error])
-
-
-def _field_error(field: str, message: str) -> FieldError:
-    return FieldError(field=field if len(field) <= _MAX_NAME else field[: _MAX_NAME - 3] + "...", message=message)
+    return invalid_fields([(field, message)])
 
 
 def _too_many(max_files: int) -> ServiceError:

@@ -39,9 +39,7 @@ from serve.settings import Settings
 Array = NDArray[np.float32]
 Result = TypeVar("Result")
 _DECODERS = 2
-_BYTES_A_SECOND = (
-    4 * 2**20
-)  # bytes analysed in windows per second of a thread: an estimate, only for the order of steps
+_BYTES_A_SECOND = 4 * 2**20  # analysed in windows by one thread: an estimate, only for the order of steps
 _LONG_THREADS = 2  # one of them is reserved for requests that have used little time
 _DRAWN_AT_ONCE_S = 60.0
 _STUCK_S = 120.0  # far longer than any accepted recording takes
@@ -70,11 +68,7 @@ class NotExplainable(audio.AudioError):
 class Worker:
     """One model with its threads; use it from one event loop.
 
-    Args:
-        predictor: the model, with the limits of recordings.
-        max_windows: maximum number of windows of a recording, over all channels.
-        decode_timeout_s: seconds after which decoding of a recording is given up.
-        meter: the metrics.
+    ``max_windows`` counts over all channels of a recording.
     """
 
     def __init__(
@@ -132,10 +126,7 @@ class Worker:
     async def predict(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> WorkerResult:
         """Predict the emotion of a recording. One that cannot be used gives a prediction with an error, no exception.
 
-        Args:
-            data: the bytes of a file.
-            request: the options.
-            isolated: decode in a separate process, for a recording that may have crashed a worker.
+        ``isolated``: decode in a separate process, for a recording that may have crashed a worker.
         """
         with self._metered():
             result = await self._predict(data, request, isolated)
@@ -146,7 +137,7 @@ class Worker:
     async def explain(self, data: bytes, request: PredictRequest, *, isolated: bool = False) -> Explained:
         """Explain the prediction for the model's one window of a recording by occlusion."""
         with self._metered():
-            return (await self._follow(self._explain(self.predictor, data, request, isolated), Share()))[0]
+            return (await self._follow(self._explain(data, request, isolated), Share()))[0]
 
     @contextmanager
     def _metered(self) -> Iterator[None]:
@@ -162,18 +153,13 @@ class Worker:
             meter.load(name, self.waiting, self.long)
 
     async def _predict(self, data: bytes, request: PredictRequest, isolated: bool) -> WorkerResult:
-        predictor = self.predictor
-        timeline = None
+        timeline, share = None, Share(expected_s=len(data) / _BYTES_A_SECOND)
         if request.windowed:
-            share = Share(expected_s=len(data) / _BYTES_A_SECOND)
-            (prediction, timeline), timing = await self._follow(
-                self._windows(predictor, data, request, isolated), share
-            )
+            (prediction, timeline), timing = await self._follow(self._windows(data, request, isolated), share)
         else:
             prediction, timing = await self._excerpt(data, request, isolated)
             if request.by_length and await self._is_long(prediction, data, isolated):
-                share = Share(expected_s=len(data) / _BYTES_A_SECOND)
-                (whole, parts), spent = await self._follow(self._windows(predictor, data, request, isolated), share)
+                (whole, parts), spent = await self._follow(self._windows(data, request, isolated), share)
                 if whole.ok or not prediction.ok:
                     prediction, timeline, timing = whole, parts, spent
                 else:
@@ -181,10 +167,10 @@ class Worker:
         picture = None
         if request.picture and prediction.ok:
             try:
-                picture = await self._picture(predictor, data, request, isolated)
+                picture = await self._picture(data, request, isolated)
             except audio.AudioError as error:
-                prediction = _refused(predictor, error)
-        bundle = predictor.bundle
+                prediction = _refused(self.predictor, error)
+        bundle = self.predictor.bundle
         return WorkerResult(bundle.name, version_of(bundle), bundle.labels, prediction, timeline, picture, timing)
 
     async def _excerpt(self, data: bytes, request: PredictRequest, isolated: bool) -> tuple[Prediction, Timing]:
@@ -221,9 +207,7 @@ class Worker:
     async def _follow(self, work: Generator[Array, Floats, Result], share: Share) -> tuple[Result, Timing]:
         """Run long work step by step, its features in the shared batches; cancelling the caller ends it.
 
-        Args:
-            work: yields features ``(n, *input_shape)``, and is sent ``Predictor.answers``, ``(n, classes + 1)``.
-            share: the thread time of the request.
+        ``work`` yields features ``(n, *input_shape)``, and is sent ``Predictor.answers``, ``(n, classes + 1)``.
         """
         log_p, started_s, network_s, size = None, time.monotonic(), 0.0, 0
         self.long += 1
@@ -282,9 +266,10 @@ class Worker:
         return list(self.predictor.answers(np.concatenate(items))[:, np.newaxis])
 
     def _windows(
-        self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
+        self, data: bytes, request: PredictRequest, isolated: bool
     ) -> Generator[Array, Floats, tuple[Prediction, Timeline | None]]:
-        config, channels = predictor.bundle.features, request.channels or "mix"
+        predictor, channels = self.predictor, request.channels or "mix"
+        config = predictor.bundle.features
         if request.at:
             given = GivenWindows(config.window_s, request.at)
             return (yield from predictor.follow_steps(data, given, isolated=isolated))
@@ -313,8 +298,9 @@ class Worker:
         steps = SlidingWindow(window_s, hop_s)
         return (yield from predictor.follow_steps(data, steps, channels=channels, isolated=isolated))
 
-    async def _picture(self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool) -> Picture:
+    async def _picture(self, data: bytes, request: PredictRequest, isolated: bool) -> Picture:
         """The spectrogram of the model's one window, and an overview of the whole recording."""
+        predictor = self.predictor
         window = await self._decode(partial(_window, predictor, data, request, isolated))
         overview = Overview(0.0, window.info.duration_s, predictor.bundle.features)
         share = Share(expected_s=len(data) / _BYTES_A_SECOND)
@@ -324,10 +310,8 @@ class Worker:
                 overview.add(window)
         return draw(window, overview, predictor.bundle.features)
 
-    def _explain(
-        self, predictor: Predictor, data: bytes, request: PredictRequest, isolated: bool
-    ) -> Generator[Array, Floats, Explained]:
-        bundle = predictor.bundle
+    def _explain(self, data: bytes, request: PredictRequest, isolated: bool) -> Generator[Array, Floats, Explained]:
+        predictor, bundle = self.predictor, self.predictor.bundle
         answer = partial(Explained, bundle.name, version_of(bundle), bundle.labels, features=bundle.features)
         excerpt = predictor.listen(data, channel=request.channel, isolated=isolated)
         if excerpt.status != "ok":
@@ -346,9 +330,8 @@ class Worker:
             overview.add(window)
         picture = draw(window, overview, bundle.features)
         features = extract(window.samples, bundle.features)
-        occlusion = yield from _without_familiarity(
-            occlusion_steps(features, target=int(prediction.probabilities.argmax()))
-        )
+        steps = occlusion_steps(features, target=int(prediction.probabilities.argmax()))
+        occlusion = yield from _without_familiarity(steps)
         return answer(prediction=prediction, occlusion=occlusion, picture=picture)
 
 
@@ -397,11 +380,7 @@ def _advance(
 
 
 def open_worker(folder: str, settings: Settings, meter: WorkMeter) -> Worker:
-    """A worker for the bundle in ``folder``, warmed up, with the limits of ``settings``.
-
-    Raises:
-        SerError: the bundle cannot be used.
-    """
+    """A worker for the bundle in ``folder``, warmed up, with the limits of ``settings``; SerError if unusable."""
     limits = settings.audio_limits
     predictor = Predictor.from_bundle(folder, threads=settings.threads, batch_size=settings.batch_size, limits=limits)
     worker = Worker(predictor, max_windows=settings.max_windows, meter=meter)

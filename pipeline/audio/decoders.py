@@ -1,19 +1,15 @@
 """Decoders with one interface: frames [start, start + count) of a recording as float32 blocks (frames, channels).
 
-Method: `SndfileDecoder` reads through libsndfile and seeks, from a file descriptor or else through a Python file
-object. `pyav.AvDecoder` (FFmpeg) decodes from the start and drops the frames before `start`. Files that a library
-cannot open raise `Corrupt`; the library's own messages are not shown to users.
+Method: `SndfileDecoder` (libsndfile) seeks. `pyav.AvDecoder` (FFmpeg) decodes from the start and drops the frames
+before `start`. Files that a library cannot open raise `Corrupt`, without the library's own message.
 
-libmpg123 prints warnings on damaged MP3 files, and libsndfile has no option against that. So C's ``stderr`` stream is
-pointed at /dev/null while an MP3 is open. File descriptor 2 stays as it is, so Python's ``sys.stderr`` and faulthandler
-still work; output of C code in other threads is lost meanwhile. Limits: GNU libc only, whose ``stderr`` is a variable;
-on other systems the warnings are printed.
+libmpg123 prints warnings on damaged MP3 files. So C's ``stderr`` stream is pointed at /dev/null while an MP3 is open;
+Python's ``sys.stderr`` and faulthandler still work. Limits: GNU libc only, whose ``stderr`` is a variable.
 
-Recordings put end to end in one file (chained Ogg streams, files joined by ``cat``) are read as one recording. Each is
-opened to find its length, and again to read its frames, so a thousand of them need no more memory than one. Those with
-another rate or number of channels than the first are left out, and a notice says so. (FFmpeg itself reads joined MP3
-and AAC streams, see ``pyav``.) Limits: in FLAC files above 8 MiB, only the part after the first recording's last frame
-is searched for another; one of exactly the same length as the first may be missed.
+Recordings put end to end in one file (chained Ogg streams, files joined by ``cat``) are read as one. Each is opened to
+find its length, and again to read its frames. Those with another rate or number of channels than the first are left
+out, with a notice. (FFmpeg itself reads joined MP3 and AAC streams.) Limits: in FLAC files above 8 MiB, only the part
+after the first recording's last frame is searched for another; one of exactly the same length may be missed.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -84,20 +80,16 @@ _LAP_FRAMES = 8192  # the largest Vorbis block; the first one after a seek can l
 
 
 class Decoder(Protocol):
-    """An open recording.
+    """An open recording."""
 
-    `frames`: its length in samples per channel; `name`: its name in messages; `notice`: a remark for users, usually "";
-    `next_at`: offset in the file where another recording begins, or 0.
-    """
-
-    name: str
+    name: str  # in messages
     container: str
     codec: str
     sample_rate_hz: int
     channels: int
-    frames: int
-    notice: str
-    next_at: int
+    frames: int  # samples per channel
+    notice: str  # a remark for users, usually ""
+    next_at: int  # offset in the file where another recording begins, or 0
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
         """Frames [start, start + count) in order, float32 (n, channels). `Truncated` if the recording ends earlier.
@@ -251,10 +243,7 @@ class SndfileDecoder:
 _MOST = 10_000  # recordings in one file
 
 
-@dataclass(frozen=True)
-class _Part:
-    container: Container
-    frames: int
+_Parts = list[tuple[Container, int]]  # with their numbers of frames
 
 
 class JoinedDecoder:
@@ -262,10 +251,10 @@ class JoinedDecoder:
 
     next_at = 0
 
-    def __init__(self, first: Decoder, parts: list[_Part], left_out: list[str], limits: Limits) -> None:
+    def __init__(self, first: Decoder, parts: _Parts, left_out: list[str], limits: Limits) -> None:
         self.name, self.container, self.codec = first.name, first.container, first.codec
         self.sample_rate_hz, self.channels = first.sample_rate_hz, first.channels
-        self.frames = sum(part.frames for part in parts)
+        self.frames = sum(frames for _, frames in parts)
         self._parts, self._limits = parts, limits
         self.notice = ""
         if left_out:
@@ -274,18 +263,14 @@ class JoinedDecoder:
             self.notice = f"{these}; the first has {self.sample_rate_hz} Hz and {self.channels} channels)"
 
     def blocks(self, start: int, count: int) -> Iterator[Block]:
-        for part in self._parts:
-            if start < part.frames and count:
-                here = min(count, part.frames - start)
-                with open_decoder(part.container, self._limits) as decoder:
+        for container, frames in self._parts:
+            if start < frames and count:
+                here = min(count, frames - start)
+                with open_decoder(container, self._limits) as decoder:
                     yield from decoder.blocks(start, here)
                 start, count = 0, count - here
             else:
-                start -= part.frames
-
-
-def _part(container: Container, decoder: Decoder) -> _Part:
-    return _Part(replace(container, length=decoder.next_at), decoder.frames)
+                start -= frames
 
 
 @contextmanager
@@ -296,7 +281,7 @@ def open_recording(file: Opened, limits: Limits) -> Iterator[Decoder]:
         if not first.next_at:
             yield first
             return
-        parts, left_out = [_part(container, first)], list[str]()
+        parts, left_out = [(replace(container, length=first.next_at), first.frames)], list[str]()
         rest, place = container.whole, first.next_at
     while place:
         if len(parts) + len(left_out) >= _MOST:
@@ -305,8 +290,8 @@ def open_recording(file: Opened, limits: Limits) -> Iterator[Decoder]:
         container = inspect(rest)
         with open_decoder(container, limits) as decoder:
             if (decoder.sample_rate_hz, decoder.channels) == (first.sample_rate_hz, first.channels):
-                parts.append(_part(container, decoder))
-                frames = sum(part.frames for part in parts)
+                parts.append((replace(container, length=decoder.next_at), decoder.frames))
+                frames = sum(frames for _, frames in parts)
                 limits.check(file.name, rate_hz=first.sample_rate_hz, channels=first.channels, frames=frames)
             else:
                 left_out.append(f"{decoder.sample_rate_hz} Hz, {decoder.channels} channels")

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.audio.lengths import asf_end, audio_bytes, avi_end, left_open, mp4_end, next_flac, webm_end
-from pipeline.audio.source import REMEDY, Opened, Splice, printable, what_else
-from pipeline.audio.streams import Link, amr_end, check_adts, mp3_length, mpeg_start, ogg_link
-from pipeline.audio.wav import W64_RIFF, look_at_w64, look_at_wav
+from pipeline.audio.source import REMEDY, Opened, Splice, what_else
+from pipeline.audio.streams import amr_end, check_adts, id3_bytes, mp3_length, mpeg_start, ogg_link
+from pipeline.audio.wav import W64_RIFF, Wav, look_at_w64, look_at_wav, no_audio_data
 from pipeline.storage.errors import Corrupt, NotAudio, Truncated, UnsupportedFormat
+from pipeline.storage.files import printable
 
 _AIFF_CODECS = set(b"NONE sowt twos fl32 FL32 fl64 FL64 ulaw ULAW alaw ALAW in24 in32".split()) | {b"raw "}
 _CAF_CODECS = {b"lpcm", b"ulaw", b"alaw"}
@@ -31,24 +32,15 @@ _SEARCHED_BYTES = 2**23
 
 @dataclass(frozen=True)
 class Container:
-    """A recognised recording and how to decode it.
-
-    Attributes:
-        whole: the file's bytes from the start of the recording, after tags.
-        demuxer: the name of FFmpeg's demuxer for it; None if libsndfile reads it.
-        splice: bytes to decode in place of a part of the file, for example a correct header; None if not needed.
-        last_page_frames: samples per channel on the last Ogg page.
-        length: bytes of ``whole`` before another recording begins in the same file; 0 if none does.
-        gain: factor to multiply the samples with.
-    """
+    """A recognised recording and how to decode it."""
 
     name: str
-    whole: Opened
-    demuxer: str | None = None
-    splice: Splice | None = None
-    last_page_frames: int = 0
-    length: int = 0
-    gain: float = 1.0
+    whole: Opened  # from the start of the recording, after tags
+    demuxer: str | None = None  # FFmpeg's name for it; None if libsndfile reads it
+    splice: Splice | None = None  # bytes to decode in place of a part of the file, for example a correct header
+    last_page_frames: int = 0  # samples per channel on the last Ogg page
+    length: int = 0  # bytes of `whole` before another recording begins; 0 if none does
+    gain: float = 1.0  # factor to multiply the samples with
 
     @property
     def file(self) -> Opened:
@@ -60,10 +52,9 @@ def inspect(file: Opened) -> Container:
     """Detect the container and check its header. Raises `AudioError` for a file that no decoder should get."""
     start = _behind_tags(file)
     if start >= file.size_bytes:
-        what = "nothing follows its tag" if file.bytes_at(0, 1) != b"\0" else "it holds zeros only"
-        raise (Truncated if what.startswith("nothing") else NotAudio)(
-            f"{file.name}: {what}. Copy or download it again."
-        )
+        zeros = file.bytes_at(0, 1) == b"\0"
+        kind, what = (NotAudio, "it holds zeros only") if zeros else (Truncated, "nothing follows its tag")
+        raise kind(f"{file.name}: {what}. Copy or download it again.")
     rest = file.part(start, file.size_bytes) if start else file
     head = rest.bytes_at(0, 64)
     container = _tell_uncompressed(rest, head) or _tell_compressed(rest, head)
@@ -76,13 +67,9 @@ def _tell_uncompressed(file: Opened, head: bytes) -> Container | None:
     tag, kind = head[:4], head[8:12]
     if tag in (b"RIFF", b"RIFX", b"RF64", b"BW64") and kind == b"WAVE":
         found = look_at_wav(file, ">" if tag == b"RIFX" else "<")
-        name, demuxer = "RF64" if tag in (b"RF64", b"BW64") else "WAV", None if found.sndfile else "wav"
-        length = _joined_at(file, found.end)
-        return Container(name, file, demuxer, found.splice, length=length, gain=found.gain)
+        return _of_wav("RF64" if tag in (b"RF64", b"BW64") else "WAV", file, found)
     if head[:16] == W64_RIFF:
-        found = look_at_w64(file)
-        demuxer, length = None if found.sndfile else "wav", _joined_at(file, found.end)
-        return Container("W64", file, demuxer, found.splice, length=length, gain=found.gain)
+        return _of_wav("W64", file, look_at_w64(file))
     if tag == b"RIFF" and kind == b"AVI ":
         return Container("AVI", file, "avi", length=avi_end(file))
     if tag == b"FORM" and kind in (b"AIFF", b"AIFC"):
@@ -98,9 +85,14 @@ def _tell_uncompressed(file: Opened, head: bytes) -> Container | None:
     return None
 
 
+def _of_wav(name: str, file: Opened, found: Wav) -> Container:
+    demuxer = None if found.sndfile else "wav"
+    return Container(name, file, demuxer, found.splice, length=_joined_at(file, found.end), gain=found.gain)
+
+
 def _tell_compressed(file: Opened, head: bytes) -> Container | None:
     if head[:4] == b"OggS":
-        return _look_at_ogg(file, ogg_link(file))
+        return _look_at_ogg(file)
     if head[:4] == b"fLaC":
         unknown = not (head[21:22] or b"\1")[0] & 0x0F and head[22:26] == bytes(4)  # its number of samples
         searched = unknown or file.size_bytes <= _SEARCHED_BYTES  # larger files: searched by `SndfileDecoder`
@@ -153,7 +145,9 @@ def _behind_tags(file: Opened) -> int:
     for _ in range(_MAX_TAGS):
         head = file.bytes_at(start, 32)
         if head[:3] == b"ID3":
-            start += _id3_bytes(file, head)
+            if len(head) < 10:
+                raise Truncated(f"{file.name}: {len(head)} bytes of an ID3 tag. Copy or download it again.")
+            start += id3_bytes(head)
         elif head[:8] == b"APETAGEX" and len(head) == 32:
             start += 32 + int.from_bytes(head[12:16], "little")  # its length counts the footer
         elif head[:16] == bytes(16):
@@ -163,23 +157,13 @@ def _behind_tags(file: Opened) -> int:
     raise Corrupt(f"{file.name}: more than {_MAX_TAGS} tags before its audio. Export it again.")
 
 
-def _id3_bytes(file: Opened, head: bytes) -> int:
-    if len(head) < 10:
-        raise Truncated(f"{file.name}: {len(head)} bytes of an ID3 tag. Copy or download it again.")
-    size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
-    return int(10 + size + (10 if head[5] & 0x10 else 0))
-
-
 def _first_not_zero(file: Opened, start: int) -> int:
     end = min(start + _ZEROS_BYTES, file.size_bytes)
     for position in range(start, end, 2**16):
         data = file.bytes_at(position, min(2**16, end - position))
-        if zeros := len(data) - len(data.lstrip(b"\0")):
-            if zeros < len(data):
-                return position + zeros
-        else:
-            return position
-    return file.size_bytes if end == file.size_bytes else end
+        if rest := data.lstrip(b"\0"):
+            return position + len(data) - len(rest)
+    return end
 
 
 def _joined_at(file: Opened, end: int) -> int:
@@ -213,7 +197,7 @@ def _look_at_aiff(file: Opened) -> Container:
             length = _joined_at(file, start + real) if splice is None else 0
             return Container("AIFF", file, demuxer, splice, length=length)
         position += 8 + size + size % 2
-    raise _no_audio_data(file)
+    raise no_audio_data(file)
 
 
 def _look_at_caf(file: Opened) -> Container:
@@ -235,7 +219,7 @@ def _look_at_caf(file: Opened) -> Container:
         if size < 0:
             break
         position += 12 + size
-    raise _no_audio_data(file)
+    raise no_audio_data(file)
 
 
 def _look_at_au(file: Opened, head: bytes, order: str) -> Container:
@@ -278,7 +262,8 @@ def _look_at_sphere(file: Opened) -> Container:
     return Container("SPHERE", file, splice=splice, length=_joined_at(file, start + real) if declared else 0)
 
 
-def _look_at_ogg(file: Opened, link: Link) -> Container:
+def _look_at_ogg(file: Opened) -> Container:
+    link = ogg_link(file)
     length = link.end if link.end < file.size_bytes else 0
     only = len(link.packets) == 1 and link.packets[0].startswith(_OGG_CODECS)
     return Container("OGG", file, None if only else "ogg", None, link.last_page_frames, length)
@@ -296,7 +281,3 @@ def _is_gsm(file: Opened) -> bool:
         return False
     data = file.bytes_at(0, 33 * 512)
     return all(byte >> 4 == 0xD for byte in data[::33])
-
-
-def _no_audio_data(file: Opened) -> Truncated:
-    return Truncated(f"{file.name}: ends before its audio data starts. Copy or download it again.")

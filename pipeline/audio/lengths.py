@@ -1,12 +1,11 @@
 """How much audio a file holds if its header's length is wrong, and whether a container for FFmpeg is cut off.
 
-Uncompressed audio: the length in a header can be wrong. A killed recorder leaves 0, a streaming writer a placeholder
-(0x7FFFF000, 2e9, 0xFFFFFFFF), and some writers count their own header. Then all audio up to the end of the file is
-taken. If the length is none of these and bytes are missing, the recording is cut off.
+Uncompressed audio: a killed recorder leaves the length 0, a streaming writer a placeholder (0x7FFFF000, 2e9,
+0xFFFFFFFF), and some writers count their own header. Then all audio up to the end of the file is taken. If the length
+is none of these and bytes are missing, the recording is cut off.
 
-Containers for FFmpeg: FFmpeg reads a file that ends too early as a shorter one, without an error. The outermost boxes
-state their length: one that reaches past the end of the file was cut. Lengths left open, as browsers do, are ignored.
-Also found here: where another recording follows in the same file.
+Containers: FFmpeg reads a file that ends too early as a shorter one, without an error. So the lengths of the outermost
+boxes are checked, unless they are left open, as browsers do. Also found: where another recording follows in the file.
 Sources: ISO/IEC 14496-12 and Apple's QuickTime File Format (boxes), RFC 8794 (EBML) and RFC 9559 (Matroska),
 Microsoft's ASF specification and AVI RIFF file reference.
 """

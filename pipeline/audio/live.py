@@ -1,24 +1,23 @@
 """Buffers the audio of a live stream and cuts each window out of it as a short recording, read like any other file.
 
 A part holds one window plus the margin that resampling needs, so its samples equal those of the whole stream in one
-file. Only the audio for the next windows is kept. PCM becomes a WAV file. Opus in WebM becomes another WebM file that
-begins half a second early, because Opus decoding depends on earlier packets.
-
-Browsers' MediaRecorder sends a WebM in pieces of any size, and only the first piece has a header. So the Opus packets
-are extracted without decoding. Sources: RFC 8794 (EBML), RFC 9559 (Matroska), RFC 6716 section 3 (duration of an Opus
-packet), RFC 7845 (OpusHead). Limits: only the first audio track is read; it must be Opus of one or two channels,
-without lacing and compression, as browsers write it.
+file. PCM becomes a WAV file, Opus in WebM another WebM file that begins half a second early, because Opus decoding
+depends on earlier packets. Browsers' MediaRecorder sends a WebM in pieces of any size, and only the first piece has a
+header. So the Opus packets are extracted without decoding.
+Sources: RFC 8794 (EBML), RFC 9559 (Matroska), RFC 6716 section 3 (duration of an Opus packet), RFC 7845 (OpusHead).
+Limits: only the first audio track is read; it must be Opus of one or two channels, without lacing and compression, as
+browsers write it.
 """
 
 from __future__ import annotations
 
-import math
 import struct
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from pipeline.audio.windows import frames_for
+from pipeline.audio.wav import header_of
+from pipeline.audio.windows import SlidingWindow, frames_for
 from pipeline.storage.errors import BadChannels, Corrupt, NotAudio, UnsupportedFormat
 
 OPUS_HZ = 48_000
@@ -35,10 +34,10 @@ _LONGEST = 5_760  # samples of an Opus packet at 48 kHz: 120 ms
 
 @dataclass(frozen=True)
 class Packet:
-    """An Opus packet, and the number of samples at 48 kHz that it decodes to."""
+    """An Opus packet."""
 
     data: bytes
-    samples: int
+    samples: int  # that it decodes to, at 48 kHz
 
 
 class WebmReader:
@@ -60,11 +59,7 @@ class WebmReader:
         return int.from_bytes(self.head[10:12], "little")
 
     def add(self, data: bytes) -> list[Packet]:
-        """Take the next bytes of the stream; return the packets that are now complete.
-
-        Raises:
-            AudioError: the stream is not WebM, or breaks the limits described above.
-        """
+        """Take the next bytes; return the packets that are now complete. Raises AudioError if the stream is refused."""
         self._waiting += data
         packets: list[Packet] = []
         at = 0
@@ -81,7 +76,9 @@ class WebmReader:
             if name in _ENTERED:
                 at = body
                 if name == _TRACK:
-                    self._enter_track()
+                    self._tracks.append({})
+                    if len(self._tracks) > _MOST_TRACKS:
+                        raise _corrupt("it has too many tracks")
             elif size is None or size > (_MOST_BYTES if name in _KEPT else _MOST_SKIPPED):
                 raise _corrupt("an element is too large")
             elif name not in _KEPT:
@@ -93,11 +90,6 @@ class WebmReader:
                 packets += self._take(name, bytes(self._waiting[body:at]))
         del self._waiting[:at]
         return packets
-
-    def _enter_track(self) -> None:
-        if len(self._tracks) >= _MOST_TRACKS:
-            raise _corrupt("it has too many tracks")
-        self._tracks.append({})
 
     def _take(self, name: int, value: bytes) -> list[Packet]:
         if name in (_BLOCK, _SIMPLE_BLOCK):
@@ -129,8 +121,7 @@ class WebmReader:
             raise NotAudio("a WebM without an audio track; record a stream that has one")
         head, codec = track.get(_PRIVATE, b""), track.get(_CODEC, b"").rstrip(b"\0")
         if codec != b"A_OPUS" or _ENCODINGS in track:
-            detail = "a WebM must hold Opus; record with mimeType audio/webm;codecs=opus, or send PCM"
-            raise UnsupportedFormat(detail)
+            raise UnsupportedFormat("a WebM must hold Opus; record with mimeType audio/webm;codecs=opus, or send PCM")
         if len(head) != 19 or not head.startswith(b"OpusHead") or head[9] not in (1, 2) or head[18]:
             raise BadChannels("only Opus of one or two channels is accepted; record fewer channels, or send PCM")
         self.head, self.delay_ns = head, int.from_bytes(track.get(_DELAY, b"")[:8], "big")
@@ -158,10 +149,8 @@ def _samples(packet: bytes) -> int:
     kind, count = packet[0] >> 3, packet[0] & 3
     if kind < 12:
         frame = (480, 960, 1_920, 2_880)[kind % 4]
-    elif kind < 16:
-        frame = (480, 960)[kind % 2]
     else:
-        frame = (120, 240, 480, 960)[kind % 4]
+        frame = (480, 960)[kind % 2] if kind < 16 else (120, 240, 480, 960)[kind % 4]
     if count == 3 and len(packet) < 2:
         raise _corrupt("an Opus packet is cut off")
     frames = packet[1] & 0x3F if count == 3 else min(count, 1) + 1
@@ -209,27 +198,17 @@ _OPUS_BYTES_A_SECOND = 64_000
 
 @dataclass(frozen=True)
 class Part:
-    """A short recording that holds one window.
+    """A short recording that holds one window."""
 
-    Attributes:
-        data: the content of an audio file.
-        start_s: where the window starts in the file; ``shift_s``: where the file starts in the stream.
-    """
-
-    data: bytes
-    start_s: float
-    shift_s: float
+    data: bytes  # an audio file
+    start_s: float  # where the window starts in it
+    shift_s: float  # where it starts in the stream
 
 
 class Tape(ABC):
-    """The received audio of a stream.
+    """The received audio of a stream, for a model with sample rate ``rate_hz``.
 
-    Args:
-        rate_hz: the model's sample rate.
-
-    Attributes:
-        frames: number received so far, at ``from_hz``.
-        bytes_a_second: of raw audio; for compressed audio, the most that encoders produce.
+    ``frames``: number received so far, at ``from_hz``. ``bytes_a_second``: of raw audio, or at most from encoders.
     """
 
     def __init__(self, rate_hz: int, from_hz: int, bytes_a_second: int) -> None:
@@ -244,11 +223,7 @@ class Tape(ABC):
 
     @abstractmethod
     def add(self, data: bytes) -> None:
-        """Append received bytes.
-
-        Raises:
-            AudioError: they cannot be read.
-        """
+        """Append received bytes. Raises AudioError if they cannot be read."""
 
     def holds(self, start_s: float, window_s: float) -> bool:
         """Whether all audio for the window has been received, or the stream has ended."""
@@ -289,14 +264,10 @@ class PcmTape(Tape):
         del self._kept[: (first - self._kept_from) * self._frame]
         self._kept_from = first
         sound = bytes(self._kept[: (min(last, self.frames) - first) * self._frame])
-        return self._header(len(sound)) + sound, first
-
-    def _header(self, size: int) -> bytes:
-        """A WAV header for ``size`` bytes of samples."""
-        tag, bits = (3 if self._bytes == 4 else 1), 8 * self._bytes
-        rates = self.from_hz, self.from_hz * self._frame, self._frame, bits
-        form = struct.pack("<4sIHHIIHH", b"fmt ", 16, tag, self._channels, *rates)
-        return struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + form + struct.pack("<4sI", b"data", size)
+        tag, bits = (3 if self._bytes == 4 else 1), 8 * self._bytes  # float or PCM
+        byte_rate = self.from_hz * self._frame
+        form = struct.pack("<HHIIHH", tag, self._channels, self.from_hz, byte_rate, self._frame, bits)
+        return header_of(form, len(sound)) + sound, first
 
 
 class WebmTape(Tape):
@@ -329,9 +300,4 @@ class WebmTape(Tape):
 
 def ends(received_s: float, window_s: float, hop_s: float, done: int) -> list[float]:
     """Start times of the remaining windows when a stream ends, after ``done`` windows were analysed."""
-    last_s = received_s - window_s
-    if last_s <= 0:
-        return [0.0] if not done else []
-    starts = [index * hop_s for index in range(done, math.floor(last_s / hop_s + 1e-9) + 1)]
-    reached_s = starts[-1] if starts else (done - 1) * hop_s
-    return starts if last_s - reached_s <= 0.001 else [*starts, last_s]
+    return SlidingWindow(window_s, hop_s).starts(received_s)[done:]

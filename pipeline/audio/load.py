@@ -68,41 +68,34 @@ _LOUDEST = 1e9  # float recordings hold +-1, some +-32768; the power of 1e9 stil
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """Facts about a recording: rate in Hz, channels, frames (samples per channel), seconds, container, codec.
-
-    `notice`: a remark for users on how it was read; usually "".
-    """
+    """Facts about a recording."""
 
     sample_rate_hz: int
     channels: int
-    frames: int
+    frames: int  # samples per channel
     duration_s: float
     container: str
     codec: str
-    notice: str = ""
+    notice: str = ""  # a remark for users on how it was read
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of a recording.
+    """A part of a recording."""
 
-    `samples`: float32 mono (n,) at `sample_rate_hz`; `start_s`: where in the recording its audio starts; `scored_s`:
-    seconds of audio from the recording, the rest is zero padding.
-    """
-
-    samples: Samples
+    samples: Samples  # float32 mono (n,)
     sample_rate_hz: int
-    start_s: float
-    scored_s: float
+    start_s: float  # where in the recording its audio starts
+    scored_s: float  # seconds of audio from the recording; the rest is zero padding
     info: AudioInfo
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The result of `load_once`: `clips`, one for each requested length, and the `content_hash` (or "")."""
+    """The result of `load_once`."""
 
-    clips: tuple[Clip, ...]
-    content_hash: str
+    clips: tuple[Clip, ...]  # one for each requested length
+    content_hash: str  # or ""
 
 
 def probe(source: AudioSource, *, limits: Limits = DEFAULT_LIMITS) -> AudioInfo:
@@ -123,10 +116,8 @@ def load_middle(
     """The middle of a recording, or its part with most speech; the same samples as from the whole one resampled.
 
     Args:
-        source: path or bytes.
         window_s: length in seconds; the clip has exactly round(window_s * sample_rate_hz) samples; a shorter
             recording is centred and padded with zeros.
-        sample_rate_hz: rate of the samples returned.
         channel: "mix" (the mean of all channels), or one channel, counted from 0.
         window: "speech": the part with most speech; this decodes the whole recording.
         limits: recordings beyond them are refused, before decoding where possible.
@@ -154,11 +145,8 @@ def load_once(
     because their samples depend on where decoding starts. With `window` "speech", each part is decoded again too.
 
     Args:
-        source: path or bytes.
         windows_s: lengths of the middles in seconds, one or more.
-        sample_rate_hz: rate of the samples returned.
         window: "speech": all clips are centred where the clip of the first length has most speech.
-        limits: recordings beyond them are refused, before decoding where possible.
 
     Returns:
         The clips, all channels mixed; the hash is "" if the recording is damaged outside its middles.
@@ -199,12 +187,8 @@ def load(
     The result needs 4 bytes of memory a sample: load long recordings in parts.
 
     Args:
-        source: path or bytes.
-        sample_rate_hz: rate of the samples returned.
-        start_s: start of the part, in seconds.
         duration_s: length of the part in seconds, shortened at the recording's end; None: up to the end.
         channel: "mix" (the mean of all channels), or one channel, counted from 0.
-        limits: recordings beyond them are refused, before decoding where possible.
 
     Raises:
         AudioError: the recording cannot be used; `NoSamples` when `start_s` lies at or past its end.

@@ -57,10 +57,10 @@ class AvDecoder:
                 self.channels = block.shape[1]
             self.frames += len(block)
             limits.check(self.name, rate_hz=self.sample_rate_hz, channels=self.channels, frames=self.frames)
-            if kept is not None:
+            if kept is not None and self.frames * self.channels * 4 <= _KEPT_BYTES:
                 kept.append(block)
-                if self.frames * self.channels * 4 > _KEPT_BYTES:
-                    kept = None
+            else:
+                kept = None
         self._kept = kept
         if not self.frames:
             raise NoSamples(f"{self.name}: an audio track of 0 samples. Record or export it again.")
@@ -90,11 +90,11 @@ class AvDecoder:
                     held.append(block)
                     size += block.size
                     if size >= _BLOCK_SAMPLES:
-                        yield _together(held)
+                        yield np.concatenate(held)
                         held, size = [], 0
             held += converter.rest()
             if held:
-                yield _together(held)
+                yield np.concatenate(held)
 
     def _frames(self, opened: Any, stream: Any, view: FileView) -> Iterator[Any]:
         packets = bad = 0
@@ -147,10 +147,6 @@ def _limit_allocations() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(_LARGEST_ALLOCATION))
-
-
-def _together(blocks: list[Block]) -> Block:
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
 class _Converter:

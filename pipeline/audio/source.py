@@ -1,8 +1,7 @@
 """Opens a path or `bytes` as a regular, non-empty file with random access; lists the accepted endings and codecs.
 
-Method: the kind of file is checked before it is opened (without blocking, where the system allows that). So a pipe, a
-device or a folder gives an error and never hangs. On Linux `bytes` become an anonymous file in memory, so decoders get
-a descriptor either way. Without a descriptor (Windows, a part of a file) they read through a `FileView`.
+A pipe, a device or a folder gives an error and never hangs. On Linux `bytes` become an anonymous file in memory, so
+decoders get a descriptor either way. Without a descriptor (Windows, a part of a file) they read through a `FileView`.
 
 Endings only decide whether a folder scan takes a file; its format is detected from its content (``headers``).
 Sources: the endings that FFmpeg's, libsndfile's and SoX's documentation name for their formats; libmagic's "magic"
@@ -22,15 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.storage.errors import (
-    EmptyFile,
-    NotAFile,
-    NotFetched,
-    NotFound,
-    PermissionDenied,
-    Unreadable,
-)
+from pipeline.storage.errors import EmptyFile, NotAFile, NotFetched, NotFound, PermissionDenied, Unreadable
 from pipeline.storage.files import is_address
+from pipeline.storage.files import printable as printable
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -56,20 +49,13 @@ AudioSource = Recording | Segment
 
 @dataclass(frozen=True)
 class Opened:
-    """A regular file open for reading, or a part of one. Not thread-safe.
+    """A regular file open for reading, or a part of one. Not thread-safe."""
 
-    Attributes:
-        name: its name in messages.
-        read_at: (offset in the file, count) -> up to `count` bytes.
-        descriptor: file descriptor of the whole file, if C code can read from it; else None.
-        base: offset in the file where the part starts.
-    """
-
-    name: str
+    name: str  # in messages
     size_bytes: int
-    read_at: Callable[[int, int], bytes]
-    descriptor: int | None = None
-    base: int = 0
+    read_at: Callable[[int, int], bytes]  # (offset in the file, count) -> up to `count` bytes
+    descriptor: int | None = None  # of the whole file, if C code can read from it
+    base: int = 0  # offset in the file where the part starts
 
     def bytes_at(self, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset`; fewer at the end. Does not move the descriptor's read position."""
@@ -147,10 +133,10 @@ def open_source(source: AudioSource) -> Iterator[Opened]:
     if isinstance(source, Segment):
         source = source.recording
     with ExitStack() as stack:
+        name = name_of(source)
         if isinstance(source, (bytes, bytearray, memoryview)):
-            opened = _in_memory(bytes(source), name_of(source), stack)
+            opened = _in_memory(bytes(source), name, stack)
         else:
-            name = name_of(source)
             file = stack.enter_context(_open_path(source, name))
             status = os.fstat(file.fileno())
             _refuse_irregular(status.st_mode, name)
@@ -167,13 +153,6 @@ def name_of(source: AudioSource) -> str:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"recording of {len(source)} bytes"
     return printable(source)
-
-
-def printable(path: str | os.PathLike[str]) -> str:
-    """A path as one printable line: control characters and undecodable bytes escaped, cut in the middle if long."""
-    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= 200 else f"{text[:80]}...{text[-100:]}"
 
 
 def _in_memory(data: bytes, name: str, stack: ExitStack) -> Opened:
@@ -207,9 +186,8 @@ def _open_path(path: str | os.PathLike[str], name: str) -> io.FileIO:
         return open(path, "rb", buffering=0, opener=without_waiting)  # binary on Windows too
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
         if is_address(os.fsdecode(path)):
-            raise NotFetched(
-                f"{name}: this is a URL; only s3:// and gs:// URLs are fetched. Download it first."
-            ) from error
+            remedy = "only s3:// and gs:// URLs are fetched. Download it first."
+            raise NotFetched(f"{name}: this is a URL; {remedy}") from error
         raise NotFound(f"{name or 'empty path'}: {_why_missing(path)}") from error
     except PermissionError as error:
         raise PermissionDenied(f"{name}: permission denied. Grant read access to it and its folders.") from error
@@ -258,18 +236,14 @@ _MUSIC = "aac aac_latm mp1float mp2float mp3float mp1 mp2 mp3 opus libopus vorbi
 _OLDER = "wmav1 wmav2 wmapro wmalossless wmavoice mpc7 mpc8 truespeech nellymoser qdm2 sipr cook mace3 mace6"
 CODECS = frozenset(f"{_SPEECH} {_MUSIC} {_OLDER} real_144 real_288".split())
 
-_OTHERS = (
-    (
-        b"version https://git-lfs",
-        "a Git LFS pointer instead of the recording itself. Run git lfs pull in its repository",
-    ),
-    (
-        b"version https://hawser",
-        "a Git LFS pointer instead of the recording itself. Run git lfs pull in its repository",
-    ),
+_LFS = "a Git LFS pointer instead of the recording itself. Run git lfs pull in its repository"
+_WEB_PAGE = "a web page saved in its place. Download it again, perhaps after signing in"
+_OTHERS = (  # first bytes of a file that is no recording, lower case; what it is, and the remedy
+    (b"version https://git-lfs", _LFS),
+    (b"version https://hawser", _LFS),
     (b"/annex/objects/", "a git-annex pointer instead of the recording itself. Run git annex get in its repository"),
-    (b"<!doctype html", "a web page saved in its place. Download it again, perhaps after signing in"),
-    (b"<html", "a web page saved in its place. Download it again, perhaps after signing in"),
+    (b"<!doctype html", _WEB_PAGE),
+    (b"<html", _WEB_PAGE),
     (b"<?xml", "an XML document, perhaps a server's error message. Download it again"),
     (b"{", "a JSON document, perhaps a server's error message. Download it again"),
     (b"pk\3\4", "a ZIP archive. Unpack it"),

@@ -1,12 +1,11 @@
 """The real length of an Ogg, MP3, AMR or AAC stream, from its pages and frame headers.
 
-Method, Ogg: the headers of all pages are read, and the last page must be complete. A page that begins a new stream
-after the first streams have had data starts another recording. The samples on the last page are counted too:
-libsndfile 1.2.2 seeks wrongly into the last page of a Vorbis stream (off by the samples trimmed at its end).
-Method, MP3: without a Xing, Info or VBRI frame, libsndfile estimates the length from the first frame. For variable
-bit rates that can be wrong by half, and reading stops there. So all frames are counted, and a Xing frame with the count
-is put in front. Frames beyond the length in a Xing frame, or frames of another rate, mean that several files were
-joined.
+Ogg: the headers of all pages are read, and the last page must be complete. A page that begins a new stream after the
+first streams have had data starts another recording. The samples on the last page are counted, because libsndfile
+1.2.2 seeks wrongly into the last page of a Vorbis stream (off by the samples trimmed at its end).
+MP3: without a Xing, Info or VBRI frame, libsndfile estimates the length from the first frame, which can be wrong by
+half, and stops there. So all frames are counted, and a Xing frame with the count is put in front. Frames beyond the
+length in a Xing frame, or frames of another rate, mean that several files were joined.
 Sources: RFC 3533 (Ogg), ISO/IEC 11172-3 and 13818-3 (MPEG audio), the Xing header as LAME writes it, RFC 4867 (AMR),
 ISO/IEC 13818-7 (ADTS).
 Limits: a recording cut exactly between two Ogg pages, or two frames of an MP3 without Xing frame, passes as complete.
@@ -153,13 +152,19 @@ def _behind_tags(file: Opened, position: int) -> int:
         if head[:3] == b"TAG":
             position += 128
         elif head[:3] == b"ID3" and len(head) >= 10:
-            position += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+            position += id3_bytes(head)
         elif head[:8] == b"APETAGEX" and len(head) == 32:
             header = 32 if head[23] & 0x20 else 0
             position += header + (int.from_bytes(head[12:16], "little") if header else 32)
         else:
             break
     return min(position, file.size_bytes)
+
+
+def id3_bytes(head: bytes) -> int:
+    """Bytes of the ID3v2 tag with this header of 10 bytes or more."""
+    size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    return int(10 + size + (10 if head[5] & 0x10 else 0))  # the flag: a footer follows
 
 
 def _told_bytes(head: bytes) -> int | None:

@@ -34,19 +34,12 @@ _MAX_FORMAT_BYTES = 1024
 
 @dataclass(frozen=True)
 class Wav:
-    """The audio data of a file and how to read it.
+    """The audio data of a file and how to read it."""
 
-    Attributes:
-        splice: a header for the decoder in place of the file's own; None if that is correct.
-        sndfile: True if libsndfile reads the codec, False if FFmpeg does.
-        end: offset where the audio ends.
-        gain: factor to multiply the samples with.
-    """
-
-    splice: Splice | None
-    sndfile: bool
-    end: int
-    gain: float = 1.0
+    splice: Splice | None  # a header for the decoder in place of the file's own, if that is wrong
+    sndfile: bool  # whether libsndfile reads the codec; else FFmpeg does
+    end: int  # offset where the audio ends
+    gain: float = 1.0  # factor to multiply the samples with
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ def look_at_w64(file: Opened) -> Wav:
             layout = _Layout(form, position + 24, max(size - 24, 0), regular, streamed=2**62)
             return _settled(file, layout, "<", outer_end=outer)
         position += max(size + -size % 8, 24)
-    raise _no_audio(file)
+    raise no_audio_data(file)
 
 
 def _walk(file: Opened, order: str) -> _Layout:
@@ -129,7 +122,7 @@ def _walk(file: Opened, order: str) -> _Layout:
         position = body + size + size % 2
     data = find(file, b"data", 12, _SEARCHED_BYTES)
     if form is None or data < 0 or data + 8 >= file.size_bytes:
-        raise _no_audio(file)
+        raise no_audio_data(file)
     (size,) = struct.unpack(order + "I", file.bytes_at(data + 4, 4))
     return _Layout(form, data + 8, size, regular=False)
 
@@ -150,13 +143,14 @@ def _format(file: Opened, body: bytes, order: str) -> _Format:
     extensible = tag == _EXTENSIBLE and len(body) >= 26
     if extensible:
         (tag,) = struct.unpack(order + "H", body[24:26])  # the sub-format's GUID starts with the codec's tag
+    impossible = f"{file.name}: header with {channels} channels, {rate_hz} Hz, {bits} bits. Export it again."
     if not channels or not rate_hz or not frame_bytes:
-        raise Corrupt(f"{file.name}: header with {channels} channels, {rate_hz} Hz, {bits} bits. Export it again.")
+        raise Corrupt(impossible)
     if tag not in _SNDFILE_TAGS and tag not in _FFMPEG_TAGS:
         raise UnsupportedFormat(f"{file.name}: WAV with codec 0x{tag:04X} is not accepted. {REMEDY}")
     if tag in _SNDFILE_TAGS and tag not in _BLOCK_TAGS:
         if bits not in (8, 12, 16, 20, 24, 32, 64):
-            raise Corrupt(f"{file.name}: header with {channels} channels, {rate_hz} Hz, {bits} bits. Export it again.")
+            raise Corrupt(impossible)
         wide = tag == 1 and frame_bytes in [channels * size for size in (2, 3, 4) if 8 * size > bits]
         if frame_bytes != channels * -(-bits // 8) and not wide:
             raise Corrupt(f"{file.name}: {frame_bytes} bytes a frame for {channels} x {bits} bits. Export it again.")
@@ -167,22 +161,16 @@ def _settled(file: Opened, layout: _Layout, order: str, outer_end: int) -> Wav:
     form, start, declared = layout.form, layout.start, layout.declared
     if declared == 0 and left_open(file, start, order):
         declared = layout.streamed
-    size = audio_bytes(
-        file,
-        start,
-        declared,
-        form.frame_bytes,
-        streamed=layout.streamed,
-        outer_end=outer_end if outer_end > 8 else None,
-    )
+    outer = outer_end if outer_end > 8 else None
+    size = audio_bytes(file, start, declared, form.frame_bytes, streamed=layout.streamed, outer_end=outer)
     if form.tag in _FFMPEG_TAGS:  # always a new header: FFmpeg allocates whatever size a format chunk states
-        return Wav(Splice(0, start, _header(form.body, size, order)), sndfile=False, end=start + size)
+        return Wav(Splice(0, start, header_of(form.body, size, order)), sndfile=False, end=start + size)
     gain = 1.0
     wide = form.tag == 1 and form.frame_bytes != form.channels * -(-form.bits // 8)
     if wide:
         form, gain = _widened(file, form, start, order)
     right = layout.regular and size == layout.declared and not wide
-    splice = None if right else Splice(0, start, _header(form.body, size, order))
+    splice = None if right else Splice(0, start, header_of(form.body, size, order))
     return Wav(splice, sndfile=True, end=start + size, gain=gain)
 
 
@@ -206,8 +194,8 @@ def _widened(file: Opened, form: _Format, start: int, order: str) -> tuple[_Form
     return replace(form, bits=8 * size, body=bytes(body)), float(2 ** (8 * size - form.bits)) if low else 1.0
 
 
-def _header(form: bytes, size: int, order: str) -> bytes:
-    """The complete header before `size` bytes of audio; RF64 where RIFF cannot hold the length."""
+def header_of(form: bytes, size: int, order: str = "<") -> bytes:
+    """The complete header before `size` bytes of audio, `form` is its format chunk; RF64 where RIFF is too small."""
     form = form + bytes(len(form) % 2)
     chunk = b"fmt " + struct.pack(order + "I", len(form)) + form
     if size + len(chunk) + 20 < 2**32:
@@ -223,5 +211,6 @@ def _no_format(file: Opened) -> Corrupt:
     return Corrupt(f"{file.name}: its data chunk comes before its format chunk. Export it again.")
 
 
-def _no_audio(file: Opened) -> Truncated:
+def no_audio_data(file: Opened) -> Truncated:
+    """The error for a recording without any audio."""
     return Truncated(f"{file.name}: ends before its audio data starts. Copy or download it again.")

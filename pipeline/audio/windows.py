@@ -65,11 +65,7 @@ class GivenWindows:
 
 
 def check_crops(crops: int) -> None:
-    """Refuse an impossible or excessive number of crops.
-
-    Raises:
-        SerError: below 1 or above ``MAX_CROPS``.
-    """
+    """Raise SerError for a number of crops below 1 or above ``MAX_CROPS``."""
     if crops < 1:
         raise SerError(f"crops must be 1 or more, got {crops}")
     if crops > MAX_CROPS:

@@ -2,10 +2,9 @@
 
 Ray takes half a minute to start on two CPUs, so work of a few such times is finished sooner without it.
 
-Before a job runs on several nodes, ``check_nodes`` checks that all of them can read its inputs and see the same output
-folder. A small task runs on each live node, even a busy one. It reads a file of random content, just written by the
-driver, and opens the inputs. Then it writes a file of its own into the folder. A failure is reported in one line with
-the node and the path. Not checked: a cluster of one node, and nodes that an autoscaler adds later.
+Before a job runs on several nodes, ``check_nodes`` runs a small task on each: it reads a file of random content, just
+written by the driver, opens the inputs, and writes a file of its own into the output folder. Not checked: a cluster of
+one node, and nodes that an autoscaler adds later.
 """
 
 from __future__ import annotations
@@ -39,15 +38,9 @@ Result = TypeVar("Result")
 
 
 def choose_engine(engine: str, work_s: float, num_cpus: int | None = None) -> str:
-    """The engine for the work: "local" or "ray".
+    """The engine for work of about ``work_s`` CPU seconds: "local" or "ray". Refuses an unknown engine.
 
-    Args:
-        engine: one of ENGINES. "auto" is Ray on a cluster (``RAY_ADDRESS``), in a Ray job, and for long work.
-        work_s: estimated CPU seconds.
-        num_cpus: CPUs that may be used; None: all. With "auto", 0 (from earlier versions) is the local engine.
-
-    Raises:
-        SerError: an unknown engine.
+    "auto" is Ray on a cluster (``RAY_ADDRESS``), in a Ray job, and for long work; with ``num_cpus`` 0 it is local.
     """
     if engine not in ENGINES:
         raise SerError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
@@ -215,10 +208,9 @@ def cpus_a_worker(workers: int) -> int:
 
 
 def check_nodes(folder: Path, inputs: Sequence[str | Path] = (), some_of: Sequence[str] = ()) -> None:
-    """Check before a job starts that every node can read its inputs and write into its folder.
+    """Check before a job starts that every node can read its inputs and write into its folder, which exists.
 
     Args:
-        folder: an existing folder that the job writes into on all nodes.
         inputs: files that every node must be able to open. Files that this process cannot open either are not
             checked, nor are object-store URIs.
         some_of: many files, of which about 32, evenly spaced, are checked in the same way.
@@ -300,20 +292,17 @@ def _look(probe: str, content: str, paths: Sequence[str], name: str) -> str | No
     """Run on a node: the problem found, as the end of a sentence that begins with the node; None if all is well."""
     folder = os.path.dirname(probe)
     try:
-        with open(probe, encoding="ascii") as file:
-            if file.read() != content:
-                return f"has another folder at {folder}"
+        if Path(probe).read_text(encoding="ascii") != content:
+            return f"has another folder at {folder}"
     except OSError as error:
         return f"does not see {folder} ({error.strerror})"
     try:
-        with open(f"{probe}.{name}", "x", encoding="ascii"):
-            pass
+        open(f"{probe}.{name}", "xb").close()
     except OSError as error:
         return f"cannot write into {folder} ({error.strerror})"
     for path in paths:
         try:
-            with open(path, "rb"):
-                pass
+            open(path, "rb").close()
         except OSError as error:
             return f"cannot read {path} ({error.strerror})"
     return None

@@ -2,8 +2,8 @@
 
 This module works with the pinned version of Ray (``SUPPORTED``) and may fail with another. `check` looks the names up
 before they are used, and raises an error if one is missing: a setting that silently has no effect could leave ports
-open on all interfaces. ``python -m pipeline.cluster.ray_internals`` lists the names that the installed Ray
-lacks. Limits: an existing name may have changed its meaning; tests of the behaviour are in ``tests/cluster``.
+open on all interfaces. Limits: an existing name may have changed its meaning; tests of the behaviour are in
+``tests/cluster``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # longest path in sock
 _finished: dict[int, bytes] = {}
 
 
-def missing(names: tuple[tuple[str, str], ...] = _CORE + _OF_DATA + _OF_SERVE) -> list[str]:
+def missing(names: tuple[tuple[str, str], ...]) -> list[str]:
     """The names that the installed Ray lacks, as ``module.name``."""
     lacking = []
     for module, name in names:
@@ -272,18 +272,3 @@ def _processes() -> Iterator[tuple[int, int, bytes]]:
         with suppress(OSError):  # the process has just ended
             parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
             yield int(process.name), parent, (process / "cmdline").read_bytes()
-
-
-def main(tell: Callable[[str], None] = print) -> int:
-    """Report which of the names used here the installed Ray lacks; returns 1 if any is missing, else 0."""
-    import ray
-
-    lacking = missing()
-    for name in lacking:
-        tell(f"missing in Ray {ray.__version__}: {name}")
-    tell(f"Ray {ray.__version__}: {len(lacking)} of {len(_CORE + _OF_DATA + _OF_SERVE)} names are missing")
-    return 1 if lacking else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -33,7 +33,7 @@ _QUIET = {
     "RAY_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",  # same as the command; with Ray's default, 15, workers starve on a busy machine
 }
-_LEAN = {
+_LEAN = {  # CPU time of Ray slows a computation on all CPUs by about twice that: threads wait for the slowest one
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # not needed: this machine is the only node
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
@@ -41,7 +41,7 @@ _LEAN = {
     "RAY_num_workers_soft_limit": "0",  # an idle Python process wakes up 100 times a second
     "RAY_memory_monitor_refresh_ms": "1000",  # default: 250
 }
-_OBJECT_STORE_BYTES = 1 << 30
+_OBJECT_STORE_BYTES = 1 << 30  # limit of a local Ray's shared memory
 _CLUSTER_TASKS = 256
 _START_LIMIT_S = 180.0  # an idle machine needs 3 to 5
 _TOLD_EVERY_S = 10.0
@@ -60,7 +60,6 @@ def in_submitted_job() -> bool:
 def start_ray(
     num_cpus: int | None = None,
     *,
-    object_store_bytes: int = _OBJECT_STORE_BYTES,
     metrics_port: int | None = None,
     lean: bool = False,
 ) -> None:
@@ -68,10 +67,8 @@ def start_ray(
 
     Args:
         num_cpus: logical CPUs of a local Ray, by default as many as this process may use. Ignored when joining.
-        object_store_bytes: limit of a local Ray's shared memory.
         metrics_port: port where a local Ray exports metrics in Prometheus' format; None: any free port.
-        lean: start a local Ray without metrics, task list and idle workers, for a long computation on all CPUs. CPU
-            time of Ray slows such work by about twice that time, because parallel threads wait for the slowest one.
+        lean: start a local Ray without metrics, task list and idle workers, for a long computation on all CPUs.
 
     Raises:
         SerError: the machine is too busy to start Ray, no folder can hold its sockets, or the cluster of
@@ -92,21 +89,17 @@ def start_ray(
     if ray.is_initialized():
         return
     ray_internals.reread_environment(joining=joining)
-    level = logging.ERROR
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": level,
-        "runtime_env": {"env_vars": _worker_environment()},
-    }
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options["runtime_env"] = {"env_vars": _worker_environment()}
     if joining:
         _join(options)
     else:
         if num_cpus is None and usable_cpus() < (os.cpu_count() or 1):
             num_cpus = usable_cpus()  # otherwise Ray counts CPUs; it respects the quotas of containers
-        options |= {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
+        options |= {"num_cpus": num_cpus, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
         options |= ray_internals.metrics_port(metrics_port) | ray_internals.temp_folder()
         _start_here(options, lean)
-    logging.getLogger("ray").setLevel(level)
+    logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def stop_ray() -> None:

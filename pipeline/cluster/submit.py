@@ -16,6 +16,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ def new_name(job: str) -> str:
     return f"ser-{job}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Errors of Ray, of requests and of aiohttp become a ClusterError."""
+    try:
+        yield
+    except Exception as error:
+        raise ClusterError(f"{what}: {_first_line(error)}") from error
+
+
 class JobClient:
     """Access to a cluster's jobs. ``client`` is a ``ray.job_submission.JobSubmissionClient``."""
 
@@ -106,56 +116,32 @@ class JobClient:
         self._client, self.address = client, address
 
     def submit(self, command: str, folder: Path, *, name: str, environment: Mapping[str, str]) -> str:
-        """Upload ``folder`` and start ``command`` in it, under the unique ``name``; returns that name.
-
-        Raises:
-            ClusterError: the cluster refused.
-        """
+        """Upload ``folder``, start ``command`` in it under the unique ``name``, which is returned."""
         settings = {"working_dir": str(folder), "env_vars": {**_STOP, **environment}}
-        try:
+        with _failing(f"{self.address} did not accept the job"):
             return str(self._client.submit_job(entrypoint=command, submission_id=name, runtime_env=settings))
-        except Exception as error:  # RuntimeError and ValueError of Ray, and errors of requests
-            raise ClusterError(f"{self.address} did not accept the job: {_first_line(error)}") from error
 
     def state(self, name: str) -> JobState:
-        """The job's current state.
-
-        Raises:
-            ClusterError: no answer.
-        """
-        try:
+        """The job's current state. Raises ClusterError if there is no answer."""
+        with _failing(f"{self.address} does not report on {name}"):
             info = self._client.get_job_info(name)
-        except Exception as error:
-            raise ClusterError(f"{self.address} does not report on {name}: {_first_line(error)}") from error
         return JobState(str(getattr(info.status, "value", info.status)), info.driver_exit_code, info.message or "")
 
     def log(self, name: str) -> Iterator[str]:
-        """The job's output from its beginning, in pieces as they arrive, until the job has ended.
-
-        Raises:
-            ClusterError: the connection was lost.
-        """
+        """The job's output from its beginning, in pieces as they arrive, to its end. Raises ClusterError."""
         lines = self._client.tail_job_logs(name)
         with asyncio.Runner() as runner:  # on Ctrl-C it cancels the waiting call
             while True:
-                try:
+                with _failing(f"connection to {self.address} was lost"):
                     text = runner.run(_next(lines))
-                except Exception as error:  # of Ray and of aiohttp
-                    raise ClusterError(f"connection to {self.address} was lost: {_first_line(error)}") from error
                 if text is None:
                     return
                 yield text
 
     def stop(self, name: str) -> None:
-        """Ask the job's command to end, as with Ctrl-C.
-
-        Raises:
-            ClusterError: no answer.
-        """
-        try:
+        """Ask the job's command to end, as with Ctrl-C. Raises ClusterError if there is no answer."""
+        with _failing(f"{self.address} did not stop {name}"):
             self._client.stop_job(name)
-        except Exception as error:
-            raise ClusterError(f"{self.address} did not stop {name}: {_first_line(error)}") from error
 
 
 def connect(address: str | None = None) -> JobClient:

@@ -16,13 +16,13 @@ import pandas as pd
 
 from pipeline.audio.load import EXTENSIONS
 from pipeline.audio.source import USUAL_ENDINGS
-from pipeline.data.corpora import CORPORA, Corpus, Told, by_name, recognised
+from pipeline.data.corpora import CORPORA, Corpus, Told, family_of, recognised
 from pipeline.data.corpora.audiofolder import AUDIOFOLDER, Listed, listed
 from pipeline.data.corpora.readers import SONG, SPEECH
 from pipeline.data.corpora.voices import check_corpora
 from pipeline.data.labels import OTHER_CLASSES, as_integer, canonical_name, emotion_of, is_named
 from pipeline.data.tables import MISSING, ManifestError
-from pipeline.storage.files import FolderScan, local_path, path_text, scan
+from pipeline.storage.files import FolderScan, local_path, path_text, printable, scan
 
 _COLUMNS = ("speech", "label", "speaker", "sex", "intensity", "statement", "repetition", "corpus")
 _SHOWN = 5
@@ -43,8 +43,7 @@ class _Recording:
             cells |= {name: getattr(self.told, name) for name in _COLUMNS[2:-1]} | {"corpus": self.corpus.name}
             cells["sex"] = self.told.sex or sexes.get(self.told.speaker, "")
         if self.listed is not None:
-            known = by_name(self.listed["corpus"])
-            family = known.family if known and known.family else self.listed["corpus"]
+            family = family_of(self.listed["corpus"])
             given = {name: cell for name, cell in self.listed.items() if name not in ("label", "speech")}
             if speaker := given.get("speaker"):
                 given["speaker"] = speaker if speaker.startswith(f"{family}_") else f"{family}_{speaker}"
@@ -81,7 +80,7 @@ def scan_folder(
     If several files have the same code of a corpus (copies, also renamed ones), only one is kept.
 
     Args:
-        corpus: name of the only corpus to keep; None keeps all labelled recordings.
+        corpus: name of the only corpus to keep.
         songs: keep RAVDESS's songs in addition to its speech.
         keep_classes: keep emotions that no model here is trained for, such as boredom.
         label_map: as in ``read_manifest``; folder names that are in it count as labels, too.
@@ -101,11 +100,10 @@ def scan_folder(
     metadata = listed(root, paths) if AUDIOFOLDER in wanted else Listed({})
     sorted_out = _Sorted()
     for path in paths:
-        recording = _recording(path, root, wanted, metadata.rows.get(path), label_map)
-        if recording is None:
-            sorted_out.unknown.append(path)
-        else:
+        if recording := _recording(path, root, wanted, metadata.rows.get(path), label_map):
             sorted_out.kept.append(recording)
+        else:
+            sorted_out.unknown.append(path)
     if corpus is not None and not sorted_out.kept:
         raise ManifestError(
             f"nothing in {folder} is of {corpus} (as {wanted[0].example}); seen: {paths[0].name}; "
@@ -147,7 +145,7 @@ def _recording(
         names = path.relative_to(root).parts[:-1]
         told_by |= {name: label for name in names if (label := emotion_of(name, label_map)) is not None}
     if len(set(told_by.values())) > 1:
-        both = " and ".join(f"{_text(name)} says {label}" for name, label in list(told_by.items())[:2])
+        both = " and ".join(f"{printable(name)} says {label}" for name, label in list(told_by.items())[:2])
         raise ManifestError(
             f"{path_text(path)}: {both}; rename one of them, map one to the other with "
             "--label_map given=wanted, or list the recordings in a CSV with the columns speech,label"
@@ -180,13 +178,14 @@ def _refuse_unknown(found: _Sorted, root: Path) -> None:
         return
     first = (in_folders or unknown)[0]
     seen = list(dict.fromkeys(part for path in in_folders for part in path.relative_to(root).parts[:-1]))
-    names = ", ".join(map(_text, seen[:_SHOWN])) + (f" and {len(seen) - _SHOWN} more" if len(seen) > _SHOWN else "")
+    names = ", ".join(map(printable, seen[:_SHOWN]))
+    names += f" and {len(seen) - _SHOWN} more" if len(seen) > _SHOWN else ""
     folders = f"the folders {names} are no known emotions" if seen else "no folder above it is named after an emotion"
-    example = _text(seen[-1]) if seen else "whistling"
+    example = printable(seen[-1]) if seen else "whistling"
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise ManifestError(
-        f"cannot tell the emotion of {_text(first.name)}{more} in {path_text(root)}: no known corpus has such names, "
-        f"{folders}; use one folder per emotion (angry, calm, ...), define a folder's name with "
+        f"cannot tell the emotion of {printable(first.name)}{more} in {path_text(root)}: no known corpus has such "
+        f"names, {folders}; use one folder per emotion (angry, calm, ...), define a folder's name with "
         f"--label_map {example}=wanted, or list the recordings in a CSV with the columns speech,label"
     )
 
@@ -235,9 +234,9 @@ def _said_left_out(found: _Sorted, scanned: FolderScan, corpus: str | None, miss
     """One line of text on all that was left out; "" if nothing was."""
     unknown = "whose emotion cannot be told" if corpus is None else f"not of {corpus}"
     parts = [
-        f"{len(paths):,} {reason} (first: {_text(paths[0].name)})"
+        f"{len(paths):,} {reason} (first: {printable(paths[0].name)})"
         if len(paths) > 1
-        else f"{_text(paths[0].name)} ({reason})"
+        else f"{printable(paths[0].name)} ({reason})"
         for reason, paths in ({unknown: found.unknown} | found.left_out).items()
         if paths
     ]
@@ -248,11 +247,6 @@ def _said_left_out(found: _Sorted, scanned: FolderScan, corpus: str | None, miss
 
 def _count(recordings: Sequence[object]) -> str:
     return f"{len(recordings):,} recording{'s' if len(recordings) > 1 else ''}"
-
-
-def _text(name: str) -> str:
-    """A file's name for a message; undecodable bytes are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _sexes(kept: Sequence[_Recording], root: Path) -> dict[str, str]:

@@ -29,32 +29,17 @@ RAVDESS_LABELS: tuple[str, ...] = tuple(sorted(RAVDESS_EMOTIONS.values()))
 NO_CLASSES = ("not_speech", "silence", "uncertain")  # predictions that are not a class
 OTHER_CLASSES = ("boredom", "bored")  # known emotions that no model here is trained for
 
-ALIASES: Mapping[str, str] = {
-    "anger": "angry",
-    "ang": "angry",
-    "mad": "angry",
-    "calmness": "calm",
-    "relaxed": "calm",
-    "disgusted": "disgust",
-    "dis": "disgust",
-    "fear": "fearful",
-    "fea": "fearful",
-    "afraid": "fearful",
-    "anxiety": "fearful",
-    "scared": "fearful",
-    "happiness": "happy",
-    "hap": "happy",
-    "joy": "happy",
-    "joyful": "happy",
-    "neu": "neutral",
-    "neutrality": "neutral",
-    "sadness": "sad",
-    "surprise": "surprised",
-    "sur": "surprised",
-    "ps": "surprised",
-    "pleasant_surprise": "surprised",
-    "pleasant_surprised": "surprised",
+_SPELLINGS = {
+    "angry": "anger ang mad",
+    "calm": "calmness relaxed",
+    "disgust": "disgusted dis",
+    "fearful": "fear fea afraid anxiety scared",
+    "happy": "happiness hap joy joyful",
+    "neutral": "neu neutrality",
+    "sad": "sadness",
+    "surprised": "surprise sur ps pleasant_surprise pleasant_surprised",
 }
+ALIASES: Mapping[str, str] = {alias: name for name, aliases in _SPELLINGS.items() for alias in aliases.split()}
 _KNOWN = frozenset((*RAVDESS_LABELS, *OTHER_CLASSES))
 
 
@@ -115,11 +100,7 @@ def mapped(text: str, label_map: Mapping[str, str], names: Sequence[str] = ()) -
 
 
 def parse_label_map(text: str) -> dict[str, str]:
-    """``"excited=happiness, 0=neutral"`` as ``{"excited": "happy", "0": "neutral"}``.
-
-    Raises:
-        LabelError: a part is not of the form ``given=wanted``.
-    """
+    """``"excited=happiness, 0=neutral"`` as ``{"excited": "happy", "0": "neutral"}``; LabelError refuses others."""
     mapping: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         given, separator, wanted = part.partition("=")
@@ -130,11 +111,7 @@ def parse_label_map(text: str) -> dict[str, str]:
 
 
 def parse_label_names(text: str) -> tuple[str, ...]:
-    """``"sad, Fear"`` as ``("sad", "fearful")``: the classes of the integers 0, 1, ...
-
-    Raises:
-        LabelError: an empty name, one that is a number, or one given twice.
-    """
+    """``"sad, Fear"`` as ``("sad", "fearful")``; LabelError refuses numbers, empty and double names."""
     names = tuple(map(canonical_name, text.split(",")))
     for name in names:
         if not name or as_integer(name) is not None or names.count(name) > 1:
@@ -173,11 +150,7 @@ class LabelSet:
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> LabelSet:
-        """The set of ``names``, in sorted order.
-
-        Raises:
-            LabelError: fewer than two, or one of ``NO_CLASSES``.
-        """
+        """The set of ``names``, in sorted order. LabelError refuses fewer than two, and those of ``NO_CLASSES``."""
         found = tuple(sorted(set(names)))
         for name in set(found) & set(NO_CLASSES):
             raise LabelError(
@@ -192,28 +165,23 @@ class LabelSet:
     def index(self, value: str | int) -> int:
         """Class index of a name, an alias, or an index (``3``, ``"3"``, ``"3.0"``); class names come before indices.
 
-        Raises:
-            LabelError: the value is not a class of this set.
+        LabelError refuses anything else.
         """
         number = as_integer(value)
         if number is not None and not (isinstance(value, str) and value.strip() in self.names):
             if 0 <= number < len(self.names):
                 return number
             raise LabelError(
-                f"label {value} is outside 0..{len(self.names) - 1}; the classes are {self.describe()}; "
+                f"label {value} is outside 0..{len(self.names) - 1}; the classes are {describe(self.names)}; "
                 f"translate other numbers with --label_map {number}=wanted,..."
             )
         name = canonical_name(str(value))
         if name not in self.names:
             raise LabelError(
-                f"unknown label {str(value)!r}; the classes are {self.describe()}; "
+                f"unknown label {str(value)!r}; the classes are {describe(self.names)}; "
                 f"translate other names with --label_map {normalise_name(str(value)) or 'given'}=wanted"
             )
         return self.names.index(name)
-
-    def describe(self) -> str:
-        """``"0 angry, 1 calm, ..."``, one line."""
-        return describe(self.names)
 
 
 def describe(names: Sequence[str]) -> str:

@@ -20,15 +20,7 @@ import pandas as pd
 
 from pipeline.data.corpora import recognised
 from pipeline.data.folder import scan_folder as scan_folder
-from pipeline.data.labels import (
-    LabelError,
-    LabelSet,
-    as_integer,
-    canonical_name,
-    describe,
-    mapped,
-    normalise_name,
-)
+from pipeline.data.labels import LabelError, LabelSet, as_integer, canonical_name, describe, mapped, normalise_name
 from pipeline.data.segments import with_segments
 from pipeline.data.tables import MISSING, PATH_NAMES, read_cells
 from pipeline.data.tables import ManifestError as ManifestError
@@ -40,13 +32,7 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Meaning:
-    """How labels are translated to class names.
-
-    Attributes:
-        label_map: label as given, or its standard name -> wanted name, see ``labels.mapped``.
-        labels: the classes of a model; integers are their indices, and every name must be one of them.
-        label_names: without a model, the names that integers are indices of, in any order.
-    """
+    """How labels are translated to class names; the fields are arguments of ``read_manifest``."""
 
     label_map: Mapping[str, str] = field(default_factory=dict)
     labels: Sequence[str] | None = None
@@ -58,11 +44,7 @@ class Meaning:
         return self.labels if self.labels is not None else self.label_names
 
     def name(self, wanted: str) -> str:
-        """The class of a label that is a name.
-
-        Raises:
-            LabelError: there is no such class.
-        """
+        """The class of a label that is a name; LabelError refuses an unknown one."""
         if self.labels is not None:
             known = LabelSet(tuple(self.labels))
             return known.names[known.index(wanted)]
@@ -75,11 +57,7 @@ class Meaning:
         return name
 
     def of_integer(self, number: int) -> str:
-        """The class of a label that is an integer.
-
-        Raises:
-            LabelError: there is no such class.
-        """
+        """The class of a label that is an integer; LabelError refuses one without a class."""
         names = self.by_index
         if (names is None and number >= 0) or (self.labels and str(number) in self.labels):
             return str(number)
@@ -104,7 +82,6 @@ def class_names(
     Args:
         required: whether a missing label is an error.
         where: row number -> its name in messages.
-        tell: called with one line of text on the meaning of integer labels.
 
     Raises:
         LabelError: a label that is not a class, names mixed with integers that have no names, or integers that

@@ -47,9 +47,7 @@ def with_segments(
 ) -> pd.DataFrame:
     """The table with the columns ``START`` and ``END`` (float64 seconds) if it has columns that select segments.
 
-    Args:
-        where: row number -> its name in messages.
-        tell: called with one line of text on which columns select segments, or why some do not.
+    ``tell`` is called with one line of text on which columns select segments, or why some do not.
 
     Raises:
         ManifestError: a cell that is not a time.
@@ -128,11 +126,7 @@ def bounds(table: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64
 
 
 def source_at(speech: str, start_s: float, end_s: float) -> AudioSource:
-    """The source of a row for ``pipeline.audio``: ``files.source_of``, or a segment of it; times as from ``bounds``.
-
-    Raises:
-        AudioError: a remote object that cannot be fetched.
-    """
+    """The source of a row for ``pipeline.audio``: ``files.source_of``, or a segment of it; times as from ``bounds``."""
     return source_of(speech) if (start_s, end_s) == WHOLE else Segment(source_of(speech), start_s, end_s)
 
 

@@ -1,8 +1,8 @@
 """Divides a manifest into training, inner validation and test parts; also content hashes and the leak check.
 
-Rows are sorted by file stem before any random choice. So a split depends only on the recordings' names and the seed,
-not on folders or formats. Recordings with the same content (decoded samples, rate, channels) always go to the same
-part. Stratified splits are scikit-learn's ``StratifiedShuffleSplit`` over such groups of equal content.
+Rows are sorted by file stem before any random choice, so a split does not depend on folders or formats. Recordings
+with the same content (decoded samples, rate, channels) go to the same part: scikit-learn's ``StratifiedShuffleSplit``
+splits groups of equal content.
 
 Evaluation protocols as folds, each with a training, an inner validation and a test part:
 ``holdout`` is one split of ``split_table``. ``kfold`` is stratified k-fold over recordings: each is tested once, by a
@@ -23,12 +23,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.audio.load import AudioError, content_hash
-from pipeline.data.corpora import by_name
+from pipeline.data.corpora import family_of
 from pipeline.data.corpora.voices import voices
 from pipeline.data.manifest import ManifestError
-from pipeline.data.segments import (
-    HASH_COLUMN as HASH_COLUMN,
-)
+from pipeline.data.segments import HASH_COLUMN as HASH_COLUMN
 from pipeline.data.segments import (
     RECORDING_HASH,
     WHOLE,
@@ -69,7 +67,6 @@ def split_table(
         test_size: share of all recordings (or speakers) held out for the one final test.
         inner_val: share of the rest for choosing epochs and settings; 0 leaves that part empty.
         by: ``random`` (stratified by class) or ``speaker`` (no speaker in two parts).
-        seed: random state of both choices.
 
     A ``split`` column with the cells train, inner_val (or val, valid, validation, dev) and test is used as given. If it
     has no inner_val rows, these are drawn from its train rows. With ``inner_val`` 0, its inner_val rows become train.
@@ -185,9 +182,7 @@ def add_hashes(table: pd.DataFrame, *, known: pd.Series | None = None, threads: 
 
     A table with segments also gets ``recording_hash``, that of the whole recording.
 
-    Args:
-        known: hashes of the rows, from ``features.store.known_hashes``; only rows with "" are decoded.
-        threads: number of recordings decoded at the same time.
+    ``known``: hashes of the rows, from ``features.store.known_hashes``; only rows with "" are decoded.
     """
     hashes = [""] * len(table) if known is None else list(known)
     places = list(zip(table["speech"], *bounds(table), strict=True))
@@ -295,8 +290,7 @@ def folds_of(
     """The folds of a labelled manifest.
 
     Args:
-        folds: number of folds, for ``kfold`` and ``speaker_kfold``.
-        test_size: share held out, for ``holdout``.
+        folds: for ``kfold`` and ``speaker_kfold``; ``test_size``: for ``holdout``.
         inner_val: share of each fold's training recordings (or speakers) used to choose the epoch; 0: none.
         assigned: fold of each row of ``table`` (see ``assignment``), instead of a random choice; rows without one are
             left out. Ignored by ``holdout``, ``loso`` and ``loco``.
@@ -367,8 +361,7 @@ def families_of(table: pd.DataFrame) -> pd.Series:
     """The family of each row's corpus (n,); "" without a corpus. Corpora of one family share their speakers."""
     if "corpus" not in table.columns:
         return pd.Series("", index=table.index)
-    names = table["corpus"].fillna("").astype(str)
-    return names.map(lambda name: corpus.family if (corpus := by_name(name)) and corpus.family else name)
+    return table["corpus"].fillna("").astype(str).map(family_of)
 
 
 def _dealt(speakers: pd.Series, families: pd.Series, folds: int, seed: int) -> np.ndarray:

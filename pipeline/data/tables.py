@@ -2,15 +2,13 @@
 
 Writing: a text cell that begins with ``= + - @`` or a control character can run as a formula (OWASP, "CSV Injection").
 In written CSV files such cells get a leading ``'``, which the readers here remove again. Numbers, also as text, are not
-changed. In JSON Lines a missing value is ``null``. ``table_files`` writes in pieces, and all of its tables or none.
+changed. ``table_files`` writes in pieces, and all of its tables or none.
 
-Reading: ``read_cells`` takes CSV, tab-separated, JSON Lines, or a list of paths. Text is read as UTF-8 or UTF-16 if
-that is valid. Otherwise the encoding is chosen with which most of the named recordings exist; if none exist, the first
-that can decode the text, usually that of Excel in western Europe (cp1252). Every quote must be closed, else all rows
-after it would become part of one cell. A blank before a quote is allowed. In a tab-separated table whose lines all have
-the same number of cells, quotes are ordinary characters (Common Voice). Excel's first line ``sep=;`` sets the
-separator. Empty cells beyond the header are dropped. Sources: RFC 4180; RFC 7464 and jsonlines.org; Common Voice's
-release notes.
+Reading: text that is not valid UTF-8 or UTF-16 is read in the encoding with which most of the named recordings exist;
+if none exist, in the first that can decode it, usually that of Excel in western Europe (cp1252). Every quote must be
+closed. In a tab-separated table whose lines all have the same number of cells, quotes are ordinary characters (Common
+Voice). Excel's first line ``sep=;`` sets the separator. Empty cells beyond the header are dropped.
+Sources: RFC 4180; RFC 7464 and jsonlines.org; Common Voice's release notes.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from pipeline.audio.source import EXTENSIONS, what_else
 from pipeline.storage.errors import SerError
 from pipeline.storage.files import is_address, present_form
+from pipeline.storage.journal import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,9 +71,7 @@ def append_csv(table: pd.DataFrame, file: TextIO, *, header: bool) -> None:
 
     safe = guarded(table)
     texts = [safe[name] for name in safe.columns if not pd.api.types.is_numeric_dtype(safe[name])]
-    bare = any(
-        "\r" in cell for column in texts for cell in column if isinstance(cell, str)
-    )  # not quoted by QUOTE_MINIMAL
+    bare = any("\r" in cell for column in texts for cell in column if isinstance(cell, str))  # QUOTE_MINIMAL leaves it
     quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL
     safe.to_csv(file, index=False, header=header, lineterminator="\n", quoting=quoting)
 
@@ -112,8 +109,8 @@ def _is_number(text: str) -> bool:
 class TableFiles:
     """Tables open for writing, by name; see ``table_files``."""
 
-    def __init__(self, out: Path, formats: Sequence[str], files: ExitStack) -> None:
-        self._out, self._formats, self._files = out, formats, files
+    def __init__(self, out: Path, formats: Sequence[str], files: ExitStack, renames: ExitStack) -> None:
+        self._out, self._formats, self._files, self._renames = out, formats, files, renames
         self._sinks: dict[str, Any] = {}
 
     def write(self, name: str, table: pa.Table) -> None:
@@ -122,44 +119,22 @@ class TableFiles:
         for form in self._formats:
             path = f"{name}.{form}"
             first = path not in self._sinks
-            if first:
-                self._sinks[path] = self._open(path, table.schema)
-            sink = self._sinks[path]
+            sink = self._sinks[path] = self._open(path, table.schema) if first else self._sinks[path]
             if form == "parquet":
                 sink.write_table(table, row_group_size=max(len(table), 1))
             elif form == "csv":
                 append_csv(table.to_pandas(), sink, header=first)
             else:
-                sink.writelines(
-                    json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in table.to_pylist()
-                )
-
-    def publish(self) -> list[Path]:
-        """Close the temporary files and rename them to their final names."""
-        self._files.close()
-        for path in self._sinks:
-            with self._temporary(path).open("r+b") as file:  # Windows can sync only a file opened for writing
-                os.fsync(file.fileno())
-            self._temporary(path).replace(self._out / path)
-        return [self._out / path for path in self._sinks]
-
-    def discard(self) -> None:
-        """Remove the temporary files that were not published."""
-        for path in self._sinks:
-            self._temporary(path).unlink(missing_ok=True)
+                rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in table.to_pylist())
+                sink.writelines(f"{row}\n" for row in rows)
 
     def _open(self, path: str, schema: pa.Schema) -> Any:
-        temporary = self._temporary(path)
+        beside = self._renames.enter_context(atomic_path(self._out / path, on_disk=True))
         if path.endswith(".parquet"):
             import pyarrow.parquet as pq
 
-            return self._files.enter_context(
-                pq.ParquetWriter(temporary, schema, compression="zstd", compression_level=1)
-            )
-        return self._files.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-
-    def _temporary(self, path: str) -> Path:
-        return self._out / f".{path}.{os.getpid()}.tmp"
+            return self._files.enter_context(pq.ParquetWriter(beside, schema, compression="zstd", compression_level=1))
+        return self._files.enter_context(beside.open("w", encoding="utf-8", newline=""))
 
 
 @contextmanager
@@ -169,18 +144,14 @@ def table_files(out: Path, formats: Sequence[str] = ("parquet", "csv")) -> Itera
     Raises:
         SerError: the disk is full or cannot be written.
     """
-    with ExitStack() as stack:
-        files = TableFiles(out, formats, stack)
-        try:
-            yield files
-            files.publish()
-        except OSError as error:
-            raise SerError(
-                f"cannot write the tables in {out}: {error.strerror or error}; "
-                "free some space, then give the same command again"
-            ) from error
-        finally:
-            files.discard()
+    try:
+        with ExitStack() as renames, ExitStack() as files:  # all files are closed before the first is renamed
+            yield TableFiles(out, formats, files, renames)
+    except OSError as error:
+        raise SerError(
+            f"cannot write the tables in {out}: {error.strerror or error}; "
+            "free some space, then give the same command again"
+        ) from error
 
 
 PATH_NAMES = ("speech", "path", "file", "filename", "file_name", "audio", "audio_filepath")
@@ -200,9 +171,7 @@ def read_cells(
 
     Blank rows are left out. A list of paths gives one column, ``speech``. JSON values other than text become JSON text.
 
-    Args:
-        root: folder that relative paths start from; by default the table's own.
-        tell: called with one line of text if the encoding had to be guessed.
+    ``root``: folder that relative paths start from; by default the table's own.
 
     Raises:
         ManifestError: no such file, not text, an open quote, a row of another length, a column name used twice.

@@ -4,16 +4,14 @@ The difference to the rest is the accuracy in the group minus the accuracy outsi
 Newcombe (1998, "Interval estimation for the difference between independent proportions", method 10). With many groups,
 one interval in twenty excludes zero by chance: take them as hints, not as findings.
 
-Also figures for data that has fewer classes than the model. In a corpus without calm and surprised, every such answer
-counts as wrong, although its recordings could not have these labels. So there are two figures: one of the open answer
-(the most probable of all classes, as in use), and one of the answer restricted to the classes of the recording's
-corpus. Limits: the classes of a corpus are taken from the labelled recordings given here.
+Also figures for data that has fewer classes than the model: of the open answer (the most probable of all classes, as
+in use), and of the answer restricted to the classes that the recording's corpus has among the labelled recordings here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +20,7 @@ import pandas as pd
 
 from pipeline.data.corpora.voices import corpora_of
 from pipeline.data.segments import END, START
-from pipeline.evaluation.outcomes import Ints, Outcomes, newcombe, scores, tally
+from pipeline.evaluation.outcomes import Ints, Outcomes, count_cells, newcombe, shares, tally
 
 MAX_GROUPS = 60
 MAX_NUMBERS = 12  # a column of fractional numbers with more different values is a measurement, not groups
@@ -39,10 +37,7 @@ _NOT_GROUPS = {
 
 
 def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str, pd.Series], list[str]]:
-    """Columns to break down by, as ordered categories; and the names of columns with too many values.
-
-    A column whose cells are all different, such as the index that pandas writes into a CSV, has too many.
-    """
+    """Columns to break down by, as ordered categories; and the names of columns with too many values."""
     ours = _NOT_GROUPS | {f"p_{label}" for label in labels}
     columns: dict[str, pd.Series] = {}
     left_out = []
@@ -63,14 +58,12 @@ def group_columns(table: pd.DataFrame, labels: Sequence[str]) -> tuple[dict[str,
 def breakdowns(found: Outcomes) -> tuple[list[dict[str, Any]], list[str]]:
     """One entry for each column, with its groups, and the columns left out; figures are of the readable recordings."""
     columns, left_out = group_columns(found.table, found.labels)
-    n_classes = len(found.labels)
-    size = n_classes * (n_classes + 1)
-    cell = found.truth * (n_classes + 1) + found.answer
+    shape = len(found.labels), len(found.labels) + 1
     result = []
     for name, cells in columns.items():
         groups = [str(group) for group in cells.cat.categories]
-        tallies = np.bincount(cells.cat.codes.to_numpy(np.int64) * size + cell, minlength=len(groups) * size)
-        tallies = tallies.reshape(len(groups), n_classes, n_classes + 1)
+        place = cells.cat.codes.to_numpy(np.int64), found.truth, found.answer
+        tallies = count_cells(np.ravel_multi_index(place, (len(groups), *shape)), (len(groups), *shape))
         whole = tallies.sum(axis=0)
         rows = [_group(group, own, whole) for group, own in zip(groups, tallies, strict=True) if own.any()]
         result.append({"column": name, "groups": [row for row in rows if row["n"] or row["group"] != MISSING]})
@@ -84,8 +77,7 @@ def _group(name: str, own: Ints, everything: Ints) -> dict[str, Any]:
     row: dict[str, Any] = {"group": name, "n": n, "failed": int(own[:, n_classes].sum()), "small": n < SMALL_GROUP}
     row |= {"accuracy": None, "uar": None, "difference": None, "difference_interval": None}
     if n:
-        figures = scores(inside)
-        row |= {"accuracy": float(figures.accuracy), "uar": float(figures.uar)}
+        row |= shares(inside, ("accuracy", "uar"))
     if n and n_rest:
         right, right_rest = int(np.trace(inside)), int(np.trace(outside))
         row["difference"] = right / n - right_rest / n_rest
@@ -94,7 +86,7 @@ def _group(name: str, own: Ints, everything: Ints) -> dict[str, Any]:
 
 
 def _too_many(cells: pd.Series) -> bool:
-    """Whether the cells have too many different values to be groups."""
+    """Whether there are too many different cells to be groups; also if all differ, as in an index that pandas wrote."""
     values = cells.nunique(dropna=False)
     return values > (MAX_NUMBERS if _has_fractions(cells) else MAX_GROUPS) or 1 < values == len(cells)
 
@@ -131,13 +123,8 @@ def _bands(durations_s: pd.Series) -> pd.Series:
     names = [f"{low:g}-{high:g} s" for low, high in pairwise(_BANDS_S[:-1])]
     names.append(f"{_BANDS_S[-2]:g} s and more")
     seconds = pd.to_numeric(durations_s, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    index = np.searchsorted(_BANDS_S, seconds, side="right") - 1
-    known = np.isfinite(seconds) & (index >= 0)
-    text = np.array([*names, MISSING])[np.where(known, index, len(names))]
-    return pd.Series(text, index=durations_s.index).astype(pd.CategoricalDtype([*names, MISSING], ordered=True))
-
-
-FIGURES = ("accuracy", "uar", "weighted_f1")
+    bands = pd.cut(pd.Series(seconds, durations_s.index), _BANDS_S, right=False, labels=names)
+    return bands.cat.add_categories(MISSING).fillna(MISSING)
 
 
 def restricted(found: Outcomes) -> dict[str, Any] | None:
@@ -154,20 +141,17 @@ def restricted(found: Outcomes) -> dict[str, Any] | None:
     names, corpus_of = corpora_of(read.table)
     present = np.zeros((len(names), len(read.labels)), bool)
     present[corpus_of, read.truth] = True
-    anywhere = np.asarray(present.any(axis=0))
     if len(names) == 1 and present.all():
         return None
     inside = np.where(present[corpus_of], read.probabilities, -np.inf).argmax(axis=1).astype(np.int64)
-    rows = []
-    for number, name in enumerate(names):
-        of_it = corpus_of == number
-        rows.append(_row(name, read, inside, of_it, present[number]))
+    rows = [_row(name, read, inside, corpus_of == k, present[k]) for k, name in enumerate(names)]
+    anywhere = np.asarray(present.any(axis=0))
     several = len(names) > 1
     return {
         "missing": [label for label, there in zip(read.labels, anywhere, strict=True) if not there],
         "all": _row("", read, inside, np.ones(len(read), bool), anywhere),
         "corpora": rows if several else [],
-        "mean": {kind: _mean([row[kind] for row in rows]) for kind in ("open", "restricted")} if several else None,
+        "mean": {kind: _mean(rows, kind) for kind in ("open", "restricted")} if several else None,
     }
 
 
@@ -177,15 +161,10 @@ def _row(name: str, read: Outcomes, inside: Ints, rows: np.ndarray, present: np.
         "corpus": name,
         "n": int(rows.sum()),
         "classes": [label for label, there in zip(read.labels, present, strict=True) if there],
-        "open": _figures(tally(truth, read.answer[rows], n_classes)),
-        "restricted": _figures(tally(truth, inside[rows], n_classes)),
+        "open": shares(tally(truth, read.answer[rows], n_classes)),
+        "restricted": shares(tally(truth, inside[rows], n_classes)),
     }
 
 
-def _figures(counts: Ints) -> dict[str, float]:
-    point = scores(counts)
-    return {name: float(getattr(point, name)) for name in FIGURES}
-
-
-def _mean(rows: list[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in rows])) for name in FIGURES}
+def _mean(rows: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    return {name: float(np.mean([row[kind][name] for row in rows])) for name in rows[0][kind]}

@@ -1,8 +1,8 @@
 """Compares two sets of answers to the same recordings: differences with bootstrap intervals, and McNemar's test.
 
 The bootstrap draws recordings (or speakers) with both answers together, so that a recording's difficulty cancels out.
-McNemar's test (1947) asks whether recordings that only one of the two gets right are split evenly between them; its
-exact binomial form is used. Recordings that got no emotion as answer count as wrong.
+McNemar's exact test (1947) asks whether the recordings that only one of the two gets right are split evenly between
+them. Recordings that got no emotion as answer count as wrong.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.segments import place_of
-from pipeline.evaluation.metrics import speaker_groups
 from pipeline.evaluation.outcomes import (
     LEVEL,
-    MIN_SPEAKERS,
+    Bootstrap,
     Floats,
-    Ints,
     Outcomes,
+    bootstrap,
     has_labels,
     outcomes,
     percentile_interval,
-    resample_groups,
-    resample_recordings,
     scores,
 )
 from pipeline.storage.errors import SerError
@@ -43,15 +40,12 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Differences ``second - first`` between two score tables of the same recordings.
+    """Differences ``second - first`` between two labelled score tables of the same recordings, in any order.
 
     Args:
-        first: table of scores with ``label_name``.
-        second: another one of the same recordings, in any order.
         labels: class names in index order, of both.
         names: how to call the two in messages and reports.
-        resamples: number of bootstrap resamples.
-        seed: random seed of the bootstrap.
+        resamples, seed: number of bootstrap resamples, and their random seed.
 
     Raises:
         SerError: no labels, or the tables have different recordings or labels.
@@ -60,34 +54,16 @@ def compare(
     n_classes = len(labels)
     shape = (n_classes, n_classes + 1, n_classes + 1)
     cell = (one.truth * (n_classes + 1) + one.answer) * (n_classes + 1) + two.answer
-    counts = np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape).astype(np.int64)
-    rng = np.random.default_rng(seed)
-    drawn = {"over_recordings": resample_recordings(counts, resamples, rng)}
-    speakers, note = speaker_groups(one.table)
-    if speakers is not None:
-        drawn["over_speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
+    resampled = bootstrap(one, cell, shape, resamples, seed)
     return {
         "format_version": FORMAT_VERSION,
         "names": list(names),
         "labels": list(labels),
         "n": len(one),
-        "bootstrap": {
-            "level": LEVEL,
-            "resamples": resamples,
-            "seed": seed,
-            "speakers": None if speakers is None else int(speakers.max()) + 1,
-            "speakers_note": note,
-        },
-        "figures": _figures(counts, drawn, labels, _speaker_counts(one, speakers)),
+        "bootstrap": resampled.about,
+        "figures": _figures(resampled, labels),
         "mcnemar": mcnemar(one, two),
     }
-
-
-def _speaker_counts(one: Outcomes, speakers: Ints | None) -> list[int]:
-    """The number of speakers of each class."""
-    if speakers is None:
-        return [0] * len(one.labels)
-    return [len(set(speakers[one.truth == i])) for i in range(len(one.labels))]
 
 
 def mcnemar(one: Outcomes, two: Outcomes) -> dict[str, Any]:
@@ -181,37 +157,29 @@ def _paired(
     return one, two
 
 
-def _figures(
-    counts: Ints, drawn: Mapping[str, Ints], labels: Sequence[str], speaker_counts: Sequence[int]
-) -> list[dict[str, Any]]:
-    """One row for each metric, then one for the recall of each class; intervals over speakers if there are enough."""
-    point = (scores(counts.sum(axis=2)), scores(counts.sum(axis=1)))
-    samples = {over: (scores(array.sum(axis=3)), scores(array.sum(axis=2))) for over, array in drawn.items()}
-
-    def row(
-        metric: str, label: str | None, pair: tuple[Floats, Floats], resampled: dict[str, Floats]
-    ) -> dict[str, Any]:
-        known = bool(np.isfinite(pair[0]))
-        bounds = {over: percentile_interval(array) if known else None for over, array in resampled.items()}
-        return {
-            "metric": metric,
-            "label": label,
-            "first": float(pair[0]) if known else None,
-            "second": float(pair[1]) if known else None,
-            "difference": float(pair[1] - pair[0]) if known else None,
-            "over_recordings": None,
-            "over_speakers": None,
-        } | {over: None if found is None else list(found) for over, found in bounds.items()}
-
+def _figures(found: Bootstrap, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each metric, then one for the recall of each class."""
+    point = (scores(found.counts.sum(axis=2)), scores(found.counts.sum(axis=1)))
+    samples = {over: (scores(array.sum(axis=3)), scores(array.sum(axis=2))) for over, array in found.drawn.items()}
     rows = []
-    for name, field in OVERALL.items():
-        pair = (getattr(point[0], field), getattr(point[1], field))
-        rows.append(row(name, None, pair, {o: getattr(b, field) - getattr(a, field) for o, (a, b) in samples.items()}))
+    for metric, field in OVERALL.items():
+        drawn = {over: getattr(b, field) - getattr(a, field) for over, (a, b) in samples.items()}
+        rows.append(_row(metric, None, getattr(point[0], field), getattr(point[1], field), drawn))
     for i, label in enumerate(labels):
-        recalls = {
+        drawn = {
             over: b.recall[:, i] - a.recall[:, i]
             for over, (a, b) in samples.items()
-            if over == "over_recordings" or speaker_counts[i] >= MIN_SPEAKERS
+            if over == "over_recordings" or found.enough_speakers[i]
         }
-        rows.append(row("recall", label, (point[0].recall[i], point[1].recall[i]), recalls))
+        rows.append(_row("recall", label, point[0].recall[i], point[1].recall[i], drawn))
     return rows
+
+
+def _row(metric: str, label: str | None, first: Floats, second: Floats, drawn: Mapping[str, Floats]) -> dict[str, Any]:
+    row: dict[str, Any] = {"metric": metric, "label": label, "first": None, "second": None, "difference": None}
+    row |= {"over_recordings": None, "over_speakers": None}
+    if np.isfinite(first):
+        row |= {"first": float(first), "second": float(second), "difference": float(second - first)}
+        bounds = {over: percentile_interval(array) for over, array in drawn.items()}
+        row |= {over: list(found) for over, found in bounds.items() if found is not None}
+    return row

@@ -1,9 +1,8 @@
 """Leak check: finds recordings of an evaluation that were used in training, and gives the figures without them.
 
-Recordings are compared by content (``splits.content_hash``), so that a renamed or losslessly converted copy is found; a
-re-encoded, cut or resampled copy is not. Training recordings without a content hash (the bundle was trained on features
-without the audio) are compared by file name. Recordings of the bundle's ``test`` part do not count as used; those of
-``inner_val`` do, as they chose the epoch.
+Recordings are compared by content (``splits.content_hash``): a renamed or losslessly converted copy is found, a
+re-encoded, cut or resampled one is not. Training recordings without a content hash are compared by file name.
+Recordings of the bundle's ``test`` part do not count as used; those of ``inner_val`` do, as they chose the epoch.
 """
 
 from __future__ import annotations
@@ -19,32 +18,22 @@ from numpy.typing import NDArray
 from pipeline.data.corpora.voices import voices, with_speakers
 from pipeline.data.segments import END, RECORDING_HASH, START
 from pipeline.data.splits import HASH_COLUMN, add_hashes, duplicates_in, leaked, used_in_training
-from pipeline.evaluation.outcomes import Outcomes, has_labels, outcomes, scores
+from pipeline.evaluation.outcomes import Outcomes, has_labels, outcomes, shares
 
 SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """The overlap of a manifest with a bundle's training.
+    """The overlap of a manifest with a bundle's training."""
 
-    Attributes:
-        mask: rows whose recording was used in training, (n,).
-        shared_speakers: speakers of the manifest who were also in training, sorted.
-        duplicates: groups of paths in the manifest with the same content.
-        note: why nothing could be compared; None if it could.
-        unread: number of rows without a content hash, as they cannot be read.
-        by_name: number of training recordings that could be compared only by name.
-        partly: number of rows of ``mask`` that share only a part with training, as one is a segment of the other.
-    """
-
-    mask: NDArray[np.bool_]
-    shared_speakers: tuple[str, ...]
-    duplicates: tuple[tuple[str, ...], ...]
-    note: str | None = None
-    unread: int = 0
-    by_name: int = 0
-    partly: int = 0
+    mask: NDArray[np.bool_]  # (n,) rows whose recording was used in training
+    shared_speakers: tuple[str, ...]  # speakers of the manifest who were also in training, sorted
+    duplicates: tuple[tuple[str, ...], ...]  # groups of paths in the manifest with the same content
+    note: str | None = None  # why nothing could be compared
+    unread: int = 0  # rows that cannot be read and so have no content hash
+    by_name: int = 0  # training recordings that could be compared only by name
+    partly: int = 0  # rows of mask that share only a part with training, as one is a segment of the other
 
 
 def find(
@@ -93,8 +82,7 @@ def describe(leaks: Leaks, predictions: pd.DataFrame, labels: Sequence[str]) -> 
     }
     if found["leaked"] and has_labels(predictions):
         found["all"] = _figures(outcomes(predictions, labels))
-        unseen = predictions[~leaks.mask]
-        found["unseen"] = _figures(outcomes(unseen, labels))
+        found["unseen"] = _figures(outcomes(predictions[~leaks.mask], labels))
     return found
 
 
@@ -102,13 +90,7 @@ def _figures(found: Outcomes) -> dict[str, Any]:
     """Figures as in the verdict: recordings that got no emotion as answer count as wrong."""
     if not len(found):
         return {"n": 0, "accuracy": None, "uar": None, "weighted_f1": None}
-    point = scores(found.counts)
-    return {
-        "n": len(found),
-        "accuracy": float(point.accuracy),
-        "uar": float(point.uar),
-        "weighted_f1": float(point.weighted_f1),
-    }
+    return {"n": len(found), **shares(found.counts)}
 
 
 def _shared_speakers(manifest: pd.DataFrame, training: pd.DataFrame) -> tuple[str, ...]:

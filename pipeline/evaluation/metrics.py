@@ -1,16 +1,15 @@
 """Evaluates predictions: metrics with intervals, breakdowns, hints and verdict, as one dict for JSON.
 
-The formulas and the bootstrap are in ``outcomes``, the targets in ``verdict``. Figures that have a target are given
-twice: for the recordings with an answer, and as ``with_failed``, where the others count as wrong. A figure that is not
-defined is None, never NaN (a class without recordings, or no probabilities).
-
-The hints name problems of the evaluation itself: permuted labels, repeated rows, classes without recordings.
+Figures that have a target are given twice: for the recordings with an answer, and as ``with_failed``, where the others
+count as wrong. A figure that is not defined (a class without recordings, no probabilities) is None, never NaN. The
+hints name problems of the evaluation itself: permuted labels, repeated rows, classes without recordings.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ import pandas as pd
 from pipeline.data.segments import place_of
 from pipeline.evaluation.breakdowns import breakdowns, restricted
 from pipeline.evaluation.outcomes import (
-    LEVEL,
-    MIN_SPEAKERS,
+    Bootstrap,
     Floats,
     Ints,
     Outcomes,
     Scores,
+    bootstrap,
     brier,
     failed_rows,
     has_labels,
@@ -33,16 +32,13 @@ from pipeline.evaluation.outcomes import (
     log_loss,
     outcomes,
     reliability,
-    resample_groups,
-    resample_recordings,
     risk_coverage,
     scores,
     wilson,
 )
 from pipeline.evaluation.verdict import Targets, verdict
 
-__all__ = ["FORMAT_VERSION", "Targets", "evaluate", "speaker_groups"]
-
+__all__ = ["FORMAT_VERSION", "Targets", "evaluate"]
 
 MIN_RECORDINGS = 30
 MIN_GAIN = 0.20
@@ -114,14 +110,11 @@ def evaluate(
 
     Args:
         predictions: columns ``status label_name predicted confidence p_<label>``, perhaps ``speaker`` and others.
-        labels: class names in index order.
         targets: targets of the verdict; by default 80, 80 and 75 %.
-        resamples: number of bootstrap resamples.
-        seed: random seed of the bootstrap.
+        resamples, seed: number of bootstrap resamples, and their random seed.
 
     Returns:
-        A dict of plain Python values; if there are no labels, only ``format_version``, ``labels``, ``labelled``
-        (False), ``n`` and ``answers``.
+        Plain values; without labels only ``format_version``, ``labels``, ``labelled`` (False), ``n`` and ``answers``.
 
     Raises:
         LabelError: a label that is not in ``labels``.
@@ -133,7 +126,6 @@ def evaluate(
     if not has_labels(predictions):
         return result
     found = outcomes(predictions, labels)
-    rng = np.random.default_rng(seed)
     result["labelled"] = True
     result["n"] |= {
         "labelled": len(found),
@@ -141,7 +133,7 @@ def evaluate(
         "read": int(found.read.sum()),
         "labelled_failed": int((~found.read).sum()),
     }
-    result |= _figures(found, resamples, seed, rng)
+    result |= _figures(found, resamples, seed)
     result["restricted"] = restricted(found)
     result["hints"] = hints(found)
     result["verdict"] = verdict(result, targets or Targets())
@@ -149,31 +141,19 @@ def evaluate(
     return result
 
 
-def _figures(found: Outcomes, resamples: int, seed: int, rng: np.random.Generator) -> dict[str, Any]:
+def _figures(found: Outcomes, resamples: int, seed: int) -> dict[str, Any]:
     n_classes = len(found.labels)
     hits = _top2_hits(found)
-    shape = (n_classes, n_classes + 1, 2)
     cell = (found.truth * (n_classes + 1) + found.answer) * 2 + (0 if hits is None else hits)
-    counts = np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape).astype(np.int64)
-    drawn = {"recordings": resample_recordings(counts, resamples, rng)}
-    speakers, note = speaker_groups(found.table)
-    if speakers is not None:
-        drawn["speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
-    speaker_counts = None if speakers is None else [len(set(speakers[found.truth == i])) for i in range(n_classes)]
-    overall = _overall(counts, drawn)
-    overall["top2_accuracy"] = None if hits is None else _top2(counts, drawn)
+    resampled = bootstrap(found, cell, (n_classes, n_classes + 1, 2), resamples, seed)
+    views = _views(resampled)
     return {
-        "bootstrap": {
-            "method": "percentile",
-            "level": LEVEL,
-            "resamples": resamples,
-            "seed": seed,
-            "speakers": None if speakers is None else int(speakers.max()) + 1,
-            "speakers_note": note,
-        },
-        "overall": overall | _probability_figures(found),
-        "per_class": _per_class(found.labels, counts, drawn, speaker_counts),
-        "confusion": _confusion(found.labels, counts.sum(axis=-1)),
+        "bootstrap": {"method": "percentile", **resampled.about},
+        "overall": _overall(views)
+        | {"top2_accuracy": None if hits is None else _top2(resampled)}
+        | _probability_figures(found),
+        "per_class": _per_class(found.labels, views, resampled.enough_speakers),
+        "confusion": _confusion(found.labels, resampled.counts.sum(axis=-1)),
     } | _curves(found)
 
 
@@ -186,65 +166,54 @@ def _top2_hits(found: Outcomes) -> Ints | None:
     return hits
 
 
-def speaker_groups(table: pd.DataFrame) -> tuple[Ints | None, str | None]:
-    """Speaker index of each row, ``(n,)``, and None; or None and the reason why there is no interval over speakers."""
-    if "speaker" not in table.columns:
-        return None, "no speaker column"
-    named = table["speaker"].notna() & (table["speaker"].astype(str).str.strip() != "")
-    codes, names = pd.factorize(table["speaker"].where(named))
-    if (codes < 0).any():
-        return None, f"recordings without a speaker: {int((codes < 0).sum())}"
-    if len(names) < MIN_SPEAKERS:
-        return None, f"too few: {len(names)} speakers, at least {MIN_SPEAKERS} are needed"
-    return codes.astype(np.int64), None
+@dataclass(frozen=True)
+class _View:
+    """The recordings of one kind: their tally (C, C or C + 1), its metrics, and those of its resamples."""
+
+    counts: Ints
+    point: Scores
+    samples: dict[str, Scores]
 
 
-def _views(array: Ints) -> dict[str, Scores]:
-    """Scores of tallies ``(..., C, C + 1, 2)``: of the recordings read, and with the failed ones counted as wrong."""
-    answered = array.sum(axis=-1)
-    return {"read": scores(answered[..., :-1]), "with_failed": scores(answered)}
+def _views(resampled: Bootstrap) -> dict[str, _View]:
+    """``read``: the recordings with an answer; ``with_failed``: all, those without an answer count as wrong."""
+
+    def view(columns: slice) -> _View:
+        counts, *drawn = (a.sum(axis=-1)[..., columns] for a in (resampled.counts, *resampled.drawn.values()))
+        return _View(counts, scores(counts), dict(zip(resampled.drawn, map(scores, drawn), strict=True)))
+
+    return {"read": view(slice(-1)), "with_failed": view(slice(None))}
 
 
-def _overall(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
-    point, samples = _views(counts), {over: _views(array) for over, array in drawn.items()}
-    support = {"read": counts[:, :-1].sum(axis=(1, 2)), "with_failed": counts.sum(axis=(1, 2))}
-    rarest = {view: int(n[n > 0].min(initial=n.sum())) for view, n in support.items()}
+def _overall(views: dict[str, _View]) -> dict[str, Any]:
+    def figure(name: str, view: _View) -> dict[str, Any]:
+        support = view.counts.sum(axis=1)
+        total = int(support.sum())
+        n = int(support[support > 0].min(initial=total)) if name in ("uar", "macro_f1") else total  # the rarest class
+        samples = {over: getattr(metrics, name) for over, metrics in view.samples.items()}
+        return _figure(getattr(view.point, name), samples, n, is_share=name == "accuracy")
 
-    def figure(name: str, view: str) -> dict[str, Any]:
-        resampled = {over: getattr(s[view], name) for over, s in samples.items()}
-        n = rarest[view] if name in ("uar", "macro_f1") else int(support[view].sum())
-        return _figure(getattr(point[view], name), resampled, n, is_share=name == "accuracy")
-
-    return {name: figure(name, "read") | {"with_failed": figure(name, "with_failed")} for name in OVERALL}
+    return {name: figure(name, views["read"]) | {"with_failed": figure(name, views["with_failed"])} for name in OVERALL}
 
 
-def _per_class(
-    labels: Sequence[str], counts: Ints, drawn: dict[str, Ints], speaker_counts: Sequence[int] | None
-) -> list[dict[str, Any]]:
-    """One row of figures for each class.
+def _per_class(labels: Sequence[str], views: dict[str, _View], enough_speakers: Sequence[bool]) -> list[dict[str, Any]]:
+    """One row of figures for each class."""
 
-    ``speaker_counts``: number of speakers of each class; with too few there is no interval over speakers.
-    """
-    point, samples = _views(counts), {over: _views(array) for over, array in drawn.items()}
-    support = {"read": counts[:, :-1].sum(axis=(1, 2)), "with_failed": counts.sum(axis=(1, 2))}
-
-    answered = {"read": counts[:, :-1].sum(axis=(0, 2)), "with_failed": counts[:, :-1].sum(axis=(0, 2))}
-
-    def figure(name: str, view: str, i: int) -> dict[str, Any]:
-        few = speaker_counts is not None and speaker_counts[i] < MIN_SPEAKERS
-        resampled = {
-            over: getattr(s[view], name)[:, i] for over, s in samples.items() if not (few and over == "speakers")
+    def figure(name: str, view: _View, i: int) -> dict[str, Any]:
+        samples = {
+            over: getattr(metrics, name)[:, i]
+            for over, metrics in view.samples.items()
+            if over == "over_recordings" or enough_speakers[i]
         }
-        n = answered[view][i] if name == "precision" else support[view][i]
-        return _figure(getattr(point[view], name)[i], resampled, int(n), is_share=name != "f1")
+        n = view.counts.sum(axis=0 if name == "precision" else 1)[i]
+        return _figure(getattr(view.point, name)[i], samples, int(n), is_share=name != "f1")
 
+    support, everything = (views[name].counts.sum(axis=1) for name in ("read", "with_failed"))
     rows = []
     for i, label in enumerate(labels):
-        row: dict[str, Any] = {"label": label, "support": int(support["read"][i])}
-        row["failed"] = int(support["with_failed"][i] - support["read"][i])
-        for name in PER_CLASS:
-            row[name] = figure(name, "read", i)
-        row["recall"]["with_failed"] = figure("recall", "with_failed", i)
+        row: dict[str, Any] = {"label": label, "support": int(support[i]), "failed": int((everything - support)[i])}
+        row |= {name: figure(name, views["read"], i) for name in PER_CLASS}
+        row["recall"]["with_failed"] = figure("recall", views["with_failed"], i)
         rows.append(row)
     return rows
 
@@ -254,33 +223,35 @@ def _figure(value: Floats, samples: dict[str, Floats], n: int, *, is_share: bool
     number = _number(value)
     found: dict[str, Any] = {"value": number, "over_recordings": None, "over_speakers": None}
     for over, array in samples.items():
-        if number is not None and is_share and over == "recordings" and n:
-            bounds: tuple[float, float] | None = wilson(round(number * n), n)
-        else:
-            bounds = None if number is None else interval(number, array, n)
-        found[f"over_{over}"] = None if bounds is None else list(bounds)
+        if number is None:
+            continue
+        if is_share and over == "over_recordings" and n:
+            found[over] = list(wilson(round(number * n), n))
+        elif (bounds := interval(number, array, n)) is not None:
+            found[over] = list(bounds)
     return found
 
 
-def _top2(counts: Ints, drawn: dict[str, Ints]) -> dict[str, Any]:
+def _top2(resampled: Bootstrap) -> dict[str, Any]:
     def share(array: Ints) -> Floats:
         read = array[..., :-1, :]
         with np.errstate(invalid="ignore"):
             return np.asarray(read[..., 1].sum(axis=(-1, -2)) / read.sum(axis=(-1, -2, -3)))
 
-    resampled = {over: share(array) for over, array in drawn.items()}
-    return _figure(share(counts), resampled, int(counts[:, :-1].sum()), is_share=True)
+    samples = {over: share(array) for over, array in resampled.drawn.items()}
+    return _figure(share(resampled.counts), samples, int(resampled.counts[:, :-1].sum()), is_share=True)
 
 
 def _probability_figures(found: Outcomes) -> dict[str, float | None]:
-    names = ("log_loss", "brier", "ece", "aurc")
     seen = found.where(found.read)
     if seen.probabilities is None or seen.confidence is None or not len(seen):
-        return dict.fromkeys(names)
-    ece = reliability(seen.confidence, seen.correct).ece
-    aurc = risk_coverage(seen.confidence, seen.correct).aurc
-    values = (log_loss(seen.truth, seen.probabilities), brier(seen.truth, seen.probabilities), ece, aurc)
-    return dict(zip(names, values, strict=True))
+        return dict.fromkeys(("log_loss", "brier", "ece", "aurc"))
+    return {
+        "log_loss": log_loss(seen.truth, seen.probabilities),
+        "brier": brier(seen.truth, seen.probabilities),
+        "ece": reliability(seen.confidence, seen.correct).ece,
+        "aurc": risk_coverage(seen.confidence, seen.correct).aurc,
+    }
 
 
 def _curves(found: Outcomes) -> dict[str, Any]:
@@ -291,24 +262,16 @@ def _curves(found: Outcomes) -> dict[str, Any]:
     bins = reliability(seen.confidence, seen.correct)
     curve = risk_coverage(seen.confidence, seen.correct)
     at = np.unique(np.ceil(np.linspace(0, 1, _CURVE_POINTS) * len(seen)).astype(int).clip(1) - 1)
+    columns = zip(bins.edges, bins.edges[1:], bins.n, bins.confidence, bins.accuracy, strict=False)
+    points = zip(curve.coverage[at], curve.risk[at], curve.threshold[at], strict=True)
     return {
         "reliability": [
-            {
-                "low": float(bins.edges[i]),
-                "high": float(bins.edges[i + 1]),
-                "n": int(bins.n[i]),
-                "confidence": _number(bins.confidence[i]),
-                "accuracy": _number(bins.accuracy[i]),
-            }
-            for i in range(len(bins.n))
+            {"low": float(low), "high": float(high), "n": int(n), "confidence": _number(c), "accuracy": _number(a)}
+            for low, high, n, c, a in columns
         ],
         "risk_coverage": [
-            {
-                "coverage": float(curve.coverage[i]),
-                "risk": float(curve.risk[i]),
-                "threshold": float(curve.threshold[i]),
-            }
-            for i in at
+            {"coverage": float(coverage), "risk": float(risk), "threshold": float(threshold)}
+            for coverage, risk, threshold in points
         ],
     }
 

@@ -1,20 +1,16 @@
 """Predictions as arrays (true class, answer, confidence), metrics on them, and bootstrap intervals.
 
-The columns of a scores table (``status error label_name predicted confidence p_<label> speaker ...``) are read only
-here, so that metrics, breakdowns and comparisons use the same rows.
-
-The metrics are those of scikit-learn, but vectorised and computed from counts. They take a *tally*: integers of shape
-``(..., C, C + 1)``; rows are the true class, columns the answer, the last column the recordings without an answer (not
-readable, silent or not speech). Leading axes are resamples, so that a bootstrap of 1,000 draws is one call. Without the
-last column, ``(..., C, C)``, it is a plain confusion matrix.
+The metrics are those of scikit-learn, computed from a *tally*: counts ``(..., C, C + 1)``; rows are the true class,
+columns the answer, the last column the recordings without an answer (not readable, silent or not speech). Leading axes
+are resamples, so that a bootstrap of 1,000 draws is one call. Without the last column it is a confusion matrix.
 
 Sources: ECE and reliability bins, Naeini et al. (AAAI 2015) and Guo et al. (ICML 2017); Brier (1950), the sum over
-classes (0 best, 2 worst); AURC, Geifman, Uziel & El-Yaniv (ICLR 2019); the rest as scikit-learn defines it.
+classes (0 best, 2 worst); AURC, Geifman, Uziel & El-Yaniv (ICLR 2019).
 
-The bootstrap over recordings draws cell counts of a tally from a multinomial distribution, which costs less than
-drawing recordings. Recordings of one speaker are not independent; resampling whole speakers (the cluster bootstrap,
-Field & Welsh 2007) shows how much a figure may change with other speakers. Intervals are percentile intervals (Efron
-1979); those of shares over recordings are score intervals (Wilson 1927), which also suit few recordings.
+The bootstrap over recordings draws a tally from a multinomial distribution. Recordings of one speaker are not
+independent; resampling whole speakers (the cluster bootstrap, Field & Welsh 2007) shows how much a figure may change
+with other speakers. Intervals are percentile intervals (Efron 1979); those of shares over recordings are score
+intervals (Wilson 1927), which also suit few recordings.
 
 Limits: if every recording is right (or wrong), all resamples are equal; then the exact binomial bound (Clopper &
 Pearson 1934) on the number of recordings is used. With few speakers, percentile intervals are too narrow: those of 95 %
@@ -45,9 +41,12 @@ CALIBRATION_BINS = 10
 
 def tally(truth: Ints, answer: Ints, n_classes: int) -> Ints:
     """Counts ``(C, C + 1)`` of (true class, answer) pairs; answer ``C`` means "no answer"."""
-    cells = truth * (n_classes + 1) + answer
-    counts = np.bincount(cells, minlength=n_classes * (n_classes + 1)).astype(np.int64)
-    return counts.reshape(n_classes, n_classes + 1)
+    return count_cells(truth * (n_classes + 1) + answer, (n_classes, n_classes + 1))
+
+
+def count_cells(cell: Ints, shape: tuple[int, ...]) -> Ints:
+    """How often each cell of an array of ``shape`` occurs, from flat indices (n,)."""
+    return np.bincount(cell, minlength=math.prod(shape)).astype(np.int64).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,12 @@ def scores(counts: NDArray[Any]) -> Scores:
         )
 
 
+def shares(counts: Ints, names: Sequence[str] = ("accuracy", "uar", "weighted_f1")) -> dict[str, float]:
+    """Some of the overall metrics of one tally ``(C, C + 1)`` or ``(C, C)``, by name."""
+    found = scores(counts)
+    return {name: float(getattr(found, name)) for name in names}
+
+
 def in_top(truth: Ints, probabilities: Floats, k: int) -> NDArray[np.bool_]:
     """Whether the true class is among the ``k`` most probable, (n,); of equal ones the lower index comes first."""
     own = np.take_along_axis(probabilities, truth[:, None], axis=1)
@@ -101,20 +106,14 @@ def in_top(truth: Ints, probabilities: Floats, k: int) -> NDArray[np.bool_]:
 
 
 def log_loss(truth: Ints, probabilities: Floats) -> float:
-    """Mean ``-ln p(true class)``, in nats; probabilities are clipped at float64's epsilon, as in scikit-learn.
-
-    ``truth`` is ``(n,)`` class indices, ``probabilities`` ``(n, classes)``.
-    """
+    """Mean ``-ln p(true class)`` of probabilities ``(n, C)``, clipped at float64's epsilon as in scikit-learn."""
     own = np.take_along_axis(probabilities, truth[:, None], axis=1)
     epsilon = np.finfo(np.float64).eps
     return float(-np.log(np.clip(own, epsilon, 1 - epsilon)).mean())
 
 
 def brier(truth: Ints, probabilities: Floats) -> float:
-    """Mean over recordings of the squared distance to the one-hot truth, summed over classes (0 to 2).
-
-    ``truth`` is ``(n,)`` class indices, ``probabilities`` ``(n, classes)``.
-    """
+    """Mean squared distance of probabilities ``(n, C)`` to the one-hot truth, summed over classes (0 to 2)."""
     own = np.take_along_axis(probabilities, truth[:, None], axis=1)[:, 0]
     return float(((probabilities**2).sum(axis=1) - 2 * own + 1).mean())
 
@@ -135,14 +134,15 @@ class Reliability:
         return float(np.nansum(gap * self.n) / self.n.sum())
 
 
-def reliability(confidence: Floats, correct: NDArray[np.bool_], n_bins: int = CALIBRATION_BINS) -> Reliability:
-    """Accuracy against confidence in ``n_bins`` equal bins, of ``(n,)`` recordings."""
-    edges = np.linspace(0, 1, n_bins + 1)
-    index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)
-    n = np.bincount(index, minlength=n_bins).astype(np.int64)
+def reliability(confidence: Floats, correct: NDArray[np.bool_]) -> Reliability:
+    """Accuracy against confidence in ``CALIBRATION_BINS`` equal bins, of ``(n,)`` recordings."""
+    bins = CALIBRATION_BINS
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, bins - 1)
+    n = np.bincount(index, minlength=bins).astype(np.int64)
     with np.errstate(invalid="ignore"):
-        mean_confidence = np.bincount(index, weights=confidence, minlength=n_bins) / n
-        accuracy = np.bincount(index, weights=correct, minlength=n_bins) / n
+        mean_confidence = np.bincount(index, weights=confidence, minlength=bins) / n
+        accuracy = np.bincount(index, weights=correct, minlength=bins) / n
     return Reliability(edges, n, mean_confidence, accuracy)
 
 
@@ -232,8 +232,7 @@ def outcomes(predictions: pd.DataFrame, labels: Sequence[str]) -> Outcomes:
     """The labelled rows of ``predictions`` as arrays; without a speaker column, speakers are taken from file names.
 
     Raises:
-        LabelError: a label that is not in ``labels``.
-        SerError: the table has no column with answers.
+        SerError: a label that is not in ``labels`` (LabelError), or no column with answers.
     """
     names = tuple(labels)
     table = with_speakers(predictions[given(predictions["label_name"])].reset_index(drop=True))
@@ -252,6 +251,19 @@ def outcomes(predictions: pd.DataFrame, labels: Sequence[str]) -> Outcomes:
     answer = _answers(table, names, probabilities)
     answer[failed] = len(names)
     return Outcomes(names, table, truth, answer, probabilities, _confidence(table, probabilities))
+
+
+def with_answers(table: pd.DataFrame, probabilities: Floats, labels: Sequence[str]) -> pd.DataFrame:
+    """A score table's rows with the answers that probabilities ``(n, C)`` give."""
+    columns = {f"p_{name}": probabilities[:, i] for i, name in enumerate(labels)}
+    best = np.array(labels)[probabilities.argmax(axis=1)]
+    return table.assign(predicted=best, confidence=probabilities.max(axis=1), **columns)
+
+
+def score_table(rows: pd.DataFrame, probabilities: Floats, labels: Sequence[str]) -> pd.DataFrame:
+    """Labelled rows of a manifest or of features as a score table, with the answers of probabilities ``(n, C)``."""
+    kept = rows.drop(columns=["status", "error", "parent_id", "n_frames"], errors="ignore")
+    return with_answers(kept.assign(status="ok", error="", label_name=rows["label"]), probabilities, labels)
 
 
 def _codes(cells: pd.Series, names: tuple[str, ...]) -> Ints:
@@ -303,21 +315,14 @@ Interval = tuple[float, float]
 def resample_recordings(counts: Ints, resamples: int, rng: np.random.Generator) -> Ints:
     """Tallies ``(resamples, *counts.shape)`` of recordings drawn with replacement from ``counts``."""
     total = int(counts.sum())
-    if total == 0:
-        return np.zeros((resamples, *counts.shape), dtype=np.int64)
-    drawn = rng.multinomial(total, counts.ravel() / total, size=resamples)
+    drawn = rng.multinomial(total, counts.ravel() / max(total, 1), size=resamples)
     return drawn.reshape(resamples, *counts.shape)
 
 
 def resample_groups(group: Ints, cell: Ints, shape: tuple[int, ...], resamples: int, rng: np.random.Generator) -> Ints:
     """Tallies ``(resamples, *shape)`` of whole groups (speakers) drawn with replacement.
 
-    Args:
-        group: group of each recording, 0..G-1, shape (n,).
-        cell: flat index into ``shape`` of each recording, shape (n,).
-        shape: shape of one tally.
-        resamples: number of tallies to draw.
-        rng: random generator.
+    ``group`` (n,) is the group of each recording, 0..G-1; ``cell`` (n,) its flat index into ``shape``.
     """
     from scipy.sparse import csr_matrix
 
@@ -333,6 +338,48 @@ def resample_groups(group: Ints, cell: Ints, shape: tuple[int, ...], resamples: 
         parts.append((tallies @ weights).T)
     drawn_tallies: Ints = np.rint(np.concatenate(parts)).astype(np.int64)
     return drawn_tallies.reshape(resamples, *shape)
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """A tally and its resamples."""
+
+    counts: Ints
+    drawn: dict[str, Ints]  # over_recordings, and with enough speakers over_speakers -> (resamples, *counts.shape)
+    enough_speakers: list[bool]  # (C,) whether the recall of a class can have an interval over speakers
+    about: dict[str, Any]  # for the report
+
+
+def bootstrap(found: Outcomes, cell: Ints, shape: tuple[int, ...], resamples: int, seed: int) -> Bootstrap:
+    """Resample a tally of ``shape``; ``cell`` (n,) is the flat index of each recording in it."""
+    rng = np.random.default_rng(seed)
+    counts = count_cells(cell, shape)
+    drawn = {"over_recordings": resample_recordings(counts, resamples, rng)}
+    enough = [False] * len(found.labels)
+    speakers, note = speaker_groups(found.table)
+    if speakers is not None:
+        drawn["over_speakers"] = resample_groups(speakers, cell, shape, resamples, rng)
+        enough = [len(set(speakers[found.truth == i])) >= MIN_SPEAKERS for i in range(len(enough))]
+    about = {
+        "level": LEVEL,
+        "resamples": resamples,
+        "seed": seed,
+        "speakers": None if speakers is None else int(speakers.max()) + 1,
+        "speakers_note": note,
+    }
+    return Bootstrap(counts, drawn, enough, about)
+
+
+def speaker_groups(table: pd.DataFrame) -> tuple[Ints | None, str | None]:
+    """Speaker index of each row, ``(n,)``, and None; or None and the reason why there is no interval over speakers."""
+    if "speaker" not in table.columns:
+        return None, "no speaker column"
+    codes, names = pd.factorize(table["speaker"].where(given(table["speaker"])))
+    if (codes < 0).any():
+        return None, f"recordings without a speaker: {int((codes < 0).sum())}"
+    if len(names) < MIN_SPEAKERS:
+        return None, f"too few: {len(names)} speakers, at least {MIN_SPEAKERS} are needed"
+    return codes.astype(np.int64), None
 
 
 def percentile_interval(samples: NDArray[Any]) -> Interval | None:

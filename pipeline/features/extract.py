@@ -1,16 +1,16 @@
 """Extracts features of recordings into shards, with Ray Data or in processes of this machine (``cluster.engine``).
 
-Each task reads one block of the manifest and decodes every recording once, for features and content hash. It writes
-``part-NNNNN.parquet`` under a temporary name and renames it at the end. It returns only counts, so memory use does not
-grow with the number of recordings. Rows keep the manifest's order. A second run of the same extraction makes only
-the missing parts. ``manifest.json`` is written last: its presence means that the folder is complete. A recording that
-cannot be read becomes a row with ``status`` and ``error``. If a recording crashed the process of its block, the next
-attempt decodes it in a process of its own; if it crashes there too, its status is ``decoder_crashed``.
+Each task writes the part of one block of the manifest, ``part-NNNNN.parquet``, and returns only counts, so memory use
+does not grow with the number of recordings. A second run of the same extraction makes only the missing parts.
+``manifest.json`` is written last: its presence means that the folder is complete. A recording that cannot be read
+becomes a row with ``status`` and ``error``. If it crashed the process of its block, the next attempt decodes it in a
+process of its own; if it crashes there too, its status is ``decoder_crashed``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -68,18 +68,13 @@ _decode_isolated = partial(decode_in_subprocess, decode=load_once, timeout_s=300
 class ShardOptions:
     """Options of an extraction.
 
-    Attributes:
-        mel_power_s: seconds of mel power stored for training-time crops, at least the window; 0 stores none.
-        block_rows: recordings per part.
-        pitch_semitones: pitch shift of each copy; copies are made from the stored seconds.
-
     Raises:
         ShardError: a value out of range, or pitch copies without mel power.
     """
 
-    mel_power_s: float = 6.0
-    block_rows: int = 128
-    pitch_semitones: tuple[float, ...] = ()
+    mel_power_s: float = 6.0  # mel power stored for training-time crops, at least the window; 0: none
+    block_rows: int = 128  # recordings per part
+    pitch_semitones: tuple[float, ...] = ()  # pitch shift of each copy; copies are made from the stored seconds
 
     def __post_init__(self) -> None:
         if self.block_rows < 1:
@@ -96,23 +91,18 @@ class ShardOptions:
 class BlockWriter:
     """Extracts one block of the manifest and writes its part.
 
-    Attributes:
-        schema: the manifest's columns, the same for every part.
-        run: id of this start of the job. Crashes during an earlier start do not count against a block, and nothing
-            is written after a later start took over ``out``. Empty: no such checks.
+    ``run`` is the id of this start of the job. Crashes during an earlier start do not count against a block, and
+    nothing is written after a later start took over ``out``. Empty: no such checks.
     """
 
     out: Path
-    schema: pa.Schema
+    schema: pa.Schema  # of the manifest's columns, the same for every part
     config: FeatureConfig
     options: ShardOptions
     run: str = ""
 
     def __call__(self, batch: pd.DataFrame) -> tuple[int, int]:
-        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``).
-
-        Returns:
-            (number of rows including pitch copies, number of failed rows).
+        """Write the part of ``batch`` (manifest rows with ``_block`` and ``_row``); returns (all rows, failed rows).
 
         Raises:
             SerError: a later start took over ``out``; it cannot be written; the block crashed too often.
@@ -162,7 +152,8 @@ class BlockWriter:
         for semitones in self.options.pitch_semitones:
             shifted = _pitch_shift(samples, config, semitones)
             copy = {"row_id": f"{number}{semitones:+g}", "parent_id": str(number), "pitch_semitones": semitones}
-            copy["features"] = extract(_middle(shifted, config), config)
+            start = (len(shifted) - config.window_samples) // 2
+            copy["features"] = extract(shifted[start : start + config.window_samples], config)
             rows.append(base | copy | _power(shifted, config, frames))
         return rows
 
@@ -189,11 +180,6 @@ def _excerpt(found: Reading, config: FeatureConfig) -> np.ndarray:
         beside = max(min(before, real - config.window_samples - before), 0)
         start, real = start + before - beside, config.window_samples + 2 * beside
     return whole.samples[start : start + real]
-
-
-def _middle(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
-    start = (len(samples) - config.window_samples) // 2
-    return samples[start : start + config.window_samples]
 
 
 def _pitch_shift(samples: np.ndarray, config: FeatureConfig, semitones: float) -> np.ndarray:
@@ -246,12 +232,10 @@ def extract_shards(
     num_cpus: int | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> ShardSummary:
-    """Extract the features of every recording of ``manifest`` into ``out``.
-
-    If ``out`` has a part of the same extraction (manifest and settings), only the rest is computed.
+    """Extract the features of every recording of ``manifest`` into ``out``, or the rest of an unfinished extraction.
 
     Args:
-        manifest: as ``pipeline.data.manifest`` makes it; its columns are kept.
+        manifest: its columns are kept.
         overwrite: remove another extraction in ``out`` instead of refusing it.
         engine, num_cpus: where to run, see ``choose_engine``; the shards do not depend on it.
         on_progress: called with (recordings done, recordings in total, rows failed so far).
@@ -308,17 +292,9 @@ def _extract(
                 on_progress(finished, len(table), failed)
     shutil.rmtree(out / NOTES, ignore_errors=True)
     remove_temporaries(out, "part-*")  # left by a node that died while writing
-    values = {
-        **plan,
-        "features": config.to_dict(),
-        "fingerprint": config.fingerprint(),
-        "options": asdict(options),
-        "mel_power_frames": power_frames(config, options),
-        "rows": rows,
-        "failed": failed,
-        "parts": names,
-    }
-    write_json(out / MANIFEST, values)
+    about = {"features": config.to_dict(), "fingerprint": config.fingerprint(), "options": asdict(options)}
+    found = {"mel_power_frames": power_frames(config, options), "rows": rows, "failed": failed, "parts": names}
+    write_json(out / MANIFEST, plan | about | found)
     return ShardSummary(out, rows, failed, len(names) - len(todo))
 
 
@@ -376,13 +352,9 @@ def _on_ray(
     data_context()
     items = [{"block": i, "first": int(blocks[i].index[0]), "rows": _packed(blocks[i], write.schema)} for i in todo]
 
+    how: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "zero_copy_batch": True, "num_cpus": 1}
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        partial(_written, write=write),
-        batch_format="pyarrow",
-        batch_size=None,
-        zero_copy_batch=True,
-        num_cpus=1,
-        compute=task_pool(len(items)),
+        partial(_written, write=write), compute=task_pool(len(items)), **how
     )
     for row in dataset.iter_rows():
         if row["refusal"]:
@@ -408,7 +380,7 @@ def _written(batch: pa.Table, write: BlockWriter) -> pa.Table:
 
 def _packed(rows: pd.DataFrame, schema: pa.Schema) -> bytes:
     """Manifest rows as bytes, in Arrow's stream format."""
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()
     with pa.ipc.new_stream(sink, schema) as stream:
         stream.write_table(pa.Table.from_pandas(rows, schema=schema, preserve_index=False))
-    return bytes(sink.getvalue().to_pybytes())
+    return sink.getvalue()

@@ -53,8 +53,7 @@ def filter_groups(
 ) -> tuple[tuple[slice, slice, Array], ...]:
     """``filters`` in three groups of neighbouring bands, each with only the bins it needs: a quarter of the work.
 
-    Returns:
-        For each group: its bands, its bins, and its filters ``(bands, bins)``.
+    A group is its bands, its bins, and its filters ``(bands, bins)``.
     """
     every = filters(n_mels, top_hz, n_fft, sample_rate_hz)
     bands = []
@@ -113,16 +112,8 @@ class FeatureConfig:
             raise FeatureError(f"unknown window {self.window!r}; expected one of {', '.join(get_args(Window))}")
         if self.kind not in KINDS:
             raise FeatureError(f"unknown feature kind {self.kind!r}; expected one of {', '.join(KINDS)}")
-        positive = (
-            self.sample_rate_hz,
-            self.window_s,
-            self.n_mels,
-            self.n_fft,
-            self.hop_length,
-            self.top_db,
-            self.n_mfcc,
-        )
-        if not all(0 < number < float("inf") for number in positive):  # False for NaN
+        window = self.sample_rate_hz, self.window_s, self.n_fft, self.hop_length
+        if not all(0 < number < float("inf") for number in (*window, self.n_mels, self.n_mfcc, self.top_db)):
             raise FeatureError(f"every number of a FeatureConfig must be positive and finite, got {self}")
         if self.window_samples < self.hop_length:
             raise FeatureError(f"window_s={self.window_s} is shorter than one hop; use a longer window")
@@ -198,13 +189,7 @@ class FeatureConfig:
 
 
 def extract(samples: Array, config: FeatureConfig) -> Array:
-    """The model input for one window.
-
-    Args:
-        samples: float32 mono ``(config.window_samples,)`` at ``config.sample_rate_hz``.
-
-    Returns:
-        float32 of ``config.input_shape``.
+    """The model input, float32 ``config.input_shape``, of one window of float32 mono samples ``(window_samples,)``.
 
     Raises:
         FeatureError: another number of samples or dimensions.
@@ -261,16 +246,12 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
     import librosa
     import scipy.fft
 
-    magnitude = np.sqrt(_stft_power(samples, config))
+    magnitude = np.sqrt(np.concatenate([block for _, block in _power_blocks(samples, config)]).T)
     power = filters(*_bands(config)) @ (magnitude * magnitude)
     decibel = librosa.power_to_db(power, ref=np.max, top_db=config.top_db)
     mfcc = scipy.fft.dct(decibel, axis=0, type=2, norm="ortho")[: config.n_mfcc]
-    spectral: dict[str, Any] = {
-        "S": magnitude,
-        "sr": config.sample_rate_hz,
-        "n_fft": config.n_fft,
-        "hop_length": config.hop_length,
-    }
+    hop = {"n_fft": config.n_fft, "hop_length": config.hop_length}
+    spectral: dict[str, Any] = {"S": magnitude, "sr": config.sample_rate_hz, **hop}
     frame: dict[str, Any] = {"frame_length": config.n_fft, "hop_length": config.hop_length}
     rows = [
         mfcc,
@@ -290,15 +271,11 @@ def frame_features(samples: Array, config: FeatureConfig) -> Array:
     return np.ascontiguousarray(columns.T)
 
 
-def _stft_power(samples: Array, config: FeatureConfig) -> Array:
-    """|STFT|^2, ``(1 + n_fft // 2, frames)``: Hann window, centred frames, zero padding at both ends."""
-    return np.concatenate([block for _, block in _power_blocks(samples, config)]).T
-
-
 def _power_blocks(samples: Array, config: FeatureConfig) -> Iterator[tuple[int, Array]]:
     """|STFT|^2 as blocks ``(up to 32 frames, 1 + n_fft // 2)``, each with the index of its first frame.
 
-    A block fits into the CPU cache and its memory is reused: twice as fast as one transform of all frames.
+    Hann window, centred frames, zero padding at both ends. A block fits into the CPU cache and its memory is reused:
+    twice as fast as one transform of all frames.
     """
     import scipy.fft  # costs half a second of CPU; imported here so that a command's --help is fast
 

@@ -1,13 +1,13 @@
 """The feature folder: reads its Parquet shards as memory-mapped arrays, and guards it while an extraction writes.
 
-Reading: the first read copies the tensors into ``.npy`` files in the folder. Later runs, and all workers on the
-machine, then map these files instead of decoding Parquet again.
+Reading: the first read copies the tensors into ``.npy`` files in the folder, which later runs and all workers on the
+machine then map.
 
-Writing: one process at a time holds the folder's lock, and the folder belongs to one plan. ``plan.json`` states the
-recordings and settings. ``stamps.npy`` holds the recordings' stamps (``storage.files.stamps_of``), int64 ``(n, 2)``,
-taken before they are read. A recording with another stamp has changed; one that no longer exists has not. Folders of
-earlier versions have no ``stamps.npy`` and are not checked for changes. The lock (``flock``) ends with its process.
-Ray tasks left over from a killed process see that ``.notes/run`` names another run, and write nothing.
+Writing: one process at a time holds the folder's lock (``flock``), and the folder belongs to one plan (``plan.json``:
+recordings and settings). ``stamps.npy`` holds the recordings' stamps (``storage.files.stamps_of``), int64 ``(n, 2)``,
+taken before they are read. A recording with another stamp has changed; one that no longer exists has not. Without
+``stamps.npy`` changes are not checked. Ray tasks left over from a killed process see that ``.notes/run`` names another
+run, and write nothing.
 """
 
 from __future__ import annotations
@@ -143,12 +143,10 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
 def load_features(
     folder: str | os.PathLike[str] | Sequence[Path], config: FeatureConfig | None = None
 ) -> FeatureArrays:
-    """Open a feature folder, or several as one.
-
-    The rows of several folders follow each other, and their ids start with the folder's number and a colon.
+    """Open a feature folder, or several as one: their rows follow each other, with ids that begin ``NUMBER:``.
 
     Args:
-        config: the configuration that the features must have; None accepts that of the (first) folder.
+        config: the configuration that the features must have; None: that of the (first) folder.
 
     Raises:
         ShardError: as ``read_shard_manifest``; another FeatureConfig; no readable recording; a folder given twice;
@@ -182,9 +180,8 @@ def _load_several(folders: Sequence[Path], config: FeatureConfig | None) -> Feat
         raise ShardError(f"a feature folder is given twice: {', '.join(map(str, folders))}")
     found = [load_features(folders[0], config)]
     found += [load_features(folder, found[0].config) for folder in folders[1:]]
-    tables = [
-        _numbered(arrays.table, n, folder.name) for n, (arrays, folder) in enumerate(zip(found, folders, strict=True))
-    ]
+    pairs = enumerate(zip(found, folders, strict=True))
+    tables = [_numbered(arrays.table, n, folder.name) for n, (arrays, folder) in pairs]
     powers = [arrays.mel_power for arrays in found if arrays.mel_power is not None]
     return FeatureArrays(
         found[0].config,
@@ -287,11 +284,8 @@ def lock(out: Path) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise ShardError(f"{out} is a file; give --out a folder")
-    if (
-        out.is_dir()
-        and read_plan(out, KIND) is None
-        and any(not any(path.match(name) for name in _EMPTY) for path in out.iterdir())
-    ):
+    foreign = out.is_dir() and any(not any(path.match(name) for name in _EMPTY) for path in out.iterdir())
+    if foreign and read_plan(out, KIND) is None:
         raise ShardError(f"{out} is not empty and holds no feature shards; give --out a new folder")
     with locked(out / _LOCK, f"extracting into {out}"):
         yield
@@ -300,15 +294,11 @@ def lock(out: Path) -> Iterator[None]:
 def check_or_init(
     out: Path, plan: Mapping[str, Any], recordings: Sequence[str], block_rows: int, *, overwrite: bool
 ) -> None:
-    """Write ``plan`` and the recordings' stamps into the folder, or check that it already belongs to ``plan``.
-
-    Args:
-        recordings: the paths of all rows; each ``block_rows`` of them form one part.
-        overwrite: empty the folder and start again if it holds something else.
+    """Write ``plan`` and the stamps of ``recordings`` into the folder, or check that it already belongs to ``plan``.
 
     Raises:
-        ShardError: the folder holds other recordings or settings, or features of recordings that have changed since
-            (unless ``overwrite``).
+        ShardError: the folder holds other recordings or settings, or features of recordings that have changed since;
+            with ``overwrite`` it is emptied instead.
     """
     stamps, known = stamps_of(recordings), read_plan(out, KIND)
     if known == plan:
@@ -336,12 +326,8 @@ def check_or_init(
 def known_hashes(folders: Sequence[Path], table: pd.DataFrame) -> pd.Series:
     """Content hash of each recording, from the shards; "" if they hold none or the recording may have changed.
 
-    Args:
-        folders: complete feature folders.
-        table: rows of ``load_features(folders)``, without pitch copies.
-
-    A recording that no longer exists keeps its hash. One that exists may have changed if its stamp differs from the one
-    at extraction, or if its folder has no stamps.
+    ``table`` holds rows of ``load_features(folders)``, without pitch copies. A recording that no longer exists keeps
+    its hash. One that exists may have changed if its stamp is another or if its folder has no stamps.
     """
     if HASH_COLUMN not in table.columns:
         return pd.Series("", index=table.index)
@@ -376,19 +362,14 @@ def check_run(out: Path, run: str) -> None:
 
 def whole_parts(out: Path, blocks: int) -> dict[int, tuple[int, int]]:
     """Block -> (all rows, failed rows), for those of the ``blocks`` parts that can be read; others are left out."""
-    found: dict[int, tuple[int, int]] = {}
-    for block in range(blocks):
-        path = out / part_name(block)
-        if (counts := part_counts(path)) is not None:
-            found[block] = counts
-    return found
+    found = ((block, part_counts(out / part_name(block))) for block in range(blocks))
+    return {block: counts for block, counts in found if counts is not None}
 
 
 def _empty(out: Path) -> None:
     """Remove the files of an extraction: the manifest first, as it means complete, and the plan last."""
-    for path in sorted(out.iterdir(), key=lambda path: (path.name == PLAN, path.name != MANIFEST)):
-        if not any(path.match(pattern) for pattern in _OURS):
-            continue
+    ours = [path for path in out.iterdir() if any(path.match(pattern) for pattern in _OURS)]
+    for path in sorted(ours, key=lambda path: (path.name == PLAN, path.name != MANIFEST)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

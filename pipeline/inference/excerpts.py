@@ -32,26 +32,17 @@ _FAINTEST = 1e-20  # power of digital silence: -200 dBFS
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The features of one recording's windows, and what is known about it.
+    """The features of one recording's windows, and what is known about it."""
 
-    Attributes:
-        features: ``(windows, *input_shape)``; no windows if the recording cannot be used.
-        scored_s: seconds of the recording that the windows cover.
-        level_dbfs: RMS level of the loudest window, without zero padding.
-        notice: what users should know about how it was read, mostly "".
-        speech_share: largest share of speech in a window, see ``audio.speech``.
-        status: ``ok``, the code of an AudioError, or ``internal_error``.
-    """
-
-    features: Array
+    features: Array  # (windows, *input_shape); no windows if the recording cannot be used
     duration_s: float = float("nan")
-    scored_s: float = 0.0
+    scored_s: float = 0.0  # seconds that the windows cover
     sample_rate_hz: int = 0
     channels: int = 0
-    level_dbfs: float = float("nan")
-    notice: str = ""
-    speech_share: float = float("nan")
-    status: str = "ok"
+    level_dbfs: float = float("nan")  # RMS level of the loudest window, without zero padding
+    notice: str = ""  # what users should know about how it was read
+    speech_share: float = float("nan")  # largest share of speech in a window, see audio.speech
+    status: str = "ok"  # or the code of an AudioError, or "internal_error"
     error: str | None = None
 
 
@@ -86,8 +77,8 @@ def listen(
     Errors are returned in the Excerpt's ``status`` and ``error``; nothing is raised.
     """
     try:
-        excerpt = _middle if crops == 1 else _crops
-        return excerpt(_Recording(source, config, channel, isolated, limits), crops)
+        recording = _Recording(source, config, channel, isolated, limits)
+        return _middle(recording) if crops == 1 else _crops(recording, crops)
     except Exception as error:  # a recording must never end the job: unexpected errors become a row, too
         return failed(config, error)
 
@@ -111,7 +102,7 @@ def describe(
         AudioError: it cannot be used.
     """
     if isolated:
-        return _decode_isolated(audio.load_middle, _local(source), limits=limits).info
+        return _decode(audio.load_middle, source, isolated, limits=limits).info
     return audio.probe(_local(source), limits=limits)
 
 
@@ -124,20 +115,17 @@ def channels_differ(
 ) -> bool:
     """Whether a recording's channels hold different sound, such as the two speakers of a call.
 
-    Eight pieces of 1 s at 8 kHz are compared. A channel is different if its correlation with the first one is below
-    0.9; channels that are silent in all pieces do not count.
-
-    Args:
-        info: the recording's, from ``describe``.
+    In eight pieces of 1 s at 8 kHz, a channel that is not silent must correlate with the first such one by 0.9 or more.
+    ``info`` is the recording's, from ``describe``.
 
     Raises:
         AudioError: it cannot be used.
     """
-    decode, starts = _decode_isolated if isolated else _decode, crop_starts(info.duration_s, 1.0, _LOOKS)
+    starts = crop_starts(info.duration_s, 1.0, _LOOKS)
 
     def sampled(channel: int) -> NDArray[np.float64]:
         part = {"duration_s": 1.0, "sample_rate_hz": _LOOK_HZ, "channel": channel, "limits": limits}
-        pieces = [decode(audio.load, _local(source), start_s=start, **part).samples for start in starts]
+        pieces = [_decode(audio.load, source, isolated, start_s=start, **part).samples for start in starts]
         return np.concatenate([piece - piece.mean() for piece in pieces]).astype(np.float64)
 
     channels = map(sampled, range(info.channels if info.channels > 1 else 0))
@@ -191,9 +179,7 @@ def walk(
 def check_sound(source: audio.AudioSource, duration_s: float, level_dbfs: float, sound_s: float) -> None:
     """Check that a recording has enough sound for an answer, or is silent throughout, which is an answer, too.
 
-    Args:
-        duration_s: length of the recording; level_dbfs: level of its loudest window; sound_s: most seconds of sound in
-            a window.
+    ``level_dbfs`` is the level of its loudest window, ``sound_s`` the most seconds of sound in a window.
 
     Raises:
         TooShort: there is some sound, but less than ``LEAST_S``, or the recording is shorter than that.
@@ -216,9 +202,6 @@ class _Recording:
     limits: audio.Limits
     notice: str = ""
 
-    def middle(self) -> audio.Clip:
-        return self._decoded(audio.load_middle, window_s=self.config.window_s, window=self.config.window)
-
     def reader(self, starts: Sequence[float], window_s: float) -> Callable[[float], Array]:
         """Decode the windows at ``starts`` in one read; returns a function from a start to its samples, ``(n,)``.
 
@@ -226,7 +209,7 @@ class _Recording:
         """
         rate_hz = self.config.sample_rate_hz
         size = round(window_s * rate_hz)
-        span = self._decoded(audio.load, start_s=starts[0], duration_s=starts[-1] - starts[0] + window_s).samples
+        span = self.decoded(audio.load, start_s=starts[0], duration_s=starts[-1] - starts[0] + window_s).samples
 
         def cut(start_s: float) -> Array:
             first = round(start_s * rate_hz) - round(starts[0] * rate_hz)
@@ -234,24 +217,21 @@ class _Recording:
 
         return cut
 
-    def _decoded(self, load: Callable[..., audio.Clip], **part: float | str) -> audio.Clip:
-        decode = _decode_isolated if self.isolated else _decode
-        rate_hz = self.config.sample_rate_hz
-        clip = decode(
-            load, _local(self.source), sample_rate_hz=rate_hz, channel=self.channel, limits=self.limits, **part
-        )
+    def decoded(self, load: Callable[..., audio.Clip], **part: float | str) -> audio.Clip:
+        how = {"sample_rate_hz": self.config.sample_rate_hz, "channel": self.channel, "limits": self.limits}
+        clip = _decode(load, self.source, self.isolated, **how, **part)
         self.notice = self.notice or clip.info.notice
         return clip
 
 
-def _decode(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
-    return load(source, **options)
-
-
-def _decode_isolated(load: Callable[..., audio.Clip], source: audio.AudioSource, **options: object) -> audio.Clip:
+def _decode(
+    load: Callable[..., audio.Clip], source: audio.AudioSource, isolated: bool, **options: object
+) -> audio.Clip:
+    if not isolated:
+        return load(_local(source), **options)
     from pipeline.audio.isolated import decode_in_subprocess
 
-    return decode_in_subprocess(source, decode=load, timeout_s=_APART_LIMIT_S, **options)
+    return decode_in_subprocess(_local(source), decode=load, timeout_s=_APART_LIMIT_S, **options)
 
 
 def _local(source: audio.AudioSource) -> audio.AudioSource:
@@ -261,9 +241,8 @@ def _local(source: audio.AudioSource) -> audio.AudioSource:
     return source_of(source) if isinstance(source, str) else source
 
 
-def _middle(recording: _Recording, crops: int = 1) -> Excerpt:
-    """The Excerpt of the one window; ``crops`` is ignored."""
-    clip = recording.middle()
+def _middle(recording: _Recording) -> Excerpt:
+    clip = recording.decoded(audio.load_middle, window_s=recording.config.window_s, window=recording.config.window)
     real = round(clip.scored_s * clip.sample_rate_hz)
     before = (len(clip.samples) - real) // 2
     samples = clip.samples[before : before + real]

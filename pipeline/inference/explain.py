@@ -20,29 +20,21 @@ from numpy.typing import NDArray
 
 from pipeline.audio.load import Clip
 from pipeline.features.features import FeatureConfig, FeatureError, mel_edges_hz, mel_power
+from pipeline.inference.timeline import finished
 
 Array = NDArray[np.float32]
 Floats = NDArray[np.float64]
-_HIDDEN = np.float32(0.0)
 
 
 @dataclass(frozen=True)
 class OcclusionMap:
-    """Importance of each cell of a picture for one class.
+    """Importance of each cell of a picture for one class."""
 
-    Attributes:
-        log_p: log-probabilities of the untouched picture, ``(classes,)``.
-        target: index of the class that is explained.
-        importance: decrease of its log-odds in nats if the cell is hidden, ``(rows, columns)``; row 0: lowest bands.
-        band_edges: first band of each row, and the number of bands at the end, ``(rows + 1,)``.
-        frame_edges: first frame of each column, and the number of frames at the end, ``(columns + 1,)``.
-    """
-
-    log_p: Floats
-    target: int
-    importance: Floats
-    band_edges: NDArray[np.intp]
-    frame_edges: NDArray[np.intp]
+    log_p: Floats  # (classes,) log-probabilities of the untouched picture
+    target: int  # index of the class that is explained
+    importance: Floats  # (rows, columns) decrease of its log-odds in nats if the cell is hidden; row 0: lowest bands
+    band_edges: NDArray[np.intp]  # (rows + 1,) first band of each row, and the number of bands at the end
+    frame_edges: NDArray[np.intp]  # (columns + 1,) first frame of each column, and the number of frames at the end
 
     def frequency_edges_hz(self, config: FeatureConfig) -> Floats:
         """Borders of the rows in Hz, ``(rows + 1,)``: midpoints between the centres of neighbouring bands."""
@@ -68,35 +60,22 @@ def occlusion_map(
     rows: int = 8,
     columns: int = 16,
 ) -> OcclusionMap:
-    """Explain one picture.
-
-    Args:
-        picture: features, float32 ``(1, bands, frames)``.
-        log_probabilities: function from pictures ``(n, 1, bands, frames)`` to ``(n, classes)``, such as
-            ``Predictor.log_probabilities``.
-        target: index of the class; None: the most probable one.
-        rows: number of cells over the bands. The network runs ``1 + (rows + 1) * (columns + 1)`` times.
-        columns: number of cells over the frames.
-
-    Raises:
-        FeatureError: the features are no log-mel picture, or have fewer bands or frames than cells.
-    """
-    steps = occlusion_steps(picture, target=target, rows=rows, columns=columns)
-    try:
-        steps.send(log_probabilities(next(steps)))
-    except StopIteration as end:
-        found: OcclusionMap = end.value
-        return found
-    raise AssertionError("occlusion_steps yields once")
+    """``occlusion_steps`` with the network as a function ``(n, 1, bands, frames)`` -> ``(n, classes)``."""
+    return finished(occlusion_steps(picture, target=target, rows=rows, columns=columns), log_probabilities)
 
 
 def occlusion_steps(
     picture: Array, *, target: int | None = None, rows: int = 8, columns: int = 16
 ) -> Generator[Array, Floats, OcclusionMap]:
-    """``occlusion_map`` as a generator, for callers that run the network elsewhere.
+    """Explain one picture: a generator, so that the caller can run the network elsewhere.
 
-    Yields once ``(n, 1, bands, frames)``: the ``picture`` ``(1, bands, frames)`` and its variants with hidden patches;
-    must be sent their log-probabilities ``(n, classes)``.
+    Yields once ``(n, 1, bands, frames)``: the picture and its ``(rows + 1) * (columns + 1)`` variants with hidden
+    patches; must be sent their log-probabilities ``(n, classes)``.
+
+    Args:
+        picture: features, float32 ``(1, bands, frames)``.
+        target: index of the class; None: the most probable one.
+        rows, columns: number of cells over the bands and over the frames.
 
     Raises:
         FeatureError: the features are no log-mel picture, or have fewer bands or frames than cells.
@@ -112,19 +91,13 @@ def occlusion_steps(
     for index, (row, column) in enumerate(np.ndindex(rows + 1, columns + 1)):
         low, high = band_edges[max(row - 1, 0)], band_edges[min(row + 1, rows)]
         first, last = frame_edges[max(column - 1, 0)], frame_edges[min(column + 1, columns)]
-        hidden[index, 0, low:high, first:last] = _HIDDEN
+        hidden[index, 0, low:high, first:last] = 0
     log_p = yield np.concatenate([picture[np.newaxis], hidden])
     target = int(log_p[0].argmax()) if target is None else target
-    odds = _log_odds(log_p, target)
+    odds = log_p[:, target] - np.logaddexp.reduce(np.delete(log_p, target, axis=1), axis=1)  # exact if p rounds to 1
     fall = (odds[0] - odds[1:]).reshape(rows + 1, columns + 1)
     importance = (fall[:-1, :-1] + fall[1:, :-1] + fall[:-1, 1:] + fall[1:, 1:]) / 4
     return OcclusionMap(log_p[0], target, importance, band_edges, frame_edges)
-
-
-def _log_odds(log_p: Floats, target: int) -> Floats:
-    """log(p / (1 - p)) of a class, ``(n,)``, from log-probabilities ``(n, classes)``, also where p rounds to 1."""
-    others = np.delete(log_p, target, axis=1)
-    return np.asarray(log_p[:, target] - np.logaddexp.reduce(others, axis=1))
 
 
 _NO_POWER = 1e-10
@@ -137,26 +110,19 @@ _POINTS, _COLUMNS, _FRAMES_A_COLUMN = 1000, 480, 4
 class Picture:
     """Data to draw a recording; times are in seconds from its start.
 
-    Attributes:
-        outline_start_s: start of the part whose waveform is outlined; ``outline_end_s``: its end.
-        low: lowest sample in each of n equal pieces of that part, ``(n,)``; ``high``: highest.
-        window_start_s: start of the model's window; negative if the window begins with padding.
-        frequency_hz: centres of the mel bands, ``(bands,)``; ``time_s``: of the frames, ``(frames,)``.
-        level_db: level relative to the loudest cell in dB, at least ``-top_db``, ``(bands, frames)``; row 0 is the
-            lowest band. For digital silence all cells are ``-top_db``.
-        overview_db: the same for the outlined part, ``(bands, columns)``, in columns of equal length.
+    Levels are in dB relative to the loudest cell, at least ``-top_db``; for digital silence all are ``-top_db``.
     """
 
-    outline_start_s: float
+    outline_start_s: float  # the part whose waveform is outlined
     outline_end_s: float
-    low: Array
-    high: Array
-    window_start_s: float
+    low: Array  # (n,) lowest sample in each of n equal pieces of that part
+    high: Array  # (n,) highest sample
+    window_start_s: float  # of the model's window; negative if it begins with padding
     window_s: float
-    frequency_hz: NDArray[np.float64]
-    time_s: NDArray[np.float64]
-    level_db: Array
-    overview_db: Array
+    frequency_hz: NDArray[np.float64]  # (bands,) centres of the mel bands
+    time_s: NDArray[np.float64]  # (frames,) centres of the frames
+    level_db: Array  # (bands, frames) of the window; row 0 is the lowest band
+    overview_db: Array  # (bands, columns) of the outlined part, in columns of equal length
 
 
 def outline_part(duration_s: float, centre_s: float) -> tuple[float, float]:
@@ -221,12 +187,7 @@ class Overview:
 
 
 def draw(window: Clip, overview: Overview, config: FeatureConfig) -> Picture:
-    """The data to draw a recording.
-
-    Args:
-        window: the model's input window, from ``audio.load_middle`` with the config's sample rate and length.
-        overview: the part of the recording around it.
-    """
+    """The data to draw a recording: the model's input ``window`` (``audio.load_middle``), and the part around it."""
     low, high = overview.outline
     level_db = _level_db(mel_power(window.samples, config), config)
     window_start_s = window.start_s - (config.window_s - window.scored_s) / 2
@@ -246,8 +207,8 @@ def draw(window: Clip, overview: Overview, config: FeatureConfig) -> Picture:
 
 
 def _level_db(power: Array, config: FeatureConfig) -> Array:
-    level_db: Array = np.asarray(10.0 * np.log10(np.maximum(power, np.float32(_NO_POWER))), dtype=np.float32)
-    level_db = np.asarray(np.maximum(level_db - level_db.max(), np.float32(-config.top_db)), dtype=np.float32)
+    level_db: Array = 10 * np.log10(np.maximum(power, np.float32(_NO_POWER)))
+    level_db = np.maximum(level_db - level_db.max(), np.float32(-config.top_db))
     if power.max() <= _NO_POWER:  # silence: every cell is as loud as the loudest and would be drawn brightest
         level_db[:] = -config.top_db
     return level_db

@@ -1,11 +1,8 @@
 """From recordings to probabilities; jobs, service, app and tests all use this code.
 
-A recording is decoded (``pipeline.audio.load``), features are computed of its window or crops
-(``pipeline.features.features``), the network computes logits (``pipeline.models.backends``), and these are divided by
-the bundle's temperature. Several crops are pooled: the mean of their log-probabilities, renormalised. ``predict``
-analyses one window (or crops) of each recording, ``follow`` a whole recording, window by window. Neither raises for a
-recording that cannot be used: its Prediction has an error code. ``ScoreOptions`` are the options of ``jobs.score`` and
-``jobs.infer``.
+The network's logits are divided by the bundle's temperature. Several crops are pooled: the mean of their
+log-probabilities, renormalised. ``predict`` analyses one window (or crops) of each recording, ``follow`` a whole
+recording, window by window. Neither raises for a recording that cannot be used: its Prediction has an error code.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -23,9 +20,10 @@ from pipeline.audio import load as audio
 from pipeline.audio.speech import LEAST_SHARE
 from pipeline.audio.windows import GivenWindows, SlidingWindow, check_crops, covered_s
 from pipeline.inference.excerpts import LEAST_S, Excerpt, check_sound, describe, failed, listen, walk
-from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, joined, log_softmax, named, no_windows, pool
+from pipeline.inference.timeline import SILENCE_DBFS, Floats, Timeline, finished, joined, named, no_windows, pool
 from pipeline.models.backends import Backend, open_backend
 from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.doubt import log_softmax
 from pipeline.storage.errors import SerError
 
 Array = NDArray[np.float32]
@@ -34,41 +32,23 @@ Channels = int | Literal["mix", "each"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The model's answer to one recording.
+    """The model's answer to one recording; figures of several windows are those of the loudest, or the largest."""
 
-    Attributes:
-        status: ``ok``, or the code of the error.
-        error: why the recording could not be used, in one line; None if it could.
-        predicted: the most probable label; None if there is none.
-        confidence: its probability, calibrated by the bundle's temperature; NaN if there is none.
-        probabilities: float64 ``(classes,)`` in the bundle's label order, sum 1; NaN if there are none.
-        duration_s: length of the recording.
-        scored_s: seconds of it that were analysed; with ``follow``, silent windows do not count.
-        sample_rate_hz: sample rate of the recording as stored.
-        channels: number of channels as stored.
-        level_dbfs: RMS level of the window; with several windows, of the loudest one.
-        notice: what users should know about how the recording was read, mostly "".
-        speech_share: share of speech in the window, see ``audio.speech``; with several windows, the largest one.
-        familiarity: see ``models.doubt``, mean over the windows; NaN if the bundle has no familiarity.
-        speech, familiar: whether ``speech_share`` and ``familiarity`` are high enough for speech, and whether
-            ``familiarity`` is high enough to trust the answer.
-    """
-
-    status: str
-    error: str | None
-    predicted: str | None
-    confidence: float
-    probabilities: Floats
+    status: str  # "ok", or the code of the error
+    error: str | None  # why the recording could not be used, in one line
+    predicted: str | None  # the most probable label; None if there is none
+    confidence: float  # its probability, calibrated by the bundle's temperature; NaN if there is none
+    probabilities: Floats  # (classes,) in the bundle's label order, sum 1; NaN if there are none
     duration_s: float
-    scored_s: float
-    sample_rate_hz: int
-    channels: int
-    level_dbfs: float = float("nan")
-    notice: str = ""
-    speech_share: float = float("nan")
-    familiarity: float = float("nan")
-    speech: bool = True
-    familiar: bool = True
+    scored_s: float  # seconds of it that were analysed; with follow, silent windows do not count
+    sample_rate_hz: int  # as stored
+    channels: int  # as stored
+    level_dbfs: float = float("nan")  # RMS level of the window
+    notice: str = ""  # what users should know about how the recording was read
+    speech_share: float = float("nan")  # see audio.speech
+    familiarity: float = float("nan")  # see models.doubt; mean over the windows; NaN if the bundle has none
+    speech: bool = True  # whether speech_share and familiarity are high enough for speech
+    familiar: bool = True  # whether familiarity is high enough to trust the answer
 
     @property
     def ok(self) -> bool:
@@ -138,9 +118,7 @@ class Predictor:
         """Open the bundle at ``path`` (None: the shipped one) and load its network.
 
         Args:
-            backend: ``auto``, ``onnx`` or ``torch``, see ``pipeline.models.backends``.
-            device: ``cpu``, or a PyTorch device such as ``cuda``.
-            threads: threads of the network; None: all CPUs that this process may use.
+            backend, device, threads: as for ``pipeline.models.backends.open_backend``.
             batch_size: examples in a batch of the network.
             crops: number of evenly spaced windows in each recording; None: the bundle's own number.
             limits: recordings beyond these limits are refused before they are decoded.
@@ -159,17 +137,11 @@ class Predictor:
         return self.bundle.labels
 
     def log_probabilities(self, features: Array) -> Floats:
-        """Calibrated log-probabilities, float64 ``(n, classes)``, of float32 features ``(n, *input_shape)``.
-
-        Raises:
-            SerError: features of another shape.
-        """
+        """Calibrated log-probabilities, float64 ``(n, classes)``, of float32 features ``(n, *input_shape)``."""
         return self.answers(features)[:, :-1]
 
     def answers(self, features: Array) -> Floats:
-        """``log_probabilities`` with the familiarity as a last column: float64 ``(n, classes + 1)``.
-
-        The familiarity is NaN if the bundle has none.
+        """``log_probabilities`` and the familiarity (NaN if the bundle has none), float64 ``(n, classes + 1)``.
 
         Raises:
             SerError: features of another shape.
@@ -245,22 +217,10 @@ class Predictor:
     ) -> tuple[Prediction, Timeline]:
         """Analyse a whole recording in windows: the pooled Prediction of its windows with speech, and the Timeline.
 
-        Args:
-            steps: the windows; they may not be longer than the model's.
-            channels: ``mix``, the number of one channel (from 0), or ``each``.
-            isolated: as in ``listen``.
-
-        Raises:
-            SerError: windows that are longer than the model's.
+        Args and errors are those of ``follow_steps``.
         """
         walking = self.follow_steps(source, steps, channels=channels, silence_dbfs=silence_dbfs, isolated=isolated)
-        try:
-            features = next(walking)
-            while True:
-                features = walking.send(self.answers(features))
-        except StopIteration as end:
-            found: tuple[Prediction, Timeline] = end.value
-            return found
+        return finished(walking, self.answers)
 
     def follow_steps(
         self,
@@ -274,7 +234,12 @@ class Predictor:
         """``follow`` as a generator, for callers that run the network elsewhere or share it.
 
         Yields features ``(n, *input_shape)`` of the next windows, n up to ``batch_size``, and must be sent their
-        ``answers``, ``(n, classes + 1)``. ``GivenWindows`` are never refused as too short or too silent.
+        ``answers``, ``(n, classes + 1)``.
+
+        Args:
+            steps: the windows. ``GivenWindows`` are never refused as too short or too silent.
+            channels: ``mix``, the number of one channel (from 0), or ``each``.
+            isolated: as in ``listen``.
 
         Raises:
             SerError: windows longer than the model's.
@@ -290,7 +255,7 @@ class Predictor:
             check_sound(source, info.duration_s, 0.0, info.duration_s)
             tracks = []
             for channel in range(info.channels) if channels == "each" else [channels]:
-                track = self._track(source, steps, info.duration_s, channel, isolated, silence_dbfs)
+                track = self._track(source, steps, info.duration_s, channel, silence_dbfs, isolated)
                 tracks.append((yield from track))
             timeline = joined([track for track, *_ in tracks])
             if steps.window_s >= LEAST_S and not isinstance(steps, GivenWindows):
@@ -319,22 +284,21 @@ class Predictor:
         steps: SlidingWindow | GivenWindows,
         duration_s: float,
         channel: audio.Channel,
-        isolated: bool,
         silence_dbfs: float,
+        isolated: bool,
     ) -> Generator[Array, Floats, tuple[Timeline, float, str, float]]:
         """The Timeline of a channel, the most seconds of sound in a window, the notice, and the largest speech_share.
 
         Silent windows are not sent to the network: they get equal probabilities and an unknown familiarity.
         """
-        config, size = self.bundle.features, self.batch_size
         sound_s, notice = 0.0, ""
         stretches = walk(
             source,
-            config,
+            self.bundle.features,
             steps,
             duration_s,
             channel,
-            at_once=size,
+            at_once=self.batch_size,
             silence_dbfs=silence_dbfs,
             isolated=isolated,
             limits=self.limits,
@@ -359,21 +323,9 @@ class Predictor:
 
     def _prediction(self, excerpt: Excerpt, log_p: Floats | None) -> Prediction:
         p = np.full(len(self.labels), np.nan) if log_p is None else np.exp(log_p)
-        best = None if log_p is None else int(p.argmax())
-        return Prediction(
-            status=excerpt.status,
-            error=excerpt.error,
-            predicted=None if best is None else self.labels[best],
-            confidence=float("nan") if best is None else float(p[best]),
-            probabilities=p,
-            duration_s=excerpt.duration_s,
-            scored_s=excerpt.scored_s,
-            sample_rate_hz=excerpt.sample_rate_hz,
-            channels=excerpt.channels,
-            level_dbfs=excerpt.level_dbfs,
-            notice=excerpt.notice,
-            speech_share=excerpt.speech_share,
-        )
+        predicted = None if log_p is None else self.labels[int(p.argmax())]
+        about = {field.name: getattr(excerpt, field.name) for field in fields(excerpt) if field.name != "features"}
+        return Prediction(predicted=predicted, confidence=float(p.max()), probabilities=p, **about)
 
 
 def entropy(p: Floats) -> Floats:
@@ -389,23 +341,14 @@ def margin(p: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """Options of a scoring run. A run can be resumed only with the same options.
+    """Options of a scoring run. A run can be resumed only with the same options."""
 
-    Attributes:
-        crops: number of windows in each recording; None: the bundle's own number.
-        min_confidence: answers below it become ``uncertain``; evaluations do not change.
-        channels: ``mix``, the number of one channel, or ``each``, which needs ``window_s``.
-        window_s: analyse whole recordings in windows of this length; None: only the model's window, or the crops.
-        hop_s: seconds from one window's start to the next; None: ``window_s``.
-        silence_dbfs: RMS level below which a window is ``silence``.
-    """
-
-    crops: int | None = None
-    min_confidence: float = 0.0
-    channels: Channels = "mix"
-    window_s: float | None = None
-    hop_s: float | None = None
-    silence_dbfs: float = SILENCE_DBFS
+    crops: int | None = None  # windows in each recording; None: the bundle's own number
+    min_confidence: float = 0.0  # answers below it become "uncertain"; evaluations do not change
+    channels: Channels = "mix"  # or the number of one channel, or "each", which needs window_s
+    window_s: float | None = None  # analyse whole recordings in windows of this length; None: only one, or the crops
+    hop_s: float | None = None  # from one window's start to the next; None: window_s
+    silence_dbfs: float = SILENCE_DBFS  # RMS level below which a window is "silence"
 
     def __post_init__(self) -> None:
         if self.crops is not None:

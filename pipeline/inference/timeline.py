@@ -6,17 +6,20 @@ renormalised: a window with a high confidence has more weight. Silence is marked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.models.doubt import log_softmax as log_softmax
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Floats = NDArray[np.float64]
+Found = TypeVar("Found")
 SILENCE, NOT_SPEECH, UNCERTAIN = "silence", "not_speech", "uncertain"
 NO_EMOTION = (SILENCE, NOT_SPEECH)  # answers without probabilities
 SURE_ENOUGH = 0.5
@@ -45,38 +48,39 @@ def named(
     return UNCERTAIN if confidence < min_confidence or (min_confidence > 0 and not familiar) else best
 
 
-def log_softmax(logits: Floats) -> Floats:
-    """Log-probabilities of logits (or of unnormalised log-probabilities) ``(n, classes)``."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
-
 def pool(log_p: Floats) -> Floats:
     """Mean of log-probabilities ``(n, classes)``, renormalised, ``(classes,)``; a single row is returned unchanged."""
     return np.asarray(log_p[0] if len(log_p) == 1 else log_softmax(log_p.mean(axis=0, keepdims=True))[0])
+
+
+def finished(
+    steps: Generator[NDArray[np.float32], Floats, Found], network: Callable[[NDArray[np.float32]], Floats]
+) -> Found:
+    """The result of a generator that yields features ``(n, *input_shape)`` and must be sent the network's answers."""
+    try:
+        features = next(steps)
+        while True:
+            features = steps.send(network(features))
+    except StopIteration as end:
+        found: Found = end.value
+        return found
 
 
 @dataclass(frozen=True)
 class Timeline:
     """n windows in order of time, one channel after the other; C classes.
 
-    Attributes:
-        channel: ``mix``, or the channel's number as text, ``(n,)``.
-        start_s: start of each window, ``(n,)``; ``end_s``: its end.
-        level_dbfs: its RMS level, ``(n,)``.
-        log_p: its log-probabilities, ``(n, C)``.
-        speech: whether it may be speech, ``(n,)``; ``familiarity``: see ``models.doubt``, NaN if unknown;
-            ``familiar``: whether that is high enough. By default all windows are speech and familiar.
+    By default all windows are speech and familiar, with unknown familiarity (NaN, see ``models.doubt``).
     """
 
-    channel: NDArray[np.object_]
-    start_s: Floats
-    end_s: Floats
-    level_dbfs: Floats
-    log_p: Floats
-    speech: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
-    familiarity: Floats = field(default_factory=lambda: np.empty(0))
-    familiar: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+    channel: NDArray[np.object_]  # (n,) "mix", or the channel's number as text
+    start_s: Floats  # (n,)
+    end_s: Floats  # (n,)
+    level_dbfs: Floats  # (n,) RMS level
+    log_p: Floats  # (n, C)
+    speech: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))  # (n,) whether it may be speech
+    familiarity: Floats = field(default_factory=lambda: np.empty(0))  # (n,)
+    familiar: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))  # (n,) whether that is high enough
 
     def __post_init__(self) -> None:
         for name, value in (("speech", True), ("familiarity", np.nan), ("familiar", True)):
@@ -192,16 +196,9 @@ def nested(timelines: Sequence[Timeline]) -> pa.ListArray:
     import pyarrow as pa
 
     whole = joined(timelines)
-    columns = {
-        "channel": pa.array(whole.channel, pa.string()),
-        "start_s": pa.array(whole.start_s),
-        "end_s": pa.array(whole.end_s),
-        "level_dbfs": pa.array(whole.level_dbfs),
-        "log_p": pa.FixedSizeListArray.from_arrays(pa.array(whole.log_p.ravel()), whole.log_p.shape[1]),
-        "speech": pa.array(whole.speech),
-        "familiarity": pa.array(whole.familiarity),
-        "familiar": pa.array(whole.familiar),
-    }
+    columns = {name: pa.array(getattr(whole, name)) for name in _FIELDS if name != "log_p"}
+    columns["channel"] = pa.array(whole.channel, pa.string())  # its type is not inferred if there are no windows
+    columns["log_p"] = pa.FixedSizeListArray.from_arrays(pa.array(whole.log_p.ravel()), whole.log_p.shape[1])
     windows = pa.StructArray.from_arrays(list(columns.values()), names=list(columns))
     return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, timelines)]), pa.int32()), windows)
 
@@ -211,14 +208,7 @@ def unnested(column: pa.ChunkedArray) -> list[Timeline]:
     lists = column.combine_chunks()
     windows = lists.flatten()
     log_p = windows.field("log_p")
-    known = [windows.type.field(i).name for i in range(windows.type.num_fields)]  # earlier versions kept five
-    times = {
-        name: windows.field(name).to_numpy(zero_copy_only=False) for name in known if name not in ("channel", "log_p")
-    }
-    whole = Timeline(
-        channel=windows.field("channel").to_numpy(zero_copy_only=False),
-        log_p=log_p.flatten().to_numpy().reshape(-1, log_p.type.list_size),
-        **times,
-    )
+    columns = {name: windows.field(name).to_numpy(zero_copy_only=False) for name in _FIELDS if name != "log_p"}
+    whole = Timeline(**columns, log_p=log_p.flatten().to_numpy().reshape(-1, log_p.type.list_size))
     ends = np.cumsum(lists.value_lengths().to_numpy())
     return [whole.where(np.arange(a, b)) for a, b in zip([0, *ends[:-1]], ends, strict=True)]

@@ -1,17 +1,20 @@
 """Runs a bundle's network: with ONNX Runtime on the CPU, or with PyTorch on the CPU (the reference) or a GPU.
 
-Both map float32 features ``(n, *input_shape)`` to float32 logits ``(n, classes)`` and agree within 1e-5. The number of
-threads is set explicitly: per session in ONNX Runtime, for the whole process in PyTorch.
+Both agree within 1e-5. The number of threads is set per session in ONNX Runtime, for the whole process in PyTorch.
 
-Also exports a bundle's network to ONNX. ``model.onnx`` maps ``features`` (batch, *input_shape) to ``logits`` (batch,
-classes) and ``embedding`` (batch, d), the penultimate features, float32, for any batch size; batch norms are folded
-into the convolutions. The file is never half written. Its metadata hold the sha256 of the weights that it was made
-from; if that differs, the file is made again. PyTorch's tracing exporter is used: it takes 1 s, the newer one 20 s, and
-the logits are the same within 1e-6. Exporting needs the packages torch and onnx.
+Also exports a bundle's network: ``model.onnx`` maps ``features`` (batch, *input_shape) to ``logits`` (batch, classes)
+and ``embedding`` (batch, d), the penultimate features, float32, for any batch size. Its metadata hold the sha256 of the
+weights that it was made from; if that differs, the file is made again. PyTorch's tracing exporter takes 1 s, the newer
+one 20 s, and the logits are the same within 1e-6.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -24,16 +27,6 @@ from pipeline.storage.journal import atomic_path
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-import os
-import sys
-import tempfile
-import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
-
 
 ONNX_NAME = "model.onnx"
 _OPSET = 17
@@ -52,11 +45,7 @@ def cache_path(bundle: Bundle) -> Path:
 
 
 def open_session(bundle: Bundle, threads: int) -> ort.InferenceSession | None:
-    """ONNX Runtime session of the bundle's ``model.onnx`` or of the cached one; None if neither exists and fits.
-
-    Args:
-        threads: threads of the session.
-    """
+    """ONNX Runtime session of the bundle's ``model.onnx`` or of the cached one; None if neither exists and fits."""
     for path in (bundle.folder / ONNX_NAME, cache_path(bundle)):
         session = _open(path, threads) if path.is_file() else None
         if session is None:
@@ -68,17 +57,18 @@ def open_session(bundle: Bundle, threads: int) -> ort.InferenceSession | None:
 
 
 def export(bundle: Bundle, path: Path | None = None) -> Path:
-    """Write the bundle's network as ONNX to ``path``, by default into the bundle or the user's cache; returns the path.
+    """Write the network as ONNX to ``path``, by default into the bundle or else the user's cache; returns the path.
 
     Raises:
         ExportError: torch or onnx is missing, the network cannot be traced, or no folder is writable.
     """
     content = _onnx_bytes(bundle)
     places = [path] if path is not None else [bundle.folder / ONNX_NAME, cache_path(bundle)]
-    reason: OSError | None = None
     for place in places:
         try:
-            _write_whole(place, content)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(place) as beside:  # several processes may export at the same time
+                beside.write_bytes(content)
             return place
         except OSError as error:
             reason = error
@@ -86,11 +76,7 @@ def export(bundle: Bundle, path: Path | None = None) -> Path:
 
 
 def ensure_onnx(bundle: Bundle) -> bool:
-    """Export the network if ``open_session`` finds none; prints one line on stderr about it.
-
-    Returns:
-        False if the network cannot be exported; the PyTorch back end still works.
-    """
+    """Export the network if ``open_session`` finds none, and say so on stderr; False if it cannot be exported."""
     if open_session(bundle, threads=1) is not None:
         return True
     try:
@@ -124,8 +110,6 @@ def _onnx_bytes(bundle: Bundle) -> bytes:
         raise ExportError(f"the package {error.name} is missing; install it with pip") from error
 
     class Outputs(torch.nn.Module):
-        """The network with both outputs, logits and embedding."""
-
         def __init__(self) -> None:
             super().__init__()
             self.model = bundle.build_model()
@@ -151,17 +135,9 @@ def _onnx_bytes(bundle: Bundle) -> bytes:
             proto = onnx.load(path)
         except Exception as error:  # the exporter raises classes of several modules, and RuntimeError
             raise ExportError(f"exporting failed: {str(error).splitlines()[0]}") from error
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = _SHA_KEY, bundle.weights_sha256
+    onnx.helper.set_model_props(proto, {_SHA_KEY: bundle.weights_sha256})
     content: bytes = proto.SerializeToString()
     return content
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all, even if several processes export at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as beside:
-        beside.write_bytes(content)
 
 
 BACKENDS = ("auto", "onnx", "torch")
@@ -213,7 +189,7 @@ def open_backend(bundle: Bundle, name: str, device: str, threads: int | None) ->
 
 
 class OnnxBackend:
-    """ONNX Runtime on the CPU."""
+    """ONNX Runtime on the CPU: features ``(n, *input_shape)``, see ``Backend``."""
 
     name = "onnx"
 
@@ -221,13 +197,12 @@ class OnnxBackend:
         self._session = session
 
     def outputs(self, features: Array) -> tuple[Array, Array]:
-        """Logits ``(n, classes)`` and penultimate features ``(n, d)``, see ``Backend``."""
         logits, embedding = self._session.run(list(_OUTPUTS), {"features": features})
         return np.asarray(logits, dtype=np.float32), np.asarray(embedding, dtype=np.float32)
 
 
 class TorchBackend:
-    """Eager PyTorch, channels-last for pictures."""
+    """Eager PyTorch, channels-last for pictures: features ``(n, *input_shape)``, see ``Backend``."""
 
     name = "torch"
 
@@ -247,7 +222,6 @@ class TorchBackend:
         self._model = model.to(memory_format=self._format)  # type: ignore[call-overload]
 
     def outputs(self, features: Array) -> tuple[Array, Array]:
-        """Logits ``(n, classes)`` and penultimate features ``(n, d)``, see ``Backend``."""
         import torch
 
         with torch.inference_mode():

@@ -54,7 +54,6 @@ class Bundle:
     crops: int
     weights_sha256: str
     corpora: Mapping[str, Sequence[str]] = field(default_factory=dict)  # training corpus -> its classes
-    created_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def weights_path(self) -> Path:
@@ -66,6 +65,11 @@ class Bundle:
         """The measured figures of ``metrics.json``; empty if there is no such file."""
         path = self.folder / _METRICS
         return dict(_read_json(path)) if path.is_file() else {}
+
+    def about(self, names: Sequence[str] = ("epochs", "trained_on", "settings")) -> dict[str, Any]:
+        """The sha256 of the weights and entries of the training record, for the record of a model made from this."""
+        record = self.metrics.get("training", {})
+        return {"model_sha256": self.weights_sha256} | {name: record.get(name) for name in names}
 
     @property
     def training(self) -> pd.DataFrame:
@@ -185,7 +189,6 @@ def _parse(folder: Path, config: Mapping[str, Any]) -> tuple[Bundle, dict[str, s
             crops=int(config["crops"]),
             weights_sha256=files[f"{name}.pt"],
             corpora={str(name): tuple(classes) for name, classes in config.get("corpora", {}).items()},
-            created_by=dict(config.get("created_by", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, FeatureError, LabelError) as error:
         raise BundleError(f"{folder / _CONFIG} is damaged ({error}); get the bundle again") from error
@@ -211,7 +214,6 @@ def save_bundle(
     temperature: float = 1.0,
     crops: int = 1,
     corpora: Mapping[str, Sequence[str]] | None = None,
-    created_by: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Write a bundle into ``folder`` (made if missing). ``config.json`` is written last: if it exists, all is complete.
 
@@ -246,7 +248,6 @@ def save_bundle(
             "crops": crops,
             "corpora": {name: list(classes) for name, classes in (corpora or {}).items()},
             "files": digests,
-            "created_by": dict(created_by or {}),
         }
         write_json(folder / _CONFIG, config)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
@@ -266,7 +267,7 @@ def set_temperature(bundle: Bundle, temperature: float, figures: Mapping[str, An
 
 
 def set_familiarity(bundle: Bundle, found: Familiarity) -> None:
-    """Write the familiarity measure into a bundle."""
+    """Write a familiarity measure into a bundle."""
     from pipeline.models.doubt import NAME
 
     with atomic_path(bundle.folder / NAME) as beside:
@@ -285,7 +286,7 @@ def stamped(metrics: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
+    """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,16 +1,15 @@
 """How far an answer can be trusted: calibration of the confidence, and familiarity of the recording.
 
 Calibration: temperature scaling (Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural Networks", ICML 2017)
-changes no predicted class. The logits are divided by the T that minimises the log-loss on recordings that the model was
-not trained on. It is fitted on probabilities: their logarithms are the logits up to a constant, which softmax removes.
+divides the logits by the T that minimises the log-loss on recordings that the model was not trained on. It is fitted on
+probabilities: their logarithms are the logits up to a constant, which softmax removes.
 
 Familiarity: how similar a recording is, for the network, to the training recordings. The penultimate features of these,
 scaled to length 1, lie close to a subspace of few dimensions (their principal components). A recording's distance is
-the length of its feature vector's part outside this subspace, as in Wang, Li, Feng & Zhang, "ViM: Out-Of-Distribution
-with Virtual-logit Matching" (CVPR 2022), without the logit. ``familiarity`` is the median distance of the training
-recordings divided by the recording's own, at most 1: at 0.5 it is twice as far away. Limits: it detects sounds unlike
-speech and corpora unlike the training corpora, not wrong answers; training recordings are closer than others of the
-same speakers.
+the length of its part outside this subspace, as in Wang, Li, Feng & Zhang, "ViM: Out-Of-Distribution with Virtual-logit
+Matching" (CVPR 2022), without the logit. ``familiarity`` is the median distance of the training recordings divided by
+the recording's own, at most 1. Limits: it detects sounds unlike speech and corpora unlike the training corpora, not
+wrong answers; training recordings are closer than others of the same speakers.
 """
 
 from __future__ import annotations
@@ -34,18 +33,12 @@ LEAST_RECORDINGS = 200
 
 @dataclass(frozen=True)
 class Familiarity:
-    """The familiarity measure of a bundle whose network has d penultimate features.
+    """The familiarity measure of a bundle whose network has d penultimate features."""
 
-    Attributes:
-        mean: mean ``(d,)`` of the scaled features; basis: ``(k, d)``, orthonormal rows that span the subspace.
-        typical: median distance of the training recordings.
-        least: familiarity below which a recording is unfamiliar.
-    """
-
-    mean: Floats
-    basis: Floats
-    typical: float
-    least: float
+    mean: Floats  # (d,) of the scaled features
+    basis: Floats  # (k, d), orthonormal rows that span the subspace
+    typical: float  # median distance of the training recordings
+    least: float  # familiarity below which a recording is unfamiliar
 
     @classmethod
     def fit(cls, embeddings: NDArray[np.float32]) -> Familiarity:
@@ -128,11 +121,7 @@ class Calibration:
 
 
 def fit_temperature(truth: NDArray[np.int64], probabilities: Floats) -> Calibration:
-    """The temperature that minimises the log-loss.
-
-    Args:
-        truth: (n,) class indices.
-        probabilities: (n, C), at temperature 1.
+    """The temperature that minimises the log-loss of ``probabilities`` (n, C) at temperature 1, of classes (n,).
 
     Raises:
         SerError: too few recordings, or negative or missing probabilities.
@@ -157,9 +146,13 @@ def fit_temperature(truth: NDArray[np.int64], probabilities: Floats) -> Calibrat
 
 def scaled(probabilities: Floats, temperature: float) -> Floats:
     """Probabilities (n, C) at another temperature."""
-    logits = np.log(np.maximum(probabilities, _LEAST_PROBABILITY)) / temperature
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+    return np.exp(log_softmax(np.log(np.maximum(probabilities, _LEAST_PROBABILITY)) / temperature))
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Log-probabilities of logits (or of unnormalised log-probabilities) ``(n, C)``; faster than SciPy for few rows."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def _figures(truth: NDArray[np.int64], probabilities: Floats) -> dict[str, float]:

@@ -1,14 +1,13 @@
 """Joins several trained models into one bundle, which answers with their mean log-probability (a deep ensemble).
 
-Networks of one recipe and different seeds make different mistakes. Together they are better with new speakers than each
-alone (docs/lab, experiment 37), but n networks take n times the computation (Lakshminarayanan et al. 2017).
-Limits: models of one kind, with the same classes and features; the joined model's temperature is 1 until it is
-calibrated.
+Networks of one recipe and different seeds make different mistakes, and together are better with new speakers than each
+alone (docs/lab, experiment 37; Lakshminarayanan et al. 2017). Limits: models of one kind, with the same classes and
+features; the joined model's temperature is 1 until it is calibrated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ import pandas as pd
 
 from pipeline.data.corpora.voices import with_corpora
 from pipeline.data.splits import HASH_COLUMN
+from pipeline.evaluation.outcomes import with_answers
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle
+from pipeline.models.doubt import log_softmax
 from pipeline.models.model_card import model_card
 from pipeline.models.networks import MAX_MEMBERS, MEMBERS
 from pipeline.storage.errors import SerError
@@ -62,7 +63,7 @@ def join(paths: Sequence[Path], out: Path) -> Bundle:
 
 
 def mean_answers(tables: Sequence[pd.DataFrame], labels: Sequence[str]) -> pd.DataFrame:
-    """The table of scores that the joined model would give, from those of its members: (n) rows in the same order.
+    """The score table that the joined model would give, from those of its members, with rows in the same order.
 
     Raises:
         SerError: the tables have different recordings.
@@ -72,10 +73,7 @@ def mean_answers(tables: Sequence[pd.DataFrame], labels: Sequence[str]) -> pd.Da
         raise SerError("the answers to join are for different recordings; train all models on the same folds")
     columns = [f"p_{name}" for name in labels]
     log_p = np.mean([np.log(np.maximum(table[columns].to_numpy(np.float64), 1e-300)) for table in tables], axis=0)
-    p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    answered = dict(zip(columns, p.T, strict=True))
-    return first.assign(predicted=np.array(labels)[p.argmax(axis=1)], confidence=p.max(axis=1), **answered)
+    return with_answers(first, np.exp(log_softmax(log_p)), labels)
 
 
 def _own_options(bundle: Bundle) -> dict[str, Any]:
@@ -96,7 +94,7 @@ def _refuse_misfits(bundles: Sequence[Bundle]) -> None:
         differences = {
             "is another network": (bundle.model_name, _own_options(bundle)) != (first.model_name, _own_options(first)),
             "has other classes": bundle.labels != first.labels,
-            "uses other features": bundle.features.fingerprint() != first.features.fingerprint(),
+            "uses other features": bundle.features != first.features,
             "uses another number of crops": bundle.crops != first.crops,
         }
         for difference, there in differences.items():
@@ -118,15 +116,10 @@ def _training_table(bundles: Sequence[Bundle]) -> pd.DataFrame | None:
 
 def _training(bundles: Sequence[Bundle], table: pd.DataFrame | None) -> dict[str, Any]:
     """The `training` block of metrics.json: settings of the first member; weights, epochs and settings of each."""
-    blocks: list[Mapping[str, Any]] = [bundle.metrics.get("training", {}) for bundle in bundles]
     clips = "unknown data" if table is None else f"{(table['split'] == 'train').sum()} clips (training.csv)"
     return {
         "model": bundles[0].model_name,
         "trained_on": clips,
-        "settings": blocks[0].get("settings"),
-        "joined": [
-            {"model_sha256": bundle.weights_sha256}
-            | {name: block.get(name) for name in ("epochs", "best_epoch", "trained_on", "settings")}
-            for bundle, block in zip(bundles, blocks, strict=True)
-        ],
+        "settings": bundles[0].about()["settings"],
+        "joined": [bundle.about(("epochs", "best_epoch", "trained_on", "settings")) for bundle in bundles],
     }

@@ -48,9 +48,6 @@ def model_card(
     """The text of the model card.
 
     Args:
-        name: name of the bundle.
-        labels: class names in index order.
-        features: settings of the model's input.
         training: the `training` block of metrics.json.
         figures: part -> its block of figures in metrics.json.
         recordings: manifest rows of all parts, for their number, speakers and corpora.
@@ -78,12 +75,11 @@ def model_card(
 
 
 def _input(features: FeatureConfig) -> str:
-    top_hz = features.sample_rate_hz / 2 if features.f_max_hz is None else features.f_max_hz
     which = "by default the middle" if features.window == "middle" else "those with most speech"
     return (
         f"Its input is {features.window_s:g} s of a recording ({which}) at "
         f"{features.sample_rate_hz / 1000:g} kHz: `{features.kind}` of {features.n_mels} mel bands up to "
-        f"{top_hz / 1000:g} kHz, {features.n_frames} frames."
+        f"{features.top_hz / 1000:g} kHz, {features.n_frames} frames."
     )
 
 

@@ -154,10 +154,7 @@ class CnnBiLstmAttention(Network):
 
 
 class JoinedModel(Network):
-    """Several networks with the same input, whose logits are averaged: (B, ...) -> (B, n_classes) logits.
-
-    The softmax of the mean logits is the renormalised mean of the log-probabilities, as for several crops.
-    """
+    """Several networks, whose logits are averaged: the mean log-probability. (B, ...) -> (B, n_classes) logits."""
 
     def __init__(self, members: Sequence[Network]) -> None:
         super().__init__()
@@ -169,11 +166,7 @@ class JoinedModel(Network):
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Check the name and options of a model for `build_model`.
-
-    Raises:
-        SerError: an unknown name or option, or a value out of range.
-    """
+    """Raise SerError for a name or an option that `build_model` does not know, or a value out of range."""
     if name not in MODEL_NAMES:
         raise SerError(f"unknown model {name!r}; choose one of {', '.join(MODEL_NAMES)}")
     unknown = sorted(set(options) - {*_OPTIONS[name], MEMBERS})
@@ -191,10 +184,7 @@ def build_model(name: str, options: Mapping[str, Any], n_classes: int, input_sha
     """Build a classifier with random weights.
 
     Args:
-        name: one of `MODEL_NAMES`.
-        options: keyword arguments of the model: `dropout`, and `width` of the Inception (0.125 to 2); `members`: number
-            of networks in a `JoinedModel` (1: a single network).
-        n_classes: number of logits.
+        options: `dropout`, and `width` of the Inception (0.125 to 2); `members`: number of networks in a `JoinedModel`.
         input_shape: shape of one example, without the batch axis: (1, n_mels, frames) or (frames, n_dims).
 
     Raises:

@@ -1,12 +1,10 @@
 """The report's drawings, by matplotlib: confusion matrix, per-class bars, reliability, risk-coverage.
 
-Colours are those of Okabe & Ito (2008), which people with common forms of colour blindness can tell apart. Nothing is
-shown by colour alone: values are written, bars below the target are hatched. Each drawing has a light and a dark
-version. Sizes are chosen so that text of 8 pt is readable when a drawing fills a phone's width.
+Colours are those of Okabe & Ito (2008), which people with common forms of colour blindness can tell apart, and nothing
+is shown by colour alone. Sizes are chosen so that text of 8 pt is readable when a drawing fills a phone's width.
 
-Class names may be in any script. Matplotlib's own font, DejaVu Sans, has no Chinese, Japanese, Korean, Thai or Hindi
-characters; for these, fonts of the machine are added, first those with most of the missing characters (from their cmap
-tables). Limits: matplotlib places characters one by one, without ligatures or joined Arabic letters.
+Class names may be in any script. For characters that matplotlib's own font lacks, fonts of the machine are added.
+Limits: matplotlib places characters one by one, without ligatures or joined Arabic letters.
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
 
+from pipeline.reporting.terminal import percent
 from pipeline.storage.errors import SerWarning
 
 OWN = "DejaVu Sans"
@@ -110,7 +108,7 @@ class Drawing:
 def drawings(evaluation: Mapping[str, Any]) -> list[Drawing]:
     """The drawings that an evaluation has data for."""
     found = [
-        Drawing("confusion_matrix", "Confusion matrix", _confusion_alt(evaluation), confusion_matrix),
+        Drawing("confusion_matrix", "Confusion matrix", _confusion_alt(evaluation["confusion"]), confusion_matrix),
         Drawing("per_class", "Accuracy by class", _per_class_alt(evaluation), per_class),
     ]
     if evaluation["reliability"] is not None:
@@ -122,61 +120,35 @@ def drawings(evaluation: Mapping[str, Any]) -> list[Drawing]:
 
 
 def save(drawing: Drawing, evaluation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the light version as ``NAME.png`` and ``NAME.svg``.
+    """Write the light version as ``NAME.png`` and ``NAME.svg``; returns data URIs of both SVGs, ``light`` and ``dark``.
 
-    Returns:
-        ``light`` and ``dark``: data URIs of both SVGs; ``large``: whether its text is too small on half a page's width;
-        ``readable_px``: the least width at which it is readable.
+    Also ``large``: whether its text is too small on half a page; ``readable_px``: the least width to read it at.
     """
     found: dict[str, Any] = {}
-    laid_out: Figure | None = None
-    fonts = {"font.family": families("".join(evaluation["labels"]))}
+    fonts = {"font.family": families("".join(evaluation["labels"]))}  # warns of missing characters, instead of savefig
     for mode, theme in (("light", LIGHT), ("dark", DARK)):
         with mpl.rc_context(_style(theme) | fonts), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", r"Glyph \d+ .* missing from font", UserWarning
-            )  # `families` has warned already
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
             figure = drawing.draw(evaluation, theme)
-            svg = _svg(figure, drawing.title, like=laid_out)
-            found[mode] = "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": drawing.title})
+            found[mode] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
             if mode == "light":
-                (folder / f"{drawing.name}.svg").write_bytes(svg)
+                (folder / f"{drawing.name}.svg").write_bytes(buffer.getvalue())
+                figure.set_layout_engine("none")  # keeps the layout, which takes as long as drawing
                 figure.set_dpi(PNG_DPI)
                 FigureCanvasAgg(figure).print_png(
                     folder / f"{drawing.name}.png", metadata={"Title": drawing.title}, pil_kwargs={"compress_level": 3}
                 )
-            laid_out = figure
-            found |= {"large": figure.get_figwidth() > _HALF_PAGE_IN, "readable_px": round(100 * figure.get_figwidth())}
-    return found
-
-
-def _svg(figure: Figure, title: str, like: Figure | None) -> bytes:
-    """A figure as SVG, with ``title`` in its metadata; its layout is fixed from then on.
-
-    The layout is copied from ``like``, if given, which must differ only in colours: computing it takes as long as
-    drawing.
-    """
-    about = {"Date": None, "Title": title}
-    buffer = io.BytesIO()
-    if like is None:
-        figure.savefig(buffer, format="svg", metadata=about)
-        figure.set_layout_engine("none")
-        return buffer.getvalue()
-    figure.set_layout_engine("none")
-    for axes, other in zip(figure.axes, like.axes, strict=True):
-        axes.set_position(other.get_position())
-    for text, other_text in zip(figure.texts, like.texts, strict=True):
-        text.set_position(other_text.get_position())
-    FigureCanvasSVG(figure).print_svg(buffer, metadata=about)
-    return buffer.getvalue()
+    width_in = figure.get_figwidth()
+    return found | {"large": width_in > _HALF_PAGE_IN, "readable_px": round(100 * width_in)}
 
 
 def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
     """Draw the confusion matrix: rows are true classes; a cell's colour and per cent are its share of the row."""
     confusion = evaluation["confusion"]
     names = confusion["labels"]
-    shares = np.array([[np.nan if cell is None else cell for cell in row] for row in confusion["row_normalised"]])
-    shares = shares.reshape(len(names), len(names))
+    shares = np.array(confusion["row_normalised"], dtype=np.float64)  # None becomes NaN
     width = max(4.2, 1.0 + 0.42 * len(names))
     figure, axes = _axes(width, width)
     colours = LinearSegmentedColormap.from_list("shares", [theme.low, theme.high])
@@ -196,8 +168,8 @@ def confusion_matrix(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
                 axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", size=6.5, linespacing=1.15, color=ink)
     overall, n = evaluation["overall"], evaluation["n"]
     unread = f", {n['labelled_failed']:,} more not read" if n["labelled_failed"] else ""
-    title = f"{n['read']:,} recordings{unread}: accuracy {_percent(overall['accuracy']['value'])}"
-    figure.suptitle(f"{title}, UAR {_percent(overall['uar']['value'])}", size=7.5)
+    title = f"{n['read']:,} recordings{unread}: accuracy {percent(overall['accuracy']['value'])}"
+    figure.suptitle(f"{title}, UAR {percent(overall['uar']['value'])}", size=7.5)
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
     axes.tick_params(length=0)
@@ -220,7 +192,8 @@ def per_class(evaluation: Mapping[str, Any], theme: Theme) -> Figure:
         if bounds is not None:
             error = [[max(0.0, value - bounds[0]) * 100], [max(0.0, bounds[1] - value) * 100]]
             axes.errorbar(value * 100, y, xerr=error, color=theme.ink, capsize=2.5, lw=1)
-        axes.text(1.5, y, f"{value * 100:.0f} %", va="center", color=theme.paper, weight="bold", bbox=_plate(colour))
+        plate = {"facecolor": colour, "edgecolor": "none", "pad": 1.2}
+        axes.text(1.5, y, f"{value * 100:.0f} %", va="center", color=theme.paper, weight="bold", bbox=plate)
     axes.axvline(target * 100, color=theme.ink, lw=1, ls=(0, (4, 3)))
     axes.text(target * 100, -0.75, f"target {target * 100:g} %", ha="center", va="bottom", size=7)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
@@ -301,21 +274,12 @@ def _ink_on(rgba: Sequence[float]) -> str:
     return "#ffffff" if luminance < 0.179 else "#101418"
 
 
-def _plate(colour: str) -> dict[str, Any]:
-    return {"facecolor": colour, "edgecolor": "none", "pad": 1.2}
-
-
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value * 100:.1f} %"
-
-
-def _confusion_alt(evaluation: Mapping[str, Any]) -> str:
-    confusion = evaluation["confusion"]
+def _confusion_alt(confusion: Mapping[str, Any]) -> str:
     pairs = [
-        (count, confusion["labels"][i], confusion["labels"][j])
-        for i, row in enumerate(confusion["counts"])
-        for j, count in enumerate(row)
-        if i != j and count
+        (count, true, answer)
+        for true, row in zip(confusion["labels"], confusion["counts"], strict=True)
+        for answer, count in zip(confusion["labels"], row, strict=True)
+        if true != answer and count
     ]
     pairs.sort(key=lambda pair: -pair[0])
     most = "; ".join(f"{true} answered as {answer}: {count}" for count, true, answer in pairs[:3])
@@ -323,23 +287,23 @@ def _confusion_alt(evaluation: Mapping[str, Any]) -> str:
 
 
 def _per_class_alt(evaluation: Mapping[str, Any]) -> str:
-    bars = ", ".join(f"{row['label']} {_percent(row['recall']['value'])}" for row in evaluation["per_class"])
+    bars = ", ".join(f"{row['label']} {percent(row['recall']['value'])}" for row in evaluation["per_class"])
     return f"Bars of the accuracy of each class: {bars}."
 
 
 def _reliability_alt(evaluation: Mapping[str, Any]) -> str:
     points = ", ".join(
-        f"{_percent(row['accuracy'])} right at confidence {_percent(row['confidence'])}"
+        f"{percent(row['accuracy'])} right at confidence {percent(row['confidence'])}"
         for row in evaluation["reliability"]
         if row["n"]
     )
-    return f"Reliability plot: {points}. Expected calibration error {_percent(evaluation['overall']['ece'])}."
+    return f"Reliability plot: {points}. Expected calibration error {percent(evaluation['overall']['ece'])}."
 
 
 def _risk_alt(evaluation: Mapping[str, Any]) -> str:
     curve = evaluation["risk_coverage"]
     half = min(curve, key=lambda point: abs(point["coverage"] - 0.5))
     return (
-        f"Risk-coverage curve: {_percent(half['risk'])} wrong among the most confident {_percent(half['coverage'])}, "
-        f"{_percent(curve[-1]['risk'])} wrong among all."
+        f"Risk-coverage curve: {percent(half['risk'])} wrong among the most confident {percent(half['coverage'])}, "
+        f"{percent(curve[-1]['risk'])} wrong among all."
     )

@@ -1,13 +1,10 @@
 """Writes the report of labelled predictions: ``metrics.json``, CSV tables, drawings and one page, ``report.html``.
 
-The files: ``metrics.json report.html verdict.csv per_class.csv confusion_counts.csv confusion_normalised.csv
-breakdowns.csv reliability.csv risk_coverage.csv mistakes.csv failures.csv``, and ``confusion_matrix per_class
-reliability risk_coverage`` as PNG and SVG.
+``reporting.REPORT`` lists the files.
 
-The pages are Jinja2 templates with autoescape, filled from the dict that ``metrics.json`` holds: a page shows no other
-figures. It is one file that loads nothing (its content security policy allows only inline styles and data URIs) and
-runs no script. Text from tables is escaped; control characters and characters that change the text direction are shown
-as escapes.
+The pages are Jinja2 templates with autoescape, filled from what the JSON file holds. A page is one file that loads
+nothing (its content security policy allows only inline styles and data URIs) and runs no script. Control characters
+and characters that change the text direction are shown as escapes.
 """
 
 from __future__ import annotations
@@ -153,15 +150,10 @@ def write_report(
 
     Args:
         predictions: a table of scores; without labels the page has no metrics and says so.
-        labels: class names in index order.
-        out: folder of the report.
-        meta: how the predictions were made (model, sha256, versions, command ...), shown on the page; ``model`` and
-            ``data`` also appear at its top.
-        targets: targets of the verdict.
+        meta: how the predictions were made, shown on the page; ``model`` and ``data`` also at its top.
+        targets, resamples, seed: as for ``metrics.evaluate``.
         embed_audio: how many of the most confident mistakes can be played on the page.
         leak_check: the result of ``leaks.describe``.
-        resamples: number of bootstrap resamples.
-        seed: random seed of the bootstrap.
 
     Returns:
         The content of ``metrics.json``.
@@ -188,7 +180,7 @@ def rerender(before: Mapping[str, Any], predictions: pd.DataFrame, out: Path, no
         out,
         meta=before["meta"] | {"note": note},
         targets=Targets(**before["verdict"]["targets"]) if before["labelled"] else None,
-        embed_audio=before.get("embed_audio", 0),
+        embed_audio=before["embed_audio"],
         leak_check=before["leak_check"],
         **{name: bootstrap[name] for name in ("resamples", "seed") if name in bootstrap},
     )
@@ -200,8 +192,15 @@ def _write(
     """Write tables, drawings and page; adds failures and mistakes to ``evaluation``, and returns it."""
     for name in REPORT:  # remove all files of an earlier report
         (out / name).unlink(missing_ok=True)
-    failures = _failures(predictions)
-    evaluation["failures"] = _failure_summary(failures)
+    failures = predictions[failed_rows(predictions)]
+    place = [name for name in (START, END) if name in failures]
+    failures = failures.reindex(columns=["speech", *place, "status", "error"])
+    codes = failures["status"].fillna("unknown").value_counts()
+    evaluation["failures"] = {
+        "n": len(failures),
+        "by_code": [{"code": str(code), "n": int(n)} for code, n in codes.items()],
+        "first": _records(failures.head(SHOWN_FAILURES)),
+    }
     write_csv(failures, out / "failures.csv")
     pictures = []
     if evaluation["labelled"]:
@@ -213,28 +212,17 @@ def _write(
             {"title": drawing.title, "alt": drawing.alt} | figures.save(drawing, evaluation, out)
             for drawing in figures.drawings(evaluation)
         ]
-    text = json.dumps(evaluation, indent=1, allow_nan=False, default=str)
-    (out / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    page = render(
-        "report.html.j2",
-        e=json.loads(text),
-        pictures=pictures,
-        meta_rows=meta_rows(evaluation["meta"]),
-        audio=_players(evaluation["mistakes"][:embed_audio]),
-    )
-    (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    players = _players(evaluation["mistakes"][:embed_audio])
+    write_page(out / "report.html", out / "metrics.json", evaluation, pictures=pictures, audio=players)
     return evaluation
 
 
-def _failures(predictions: pd.DataFrame) -> pd.DataFrame:
-    rows = predictions[failed_rows(predictions)]
-    return rows.reindex(columns=["speech", *(name for name in (START, END) if name in rows), "status", "error"])
-
-
-def _failure_summary(failures: pd.DataFrame) -> dict[str, Any]:
-    counts = failures["status"].fillna("unknown").value_counts()
-    by_code = [{"code": str(code), "n": int(n)} for code, n in counts.items()]
-    return {"n": len(failures), "by_code": by_code, "first": _records(failures.head(SHOWN_FAILURES))}
+def write_page(page: Path, data: Path, values: Mapping[str, Any], **more: Any) -> None:
+    """Write ``values`` as JSON into ``data``, and the page of them, from the template of that name, into ``page``."""
+    text = json.dumps(values, indent=1, allow_nan=False, default=str)
+    data.write_text(text + "\n", encoding="utf-8")
+    html = render(f"{page.name}.j2", e=json.loads(text), meta_rows=meta_rows(values["meta"]), **more)
+    page.write_text(html, encoding="utf-8", errors="backslashreplace")
 
 
 def _mistakes(predictions: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
@@ -252,11 +240,7 @@ def _mistakes(predictions: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as dicts of plain Python values, missing ones as None."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(name): _plain(cell) for name, cell in row.items()} for row in rows]
-
-
-def _plain(cell: object) -> object:
-    return cell.item() if isinstance(cell, np.generic) else cell
+    return [{str(name): cell for name, cell in row.items()} for row in rows]
 
 
 def _write_tables(evaluation: Mapping[str, Any], out: Path) -> None:
@@ -321,8 +305,5 @@ def write_comparison(
     with _writing(out):
         write_csv(pd.DataFrame(found["figures"]), out / "comparison.csv")
         write_csv(disagreements(first, second, labels), out / "disagreements.csv")
-        text = json.dumps(found, indent=1, allow_nan=False, default=str)
-        (out / "comparison.json").write_text(text + "\n", encoding="utf-8")
-        page = render("comparison.html.j2", c=json.loads(text), meta_rows=meta_rows(meta))
-        (out / "comparison.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+        write_page(out / "comparison.html", out / "comparison.json", found)
     return found

@@ -20,7 +20,7 @@ def terminal_summary(evaluation: Mapping[str, Any]) -> str:
         classification_report(evaluation),
         _confusion(evaluation["confusion"]),
         _per_class(evaluation),
-        *([_restricted(found)] if (found := evaluation.get("restricted")) else []),
+        *([_restricted(found)] if (found := evaluation["restricted"]) else []),
         _verdict(evaluation),
     ]
     notes = [_wrapped(f"note: {hint}") for hint in evaluation["hints"]]
@@ -55,11 +55,11 @@ def classification_report(evaluation: Mapping[str, Any]) -> str:
 
 def _confusion(confusion: Mapping[str, Any]) -> str:
     """The table of counts; headings are cut to the column width, and 12,345 becomes 12k if a line is too long."""
-    with_failed = any(confusion["failed"])
     names = [_clip(name, 10) for name in confusion["labels"]]
-    heads = [*confusion["labels"], *(["failed"] if with_failed else [])]
-    failed = confusion["failed"]
-    cells = [[*row, *([failed[i]] if with_failed else [])] for i, row in enumerate(confusion["counts"])]
+    heads, cells = list(confusion["labels"]), [list(row) for row in confusion["counts"]]
+    if any(confusion["failed"]):
+        heads.append("failed")
+        cells = [[*row, failed] for row, failed in zip(cells, confusion["failed"], strict=True)]
     first = max(map(len, names))
     room = (WIDTH - first) // len(heads)
     if room < 4:
@@ -80,7 +80,7 @@ def _per_class(evaluation: Mapping[str, Any]) -> str:
         share = f"{confusion['counts'][i][i]}/{row['support']}"
         figure = row["recall"]
         lines.append(
-            f"  {_clip(row['label']):<{_NAME_WIDTH}} {share:>15} {_percent(figure['value']):>9}"
+            f"  {_clip(row['label']):<{_NAME_WIDTH}} {share:>15} {percent(figure['value']):>9}"
             f"  {_interval(figure['over_recordings'])}"
         )
     return "\n".join(lines)
@@ -91,19 +91,16 @@ def _restricted(found: Mapping[str, Any]) -> str:
     missing = f"the data has no {', '.join(found['missing'])}; " if found["missing"] else ""
     lines = [_wrapped(f"{missing}open answers, and answers among the classes that each corpus has")]
     lines.append(f"  {'':<{_NAME_WIDTH}} {'n':>6} {'classes':>8}{'accuracy':>20}{'UAR':>20}")
-    rows = [*found["corpora"], {**found["all"], "corpus": "all"}]
+    rows: list[dict[str, Any]] = [*found["corpora"], found["all"] | {"corpus": "all"}]
+    if found["mean"]:
+        rows.append(found["mean"] | {"corpus": "mean of corpora", "n": ""})
     for row in rows:
         cells = "".join(
-            f"{_percent(row['open'][name]):>10}{_percent(row['restricted'][name]):>10}" for name in ("accuracy", "uar")
+            f"{percent(row[kind][of]):>10}" for of in ("accuracy", "uar") for kind in ("open", "restricted")
         )
+        classes = len(row["classes"]) if "classes" in row else ""
         name = _clip(row["corpus"] or "(no corpus)")
-        lines.append(f"  {name:<{_NAME_WIDTH}} {row['n']:>6} {len(row['classes']):>8}{cells}")
-    if found["mean"]:
-        cells = "".join(
-            f"{_percent(found['mean']['open'][name]):>10}{_percent(found['mean']['restricted'][name]):>10}"
-            for name in ("accuracy", "uar")
-        )
-        lines.append(f"  {'mean of corpora':<{_NAME_WIDTH}} {'':>6} {'':>8}{cells}")
+        lines.append(f"  {name:<{_NAME_WIDTH}} {row['n']:>6} {classes:>8}{cells}")
     return "\n".join(lines)
 
 
@@ -112,10 +109,10 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
     lines = [_wrapped(f"verdict: {found['outcome'].upper()}" + _named(found))]
     for check in found["checks"]:
         name = check["metric"] if check["label"] is None else f"{check['metric']} {_clip(check['label'], 11)}"
-        outcome = check["outcome"] if check["outcome"] != NOT_MET else check["outcome"].upper()
+        outcome = check["outcome"].upper() if check["outcome"] == NOT_MET else check["outcome"]
         outcome = outcome.replace("but the interval crosses the line", "interval crosses")
         lines.append(
-            f"  {name:<18} >= {check['target'] * 100:>4.1f} % {_percent(check['value'], check['target']):>8}"
+            f"  {name:<18} >= {check['target'] * 100:>4.1f} % {percent(check['value'], check['target']):>8}"
             f"  {_interval(check['interval']):<16} {outcome}"
         )
     notes = _intervals(evaluation)
@@ -125,7 +122,7 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
         read = found["checks"][0]["value_read_only"]
         notes += (
             f" {n['labelled_failed']} of {n['labelled']} recordings got no emotion as answer and count as wrong"
-            f" here; accuracy of the {n['read']} answered: {_percent(read)}."
+            f" here; accuracy of the {n['read']} answered: {percent(read)}."
         )
     return "\n".join([*lines, _wrapped(notes, "  ")])
 
@@ -169,7 +166,8 @@ def _two(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2f}"
 
 
-def _percent(value: float | None, target: float | None = None) -> str:
+def percent(value: float | None, target: float | None = None) -> str:
+    """``0.8612`` as ``86.1 %``; with more decimals if it would otherwise look like a ``target`` that it misses."""
     return "n/a" if value is None else f"{value * 100:.{decimals(value, target)}f} %"
 
 

@@ -31,19 +31,14 @@ REFUSAL = "refusal"
 
 @dataclass(frozen=True)
 class Task:
-    """The settings that a worker needs.
-
-    Attributes:
-        notes: folder of ``journal.CrashLog``.
-        run: id of this start of the job; crashed attempts of other starts do not count against a block.
-    """
+    """The settings that a worker needs."""
 
     weights: str
     weights_sha256: str
     options: ScoreOptions
     batch_size: int
-    notes: str
-    run: str
+    notes: str  # folder of `journal.CrashLog`
+    run: str  # id of this start of the job; crashed attempts of other starts do not count against a block
     device: str = "cpu"
 
 
@@ -132,11 +127,7 @@ class Classifier:
 
 @lru_cache(maxsize=1)
 def open_predictor(task: Task) -> Predictor:
-    """The Predictor of this process, with one thread, because a task has one CPU.
-
-    Raises:
-        SerError: the bundle has changed since scoring began.
-    """
+    """The Predictor of this process, with one thread, as a task has one CPU. Refuses a bundle that was replaced."""
     predictor = Predictor.from_bundle(
         task.weights, device=task.device, threads=1, batch_size=task.batch_size, crops=task.options.crops
     )

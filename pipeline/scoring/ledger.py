@@ -71,18 +71,14 @@ class Ledger:
     def check_or_init(
         self, plan: Mapping[str, Any], block_rows: int, *, overwrite: bool, tables: Sequence[str] = ()
     ) -> int:
-        """Write ``plan`` into the folder, or check that the folder already belongs to it.
+        """Write ``plan`` into the folder, or check that the folder already belongs to it; returns its rows per block.
 
         Args:
             block_rows: rows per block for a new run.
             tables: names of the Parquet tables that a finished run must have.
 
-        Returns:
-            Rows per block of the run in the folder.
-
         Raises:
-            LedgerError: without ``overwrite``: the folder holds another run, or outputs without a known run, or a
-                finished run whose tables are missing.
+            LedgerError: without ``overwrite``: another run, an unknown one, or a finished one without its tables.
         """
         finished, begun = self.finished(), read_plan(self.work, "scoring")
         known = finished or begun
@@ -90,7 +86,10 @@ class Ledger:
             raise LedgerError(f"{table} is of an unknown run; choose another --out, or --overwrite to replace it")
         if overwrite or known is None:
             for path in [*self._outputs(), *self._half_written()]:
-                _remove(path)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
             shutil.rmtree(self.work, ignore_errors=True)
             self.notes.mkdir(parents=True)
             write_plan(self.work, "scoring", {"plan": dict(plan), "block_rows": block_rows})
@@ -118,19 +117,11 @@ class Ledger:
         return self.work / f"part-{block:06d}.parquet"
 
     def commit(self, block: int, table: pa.Table) -> None:
-        """Write a block's part, completely or not at all; it is on the disk when this returns.
-
-        Raises:
-            SerError: the disk is full or cannot be written; parts committed earlier are safe.
-        """
+        """Write a block's part to the disk, completely or not at all. Raises SerError, as ``write_part``."""
         write_part(self.part_path(block), table, on_disk=True)
 
     def committed(self, sizes: Mapping[int, int]) -> dict[int, int]:
-        """Block -> failed rows, for every valid part; a part that is damaged or has another size is removed.
-
-        Args:
-            sizes: rows that each block must have.
-        """
+        """Block -> failed rows, for every valid part; one that is damaged or has not ``sizes`` rows is removed."""
         found: dict[int, int] = {}
         for block, wanted in sizes.items():
             rows, failed = part_counts(self.part_path(block)) or (-1, 0)
@@ -165,14 +156,6 @@ def open_ledger(out: Path) -> Iterator[Ledger]:
         yield Ledger(out)
 
 
-def _remove(path: Path) -> None:
-    """Remove a file, or a folder with its content; does nothing if there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _difference(keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The differences between two plans, as one line of text."""
     parts = []
@@ -185,17 +168,13 @@ def _difference(keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any])
 
 @dataclass
 class Tally:
-    """Sums over the parts of a run.
-
-    Attributes:
-        long: recordings of more than ``LONG_S``; noted: recordings with a notice.
-    """
+    """Sums over the parts of a run."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     duration_s: float = 0.0
     scored_s: float = 0.0
-    long: int = 0
-    noted: int = 0
+    long: int = 0  # recordings of more than `LONG_S`
+    noted: int = 0  # recordings with a notice
 
     def add(self, part: pa.Table) -> None:
         """Count the rows of a part."""
@@ -232,12 +211,7 @@ def record_of(
     scored: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """The content of ``run.json``.
-
-    Args:
-        plan: from ``plan_of``; block_rows: rows per block, kept when the run is resumed.
-        tally: of all rows; scored: number of rows scored by this start of the job, in ``seconds``.
-    """
+    """The content of ``run.json``; ``tally`` is of all rows, ``scored`` were scored by this start, in ``seconds``."""
     rows, good = tally.statuses.total(), tally.statuses["ok"]
     unheard = f"{tally.scored_s:,.0f} s of {tally.duration_s:,.0f} s" if tally.long > good / 2 else None
     return {

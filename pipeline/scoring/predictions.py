@@ -64,11 +64,7 @@ def to_table(
     silence_dbfs: float = SILENCE_DBFS,
     timelines: Sequence[Timeline] | None = None,
 ) -> pa.Table:
-    """A table with ``our_columns`` except ``label_name``; missing values are null.
-
-    Args:
-        timelines: the windows of each recording, stored in a nested column ``windows``.
-    """
+    """A table with ``our_columns`` except ``label_name``, and the nested ``windows`` of ``timelines``."""
     predictions = [prediction.told(silence_dbfs) for prediction in predictions]
     p = np.array([prediction.probabilities for prediction in predictions]).reshape(len(predictions), len(labels))
     columns: dict[str, pa.Array] = {
@@ -123,8 +119,6 @@ def write_tables(
         manifest: from ``plain_manifest``; a ``label`` column is kept and also written as ``label_name``.
         parts: tables of ``to_table``, in order, together one row for each row of the manifest; read one at a time.
         out: an existing folder. Each file appears in it complete or not at all, and replaces an older one.
-        labels: the model's classes, in its order.
-        min_confidence, silence_dbfs: thresholds of ``uncertain`` and ``silence`` in ``segments`` and ``channels``.
 
     Raises:
         SerError: the disk is full or cannot be written.
@@ -147,12 +141,12 @@ def write_tables(
             files.write("predictions", table.select([n for n in table.column_names if n not in last] + last))
             if "windows" in part.column_names:
                 found = unnested(part["windows"])
-                named = [t.names(labels, min_confidence, silence_dbfs) for t in found]
-                files.write("segments", segments_table(found, named, rows["speech"], labels, silence_dbfs))
+                tables = {"segments": found}
                 if each_channel:
-                    by_channel = [t.per_channel(silence_dbfs) for t in found]
-                    named = [t.names(labels, min_confidence, silence_dbfs) for t in by_channel]
-                    files.write("channels", segments_table(by_channel, named, rows["speech"], labels, silence_dbfs))
+                    tables["channels"] = [t.per_channel(silence_dbfs) for t in found]
+                for name, timelines in tables.items():
+                    named = [t.names(labels, min_confidence, silence_dbfs) for t in timelines]
+                    files.write(name, segments_table(timelines, named, rows["speech"], labels, silence_dbfs))
             begin += len(part)
         if begin != len(manifest):
             raise ValueError(f"parts hold {begin} rows, the manifest {len(manifest)}")
@@ -165,11 +159,9 @@ def segments_table(
     labels: Sequence[str],
     silence_dbfs: float = SILENCE_DBFS,
 ) -> pa.Table:
-    """The table ``segments`` of some recordings.
+    """The table ``segments`` of some recordings; ``names`` are the predictions of their windows.
 
-    Args:
-        names: the predictions of each recording's windows.
-        speech: path of each recording; its index is the row in ``predictions``.
+    ``speech``: path of each recording; its index is the row in ``predictions``.
     """
     lengths = [len(timeline) for timeline in timelines]
     row = np.repeat(np.arange(len(timelines)), lengths)
@@ -281,7 +273,6 @@ def write_exports(out: Path, labels: Sequence[str], formats: Sequence[str] = (),
     """Write the exports of the run in ``out``; returns the files and folders written.
 
     Args:
-        labels: the model's classes, in its order.
         formats: ``jsonl``: every table as JSON Lines; ``audacity``: a label track for each recording.
         merge: write ``timeline``; the label tracks then contain merged segments instead of single windows.
 
@@ -292,7 +283,7 @@ def write_exports(out: Path, labels: Sequence[str], formats: Sequence[str] = (),
     if merge:
         written += _write_timeline(out, labels)
     if "jsonl" in formats:
-        written += _write_jsonl(out)
+        written += _rewrite(out, _tables(out), "jsonl")
     if "audacity" in formats:
         written.append(_write_audacity(out, labels, merge=merge))
     return written
@@ -319,16 +310,8 @@ def _write_timeline(out: Path, labels: Sequence[str]) -> list[Path]:
 
 
 def restore_csv(out: Path) -> None:
-    """Write missing CSV tables of the run in ``out`` again, from its Parquet tables.
-
-    Raises:
-        SerError: the disk is full.
-    """
+    """Write missing CSV tables of the run in ``out`` again, from its Parquet tables. Raises SerError (a full disk)."""
     _rewrite(out, [name for name in _tables(out) if not (out / f"{name}.csv").is_file()], "csv")
-
-
-def _write_jsonl(out: Path) -> list[Path]:
-    return _rewrite(out, _tables(out), "jsonl")
 
 
 def _tables(out: Path) -> list[str]:
@@ -352,11 +335,10 @@ def _write_audacity(out: Path, labels: Sequence[str], *, merge: bool) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for row, speech, timeline, names in _segments(out, labels, merge=merge):
+            windows = zip(timeline.channel, timeline.start_s, timeline.end_s, names, strict=True)
             lines = [
-                f"{start:.3f}\t{end:.3f}\t{name}" if channel == "mix" else f"{start:.3f}\t{end:.3f}\t{channel} {name}"
-                for channel, start, end, name in zip(
-                    timeline.channel, timeline.start_s, timeline.end_s, names, strict=True
-                )
+                f"{start:.3f}\t{end:.3f}\t{'' if channel == 'mix' else f'{channel} '}{name}"
+                for channel, start, end, name in windows
             ]
             stem = re.sub(r"[^\w.-]+", "_", Path(local_path(speech)).stem, flags=re.ASCII)[:80]
             (folder / f"{row:06d}-{stem}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

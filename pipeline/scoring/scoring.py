@@ -1,12 +1,10 @@
 """Scores a whole manifest, on Ray Data or in processes of this machine; resumable, and every recording gets a row.
 
-The manifest is cut into blocks (``pipeline.scoring.ledger``). On CPUs, one stateless task scores one block: decoding,
-features and network run in one process, which keeps its Predictor for further blocks. The driver receives the results
-and commits them. With GPUs, tasks decode and compute features, and one actor per GPU runs the network. When all blocks
-are committed, the tables are written from the parts, with only a few parts in memory.
-
-A task whose process died is run again (``pipeline.scoring.blocks``). Small work, for which starting Ray takes too
-long, uses the local engine: processes of this machine, with the same blocks, ledger and results.
+The manifest is cut into blocks (``ledger``). On CPUs, one task scores one block: decoding, features and network run in
+one process, which keeps its Predictor for further blocks. With GPUs, tasks decode and compute features, and one actor
+per GPU runs the network. The driver commits the results. When all blocks are committed, the tables are written from the
+parts, with only a few parts in memory. A task whose process died is run again (``blocks``). Small work, for which
+starting Ray takes too long, runs in processes of this machine, with the same blocks, ledger and results.
 """
 
 from __future__ import annotations
@@ -32,15 +30,7 @@ from pipeline.data.segments import bounds
 from pipeline.inference.predictor import ScoreOptions
 from pipeline.models.backends import ensure_onnx
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.scoring.blocks import (
-    REFUSAL,
-    Classifier,
-    Task,
-    listen_block,
-    make_block,
-    or_refusal,
-    score_block,
-)
+from pipeline.scoring.blocks import REFUSAL, Classifier, Task, listen_block, make_block, or_refusal, score_block
 from pipeline.scoring.ledger import Ledger, LedgerError, Tally, open_ledger, plan_of, record_of
 from pipeline.scoring.predictions import PARQUET, plain_manifest, restore_csv, write_exports, write_tables
 from pipeline.storage.errors import SerError
@@ -58,20 +48,15 @@ ProgressCallback = Callable[[int, int, int], None]
 class Execution:
     """Where and how the work runs. It does not change the results, and may differ when a run is resumed.
 
-    Attributes:
-        engine: "ray": Ray Data, here or on the cluster of ``RAY_ADDRESS``; "local": processes of this machine;
-            "auto": local for small work without a cluster and without GPUs, else Ray.
-        num_cpus: CPUs to use; None: all. 0 (from earlier versions): the local engine on all CPUs.
-        num_gpus: GPUs to use, 0 for none.
-        batch_size: examples per batch of the network.
-        block_rows: recordings per block; None: chosen from the number of recordings and CPUs.
+    ``engine``: "ray": Ray Data, here or on the cluster of ``RAY_ADDRESS``; "local": processes of this machine;
+    "auto": local for small work without a cluster and without GPUs, else Ray.
     """
 
     engine: str = "auto"
-    num_cpus: int | None = None
+    num_cpus: int | None = None  # None: all; 0: the local engine on all
     num_gpus: int = 0
-    batch_size: int = 16
-    block_rows: int | None = None
+    batch_size: int = 16  # examples per batch of the network
+    block_rows: int | None = None  # recordings per block; None: chosen from the number of recordings and CPUs
 
     def __post_init__(self) -> None:
         for name, least in (("num_cpus", 0), ("num_gpus", 0), ("batch_size", 1), ("block_rows", 1)):
@@ -97,29 +82,18 @@ class Execution:
 
 @dataclass(frozen=True)
 class ScoreRun:
-    """A finished run.
-
-    Attributes:
-        statuses: status -> number of rows.
-        scored: rows scored now, not by an earlier start of the same run; ``seconds``: wall time of this call.
-        unheard: scored and total seconds, ``"2 s of 184 s"``, if most recordings are long and only their middle (or
-            crops) was scored; else None.
-        evaluation: the content of ``metrics.json``, if a report was requested.
-        exports: further files and folders written.
-        noted: number of recordings with a remark in the column ``notice``.
-        silence_s: seconds that lie only in silent windows and so were not scored.
-    """
+    """A finished run."""
 
     out: Path
     rows: int
-    statuses: Mapping[str, int]
-    scored: int
-    seconds: float
-    unheard: str | None
-    evaluation: Mapping[str, Any] | None
-    exports: Sequence[Path]
-    noted: int = 0
-    silence_s: float = 0.0
+    statuses: Mapping[str, int]  # status -> number of rows
+    scored: int  # rows scored now, not by an earlier start of the same run
+    seconds: float  # wall time of this call
+    unheard: str | None  # "2 s of 184 s" scored, if most recordings are long and only a part of each was read
+    evaluation: Mapping[str, Any] | None  # the content of `metrics.json`, if a report was requested
+    exports: Sequence[Path]  # further files and folders written
+    noted: int = 0  # recordings with a remark in the column `notice`
+    silence_s: float = 0.0  # only in silent windows, so not scored
 
     @property
     def failed(self) -> int:
@@ -148,11 +122,10 @@ def score_manifest(
     are added.
 
     Args:
-        manifest: as ``pipeline.data.manifest`` makes it: ``speech``, optional ``label``, and further columns.
+        manifest: from ``pipeline.data.manifest``.
         weights: a bundle, or the ``.pt`` in it; None for the shipped one.
         overwrite: replace any run in ``out``.
-        report: also write ``report.html`` and its files.
-        formats: exports; merge: also write merged segments; see ``pipeline.scoring.predictions``.
+        formats, merge: see ``predictions.write_exports``.
         meta: facts about the run for the report (command, versions ...), in addition to the model.
         on_progress: called in the driver with (rows done, rows in total, rows failed so far).
 

@@ -5,11 +5,9 @@ Last-Modified). The next attempt, of this process or a later one, requests the r
 sections 13.1.5 and 14); a server without these sends the whole file again. The file is renamed to its final name only
 if its checksum is right. Limits: MD5 detects damage and mix-ups, not an attacker; one connection at a time.
 
-Unpacking: all entries' headers are checked before anything is written. Refused are absolute paths, paths with ``..``,
-drive letters, backslashes or control characters, links, devices, names that occur twice (ignoring case), encryption,
-and sizes beyond the limits. Sizes are counted again while writing, because headers can be wrong, and checksums are
-verified. The tree is written to a temporary folder and renamed at the end: the new folder is complete or absent, and
-nothing is written outside it. Limits: ZIP only; times and permissions are dropped.
+Unpacking: all entries' headers are checked before anything is written (``_objection``). Sizes are counted again
+afterwards, because headers can be wrong, and checksums are verified. The tree is written to a temporary folder and
+renamed at the end: the new folder is complete or absent. Limits: ZIP only; times and permissions are dropped.
 """
 
 from __future__ import annotations
@@ -95,15 +93,11 @@ def download(
     The caller must make sure that only one process works on ``destination``.
 
     Args:
-        md5: 32 hex digits of the whole file.
-        max_bytes: larger files are refused.
+        md5: 32 hex digits of the whole file; if ``destination`` has it already, nothing is downloaded.
         attempts: number of failed attempts in a row, without a new byte, after which this gives up.
         timeout_s: silence of the server, in seconds, after which an attempt ends.
         pause: called with the seconds to wait before the next attempt.
         tell: called with one line of text when an attempt failed and another follows.
-
-    Returns:
-        ``destination``. If it already has the right checksum, nothing is downloaded.
 
     Raises:
         DownloadError: not an http or https URL, a refusal, no connection, too many bytes, a wrong checksum, a disk that
@@ -228,7 +222,6 @@ def _writing(path: Path) -> Iterator[None]:
         raise DownloadError(f"cannot write {path}: {error.strerror}; free space, or choose another --out") from error
 
 
-_COPY_BYTES = 1 << 20
 _ENCRYPTED = 0x1
 
 
@@ -253,10 +246,7 @@ def unpack(
     limits: UnpackLimits | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> int:
-    """Unpack ``archive`` into ``folder``, which must be empty or absent.
-
-    Returns:
-        Number of files written.
+    """Unpack ``archive`` into ``folder``, which must be empty or absent; returns the number of files written.
 
     Raises:
         ArchiveError: not a ZIP archive, a damaged or hostile one, one beyond ``limits``, a ``folder`` that is not
@@ -293,20 +283,15 @@ def _judged(entries: list[zipfile.ZipInfo], limits: UnpackLimits, archive: Path)
     if len(entries) > limits.entries:
         raise ArchiveError(f"{archive} has {len(entries):,} entries, more than {limits.entries:,}; refused")
     seen: set[str] = set()
-    total = 0
     for entry in entries:
-        reason = _objection(entry, limits)
         key = entry.filename.rstrip("/").casefold()
-        if reason is None and key in seen:
-            reason = "occurs twice"
-        if reason is not None:
+        if reason := _objection(entry, limits) or ("occurs twice" if key in seen else None):
             raise ArchiveError(f"{archive}: entry {entry.filename[:100]!r} {reason}; nothing was unpacked")
         seen.add(key)
-        total += entry.file_size
+    total = sum(entry.file_size for entry in entries)
     if total > limits.total_bytes:
-        raise ArchiveError(
-            f"{archive} unpacks to {total:,} bytes, more than {limits.total_bytes:,}; nothing was unpacked"
-        )
+        found = f"{total:,} bytes, more than {limits.total_bytes:,}"
+        raise ArchiveError(f"{archive} unpacks to {found}; nothing was unpacked")
     return [entry for entry in entries if not entry.is_dir()]
 
 
@@ -332,23 +317,18 @@ def _objection(entry: zipfile.ZipInfo, limits: UnpackLimits) -> str | None:
 def _check_room(parent: Path, needed: int) -> None:
     while not parent.is_dir():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ArchiveError(
-            f"{needed:,} bytes are needed in {parent}, {free:,} are free; free some space, or choose another --out"
-        )
+    if (free := shutil.disk_usage(parent).free) < needed:
+        remedy = "free some space, or choose another --out"
+        raise ArchiveError(f"{needed:,} bytes are needed in {parent}, {free:,} are free; {remedy}")
 
 
 def _write(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, archive: Path) -> int:
     """Write one file; returns its size. ``zipfile`` checks the checksum at the end, and stops at the declared size."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
     with opened.open(entry) as source, path.open("xb") as target:
-        while chunk := source.read(_COPY_BYTES):
-            written += len(chunk)
-            target.write(chunk)
+        shutil.copyfileobj(source, target)
+        written = target.tell()
     if written != entry.file_size:
-        raise ArchiveError(
-            f"{archive}: entry {entry.filename[:100]!r} holds {written:,} bytes, not {entry.file_size:,}"
-        )
+        name = entry.filename[:100]
+        raise ArchiveError(f"{archive}: entry {name!r} holds {written:,} bytes, not {entry.file_size:,}")
     return written

@@ -10,35 +10,12 @@ A class with a prefix is in the module of that name.
     ├── bundle.BundleError          a model bundle is missing, damaged or unknown
     ├── backends.ExportError, download.DownloadError, download.ArchiveError, engine.NodeError,
     │   ledger.LedgerError, loop.DivergedError, submit.ClusterError
-    └── AudioError                    code                one recording cannot be used
-        ├── NotFound                  not_found            no such path
-        ├── NotFetched                not_fetched          a URL of the web or of a store that is not read here
-        ├── NotAFile                  not_a_file           directory, pipe, socket, device
-        ├── PermissionDenied          permission_denied
-        ├── Unreadable                unreadable           the operating system failed to open or read it
-        ├── EmptyFile                 empty_file           0 bytes
-        ├── NotAudio                  not_audio            no audio container known here, or no audio track in it
-        ├── UnsupportedFormat         unsupported_format   a known container with a codec that is not accepted
-        │   └── ExtraNeeded           extra_needed         decodable once PyAV is installed
-        ├── Corrupt                   corrupt              the header is impossible, or the audio data cannot be decoded
-        │   └── Truncated             truncated            the recording says it is longer than it is
-        ├── NoSamples                 no_samples           a valid recording of 0 frames, or a part past its end
-        ├── TooShort                  too_short            too little audio for a prediction
-        ├── NotFinite                 not_finite           NaN or infinity among the samples
-        ├── OutOfRange                out_of_range         |sample| so large that its power overflows float32
-        ├── TooLong                   too_long             ┐
-        ├── TooLarge                  too_large            │ outside `Limits`
-        ├── BadSampleRate             bad_sample_rate      │
-        ├── BadChannels               bad_channels         ┘
-        ├── NoSuchChannel             no_such_channel      the requested channel is not in the recording
-        ├── NoSuchSegment             no_such_segment      the requested part is empty, or not in the recording
-        ├── DecoderCrashed            decoder_crashed      the decoder ended the process it ran in
-        └── DecodeTimeout             decode_timeout       the decoder did not answer in time
+    └── AudioError                  one recording cannot be used; its subclasses are below
 
 `code` never changes: it is written into tables (`status`) and HTTP responses (`code`). `ERRORS` maps code to class.
 """
 
-# ruff: noqa: D101 - the tree above describes each class
+# ruff: noqa: D101 - a comment describes each class
 
 from __future__ import annotations
 
@@ -63,15 +40,15 @@ class AudioError(SerError):
     code: ClassVar[str] = "audio_error"
 
 
-class NotFound(AudioError):
+class NotFound(AudioError):  # no such path
     code = "not_found"
 
 
-class NotFetched(AudioError):
+class NotFetched(AudioError):  # a URL of the web or of a store that is not read here
     code = "not_fetched"
 
 
-class NotAFile(AudioError):
+class NotAFile(AudioError):  # directory, pipe, socket, device
     code = "not_a_file"
 
 
@@ -79,102 +56,87 @@ class PermissionDenied(AudioError):
     code = "permission_denied"
 
 
-class Unreadable(AudioError):
+class Unreadable(AudioError):  # the operating system failed to open or read it
     code = "unreadable"
 
 
-class EmptyFile(AudioError):
+class EmptyFile(AudioError):  # 0 bytes
     code = "empty_file"
 
 
-class NotAudio(AudioError):
+class NotAudio(AudioError):  # no audio container known here, or no audio track in it
     code = "not_audio"
 
 
-class UnsupportedFormat(AudioError):
+class UnsupportedFormat(AudioError):  # a known container with a codec that is not accepted
     code = "unsupported_format"
 
 
-class ExtraNeeded(UnsupportedFormat):
+class ExtraNeeded(UnsupportedFormat):  # decodable once PyAV is installed
     code = "extra_needed"
 
 
-class Corrupt(AudioError):
+class Corrupt(AudioError):  # the header is impossible, or the audio data cannot be decoded
     code = "corrupt"
 
 
-class Truncated(Corrupt):
+class Truncated(Corrupt):  # the recording says it is longer than it is
     code = "truncated"
 
 
-class NoSamples(AudioError):
+class NoSamples(AudioError):  # a valid recording of 0 frames, or a part past its end
     code = "no_samples"
 
 
-class TooShort(AudioError):
+class TooShort(AudioError):  # too little audio for a prediction
     code = "too_short"
 
 
-class NotFinite(AudioError):
+class NotFinite(AudioError):  # NaN or infinity among the samples
     code = "not_finite"
 
 
-class OutOfRange(AudioError):
+class OutOfRange(AudioError):  # |sample| so large that its power overflows float32
     code = "out_of_range"
 
 
-class TooLong(AudioError):
+class TooLong(AudioError):  # outside `Limits`
     code = "too_long"
 
 
-class TooLarge(AudioError):
+class TooLarge(AudioError):  # outside `Limits`
     code = "too_large"
 
 
-class BadSampleRate(AudioError):
+class BadSampleRate(AudioError):  # outside `Limits`
     code = "bad_sample_rate"
 
 
-class BadChannels(AudioError):
+class BadChannels(AudioError):  # outside `Limits`
     code = "bad_channels"
 
 
-class NoSuchChannel(AudioError):
+class NoSuchChannel(AudioError):  # the requested channel is not in the recording
     code = "no_such_channel"
 
 
-class NoSuchSegment(AudioError):
+class NoSuchSegment(AudioError):  # the requested part is empty, or not in the recording
     code = "no_such_segment"
 
 
-class DecoderCrashed(AudioError):
+class DecoderCrashed(AudioError):  # the decoder ended the process it ran in
     code = "decoder_crashed"
 
 
-class DecodeTimeout(AudioError):
+class DecodeTimeout(AudioError):  # the decoder did not answer in time
     code = "decode_timeout"
 
 
-ERRORS: dict[str, type[AudioError]] = {
-    error.code: error
-    for error in (
-        *(AudioError, NotFound, NotFetched, NotAFile, PermissionDenied, Unreadable, EmptyFile, NotAudio),
-        *(
-            UnsupportedFormat,
-            ExtraNeeded,
-            Corrupt,
-            Truncated,
-            NoSamples,
-            TooShort,
-            NotFinite,
-            OutOfRange,
-            TooLong,
-            TooLarge,
-            BadSampleRate,
-        ),
-        *(BadChannels, NoSuchChannel, NoSuchSegment, DecoderCrashed, DecodeTimeout),
-    )
-}
+def _with_subclasses(error: type[AudioError]) -> list[type[AudioError]]:
+    return [error, *(one for kind in error.__subclasses__() for one in _with_subclasses(kind))]
+
+
+ERRORS: dict[str, type[AudioError]] = {error.code: error for error in _with_subclasses(AudioError)}
 
 
 @dataclass(frozen=True)

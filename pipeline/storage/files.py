@@ -1,17 +1,15 @@
 """Locations of recordings: scans folders, converts file names to text, and reads objects from stores.
 
-``scan`` lists a folder recursively in a fixed order. Hidden files and files with other endings are counted, not listed.
-Each real folder is entered only once, however many links lead to it (so symlink loops end). Very deep trees are cut and
-reported. A link to a file counts as a recording of its own.
+``scan`` lists a folder recursively in a fixed order. Each real folder is entered only once, however many links lead to
+it (so symlink loops end). A link to a file counts as a recording of its own.
 
 Tables hold text, but a POSIX file name can be any bytes. A name that is not valid UTF-8 is written as its ``file://``
 URI (RFC 8089, percent-encoded bytes): ``path_text`` and ``local_path`` convert without loss.
 
 Objects (``s3://bucket/key``, ``gs://bucket/key``) are read through Arrow's file systems. Keys are written without
-percent encoding, as in the stores' own tools. Credentials, region and endpoint come from the same places as for those
-tools (environment, profile, role). Arrow's options may follow the key
-(``?region=eu-west-1&endpoint_override=host:port&scheme=http``). An object is fetched as a whole, and kept for further
-reads. Limits: no object above 1 GiB; a process keeps only the last object in memory.
+percent encoding; credentials, region and endpoint come from the same places as for the stores' own tools (environment,
+profile, role). Arrow's options may follow the key (``?region=eu-west-1&endpoint_override=host:port&scheme=http``).
+Limits: an object is fetched as a whole, none above 1 GiB; a process keeps only the last one in memory.
 
 A recording's stamp is its size and modification time, as in ``make`` and ``rsync``: it shows that a file was replaced
 without reading it. Limits: a replacement with the same size and time is not noticed.
@@ -44,39 +42,23 @@ _URI = "file://"
 
 @dataclass(frozen=True)
 class FolderScan:
-    """The result of ``scan``.
+    """The result of ``scan``."""
 
-    Attributes:
-        files: absolute paths as text (see ``path_text``): each folder's files by name, then its sub-folders by name.
-        hidden: number of files and folders left out because their name begins with a dot.
-        other: files left out because of their ending: ending ("" for none) -> number of files.
-        unreadable: folders that could not be listed.
-        too_deep: folders left out because they are ``MAX_DEPTH`` or more levels below the start.
-        linked: number of links to folders left out because the folder itself is listed elsewhere in the scan.
-    """
-
-    files: tuple[str, ...]
-    hidden: int = 0
-    other: Mapping[str, int] = field(default_factory=dict)
-    unreadable: tuple[str, ...] = ()
-    too_deep: tuple[str, ...] = ()
-    linked: int = 0
+    files: tuple[str, ...]  # absolute, see `path_text`; each folder's files by name, then its sub-folders
+    hidden: int = 0  # files and folders whose name begins with a dot
+    other: Mapping[str, int] = field(default_factory=dict)  # ending ("" for none) -> number of files left out
+    unreadable: tuple[str, ...] = ()  # folders that could not be listed
+    too_deep: tuple[str, ...] = ()  # folders `MAX_DEPTH` or more levels below the start
+    linked: int = 0  # links to folders that are listed elsewhere in the scan
 
     def skipped(self) -> str:
         """One line of text on what was left out; "" if nothing was."""
-        parts = [
-            f"{count:,} {what}"
-            for count, what in (
-                (self.hidden, "hidden"),
-                *_by_ending(self.other),
-                (self.linked, "links to folders listed already"),
-            )
-            if count
-        ]
-        if self.unreadable:
-            parts.append(f"{len(self.unreadable):,} folders that cannot be read (first: {_example(self.unreadable)})")
-        if self.too_deep:
-            parts.append(f"{len(self.too_deep):,} folders too deep (first: {_example(self.too_deep)})")
+        linked = self.linked, "links to folders listed already"
+        counts = ((self.hidden, "hidden"), *_by_ending(self.other), linked)
+        parts = [f"{count:,} {what}" for count, what in counts if count]
+        for folders, what in ((self.unreadable, "that cannot be read"), (self.too_deep, "too deep")):
+            if folders:
+                parts.append(f"{len(folders):,} folders {what} (first: {_start_of(folders[0], 80)})")
         return ", ".join(parts)
 
 
@@ -205,22 +187,25 @@ def _identity(folder: bytes) -> tuple[int, int]:
 def _by_ending(other: Mapping[str, int]) -> list[tuple[int, str]]:
     """(count, ending) pairs, the most frequent first; the rest as one pair."""
     ordered = sorted(other.items(), key=lambda item: (-item[1], item[0]))
-    shown = [(count, _printable(ending) or "without ending") for ending, count in ordered[:_SHOWN_ENDINGS]]
+    shown = [
+        (count, _start_of(printable(ending), _LONGEST_ENDING) or "without ending")
+        for ending, count in ordered[:_SHOWN_ENDINGS]
+    ]
     rest = sum(count for _, count in ordered[_SHOWN_ENDINGS:])
     return [*shown, (rest, "with other endings")]
 
 
-def _printable(ending: str) -> str:
-    text = ending.encode("utf-8", "backslashreplace").decode("utf-8")
+def _start_of(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path as one printable line: control characters and undecodable bytes escaped, cut in the middle if long."""
+    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= _LONGEST_ENDING else f"{text[:_LONGEST_ENDING]}..."
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-100:]}"
 
 
-def _example(paths: tuple[str, ...], limit: int = 80) -> str:
-    return paths[0] if len(paths[0]) <= limit else f"{paths[0][:limit]}..."
-
-
-SCHEMES = ("s3", "gs")
 _OBJECT = re.compile(r"^(s3|gs)://([^/?]+)/?(.*?)(\?(?:(?:region|endpoint_override|scheme)=[^&]*&?)+)?$", re.DOTALL)
 _LARGEST = 2**30
 
@@ -236,11 +221,7 @@ def is_remote(text: object) -> bool:
 
 @lru_cache(maxsize=1)
 def fetch(uri: str) -> bytes:
-    """The object's content.
-
-    Raises:
-        NotFound, NotAFile, TooLarge, Unreadable: see ``pipeline.storage.errors``.
-    """
+    """The object's content. Raises: NotFound, NotAFile, TooLarge, Unreadable."""
     try:
         files, path, _, _ = _open(uri)
     except SerError as error:  # becomes the error of one recording, so that the job continues
@@ -265,8 +246,7 @@ def fetch(uri: str) -> bytes:
 def source_of(speech: str) -> str | bytes:
     """The source for ``audio.load`` from a manifest's cell: a path (also from a ``file://`` URI), or an object's bytes.
 
-    Raises:
-        AudioError: an object that cannot be fetched.
+    Raises: AudioError for an object that cannot be fetched.
     """
     return fetch(speech) if is_remote(speech) else local_path(speech)
 
@@ -274,8 +254,7 @@ def source_of(speech: str) -> str | bytes:
 def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
     """Objects below ``uri`` whose lower-case extension is in ``extensions``, in the order of their keys.
 
-    Raises:
-        SerError: they cannot be listed.
+    Raises: SerError if they cannot be listed.
     """
     import pyarrow.fs
 
@@ -299,21 +278,11 @@ def scan_remote(uri: str, extensions: Collection[str]) -> FolderScan:
     return FolderScan(tuple(f"{store}://{name}{options}" for name in sorted(names)), hidden, other)
 
 
-def stamp_of(uri: str) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of the object; -1 if unknown."""
-    try:
-        files, path, _, _ = _open(uri)
-        info = files.get_file_info(path)
-    except (OSError, ValueError, SerError):
-        return -1, -1
-    return (-1 if info.size is None else info.size), (info.mtime_ns or -1)
-
-
 def _open(uri: str) -> tuple[Any, str, str, str]:
     """(file system, path in it, scheme, options) of an object's URI."""
     match = _OBJECT.match(uri)
     if match is None:
-        raise SerError(f"{uri!r} is not an object's URI; expected {' or '.join(f'{s}://bucket/key' for s in SCHEMES)}")
+        raise SerError(f"{uri!r} is not an object's URI; expected s3://bucket/key or gs://bucket/key")
     scheme, bucket, key, options = match.groups(default="")
     return _file_system(f"{scheme}://{bucket}{options}"), f"{bucket}/{key}".rstrip("/"), scheme, options
 
@@ -342,18 +311,17 @@ def stamps_of(recordings: Sequence[str]) -> NDArray[np.int64]:
 
     groups = [recordings[begin : begin + _AT_ONCE] for begin in range(0, len(recordings), _AT_ONCE)]
     with ThreadPoolExecutor(8) as pool:
-        stamps = [stamp for found in pool.map(_stamps, groups) for stamp in found]
+        stamps = [stamp for found in pool.map(lambda group: list(map(stamp_of, group)), groups) for stamp in found]
     return np.array(stamps, dtype=np.int64).reshape(-1, 2)
 
 
-def _stamps(recordings: Sequence[str]) -> list[tuple[int, int]]:
-    return [_stamp(recording) for recording in recordings]
-
-
-def _stamp(recording: str) -> tuple[int, int]:
+def stamp_of(recording: str) -> tuple[int, int]:
+    """Size in bytes and modification time in ns of a recording, a path or an object's URI; -1 if unknown."""
     try:
         if is_remote(recording):
-            return stamp_of(recording)
+            files, path, _, _ = _open(recording)
+            info = files.get_file_info(path)
+            return (-1 if info.size is None else info.size), (info.mtime_ns or -1)
         status = os.stat(local_path(recording))
     except (OSError, ValueError, SerError):
         return -1, -1

@@ -1,11 +1,9 @@
 """The files of a long job in its output folder: after a crash, the same command continues and repeats no finished part.
 
 A job holds a lock on its folder, which ends with its process. ``plan.json`` identifies the job: a later start with
-other inputs or settings is refused. Finished parts and files appear complete or not at all: each is written under a
-temporary name in the same folder and then renamed. A record, written last, marks the job as finished. ``CrashLog`` is
-used by the workers: it records which recording of a block is being decoded, so a retry after a crash can isolate it.
-
-Used by scoring (``scoring.ledger``), extraction (``features.store``) and training (``training.run``).
+other inputs or settings is refused. Files appear complete or not at all: each is written under a temporary name in the
+same folder and then renamed. A record, written last, marks the job as finished. ``CrashLog`` records which recording of
+a block a worker decodes, so a retry after a crash can isolate it.
 Sources: write-ahead logs of databases; POSIX rename; the library ``filelock``. Limits: the folder must be on a file
 system with atomic rename and locks (NFSv4 has them).
 """
@@ -39,10 +37,9 @@ def locked(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
 
     Args:
         doing: the holder's activity, for the message, for example "training into runs/first".
-        wait_s: how long to wait for another holder, in seconds.
 
     Raises:
-        SerError: another process holds the lock, or the file cannot be created.
+        SerError: another process holds the lock for longer than ``wait_s``, or the file cannot be created.
     """
     from filelock import FileLock, Timeout
 
@@ -64,8 +61,7 @@ def locked(path: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[None]:
 def atomic_path(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
     """A temporary path to write to; renamed to ``path`` at the end of the block, removed after an error.
 
-    Args:
-        on_disk: wait until the content is on the disk, so that it also survives a power cut.
+    ``on_disk``: wait until the content is on the disk, so that it also survives a power cut.
     """
     beside = temporary(path)
     try:
@@ -175,11 +171,9 @@ def part_counts(path: Path) -> tuple[int, int] | None:
 class CrashLog:
     """One attempt at a block: records which recording is being decoded, and reads the records of crashed attempts.
 
-    If this machine cannot write into the folder, nothing is recorded and no recording is suspected.
-
-    Attributes:
-        suspects: positions in the block of the recordings that were being decoded when earlier attempts crashed.
-        attempts: number of crashed attempts with this ``run``; those of another run may have ended with their job.
+    ``suspects``: positions in the block of the recordings at which earlier attempts crashed. ``attempts``: number of
+    crashed attempts with this ``run``; those of another run may have ended with their job. If this machine cannot
+    write into the folder, nothing is recorded and no recording is suspected.
     """
 
     def __init__(self, folder: Path, block: int, run: str = "") -> None:

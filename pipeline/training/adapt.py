@@ -6,17 +6,16 @@ UAR itself must be such that chance gives them in less than 5 % of tries. Source
 1935; it exchanges whole speakers if there are eight or more, as recordings of one speaker are not independent);
 permutation test of a classifier (Ojala & Garriga 2010). Limits: the tests say nothing about other speakers.
 
-The last stage of an Inception network may be trained too, at a low rate, starting from a new last layer. The layers
-before it do not change: their output is computed once per recording, so that an epoch takes a tenth of the time. Batch
-norms keep the parent's statistics, as a few speakers are too few for new ones. Limits: a single `inception` network;
-ten epochs, no augmentation.
+The last stage of a single Inception network may be trained too, at a low rate, starting from a new last layer. The
+output of the layers before it is computed once per recording, so that an epoch takes a tenth of the time. Batch norms
+keep the parent's statistics, as a few speakers are too few for new ones.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from pipeline.audio.windows import Window
+from pipeline.data.corpora.voices import corpora_of
 from pipeline.data.labels import LabelSet
 from pipeline.data.segments import HASH_COLUMN
 from pipeline.data.splits import has_speakers, leaked, units_of
 from pipeline.evaluation.metrics import evaluate
-from pipeline.evaluation.outcomes import Floats, Ints
+from pipeline.evaluation.outcomes import Floats, Ints, score_table
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle, set_familiarity
 from pipeline.models.doubt import MIN_RECORDINGS as MIN_TO_CALIBRATE
 from pipeline.models.doubt import fit_temperature
@@ -50,12 +50,13 @@ from pipeline.training.last_layer import (
     Head,
     Parent,
     Recordings,
+    Tell,
     fit_head,
     folds,
     loss_of,
 )
 from pipeline.training.loop import fit
-from pipeline.training.plan import about_start, earlier_training
+from pipeline.training.plan import earlier_training
 from pipeline.training.results import headline, training_table
 
 MIN_RECORDINGS, MIN_OF_CLASS, MIN_SPEAKERS, SPEAKERS_TO_TEST = 20, 3, 3, 8
@@ -65,8 +66,6 @@ CLASSES = ("auto", "mine", "all")
 MIN_MINUTES = 5.0  # the last stage is tried only with more than this
 EPOCHS, RATE, BATCH = 10, 1e-4, 32
 _AT_ONCE = 16
-
-Tell = Callable[[int, int], None]  # trainings done, in all
 
 
 def labels_for(own: Sequence[str], theirs: Sequence[str], classes: str) -> tuple[str, ...]:
@@ -85,10 +84,7 @@ def labels_for(own: Sequence[str], theirs: Sequence[str], classes: str) -> tuple
 
 
 def usable(table: pd.DataFrame, parent: Bundle) -> tuple[Ints, list[str]]:
-    """Numbers (m,) of the rows that can be used, and messages about those that are left out.
-
-    Args:
-        table: labelled manifest with `content_hash`.
+    """Numbers (m,) of the rows that can be used, and messages about the others; `table` has labels and `content_hash`.
 
     Raises:
         SerError: too few recordings, contradicting labels, or most classes from one speaker only.
@@ -149,19 +145,13 @@ def groups_of(table: pd.DataFrame) -> tuple[Ints, str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Figures of the parent and the adapted model on out-of-fold answers; ``adapted``: whether the new one is better.
+    """Figures of the parent and of the adapted model on out-of-fold answers."""
 
-    Attributes:
-        before, after: UAR of the parent and of the adapted model.
-        p_gain: p-value of the gain (randomisation test); p_guess: p-value of the UAR ``after`` (permutation test).
-        over: what the randomisation test exchanges, ``speakers`` or ``recordings``.
-    """
-
-    before: float
-    after: float
-    p_gain: float
-    p_guess: float
-    over: str
+    before: float  # UAR of the parent
+    after: float  # UAR of the adapted model
+    p_gain: float  # p-value of the gain (randomisation test)
+    p_guess: float  # p-value of the UAR `after` (permutation test)
+    over: str  # what the randomisation test exchanges: speakers or recordings
 
     @property
     def adapted(self) -> bool:
@@ -183,9 +173,7 @@ class Verdict:
         return f"keep the old one: the gain could be chance ({gain}; in {self.p_gain:.0%} of tries); label more"
 
 
-def judge(
-    truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, compared: int = 1, seed: int = 0
-) -> Verdict:
+def judge(truth: Ints, before: Ints, after: Ints, speakers: Ints | None, *, compared: int = 1) -> Verdict:
     """Compare two sets of answers to the same recordings, (n,) class indices each.
 
     If the parent is worse than guessing (for example if it has none of the classes), the comparison is with guessing.
@@ -198,7 +186,7 @@ def judge(
     n_classes = int((counts > 0).sum())
     weights = 1 / (n_classes * counts[truth])
     old, new = weights * (before == truth), weights * (after == truth)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     by_speaker = speakers is not None and len(np.unique(speakers)) >= SPEAKERS_TO_TEST
     units = speakers if by_speaker and speakers is not None else np.arange(len(truth))
     differences = np.bincount(units, weights=new - old)
@@ -222,15 +210,7 @@ def _share(drawn: Sequence[float], found: float) -> float:
 
 def answers(table: pd.DataFrame, logits: Floats, labels: Sequence[str], temperature: float = 1.0) -> pd.DataFrame:
     """`table` with the predictions of logits (n, C) / temperature, in columns named as by `jobs.score`."""
-    p = softmax(logits / temperature, axis=1)
-    found = table.drop(columns=["status", "error"], errors="ignore").assign(
-        status="ok",
-        error="",
-        label_name=table["label"],
-        predicted=np.array(labels)[p.argmax(axis=1)],
-        confidence=p.max(axis=1),
-    )
-    return found.assign(**{f"p_{name}": p[:, i] for i, name in enumerate(labels)})
+    return score_table(table, softmax(logits / temperature, axis=1), labels)
 
 
 def temperature_of(truth: Ints, logits: Floats) -> tuple[float, dict[str, Any]]:
@@ -262,21 +242,21 @@ def write(
         state: all weights, if more than the last layer changed; None: the parent's with the last layer of `found`.
     """
     temperature, calibration = temperature_of(truth, found.logits)
-    figures = headline(evaluate(answers(table, found.logits, labels, temperature), labels)) | {"n": len(table)}
+    figures = headline(evaluate(answers(table, found.logits, labels, temperature), labels))
+    figures |= {"n": len(table), "trained_on": "the other folds of these recordings, beginning with the parent"}
     own = training_table({"train": table})
-    start = about_start(parent.folder)
-    before = start["init"].get("trained_on") if isinstance(start["init"], dict) else None
+    start = parent.about()
+    trained_on = start["trained_on"] or "unknown data"
     training: dict[str, Any] = {
         "model": parent.model_name,
-        "trained_on": f"{len(table)} recordings of the user's own (its parent: {before or 'unknown data'})",
+        "trained_on": f"{len(table)} recordings of the user's own (its parent: {trained_on})",
         "adapted": dict(about),
-        **start,
+        "init": start,
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
     if not parent.training.empty:
-        own = pd.concat([own, earlier_training(parent.folder, own)], ignore_index=True)
-    figures |= {"trained_on": "the other folds of these recordings, beginning with the parent"}
+        own = pd.concat([own, earlier_training(parent, own)], ignore_index=True)
     blocks: dict[str, Any] = {"training": training, OUT_OF_FOLD: figures}
     if calibration:
         blocks["calibration"] = {"temperature": temperature, **calibration}
@@ -302,8 +282,8 @@ def write(
 
 
 def _own_corpora(table: pd.DataFrame) -> dict[str, list[str]]:
-    names = table["corpus"].fillna("").astype(str) if "corpus" in table.columns else pd.Series("", index=table.index)
-    return {name or "own": sorted(set(rows)) for name, rows in table["label"].groupby(names)}
+    names, corpus_of = corpora_of(table)
+    return {name or "own": sorted(set(table["label"][corpus_of == k])) for k, name in enumerate(names)}
 
 
 def can_be_tuned(bundle: Bundle) -> bool:
@@ -348,7 +328,6 @@ def compete(
     Args:
         found: the result of `last_layer.adapt` with this `seed`.
         features: (n, *input_shape) of the recordings.
-        minutes: how long all trainings may take.
 
     Returns:
         The better result; the network's weights if that is the last stage, else None; and the minutes needed if
@@ -397,9 +376,7 @@ def tune(
         head: the last layer to start from.
         given: (n, channels, H, W) of `before_tail`; truth: (n,) class indices; rows: the rows to train on.
     """
-    model = build_model(bundle.model_name, dict(bundle.model_options), len(head.bias), bundle.features.input_shape)
-    assert isinstance(model, EnhancedInceptionModel)
-    model.load_state_dict(with_last_layer(bundle, head.weight, head.bias))
+    model = _network(bundle, with_last_layer(bundle, head.weight, head.bias))
     data = TrainingData(bundle.features, given, truth, len(head.bias), rows, np.empty(0, np.int64))
     config = FitConfig(
         epochs=EPOCHS,
@@ -416,13 +393,18 @@ def tune(
     return model.eval().state_dict()
 
 
-def tail_logits(bundle: Bundle, state: Mapping[str, Tensor], given: np.ndarray) -> Floats:
-    """Logits (n, C) of a tuned network for the output of `before_tail` (n, channels, H, W)."""
+def _network(bundle: Bundle, state: Mapping[str, Tensor]) -> EnhancedInceptionModel:
+    """The bundle's network with other weights, perhaps for another number of classes."""
     n_classes = len(list(state.values())[-1])
     model = build_model(bundle.model_name, dict(bundle.model_options), n_classes, bundle.features.input_shape)
     assert isinstance(model, EnhancedInceptionModel)
     model.load_state_dict(state)
-    tail = Tail(model).eval()
+    return model
+
+
+def tail_logits(bundle: Bundle, state: Mapping[str, Tensor], given: np.ndarray) -> Floats:
+    """Logits (n, C) of a tuned network for the output of `before_tail` (n, channels, H, W)."""
+    tail = Tail(_network(bundle, state)).eval()
     with torch.inference_mode():
         parts = [tail(torch.from_numpy(given[i : i + 64])) for i in range(0, len(given), 64)]
     return torch.cat(parts).double().numpy()

@@ -1,7 +1,7 @@
 """Data augmentation of features in training, computed for a whole batch at once.
 
-The random choices depend only on (seed, epoch, position). Most augmentations work on the mel power of the whole
-recording: `crop` (another window), `stretch` (time-stretch by interpolating frames), `shift` (by whole mel bands),
+Most augmentations work on the mel power of the whole recording: `crop` (another window), `stretch` (time-stretch by
+interpolating frames), `shift` (by whole mel bands),
 `warp` (all frequencies times a factor: vocal tract length perturbation, Jaitly & Hinton 2013), `gain` (spectral tilt; a
 constant gain would be normalised away), `noise` (white noise added in power), `band` (the band limits of a lower sample
 rate, a telephone or a lossy format). Others work on finished features: `masks` (SpecAugment, Park et al. 2019, two per
@@ -175,16 +175,7 @@ class Augmenter:
 
     def needs_power(self, u: Tensor) -> Tensor:
         """(B,) bool: the examples that must be computed from the whole recording's mel power."""
-        columns = (
-            Column.CROP,
-            Column.STRETCH,
-            Column.SHIFT,
-            Column.WARP,
-            Column.GAIN,
-            Column.NOISE,
-            Column.BAND,
-        )
-        happens = [self._happens(name, u, column) for name, column in zip(POWER_NAMES, columns, strict=True)]
+        happens = [self._happens(name, u, Column[name.upper()]) for name in POWER_NAMES]
         return torch.stack(happens).any(dim=0)
 
     def from_power(self, power: Tensor, n_frames: Tensor, u: Tensor) -> Tensor:
@@ -252,9 +243,8 @@ class Augmenter:
         """Add white noise at a drawn signal-to-noise ratio; the power of a noise bin is exponentially distributed."""
         happens = self._happens("noise", u, Column.NOISE)
         for row in happens.nonzero().flatten().tolist():
-            snr_db = self.config.min_snr_db + float(u[row, Column.SNR]) * (
-                self.config.max_snr_db - self.config.min_snr_db
-            )
+            lowest, highest = self.config.min_snr_db, self.config.max_snr_db
+            snr_db = lowest + float(u[row, Column.SNR]) * (highest - lowest)
             generator = torch.Generator().manual_seed(int(float(u[row, Column.NOISE_SEED]) * 2**24))
             noise = torch.empty_like(power[row]).exponential_(generator=generator)
             power[row] += noise * power[row].mean() * 10 ** (-snr_db / 10)

@@ -1,13 +1,12 @@
 """Augmented batches for training, and the weighted sampler that balances classes and corpora.
 
 Batches are read from memory-mapped arrays in the worker itself: this takes a small part of a training step, so there
-are no loader processes. A batch depends only on (seed, epoch, position in the global stream): all workers of a run
-together read what a single worker would read.
+are no loader processes.
 
 Each epoch is one global stream of draws with replacement (`torch.multinomial`, as in
 `torch.utils.data.WeightedRandomSampler`), which depends only on (seed, epoch). A global batch is `batch_size`
-consecutive draws, of which each of W workers takes an equal part: 1, 2 or 4 workers together use exactly the same
-draws. Limits: W must divide the batch size.
+consecutive draws, of which each of W workers takes an equal part, so that 1, 2 or 4 workers together read the same.
+Limits: W must divide the batch size.
 """
 
 from __future__ import annotations
@@ -80,9 +79,7 @@ def class_weights(classes: np.ndarray, n_classes: int) -> np.ndarray:
 def shares_of(
     given: Mapping[str, float], corpora: Sequence[str], trained: Collection[str] | None = None
 ) -> np.ndarray | None:
-    """The share (K,) that each of `corpora` has in the draws; None if no shares are given.
-
-    `trained`: the corpora in the training part (default: all). Each needs a share; the others get 0.
+    """The share (K,) that each of `corpora` has in the draws; None if none are given. Those not `trained` get 0.
 
     Raises:
         SerError: a share for an unknown corpus, or a training corpus without a share.
@@ -105,19 +102,12 @@ def shares_of(
 
 @dataclass(frozen=True)
 class WeightedSampler:
-    """Weighted draws with replacement, which do not depend on the number of workers.
+    """Weighted draws with replacement, which do not depend on the number of workers."""
 
-    Args:
-        weights: (n,) unnormalised draw probability of each clip.
-        batch_size: draws in a batch, over all workers. Every batch is full: an epoch is rounded up to whole batches.
-        seed: determines, with the epoch, every draw.
-        n_draws: draws in an epoch; 0: as many as there are clips.
-    """
-
-    weights: np.ndarray
-    batch_size: int
+    weights: np.ndarray  # (n,) unnormalised draw probability of each clip
+    batch_size: int  # draws in a batch, over all workers; every batch is full
     seed: int = 0
-    n_draws: int = 0
+    n_draws: int = 0  # draws in an epoch, rounded up to whole batches; 0: as many as there are clips
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or len(self.weights) == 0:
@@ -168,19 +158,15 @@ class WeightedSampler:
 
     def draws(self, epoch: int) -> np.ndarray:
         """All draws of an epoch, in order: (len(self) * batch_size,) int64 indices of clips."""
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> 1
+        generator = torch.Generator().manual_seed(int(seed))
         weights = torch.as_tensor(self.weights, dtype=torch.float64)
-        drawn: np.ndarray = torch.multinomial(
-            weights, len(self) * self.batch_size, replacement=True, generator=generator
-        ).numpy()
+        n_draws = len(self) * self.batch_size
+        drawn: np.ndarray = torch.multinomial(weights, n_draws, replacement=True, generator=generator).numpy()
         return drawn
 
     def part(self, world: int) -> int:
-        """Number of examples that each of `world` workers gets of a global batch.
-
-        Raises:
-            SerError: `world` does not divide the batch size.
-        """
+        """Examples that each of `world` workers gets of a global batch. Raise SerError if that is no whole number."""
         if self.batch_size % world:
             raise SerError(
                 f"batch size {self.batch_size} cannot be shared by {world} workers; make it a multiple of {world}"
@@ -193,11 +179,6 @@ class WeightedSampler:
         for batch in range(len(self)):
             start = batch * self.batch_size + rank * part
             yield np.arange(start, start + part)
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """One 63-bit seed from two numbers; neighbouring pairs give unrelated streams."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
 
 
 Rows = NDArray[np.int64]
@@ -276,10 +257,7 @@ Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Batches:
-    """Augmented batches of a sampler's draws.
-
-    Args:
-        mask_missing: whether batches include the classes that each clip's corpus has.
+    """Augmented batches of a sampler's draws; ``mask_missing``: with the classes that each clip's corpus has.
 
     Raises:
         SerError: an augmentation for which these features lack the data.
@@ -315,11 +293,8 @@ class Batches:
         rows = self.data.train_rows[self.sampler.draws(epoch)]
         draws = Draws.of_epoch(len(rows), self.sampler.batch_size, self.config.mixup_alpha, self.sampler.seed, epoch)
         for positions in self.sampler.positions(rank, world):
-            yield (
-                self._mixed(rows, draws, positions)
-                if "mixup" in self.config.names
-                else self._plain(rows, draws, positions)
-            )
+            make = self._mixed if "mixup" in self.config.names else self._plain
+            yield make(rows, draws, positions)
 
     def _plain(self, rows: Rows, draws: Draws, positions: Rows) -> Batch:
         """The examples at `positions` of the stream, augmented, without mixup."""

@@ -1,10 +1,8 @@
 """The settings of a training run: optimiser, loss, sampling, augmentation, stopping.
 
-Also the learning-rate schedules: the factor of the peak rate at each step, for `torch.optim.lr_scheduler.LambdaLR`.
-
-`cosine`: Loshchilov & Hutter 2017 without restarts, down to 0 (`CosineAnnealingLR`). `onecycle`: Smith & Topin 2018
-with cosine curves (`OneCycleLR`: rise from 1/25 of the peak, fall to 1e-4 of the start). Limits: the momentum is
-constant.
+Also the learning-rate schedules, for `torch.optim.lr_scheduler.LambdaLR`. `cosine`: Loshchilov & Hutter 2017 without
+restarts, down to 0. `onecycle`: Smith & Topin 2018 with cosine curves (rise from 1/25 of the peak, fall to 1e-4 of the
+start). Limits: the momentum is constant.
 """
 
 from __future__ import annotations
@@ -102,9 +100,7 @@ class FitConfig:
     threads: int = _option(0, _WORKERS, "CPU threads of each worker; 0: an equal share of the CPUs")
     mixed_precision: bool = True  # bfloat16 on a GPU
     cpu_bfloat16: bool = _option(
-        False,
-        _LOOP,
-        "bfloat16 arithmetic on CPUs, as on GPUs: faster if `lscpu` shows amx_bf16 or avx512_bf16",
+        False, _LOOP, "bfloat16 arithmetic on CPUs, as on GPUs: faster if `lscpu` shows amx_bf16 or avx512_bf16"
     )
     channels_last: bool = True  # memory format of the 2-D models
 
@@ -159,11 +155,7 @@ class FitConfig:
         return cls(**{**values, **restored})
 
     def check_continues(self, started: FitConfig) -> None:
-        """Check that a run which was started with other settings may be resumed with these.
-
-        Raises:
-            SerError: a setting differs that changes the weights; names the first one.
-        """
+        """Raise SerError if a run that was started with other settings may not be resumed with these."""
         ours, theirs = self.to_dict(), started.to_dict()
         for name in sorted(ours.keys() - _FREE):
             if ours[name] != theirs[name]:

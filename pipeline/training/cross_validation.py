@@ -2,18 +2,15 @@
 
 Each fold has a run folder (``pipeline.training.run``) below ``OUT/PROTOCOL``. A fold whose process dies continues from
 its last epoch, and the same command again trains only the missing folds. A finished fold keeps its plan, parts, history
-and answers (``predictions.parquet``), and with ``keep_weights`` its bundle. A later run can use these bundles as
-teachers: each fold gets those that were not trained on its test part. Limits: one worker per fold, with a share of the
-CPUs or a GPU.
+and answers (``predictions.parquet``), and with ``keep_weights`` its bundle, which a later run can use as a teacher of
+the same fold. Limits: one worker per fold, with a share of the CPUs or a GPU.
 
 The report compares several protocols of one recipe, to show the gap to unseen speakers. A protocol's figures are those
-of all its folds' answers together (``metrics.evaluate``, with intervals over speakers if there are enough), with mean
-and standard deviation over folds. ``protocols.json`` holds everything that the page shows.
+of all its folds' answers together, with mean and standard deviation over folds.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,16 +23,16 @@ import pandas as pd
 from pipeline.cluster.engine import in_processes
 from pipeline.data.splits import HASH_COLUMN, UNSEEN_SPEAKERS, Fold, sharing
 from pipeline.data.tables import write_csv
-from pipeline.evaluation.outcomes import scores, tally
+from pipeline.evaluation.outcomes import outcomes, shares
 from pipeline.features.store import MANIFEST
-from pipeline.reporting.report import meta_rows, percent, points, render, span
+from pipeline.reporting.report import percent, points, span, write_page
 from pipeline.storage.errors import SerError
 from pipeline.storage.journal import PLAN, atomic_path
 from pipeline.training.config import FitConfig
 from pipeline.training.loop import Record
 from pipeline.training.losses import refuse_leaks
 from pipeline.training.plan import Plan
-from pipeline.training.run import begin, check, check_resumes, load_checkpoint, read_history, read_splits, train_here
+from pipeline.training.run import NewRecords, begin, check, check_resumes, load_checkpoint, read_splits, train_here
 
 PREDICTIONS = "predictions.parquet"
 _BUNDLE = "config.json"  # exists in a folder whose bundle is complete
@@ -82,7 +79,6 @@ def train_folds(
     Args:
         base: the plan of each fold, but ``out`` is the protocol's folder, and ``teachers`` are folders of earlier runs
             of the same protocol with ``keep_weights``.
-        side: how many folds train side by side, and the CPUs and GPU share of each.
         fits: settings of single folds, by name, instead of those of ``base``.
         keep_weights: write a bundle into each fold's folder.
         max_failures: how many times a fold whose process died is restarted, on Ray.
@@ -90,7 +86,7 @@ def train_folds(
         on_epoch: called in this process with each new epoch.
 
     Returns:
-        The scores on the test parts of all folds, also those finished earlier, with a column ``fold``, in their order.
+        The score tables of all folds' test parts, with a column ``fold``.
 
     Raises:
         SerError: settings that do not fit the data, a folder with another protocol run, or teachers that were trained
@@ -102,14 +98,24 @@ def train_folds(
     for fold in folds:
         _lay_down(plans[fold.name], fold)
     todo = {name: plan for name, plan in plans.items() if not (plan.out / PREDICTIONS).is_file()}
-    if keep_weights:
-        _refuse_without_weights([plan.out for name, plan in plans.items() if name not in todo])
+    for name, plan in plans.items():
+        if keep_weights and name not in todo and not (plan.out / _BUNDLE).is_file():
+            raise SerError(f"{plan.out} was trained without --keep_weights; give another --out, or --overwrite")
     if todo:
-        watch = _Watch(todo, on_epoch)
+        new_records = {name: NewRecords(plan.out) for name, plan in todo.items()}
+
+        def watch() -> None:
+            for name, new in new_records.items():
+                for record in new():
+                    on_epoch(name, record)
+
+        absolute = [Plan.from_dict(plan.to_dict(), plan.out.absolute()) for plan in todo.values()]
         if engine == "local":
-            _in_processes(todo, side, keep_weights, watch)
+            work = partial(_train_fold, device="cpu", keep_weights=keep_weights)
+            for _ in in_processes(absolute, work, side.folds, look_s=_LOOK_S, look=watch):
+                watch()
         else:
-            _on_ray(todo, side, keep_weights, max_failures, watch)
+            _on_ray(absolute, side, keep_weights, max_failures, watch)
     tables = [pd.read_parquet(plan.out / PREDICTIONS).assign(fold=name) for name, plan in plans.items()]
     return pd.concat(tables, ignore_index=True)
 
@@ -124,12 +130,6 @@ def _check_teachers(teachers: Sequence[Path], fold: Fold) -> None:
         if not (teacher / _BUNDLE).is_file():
             raise SerError(f"no teacher at {teacher}; first train the same folds with --keep_weights")
     refuse_leaks(teachers, fold.splits)
-
-
-def _refuse_without_weights(finished: Sequence[Path]) -> None:
-    for out in finished:
-        if not (out / _BUNDLE).is_file():
-            raise SerError(f"{out} was trained without --keep_weights; give another --out, or --overwrite")
 
 
 def _lay_down(plan: Plan, fold: Fold) -> None:
@@ -156,34 +156,8 @@ def _same_recordings(begun: pd.DataFrame, found: pd.DataFrame) -> bool:
     return before.keys() == now.keys() and all(now[row] in (known, "") for row, known in before.items() if known)
 
 
-class _Watch:
-    """Calls ``on_epoch`` for each new epoch of the folds."""
-
-    def __init__(self, plans: Mapping[str, Plan], on_epoch: FoldCallback) -> None:
-        self._outs = {name: plan.out for name, plan in plans.items()}
-        self._on_epoch = on_epoch
-        self._seen = {name: len(read_history(out)) for name, out in self._outs.items()}
-
-    def __call__(self) -> None:
-        for name, out in self._outs.items():
-            records = read_history(out)[self._seen[name] :]
-            self._seen[name] += len(records)
-            for record in records:
-                self._on_epoch(name, record)
-
-
-def _in_processes(todo: Mapping[str, Plan], side: FoldConcurrency, keep_weights: bool, watch: _Watch) -> None:
-    work = partial(_train_plan, device="cpu", keep_weights=keep_weights)
-    for _ in in_processes(list(todo.values()), work, side.folds, look_s=_LOOK_S, look=watch):
-        watch()
-
-
-def _train_plan(plan: Plan, device: str, keep_weights: bool) -> None:
-    _train_fold(plan.to_dict(), str(plan.out.absolute()), device, keep_weights)
-
-
 def _on_ray(
-    todo: Mapping[str, Plan], side: FoldConcurrency, keep_weights: bool, max_failures: int, watch: _Watch
+    todo: Sequence[Plan], side: FoldConcurrency, keep_weights: bool, max_failures: int, watch: Callable[[], None]
 ) -> None:
     import ray
 
@@ -191,11 +165,10 @@ def _on_ray(
     from pipeline.cluster.runtime import start_ray
 
     start_ray(side.folds * side.cpus)
-    first = next(iter(todo.values()))
-    check_nodes(first.out, [*(folder / MANIFEST for folder in first.features), *first.teachers])
+    check_nodes(todo[0].out, [*(folder / MANIFEST for folder in todo[0].features), *todo[0].teachers])
     task = ray.remote(_train_fold).options(num_cpus=side.cpus, num_gpus=side.gpus, max_retries=max_failures)
     device = "cuda" if side.gpus else "cpu"
-    running = [task.remote(plan.to_dict(), str(plan.out.absolute()), device, keep_weights) for plan in todo.values()]
+    running = [task.remote(plan, device, keep_weights) for plan in todo]
     try:
         while running:
             done, running = ray.wait(running, timeout=_LOOK_S)
@@ -208,12 +181,11 @@ def _on_ray(
             ray.cancel(reference, force=True)
 
 
-def _train_fold(values: dict[str, Any], out: str, device: str, keep_weights: bool) -> None:
+def _train_fold(plan: Plan, device: str, keep_weights: bool) -> None:
     """The work of one process: train or continue, predict the test part, save the answers, delete the checkpoint."""
     from pipeline.training.loop import weights_of
     from pipeline.training.results import predict, write_results
 
-    plan = Plan.from_dict(values, Path(out))
     train_here(plan, device=device)
     answers = predict(plan, weights_of(load_checkpoint(plan.checkpoint)), read_splits(plan.out)["test"])
     if keep_weights:
@@ -255,10 +227,7 @@ def protocol_row(
 
 
 def _fold_row(name: str, answers: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
-    index = {label: i for i, label in enumerate(labels)}
-    truth, answer = ([index[label] for label in answers[column]] for column in ("label_name", "predicted"))
-    found = scores(tally(np.array(truth, np.int64), np.array(answer, np.int64), len(labels)))
-    return {"fold": name, "n": len(answers)} | {figure: float(getattr(found, figure)) for figure in FIGURES}
+    return {"fold": name, "n": len(answers), **shares(outcomes(answers, labels).counts, tuple(FIGURES))}
 
 
 def _mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
@@ -287,10 +256,7 @@ def write_protocols(rows: Sequence[Mapping[str, Any]], out: Path, meta: Mapping[
     write_csv(pd.DataFrame([_flat(row) for row in rows]), out / "protocols.csv")
     folds = [{"protocol": row["protocol"], **fold} for row in rows for fold in row["folds"]]
     write_csv(pd.DataFrame(folds), out / "folds.csv")
-    text = json.dumps(found, indent=1, allow_nan=False, default=str)
-    (out / "protocols.json").write_text(text + "\n", encoding="utf-8")
-    page = render("protocols.html.j2", p=json.loads(text), figures=FIGURES, meta_rows=meta_rows(meta))
-    (out / "protocols.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_page(out / "protocols.html", out / "protocols.json", found, figures=FIGURES)
     return found
 
 

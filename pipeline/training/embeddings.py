@@ -31,10 +31,11 @@ from pipeline.models.backends import Backend, open_backend
 from pipeline.models.bundle import Bundle
 from pipeline.models.networks import JoinedModel, Network
 from pipeline.storage.errors import SerError
-from pipeline.storage.files import usable_cpus
+from pipeline.storage.files import stamps_of, usable_cpus
 from pipeline.storage.journal import atomic_path
 
 BLOCK = 64  # recordings per file
+MOST_OLD = 600  # of the parent's training recordings, for rehearsal
 _BATCH = 16
 
 Tell = Callable[[int, int, int], None]  # recordings done, in all, unreadable ones among those done
@@ -83,19 +84,12 @@ def open_network(bundle: Bundle) -> Backend:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The n readable recordings of a manifest.
+    """The n readable recordings of a manifest."""
 
-    Attributes:
-        table: their rows, with `content_hash`.
-        embeddings: window -> (n, d) float64.
-        features: (n, *input_shape) float32 of the first window; None without `keep_features`.
-        unread: path -> error, for each recording that could not be read.
-    """
-
-    table: pd.DataFrame
-    embeddings: Mapping[Window, Floats]
-    features: np.ndarray | None
-    unread: Mapping[str, str]
+    table: pd.DataFrame  # their rows, with content_hash
+    embeddings: Mapping[Window, Floats]  # window -> (n, d)
+    features: np.ndarray | None  # (n, *input_shape) float32 of the first window; None without keep_features
+    unread: Mapping[str, str]  # path -> error, for each recording that could not be read
 
 
 def embed_all(
@@ -107,11 +101,9 @@ def embed_all(
     keep_features: bool = False,
     tell: Tell | None = None,
 ) -> Embedded:
-    """Decode and embed every recording of a manifest; blocks that an earlier start saved in `folder` are reused.
+    """Decode and embed every recording of a manifest, with each of the input `windows`.
 
-    Args:
-        windows: the input windows to embed.
-        keep_features: also return the features of the first window.
+    Blocks that an earlier start saved in `folder` are reused.
 
     Raises:
         SerError: no recording can be read, or `folder` cannot be written.
@@ -150,8 +142,8 @@ def _block(
     keep_features: bool,
 ) -> Mapping[str, np.ndarray]:
     """One block, read from its file or computed: `error`, `hash`, the embeddings of each window, perhaps `features`."""
-    stamps = repr([(*place, _stamp(str(place[0]))) for place in places])
-    key = f"{bundle.weights_sha256} {[config.fingerprint() for config in configs]} {keep_features} {stamps}"
+    stamps = stamps_of([str(path) for path, *_ in places]).tolist()
+    key = f"{bundle.weights_sha256} {[config.fingerprint() for config in configs]} {keep_features} {places} {stamps}"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     try:
         with np.load(path, allow_pickle=False) as kept:
@@ -180,15 +172,6 @@ def _block(
     return found
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    """Size and modification time (ns) of a file; zeros if there is none."""
-    try:
-        found = Path(path).stat()
-    except (OSError, ValueError):
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
-
-
 def _read(place: Sequence[object], configs: Sequence[FeatureConfig]) -> tuple[str, str, list[np.ndarray]]:
     """Error, content hash and features of each window of a recording.
 
@@ -215,12 +198,12 @@ def of_arrays(arrays: FeatureArrays, rows: np.ndarray, bundle: Bundle) -> Floats
 
 
 def rehearsed(
-    arrays: FeatureArrays, labels: Sequence[str], own: pd.DataFrame, bundle: Bundle, most: int = 600, seed: int = 0
+    arrays: FeatureArrays, labels: Sequence[str], own: pd.DataFrame, bundle: Bundle, seed: int = 0
 ) -> tuple[Floats, np.ndarray] | None:
     """Penultimate features (n, d) and classes (n,) of recordings that the parent was trained on, for rehearsal.
 
-    Takes at most `most` recordings of the classes `labels`, an equal number of each class. Left out are the parent's
-    test part, pitch-shifted copies, and recordings that are also in `own`. None if nothing remains.
+    Takes at most `MOST_OLD` recordings, an equal number of each class of `labels`. Left out are the parent's test part,
+    pitch-shifted copies, and recordings that are also in `own`. None if nothing remains.
     """
     table = arrays.table
     known = table if HASH_COLUMN in table.columns else table.assign(**{HASH_COLUMN: ""})
@@ -232,7 +215,7 @@ def rehearsed(
     fits &= ~table["speech"].isin(set(own["speech"]))
     rng, rows = np.random.default_rng(seed), np.flatnonzero(fits)
     classes = np.array([labels.index(name) for name in table["label"].iloc[rows]], np.int64)
-    number = max(1, most // max(1, len(np.unique(classes))))
+    number = max(1, MOST_OLD // max(1, len(np.unique(classes))))
     chosen = [rng.permutation(rows[classes == index])[:number] for index in np.unique(classes)]
     if not chosen:
         return None

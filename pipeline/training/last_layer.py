@@ -1,21 +1,19 @@
 """Adapts a trained model to a few labelled recordings: fits a new last layer, and measures it by nested folds.
 
-The network does not change except for its last layer, which maps a recording's penultimate features (1,024 in the
-Inception) to the classes. There are three kinds of candidates: the parent itself (`keep`), the parent with another
-temperature and other class biases (`biases`), and a new last layer with an L2 penalty on its distance from that
-(`last layer`, with several strengths of the penalty, called the pull). The one with the lowest cross-validated log-loss
-is chosen; every class has the same weight. The figures are those of the whole procedure: in each outer fold the choice
-is made again on the training part alone, so that no recording influences the model that answers it. Sources: Yosinski
-et al. 2014 (features are transferable); Xuhong, Grandvalet & Davoine 2018, "Explicit inductive bias for transfer
-learning with convolutional networks" (the penalty, L2-SP); Varma & Simon 2006, "Bias in error estimation when using
-cross-validation for model selection" (nested folds).
+The candidates are the parent itself (`keep`), the parent with another temperature and other class biases (`biases`),
+and a new last layer with an L2 penalty on its distance from that (`last layer`, with several strengths of the penalty,
+called the pull). The one with the lowest cross-validated log-loss is chosen; every class has the same weight. In each
+outer fold the choice is made again on the training part alone, so that no recording influences the model that answers
+it. Sources: Yosinski et al. 2014 (features are transferable); Xuhong, Grandvalet & Davoine 2018, "Explicit inductive
+bias for transfer learning with convolutional networks" (the penalty, L2-SP); Varma & Simon 2006, "Bias in error
+estimation when using cross-validation for model selection" (nested folds).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, wraps
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +21,7 @@ from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
 from pipeline.evaluation.outcomes import Floats, Ints
+from pipeline.models.doubt import log_softmax
 
 KEEP, BIASES, LAST_LAYER, LAST_STAGE = "keep", "biases", "last layer", "last stage"
 PULLS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # strengths of the penalty on the distance from the parent's last layer
@@ -49,17 +48,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Recordings:
-    """Labelled recordings as input of a last layer.
+    """Labelled recordings (n,) as input of a last layer."""
 
-    Attributes:
-        embeddings: (n, d), penultimate features of the parent.
-        truth: (n,) class indices.
-        groups: (n,) group numbers; a group (a speaker, or a recording) is never on both sides of a fold.
-    """
-
-    embeddings: Floats
-    truth: Ints
-    groups: Ints
+    embeddings: Floats  # (n, d) penultimate features of the parent
+    truth: Ints  # (n,) class indices
+    groups: Ints  # (n,) group numbers; a group (a speaker, or a recording) is never on both sides of a fold
 
     def where(self, rows: Ints | NDArray[np.bool_]) -> Recordings:
         """The recordings of these row numbers or this mask."""
@@ -92,33 +85,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """Out-of-fold answers of the whole procedure, and the last layer fitted on all recordings.
+    """Out-of-fold answers of the whole procedure, and the last layer fitted on all recordings."""
 
-    Attributes:
-        logits: (n, C), each recording's from a model that was not trained on its group.
-        choices: the candidate chosen in each fold.
-        choice, head: the candidate chosen and the layer fitted on all recordings; for `keep` the parent's layer.
-    """
-
-    logits: Floats
-    choices: tuple[Choice, ...]
-    choice: Choice
-    head: Head
+    logits: Floats  # (n, C) each recording's from a model that was not trained on its group
+    choices: tuple[Choice, ...]  # the candidate chosen in each fold
+    choice: Choice  # the one chosen on all recordings
+    head: Head  # the layer fitted on all recordings; for `keep` the parent's
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The parent model: the start of the fit, and what the result is compared with.
+    """The parent model: the start of the fit, and what the result is compared with."""
 
-    Attributes:
-        head: last layer for the new classes; for a class that the parent lacks, the mean of all its rows.
-        known: (C,) which of the classes the parent has.
-        old: recordings that the parent was trained on, for rehearsal; None: not available.
-    """
-
-    head: Head
-    known: NDArray[np.bool_]
-    old: Recordings | None = None
+    head: Head  # last layer for the new classes; for a class that the parent lacks, the mean of all its rows
+    known: NDArray[np.bool_]  # (C,) which of the classes the parent has
+    old: Recordings | None = None  # recordings that the parent was trained on, for rehearsal
 
     def answers(self, embeddings: Floats) -> Floats:
         """The parent's own logits (n, C): -inf for classes that it lacks; all 0 if it has none of the classes."""
@@ -229,7 +210,7 @@ def loss_of(logits: Floats, truth: Ints) -> float:
     """Log-loss of logits (n, C) at the best of the tried temperatures; every class has the same weight."""
     own = np.arange(len(truth)), truth
     weights = _balance(truth)
-    return min(-float(weights @ _log_softmax(logits * factor)[own]) for factor in _FACTORS)
+    return min(-float(weights @ log_softmax(logits * factor)[own]) for factor in _FACTORS)
 
 
 def fit_head(recordings: Recordings, parent: Parent, choice: Choice) -> Head:
@@ -242,42 +223,23 @@ def _threads() -> ThreadpoolController:
     return ThreadpoolController()  # cached, as it searches all loaded libraries
 
 
-def _one_thread(function: Callable[..., list[Head]]) -> Callable[..., list[Head]]:
-    """Run with one BLAS thread below 1,000 recordings.
-
-    On small matrices, the threads of a busy machine wait for each other ten times as long as they compute.
-    """
-
-    @wraps(function)
-    def alone(recordings: Recordings, *rest: object) -> list[Head]:
-        with _threads().limit(limits=1 if len(recordings) < 1000 else None, user_api="blas"):
-            return function(recordings, *rest)
-
-    return alone
-
-
-@_one_thread
 def _fits(recordings: Recordings, parent: Parent, choices: Sequence[Choice]) -> list[Head]:
     """The last layers of several candidates, each fit started from the result of the one before it."""
-    scaled = _biases(parent.head, recordings)
-    heads: list[Head] = []
-    spaces: dict[bool, _Space] = {}
-    for choice in choices:
-        if choice.kind == KEEP:
-            heads.append(parent.head)
-        elif choice.kind == BIASES:
-            heads.append(scaled)
-        else:
-            if choice.rehearsal not in spaces:
-                spaces[choice.rehearsal] = _Space(recordings, parent.old if choice.rehearsal else None, scaled)
-            heads.append(spaces[choice.rehearsal].fit(choice.pull))
-    return heads
-
-
-def _log_softmax(logits: Floats) -> Floats:
-    """Log-softmax of each row (n, C); for a few rows it takes a fifth of the time of SciPy's."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+    # on small matrices, the BLAS threads of a busy machine wait for each other ten times as long as they compute
+    with _threads().limit(limits=1 if len(recordings) < 1000 else None, user_api="blas"):
+        scaled = _biases(parent.head, recordings)
+        heads: list[Head] = []
+        spaces: dict[bool, _Space] = {}
+        for choice in choices:
+            if choice.kind == KEEP:
+                heads.append(parent.head)
+            elif choice.kind == BIASES:
+                heads.append(scaled)
+            else:
+                if choice.rehearsal not in spaces:
+                    spaces[choice.rehearsal] = _Space(recordings, parent.old if choice.rehearsal else None, scaled)
+                heads.append(spaces[choice.rehearsal].fit(choice.pull))
+        return heads
 
 
 def _balance(truth: Ints) -> Floats:
@@ -293,7 +255,7 @@ def _biases(head: Head, recordings: Recordings) -> Head:
 
     def loss(values: Floats) -> tuple[float, Floats]:
         factor, biases = np.exp(values[0]), values[1:]
-        log_p = _log_softmax(factor * logits + biases)
+        log_p = log_softmax(factor * logits + biases)
         slope = weights[:, None] * (np.exp(log_p) - targets)
         value = -(weights[:, None] * targets * log_p).sum() + _BIAS_PULL / 2 * float(values @ values)
         return value, np.append((slope * logits).sum() * factor, slope.sum(axis=0)) + _BIAS_PULL * values
@@ -335,7 +297,7 @@ class _Space:
 
         def loss(values: Floats) -> tuple[float, Floats]:
             change, bias = values[:-n_classes].reshape(n_classes, -1), values[-n_classes:]
-            log_p = _log_softmax(self.logits + self.places @ change.T + bias)
+            log_p = log_softmax(self.logits + self.places @ change.T + bias)
             slope = weights * (np.exp(log_p) - self.targets)
             pulled = pull * float((change**2).sum()) + _BIAS_PULL * float(bias @ bias)
             steepest = (slope.T @ self.places + pull * change).ravel()

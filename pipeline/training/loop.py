@@ -1,18 +1,14 @@
 """The training loop in plain PyTorch: epochs, validation, early stopping, best weights, exact resume.
 
-Runs in one process, or in each of several workers if `torch.distributed` is initialised (see `Workers`). AdamW, cosine
-or one-cycle learning rate with warm-up, gradient clipping, an exponential moving average (EMA) of weights and buffers.
-The workers share the validation; each makes its decisions from the gathered results, so that all decide the same.
-Random choices depend only on (seed, epoch, worker), so that a resumed run gives the same result. Limits: the validation
-part must be small enough to be gathered after every epoch; batch-norm statistics are each worker's own during an epoch
-and averaged at its end.
-
-Workers communicate through `torch.distributed` (gloo or nccl); Ray Train, torchrun or a test may initialise it. With a
-single worker every exchange returns its input.
+Runs in one process, or in each of several workers if `torch.distributed` (gloo or nccl) is initialised, by Ray Train,
+torchrun or a test. The workers share the validation; each makes its decisions from the gathered results, so that all
+decide the same. Random choices depend only on (seed, epoch, worker), so that a resumed run gives the same result.
+Limits: the validation part must be small enough to be gathered after every epoch; batch-norm statistics are each
+worker's own during an epoch and averaged at its end.
 
 Freed memory is kept in the process for the next step. By default glibc returns large blocks to the kernel, which clears
-every page again on the next allocation, and a step allocates over a gigabyte of activations. Source: mallopt(3).
-Limits: only on Linux with glibc; the process keeps its largest size.
+every page again on the next allocation, and a step allocates over a gigabyte. Source: mallopt(3). Limits: only on Linux
+with glibc; the process keeps its largest size.
 """
 
 from __future__ import annotations
@@ -41,7 +37,7 @@ from pipeline.training.losses import ClassificationLoss, Teachers
 
 @dataclass(frozen=True)
 class Workers:
-    """The rank of this process, and the number of all workers."""
+    """The rank of this process, and the number of all workers. With a single one every exchange returns its input."""
 
     rank: int = 0
     world: int = 1
@@ -102,10 +98,8 @@ IN_WORKERS = {"MALLOC_ARENA_MAX": "1"}
 
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, from now on; returns False if the C library cannot do so."""
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is None:  # also with musl
         return False
     accepted = any(mallopt(_M_MMAP_THRESHOLD, threshold) for threshold in _MMAP_THRESHOLDS)
     return bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)) and accepted
@@ -157,8 +151,7 @@ def fit(
         on_epoch: called in every worker after each epoch with its record and the run.
         on_batch: called in every worker after each training step.
 
-    Returns:
-        The best weights and the history; after Ctrl-C the best so far. With several workers Ctrl-C is raised instead.
+    After Ctrl-C the result is the best so far; with several workers Ctrl-C is raised instead.
 
     Raises:
         SerError: settings that do not fit the data or the number of workers.
@@ -231,12 +224,14 @@ class Run:
         if config.channels_last and len(data.config.input_shape) == 3:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.trained = self.workers.share_gradients(self.model, self.device)
-        self.ema = _averaged(self.model, config.ema) if config.ema else None
+        self.ema: AveragedModel | None = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
         decay = config.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            learning_rates(config.scheduler, len(self.batches), config.epochs, config.warmup_epochs),
+            self.optimizer, learning_rates(config.scheduler, len(self.batches), config.epochs, config.warmup_epochs)
         )
         self.history: list[Record] = []
         self.best_epoch = 0
@@ -262,7 +257,8 @@ class Run:
         """Train and validate one epoch; returns its record, the same in every worker except for the seconds."""
         started = time.perf_counter()
         number = len(self.history) + 1
-        torch.manual_seed(_epoch_seed(self.config.seed, number, self.workers.rank))
+        seed = np.random.SeedSequence([self.config.seed, number, self.workers.rank])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
         record: Record = {"epoch": number, "lr": self.scheduler.get_last_lr()[0]}
         record["train_loss"] = self._train(number, on_batch)
         trained = time.perf_counter()
@@ -309,9 +305,7 @@ class Run:
 
     def _validate(self, number: int) -> Record:
         """Validation figures of the raw or the averaged weights, whichever are better; keeps them if best so far."""
-        candidates: dict[str, nn.Module] = {"raw": self.model}
-        if self.ema is not None:
-            candidates["ema"] = self.ema.module
+        candidates: dict[str, nn.Module] = {"raw": self.model} | ({"ema": self.ema.module} if self.ema else {})
         if not self.validates:
             self.best_epoch = number
             return {"val_loss": None, "val_accuracy": None, "val_weighted_f1": None, "weights": list(candidates)[-1]}
@@ -373,11 +367,7 @@ class Run:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            SerError: a checkpoint of another version or of other settings.
-        """
+        """Continue from a checkpoint. Raise SerError if it is of another version or of other settings."""
         if state.get("version") != CHECKPOINT_VERSION:
             raise SerError(
                 f"the checkpoint has version {state.get('version')}, expected {CHECKPOINT_VERSION}; start a new run"
@@ -400,17 +390,8 @@ def weights_of(state: dict[str, Any]) -> StateDict:
     if state["ema"] is None:
         return dict(state["model"])
     prefix = "module."
-    return {name[len(prefix) :]: value for name, value in state["ema"].items() if name.startswith(prefix)}
-
-
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return average.requires_grad_(False)
+    return {name.removeprefix(prefix): value for name, value in state["ema"].items() if name.startswith(prefix)}
 
 
 def _copy(module: nn.Module) -> StateDict:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.state_dict().items()}
-
-
-def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])

@@ -11,12 +11,10 @@ A clip of a corpus that lacks some classes gives no evidence about them: p is th
 classes only, and the smoothing is spread over these (C is their number).
 Limits: with several workers, each worker's denominator is that of its own part of the batch.
 
-Teachers: their mean answer to each augmented example is part of the target. This is knowledge distillation (Hinton,
-Vinyals & Dean 2015), with the same augmented example, mixup and masks included, for teacher and student (Beyer et al.
-2022, "Knowledge distillation: A good teacher is patient and consistent").
-With share d and the teachers' mean probabilities q, the loss of an example is (1 - d) times the loss against the labels
-plus d times the cross-entropy -sum_c q_c log p_c. If a clip's corpus lacks classes, p and q are renormalised over those
-it has.
+Teachers: knowledge distillation (Hinton, Vinyals & Dean 2015), with the same augmented example for teacher and student
+(Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent"). With share d and the teachers'
+mean probabilities q, the loss of an example is (1 - d) times the loss against the labels plus d times the cross-entropy
+-sum_c q_c log p_c. If a clip's corpus lacks classes, p and q are renormalised over those it has.
 Limits: the teachers need the student's features, and its classes in the same order.
 """
 
@@ -40,13 +38,7 @@ from pipeline.storage.errors import SerError
 
 
 class ClassificationLoss(nn.Module):
-    """Mean loss of a batch; see the module's formula.
-
-    Args:
-        n_classes: C.
-        class_weights: one positive weight for each class; None: all 1.
-        label_smoothing: e in [0, 1).
-        focal_gamma: 0 = cross-entropy.
+    """Mean loss of a batch, by the module's formula; without class weights all are 1.
 
     Raises:
         SerError: a wrong number of weights, or a value out of range.
@@ -143,10 +135,8 @@ class Teachers:
 def refuse_leaks(paths: Sequence[Path], splits: Mapping[str, pd.DataFrame], what: str = "the teacher") -> None:
     """Refuse earlier models that were trained on recordings of the new model's ``inner_val`` or ``test`` part.
 
-    An earlier model may have used the same ``inner_val`` part to choose its epoch, as it did not train on it.
-
-    Args:
-        what: what the earlier model is to the new one, for the message.
+    An earlier model may have chosen its epoch by the same ``inner_val`` part, as it did not train on it. ``what`` names
+    it in the message.
 
     Raises:
         SerError: names the model, the part, and how many of its recordings the model was trained on.

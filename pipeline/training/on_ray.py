@@ -24,7 +24,7 @@ from pipeline.storage.errors import SerError
 from pipeline.storage.journal import atomic_path
 from pipeline.training.loop import IN_WORKERS, DivergedError, Record, Run
 from pipeline.training.plan import Plan
-from pipeline.training.run import HISTORY, LOCK_WAIT_NODES_S, LOCK_WAIT_S, read_history, train_here
+from pipeline.training.run import LOCK_WAIT_NODES_S, LOCK_WAIT_S, NewRecords, train_here
 
 _BEAT_S = 0.5
 
@@ -41,8 +41,7 @@ def train_on_ray(
     """Train a plan on Ray workers; the result is the run folder's checkpoint.
 
     Args:
-        num_workers: processes that share each batch.
-        use_gpu: give each worker one GPU, instead of an equal share of the CPUs.
+        num_workers: processes that share each batch, each with one GPU (``use_gpu``) or an equal share of the CPUs.
         max_failures: how many times a failed group of workers is restarted.
         on_epoch: called in this process with each new epoch's record.
         on_batch: called in this process, about twice a second, with (epoch, batches done, batches in all).
@@ -113,23 +112,18 @@ def _trainer(plan: Plan, num_workers: int, use_gpu: bool, max_failures: int) -> 
     if not several:
         wanted = max(0.1, min(wanted, free / (2 * num_workers)))  # leaves CPUs for Ray's other tasks
     resources = {"CPU": wanted} | ({"GPU": 1} if use_gpu else {})
+    config = {"plan": plan.to_dict(), "out": str(plan.out.absolute()), "use_gpu": use_gpu, "several": several}
     memory: dict[str, Any] = {"worker_runtime_env": {"env_vars": IN_WORKERS}}  # mypy sees an older RunConfig
     return (TorchTrainer if joins_cluster() else Lean)(
         _worker,
-        train_loop_config={
-            "plan": plan.to_dict(),
-            "out": str(plan.out.absolute()),
-            "use_gpu": use_gpu,
-            "several": several,
-        },
+        train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=use_gpu,
             resources_per_worker=resources,
-            placement_strategy="SPREAD"
-            if several and not use_gpu
-            else "PACK",  # the bottleneck is the CPUs without GPUs, and the network with them
+            # the bottleneck is the CPUs without GPUs, and the network with them
+            placement_strategy="SPREAD" if several and not use_gpu else "PACK",
         ),
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",  # always new: with an old name Ray would resume that run
@@ -195,14 +189,10 @@ class _Watch:
     """Watches a run folder in the driver and calls back: the workers' own output would not reach the terminal."""
 
     def __init__(
-        self,
-        out: Path,
-        on_epoch: Callable[[Record], None] | None,
-        on_batch: Callable[[int, int, int], None] | None,
+        self, out: Path, on_epoch: Callable[[Record], None] | None, on_batch: Callable[[int, int, int], None] | None
     ) -> None:
         self.out, self.on_epoch, self.on_batch = out, on_epoch, on_batch
-        self.seen = len(read_history(out))
-        self.read: tuple[int, ...] = ()  # time, inode and size of history.csv when it was last read
+        self.new_records = NewRecords(out)
         self.last: list[int] = []
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -221,8 +211,7 @@ class _Watch:
             self._look()
 
     def _look(self) -> None:
-        for record in self._new_records():
-            self.seen += 1
+        for record in self.new_records():
             if self.on_epoch is not None:
                 self.on_epoch(record)
         path = _progress(self.out)
@@ -231,15 +220,3 @@ class _Watch:
             if progress != self.last:
                 self.last = progress
                 self.on_batch(*progress)
-
-    def _new_records(self) -> list[Record]:
-        """Epochs not yet reported; the file is read only after it was replaced, which saves CPU time."""
-        try:
-            status = (self.out / HISTORY).stat()
-        except FileNotFoundError:
-            return []
-        found = (status.st_mtime_ns, status.st_ino, status.st_size)
-        if found == self.read:
-            return []
-        self.read = found
-        return read_history(self.out)[self.seen :]

@@ -1,12 +1,10 @@
 """The plan of a training run, `plan.json` in its folder: model, data and settings.
 
-A run can be resumed (`--resume`) only with the settings that it was started with. Limits: one format version; any other
-is refused.
+A run can be resumed (`--resume`) only with the settings that it was started with.
 
-Also starts a training from the weights of an earlier model of this project (`--init`) instead of random ones. The
-earlier bundle must list its training recordings, so that the leak check of the new model knows them too. Models from
-outside this project have no such list and are refused. If the classes differ, the last layer is new except for the rows
-of shared classes.
+Also starts a training from the weights of an earlier model of this project (`--init`). Its bundle must list its
+training recordings, so that the leak check of the new model knows them too. If the classes differ, the last layer is
+new except for the rows of shared classes.
 Source: Yosinski et al. 2014, "How transferable are features in deep neural networks?".
 """
 
@@ -94,11 +92,7 @@ class Plan:
         )
 
     def check_continues(self, started: Plan) -> None:
-        """Check that the run `started` may be resumed with this plan.
-
-        Raises:
-            SerError: labels, parts, model or settings differ; names what differs.
-        """
+        """Raise SerError if the run `started` may not be resumed with this plan; names what differs."""
         ours, theirs = self.to_dict(), started.to_dict()
         for name in ("labels", "model", "teachers", "distill", "init", "crops", "split"):
             if ours[name] != theirs[name] and theirs[name] != {}:  # {}: older runs did not record it
@@ -145,7 +139,7 @@ def check_start(path: Path, model_name: str, features: FeatureConfig) -> Bundle:
 
 
 def start_from(path: Path, model: nn.Module, model_name: str, labels: Sequence[str], features: FeatureConfig) -> None:
-    """Put the weights of the bundle at ``path`` into ``model``, whose classes are ``labels`` in index order.
+    """Put the weights of the bundle at ``path`` into ``model``, whose classes are ``labels``.
 
     Raises:
         SerError: as in ``check_start``; or the network has other options, such as another width.
@@ -177,23 +171,11 @@ def _for_classes(
     return {**given, **changed}
 
 
-def earlier_training(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+def earlier_training(start: Bundle, table: pd.DataFrame) -> pd.DataFrame:
     """The earlier model's training and validation recordings that ``table`` lacks, as rows for ``training.csv``.
 
     They have the columns of ``table`` and the ``split`` ``init``; the leak check counts them as training recordings.
     """
-    used = used_in_training(load_bundle(path).training)
+    used = used_in_training(start.training)
     new = used[~used[HASH_COLUMN].isin(set(table[HASH_COLUMN]) - {""}) & ~used["id"].isin(set(table["id"]))]
     return new.assign(split="init").reindex(columns=list(table.columns), fill_value="")
-
-
-def about_start(path: Path | None) -> dict[str, object]:
-    """The ``init`` entry of a model's training record; empty if the training started from random weights."""
-    if path is None:
-        return {}
-    bundle = load_bundle(path)
-    record = bundle.metrics.get("training", {})
-    return {
-        "init": {"model_sha256": bundle.weights_sha256}
-        | {name: record.get(name) for name in ("epochs", "trained_on", "settings")}
-    }

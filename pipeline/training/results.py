@@ -14,8 +14,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from pipeline.data.corpora.voices import corpora_of
 from pipeline.data.segments import END, RECORDING_HASH, START, has_segments, ids
 from pipeline.evaluation.metrics import OVERALL
+from pipeline.evaluation.outcomes import score_table
 from pipeline.features.store import load_features
 from pipeline.models.bundle import Bundle, load_bundle, save_bundle, set_familiarity
 from pipeline.models.doubt import LEAST_RECORDINGS, Familiarity
@@ -24,7 +26,7 @@ from pipeline.models.networks import build_model
 from pipeline.reporting.report import terminal_summary, write_report
 from pipeline.training.embeddings import embed, open_network
 from pipeline.training.loop import StateDict, weights_of
-from pipeline.training.plan import SPLIT_SEED, Plan, about_start, earlier_training
+from pipeline.training.plan import SPLIT_SEED, Plan, earlier_training
 from pipeline.training.run import load_checkpoint, plot_curves, read_splits, rows_of
 
 INTERRUPTED = "interrupted"
@@ -44,22 +46,17 @@ class Results:
 
 
 def write_results(plan: Plan, report_split: str) -> Results:
-    """Write a finished run's bundle into its folder, with learning curves and a report.
-
-    Args:
-        report_split: the part to report on: `test`, `inner_val` or `none`.
-    """
+    """Write a finished run's bundle into its folder, with learning curves and a report on one part, or on `none`."""
     state = load_checkpoint(plan.checkpoint)
     plot_curves(state["history"], plan.out / "curves.png")
     part = read_splits(plan.out).get(report_split)
     if part is None or part.empty:
         results = Results(_save(plan, plan.out, state, {}), state["best_epoch"])
     else:
-        name, report = bundle_name(plan.model_name), plan.out / "report"
-        data = f"{plan.out / 'splits' / report_split}.csv"
+        report = plan.out / "report"
         meta = {
-            "model": name,
-            "data": data,
+            "model": bundle_name(plan.model_name),
+            "data": f"{plan.out / 'splits' / report_split}.csv",
             "epoch": state["best_epoch"],
             "trained_on": ", ".join(map(str, plan.features)),
         }
@@ -86,7 +83,7 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
     name, training = bundle_name(plan.model_name), _training(plan, state, splits["train"])
     table = training_table(splits)
     if plan.init is not None:
-        table = pd.concat([table, earlier_training(plan.init, table)], ignore_index=True)
+        table = pd.concat([table, earlier_training(load_bundle(plan.init), table)], ignore_index=True)
     figures = {part: found | {"trained_on": training["trained_on"]} for part, found in figures.items()}
     bundle = save_bundle(
         folder,
@@ -102,10 +99,7 @@ def _save(plan: Plan, folder: Path, state: Mapping[str, Any], figures: Mapping[s
         corpora={name: about["classes"] for name, about in training["corpora"].items()},
         card=model_card(name, plan.labels, features, training, figures, pd.concat(splits.values())),
     )
-    held_out = splits.get("inner_val")
-    learn_familiarity(
-        bundle, plan.features, set(splits["train"]["row_id"]), set() if held_out is None else set(held_out["row_id"])
-    )
+    learn_familiarity(bundle, plan.features, set(splits["train"]["row_id"]), set(splits["inner_val"]["row_id"]))
     return load_bundle(folder)
 
 
@@ -116,13 +110,12 @@ def learn_familiarity(
 
     Args:
         folders: of features.
-        row_ids: of the training recordings in them, of which at most ``MOST_FAMILIAR``, evenly spaced, are used.
+        row_ids: of the training recordings in them, of which at most ``MOST_FAMILIAR`` are used.
         held_out: of recordings that the network was not trained on. From ``LEAST_HELD_OUT`` on they set the threshold:
             a network that knows few recordings by heart finds every other one unfamiliar.
 
     Returns:
-        The number of training recordings used; 0 if they are too few, or fewer than ``LEAST_ALONE`` without held-out
-        ones, and then nothing is written.
+        The number of training recordings used; 0 if there are too few, and then nothing is written.
     """
     arrays = load_features(folders, bundle.features)
     rows, others = (np.flatnonzero(arrays.table["row_id"].isin(part)) for part in (row_ids, held_out))
@@ -151,8 +144,9 @@ def _training(plan: Plan, state: Mapping[str, Any], train: pd.DataFrame) -> dict
         "corpora": _corpora(plan, train),
         "split_seed": SPLIT_SEED,
         "settings": state["config"],
-        **_teachers(plan),
-        **about_start(plan.init),
+        **({"teachers": [load_bundle(path).about() for path in plan.teachers]} if plan.teachers else {}),
+        **({"distill": plan.distill} if plan.teachers else {}),
+        **({"init": load_bundle(plan.init).about()} if plan.init else {}),
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
@@ -163,26 +157,15 @@ def _corpora(plan: Plan, train: pd.DataFrame) -> dict[str, dict[str, Any]]:
     table = load_features(plan.features).table
     if "corpus" not in table.columns:
         return {}
-    learnt = train["corpus"].fillna("").astype(str) if "corpus" in train.columns else pd.Series("", index=train.index)
+    names, corpus_of = corpora_of(train)
     return {
         name: {
-            "recordings": len(rows),
-            "speakers": int(rows["speaker"].nunique()) if "speaker" in rows.columns else 0,
-            "classes": sorted(set(table.loc[table["corpus"].fillna("").astype(str) == name, "label"])),
+            "recordings": int((corpus_of == k).sum()),
+            "speakers": int(train["speaker"][corpus_of == k].nunique()) if "speaker" in train.columns else 0,
+            "classes": sorted(set(table["label"][table["corpus"].fillna("").astype(str) == name])),
         }
-        for name, rows in train.groupby(learnt)
+        for k, name in enumerate(names)
     }
-
-
-def _teachers(plan: Plan) -> dict[str, Any]:
-    """The teachers' weights, epochs and settings, and their share of the loss; {} without teachers."""
-    bundles = [load_bundle(path) for path in plan.teachers]
-    about = [
-        {"model_sha256": bundle.weights_sha256}
-        | {name: bundle.metrics.get("training", {}).get(name) for name in ("epochs", "trained_on", "settings")}
-        for bundle in bundles
-    ]
-    return {"teachers": about, "distill": plan.distill} if about else {}
 
 
 def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
@@ -203,14 +186,7 @@ def predict(plan: Plan, weights: StateDict, part: pd.DataFrame) -> pd.DataFrame:
             log_p = model(torch.from_numpy(np.concatenate(crops))).double().log_softmax(dim=1)
             answers += [each.mean(dim=0).softmax(dim=0) for each in log_p.split([len(windows) for windows in crops])]
         probabilities = torch.stack(answers).numpy()
-    table = part.drop(columns=["status", "error", "parent_id", "n_frames"], errors="ignore").assign(
-        status="ok",
-        error="",
-        label_name=part["label"],
-        predicted=np.array(plan.labels)[probabilities.argmax(axis=1)],
-        confidence=probabilities.max(axis=1),
-    )
-    return table.assign(**{f"p_{name}": probabilities[:, i] for i, name in enumerate(plan.labels)})
+    return score_table(part, probabilities, plan.labels)
 
 
 def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:

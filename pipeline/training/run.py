@@ -1,19 +1,16 @@
 """The folder of one training run: its plan, parts, checkpoint and history, and at the end its bundle.
 
 `plan.json` holds the plan, `splits/` the recordings of each part. `checkpoint.pt` is the full state after the last
-epoch; it is replaced in one step, never half written, and reading it runs no code from it. `history.csv` is written
-anew from that state after each epoch, so that it holds no epoch twice. The bundle's `config.json` is written last: if
-it exists, the run is finished. With several machines the folder must be on storage that all of them share.
-
-`history.csv`, the picture of the curves and the TensorBoard event files are made from the records of `loop.Run.epoch`.
-TensorBoard is optional (extra `tensorboard`).
+epoch; it is replaced in one step, and reading it runs no code from it. `history.csv` is written anew from that state
+after each epoch, so that it holds no epoch twice. The bundle's `config.json` is written last: if it exists, the run is
+finished. With several machines the folder must be on storage that all of them share. TensorBoard is optional.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +36,8 @@ if TYPE_CHECKING:
 
 
 HISTORY = "history.csv"
-COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "val_loss",
-    "val_accuracy",
-    "val_weighted_f1",
-    "weights",
-    "seconds",
-    "train_seconds",
-)
+_VALIDATION = ("val_loss", "val_accuracy", "val_weighted_f1")
+COLUMNS = ("epoch", "lr", "train_loss", *_VALIDATION, "weights", "seconds", "train_seconds")
 _PANELS = (("train_loss", "val_loss"), ("val_accuracy", "val_weighted_f1"), ("lr",))
 
 
@@ -67,6 +55,27 @@ def read_history(folder: Path) -> list[Record]:
     table = pd.read_csv(path).astype(object)
     rows = table.where(table.notna(), None).to_dict("records")
     return [{str(name): cell for name, cell in row.items()} for row in rows]
+
+
+class NewRecords:
+    """Returns, at each call, the epochs of a run that were added to its history since the last call."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.seen = out, len(read_history(out))
+        self.read: tuple[int, ...] = ()  # time, inode and size of history.csv when it was last read
+
+    def __call__(self) -> list[Record]:
+        try:
+            status = (self.out / HISTORY).stat()
+        except FileNotFoundError:
+            return []
+        found = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if found == self.read:  # saves CPU time
+            return []
+        self.read = found
+        new = read_history(self.out)[self.seen :]
+        self.seen += len(new)
+        return new
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:
@@ -117,11 +126,7 @@ class EventLog:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the state; the earlier one is kept until the new one is complete.
-
-    Raises:
-        SerError: the disk is full or not writable.
-    """
+    """Write the state in place of the earlier one. Raise SerError if the disk is full or not writable."""
     try:
         with atomic_path(path) as beside:
             torch.save(state, beside)
@@ -132,11 +137,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: tensors and plain values only (`weights_only=True`).
-
-    Raises:
-        SerError: no readable checkpoint.
-    """
+    """Read a checkpoint, tensors and plain values only, onto the CPU. Raise SerError if it cannot be read."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
@@ -170,11 +171,7 @@ def begin(plan: Plan, splits: Mapping[str, pd.DataFrame]) -> None:
 
 
 def check_resumes(plan: Plan) -> None:
-    """Check that the run in `plan.out` may be resumed with this plan.
-
-    Raises:
-        SerError: settings or features differ (names what), or the folder holds no run.
-    """
+    """Raise SerError if the run in `plan.out` may not be resumed with this plan."""
     plan.check_continues(read_plan(plan.out))
     begun = (journal.read_plan(plan.out, KIND) or {}).get(_FINGERPRINT)
     if begun not in (None, _fingerprint(plan.features)):  # None: older runs did not record it
@@ -198,11 +195,7 @@ def refuse_begun(out: Path) -> None:
 
 
 def read_splits(out: Path) -> dict[str, pd.DataFrame]:
-    """The recordings of each split (`train`, `inner_val`, `test`), as `begin` wrote them; every cell is a string.
-
-    Raises:
-        SerError: the folder holds no run.
-    """
+    """The recordings of each split (`train`, `inner_val`, `test`) as strings. Raise SerError if there is no run."""
     missing = [name for name in SPLITS if not (out / "splits" / f"{name}.csv").is_file()]
     if missing:
         raise SerError(f"{out} holds no run to resume (no splits/{missing[0]}.csv); leave --resume out to start one")
@@ -224,7 +217,7 @@ def training_data(plan: Plan) -> TrainingData:
 
 
 def rows_of(table: pd.DataFrame, part: pd.DataFrame, folders: Sequence[Path]) -> np.ndarray:
-    """Positions in `table` of the recordings of a split, by `row_id`.
+    """Positions (n,) in `table` of the recordings of a split, by `row_id`.
 
     Raises:
         SerError: the table lacks one of them, or has another file or another label there.
@@ -254,13 +247,9 @@ def rows_of(table: pd.DataFrame, part: pd.DataFrame, folders: Sequence[Path]) ->
 
 
 def refuse_changed(splits: Mapping[str, pd.DataFrame], table: pd.DataFrame) -> None:
-    """Check that the recordings are those that the `splits` were made from.
+    """Raise SerError if a recording in `table` has changed since the `splits` were made.
 
-    Args:
-        table: the recordings as they are now, with `row_id` and `content_hash` ("" if the file is gone).
-
-    Raises:
-        SerError: a recording has changed; names it.
+    A recording without a `content_hash` ("": the file is gone) is not checked.
     """
     now = dict(zip(table["row_id"].astype(str), table[HASH_COLUMN], strict=True))
     for part in (part for part in splits.values() if HASH_COLUMN in part.columns):
@@ -274,11 +263,7 @@ def _name(path: str) -> str:
 
 
 def check(plan: Plan, num_workers: int = 1) -> None:
-    """Check, before any worker is started, that the settings fit the data, the model and the workers.
-
-    Raises:
-        SerError: they do not; says what is wrong.
-    """
+    """Raise SerError, before any worker is started, if the settings do not fit the data, the model or the workers."""
     check_crops(plan.crops)
     data = training_data(plan)
     if plan.crops > 1 and data.mel_power is None:
@@ -315,13 +300,17 @@ def train_here(
 ) -> FitResult:
     """Train in this process, which is the only worker or one of several; continues from the run's checkpoint if any.
 
-    The first worker saves the state and the history before `on_epoch` is called.
+    The first worker saves the state and the history before `on_epoch` is called. It waits `lock_wait_s` for the run's
+    lock, as the workers of a killed driver may live on for some seconds.
 
     Raises:
         SerError: as in `loop.fit`; or another process trains the same run.
     """
     first = Workers.current().rank == 0
-    with _only_writer(plan.out, lock_wait_s) if first else nullcontext():
+    lock = locked(plan.out / ".lock", f"training the run in {plan.out}", wait_s=lock_wait_s)
+    with lock if first else nullcontext():
+        if first:
+            remove_temporaries(plan.out)
         Workers.current().wait_for_all()  # before the lock is held, a killed worker group may still save an epoch
         data = training_data(plan)
         torch.manual_seed(plan.fit.seed)
@@ -353,11 +342,3 @@ def train_here(
                 on_epoch=save_then_report,
                 on_batch=on_batch,
             )
-
-
-@contextmanager
-def _only_writer(out: Path, wait_s: float) -> Iterator[None]:
-    """Hold the run's lock; wait `wait_s` for it, as the workers of a killed driver may live on for some seconds."""
-    with locked(out / ".lock", f"training the run in {out}", wait_s=wait_s):
-        remove_temporaries(out)
-        yield

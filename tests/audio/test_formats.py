@@ -1,4 +1,4 @@
-"""Every format that a decoder here reads, whatever the file is called, and what files are that hold none.
+"""Every format that a decoder here reads, whatever the file is called.
 
 Each is written by libsndfile or FFmpeg; the oracle is what was written.
 """
@@ -20,6 +20,8 @@ from tests.support.recordings import FFMPEG, encode_av
 
 SNDFILE = [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610"), ("CAF", "ALAC_16"), ("VOC", "PCM_16")]
 SNDFILE += [("NIST", "PCM_16"), ("NIST", "PCM_24"), ("NIST", "ULAW"), ("NIST", "ALAW"), ("MP3", "MPEG_LAYER_III")]
+SNDFILE += [("FLAC", "PCM_16")]
+APE = b"APETAGEX" + struct.pack("<III", 2000, 40, 1) + bytes(12) + bytes(8) + b"APETAGEX" + bytes(24)
 
 
 def likeness(heard: Samples, said: Samples) -> float:
@@ -48,12 +50,10 @@ def test_what_ffmpeg_wrote(container: str, codec: str, rate_hz: int, ending: str
 
 
 @pytest.mark.parametrize(("container", "codec"), SNDFILE)
-@pytest.mark.parametrize("before", [b"", bytes(4_999), b"ID3\4\0\0\0\0\0\x14" + bytes(20), b"APE"])
+@pytest.mark.parametrize("before", [b"", bytes(4_999), b"ID3\4\0\0\0\0\0\x14" + bytes(20), APE])
 def test_what_libsndfile_wrote_behind_tags_and_zeros(container: str, codec: str, before: bytes) -> None:
     said = voice(3.0, 8_000)
     data = encoded(said, 8_000, container, codec)
-    if before == b"APE":
-        before = b"APETAGEX" + struct.pack("<III", 2000, 40, 1) + bytes(12) + bytes(8) + b"APETAGEX" + bytes(24)
     clip = load(before + data, sample_rate_hz=8_000)
     assert clip.info.duration_s == pytest.approx(3.0, abs=0.05)
     assert likeness(clip.samples, said[:, 0]) > 0.9
@@ -78,7 +78,6 @@ def sphere(samples: Samples, *, big: bool = False, **fields: str) -> bytes:
 
 def test_sphere_headers() -> None:
     said = voice(1.0, 16_000, 2)
-    expected = said.mean(axis=1)
     for data in (
         sphere(said),
         sphere(said, big=True),
@@ -86,19 +85,15 @@ def test_sphere_headers() -> None:
         sphere(said, sample_coding=""),
         sphere(said, sample_count="-i 0"),
     ):
-        np.testing.assert_allclose(load(data, sample_rate_hz=16_000).samples, expected, atol=1e-4)
+        np.testing.assert_allclose(load(data, sample_rate_hz=16_000).samples, said.mean(axis=1), atol=1e-4)
+    assert code_of(sphere(said)[:-9_000]) == "truncated"
+    assert code_of(sphere(said, sample_rate="")) == "corrupt"
     shortened = sphere(said, sample_coding="-s26 pcm,embedded-shorten-v2.00")
     with pytest.raises(audio.AudioError, match=r"shorten.*sph2pipe") as caught:
         probe(shortened)
     assert caught.value.code == "unsupported_format"
-    assert code_of(sphere(said)[:-9_000]) == "truncated"
-    assert code_of(sphere(said, sample_rate="")) == "corrupt"
-
-
-def test_a_sphere_header_of_anything_is_told_in_one_short_line() -> None:
-    data = encoded(voice(0.3, 8_000), 8_000, "NIST", "ULAW")
-    for coding in (b"\x1b[31m\0\x9f", bytes(range(33, 255)) * 20):
-        changed = data.replace(b"-s4 ulaw", b"-s4 " + coding)
+    for coding in (b"\x1b[31m\0\x9f", bytes(range(33, 255)) * 20):  # anything is told in one short line
+        changed = encoded(voice(0.3, 8_000), 8_000, "NIST", "ULAW").replace(b"-s4 ulaw", b"-s4 " + coding)
         with pytest.raises(audio.AudioError) as caught:
             probe(changed)
         assert caught.value.code in ("unsupported_format", "corrupt")
@@ -114,62 +109,13 @@ def test_a_mov_without_file_type_box() -> None:
     np.testing.assert_array_equal(load(rest).samples, load(data).samples)
 
 
-def test_an_mp3_that_begins_within_a_frame() -> None:
-    """As radio streams are kept."""
+def test_an_mp3_that_begins_within_a_frame_as_radio_streams_are_kept() -> None:
     said = voice(3.0, 44_100)
     data = encoded(said, 44_100, "MP3", "MPEG_LAYER_III")
-    clip = load(data[1_300:], sample_rate_hz=44_100)
-    assert likeness(clip.samples, said[22_050:, 0]) > 0.9
+    assert likeness(load(data[1_300:], sample_rate_hz=44_100).samples, said[22_050:, 0]) > 0.9
 
 
-def test_bare_gsm_frames() -> None:
-    """Asterisk's .gsm: no header at all."""
+def test_bare_gsm_frames_of_asterisk_without_any_header() -> None:
     frame = bytes([0xD0]) + bytes(32)
     assert probe(frame * 100).duration_s == pytest.approx(2.0)
     assert code_of(frame * 100 + bytes(33)) == "not_audio"
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*git lfs pull"),
-        (b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\r\noid", "git lfs pull"),
-        (b"/annex/objects/SHA256E-s1--0.wav\n", "git annex get"),
-        (b"\n <!DOCTYPE HTML PUBLIC><title>Sign in", "web page"),
-        (b"<?xml version='1.0'?><Error><Code>AccessDenied", "XML document"),
-        (b'{"message": "Not found"}', "JSON"),
-        (b"PK\3\4" + bytes(60), "ZIP archive. Unpack it"),
-        (b"\x1f\x8b\x08" + bytes(60), "gzip. Unpack it"),
-        (b"#EXTM3U\n1.mp3\n", "playlist"),
-        (b"MThd\0\0\0\6" + bytes(60), "MIDI"),
-        (b"hello there, this is text", "it holds text. Accepted are WAV"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(60), "its format is not known. Accepted are WAV"),
-    ],
-)
-def test_what_other_files_are_is_said(data: bytes, words: str) -> None:
-    with pytest.raises(audio.AudioError, match=words) as caught:
-        probe(data)
-    assert caught.value.code == "not_audio"
-    assert "b'" not in str(caught.value)
-
-
-RAW = ("errno", "avcodec", "avformat", "libsndfile", "Invalid data", "lost sync", "psf_", "Error :", "Unspecified")
-
-
-def test_decoders_own_words_are_not_shown() -> None:
-    rng = np.random.default_rng(0)
-    said = []
-    short = voice(0.5, 44_100)
-    whole = [encode_av(short, 44_100, *kind) for kind in (("mp4", "aac"), ("asf", "wmav2"), ("wv", "wavpack"))]
-    whole += [encoded(short, 44_100, *kind) for kind in (("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("CAF", "ALAC_16"))]
-    for data in whole:
-        for _ in range(12):
-            broken = bytearray(data)
-            for at in rng.integers(8, len(data), 40):
-                broken[at] ^= 0x5A
-            try:
-                audio.content_hash(bytes(broken))
-            except audio.AudioError as error:
-                said.append(str(error))
-    assert len(said) > 20
-    assert [text for text in said if any(word.lower() in text.lower() for word in RAW)] == []

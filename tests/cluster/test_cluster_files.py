@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import stat
@@ -40,27 +39,17 @@ def prepared(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_ray_accepts_the_file(name: str) -> None:
-    full = prepared(read(name))
+def test_ray_accepts_the_file_and_its_nodes_are_closed(name: str) -> None:
+    full, config = prepared(read(name)), read(name)
     assert full["head_node_type"] in full["available_node_types"]
     assert full["max_workers"] >= 1
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_start_asks_for_the_token_and_only_loopback_sees_the_dashboard(name: str) -> None:
-    config = read(name)
     for key in STARTS:
-        starts = [command for command in config[key] if "ray start" in command]
-        assert len(starts) == 1
-        assert "export RAY_AUTH_MODE=token" in starts[0].split("ray start")[0]
-        assert "0.0.0.0" not in starts[0]
-    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
-    assert "--ray-client-server-port" not in " ".join(config["head_start_ray_commands"])
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_the_token_travels_as_a_file(name: str) -> None:
-    config = read(name)
+        (start,) = (command for command in config[key] if "ray start" in command)
+        assert "export RAY_AUTH_MODE=token" in start.split("ray start")[0]
+        assert "0.0.0.0" not in start
+    head = " ".join(config["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "--ray-client-server-port" not in head
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert "RAY_AUTH_TOKEN" not in (ROOT / name).read_text(encoding="utf-8")
     assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"][0]
@@ -75,10 +64,8 @@ def test_nodes_install_what_is_locked(name: str) -> None:
     commands = " ".join([*config["setup_commands"], *config.get("head_setup_commands", [])])
     installed = [w for c in re.findall(r"pip install ([^;&]*)", commands) for w in c.split() if w[0].isalpha()]
     assert installed
-    loose = [
-        word for word in installed if re.fullmatch(r"[a-z][\w-]*", word) and word not in ("pip", "auto", "install")
-    ]
-    assert not loose, "named without a version"
+    named = {word for word in installed if re.fullmatch(r"[a-z][\w-]*", word)}
+    assert named <= {"pip", "auto", "install"}, "named without a version"
 
 
 def test_both_files_set_up_and_start_nodes_alike() -> None:
@@ -141,7 +128,7 @@ def python(code: str) -> str:
     return f"~/ser-venv/bin/python -c {shlex.quote(code)}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
     if not network_hosts.usable():
         pytest.skip("needs root and iproute2, to make hosts of network namespaces")
@@ -216,21 +203,3 @@ def test_the_start_commands_make_a_closed_cluster(hosts: tuple[Host, Host]) -> N
         while "raylet" in (left := host.run(ALIVE).stdout):
             assert time.monotonic() < end_s, left
             time.sleep(0.2)
-
-
-@pytest.mark.slow
-def test_hosts_end_with_all_their_processes() -> None:
-    if not network_hosts.usable():
-        pytest.skip("needs root and iproute2, to make hosts of network namespaces")
-    with network_hosts.two_hosts() as (first, _):
-        assert first.run("nohup sleep 1000 >/dev/null &").returncode == 0
-        pids = [int(p) for p in os.listdir("/proc") if p.isdigit() and _namespace(p) == _namespace(str(first.pid))]
-        assert len(pids) == 2, "the first process, and the one left behind"
-    assert not [p for p in pids if Path(f"/proc/{p}").exists()]
-
-
-def _namespace(pid: str) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/ns/pid")
-    except OSError:
-        return ""

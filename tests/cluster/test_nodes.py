@@ -43,10 +43,10 @@ def test_nodes_that_share_everything_pass_and_nothing_is_left(nodes: Callable[..
 @pytest.mark.parametrize(
     ("differs", "words"),
     [
-        ("unseen", "two (10.0.0.2) does not see {out} (No such file or directory)"),
+        ("unseen", "two (10.0.0.2) does not see {out}"),
         ("other", "two (10.0.0.2) has another folder at {out}"),
-        ("data", "two (10.0.0.2) cannot read {data} (No such file or directory)"),
-        ("late", "files of node two (10.0.0.2) in {out} are not visible here"),
+        ("data", "two (10.0.0.2) cannot read {data}"),
+        ("late", "two (10.0.0.2) in {out} are not visible here"),
     ],
 )
 def test_one_line_names_the_node_the_path_and_the_remedy(
@@ -80,25 +80,21 @@ def test_one_line_names_the_node_the_path_and_the_remedy(
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize("found", [[], TWO[:1]])
-def test_one_node_is_not_asked(nodes: Callable[..., None], tmp_path: Path, found: list[Node]) -> None:
-    def ask(*_: object) -> dict[Node, str | None]:
-        raise AssertionError("asked")
-
-    nodes(found, ask)
-    check_nodes(tmp_path)
-
-
-def test_a_local_ray_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "alive_nodes", lambda: 1 / 0)
+def test_one_node_or_a_local_ray_is_not_asked(
+    nodes: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for found in ([], TWO[:1]):
+        nodes(found, lambda *_: pytest.fail("asked"))
+        check_nodes(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: pytest.fail("asked"))
     check_nodes(tmp_path)
 
 
 def test_results_in_rays_copy_of_the_upload_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     out = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "out"
-    with pytest.raises(NodeError, match=r"would be lost.*give --out as an absolute path"):
+    with pytest.raises(NodeError, match="would be lost"):
         check_nodes(out)
 
 
@@ -111,27 +107,13 @@ def test_of_many_recordings_some_are_tried_and_the_last(tmp_path: Path) -> None:
     assert cluster._spread([]) == []
 
 
-@pytest.mark.parametrize(
-    ("cpus", "workers", "each"),
-    [([1, 1, 1], 2, 1), ([4, 4], 2, 4), ([4, 4], 4, 2), ([16, 2], 2, 8), ([16, 2], 3, 5), ([1], 5, 1), ([], 2, 1)],
-)
-def test_cpus_of_a_worker_fit_on_one_node(nodes: Callable[..., None], cpus: list[int], workers: int, each: int) -> None:
-    nodes([Node(str(i), str(i), n) for i, n in enumerate(cpus)])
-    assert cluster.cpus_a_worker(workers) == each
-
-
-def test_cpus_of_a_worker_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert cluster.cpus_a_worker(1) == len(os.sched_getaffinity(0))
+def test_cpus_of_a_worker_fit_on_one_node(nodes: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus, workers, each in (
+        *(([1, 1, 1], 2, 1), ([4, 4], 2, 4), ([4, 4], 4, 2), ([16, 2], 2, 8)),
+        *(([16, 2], 3, 5), ([1], 5, 1), ([], 2, 1)),
+    ):
+        nodes([Node(str(i), str(i), n) for i, n in enumerate(cpus)])
+        assert cluster.cpus_a_worker(workers) == each
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert cluster.cpus_a_worker(1) == len(os.sched_getaffinity(0)), "of this machine"
     assert cluster.cpus_a_worker(10_000) == 1
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://cluster"])
-def test_a_dashboard_is_no_address_to_join(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    from pipeline.cluster.runtime import start_ray
-    from pipeline.storage.errors import SerError
-
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with pytest.raises(SerError, match="ser submit"):
-        start_ray()

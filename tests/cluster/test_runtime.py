@@ -21,9 +21,12 @@ from ray.serve._private import replica
 from pipeline.cluster import ray_internals, runtime
 from pipeline.storage.errors import SerError, SerWarning
 
+Patch = pytest.MonkeyPatch
+Starts = Callable[..., list[dict[str, Any]]]
+
 
 @pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+def starts(monkeypatch: Patch) -> Starts:
     """Replaces Ray's start: ``starts(errors...)`` raises them one after the other, then succeeds; returns the calls."""
 
     def prepare(*errors: Exception) -> list[dict[str, Any]]:
@@ -46,14 +49,8 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]
 SLOW = "The current node timed out during startup."
 
 
-def test_the_options_of_a_start(starts: Callable[..., list[dict[str, Any]]]) -> None:
-    calls = starts()
-    runtime.start_ray(2)
-    assert (calls[0]["address"], calls[0]["num_cpus"]) == ("local", 2)
-
-
 def test_a_node_that_comes_up_late_is_waited_for_and_told_of(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = 0
 
@@ -75,17 +72,15 @@ def test_a_node_that_comes_up_late_is_waited_for_and_told_of(
         services.get_node("address", "id")
 
 
-def test_a_ray_with_other_insides_is_refused(
-    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ray_with_other_insides_is_refused(starts: Starts, monkeypatch: Patch) -> None:
     calls = starts()
     monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
-    with pytest.raises(SerError, match=r"has no ray\._private\.ray_constants\.ENABLE_RAY_CLUSTER.*install Ray 2\.60"):
+    with pytest.raises(SerError, match=r"ray_constants\.ENABLE_RAY_CLUSTER"):
         runtime.start_ray()
     assert calls == []
 
 
-def test_a_port_that_is_not_opened_by_us_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_not_opened_by_us_is_refused(monkeypatch: Patch) -> None:
     """As when Ray Serve opens it by another function, or under another name."""
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setattr(replica, "add_port_to_grpc_server", replica.add_port_to_grpc_server)  # put back at the end
@@ -103,9 +98,7 @@ def test_a_port_that_is_not_opened_by_us_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
-def test_sockets_lie_where_their_paths_fit(
-    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
-) -> None:
+def test_sockets_lie_where_their_paths_fit(starts: Starts, monkeypatch: Patch, tmp_path: Path, name: str) -> None:
     session = "session_2026-11-30_10-13-29_123456_4194304/sockets/plasma_store"
     for other in ("TMPDIR", "RAY_TMPDIR"):
         monkeypatch.delenv(other, raising=False)
@@ -134,20 +127,18 @@ def test_sockets_lie_where_their_paths_fit(
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux confines processes to CPUs")
-def test_ray_counts_no_cpus_that_this_process_may_not_use(
-    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_is_local_and_counts_no_cpus_that_this_process_may_not_use(starts: Starts, monkeypatch: Patch) -> None:
     calls = starts()
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
-    runtime.start_ray()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    runtime.start_ray()
-    assert [call["num_cpus"] for call in calls] == [2, None]  # None: as Ray counts
+    for given, usable in ((None, {3, 5}), (None, set(range(8))), (4, {3, 5})):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, usable=usable: usable)
+        runtime.start_ray(given)
+    assert [call["num_cpus"] for call in calls] == [2, None, 4]  # None: as Ray counts
+    assert {call["address"] for call in calls} == {"local"}
 
 
-def test_a_start_that_died_is_made_anew_until_the_limit(
-    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+def test_a_start_that_died_is_made_anew_until_the_limit_and_not_for_other_errors(
+    starts: Starts, monkeypatch: Patch
 ) -> None:
     calls = starts(Exception(SLOW), Exception(SLOW))
     runtime.start_ray()
@@ -155,14 +146,16 @@ def test_a_start_that_died_is_made_anew_until_the_limit(
     assert calls[0] == calls[2]
     monkeypatch.setattr(runtime, "_START_LIMIT_S", -1.0)
     calls = starts(Exception(SLOW))
-    with pytest.raises(SerError, match="the machine is too busy"):
+    with pytest.raises(SerError, match="too busy"):
+        runtime.start_ray()
+    assert len(calls) == 1
+    calls = starts(ValueError("no such option"))
+    with pytest.raises(ValueError, match="no such option"):
         runtime.start_ray()
     assert len(calls) == 1
 
 
-def test_what_a_slow_start_left_is_ended_and_nothing_else(
-    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_slow_start_left_is_ended_and_nothing_else(starts: Starts, monkeypatch: Patch) -> None:
     """Ray's processes of the failed start go; those of before, and others, stay."""
     started: list[subprocess.Popen[bytes]] = []
 
@@ -193,26 +186,17 @@ def test_what_a_slow_start_left_is_ended_and_nothing_else(
             child.communicate()
 
 
-def test_other_errors_are_not_tried_again(starts: Callable[..., list[dict[str, Any]]]) -> None:
-    calls = starts(ValueError("no such option"))
-    with pytest.raises(ValueError, match="no such option"):
-        runtime.start_ray()
-    assert len(calls) == 1
-
-
-def test_a_given_cluster_is_joined_as_it_is(
-    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_given_cluster_is_joined_as_it_is(starts: Starts, monkeypatch: Patch) -> None:
     calls = starts()
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    runtime.start_ray(2)
-    assert "num_cpus" not in calls[0]
-    assert "address" not in calls[0]
+    for name in runtime._LEAN:
+        monkeypatch.delenv(name, raising=False)
+    runtime.start_ray(2, lean=True)
+    assert not {"num_cpus", "address"} & set(calls[0])
+    assert not set(runtime._LEAN) & set(os.environ)
 
 
-def test_a_submitted_job_keeps_what_it_was_submitted_with(
-    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_submitted_job_keeps_what_it_was_submitted_with(starts: Starts, monkeypatch: Patch) -> None:
     """Ray refuses a variable that both the job and its driver set, and puts the upload on the path itself."""
     calls = starts()
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
@@ -226,19 +210,22 @@ def test_a_submitted_job_keeps_what_it_was_submitted_with(
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("address", "error", "words"),
     [
-        (ConnectionError("Could not find any running Ray instance."), "no Ray cluster answers at RAY_ADDRESS 10.0.0.1"),
-        (ray.exceptions.AuthenticationError("no token"), "requires its token; copy the head's"),
+        ("10.0.0.1:6379", ConnectionError("no running Ray instance"), "no Ray cluster answers at .* 10.0.0.1"),
+        ("10.0.0.1:6379", ray.exceptions.AuthenticationError("no token"), "token"),
+        ("http://127.0.0.1:8265", None, "ser submit"),  # a dashboard
+        ("https://cluster", None, "ser submit"),
     ],
 )
 def test_a_cluster_that_cannot_be_joined(
-    starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+    starts: Starts, monkeypatch: Patch, address: str, error: Exception | None, words: str
 ) -> None:
-    starts(error)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    calls = starts(*[error] if error else [])
+    monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(SerError, match=words):
         runtime.start_ray()
+    assert len(calls) == bool(error)
 
 
 LOOK = """
@@ -269,25 +256,15 @@ if __name__ == "__main__":
 
 def test_a_lean_ray_listens_on_loopback_only_and_lacks_the_processes_that_do_nothing_for_us() -> None:
     environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
-    run = subprocess.run(
-        [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-c", LOOK]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert "raylet" in run.stdout
     assert not [name for name in ("log_monitor.py", "dashboard.py", "monitor.py") if name in run.stdout]
 
 
-def test_only_a_local_ray_is_lean(starts: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
-    starts()
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    for name in runtime._LEAN:
-        monkeypatch.delenv(name, raising=False)
-    runtime.start_ray(lean=True)
-    assert not set(runtime._LEAN) & set(os.environ)
-
-
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux tells of all processes")
-def test_finished_workers_that_hang_are_ended_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_workers_that_hang_are_ended_and_nothing_else(monkeypatch: Patch) -> None:
     monkeypatch.setattr(ray_internals, "children", lambda: {os.getpid()})
     monkeypatch.setattr(ray_internals, "_finished", {})
     names = ("ray::Finished", "ray::AtWork")

@@ -1,3 +1,5 @@
+"""Which recordings of an evaluation a bundle was trained on: by their content, else by their name."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -21,50 +23,45 @@ def manifest(write_audio: Callable[..., Path]) -> pd.DataFrame:
 
 def trained_on(manifest: pd.DataFrame, splits: list[str]) -> pd.DataFrame:
     """A bundle's training table that holds the first rows of the manifest."""
-    return add_hashes(manifest.head(len(splits))).assign(id="x", split=splits)[
-        ["id", "content_hash", "speaker", "split"]
-    ]
+    columns = ["id", "content_hash", "speaker", "split"]
+    return add_hashes(manifest.head(len(splits))).assign(id="x", split=splits)[columns]
 
 
-def test_recordings_are_found_by_content_in_another_format_and_under_another_name(
-    manifest: pd.DataFrame, tmp_path: Path
-) -> None:
-    training = trained_on(manifest, ["train", "inner_val"])
+@pytest.mark.parametrize("cells", [None, "d41d8cd98f00b204e9800998ecf8427e", ""])
+def test_used_recordings_are_found_by_content_alone(manifest: pd.DataFrame, tmp_path: Path, cells: str | None) -> None:
+    """In another format, under another name, and whatever the CSV itself says about its contents."""
+    training = trained_on(manifest, ["train", "inner_val", "test"])
     samples, rate_hz = soundfile.read(manifest["speech"][0], dtype="int16")
     soundfile.write(tmp_path / "renamed.flac", samples, rate_hz, subtype="PCM_16")
     given = manifest.assign(speech=[str(tmp_path / "renamed.flac"), *manifest["speech"][1:]])
-    assert leaks.find(given, training).mask.tolist() == [True, True, False, False, False, False]
+    found = leaks.find(given if cells is None else given.assign(content_hash=cells), training)
+    assert found.mask.tolist() == [True, True, False, False, False, False]
+    assert (found.shared_speakers, found.duplicates, found.unread) == (("s0", "s1"), (), 0)
 
 
-def test_the_test_part_of_the_training_table_was_not_used(manifest: pd.DataFrame) -> None:
-    found = leaks.find(manifest, trained_on(manifest, ["test", "test", "train"]))
-    assert found.mask.tolist() == [False, False, True, False, False, False]
-    assert found.shared_speakers == ("s2",)
-
-
-def test_duplicates_and_unreadable_files(manifest: pd.DataFrame, tmp_path: Path) -> None:
+def test_copies_repeats_and_unreadable_files(manifest: pd.DataFrame, tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no audio")
     copy = tmp_path / "copy.wav"
     copy.write_bytes(Path(manifest["speech"][1]).read_bytes())
-    more = pd.DataFrame({"speech": [str(tmp_path / "text.wav"), str(tmp_path / "text.wav"), str(copy)], "label": "sad"})
-    found = leaks.find(pd.concat([manifest, more], ignore_index=True), trained_on(manifest, ["train"]))
-    assert found.duplicates == ((manifest["speech"][1], str(copy)),)
-    assert found.mask.sum() == 1
+    paths = [
+        manifest["speech"][0],
+        *(str(tmp_path / name) for name in ("text.wav", "text.wav", "copy.wav", "gone.wav")),
+    ]
+    asked = pd.concat([manifest, pd.DataFrame({"speech": paths, "label": "sad"})], ignore_index=True)
+    found = leaks.find(asked, trained_on(manifest, ["train"]).assign(id="gone"))
+    assert found.duplicates == ((manifest["speech"][1], str(copy)),)  # a path that is listed twice is no copy
+    assert np.flatnonzero(found.mask).tolist() == [0, 6]
+    assert leaks.describe(found, asked.assign(status="ok"), LABELS)["checked"] == 11 - 3
 
 
-def test_a_column_of_the_csv_does_not_say_what_a_recording_holds(manifest: pd.DataFrame) -> None:
-    """Others may mean another hash by the name, or fill it in wrongly: the recordings are read."""
-    training = trained_on(manifest, ["train", "train"])
-    for cells in ("d41d8cd98f00b204e9800998ecf8427e", ""):
-        found = leaks.find(manifest.assign(content_hash=cells), training)
-        assert found.mask.tolist() == [True, True, False, False, False, False]
-        assert (found.duplicates, found.unread) == ((), 0)
-
-
-def test_a_bundle_that_lists_nothing_says_so(manifest: pd.DataFrame) -> None:
-    found = leaks.find(manifest, pd.DataFrame())
-    assert not found.mask.any()
-    assert "no leak can be found" in str(found.note)
+def test_a_bundle_without_contents_is_compared_by_name_and_one_without_a_list_says_so(manifest: pd.DataFrame) -> None:
+    training = trained_on(manifest, ["train", "train", "test"]).assign(content_hash="", id=["0", "1", "2"])
+    found = leaks.find(manifest, training)
+    assert found.mask.tolist() == [True, True, False, False, False, False]
+    assert (found.by_name, found.unread, found.note) == (2, 0, None)
+    nothing = leaks.find(manifest, pd.DataFrame())
+    assert not nothing.mask.any()
+    assert nothing.note
 
 
 def test_figures_with_and_without() -> None:
@@ -78,33 +75,11 @@ def test_figures_with_and_without() -> None:
     assert everything["unseen"] == {"n": 0, "accuracy": None, "uar": None, "weighted_f1": None}
 
 
-def test_a_bundle_that_was_trained_without_the_audio_is_compared_by_name_and_says_so(manifest: pd.DataFrame) -> None:
-    training = trained_on(manifest, ["train", "train", "test"]).assign(content_hash="", id=["0", "1", "2"])
-    found = leaks.find(manifest, training)
-    assert found.mask.tolist() == [True, True, False, False, False, False]
-    assert (found.by_name, found.unread) == (2, 0)
-
-
-def test_what_cannot_be_read_is_not_counted_as_compared(manifest: pd.DataFrame, tmp_path: Path) -> None:
-    gone = pd.DataFrame({"speech": [str(tmp_path / "gone.wav")], "label": "sad"})
-    asked = pd.concat([manifest.head(2), gone], ignore_index=True)
-    found = leaks.find(asked, trained_on(manifest, ["train"]).assign(id="gone"))
-    assert found.mask.tolist() == [True, False, False]
-    told = leaks.describe(found, asked.assign(status="ok"), LABELS)
-    assert told["checked"] == 2
-
-
-@pytest.mark.parametrize("speaker", [None, ""])
-def test_voices_are_known_by_ravdess_names_on_both_sides(speaker: str | None) -> None:
+def test_voices_are_known_by_ravdess_names_on_both_sides() -> None:
     """A model may have been trained from a CSV of two columns too, and a column of speakers may be empty."""
     heard = pd.DataFrame({"id": ["03-01-05-01-01-01-07", "03-01-04-01-01-01-08"], "split": ["train", "test"]})
     training = heard.assign(content_hash="x", speaker="")
     given = pd.DataFrame({"speech": [f"/judges/03-01-03-01-01-01-0{i}.wav" for i in (7, 8, 9)], "label": "happy"})
-    asked = given if speaker is None else given.assign(speaker=speaker)
-    found = leaks.find(asked, training, contents=asked.assign(content_hash=["a", "b", "c"]))
-    assert found.shared_speakers == ("RAVDESS_07",)
-
-
-def test_a_path_that_is_listed_twice_is_no_copy(manifest: pd.DataFrame) -> None:
-    twice = pd.concat([manifest, manifest.head(1)], ignore_index=True)
-    assert leaks.find(twice, trained_on(manifest, ["train"])).duplicates == ()
+    for asked in (given, given.assign(speaker="")):
+        found = leaks.find(asked, training, contents=asked.assign(content_hash=["a", "b", "c"]))
+        assert found.shared_speakers == ("RAVDESS_07",)

@@ -110,14 +110,12 @@ def test_features_come_back_exactly_and_in_order(manifest: pd.DataFrame, copied:
     assert column.to_numpy_ndarray().shape == (4, 1, 64, 188), "plain PyArrow reads the shape"
     loaded = load_features(copied, CONFIG)
     good = manifest[manifest["speech"].str.contains("good")].reset_index(drop=True)
-    assert loaded.table["speech"].tolist() == good["speech"].tolist()
-    assert loaded.table["label"].tolist() == good["label"].tolist()
+    pd.testing.assert_frame_equal(loaded.table[["speech", "label"]], good[["speech", "label"]])
     assert loaded.mel_power is not None
     for i, path in enumerate(good["speech"]):
         expected = extract(load_middle(path).samples, CONFIG)
         np.testing.assert_array_equal(loaded.features[i], expected)
-        frames = int(loaded.n_frames[i])
-        duration_s = sf.info(path).duration
+        frames, duration_s = int(loaded.n_frames[i]), sf.info(path).duration
         assert frames == 1 + max(96_000, round(min(duration_s, 6.0) * 48_000)) // 512
         assert not loaded.mel_power[i, :, frames:].any()
         if duration_s <= 2:
@@ -130,13 +128,9 @@ def test_the_window_with_most_speech_is_extracted_and_stands_in_the_middle_of_wh
 ) -> None:
     voice = speech_like(duration_s=1.0, sample_rate_hz=48_000)
     paths = []
-    for number, (before, after) in enumerate([(1.0, 10.0), (6.0, 5.0), (0.1, 3.0), (8.0, 0.0), (0.2, 0.2)]):
-        parts = [np.zeros(round(s * 48_000), np.float32) for s in (before, after)]
-        paths.append(
-            str(
-                write_audio(f"{number}.wav", samples=np.concatenate([parts[0], voice, parts[1]]), sample_rate_hz=48_000)
-            )
-        )
+    for number, silent_s in enumerate([(1.0, 10.0), (6.0, 5.0), (0.1, 3.0), (8.0, 0.0), (0.2, 0.2)]):
+        samples = np.pad(voice, [round(s * 48_000) for s in silent_s])
+        paths.append(str(write_audio(f"{number}.wav", samples=samples, sample_rate_hz=48_000)))
     config, out = replace(CONFIG, window="speech"), tmp_path / "out"
     options = ShardOptions(pitch_semitones=(0.0,))
     extract_shards(pd.DataFrame({"speech": paths, "label": "sad"}), out, config, options=options)
@@ -150,25 +144,23 @@ def test_the_window_with_most_speech_is_extracted_and_stands_in_the_middle_of_wh
         first = (loaded.n_frames[row] - 188) // 2
         inner = normalise_power(loaded.mel_power[row, :, first : first + 188], config)
         assert np.corrcoef(inner.ravel(), expected.ravel())[0, 1] > 0.95
-    with pytest.raises(ShardError, match="window speech, not middle") as refused:
+    with pytest.raises(ShardError, match="window speech, not middle"):
         load_features(out, CONFIG)
-    assert "\n" not in str(refused.value)
 
 
 @HERE
 def test_only_missing_parts_are_done_again(manifest: pd.DataFrame, copied: Path) -> None:
-    out, options = copied, FOURS
-    before = read_parts(out)
-    assert extract_shards(manifest, out, CONFIG, options=options).reused == 5
-    kept = (out / "part-00000.parquet").stat().st_mtime_ns
-    (out / "manifest.json").unlink()
-    (out / "part-00003.parquet").unlink()
-    (out / ".part-00003.parquet.1.tmp").write_bytes(b"half written")
+    before = read_parts(copied)
+    assert extract_shards(manifest, copied, CONFIG, options=FOURS).reused == 5
+    kept = (copied / "part-00000.parquet").stat().st_mtime_ns
+    (copied / "manifest.json").unlink()
+    (copied / "part-00003.parquet").unlink()
+    (copied / ".part-00003.parquet.1.tmp").write_bytes(b"half written")
     with pytest.raises(ShardError, match="did not finish"):
-        load_features(out)
-    assert extract_shards(manifest, out, CONFIG, options=options).reused == 4
-    assert (out / "part-00000.parquet").stat().st_mtime_ns == kept
-    after = read_parts(out)
+        load_features(copied)
+    assert extract_shards(manifest, copied, CONFIG, options=FOURS).reused == 4
+    assert (copied / "part-00000.parquet").stat().st_mtime_ns == kept
+    after = read_parts(copied)
     assert after["row_id"].tolist() == before["row_id"].tolist()
     assert np.array_equal(np.stack(after["log_mel"]), np.stack(before["log_mel"]))
 
@@ -191,8 +183,7 @@ def test_other_recordings_settings_or_folders_are_refused(manifest: pd.DataFrame
 @HERE
 def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path) -> None:
     good = manifest[manifest["speech"].str.contains("good[01]")]
-    frames = FeatureConfig(kind="frame_features")
-    extract_shards(good, tmp_path / "frames", frames)
+    extract_shards(good, tmp_path / "frames", FeatureConfig(kind="frame_features"))
     loaded = load_features(tmp_path / "frames")
     assert loaded.features.shape == (2, 188, 190)
     assert loaded.mel_power is None
@@ -210,26 +201,22 @@ def test_frame_features_and_pitch_copies(manifest: pd.DataFrame, tmp_path: Path)
     assert table["label"].tolist() == [label for label in good["label"] for _ in range(3)]
 
 
+@HERE
 def test_wrong_configuration_version_or_part_is_refused(copied: Path, tmp_path: Path) -> None:
-    out = copied
     with pytest.raises(ShardError, match="kind log_mel, not frame_features"):
-        load_features(out, FeatureConfig(kind="frame_features"))
-    values = json.loads((out / "manifest.json").read_text())
+        load_features(copied, FeatureConfig(kind="frame_features"))
+    values = json.loads((copied / "manifest.json").read_text())
     for change in ({"version": 99}, {"parts": ["part-00009.parquet"]}, {"parts": None}):
-        (out / "manifest.json").write_text(json.dumps({**values, **change}))
+        (copied / "manifest.json").write_text(json.dumps({**values, **change}))
         with pytest.raises(ShardError):
-            load_features(out)
+            load_features(copied)
     with pytest.raises(ShardError, match="no feature folder"):
         load_features(tmp_path / "nowhere")
-
-
-@HERE
-def test_nothing_readable(tmp_path: Path) -> None:
     table = pd.DataFrame({"speech": [str(tmp_path / "a.wav")], "label": ["sad"]})
-    assert extract_shards(table, tmp_path / "out", CONFIG).failed == 1
+    assert extract_shards(table, tmp_path / "empty", CONFIG).failed == 1
     with pytest.raises(ShardError, match="no readable recording"):
-        load_features(tmp_path / "out")
-    assert store.read_shard_manifest(tmp_path / "out")["rows"] == 1
+        load_features(tmp_path / "empty")
+    assert store.read_shard_manifest(tmp_path / "empty")["rows"] == 1
 
 
 class Crashing(BlockWriter):

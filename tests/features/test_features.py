@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import librosa
 import numpy as np
@@ -17,7 +18,6 @@ from pipeline.features.features import (
     frame_features,
     log_mel,
     mel_power,
-    normalise_power,
 )
 
 CONFIG = FeatureConfig()
@@ -49,14 +49,20 @@ def test_log_mel_equals_librosa(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate_hz", "n_fft", "hop", "n_mels", "n"),
-    [(16_000, 512, 160, 40, 16_000), (48_000, 2048, 512, 64, 50_001), (22_050, 1024, 256, 80, 3_000)],
+    ("rate_hz", "n_fft", "hop", "n_mels", "n", "f_max_hz"),
+    [
+        (16_000, 512, 160, 40, 16_000, None),
+        (48_000, 2048, 512, 64, 50_001, None),
+        (22_050, 1024, 256, 80, 3_000, None),
+        *((48_000, 2048, 512, 64, 96_000, f_max_hz) for f_max_hz in (4_000.0, 8_000.0, 24_000.0)),
+    ],
 )
-def test_mel_power_equals_librosa_at_other_settings(rate_hz: int, n_fft: int, hop: int, n_mels: int, n: int) -> None:
-    config = FeatureConfig(sample_rate_hz=rate_hz, n_fft=n_fft, hop_length=hop, n_mels=n_mels)
-    samples = speech_like(1, n, rate_hz)
-    expected = librosa.feature.melspectrogram(y=samples, sr=rate_hz, n_fft=n_fft, hop_length=hop, n_mels=n_mels)
-    ours = mel_power(samples, config)
+def test_mel_power_equals_librosa_at_other_settings(
+    rate_hz: int, n_fft: int, hop: int, n_mels: int, n: int, f_max_hz: float | None
+) -> None:
+    samples, cut = speech_like(1, n, rate_hz), {"n_fft": n_fft, "hop_length": hop, "n_mels": n_mels}
+    expected = librosa.feature.melspectrogram(y=samples, sr=rate_hz, fmax=f_max_hz, **cut)
+    ours = mel_power(samples, FeatureConfig(sample_rate_hz=rate_hz, f_max_hz=f_max_hz, **cut))
     assert ours.shape == expected.shape
     np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
 
@@ -99,13 +105,9 @@ def test_a_tone_is_brightest_in_its_band() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, FRAMES])
-@pytest.mark.parametrize("value", [0.0, 0.5, 1e-20])
-def test_silence_and_a_constant_stay_finite(config: FeatureConfig, value: float) -> None:
-    features = extract(np.full(96_000, value, np.float32), config)
-    assert np.isfinite(features).all()
-
-
-def test_silence_is_flat() -> None:
+def test_a_constant_stays_finite_and_silence_is_flat(config: FeatureConfig) -> None:
+    for value in (0.0, 0.5, 1e-20):
+        assert np.isfinite(extract(np.full(96_000, value, np.float32), config)).all()
     assert not log_mel(np.zeros(96_000, np.float32), CONFIG).any()
 
 
@@ -115,12 +117,6 @@ def test_frames_follow_the_length(n: int) -> None:
     assert mel_power(np.ones(n, np.float32), CONFIG).shape == (64, 1 + n // 512)
 
 
-def test_standardised() -> None:
-    picture = normalise_power(mel_power(speech_like(5), CONFIG), CONFIG)
-    assert abs(float(picture.mean())) < 1e-4
-    assert float(picture.std()) == pytest.approx(1, abs=1e-4)
-
-
 @pytest.mark.parametrize("shape", [(95_999,), (1, 96_000), (0,)])
 def test_another_length_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(FeatureError, match="96000 mono samples"):
@@ -128,20 +124,11 @@ def test_another_length_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_fingerprint_changes_with_every_setting_and_survives_json() -> None:
-    others = [
-        FeatureConfig(**{name: value})
-        for name, value in {
-            "n_mels": 80,
-            "window_s": 3.0,
-            "n_fft": 1024,
-            "top_db": 60.0,
-            "kind": "frame_features",
-            "f_max_hz": 8_000.0,
-            "window": "speech",
-        }.items()
-    ]
-    assert len({CONFIG.fingerprint(), *(c.fingerprint() for c in others)}) == 8
-    for config in (CONFIG, *others):
+    changes = {"n_mels": 80, "window_s": 3.0, "n_fft": 1024, "top_db": 60.0, "kind": "frame_features"}
+    changes |= {"f_max_hz": 8_000.0, "window": "speech"}
+    configs = [CONFIG, *(FeatureConfig(**{name: value}) for name, value in changes.items())]
+    assert len({config.fingerprint() for config in configs}) == 8
+    for config in configs:
         assert FeatureConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -149,18 +136,6 @@ def test_the_default_contract_is_that_of_the_weights_in_circulation() -> None:
     """Bundles and shards made before `f_max_hz` and `window` existed carry this fingerprint."""
     assert FeatureConfig().fingerprint() == "37816ab17e87f83d"
     assert FeatureConfig.from_dict({"n_mels": 64}).window == "middle"
-    with pytest.raises(FeatureError, match="unknown window 'loudest'"):
-        FeatureConfig.from_dict({"window": "loudest"})
-
-
-@pytest.mark.parametrize("f_max_hz", [4_000.0, 8_000.0, 24_000.0])
-def test_a_lower_top_of_the_bands_equals_librosa(f_max_hz: float) -> None:
-    samples = speech_like(4)
-    expected = librosa.feature.melspectrogram(
-        y=samples, sr=48_000, n_fft=2048, hop_length=512, n_mels=64, fmax=f_max_hz
-    )
-    ours = mel_power(samples, FeatureConfig(f_max_hz=f_max_hz))
-    np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
 
 
 def test_bands_up_to_8_khz_are_deaf_to_what_lies_above() -> None:
@@ -172,27 +147,22 @@ def test_bands_up_to_8_khz_are_deaf_to_what_lies_above() -> None:
     assert np.abs(log_mel(hissing, CONFIG) - log_mel(speech, CONFIG)).mean() > 0.1
 
 
-@pytest.mark.parametrize("f_max_hz", [0.0, -1.0, 24_000.5, float("nan")])
-def test_bands_beyond_half_the_rate_are_refused(f_max_hz: float) -> None:
-    with pytest.raises(FeatureError, match="24000 Hz"):
-        FeatureConfig(f_max_hz=f_max_hz)
-
-
-def test_unknown_or_impossible_settings_are_refused() -> None:
-    with pytest.raises(FeatureError, match="n_chroma"):
-        FeatureConfig.from_dict({"n_chroma": 12})
-    with pytest.raises(FeatureError, match="positive"):
-        FeatureConfig(hop_length=0)
-    for number in (float("nan"), float("inf")):
-        with pytest.raises(FeatureError, match="finite"):
-            FeatureConfig(window_s=number)
-    with pytest.raises(FeatureError, match="kind"):
-        FeatureConfig(kind="wavelet")
-    with pytest.raises(FeatureError, match="expected at most 60 s"):
-        FeatureConfig(window_s=1e6)
-    with pytest.raises(FeatureError, match="n_mfcc=40"):
-        FeatureConfig(kind="frame_features", n_mels=32)
-    with pytest.raises(FeatureError, match="n_mels=256"):
-        FeatureConfig(n_mels=256, f_max_hz=4_000.0)
-    with pytest.raises(FeatureError, match="n_fft=2048"):
-        FeatureConfig(n_mels=10**12)
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"n_chroma": 12}, "n_chroma"),
+        ({"hop_length": 0}, "positive"),
+        *(({"window_s": number}, "finite") for number in (float("nan"), float("inf"))),
+        ({"window_s": 1e6}, "at most 60 s"),
+        ({"window_s": 0.001}, "shorter than one hop"),
+        ({"window": "loudest"}, "loudest"),
+        ({"kind": "wavelet"}, "kind"),
+        *(({"f_max_hz": f_max_hz}, "24000 Hz") for f_max_hz in (0.0, -1.0, 24_000.5, float("nan"))),
+        ({"kind": "frame_features", "n_mels": 32}, "n_mfcc=40"),
+        ({"n_mels": 256, "f_max_hz": 4_000.0}, "n_mels=256"),
+        ({"n_mels": 10**12}, "n_fft=2048"),
+    ],
+)
+def test_unknown_or_impossible_settings_are_refused(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(FeatureError, match=word):
+        FeatureConfig.from_dict(settings)

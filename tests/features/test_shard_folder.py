@@ -23,7 +23,7 @@ import pytest
 from pipeline.audio.load import content_hash
 from pipeline.cluster import engine, runtime
 from pipeline.data import splits
-from pipeline.features.extract import BlockWriter, ShardOptions, extract_shards
+from pipeline.features.extract import BlockWriter, ShardOptions, ShardSummary, extract_shards
 from pipeline.features.features import FeatureConfig
 from pipeline.features.store import NOTES, ShardError, known_hashes, load_features
 from pipeline.storage.errors import SerError
@@ -72,15 +72,14 @@ def test_two_extractions_into_one_folder_do_not_mix(recordings: pd.DataFrame, tm
 
 
 def test_what_still_runs_of_a_killed_extraction_writes_nothing(recordings: pd.DataFrame, tmp_path: Path) -> None:
-    (tmp_path / NOTES).mkdir()
+    notes, schema = tmp_path / NOTES / "run", pa.Schema.from_pandas(recordings, preserve_index=False)
+    notes.parent.mkdir()
     rows = recordings.iloc[:1].assign(_block=0, _row=0)
-    write = BlockWriter(
-        tmp_path, pa.Schema.from_pandas(recordings, preserve_index=False), CONFIG, NO_POWER, run="first"
-    )
-    (tmp_path / NOTES / "run").write_text("first")
+    write = BlockWriter(tmp_path, schema, CONFIG, NO_POWER, run="first")
+    notes.write_text("first")
     write(rows)
     (tmp_path / "part-00000.parquet").unlink()
-    (tmp_path / NOTES / "run").write_text("second")
+    notes.write_text("second")
     with pytest.raises(ShardError, match="taken over"):
         write(rows)
     assert not list(tmp_path.glob("*part*"))
@@ -92,29 +91,34 @@ def test_changed_recordings_are_refused_and_those_that_are_gone_are_not(
     out = tmp_path / "out"
     first, second, third = (Path(path) for path in recordings["speech"][:3])
     whole = first.read_bytes()
+
+    def again(**more: Any) -> ShardSummary:
+        return extract_shards(recordings, out, CONFIG, options=ONE_EACH, **more)
+
+    def refused(reason: str) -> None:
+        with pytest.raises(ShardError, match=reason) as caught:
+            again()
+        assert "\n" not in str(caught.value)
+
     first.write_bytes(whole[:44])
-    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).failed == 1
-    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
+    assert again().failed == 1
+    assert again().reused == 4
     second.unlink()
-    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
+    assert again().reused == 4
     first.write_bytes(whole)
-    with pytest.raises(ShardError, match=f"{first}") as caught:
-        extract_shards(recordings, out, CONFIG, options=ONE_EACH)
-    assert "\n" not in str(caught.value)
+    refused(f"{first}")
     os.utime(third, ns=(0, 1))
-    with pytest.raises(ShardError, match=f"{first} and 1 more"):
-        extract_shards(recordings, out, CONFIG, options=ONE_EACH)
-    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH, overwrite=True).failed == 1
+    refused(f"{first} and 1 more")
+    assert again(overwrite=True).failed == 1
     assert read_parts(out)["status"].tolist() == ["ok", "not_found", "ok", "ok"]
     (out / "manifest.json").unlink()
     (out / "part-00002.parquet").unlink()
     os.utime(third, ns=(0, 2))  # its part is to be made now
-    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 3
+    assert again().reused == 3
     os.utime(third, ns=(0, 3))
-    with pytest.raises(ShardError, match=f"{third}"):
-        extract_shards(recordings, out, CONFIG, options=ONE_EACH)
+    refused(f"{third}")
     (out / "stamps.npy").unlink()  # as folders were made before
-    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 4
+    assert again().reused == 4
 
 
 def test_a_recording_of_a_year_that_is_no_64_bit_number_has_a_stamp(write_audio: Callable[..., Path]) -> None:
@@ -125,61 +129,58 @@ def test_a_recording_of_a_year_that_is_no_64_bit_number_has_a_stamp(write_audio:
     assert stamps_of([str(path)]).tolist() == [[path.stat().st_size, 2**63 - 1]]
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
-def test_a_damaged_part_is_done_again(recordings: pd.DataFrame, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_part_is_done_again(recordings: pd.DataFrame, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    part, paths = out / "part-00002.parquet", [Path(path) for path in recordings["speech"]]
     extract_shards(recordings, out, CONFIG, options=ONE_EACH)
-    (out / "manifest.json").unlink()
-    (out / "part-00002.parquet").write_bytes(content)
-    assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 3
-    assert read_parts(out)["status"].eq("ok").all()
+    for content in (b"", b"PAR1 and no more"):
+        (out / "manifest.json").unlink()
+        part.write_bytes(content)
+        assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).reused == 3
+        assert read_parts(out)["status"].eq("ok").all()
     before = load_features(out).features[2].copy()
-    for name in ("manifest.json", "part-00002.parquet"):
-        (out / name).unlink()
-    Path(recordings["speech"][2]).write_bytes(Path(recordings["speech"][3]).read_bytes())
+    for path in (out / "manifest.json", part):
+        path.unlink()
+    paths[2].write_bytes(paths[3].read_bytes())
     extract_shards(recordings, out, CONFIG, options=ONE_EACH)
     features = load_features(out).features
     assert (features[2] == features[3]).all()
     assert (features[2] != before).any()
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
-def test_a_damaged_part_of_a_finished_folder_is_told_in_one_line(
-    recordings: pd.DataFrame, tmp_path: Path, content: bytes | None
-) -> None:
+def test_a_damaged_part_of_a_finished_folder_is_told_in_one_line(recordings: pd.DataFrame, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract_shards(recordings, out, CONFIG, options=ONE_EACH)
     part = out / "part-00002.parquet"
     whole = part.read_bytes()
     middle = len(whole) // 2
-    part.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :] if content is None else content)
-    with pytest.raises(ShardError, match=r"part-00002.parquet is damaged .*--overwrite") as told:
-        load_features(out)
-    assert "\n" not in str(told.value)
-    assert not list(out.glob("*arrays*"))
+    for content in (b"", b"PAR1 and no more", whole[:middle] + bytes(64) + whole[middle + 64 :]):
+        part.write_bytes(content)
+        with pytest.raises(ShardError, match=r"part-00002.parquet is damaged .*--overwrite") as told:
+            load_features(out)
+        assert "\n" not in str(told.value)
+        assert not list(out.glob("*arrays*"))
 
 
-@pytest.mark.parametrize("name", ["table.parquet", "features.npy", "mel_power.npy"])
-def test_damaged_arrays_are_told_and_made_anew(recordings: pd.DataFrame, tmp_path: Path, name: str) -> None:
+def test_damaged_arrays_are_told_and_made_anew(recordings: pd.DataFrame, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract_shards(recordings, out, CONFIG, options=ShardOptions(mel_power_s=2.0))
-    assert load_features(out).mel_power is not None
-    (cache,) = out.glob("arrays-*")
-    (cache / name).write_bytes((cache / name).read_bytes()[:300])
-    with pytest.raises(ShardError, match=cache.name):
-        load_features(out)
-    shutil.rmtree(cache)
-    assert len(load_features(out).features) == 4
+    for name in ("table.parquet", "features.npy", "mel_power.npy"):
+        loaded = load_features(out)
+        assert loaded.mel_power is not None
+        assert len(loaded.features) == 4
+        (cache,) = out.glob("arrays-*")
+        (cache / name).write_bytes((cache / name).read_bytes()[:300])
+        with pytest.raises(ShardError, match=cache.name):
+            load_features(out)
+        shutil.rmtree(cache)
 
 
 def test_a_full_disk_is_told_and_the_same_command_goes_on(recordings: pd.DataFrame, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with no_file_above(100), pytest.raises(OSError, match="File too large"):
         extract_shards(pd.concat([recordings] * 2), out, CONFIG, options=ONE_EACH)
-    with (
-        no_file_above(2_000),
-        pytest.raises(ShardError, match=r"cannot write .*part-00000.parquet: .*free some space"),
-    ):
+    with no_file_above(2_000), pytest.raises(ShardError, match=r"cannot write .*part-00000.parquet: .*free some"):
         extract_shards(recordings, out, CONFIG, options=ONE_EACH)
     assert extract_shards(recordings, out, CONFIG, options=ONE_EACH).failed == 0
     with no_file_above(100_000), pytest.raises(ShardError, match=r"cannot write .*arrays-.*File too large; free some"):
@@ -262,20 +263,16 @@ def test_mel_power_holds_the_window_at_least(recordings: pd.DataFrame, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "word"),
     [
-        ({"block_rows": 0}, "block_rows must be 1 or more, got 0"),
-        ({"block_rows": -5}, "block_rows must be 1 or more, got -5"),
-        ({"mel_power_s": float("nan")}, "mel_power_s must be .* got nan"),
-        ({"mel_power_s": float("inf")}, "mel_power_s must be .* got inf"),
-        ({"mel_power_s": 121.0}, "mel_power_s must be .* got 121"),
-        ({"mel_power_s": -1.0}, "mel_power_s must be .* got -1"),
+        *(({"block_rows": rows}, "block_rows") for rows in (0, -5)),
+        *(({"mel_power_s": seconds}, "mel_power_s") for seconds in (float("nan"), float("inf"), 121.0, -1.0)),
         ({"pitch_semitones": (float("nan"),)}, "finite"),
-        ({"pitch_semitones": (1.0,), "mel_power_s": 0.0}, "give --mel_power_s 6, or leave --pitch_semitones out"),
+        ({"pitch_semitones": (1.0,), "mel_power_s": 0.0}, "--mel_power_s 6"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ShardError, match=complaint):
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ShardError, match=word):
         ShardOptions(**options)
 
 
@@ -302,11 +299,6 @@ def hashed(*folders: Path) -> list[str]:
     return list(splits.add_hashes(table, known=known_hashes(folders, table))["content_hash"])
 
 
-def rewrite(out: Path, number: int, change: Callable[[pa.Table], pa.Table]) -> None:
-    path = out / f"part-{number:05d}.parquet"
-    pq.write_table(change(pq.read_table(path)), path)
-
-
 def test_content_hashes_are_those_of_the_shards_until_a_recording_changes(
     recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
 ) -> None:
@@ -315,69 +307,56 @@ def test_content_hashes_are_those_of_the_shards_until_a_recording_changes(
     given = pd.concat([recordings.iloc[:1].assign(speech=str(tmp_path / "none.wav")), recordings], ignore_index=True)
     extract_shards(given, out, CONFIG, options=NO_POWER)
     extract_shards(recordings.iloc[[2]], other, CONFIG, options=NO_POWER)
-    hashes = [content_hash(path) for path in paths]
-    assert read_parts(out)["content_hash"].tolist() == ["", *hashes]
-    assert hashed(out) == hashes
-    assert hashed(other, out) == [hashes[2], *hashes]
+    a, b, c, d = (content_hash(path) for path in paths)
+    assert read_parts(out)["content_hash"].tolist() == ["", a, b, c, d]
+    assert hashed(out) == [a, b, c, d]
+    assert hashed(other, out) == [c, a, b, c, d]
     assert decoded == []
 
     os.utime(paths[0], ns=(0, 1))
     paths[1].write_bytes(paths[3].read_bytes())
     paths[2].unlink()
-    assert hashed(other, out) == [hashes[2], hashes[0], hashes[3], hashes[2], hashes[3]]
+    assert hashed(other, out) == [c, a, d, c, d]
     assert sorted(decoded) == [str(paths[0]), str(paths[1])]
 
     (out / "stamps.npy").unlink()
-    assert hashed(out) == [hashes[0], hashes[3], hashes[2], hashes[3]]
+    assert hashed(out) == [a, d, c, d]
     assert sorted(decoded[2:]) == [str(paths[0]), str(paths[1]), str(paths[3])]
-
-
-def test_shards_without_hashes_are_read_and_their_recordings_decoded(
-    recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
-) -> None:
-    out, paths = tmp_path / "out", recordings["speech"].tolist()
-    hashes = [content_hash(path) for path in paths]
-    extract_shards(recordings, out, CONFIG, options=NO_POWER)
-    rewrite(out, 0, lambda part: part.drop_columns("content_hash"))
-    assert "content_hash" not in load_features(out).table
-    assert hashed(out) == hashes
-    assert sorted(decoded) == paths
 
 
 def test_hashes_that_came_with_a_manifest_are_not_heeded(
     recordings: pd.DataFrame, tmp_path: Path, decoded: list[str]
 ) -> None:
     out, given = tmp_path / "out", recordings.assign(content_hash="of others")
-    paths, hashes = recordings["speech"].tolist(), [content_hash(path) for path in recordings["speech"]]
+    paths = recordings["speech"].tolist()
+    hashes = [content_hash(path) for path in paths]
+
+    def are_found(*, by_decoding: list[str]) -> None:
+        decoded.clear()
+        assert hashed(out) == hashes
+        assert sorted(decoded) == by_decoding
+
     extract_shards(given, out, CONFIG, options=ONE_EACH)
-    assert hashed(out) == hashes
+    are_found(by_decoding=[])
     assert load_features(out).table["in_content_hash"].eq("of others").all()
-    assert decoded == []
 
     plan = CONFIG.fingerprint() + json.dumps(asdict(ONE_EACH), sort_keys=True) + given.to_csv(index=False)
     begun = hashlib.sha256(plan.encode()).hexdigest()[:16]  # as it was before shards had hashes
     assert json.loads((out / "plan.json").read_text())["plan"] == begun
-    for number in range(4):
-        rewrite(
-            out,
-            number,
-            lambda part: part.drop_columns("content_hash").rename_columns({"in_content_hash": "content_hash"}),
-        )
+    for path in out.glob("part-*"):
+        part = pq.read_table(path).drop_columns("content_hash")
+        pq.write_table(part.rename_columns({"in_content_hash": "content_hash"}), path)
     shutil.rmtree(out / f"arrays-{begun}")
-    assert hashed(out) == hashes
-    assert sorted(decoded) == paths
+    assert "content_hash" not in load_features(out).table
+    are_found(by_decoding=paths)
 
-    decoded.clear()
     cached = out / f"arrays-{begun}" / "table.parquet"
     table = pd.read_parquet(cached)
     table.insert(0, "content_hash", "of others")
     table.to_parquet(cached)  # as it was made then
-    assert hashed(out) == hashes
-    assert sorted(decoded) == paths
+    are_found(by_decoding=paths)
 
-    decoded.clear()
     for name in ("manifest.json", "part-00002.parquet"):
         (out / name).unlink()
     assert extract_shards(given, out, CONFIG, options=ONE_EACH).reused == 3
-    assert hashed(out) == hashes
-    assert sorted(decoded) == [*paths[:2], paths[3]]
+    are_found(by_decoding=[*paths[:2], paths[3]])

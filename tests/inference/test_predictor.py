@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,8 +45,13 @@ def by_hand(model: torch.nn.Module, windows: list[NDArray[np.float32]], temperat
     return torch.log_softmax(logits, dim=1).numpy()
 
 
-def whole(path: Path) -> NDArray[np.float32]:
-    return audio.load(path, sample_rate_hz=48_000).samples
+def whole(path: Path, rate_hz: int = 48_000) -> NDArray[np.float32]:
+    return audio.load(path, sample_rate_hz=rate_hz).samples
+
+
+def beside(write_audio: WriteAudio, *paths: Path) -> Path:
+    """One recording with these as its channels."""
+    return write_audio("both.wav", samples=np.stack([whole(path, 16_000) for path in paths], axis=1))
 
 
 def together(log_p: Floats) -> Floats:
@@ -54,42 +60,39 @@ def together(log_p: Floats) -> Floats:
     return p / p.sum()
 
 
-def test_one_crop_is_the_middle_two_seconds(
-    predictor: Predictor, torch_model: torch.nn.Module, write_audio: WriteAudio
+def test_one_crop_is_the_middle_two_seconds_and_temperature_divides_the_logits(
+    tiny_bundle: Bundle, predictor: Predictor, torch_model: torch.nn.Module, write_audio: WriteAudio
 ) -> None:
     path = write_audio(duration_s=3.5, sample_rate_hz=48_000)
     samples = whole(path)
     middle = samples[(len(samples) - 96_000) // 2 :][:96_000]
-    prediction = predictor.predict([path])[0]
-    np.testing.assert_allclose(prediction.probabilities, np.exp(by_hand(torch_model, [middle]))[0], atol=1e-4)
-    assert prediction.predicted == predictor.labels[int(prediction.probabilities.argmax())]
-    assert prediction.confidence == prediction.probabilities.max()
-    assert (prediction.status, prediction.error) == ("ok", None)
-    assert (prediction.duration_s, prediction.scored_s) == (3.5, 2.0)
-    assert (prediction.sample_rate_hz, prediction.channels) == (48_000, 1)
+    for temperature in (1.0, 0.5, 3.0):
+        calibrated = Predictor(dataclasses.replace(tiny_bundle, temperature=temperature), predictor.backend)
+        found = calibrated.predict([path])[0]
+        np.testing.assert_allclose(
+            found.probabilities, np.exp(by_hand(torch_model, [middle], temperature))[0], atol=1e-4
+        )
+        assert found.predicted == predictor.labels[int(found.probabilities.argmax())]
+        assert found.confidence == found.probabilities.max()
+    assert (found.status, found.error) == ("ok", None)
+    assert (found.duration_s, found.scored_s) == (3.5, 2.0)
+    assert (found.sample_rate_hz, found.channels) == (48_000, 1)
 
 
 @pytest.mark.parametrize("crops", [2, 3])
 def test_crops_are_evenly_spaced_and_pooled_by_log_probability(
-    crops: int, tiny_bundle: Bundle, torch_model: torch.nn.Module, write_audio: WriteAudio
+    crops: int, tiny_bundle: Bundle, predictor: Predictor, torch_model: torch.nn.Module, write_audio: WriteAudio
 ) -> None:
-    path = write_audio(duration_s=5.0, sample_rate_hz=48_000)
+    path, short = write_audio(duration_s=5.0, sample_rate_hz=48_000), write_audio("short.wav", duration_s=1.2)
     samples = whole(path)
     starts = [(5.0 - 2.0) * (k + 0.5) / crops for k in range(crops)]
-    windows = [samples[round(start * 48_000) :][:96_000] for start in starts]
-    expected = together(by_hand(torch_model, windows))
-    prediction = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=crops).predict([path])[0]
-    np.testing.assert_allclose(prediction.probabilities, expected, atol=1e-4)
-    single = np.exp(by_hand(torch_model, windows[:1]))[0]
-    assert np.abs(expected - single).max() > 1e-3, "the crops say the same: this test cannot fail"
-    assert prediction.scored_s == pytest.approx(min(5.0, starts[-1] - starts[0] + 2.0))
-
-
-def test_crops_of_a_short_recording_are_its_middle(tiny_bundle: Bundle, write_audio: WriteAudio) -> None:
-    path = write_audio(duration_s=1.2)
-    one, five = (Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=k).predict([path])[0] for k in (1, 5))
-    np.testing.assert_array_equal(one.probabilities, five.probabilities)
-    assert five.scored_s == pytest.approx(1.2)
+    log_p = by_hand(torch_model, [samples[round(start * 48_000) :][:96_000] for start in starts])
+    found, of_short = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=crops).predict([path, short])
+    np.testing.assert_allclose(found.probabilities, together(log_p), atol=1e-4)
+    assert np.abs(together(log_p) - np.exp(log_p[0])).max() > 1e-3, "the crops say the same: this test cannot fail"
+    assert found.scored_s == pytest.approx(min(5.0, starts[-1] - starts[0] + 2.0))
+    np.testing.assert_allclose(of_short.probabilities, predictor.predict([short])[0].probabilities, atol=1e-6)
+    assert of_short.scored_s == pytest.approx(1.2)
 
 
 def test_crops_far_apart_equal_those_of_one_read(tiny_bundle: Bundle, write_audio: WriteAudio) -> None:
@@ -101,22 +104,6 @@ def test_crops_far_apart_equal_those_of_one_read(tiny_bundle: Bundle, write_audi
         expected = extract(samples[round(start_s * 48_000) :][:96_000], tiny_bundle.features)
         np.testing.assert_allclose(features, expected, atol=2e-2)  # soxr's float noise, in units of the clip's std
         assert np.abs(features - expected).mean() < 1e-4
-
-
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_temperature_divides_the_logits(
-    temperature: float,
-    tiny_bundle: Bundle,
-    predictor: Predictor,
-    torch_model: torch.nn.Module,
-    write_audio: WriteAudio,
-) -> None:
-    path = write_audio(duration_s=2.0, sample_rate_hz=48_000)
-    calibrated = Predictor(dataclasses.replace(tiny_bundle, temperature=temperature), predictor.backend)
-    p = calibrated.predict([path])[0].probabilities
-    np.testing.assert_allclose(p, np.exp(by_hand(torch_model, [whole(path)], temperature))[0], atol=1e-4)
-    assert p.argmax() == predictor.predict([path])[0].probabilities.argmax()
-    assert (p.max() > predictor.predict([path])[0].confidence) == (temperature < 1)
 
 
 def test_batches_do_not_matter_and_order_is_kept(
@@ -132,10 +119,11 @@ def test_batches_do_not_matter_and_order_is_kept(
 def test_probabilities_sum_to_one_and_take_many(predictor: Predictor) -> None:
     features = np.random.default_rng(0).standard_normal((20, 1, 64, 188)).astype(np.float32)
     p = predictor.probabilities(features)
-    assert p.shape == (20, 8)
-    assert p.dtype == np.float64
+    assert (p.shape, p.dtype) == ((20, 8), np.float64)
     np.testing.assert_allclose(p.sum(axis=1), 1.0, atol=1e-12)
     assert predictor.probabilities(features[:0]).shape == (0, 8)
+    with pytest.raises(SerError, match=r"\(n, 1, 64, 188\), got \(20, 1, 64, 100\)"):
+        predictor.probabilities(features[..., :100])
 
 
 def test_bad_recordings_are_told_and_leave_the_good_ones_alone(
@@ -147,24 +135,23 @@ def test_bad_recordings_are_told_and_leave_the_good_ones_alone(
     (cut := tmp_path / "cut.wav").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     (folder := tmp_path / "folder.wav").mkdir()
     silent = write_audio("nan.wav", samples=np.full(16_000, np.nan, np.float32), subtype="FLOAT")
-    sources = [good, empty, text, cut, folder, tmp_path / "gone.wav", b"RIFF", silent, good.read_bytes()]
-    found = predictor.predict(sources)
-    assert [p.status for p in found] == [
-        *("ok", "empty_file", "not_audio", "truncated", "not_a_file", "not_found"),
-        *(found[6].status, "not_finite", "ok"),
-    ]
-    assert found[6].status in audio.ERRORS
-    alone = predictor.predict([good])[0].probabilities
-    for position, prediction in enumerate(found):
-        if position in (0, 8):
-            np.testing.assert_allclose(prediction.probabilities, alone, atol=1e-6)
-            continue
-        assert prediction.predicted is None
-        assert prediction.label() is None
+    sources = [empty, text, cut, folder, tmp_path / "gone.wav", silent, b"RIFF"]
+    first, *bad, last = predictor.predict([good, *sources, good.read_bytes()])
+    statuses = ["empty_file", "not_audio", "truncated", "not_a_file", "not_found", "not_finite"]
+    assert [p.status for p in bad[:-1]] == statuses
+    assert bad[-1].status in audio.ERRORS
+    for prediction in bad:
+        assert (prediction.predicted, prediction.label()) == (None, None)
         assert np.isnan(prediction.probabilities).all()
         assert prediction.probabilities.shape == (8,)
         assert prediction.error is not None
         assert "\n" not in prediction.error
+    alone = predictor.predict([good])[0].probabilities
+    for prediction in (first, last):
+        assert prediction.ok
+        np.testing.assert_allclose(prediction.probabilities, alone, atol=1e-6)
+    missing, timeline = predictor.follow(tmp_path / "gone.wav", SlidingWindow(2.0, 1.0))
+    assert (missing.status, timeline.names(predictor.labels)) == ("not_found", [])
 
 
 def test_an_unforeseen_error_is_a_status_too(
@@ -180,14 +167,14 @@ def test_an_unforeseen_error_is_a_status_too(
     assert (found.status, found.error) == ("internal_error", "OSError: [Errno 5] Input/output error: 'caf\\udce9.wav'")
 
 
-@pytest.mark.parametrize("channel", [0, 1])
-def test_channels_are_heard_apart(channel: int, predictor: Predictor, write_audio: WriteAudio) -> None:
-    left, right = write_audio("l.wav", f0_hz=90), write_audio("r.wav", f0_hz=330, syllables_hz=8)
-    sides = [audio.load(path, sample_rate_hz=16_000).samples for path in (left, right)]
-    both = write_audio("both.wav", samples=np.stack(sides, axis=1))
-    expected = predictor.predict([(left, right)[channel]])[0].probabilities
-    np.testing.assert_allclose(predictor.predict([both], channel=channel)[0].probabilities, expected, atol=1e-4)
-    assert np.abs(predictor.predict([both])[0].probabilities - expected).max() > 1e-3
+def test_channels_are_heard_apart(predictor: Predictor, write_audio: WriteAudio) -> None:
+    sides = write_audio("l.wav", f0_hz=90), write_audio("r.wav", f0_hz=330, syllables_hz=8)
+    both = beside(write_audio, *sides)
+    mixed = predictor.predict([both])[0].probabilities
+    for channel, expected in enumerate(predictor.predict(sides)):
+        found = predictor.predict([both], channel=channel)[0].probabilities
+        np.testing.assert_allclose(found, expected.probabilities, atol=1e-4)
+        assert np.abs(mixed - expected.probabilities).max() > 1e-3
     assert predictor.predict([both], channel=2)[0].status == "no_such_channel"
 
 
@@ -217,45 +204,34 @@ def test_doubt_is_visible() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "word"),
     [
-        ({"batch_size": 0}, "batch_size must be 1 or more"),
-        ({"crops": 0}, "crops must be 1 or more"),
-        ({"backend": "tpu"}, "choose one of auto, onnx, torch"),
-        ({"backend": "onnx", "device": "cuda"}, "use --backend torch"),
-        ({"backend": "torch", "device": "warp"}, "use --device cpu"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"crops": 0}, "crops"),
+        ({"backend": "tpu"}, "auto, onnx, torch"),
+        ({"backend": "onnx", "device": "cuda"}, "--backend torch"),
+        ({"backend": "torch", "device": "warp"}, "--device cpu"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, object], words: str, tiny_bundle: Bundle) -> None:
-    with pytest.raises(SerError, match=words):
-        Predictor.from_bundle(tiny_bundle.folder, threads=1, **options)  # type: ignore[arg-type]
-
-
-def test_features_of_another_shape_are_refused(predictor: Predictor) -> None:
-    with pytest.raises(SerError, match=r"expected features \(n, 1, 64, 188\), got \(1, 1, 64, 100\)"):
-        predictor.probabilities(np.zeros((1, 1, 64, 100), np.float32))
+def test_what_cannot_be_is_refused(options: dict[str, Any], word: str, tiny_bundle: Bundle) -> None:
+    with pytest.raises(SerError, match=word):
+        Predictor.from_bundle(tiny_bundle.folder, threads=1, **options)
 
 
 def test_a_bundle_says_which_window_it_hears(
     speech_bundle: Bundle, torch_model: torch.nn.Module, write_audio: WriteAudio
 ) -> None:
-    samples = np.zeros(480_000, np.float32)
-    voice = audio.load(write_audio(duration_s=1.0, sample_rate_hz=48_000), sample_rate_hz=48_000).samples
-    samples[336_000:384_000] = voice
+    voice = whole(write_audio(duration_s=1.0, sample_rate_hz=48_000))
+    samples = np.pad(voice, (336_000, 96_000))
     path = write_audio("late.wav", samples=samples, sample_rate_hz=48_000, subtype="FLOAT")
     heard = audio.load_middle(path, window="speech")
     assert heard.start_s == pytest.approx(6.5, abs=0.1)
-    for isolated in (False, True):
-        ours = Predictor.from_bundle(speech_bundle.folder, threads=1)
-        (found,) = ours.classify([ours.listen(path, isolated=isolated)])
-        expected = np.exp(by_hand(torch_model, [heard.samples]))[0]
+    expected = np.exp(by_hand(torch_model, [heard.samples]))[0]
+    ours = Predictor.from_bundle(speech_bundle.folder, threads=1, crops=1)
+    for excerpt in (ours.listen(path), ours.listen(path, isolated=True)):
+        (found,) = ours.classify([excerpt])
         np.testing.assert_allclose(found.probabilities, expected, atol=1e-4)
         assert found.label() == found.predicted
-    (other,) = Predictor.from_bundle(speech_bundle.folder, threads=1, crops=1).predict([path])
-    np.testing.assert_allclose(other.probabilities, found.probabilities, atol=1e-6)
-
-
-# --- windows all over a recording ------------------------------------------------------------------------------------
 
 
 def test_windows_are_those_of_the_whole_recording(
@@ -295,19 +271,16 @@ def test_a_recording_shorter_than_the_window_is_heard_as_ever(predictor: Predict
 
 
 def test_silence_is_marked_and_not_pooled(predictor: Predictor, write_audio: WriteAudio) -> None:
-    voice = audio.load(write_audio(duration_s=2.0, sample_rate_hz=48_000), sample_rate_hz=48_000).samples
-    pause = np.zeros(96_000, np.float32)
+    pause, steps = np.zeros(96_000, np.float32), SlidingWindow(2.0, 2.0)
+    voice = whole(write_audio(duration_s=2.0, sample_rate_hz=48_000))
     path = write_audio("pause.wav", samples=np.concatenate([pause, voice, pause]), sample_rate_hz=48_000)
-    found, timeline = predictor.follow(path, SlidingWindow(2.0, 2.0))
+    found, timeline = predictor.follow(path, steps)
     assert timeline.names(predictor.labels) == [SILENCE, found.predicted, SILENCE]
     np.testing.assert_allclose(found.probabilities, timeline.probabilities[1], atol=1e-12)
     assert found.label() == found.predicted
     assert (found.duration_s, found.scored_s) == (6.0, 2.0)
-    nothing, _ = predictor.follow(
-        write_audio("nothing.wav", samples=pause, sample_rate_hz=48_000), SlidingWindow(2.0, 2.0)
-    )
+    nothing, _ = predictor.follow(write_audio("nothing.wav", samples=pause, sample_rate_hz=48_000), steps)
     assert (nothing.status, nothing.label(), nothing.scored_s) == ("ok", SILENCE, 0.0)
-    assert predictor.predict([write_audio("nothing.wav", samples=pause)])[0].label() == SILENCE
 
 
 @pytest.mark.parametrize("rate_hz", [8_000, 48_000])
@@ -315,15 +288,16 @@ def test_silence_is_marked_and_not_pooled(predictor: Predictor, write_audio: Wri
 def test_too_little_sound_has_no_answer(
     predictor: Predictor, write_audio: WriteAudio, rate_hz: int, steps: SlidingWindow | None
 ) -> None:
-    voice = audio.load(write_audio(duration_s=3.0, sample_rate_hz=rate_hz), sample_rate_hz=rate_hz).samples
+    voice = whole(write_audio(duration_s=3.0, sample_rate_hz=rate_hz), rate_hz)
 
     def status(samples: np.ndarray) -> tuple[str, str | None]:
         path = write_audio("cut.wav", samples=samples, sample_rate_hz=rate_hz)
         found = predictor.predict([path])[0] if steps is None else predictor.follow(path, steps)[0]
         if found.status == "too_short":
             assert (found.predicted, np.isnan(found.confidence)) == (None, True)
-            assert "cut.wav" in (found.error or "")
-            assert "0.25 s" in (found.error or "")
+            assert found.error is not None
+            assert "cut.wav" in found.error
+            assert "0.25 s" in found.error
         return found.status, found.label()
 
     for seconds in (1 / rate_hz, 0.001, 0.1, 0.249):
@@ -338,34 +312,26 @@ def test_too_little_sound_has_no_answer(
 
 
 def test_channels_that_cancel_are_heard_and_said(predictor: Predictor, write_audio: WriteAudio) -> None:
-    voice = audio.load(write_audio(duration_s=5.0), sample_rate_hz=16_000).samples
+    voice = whole(write_audio(duration_s=5.0), 16_000)
     both = write_audio("both.wav", samples=np.stack([voice, -0.9 * voice], axis=1))
-    left = predictor.predict([both], channel=0)[0]
+    left, mixed = predictor.predict([both], channel=0)[0], predictor.predict([both])[0]
     assert left.notice == ""
-    for found in (predictor.predict([both])[0], predictor.follow(both, SlidingWindow(2.0, 2.0))[0]):
+    for found in (mixed, predictor.follow(both, SlidingWindow(2.0, 2.0))[0]):
         assert found.label() != SILENCE
         assert "channel 0" in found.notice
-    np.testing.assert_allclose(predictor.predict([both])[0].probabilities, left.probabilities, atol=1e-9)
+    np.testing.assert_allclose(mixed.probabilities, left.probabilities, atol=1e-9)
 
 
 def test_each_channel_has_its_own_windows(predictor: Predictor, write_audio: WriteAudio) -> None:
-    left, right = write_audio("l.wav", f0_hz=90, duration_s=4.0), write_audio("r.wav", f0_hz=330, duration_s=4.0)
-    sides = [audio.load(path, sample_rate_hz=16_000).samples for path in (left, right)]
-    both = write_audio("both.wav", samples=np.stack(sides, axis=1))
-    found, timeline = predictor.follow(both, SlidingWindow(2.0, 2.0), channels="each")
+    sides = write_audio("l.wav", f0_hz=90, duration_s=4.0), write_audio("r.wav", f0_hz=330, duration_s=4.0)
+    both, steps = beside(write_audio, *sides), SlidingWindow(2.0, 2.0)
+    found, timeline = predictor.follow(both, steps, channels="each")
     assert list(timeline.channel) == ["0", "0", "1", "1"]
-    alone = [predictor.follow(path, SlidingWindow(2.0, 2.0))[1].log_p for path in (left, right)]
+    alone = [predictor.follow(path, steps)[1].log_p for path in sides]
     np.testing.assert_allclose(timeline.log_p, np.concatenate(alone), atol=1e-3)
     np.testing.assert_allclose(found.probabilities, together(timeline.log_p), atol=1e-9)
-    np.testing.assert_allclose(
-        predictor.follow(both, SlidingWindow(2.0, 2.0), channels=1)[1].log_p, timeline.log_p[2:], atol=1e-9
-    )
-
-
-def test_a_bad_recording_has_no_windows(predictor: Predictor, tmp_path: Path) -> None:
-    found, timeline = predictor.follow(tmp_path / "gone.wav", SlidingWindow(2.0, 1.0))
-    assert (found.status, len(timeline)) == ("not_found", 0)
-    assert timeline.names(predictor.labels) == []
+    right = predictor.follow(both, steps, channels=1)[1]
+    np.testing.assert_allclose(right.log_p, timeline.log_p[2:], atol=1e-9)
 
 
 def test_windows_longer_than_the_models_are_refused(predictor: Predictor, tmp_path: Path) -> None:

@@ -64,11 +64,6 @@ def test_merged_segments_cover_the_same_time_without_overlap(best: list[int], ho
     assert segments.names(LABELS) == names, "pooling windows of one name gives that name"
 
 
-def test_nothing_merges_to_nothing() -> None:
-    segments, names = no_windows(3).merged([])
-    assert (len(segments), names) == (0, [])
-
-
 def test_sides_are_pooled_without_silence() -> None:
     whole = joined([timeline([0, 1], channel="0"), timeline([2, 2, 1], channel="1", seed=1)])
     whole.level_dbfs[1] = -100.0
@@ -77,7 +72,14 @@ def test_sides_are_pooled_without_silence() -> None:
     np.testing.assert_allclose(sides.log_p[0], whole.log_p[0])
     np.testing.assert_allclose(sides.log_p[1], log_softmax(whole.log_p[2:].mean(axis=0, keepdims=True))[0])
     np.testing.assert_array_equal(sides.end_s, [3.0, 4.0])
-    assert len(no_windows(3).per_channel()) == 0
+    whole.level_dbfs[:] = -150.0  # all of it is silence: then all of it counts
+    mean = np.exp(whole.log_p.mean(axis=0))
+    assert np.exp(whole.pooled()) == pytest.approx(mean / mean.sum())
+
+
+def test_no_windows_have_no_segments_and_no_sides() -> None:
+    segments, names = no_windows(3).merged([])
+    assert (len(segments), names, len(no_windows(3).per_channel())) == (0, [], 0)
 
 
 def test_arrow_and_back() -> None:
@@ -87,10 +89,3 @@ def test_arrow_and_back() -> None:
         assert list(found.channel) == list(expected.channel)
         for name in ("start_s", "end_s", "level_dbfs", "log_p"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-
-
-def test_pooling_all_silent_windows_uses_them_all() -> None:
-    whole = timeline([0, 1, 1])
-    whole.level_dbfs[:] = -150.0
-    mean = np.exp(whole.log_p.mean(axis=0))
-    assert np.exp(whole.pooled()) == pytest.approx(mean / mean.sum())

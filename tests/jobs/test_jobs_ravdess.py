@@ -18,6 +18,7 @@ from web_files import FileServer, serving
 from jobs import manifest, ravdess
 from pipeline.storage.journal import locked
 
+Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,6 +38,13 @@ def server(packed: bytes) -> Iterator[FileServer]:
         yield running
 
 
+@pytest.fixture
+def own(packed: bytes, tmp_path: Path) -> list[str]:
+    """Options for the archive as a file of one's own."""
+    (tmp_path / "own.zip").write_bytes(packed)
+    return ["--archive", str(tmp_path / "own.zip"), "--md5", hashlib.md5(packed).hexdigest().upper()]
+
+
 def words(server: FileServer, out: Path, *more: str) -> list[str]:
     return ["--out", str(out), "--base_url", server.url, "--md5", hashlib.md5(server.content).hexdigest(), *more]
 
@@ -48,7 +56,7 @@ def test_the_defaults_are_those_of_the_public_record() -> None:
     assert given.md5 == "bc696df654c87fed845eb13823edef8a"
 
 
-def test_from_the_server_to_a_manifest(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_server_to_a_manifest(server: FileServer, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "RAVDESS"
     assert ravdess.main(words(server, out)) == 0
     said = capsys.readouterr()
@@ -63,62 +71,51 @@ def test_from_the_server_to_a_manifest(server: FileServer, tmp_path: Path, capsy
     assert len(server.asked) == asked
 
 
-def test_a_wrong_checksum_and_a_hostile_archive_leave_no_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], server: FileServer
+def test_wrong_checksums_and_a_hostile_archive_leave_no_folder(
+    server: FileServer, own: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "RAVDESS"
-    assert ravdess.main(["--out", str(out), "--base_url", server.url]) == 2
-    assert "MD5" in capsys.readouterr().err
+    for source in (["--base_url", server.url], own[:2]):
+        assert ravdess.main(["--out", str(out), *source]) == 2
+        assert "MD5" in capsys.readouterr().err
     evil = io.BytesIO()
     with zipfile.ZipFile(evil, "w") as archive:
         archive.writestr("../evil.wav", b"x")
     server.content = evil.getvalue()
     assert ravdess.main(words(server, out)) == 2
+    assert ravdess.main(["--out", str(out), "--archive", str(tmp_path / "none.zip")]) == 2
     assert not out.exists()
     assert not list(tmp_path.rglob("evil.wav"))
 
 
 def test_other_things_in_the_way_are_not_touched(
-    server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: FileServer, own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     assert ravdess.main(words(server, tmp_path / "mine")) == 2
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     assert server.asked == []
-
-
-def test_an_archive_of_the_users_own(packed: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = tmp_path / "own.zip"
-    own.write_bytes(packed)
-    md5 = hashlib.md5(packed).hexdigest()
-    assert ravdess.main(["--out", str(tmp_path / "a"), "--archive", str(own)]) == 2
-    assert "MD5" in capsys.readouterr().err
-    assert ravdess.main(["--out", str(tmp_path / "a"), "--archive", str(own), "--md5", md5]) == 0
-    assert own.is_file()
-    assert ravdess.main(["--out", str(tmp_path / "b"), "--archive", str(tmp_path / "none.zip")]) == 2
-
-
-def test_a_link_to_a_folder_elsewhere_and_the_folder_one_is_in(
-    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own, disk, link = tmp_path / "own.zip", tmp_path / "disk" / "data", tmp_path / "here" / "RAVDESS"
-    own.write_bytes(packed)
-    for folder in (disk, link.parent):
-        folder.mkdir(parents=True)
-    link.symlink_to(disk)
-    words = ["--archive", str(own), "--md5", hashlib.md5(packed).hexdigest().upper()]
-    assert ravdess.main(["--out", str(link), *words]) == 0
-    assert len(list(disk.rglob("*.wav"))) == 64
-    assert link.is_symlink()
-    assert [path.name for path in disk.parent.iterdir()] == ["data"]
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    assert ravdess.main(["--out", ".", *words]) == 2
+    capsys.readouterr()
+    assert ravdess.main(["--out", ".", *own]) == 2, "the folder one is in"
     assert "--out" in capsys.readouterr().err
 
 
-def test_twice_at_once(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_archive_of_ones_own_into_a_link_to_a_folder_elsewhere(own: list[str], tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk" / "data", tmp_path / "here" / "RAVDESS"
+    for folder in (disk, link.parent):
+        folder.mkdir(parents=True)
+    link.symlink_to(disk)
+    assert ravdess.main(["--out", str(link), *own]) == 0
+    assert len(list(disk.rglob("*.wav"))) == 64
+    assert link.is_symlink()
+    assert [path.name for path in disk.parent.iterdir()] == ["data"]
+    assert (tmp_path / "own.zip").is_file()
+
+
+def test_twice_at_once(server: FileServer, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "RAVDESS"
     with locked(tmp_path / "RAVDESS.download/.lock", "fetching it"):
         assert ravdess.main(words(server, out)) == 2

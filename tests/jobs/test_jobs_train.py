@@ -33,6 +33,8 @@ from pipeline.models.bundle import load_bundle
 from pipeline.storage.files import stamps_of
 from pipeline.training.run import read_history
 
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("undrawn")
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--num_workers", "0", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--threads", "1"]
@@ -47,15 +49,14 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("in_this_process", "ray_session")
 def test_recordings_to_bundle_and_report_with_two_ray_workers(
-    ravdess_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ravdess_like: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "run"
     words = ["--data_dir", str(ravdess_like), "--model", "cnn_bilstm", "--num_workers", "2", "--epochs", "1"]
     assert main([*words, "--batch_size", "16", "--use_focal", "True", "--out", str(out)]) == 0
     printed, said = capsys.readouterr()
     assert "parts: train 40, inner_val 11, test 13" in said
-    assert "epoch 1/1" in said
-    assert f"report: {out}/report/report.html" in printed
+    assert f"{out}/report/report.html" in printed
     bundle = load_bundle(out)
     assert (bundle.name, bundle.model_name) == ("cnn_bilstm_ser_final", "cnn_bilstm")
     with torch.inference_mode():
@@ -69,40 +70,33 @@ def test_recordings_to_bundle_and_report_with_two_ray_workers(
     assert bundle.metrics["training"]["settings"]["use_focal"] is True
 
 
-def test_the_briefs_own_command_line(
-    features: Path, ravdess_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_the_briefs_own_command_line_and_again(
+    features: Path, ravdess_like: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """As it is written; what follows on the line, and features that are there already, make the training small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "extracted", lambda arguments: ((features,), 0))
     scan_folder(ravdess_like).to_csv("metadata.csv", index=False)
-    line = (
-        "--data_csv metadata.csv --batch_size 64 --lr 1e-4 --epochs 50 --oversample_boost 1:2.0,2:2.0 --use_focal False"
-    )
-    assert main([*line.split(), "--epochs", "1", "--num_workers", "0", "--width", "0.125"]) == 0
+    line = "--data_csv metadata.csv --batch_size 64 --lr 1e-4 --epochs 50 --oversample_boost 1:2.0,2:2.0"
+    words = [*line.split(), "--use_focal", "False", "--epochs", "1", "--num_workers", "0", "--width", "0.125"]
+    assert main(words) == 0
     (made,) = Path("runs").iterdir()
-    assert capsys.readouterr().err.splitlines()[0] == f"no --out given: results go into {made}"
+    said = capsys.readouterr().err
+    assert str(made) in said.splitlines()[0]
+    assert "epoch 1/1" in said
     assert load_bundle(made).metrics["training"]["settings"]["oversample_boost"] == {"1": 2.0, "2": 2.0}
     assert (made / "report" / "report.html").is_file()
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
+
+    before = written()
+    assert main([*words, "--out", str(made), "--resume"]) == 0
+    assert main([*words, "--out", str(made)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert written() == before
     assert main(["--features", "nowhere"]) == 2
     assert list(Path("runs").iterdir()) == [made]
-
-
-def test_without_ray_and_again(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    words = ["--features", str(features), *NARROW, "--class-weights", "balanced", "--oversample_boost", "sad:2"]
-    assert main([*words, "--out", str(out)]) == 0
-    said = capsys.readouterr().err
-    assert "counts: calm 15, happy 15, sad 15" in said
-    assert said.count("epoch ") >= 2
-    settings = load_bundle(out).metrics["training"]["settings"]
-    assert settings["oversample_boost"] == {"2": 2.0}
-    assert settings["class_weights"] == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    assert main([*words, "--out", str(out), "--resume"]) == 0
-    assert main([*words, "--out", str(out)]) == 2
-    assert "--resume" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_ctrl_c_keeps_the_best_weights_and_resume_goes_on(features: Path, tmp_path: Path) -> None:
@@ -131,23 +125,23 @@ def test_ctrl_c_keeps_the_best_weights_and_resume_goes_on(features: Path, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num_workers", "3"], "3 workers"),
-        (["--num_workers", "-1"], "0 or more"),
-        (["--class_weights", "sad"], "--class_weights"),
-        (["--augment", "pitch"], "--pitch_semitones"),
-        (["--model", "cnn_bilstm"], "--features_kind frame_features"),
-        (["--use_gpu", "True"], "GPU"),
-        (["--split", "speaker", "--inner_val", "0.9"], "speaker"),
-        (["--resume"], "resume"),
-        (["--data_csv", "x.csv"], "--features"),
+        ("--num_workers 3", "3 workers"),
+        ("--num_workers -1", "0 or more"),
+        ("--class_weights sad", "--class_weights"),
+        ("--augment pitch", "--pitch_semitones"),
+        ("--model cnn_bilstm", "--features_kind frame_features"),
+        ("--use_gpu True", "GPU"),
+        ("--split speaker --inner_val 0.9", "speaker"),
+        ("--resume", "resume"),
+        ("--data_csv x.csv", "--features"),
     ],
 )
 def test_usage_errors_exit_with_two_in_one_line(
-    words: list[str], message: str, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, message: str, features: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     if message == "GPU" and torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    given = ["--features", str(features), *FAST, "--out", str(tmp_path / "run"), *words]
+    given = ["--features", str(features), *FAST, "--out", str(tmp_path / "run"), *words.split()]
     assert main(given) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
@@ -155,22 +149,21 @@ def test_usage_errors_exit_with_two_in_one_line(
 
 
 @pytest.mark.usefixtures("untrained_runs")
-def test_a_refused_start_does_not_claim_the_folder(features: Path, tmp_path: Path) -> None:
-    words = ["--features", str(features), *NARROW, "--out", str(tmp_path / "run")]
-    assert main([*words, "--augment", "pitch"]) == 2
-    assert main(words) == 0
-
-
-def test_missing_features_and_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_starts_that_are_refused_do_not_claim_the_folder(features: Path, tmp_path: Path, capsys: Capture) -> None:
     out = ["--out", str(tmp_path / "run")]
-    for source in (["--features", "nowhere"], ["--data_csv", "nowhere.csv"], ["--data_dir", "nowhere"]):
+    for source, message in (
+        (["--features", "nowhere"], "nowhere"),
+        (["--data_csv", "nowhere.csv"], "nowhere"),
+        (["--data_dir", "nowhere"], "nowhere"),
+        ([], "--data_csv"),
+        (["--features", str(features), *NARROW, "--augment", "pitch"], "pitch"),
+    ):
         assert main([*source, *out]) == 2
-        assert "nowhere" in capsys.readouterr().err
-    assert main(out) == 2
-    assert "--data_csv" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
+    assert main(["--features", str(features), *NARROW, *out]) == 0
 
 
-def extracted(words: list[str], monkeypatch: pytest.MonkeyPatch, failed: int = 0) -> Any:
+def extracted(words: list[str], monkeypatch: Patch, failed: int = 0) -> Any:
     """What `jobs.train` asks the extraction for."""
     asked: dict[str, Any] = {}
 
@@ -184,7 +177,7 @@ def extracted(words: list[str], monkeypatch: pytest.MonkeyPatch, failed: int = 0
 
 
 def test_pitch_copies_are_extracted_when_they_are_asked_for(
-    ravdess_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ravdess_like: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     words = ["--data_dir", str(ravdess_like), "--out", str(tmp_path)]
     plain = extracted(words, monkeypatch)
@@ -194,12 +187,9 @@ def test_pitch_copies_are_extracted_when_they_are_asked_for(
     assert extracted([*words, "--augment", "crop, pitch"], monkeypatch)["options"].pitch_semitones == (-1.0, 1.0)
     assert extracted([*words, "--model", "cnn_bilstm"], monkeypatch)["config"].kind == "frame_features"
     assert extracted(words, monkeypatch, failed=3)["answer"][1] == 3
-
-
-@pytest.mark.parametrize(("text", "expected"), [("-1,1", (-1.0, 1.0)), ("2", (2.0,)), ("", ())])
-def test_pitch_copies_by_the_extraction_job(text: str, expected: tuple[float, ...]) -> None:
-    words = ["--data_dir", "x", "--out", "y", f"--pitch_semitones={text}"]
-    assert extract_parser().parse_args(words).pitch_semitones == expected
+    for text, expected in (("-1,1", (-1.0, 1.0)), ("2", (2.0,)), ("", ())):  # of the extraction job
+        given = extract_parser().parse_args(["--data_dir", "x", "--out", "y", f"--pitch_semitones={text}"])
+        assert given.pitch_semitones == expected
 
 
 def test_options_reach_the_settings() -> None:
@@ -221,7 +211,7 @@ def test_options_reach_the_settings() -> None:
 
 
 @pytest.fixture
-def untrained_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def untrained_runs(monkeypatch: Patch) -> None:
     """Nothing is trained or written: what a start decides before and after."""
     monkeypatch.setattr(train, "_train", lambda plan, *_: plan.checkpoint.touch())
     monkeypatch.setattr(train, "_finish", lambda *_: None)
@@ -229,7 +219,7 @@ def untrained_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("untrained_runs")
 def test_failed_recordings_make_the_exit_code_four(
-    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ravdess_like: Path
+    features: Path, tmp_path: Path, monkeypatch: Patch, ravdess_like: Path
 ) -> None:
     monkeypatch.setattr(train, "extracted", lambda arguments: ((features,), 2))
     words = ["--data_dir", str(ravdess_like), *NARROW]
@@ -238,22 +228,22 @@ def test_failed_recordings_make_the_exit_code_four(
 
 
 def test_a_committed_split_is_kept_and_unnamed_recordings_are_left_out(
-    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    features: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     names = [f"{number:03d}" for number in range(40)]  # of 45
-    pd.DataFrame({"id": names, "split": ["train"] * 24 + ["inner_val"] * 6 + ["test"] * 10}).to_csv(
-        tmp_path / "split.csv", index=False
-    )
+    parts = ["train"] * 24 + ["inner_val"] * 6 + ["test"] * 10
+    pd.DataFrame({"id": names, "split": parts}).to_csv(tmp_path / "split.csv", index=False)
     words = ["--features", str(features), *NARROW, "--epochs", "1", "--report_split", "none", "--inner_val", "0"]
     assert main([*words, "--split_csv", str(tmp_path / "split.csv"), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
+    assert "counts: calm 15, happy 15, sad 15" in said
     assert "parts: train 30, inner_val 0, test 10" in said
     test = pd.read_csv(tmp_path / "run" / "splits" / "test.csv")
     assert sorted(Path(p).stem for p in test["speech"]) == names[30:]
 
 
 def test_another_start_does_not_change_what_is_reported_on(
-    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    features: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """Before the first epoch is done there is no checkpoint that would refuse it."""
     out = tmp_path / "run"
@@ -274,9 +264,7 @@ def test_another_start_does_not_change_what_is_reported_on(
     assert load_bundle(out).metrics["training"]["settings"]["seed"] == 42
 
 
-def test_what_is_of_no_run_is_not_written_over(
-    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_of_no_run_is_not_written_over(features: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "README.md").write_text("mine")
     assert main(["--features", str(features), *FAST, "--out", str(tmp_path)]) == 2
     assert "README.md" in capsys.readouterr().err
@@ -289,37 +277,9 @@ def test_what_is_of_no_run_is_not_written_over(
 
 
 def test_a_run_goes_on_with_the_parts_and_recordings_it_began_with(
-    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, write_audio: Callable[..., Path], monkeypatch: Patch, capsys: Capture
 ) -> None:
-    out = tmp_path / "run"
-    words = ["--features", str(features), *NARROW, "--report_split", "none", "--out", str(out)]
-
-    def hashed(digest: str) -> None:
-        monkeypatch.setattr(
-            "pipeline.data.splits.add_hashes", lambda t, **_: t.assign(content_hash=digest + t["row_id"])
-        )
-
-    hashed("a")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_train", lambda *_: True)
-        assert main(words) == 130
-    for other in (["--split", "speaker"], ["--test_size", "0.5"], ["--inner_val", "0"]):
-        assert main([*words, *other, "--resume"]) == 2
-        assert "'test_size': 0.2" in capsys.readouterr().err
-    hashed("b")
-    assert main([*words, "--resume"]) == 2
-    monkeypatch.setattr(
-        "pipeline.data.splits.add_hashes", lambda t, **_: t.assign(content_hash="")
-    )  # the recordings are gone
-    assert main([*words, "--resume"]) == 0
-
-
-def test_a_replaced_recording_is_noticed_though_the_features_tell_the_hashes(
-    tmp_path: Path,
-    write_audio: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    """A replaced recording is noticed, though the features tell the hashes; one that has gone is not."""
     paths = [write_audio(f"{number:03d}.wav", duration_s=0.1, seed=number) for number in range(30)]
     features = with_column(write_features(tmp_path / "features", n=30), speech=[str(path) for path in paths])
     part = pq.read_table(features / "part-00000.parquet")
@@ -333,16 +293,22 @@ def test_a_replaced_recording_is_noticed_though_the_features_tell_the_hashes(
         patch.setattr(train, "_train", lambda *_: True)
         assert main(words) == 130
         assert main([*words, "--resume"]) == 130
-    parts = [pd.read_csv(path) for path in (tmp_path / "run" / "splits").iterdir()]
-    assert sorted(pd.concat(parts)["content_hash"]) == sorted(hashes)
-    assert decoded == []
-    whole = paths[7].read_bytes()
-    paths[7].write_bytes(paths[8].read_bytes())
-    assert main([*words, "--resume"]) == 2
-    assert str(paths[7]) in capsys.readouterr().err
-    paths[7].write_bytes(whole)  # at another time
+        parts = [pd.read_csv(path) for path in (tmp_path / "run" / "splits").iterdir()]
+        assert sorted(pd.concat(parts)["content_hash"]) == sorted(hashes)
+        for other in (["--split", "speaker"], ["--test_size", "0.5"], ["--inner_val", "0"]):
+            assert main([*words, *other, "--resume"]) == 2
+            assert "'test_size': 0.2" in capsys.readouterr().err
+        assert decoded == []
+        whole = paths[7].read_bytes()
+        paths[7].write_bytes(paths[8].read_bytes())
+        assert main([*words, "--resume"]) == 2
+        assert str(paths[7]) in capsys.readouterr().err
+        paths[7].write_bytes(whole)  # at another time
+        assert main([*words, "--resume"]) == 130
+        assert decoded == [str(paths[7])] * 2
+    for path in paths:
+        path.unlink()
     assert main([*words, "--resume"]) == 0
-    assert decoded == [str(paths[7])] * 2
 
 
 def with_column(folder: Path, **columns: list[str]) -> Path:
@@ -361,13 +327,8 @@ def three_corpora(tmp_path: Path) -> list[str]:
     speakers = [f"{corpus}_{i % 4}" for i, corpus in enumerate(corpora)]
     one = with_column(write_features(tmp_path / "one", n=45), corpus=corpora, speaker=speakers)
     paths = [f"/audio/two/c{i}.wav" for i in range(30)]
-    two = with_column(
-        write_features(tmp_path / "two", n=30),
-        corpus=["c"] * 30,
-        label=["calm", "happy"] * 15,
-        speech=paths,
-        speaker=[f"c_{i % 4}" for i in range(30)],
-    )
+    about = {"corpus": ["c"] * 30, "label": ["calm", "happy"] * 15, "speaker": [f"c_{i % 4}" for i in range(30)]}
+    two = with_column(write_features(tmp_path / "two", n=30), speech=paths, **about)
     return ["--features", str(one), str(two), *NARROW]
 
 
@@ -384,7 +345,7 @@ def test_corpora_of_several_folders_in_one_training(three_corpora: list[str], tm
 
 
 def test_named_corpora_and_speakers_are_scored_and_not_trained_on(
-    three_corpora: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    three_corpora: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     words = [*three_corpora, "--epochs", "1", "--out", str(tmp_path / "run"), "--inner_val", "0"]
     assert main([*words, "--test_corpora", "c", "--test_speakers", "a_2"]) == 0
@@ -404,24 +365,17 @@ def test_named_corpora_and_speakers_are_scored_and_not_trained_on(
         assert message in capsys.readouterr().err
 
 
-def test_corpora_that_do_not_go_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corpora_that_do_not_go_together_are_refused(tmp_path: Path, capsys: Capture) -> None:
     folders = [with_column(write_features(tmp_path / name, n=12), corpus=[name] * 12) for name in ("a", "b")]
-    own = with_column(
-        write_features(tmp_path / "c", n=12),
-        **{"corpus": ["c"] * 12, "label": ["bark", "meow"] * 6, "speaker": ["dog", "cat"] * 6},
-    )
-    for two, message in (
-        (folders, "RAVDESS_01"),
-        ([folders[0], own], "bark, meow"),
-    ):
+    about = {"corpus": ["c"] * 12, "label": ["bark", "meow"] * 6, "speaker": ["dog", "cat"] * 6}
+    own = with_column(write_features(tmp_path / "c", n=12), **about)
+    for two, message in ((folders, "RAVDESS_01"), ([folders[0], own], "bark, meow")):
         assert main(["--features", *map(str, two), *NARROW, "--out", str(tmp_path / "run")]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run" / "plan.json").exists()
 
 
-def test_a_training_starts_from_an_earlier_model(
-    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_training_starts_from_an_earlier_model(features: Path, tmp_path: Path, capsys: Capture) -> None:
     words = ["--features", str(features), *NARROW, "--report_split", "none"]
     heard = pd.DataFrame({"id": ["another"], "content_hash": "", "speaker": "", "split": "train"})
     about = {"labels": LABELS, "features": CONFIG, "metrics": {"training": {}}, "training": heard}

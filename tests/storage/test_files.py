@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.storage import files
 from pipeline.storage.files import MAX_DEPTH, local_path, path_text, scan
 
 AUDIO = {".wav", ".flac"}
+LEVELS = 4000
 
 
 def make(root: Path, *names: str) -> None:
@@ -36,20 +36,16 @@ def test_order_extensions_and_what_is_left_out(tmp_path: Path) -> None:
     assert (found.hidden, found.linked) == (3, 0)
     assert found.other == {".txt": 1, "": 1, ".part": 1}
     assert found.skipped() == "3 hidden, 1 without ending, 1 .part, 1 .txt"
-    assert scan(tmp_path / "b", {".mp3"}).files == ()
+    (tmp_path / "only").mkdir()
+    assert (scan(tmp_path / "only", AUDIO).files, scan(tmp_path / "only", AUDIO).skipped()) == ((), "")
+    with pytest.raises(FileNotFoundError):
+        scan(tmp_path / "gone", AUDIO)
 
 
-def test_nothing_left_out_says_nothing(tmp_path: Path) -> None:
-    make(tmp_path, "a.wav")
-    assert scan(tmp_path, AUDIO).skipped() == ""
-
-
-@pytest.mark.parametrize(
-    "name", ["a b.wav", "line\nbreak.wav", "😀.wav", "-rf.wav", "=1+1.wav", "ü.wav", "a\\b.wav", "'.wav"]
-)
-def test_odd_names(name: str, tmp_path: Path) -> None:
-    make(tmp_path, name)
-    assert scan(tmp_path, AUDIO).files == (str(tmp_path / name),)
+def test_odd_names(tmp_path: Path) -> None:
+    odd = ["a b.wav", "line\nbreak.wav", "😀.wav", "-rf.wav", "=1+1.wav", "ü.wav", "a\\b.wav", "'.wav"]
+    make(tmp_path, *odd)
+    assert set(scan(tmp_path, AUDIO).files) == {str(tmp_path / name) for name in odd}
 
 
 def test_names_that_are_not_utf_8_become_uris_and_open_again(tmp_path: Path) -> None:
@@ -57,8 +53,8 @@ def test_names_that_are_not_utf_8_become_uris_and_open_again(tmp_path: Path) -> 
     Path(os.fsdecode(raw)).write_text("here")
     (text,) = scan(tmp_path, AUDIO).files
     assert text == f"file://{tmp_path}/caf%E9%20100%25.wav"
-    text.encode("utf-8")
     assert Path(local_path(text)).read_text() == "here"
+    assert local_path("file://localhost/a%20b.wav") == "/a b.wav"
 
 
 @given(st.binary(min_size=1, max_size=60).map(lambda raw: b"/" + raw.replace(b"\0", b"x")))
@@ -68,34 +64,22 @@ def test_every_name_survives_as_text(raw: bytes) -> None:
     assert os.path.normpath(os.fsencode(local_path(text))) == os.path.normpath(raw)
 
 
-def test_uris_of_this_machine() -> None:
-    assert local_path("file://localhost/a%20b.wav") == "/a b.wav"
-    assert local_path("relative/a.wav") == "relative/a.wav"
-
-
 def test_symlink_loops_end_and_folders_are_entered_once(tmp_path: Path) -> None:
-    make(tmp_path / "root", "one/a.wav", "two/b.wav")
-    (tmp_path / "root" / "one" / "up").symlink_to(tmp_path / "root")
-    (tmp_path / "root" / "one" / "self").symlink_to(".")
-    (tmp_path / "root" / "three").symlink_to("two")
-    (tmp_path / "root" / "dangling.wav").symlink_to("nowhere.wav")
-    (tmp_path / "root" / "round.wav").symlink_to("round.wav")
-    found = scan(tmp_path / "root", AUDIO)
-    assert names(tmp_path / "root") == ["dangling.wav", "round.wav", "one/a.wav", "two/b.wav"]
-    assert found.linked == 3
-
-
-def test_links_out_of_the_folder_are_followed_once_and_links_to_files_are_recordings(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    make(root, "one/a.wav", "two/b.wav")
     make(tmp_path, "store/x.wav")
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "a").symlink_to(tmp_path / "store")
-    (tmp_path / "root" / "b").symlink_to(tmp_path / "store")
-    (tmp_path / "root" / "link.wav").symlink_to(tmp_path / "store" / "x.wav")
-    os.link(tmp_path / "store" / "x.wav", tmp_path / "root" / "hard.wav")
-    assert names(tmp_path / "root") == ["hard.wav", "link.wav", "a/x.wav"]
-
-
-LEVELS = 4000
+    (root / "one" / "up").symlink_to(root)
+    (root / "one" / "self").symlink_to(".")
+    (root / "three").symlink_to("two")
+    (root / "dangling.wav").symlink_to("nowhere.wav")
+    (root / "round.wav").symlink_to("round.wav")
+    (root / "out").symlink_to(tmp_path / "store")
+    (root / "out again").symlink_to(tmp_path / "store")
+    (root / "link.wav").symlink_to(tmp_path / "store" / "x.wav")
+    os.link(tmp_path / "store" / "x.wav", root / "hard.wav")
+    files_here = ["dangling.wav", "hard.wav", "link.wav", "round.wav"]
+    assert names(root) == [*files_here, "one/a.wav", "out/x.wav", "two/b.wav"]
+    assert scan(root, AUDIO).linked == 4
 
 
 @pytest.fixture
@@ -126,9 +110,8 @@ def step(folder: int, name: str) -> int:
 def test_deep_trees_are_cut_with_a_message(deep: Path) -> None:
     found = scan(deep, AUDIO)
     assert len(found.files) == 10
-    assert len(found.too_deep) == 1
-    assert found.too_deep[0] == str(deep) + "/d" * MAX_DEPTH
-    assert found.skipped().startswith("1 folders too deep (first: ")
+    assert found.too_deep == (str(deep) + "/d" * MAX_DEPTH,)
+    assert "too deep" in found.skipped()
     assert len(scan(deep, AUDIO, max_depth=3).files) == 3
 
 
@@ -141,15 +124,10 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pyt
             raise PermissionError(13, "Permission denied")
         return listed(path)
 
-    monkeypatch.setattr(files.os, "scandir", scandir)
+    monkeypatch.setattr(os, "scandir", scandir)
     found = scan(tmp_path, AUDIO)
     assert found.files == (str(tmp_path / "good" / "a.wav"),)
     assert found.unreadable == (str(tmp_path / "locked"),)
-    assert found.skipped().startswith("1 folders that cannot be read (first: ")
+    assert "cannot be read" in found.skipped()
     with pytest.raises(PermissionError):
         scan(tmp_path / "locked", AUDIO)
-
-
-def test_a_missing_folder_raises(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        scan(tmp_path / "gone", AUDIO)

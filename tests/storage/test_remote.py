@@ -1,8 +1,11 @@
-"""Objects as recordings: on a file system that Arrow knows, in the place of a store, so that no network is needed."""
+"""Objects of a store as recordings: in a bucket of a real S3 server (moto's, on this machine)."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from moto.server import ThreadedMotoServer
 
 from jobs import score
 from pipeline.audio.load import content_hash
@@ -23,177 +27,174 @@ from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.reporting import report
 from pipeline.scoring.predictions import read_predictions
-from pipeline.storage import files as remote
-from pipeline.storage.errors import NotAFile, NotFound, SerError, TooLarge, Unreadable
+from pipeline.storage import files
+from pipeline.storage.errors import AudioError, NotAFile, NotFound, SerError, TooLarge, Unreadable
 from pipeline.storage.files import fetch, is_remote, scan_remote, stamp_of
 
 WriteAudio = Callable[..., Path]
+CLOSED = "s3://closed/a.wav?region=us-east-1&scheme=ftp"  # Arrow opens no such store
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder in the place of the stores: its sub-folders are the buckets. Lists the stores asked for in ``asked``."""
-    root = tmp_path / "store"
-    (root / "calls").mkdir(parents=True)
-    files = pyarrow.fs.SubTreeFileSystem(str(root), pyarrow.fs.LocalFileSystem())
-    monkeypatch.setattr(remote, "_file_system", lambda _: files)
-    fetch.cache_clear()
-    yield root
-    fetch.cache_clear()
+@dataclass(frozen=True)
+class Bucket:
+    """An S3 server on this machine, with the bucket ``calls``."""
+
+    options: str
+
+    def uri(self, key: str = "", bucket: str = "calls") -> str:
+        return f"s3://{bucket}{'/' if key else ''}{key}?{self.options}"
+
+    def put(self, key: str, content: bytes) -> str:
+        store, _ = pyarrow.fs.FileSystem.from_uri(f"s3://calls?{self.options}")
+        with store.open_output_stream(f"calls/{key}") as stream:
+            stream.write(content)
+        fetch.cache_clear()
+        return self.uri(key)
 
 
-def put(store: Path, key: str, content: bytes = b"content") -> str:
-    (store / key).parent.mkdir(parents=True, exist_ok=True)
-    (store / key).write_bytes(content)
-    return f"s3://{key}"
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        options = f"region=us-east-1&endpoint_override=127.0.0.1:{port}&scheme=http"
+        store, _ = pyarrow.fs.FileSystem.from_uri(f"s3://calls?{options}&allow_bucket_creation=true")
+        store.create_dir("calls")
+        yield Bucket(options)
+    server.stop()
 
 
-@pytest.mark.parametrize("uri", ["s3://calls/a b.wav", "gs://calls/2024/ü#1 100%.wav", "s3://calls/why?.wav"])
-def test_keys_are_taken_as_they_are(uri: str, store: Path) -> None:
-    put(store, uri.partition("://")[2])
-    assert is_remote(uri)
-    assert fetch(uri) == b"content"
-    assert stamp_of(uri)[0] == 7
-
-
-def test_options_follow_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def opened(store: str) -> object:
-        asked.append(store)
-        raise SerError("not here")
-
-    monkeypatch.setattr(remote, "_file_system", opened)
-    with pytest.raises(Unreadable, match="not here"):
-        fetch("s3://calls/a b?.wav?region=eu-west-1&scheme=http")
-    assert asked == ["s3://calls?region=eu-west-1&scheme=http"]
-
-
-@pytest.mark.parametrize(
-    "text", ["/calls/a.wav", "file:///a.wav", "http://x/a.wav", "S3/calls/a.wav", "s3:/calls/a.wav"]
-)
-def test_other_paths_are_not_remote(text: str) -> None:
-    assert not is_remote(text)
-
-
-def test_what_cannot_be_fetched_has_a_code(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(store, "calls/folder/a.wav")
-    with pytest.raises(NotFound, match="no such object"):
-        fetch("s3://calls/gone.wav")
-    with pytest.raises(NotAFile, match="a folder"):
-        fetch("s3://calls/folder")
-    monkeypatch.setattr(remote, "_LARGEST", 3)
-    with pytest.raises(TooLarge, match="the limit is"):
-        fetch("s3://calls/folder/a.wav")
-
-    class Broken:
-        def get_file_info(self, _: str) -> None:
-            raise OSError("AWS Error ACCESS_DENIED")
-
-    monkeypatch.setattr(remote, "_file_system", lambda _: Broken())
-    with pytest.raises(Unreadable, match=r"ACCESS_DENIED\. Check credentials"):
-        fetch("s3://calls/other.wav")
-    assert stamp_of("s3://calls/other.wav") == (-1, -1)
-    with pytest.raises(SerError, match="cannot list s3://calls"):
-        scan_remote("s3://calls", {".wav"})
-
-
-@pytest.mark.parametrize("uri", ["s3://calls//a.wav", "s3://calls/2024//a.wav", "s3://me:secret@calls/a.wav"])
-def test_what_arrow_takes_for_no_path_is_a_row_and_ends_nothing(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    store = pyarrow.fs.S3FileSystem(region="us-east-1", endpoint_override="127.0.0.1:1", anonymous=True)
-    monkeypatch.setattr(remote, "_file_system", lambda _: store)  # it judges paths before it asks anybody
-    with pytest.raises(Unreadable, match=r"\. Check bucket and key\.$"):
-        fetch(uri)
-    assert stamp_of(uri) == (-1, -1)
-    assert add_hashes(pd.DataFrame({"speech": [uri]}))["content_hash"].tolist() == [""]
-    with pytest.raises(SerError, match=r"cannot list s3://.*; check bucket"):
-        scan_remote(uri, {".wav"})
-
-
-def test_listing(store: Path) -> None:
-    for key in (
-        "calls/b.WAV",
-        "calls/2/a.wav",
-        "calls/10/a.wav",
-        "calls/notes.txt",
-        "calls/.git/x.wav",
-        "calls/2/._a.wav",
-    ):
-        put(store, key)
-    found = scan_remote("s3://calls/?scheme=http", {".wav"})
-    assert found.files == tuple(f"s3://calls/{key}?scheme=http" for key in ("10/a.wav", "2/a.wav", "b.WAV"))
+def test_odd_keys_are_listed_fetched_and_kept_in_tables(bucket: Bucket, tmp_path: Path) -> None:
+    keys = ["odd/10/ü#1 100%.wav", "odd/2/a b.WAV", "odd/2/b?.wav", "odd/+&=.wav"]
+    for key in keys:
+        bucket.put(key, key.encode())
+    for key in ("odd/notes.txt", "odd/.git/x.wav", "odd/2/._a.wav"):
+        bucket.put(key, b"not listed")
+    found = scan_remote(bucket.uri("odd/"), {".wav"})
+    assert found.files == tuple(map(bucket.uri, sorted(keys)))
     assert (found.hidden, found.other) == (2, {".txt": 1})
-    assert scan_remote("s3://calls/2", {".wav"}).files == ("s3://calls/2/a.wav",)
-
-
-def test_an_object_is_a_recording_like_any_other(tiny_bundle: Bundle, store: Path, write_audio: WriteAudio) -> None:
-    path = write_audio(duration_s=5.0)
-    uri = put(store, "calls/a.wav", path.read_bytes())
-    predictor = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=3)
-    local, there, gone = predictor.predict([path, uri, "s3://calls/gone.wav"])
-    np.testing.assert_array_equal(there.probabilities, local.probabilities)
-    assert gone.status == "not_found"
-    isolated = predictor.classify([predictor.listen(uri, isolated=True)])[0]
-    np.testing.assert_array_equal(isolated.probabilities, local.probabilities)
-
-
-def test_objects_stay_what_they_are_in_a_table(tmp_path: Path) -> None:
-    uris = ["s3://calls/0.wav", "gs://calls/a b?.wav"]
-    (tmp_path / "m.csv").write_text("speech\n" + "\n".join(uris) + "\n")
+    assert scan_remote(bucket.uri("odd/10"), {".wav"}).files == (bucket.uri(keys[0]),)
+    for key, uri in zip(sorted(keys), found.files, strict=True):
+        assert fetch(uri) == key.encode()
+        size, changed_ns = stamp_of(uri)
+        assert size == len(key.encode())
+        assert changed_ns > 0
+    uris = [*found.files, "gs://calls/a b?.wav"]
+    (tmp_path / "m.csv").write_text("\n".join(["speech", *uris]) + "\n")
     assert list(read_manifest(tmp_path / "m.csv", require_labels=False)["speech"]) == uris
 
 
-@pytest.fixture
-def closed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``store``, but the bucket ``closed`` cannot be opened."""
-    there = remote._file_system
+def test_google_s_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that Arrow knows, in the place of the store."""
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "calls/why?.wav").write_bytes(b"content")
+    asked: list[str] = []
 
-    def opened(uri: str) -> object:
-        if uri == "s3://closed":
-            raise SerError(f"cannot open {uri}: no such region; check bucket, credentials, region and endpoint")
-        return there(uri)
+    def opened(store: str) -> pyarrow.fs.FileSystem:
+        asked.append(store)
+        return pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
 
-    monkeypatch.setattr(remote, "_file_system", opened)
+    monkeypatch.setattr(files, "_file_system", opened)
+    (uri,) = scan_remote("gs://calls?scheme=http", {".wav"}).files
+    assert uri == "gs://calls/why?.wav?scheme=http"
+    assert fetch(uri) == b"content"
+    assert asked == ["gs://calls?scheme=http"] * 2
 
 
-@pytest.mark.usefixtures("closed", "in_this_process")
-def test_a_bucket_that_cannot_be_opened_is_a_row_and_ends_nothing(
-    tiny_bundle: Bundle, write_audio: WriteAudio, tmp_path: Path
+def test_other_paths_are_not_remote() -> None:
+    for text in ("/calls/a.wav", "file:///a.wav", "http://x/a.wav", "S3/calls/a.wav", "s3:/calls/a.wav"):
+        assert not is_remote(text), text
+
+
+def test_what_cannot_be_fetched_has_a_code(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = bucket.put("folder/a.wav", b"content")
+    monkeypatch.setattr(files, "_LARGEST", 6)
+    cases: list[tuple[str, type[AudioError], str]] = [
+        (there, TooLarge, "limit"),
+        (bucket.uri("gone.wav"), NotFound, "gone.wav"),
+        (bucket.uri("folder"), NotAFile, "folder"),
+        (CLOSED, Unreadable, "cannot open s3://closed"),
+        # no paths for Arrow
+        (bucket.uri("/a.wav"), Unreadable, "bucket and key"),
+        (bucket.uri("2024//a.wav"), Unreadable, "bucket and key"),
+        (bucket.uri("a.wav", bucket="me:secret@calls"), Unreadable, "bucket and key"),
+    ]
+    for uri, error, word in cases:
+        with pytest.raises(error, match=word):
+            fetch(uri)
+        if error is Unreadable:
+            assert stamp_of(uri) == (-1, -1)
+            assert add_hashes(pd.DataFrame({"speech": [uri]}))["content_hash"].tolist() == [""]
+            with pytest.raises(SerError, match="bucket"):
+                scan_remote(uri, {".wav"})
+    with pytest.raises(SerError, match=r"s3://nobody.*NO_SUCH_BUCKET"):
+        scan_remote(bucket.uri(bucket="nobody"), {".wav"})
+
+
+def test_a_store_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def get_file_info(self, _: str) -> None:
+            raise OSError("AWS Error ACCESS_DENIED")
+
+    monkeypatch.setattr(files, "_file_system", lambda _: Refusing())
+    with pytest.raises(Unreadable, match=r"ACCESS_DENIED.*credentials"):
+        fetch("s3://calls/other.wav")
+    assert stamp_of("s3://calls/other.wav") == (-1, -1)
+
+
+def test_an_object_is_a_recording_like_any_other(
+    bucket: Bucket, tiny_bundle: Bundle, write_audio: WriteAudio, tmp_path: Path
 ) -> None:
-    assert stamp_of("s3://closed/a.wav") == (-1, -1)
-    (tmp_path / "m.csv").write_text(f"speech\n{write_audio()}\ns3://closed/a.wav\n")
-    words = ["--model_weights", str(tiny_bundle.folder), "--num_cpus", "0", "--no_report"]
-    assert score.main([*words, "--input", str(tmp_path / "m.csv"), "--out", str(tmp_path / "out")]) == 4
-    found = read_predictions(tmp_path / "out")
-    assert list(found["status"]) == ["ok", "unreadable"]
-    assert "s3://closed" in found["error"][1]
+    path = write_audio(duration_s=5.0)
+    uri, gone = bucket.put("calls/a.wav", path.read_bytes()), bucket.uri("calls/gone.wav")
 
+    predictor = Predictor.from_bundle(tiny_bundle.folder, threads=1, crops=3)
+    here, there, *failed = predictor.predict([path, uri, gone, CLOSED])
+    np.testing.assert_array_equal(there.probabilities, here.probabilities)
+    assert [row.status for row in failed] == ["not_found", "unreadable"]
+    isolated = predictor.classify([predictor.listen(uri, isolated=True)])[0]
+    np.testing.assert_array_equal(isolated.probabilities, here.probabilities)
 
-def test_objects_have_the_content_of_their_bytes(store: Path, write_audio: WriteAudio) -> None:
-    path = write_audio()
-    uri = put(store, "calls/a.wav", path.read_bytes())
-    manifest = pd.DataFrame({"speech": [str(path), uri, "s3://calls/gone.wav"]})
-    hashes = list(add_hashes(manifest)["content_hash"])
-    assert hashes == [content_hash(path), content_hash(path), ""]
-    training = pd.DataFrame({"content_hash": hashes[:1], "split": ["train"]})
+    manifest = pd.DataFrame({"speech": [str(path), uri, gone]})
+    assert list(add_hashes(manifest)["content_hash"]) == [content_hash(path), content_hash(path), ""]
+    training = pd.DataFrame({"content_hash": [content_hash(path)], "split": ["train"]})
     assert leaks.find(manifest, training).mask.tolist() == [True, True, False]
 
-
-def test_objects_are_extracted(store: Path, write_audio: WriteAudio, tmp_path: Path) -> None:
-    path = write_audio()
-    rows = [str(path), put(store, "calls/a.wav", path.read_bytes()), "s3://calls/gone.wav"]
-    table = pd.DataFrame({"speech": rows, "_block": 0, "_row": range(3)})
     schema = pa.schema([("speech", pa.string())])
-    assert BlockWriter(tmp_path, schema, FeatureConfig(), ShardOptions(mel_power_s=3.0))(table) == (3, 1)
-    found = pq.read_table(tmp_path / "part-00000.parquet")
-    assert found["status"].to_pylist() == ["ok", "ok", "not_found"]
-    features = found["log_mel"].combine_chunks().to_numpy_ndarray()
+    write = BlockWriter(tmp_path, schema, FeatureConfig(), ShardOptions(mel_power_s=3.0))
+    assert write(manifest.assign(_block=0, _row=range(3))) == (3, 1)
+    extracted = pq.read_table(tmp_path / "part-00000.parquet")
+    assert extracted["status"].to_pylist() == ["ok", "ok", "not_found"]
+    features = extracted["log_mel"].combine_chunks().to_numpy_ndarray()
     np.testing.assert_array_equal(features[0], features[1])
 
+    player_here, player_there = report._players([{"speech": str(path)}, {"speech": uri}]).values()
+    assert player_here == player_there
 
-def test_mistakes_among_objects_can_be_played(store: Path, write_audio: WriteAudio) -> None:
-    path = write_audio()
-    uri = put(store, "calls/a.wav", path.read_bytes())
-    here, there = report._players([{"speech": str(path)}, {"speech": uri}]).values()
-    assert here == there
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_bucket_is_scored_and_a_changed_object_is_another_input(
+    bucket: Bucket, tiny_bundle: Bundle, write_audio: WriteAudio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recordings = [write_audio(f"{i}.wav", seed=i, f0_hz=100 + 80 * i) for i in range(3)]
+    uris = [bucket.put(f"scored/{path.name}", path.read_bytes()) for path in recordings]
+    uris.append(bucket.put("scored/broken.wav", b"no audio " * 50))
+    out = tmp_path / "out"
+    words = ["--model_weights", str(tiny_bundle.folder), "--num_cpus", "0", "--no_report", "--out", str(out)]
+    assert score.main([*words, "--input", bucket.uri("scored")]) == 4
+    table = read_predictions(out)
+    assert list(table["speech"]) == uris
+    assert list(table["status"]) == ["ok", "ok", "ok", "not_audio"]
+    expected = [p.probabilities for p in Predictor.from_bundle(tiny_bundle.folder, threads=1).predict(recordings)]
+    found = table[[f"p_{label}" for label in tiny_bundle.labels]].to_numpy()[:3]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert json.loads((out / "run.json").read_text())["scored_now"] == 4
+    bucket.put("scored/0.wav", recordings[1].read_bytes() + b"\0")
+    capsys.readouterr()
+    assert score.main([*words, "--input", bucket.uri("scored")]) == 2
+    assert "another recordings" in capsys.readouterr().err

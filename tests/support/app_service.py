@@ -37,6 +37,7 @@ class FakeService:
         self.after = 10**9  # so many recordings are answered before the connection breaks
         self.received: list[str] = []
         self.asked: list[str] = []
+        self.keys: set[str | None] = set()
         self.metrics: dict[str, Any] = {}
         self.transport = httpx.MockTransport(self._answer)
 
@@ -47,6 +48,7 @@ class FakeService:
         if path.startswith("/v2/health"):
             return httpx.Response(200, json={"ready": True})
         self.asked.append(path)
+        self.keys.add(request.headers.get("authorization"))
         if self.status != 200:
             return httpx.Response(self.status, json=_problem(self.code, self.status))
         routes: dict[str, Callable[[httpx.Request], httpx.Response]] = {
@@ -68,20 +70,7 @@ class FakeService:
 
     def _explain(self, request: httpx.Request) -> httpx.Response:
         ((_, data),), _ = _parts(request)
-        said = _said(data)
-        body = {
-            "id": "1",
-            "model": "fake",
-            "version": "0" * 12,
-            "label": said["label"],
-            "confidence": said["confidence"],
-            "scores": _scores(said["label"], said["confidence"]),
-            "time_s": [2.0 * i / 16 for i in range(17)],
-            "frequency_hz": [3000.0 * i for i in range(9)],
-            "importance": [[0.5 if (row, column) == (2, 3) else -0.1 for column in range(16)] for row in range(8)],
-            "picture": picture_of(said["duration_s"]),
-        }
-        return httpx.Response(200, json=body)
+        return httpx.Response(200, json=explanation_of(_said(data)))
 
     def _model(self, request: httpx.Request) -> httpx.Response:
         body = {
@@ -156,6 +145,23 @@ def recording_of(name: str, said: dict[str, Any], options: dict[str, str]) -> di
     if options.get("picture") == "true":
         answer["picture"] = picture_of(duration_s)
     return answer
+
+
+def explanation_of(said: dict[str, Any]) -> dict[str, Any]:
+    """An explanation as JSON has it: one cell of 8 x 16 speaks for the answer."""
+    label, confidence, duration_s = said["label"], said["confidence"], said["duration_s"]
+    return {
+        "id": "1",
+        "model": "fake",
+        "version": "0" * 12,
+        "label": label,
+        "confidence": confidence,
+        "scores": _scores(label, confidence),
+        "time_s": [(duration_s - 2.0) / 2 + i / 8 for i in range(17)],
+        "frequency_hz": [31.0 + 2900 * i for i in range(9)],
+        "importance": [[0.5 if (row, column) == (2, 3) else -0.1 for column in range(16)] for row in range(8)],
+        "picture": picture_of(duration_s),
+    }
 
 
 def picture_of(duration_s: float) -> dict[str, Any]:

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from pipeline.audio import load as audio
-from pipeline.audio.load import load_middle
-from tests.support.recordings import encode, encode_av
+from pipeline.audio.load import Clip, load_middle
+from tests.support.recordings import encode
 
 Samples = npt.NDArray[np.float32]
 
-# container, codec, rate in Hz, channels, largest error of a sample (None: a lossy codec)
-FORMATS = [
+
+class Format(NamedTuple):
+    """A format that libsndfile writes. `error`: the largest one of a sample; None: a lossy codec."""
+
+    container: str
+    codec: str
+    rate_hz: int
+    channels: int
+    error: float | None
+
+    def encoded(self, samples: Samples) -> bytes:
+        return encoded(samples, self.rate_hz, self.container, self.codec)
+
+    def voice(self, duration_s: float) -> bytes:
+        return self.encoded(voice(duration_s, self.rate_hz, self.channels))
+
+
+_FORMATS = [
     ("WAV", "PCM_U8", 8_000, 1, 1 / 127),
     ("WAV", "PCM_16", 44_100, 2, 1 / 32767),
     ("WAV", "PCM_24", 48_000, 3, 1 / 2**22),
@@ -43,7 +60,9 @@ FORMATS = [
     ("MP3", "MPEG_LAYER_III", 44_100, 2, None),
     ("MP3", "MPEG_LAYER_III", 16_000, 1, None),
 ]
-AV_FORMATS = [("mp4", "aac", 44_100, "MP4"), ("webm", "libopus", 48_000, "WebM"), ("adts", "aac", 16_000, "AAC")]
+FORMATS = list(map(Format._make, _FORMATS))
+AV_FORMATS = [("mp4", "aac", 44_100), ("webm", "libopus", 48_000), ("adts", "aac", 16_000)]
+every_format = pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form[:4])))
 
 
 @lru_cache(maxsize=64)
@@ -74,5 +93,26 @@ def code_of(source: audio.AudioSource, call: Callable[..., object] = load_middle
     return caught.value.code
 
 
-encoded_av = encode_av
+def same_clip(one: Clip, other: Clip) -> bool:
+    facts = ((clip.start_s, clip.scored_s, clip.info) for clip in (one, other))
+    return len(set(facts)) == 1 and np.array_equal(one.samples, other.samples)
+
+
+def riff(*chunks: tuple[bytes, bytes], tag: bytes = b"RIFF", pads: bool = True, outer: int | None = None) -> bytes:
+    """A WAV of these chunks. `pads`: with a pad byte after odd ones; `outer`: what its header says of its length."""
+    order = ">" if tag == b"RIFX" else "<"
+    body = b"WAVE"
+    for name, data in chunks:
+        body += name + struct.pack(order + "I", len(data)) + data + b"\0" * (len(data) % 2 if pads else 0)
+    return tag + struct.pack(order + "I", len(body) if outer is None else outer) + body
+
+
+def fmt(
+    *, tag: int = 1, channels: int = 1, rate_hz: int = 16_000, bits: int = 16, frame_bytes: int | None = None
+) -> tuple[bytes, bytes]:
+    """The format chunk of a WAV, for `riff`."""
+    size = channels * bits // 8 if frame_bytes is None else frame_bytes
+    return b"fmt ", struct.pack("<HHIIHH", tag, channels, rate_hz, rate_hz * size & 0xFFFF_FFFF, size, bits)
+
+
 ONE_SECOND = encoded(voice(1.0, 16_000), 16_000)

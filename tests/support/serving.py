@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,9 +29,13 @@ Result = TypeVar("Result")
 
 def wav(duration_s: float = 1.0, rate_hz: int = 16_000, channels: int = 1, **voice: Any) -> bytes:
     """A recording, 16-bit PCM."""
-    samples = np.stack([speech_like(duration_s=duration_s, sample_rate_hz=rate_hz, **voice)] * channels, axis=1)
+    return wav_of(*[speech_like(duration_s=duration_s, sample_rate_hz=rate_hz, **voice)] * channels, rate_hz=rate_hz)
+
+
+def wav_of(*tracks: Any, rate_hz: int = 16_000, subtype: str = "PCM_16") -> bytes:
+    """A recording whose channels are ``tracks``, each ``(n,)``."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate_hz, format="WAV", subtype="PCM_16")
+    soundfile.write(buffer, np.stack(tracks, axis=1), rate_hz, format="WAV", subtype=subtype)
     return buffer.getvalue()
 
 
@@ -129,6 +134,22 @@ class LocalService:
 
     def get(self, path: str, **content: Any) -> httpx.Response:
         return self.request("GET", path, **content)
+
+
+def awaited(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that is a coroutine, run in a loop of its own."""
+
+    @functools.wraps(test)
+    def run_test(*arguments: Any, **fixtures: Any) -> None:
+        asyncio.run(test(*arguments, **fixtures))
+
+    return run_test
+
+
+async def reply(send: Any, body: bytes = b"", *headers: tuple[bytes, bytes]) -> None:
+    """Answer 200, as an ASGI application does."""
+    await send({"type": "http.response.start", "status": 200, "headers": list(headers)})
+    await send({"type": "http.response.body", "body": body})
 
 
 def run(coroutine: Coroutine[Any, Any, Result]) -> Result:

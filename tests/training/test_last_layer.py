@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.training.adapt import judge
+from pipeline.training.adapt import Verdict, judge
 from pipeline.training.last_layer import (
     BIASES,
     KEEP,
@@ -45,6 +45,13 @@ def right(recordings: Recordings, head: Head) -> float:
     return float((head.logits(recordings.embeddings).argmax(axis=1) == recordings.truth).mean())
 
 
+def judged(recordings: Recordings, parent: Parent, seed: int = 0) -> Verdict:
+    """Whether adapting is worth while, by the answers out of fold."""
+    before = parent.answers(recordings.embeddings).argmax(axis=1)
+    after = adapt(recordings, parent, seed=seed).logits.argmax(axis=1)
+    return judge(recordings.truth, before, after, recordings.groups)
+
+
 @pytest.mark.parametrize("n", [30, 120])  # fewer and more recordings than features
 def test_from_a_blank_parent_it_is_scikit_learns_logistic_regression(n: int) -> None:
     recordings, fresh = voices(n, noise=2.0), voices(300, noise=2.0, seed=1)
@@ -80,10 +87,8 @@ def test_a_parent_that_is_right_already_is_hardly_changed() -> None:
     recordings = voices(60, noise=0.2)
     centres = np.random.default_rng(99).standard_normal((3, D))
     parent = Parent(Head(centres, -0.5 * (centres**2).sum(axis=1)), np.ones(3, bool))
-    found = adapt(recordings, parent)
-    assert right(recordings, found.head) == 1.0
-    old, new = parent.answers(recordings.embeddings).argmax(axis=1), found.logits.argmax(axis=1)
-    assert not judge(recordings.truth, old, new, recordings.groups).adapted
+    assert right(recordings, adapt(recordings, parent).head) == 1.0
+    assert not judged(recordings, parent).adapted
 
 
 def test_no_recording_has_a_say_in_its_own_answer() -> None:
@@ -115,16 +120,15 @@ def test_what_the_parent_does_not_know_begins_at_the_mean_and_is_never_its_answe
     assert np.isfinite(parent.head.logits(np.ones((1, D)))).all()
 
 
-def test_own_classes_are_learnt_and_beat_a_parent_that_knows_none() -> None:
+def test_a_gain_that_is_there_is_found_also_over_a_parent_that_knows_no_class() -> None:
     recordings = voices(60, noise=1.0)
-    parent = parent_of(np.ones((2, D)), np.zeros(2), ["left", "right"], ["a", "b", "c"])
-    found = adapt(recordings, parent)
-    verdict = judge(
-        recordings.truth, parent.answers(recordings.embeddings).argmax(axis=1), found.logits.argmax(axis=1), None
-    )
+    verdict = judged(recordings, parent_of(np.ones((2, D)), np.zeros(2), ["left", "right"], ["a", "b", "c"]))
     assert verdict.before == pytest.approx(1 / 3)
     assert verdict.after > 0.9
     assert verdict.adapted
+    wrong = Parent(Head(np.random.default_rng(8).standard_normal((3, D)), np.zeros(3)), np.ones(3, bool))
+    assert choose(recordings, wrong).kind != KEEP
+    assert judged(recordings, wrong).adapted
 
 
 def test_old_recordings_keep_a_class_that_the_new_ones_lack() -> None:
@@ -137,35 +141,20 @@ def test_old_recordings_keep_a_class_that_the_new_ones_lack() -> None:
 
 
 def test_meaningless_labels_say_keep() -> None:
+    parent = Parent(fit_head(voices(90, seed=77), blank(), Choice(LAST_LAYER, 0.01)), np.ones(3, bool))
     adapted = 0
     for seed in range(8):
         made = voices(24, n_classes=3, noise=1.5, seed=seed)
-        rng = np.random.default_rng(seed)
-        shuffled = Recordings(made.embeddings, rng.permutation(made.truth), made.groups)
-        parent = Parent(fit_head(voices(90, seed=77), blank(), Choice(LAST_LAYER, 0.01)), np.ones(3, bool))
-        found = adapt(shuffled, parent, seed=seed)
-        old, new = parent.answers(shuffled.embeddings), found.logits
-        adapted += judge(shuffled.truth, old.argmax(axis=1), new.argmax(axis=1), shuffled.groups).adapted
+        shuffled = np.random.default_rng(seed).permutation(made.truth)
+        adapted += judged(Recordings(made.embeddings, shuffled, made.groups), parent, seed).adapted
     assert adapted <= 1
 
 
-def test_a_gain_that_is_there_is_found() -> None:
-    made = voices(60, noise=1.0)
-    parent = Parent(Head(np.random.default_rng(8).standard_normal((3, D)), np.zeros(3)), np.ones(3, bool))
-    found = adapt(made, parent)
-    assert choose(made, parent).kind != KEEP
-    assert judge(
-        made.truth, parent.answers(made.embeddings).argmax(axis=1), found.logits.argmax(axis=1), made.groups
-    ).adapted
-
-
 def test_the_verdict_exchanges_whole_speakers_where_there_are_enough() -> None:
-    n, rng = 160, np.random.default_rng(0)
-    truth = np.arange(n) % 4
-    speakers = np.arange(n) // 20
-    before = np.where(rng.random(n) < 0.5, truth, (truth + 1) % 4)
-    one_voice = np.where(speakers == 0, truth, before)  # all the gain is in one of eight voices
-    assert judge(truth, before, one_voice, speakers).over == "speakers"
-    assert not judge(truth, before, one_voice, speakers).adapted
+    truth, speakers = np.arange(160) % 4, np.arange(160) // 20
+    before = np.where(np.random.default_rng(0).random(160) < 0.5, truth, (truth + 1) % 4)
+    one_voice = judge(truth, before, np.where(speakers == 0, truth, before), speakers)  # all the gain is in one of 8
+    assert one_voice.over == "speakers"
+    assert not one_voice.adapted
     assert judge(truth, before, truth, speakers).adapted
     assert judge(truth, before, truth, None).over == "recordings"

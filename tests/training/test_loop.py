@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from toy_data import CONFIG, toy_data, toy_model
 
 from pipeline.features.features import FeatureConfig
@@ -20,9 +22,8 @@ from pipeline.models.networks import build_model
 from pipeline.storage.errors import SerError
 from pipeline.training.augment import POWER_NAMES
 from pipeline.training.batches import TrainingData
-from pipeline.training.config import FitConfig
+from pipeline.training.config import FitConfig, learning_rates
 from pipeline.training.loop import DivergedError, FitResult, Record, Run, StateDict, fit, weights_of
-from pipeline.training.losses import ClassificationLoss
 
 FAST = {"batch_size": 8, "lr": 1e-2, "threads": 1}
 
@@ -33,9 +34,7 @@ def trained(data: TrainingData | None = None, *, model: nn.Module | None = None,
 
 
 def assert_same(ours: StateDict, theirs: StateDict) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
+    torch.testing.assert_close(dict(ours), dict(theirs), rtol=0, atol=0)
 
 
 def without_times(history: list[Record]) -> list[Record]:
@@ -117,34 +116,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     assert not torch.equal(trained(**settings).weights["5.bias"], trained(seed=1, **settings).weights["5.bias"])
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, f1: list[float]) -> None:
-    """Let the validation find these figures, one an epoch."""
-    found = iter(f1)
-    monkeypatch.setattr(
-        Run, "_score", lambda self, module: {"val_loss": 1.0, "val_accuracy": 0.0, "val_weighted_f1": next(found)}
-    )
+def test_the_best_weights_are_kept_and_epochs_without_a_better_f1_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    f1, kept = [0.2, 0.5, 0.5, 0.4, 0.45, 0.9], []
+    scores = ({"val_loss": 1.0, "val_accuracy": 0.0, "val_weighted_f1": value} for value in f1 * 2)
+    monkeypatch.setattr(Run, "_score", lambda *_: next(scores))
 
+    def remember(_: Record, run: Run) -> None:
+        kept.append({name: value.clone() for name, value in run.model.state_dict().items()})
 
-def test_early_stopping_counts_epochs_without_a_better_f1(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, [0.2, 0.5, 0.5, 0.4, 0.45, 0.9])
-    result = trained(epochs=6, patience=3)
-    assert [record["val_weighted_f1"] for record in result.history] == [0.2, 0.5, 0.5, 0.4, 0.45]
-    assert (result.best_epoch, result.stopped_early) == (2, True)
-    scripted(monkeypatch, [0.2, 0.5, 0.5, 0.4, 0.45, 0.4])
     assert len(trained(epochs=6, patience=0).history) == 6
-
-
-def test_the_best_weights_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: dict[int, StateDict] = {}
-
-    def remember(record: Record, run: Run) -> None:
-        kept[record["epoch"]] = {k: v.clone() for k, v in run.model.state_dict().items()}
-
-    scripted(monkeypatch, [0.2, 0.8, 0.5, 0.6])
-    torch.manual_seed(0)
-    result = fit(toy_model(), toy_data(), FitConfig(epochs=4, **FAST), on_epoch=remember)
-    assert_same(result.weights, kept[2])
-    assert not torch.equal(kept[2]["5.bias"], kept[4]["5.bias"])
+    result = fit(toy_model(), toy_data(), FitConfig(epochs=6, patience=3, **FAST), on_epoch=remember)
+    assert [record["val_weighted_f1"] for record in result.history] == f1[:5]
+    assert (result.best_epoch, result.stopped_early) == (2, True)
+    assert_same(result.weights, kept[1])
+    assert not torch.equal(kept[1]["5.bias"], kept[4]["5.bias"])
 
 
 def test_without_validation_the_last_weights_count() -> None:
@@ -156,37 +141,27 @@ def test_without_validation_the_last_weights_count() -> None:
 
 
 def test_the_average_of_weights_is_the_formula() -> None:
-    data, decay = toy_data(16, 0), 0.7
+    decay = 0.7
     torch.manual_seed(0)
-    run = Run(toy_model(), data, FitConfig(epochs=2, ema=decay, **FAST))
+    run = Run(toy_model(), toy_data(16, 0), FitConfig(epochs=2, ema=decay, **FAST))
     followed: list[StateDict] = []
     for _ in range(2):
         run.epoch(lambda *_: followed.append({k: v.clone() for k, v in run.model.state_dict().items()}))
     expected = followed[0]
     for state in followed[1:]:
-        expected = {k: decay * expected[k] + (1 - decay) * v if v.is_floating_point() else v for k, v in state.items()}
+        expected = {k: decay * expected[k] + (1 - decay) * v for k, v in state.items() if v.is_floating_point()}
     chosen = run.chosen_weights()
-    for name, value in expected.items():
-        if value.is_floating_point():
-            torch.testing.assert_close(chosen[name], value, msg=name)
+    torch.testing.assert_close({name: chosen[name] for name in expected}, expected)
     assert_same(weights_of(run.state()), chosen)
 
 
-def test_weighted_and_focal_losses_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weighted_and_focal_losses_reach_the_training() -> None:
     plain = trained(epochs=1).history[0]["train_loss"]
-    run = Run(
-        toy_model(), toy_data(), FitConfig(class_weights=(1.0, 2.0, 3.0), use_focal=True, focal_gamma=1.5, **FAST)
-    )
-    assert run.loss.weights.tolist() == [1.0, 2.0, 3.0]
-    assert run.loss.focal_gamma == 1.5
-    assert Run(toy_model(), toy_data(), FitConfig(focal_gamma=1.5, **FAST)).loss.focal_gamma == 0
+    assert trained(epochs=1, focal_gamma=1.5).history[0]["train_loss"] == plain
     assert trained(epochs=1, use_focal=True).history[0]["train_loss"] < plain
     assert trained(epochs=1, class_weights=(1.0, 5.0, 1.0)).history[0]["train_loss"] != plain
-    calls: list[int] = []
-    forward = ClassificationLoss.forward
-    monkeypatch.setattr(ClassificationLoss, "forward", lambda s, *given: calls.append(1) or forward(s, *given))
-    trained(epochs=1)
-    assert len(calls) == 3  # 24 clips in batches of 8
+    loss = Run(toy_model(), toy_data(), FitConfig(class_weights=(1.0, 2.0, 3.0), use_focal=True, focal_gamma=1.5)).loss
+    assert (loss.weights.tolist(), loss.focal_gamma) == ([1.0, 2.0, 3.0], 1.5)
 
 
 def test_gradients_are_clipped() -> None:
@@ -206,10 +181,6 @@ def test_gradients_are_clipped() -> None:
 def test_mixed_precision_is_left_to_gpus() -> None:
     assert FitConfig().mixed_precision
     assert_same(trained(epochs=1).weights, trained(epochs=1, mixed_precision=False).weights)
-    data = toy_data()
-    run = Run(toy_model(), data, FitConfig(**FAST))
-    with run._autocast():
-        assert run.model(torch.from_numpy(data.features[:1])).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["inception", "cnn_bilstm"])
@@ -241,35 +212,21 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
         trained(toy_data(features=features))
 
 
-def test_ctrl_c_keeps_the_best_so_far() -> None:
-    def interrupt(epoch: int, done: int, total: int) -> None:
-        if (epoch, done) == (3, 2):
-            raise KeyboardInterrupt
+def test_ctrl_c_keeps_the_best_so_far_and_is_passed_on_before_there_is_one() -> None:
+    def interrupted(at: tuple[int, int]) -> FitResult:
+        def interrupt(epoch: int, done: int, _total: int) -> None:
+            if (epoch, done) == at:
+                raise KeyboardInterrupt
 
-    config = FitConfig(epochs=5, **FAST)
-    torch.manual_seed(0)
-    result = fit(toy_model(), toy_data(), config, on_batch=interrupt)
-    assert result.interrupted
-    assert len(result.history) == 2
-    torch.manual_seed(0)
-    two = fit(toy_model(), toy_data(), FitConfig(epochs=5, **FAST), on_epoch=stop_after(2))
-    assert_same(result.weights, two.weights)
+        torch.manual_seed(0)
+        return fit(toy_model(), toy_data(), FitConfig(epochs=5, **FAST), on_batch=interrupt)
 
-
-def stop_after(epochs: int) -> Any:
-    def stop(record: Record, run: Run) -> None:
-        if record["epoch"] == epochs:
-            raise KeyboardInterrupt
-
-    return stop
-
-
-def test_ctrl_c_in_the_first_epoch_is_passed_on() -> None:
-    def interrupt(*_: int) -> None:
-        raise KeyboardInterrupt
-
+    third, second = interrupted((3, 2)), interrupted((3, 1))
+    assert third.interrupted
+    assert len(third.history) == 2
+    assert_same(third.weights, second.weights)
     with pytest.raises(KeyboardInterrupt):
-        fit(toy_model(), toy_data(), FitConfig(epochs=2, **FAST), on_batch=interrupt)
+        interrupted((1, 1))
 
 
 def test_progress_is_told_after_every_batch() -> None:
@@ -280,13 +237,15 @@ def test_progress_is_told_after_every_batch() -> None:
 
 def test_a_checkpoint_of_another_run_is_refused() -> None:
     state = Run(toy_model(), toy_data(), FitConfig(epochs=4, **FAST)).state()
-    for change, message in (({"epochs": 5}, "started with epochs=4, got 5"), ({"lr": 0.5}, "lr=0.01, got 0.5")):
-        with pytest.raises(SerError, match=message):
-            fit(toy_model(), toy_data(), FitConfig(**{"epochs": 4, **FAST, **change}), state=state)
-    with pytest.raises(SerError, match="has version 7, expected 1"):
-        fit(toy_model(), toy_data(), FitConfig(epochs=4, **FAST), state={**state, "version": 7})
-    more_threads = FitConfig(**{**FAST, "epochs": 4, "threads": 2, "patience": 3})
-    assert len(fit(toy_model(), toy_data(), more_threads, state=state).history) == 4
+
+    def resumed(version: int = 1, **changes: Any) -> FitResult:
+        config = FitConfig(**{"epochs": 4, **FAST, **changes})
+        return fit(toy_model(), toy_data(), config, state={**state, "version": version})
+
+    for change, word in (({"epochs": 5}, "epochs=4"), ({"lr": 0.5}, "lr=0.01"), ({"version": 7}, "version 7")):
+        with pytest.raises(SerError, match=word):
+            resumed(**change)
+    assert len(resumed(threads=2, patience=3).history) == 4
 
 
 def test_channels_last_changes_the_layout_and_not_the_result() -> None:
@@ -301,27 +260,19 @@ def test_channels_last_changes_the_layout_and_not_the_result() -> None:
     assert all(value.is_contiguous() for value in kept[True].chosen_weights().values())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"epochs": 0}, "at least 1"),
-        ({"batch_size": 0}, "at least 1"),
-        ({"patience": -1}, "at least 0"),
-        ({"seed": -1}, "at least 0"),
-        ({"seed": 2**64}, r"below 2\*\*64"),
-        *(({name: float("nan")}, f"{name} must be") for name in ("weight_decay", "clip_norm", "focal_gamma", "ema")),
-        *(({name: float("inf")}, f"{name} must be") for name in ("lr", "warmup_epochs", "label_smoothing")),
-        ({"lr": 0.0}, "above 0"),
-        ({"lr": float("nan")}, "lr must be a finite number, got nan"),
-        ({"weight_decay": -1.0}, "at least 0"),
-        ({"scheduler": "steps"}, "choose one of cosine, onecycle"),
-        ({"ema": 1.0}, "EMA decay 1.0"),
-        ({"augment": ("echo",)}, "unknown augmentation"),
-    ],
-)
-def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SerError, match=message):
-        FitConfig(**settings)
+NAN, INF = float("nan"), float("inf")
+WRONG = {
+    **{"epochs": [0], "batch_size": [0], "patience": [-1], "draws": [-1], "threads": [-1], "seed": [-1, 2**64]},
+    **{"lr": [0.0, NAN, INF], "weight_decay": [-1.0, NAN], "clip_norm": [-1.0, NAN], "warmup_epochs": [-1.0, INF]},
+    **{"focal_gamma": [NAN], "label_smoothing": [INF], "ema": [1.0, -0.1, NAN]},
+    **{"scheduler": ["steps"], "augment": [("echo",)]},
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_wrong_settings_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(SerError):
+        FitConfig(**{name: value})
 
 
 def test_settings_survive_json() -> None:
@@ -329,22 +280,55 @@ def test_settings_survive_json() -> None:
     assert FitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_a_class_that_the_corpus_lacks_is_left_alone_by_training_and_validation() -> None:
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_class_that_the_corpus_lacks_is_left_alone_by_training_and_validation(masked: bool) -> None:
     """One corpus without class 1: its row of the last layer has no gradient, and no clip is taken for it."""
     lacking = {"corpora": ("one",), "corpus_of": np.zeros(30, int), "corpus_classes": np.array([[True, False, True]])}
-    classes = np.where(np.arange(30) % 2, 2, 0)
-    data = toy_data(classes=classes, **lacking)
-    config = FitConfig(epochs=1, batch_size=8, weight_decay=0.0, threads=1, label_smoothing=0.1, augment=("mixup",))
-    run = Run(toy_model(), data, config)
+    data = toy_data(classes=np.where(np.arange(30) % 2, 2, 0), **lacking)
+    settings = {"weight_decay": 0.0, "label_smoothing": 0.1, "augment": ("mixup",), "mask_missing_classes": masked}
+    run = Run(toy_model(), data, FitConfig(epochs=1, batch_size=8, threads=1, **settings))
     head = run.model[-1]
     with torch.no_grad():
         head.bias[1] = 50.0  # it would win every clip
     before = head.weight[1].clone()
     record = run.epoch()
-    assert torch.equal(head.weight[1], before)
-    assert record["val_accuracy"] > 0
+    assert torch.equal(head.weight[1], before) == masked
+    assert (record["val_accuracy"] > 0) == masked
     assert np.isfinite(record["val_loss"])
-    unmasked = Run(toy_model(), data, dataclasses.replace(config, mask_missing_classes=False))
-    with torch.no_grad():
-        unmasked.model[-1].bias[1] = 50.0
-    assert unmasked.epoch()["val_accuracy"] == 0
+
+
+STEPS, EPOCHS = 10, 20
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup_epochs", "make"),
+    [
+        ("cosine", 0.0, lambda sgd: CosineAnnealingLR(sgd, T_max=STEPS * EPOCHS)),
+        ("onecycle", 0.0, lambda sgd: OneCycleLR(sgd, max_lr=1.0, total_steps=STEPS * EPOCHS, pct_start=0.15)),
+        ("onecycle", 6.0, lambda sgd: OneCycleLR(sgd, max_lr=1.0, total_steps=STEPS * EPOCHS, pct_start=0.3)),
+    ],
+)
+def test_rates_are_torchs(name: str, warmup_epochs: float, make: Callable[[SGD], LRScheduler]) -> None:
+    factor = learning_rates(name, STEPS, EPOCHS, warmup_epochs)
+    scheduler = make(SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    for step in range(STEPS * EPOCHS):
+        assert factor(step) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        scheduler.optimizer.step()
+        scheduler.step()
+    if name == "cosine":
+        assert factor(STEPS * EPOCHS) == 0
+
+
+def test_cosine_warms_up_linearly_and_then_falls() -> None:
+    factor = learning_rates("cosine", STEPS, EPOCHS, 2.0)
+    assert [factor(step) for step in range(20)] == pytest.approx([(i + 1) / 21 for i in range(20)])
+    assert factor(20) == 1
+    assert all(factor(step) > factor(step + 1) for step in range(20, STEPS * EPOCHS))
+
+
+@pytest.mark.parametrize("name", ["cosine", "onecycle"])
+@pytest.mark.parametrize("warmup_epochs", [0.0, 1.0, 5.0])
+def test_one_step_runs_and_long_warm_ups_stay_in_range(name: str, warmup_epochs: float) -> None:
+    for epochs in (1, 2):
+        factor = learning_rates(name, 1, epochs, warmup_epochs)
+        assert all(0 <= factor(step) <= 1 for step in range(epochs + 2))

@@ -28,6 +28,10 @@ from tests.support.processes import command_of, descendants
 CONFIG = FitConfig(epochs=2, batch_size=16, lr=1e-3, ema=0.9, augment=("crop", "mixup"), threads=1)
 
 
+def on_ray(test: Any) -> Any:
+    return pytest.mark.timeout(600)(pytest.mark.usefixtures("ray_session")(test))
+
+
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_features(tmp_path_factory.mktemp("toy") / "features")
@@ -44,25 +48,22 @@ def losses(plan: Plan) -> list[Any]:
     return [[record[name] for name in names] for record in read_history(plan.out)]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_one_ray_worker_gives_the_losses_and_weights_of_the_loop_alone(features: Path, tmp_path: Path) -> None:
-    alone, on_ray = new_run(features, tmp_path / "alone"), new_run(features, tmp_path / "ray")
+    alone, ours = new_run(features, tmp_path / "alone"), new_run(features, tmp_path / "ray")
     train_here(alone)
     told: list[int] = []
-    train_on_ray(on_ray, num_workers=1, on_epoch=lambda record: told.append(record["epoch"]))
+    train_on_ray(ours, num_workers=1, on_epoch=lambda record: told.append(record["epoch"]))
     assert told == [1, 2]
-    assert losses(on_ray) == losses(alone)
-    ours, theirs = load_checkpoint(on_ray.checkpoint), load_checkpoint(alone.checkpoint)
+    assert losses(ours) == losses(alone)
+    found, expected = (load_checkpoint(plan.checkpoint) for plan in (ours, alone))
     for part in ("model", "ema"):
-        for name, value in theirs[part].items():
-            assert torch.equal(ours[part][name], value), name
-    assert not (on_ray.out / "ray").exists()
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
+    assert not (ours.out / "ray").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_early_stopping_is_one_decision_of_all_workers(features: Path, tmp_path: Path) -> None:
     plan = new_run(features, tmp_path / "run", replace(CONFIG, epochs=6, lr=1e-9, patience=1))
     train_on_ray(plan, num_workers=2)
@@ -73,8 +74,7 @@ def test_early_stopping_is_one_decision_of_all_workers(features: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_a_killed_worker_is_replaced(features: Path, tmp_path: Path) -> None:
     plan, undisturbed = (new_run(features, tmp_path / name, replace(CONFIG, epochs=5)) for name in ("run", "whole"))
     train_on_ray(undisturbed, num_workers=2)
@@ -91,8 +91,7 @@ def test_a_killed_worker_is_replaced(features: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_a_diverged_run_is_told_at_once(features: Path, tmp_path: Path) -> None:
     plan = new_run(features, tmp_path / "run", replace(CONFIG, lr=1e30))
     with pytest.raises(SerError, match="became nan in epoch"):
@@ -100,8 +99,7 @@ def test_a_diverged_run_is_told_at_once(features: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
+@on_ray
 def test_ctrl_c_stops_the_workers_and_keeps_the_checkpoint(features: Path, tmp_path: Path) -> None:
     plan = new_run(features, tmp_path / "run", replace(CONFIG, epochs=500))
     handler = signal.getsignal(signal.SIGINT)

@@ -31,6 +31,12 @@ def by_name(name: str) -> Corpus | None:
     return next((corpus for corpus in CORPORA if corpus.name == name), None)
 
 
+def family_of(name: str) -> str:
+    """The family of the corpus with that name; the name itself if it is unknown or has none."""
+    corpus = by_name(name)
+    return corpus.family if corpus and corpus.family else name
+
+
 def recognised(path: PurePath, corpora: Sequence[Corpus] = CORPORA) -> tuple[Corpus, Told] | None:
     """The corpus whose file names have this form, and the facts in the name; None if no known corpus fits.
 

@@ -45,10 +45,9 @@ class Listed:
 
 
 def listed(root: Path, recordings: Iterable[Path]) -> Listed:
-    """The metadata at or below ``root`` (absolute) for ``recordings``.
+    """The metadata at or below ``root`` (absolute) for ``recordings``; each row has ``label`` and ``corpus``.
 
-    Each row has ``label`` and ``corpus``. The default corpus is the name of the metadata's folder; if that is a split's
-    name, the folder above it.
+    The default corpus is the name of the metadata's folder; if that is a split's name, of the folder above it.
 
     Raises:
         ManifestError: metadata that cannot be read, or that give one recording two labels.

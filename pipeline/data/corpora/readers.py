@@ -6,6 +6,7 @@ To add a corpus, write a section here (or a module in this folder), and add a li
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
 
@@ -41,34 +42,25 @@ def _read_ravdess(channel: str, path: PurePath) -> Told | None:
     )
 
 
-def _corpus_ravdess(name: str, channel: str, title: str, summary: str, example: str) -> Corpus:
-    return Corpus(
-        name=name,
-        title=title,
-        family="RAVDESS",
-        citation="Livingstone & Russo 2018",
-        source="https://doi.org/10.5281/zenodo.1188976",
-        licence="CC BY-NC-SA 4.0: name the source, no commercial use, share alike",
-        summary=summary,
-        example=example,
-        read=partial(_read_ravdess, channel),
-        tried=True,
-    )
-
-
-SPEECH = _corpus_ravdess(
-    "ravdess_speech",
-    "01",
-    "speech of RAVDESS",
-    "North American actors speak two English sentences of about 1.5 s in a studio",
-    "03-01-05-01-02-01-07.wav",
+SPEECH = Corpus(
+    name="ravdess_speech",
+    title="speech of RAVDESS",
+    family="RAVDESS",
+    citation="Livingstone & Russo 2018",
+    source="https://doi.org/10.5281/zenodo.1188976",
+    licence="CC BY-NC-SA 4.0: name the source, no commercial use, share alike",
+    summary="North American actors speak two English sentences of about 1.5 s in a studio",
+    example="03-01-05-01-02-01-07.wav",
+    read=partial(_read_ravdess, "01"),
+    tried=True,
 )
-SONG = _corpus_ravdess(
-    "ravdess_song",
-    "02",
-    "song of RAVDESS",
-    "North American actors sing two English sentences in a studio",
-    "03-02-05-01-02-01-07.wav",
+SONG = replace(
+    SPEECH,
+    name="ravdess_song",
+    title="song of RAVDESS",
+    summary="North American actors sing two English sentences in a studio",
+    example="03-02-05-01-02-01-07.wav",
+    read=partial(_read_ravdess, "02"),
 )
 
 

@@ -10,58 +10,36 @@ from pathlib import Path, PurePath
 
 @dataclass(frozen=True)
 class Told:
-    """Facts about a recording, read from its file name.
+    """Facts about a recording, read from its file name."""
 
-    Attributes:
-        code: the name that the corpus gives the recording, the same for all its copies.
-        label: class name.
-        speaker: with the corpus' family in front, for example ``RAVDESS_07``.
-        more: the rest of the file name after the code, for example ``_angry`` or `` (1)``.
-    """
-
-    code: str
-    label: str
-    speaker: str
+    code: str  # the name that the corpus gives the recording, the same for all its copies
+    label: str  # class name
+    speaker: str  # with the corpus' family in front, for example `RAVDESS_07`
     sex: str = ""
     intensity: str = ""
     statement: str = ""
     repetition: str = ""
-    more: str = ""
+    more: str = ""  # the rest of the file name after the code, for example `_angry` or ` (1)`
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A known corpus.
+    """A known corpus; `ser manifest` leaves out its `left_out` classes and `broken` recordings."""
 
-    Attributes:
-        name: as in the column ``corpus`` of a manifest.
-        title: the name shown to people.
-        family: corpora of one family share their speakers.
-        citation, source, licence: for model cards. ``source`` is a URL.
-        summary: who says what, a clause for model cards ("ten actors speak ten German sentences").
-        example: a typical file name of the corpus.
-        read: path -> facts from the file name; None if the name is not of this corpus.
-        left_out: classes of the corpus that no model of this project has; ``ser manifest`` leaves them out by default.
-        broken: code -> defect of that recording, which is left out.
-        speakers_file: name of a table of the speakers, in the audio's folder or any folder above it.
-        sexes: reads that table: speaker -> sex.
-        tried: True if the reader was tested on the corpus' real files, False if only on its description.
-    """
-
-    name: str
-    title: str
-    family: str
-    citation: str
-    source: str
+    name: str  # as in the column `corpus` of a manifest
+    title: str  # the name shown to people
+    family: str  # corpora of one family share their speakers
+    citation: str  # this, source and licence: for model cards
+    source: str  # a URL
     licence: str
-    summary: str
-    example: str
-    read: Callable[[PurePath], Told | None]
-    left_out: tuple[str, ...] = ()
-    broken: Mapping[str, str] = field(default_factory=dict)
-    speakers_file: str = ""
-    sexes: Callable[[Path], Mapping[str, str]] | None = None
-    tried: bool = False
+    summary: str  # who says what, a clause for model cards
+    example: str  # a typical file name
+    read: Callable[[PurePath], Told | None]  # None if the name is not of this corpus
+    left_out: tuple[str, ...] = ()  # classes that no model of this project has
+    broken: Mapping[str, str] = field(default_factory=dict)  # code -> defect of that recording
+    speakers_file: str = ""  # a table of the speakers, in the audio's folder or any folder above it
+    sexes: Callable[[Path], Mapping[str, str]] | None = None  # reads that table: speaker -> sex
+    tried: bool = False  # whether the reader was tested on the corpus' real files, not only on its description
 
 
 def code_pattern(code: str, flags: int = re.IGNORECASE) -> re.Pattern[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pipeline.data.corpora import by_name, recognised
+from pipeline.data.corpora import by_name, family_of, recognised
 from pipeline.data.labels import RAVDESS_LABELS
 from pipeline.data.tables import ManifestError
 
@@ -111,8 +111,7 @@ def check_corpora(table: pd.DataFrame, classes: Collection[str] = ()) -> None:
 
 
 def _refuse_shared_names(corpora: pd.Series, speakers: pd.Series) -> None:
-    families = corpora.map(lambda name: corpus.family if (corpus := by_name(name)) and corpus.family else name)
-    pairs = pd.DataFrame({"speaker": voices(speakers), "family": families}).drop_duplicates()
+    pairs = pd.DataFrame({"speaker": voices(speakers), "family": corpora.map(family_of)}).drop_duplicates()
     shared = pairs[pairs["speaker"].duplicated(keep=False)].sort_values(["speaker", "family"])
     if len(shared):
         name = shared["speaker"].iloc[0]

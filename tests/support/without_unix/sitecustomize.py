@@ -15,21 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 OURS = {"pipeline", "jobs", "serve", "app_pages"}
-MISSING = {
-    "resource",
-    "posix",
-    "nis",
-    "readline",
-    "spwd",
-    "pwd",
-    "fcntl",
-    "termios",
-    "syslog",
-    "crypt",
-    "tty",
-    "grp",
-    "pty",
-}
+MISSING = "resource posix nis readline spwd pwd fcntl termios syslog crypt tty grp pty"
 OS = """abc abort access add_dll_directory altsep chdir chmod close closerange cpu_count curdir defpath device_encoding
     devnull dup dup2 environ error execl execle execlp execv execve execvp execvpe extsep fdopen fsdecode fsencode
     fspath fstat fsync ftruncate get_exec_path get_inheritable get_terminal_size getcwd getcwdb getenv getlogin getpid
@@ -85,7 +71,7 @@ def imported(
     name: str, globals: Any = None, locals: Any = None, fromlist: tuple[str, ...] | None = (), level: int = 0
 ) -> Any:
     if level == 0 and str((globals or {}).get("__name__", "")).partition(".")[0] in OURS:
-        if name in MISSING:
+        if name in MISSING.split():
             raise ModuleNotFoundError(f"no module named {name!r} on Windows")
         if name in SEEN:
             return SEEN[name]

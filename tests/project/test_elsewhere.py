@@ -1,18 +1,30 @@
-"""Recordings heard, scored, extracted, trained on and served where the names that Windows lacks are missing."""
+"""Elsewhere it works the same: as an unpacked wheel, and where the names that Windows lacks are missing."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from audio_recordings import FORMATS, encoded, voice
 
-TESTS = Path(__file__).parents[1]
-SUPPORT = TESTS / "support"
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"
+INFER = """
+import sys, pipeline
+from pathlib import Path
+from jobs import infer
+from pipeline.models.bundle import DEFAULT_BUNDLE
+place = Path(sys.argv[1])
+assert place in Path(pipeline.__file__).parents and place in DEFAULT_BUNDLE.parents
+raise SystemExit(infer.main(["--file", sys.argv[2], "--json", "--backend", "torch"]))
+"""
 FLOW = """
-import asyncio, json, sys
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +34,6 @@ assert "ser_without_unix" in sys.modules
 from jobs.cli import main
 from pipeline.audio import load as audio
 from pipeline.audio import source as audio_guard
-from pipeline.storage import journal
 
 assert not hasattr(audio_guard.os, "pread") and audio_guard.os.name == "nt"
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -71,6 +82,34 @@ print("all of it")
 """
 
 
+def told(code: str, *words: Path, cwd: Path, env: dict[str, str]) -> str:
+    """What a program prints, in a process of its own, that must end well."""
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_unpacked_wheel_answers_like_the_project(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for folder in ("pipeline", "jobs", "serve", "models"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.onnx", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*wheel, "-w", tmp_path, source], check=True, cwd=tmp_path)
+    (built,) = tmp_path.glob("*.whl")
+    assert built.stat().st_size < 20e6
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path / "site")
+    recording = ROOT / "samples" / "anna_calm_letter.flac"
+    in_site, here = (
+        json.loads(told(INFER, place, recording, cwd=tmp_path, env={"PYTHONPATH": str(place)}))
+        for place in (tmp_path / "site", ROOT)
+    )
+    assert in_site == here
+
+
 def test_nothing_needs_what_windows_lacks(tmp_path: Path) -> None:
     folder = tmp_path / "recordings"
     folder.mkdir()
@@ -80,14 +119,10 @@ def test_nothing_needs_what_windows_lacks(tmp_path: Path) -> None:
         path.write_bytes(encoded(voice(2.5, rate_hz, channels), rate_hz, container, codec))
     (folder / "三.mp3").write_bytes(encoded(voice(2.5, 16_000), 16_000, "MP3", "MPEG_LAYER_III"))
     (tmp_path / "out").mkdir()
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (SUPPORT / "without_unix", TESTS.parent, TESTS, SUPPORT))),
+    environment = {
+        "PYTHONPATH": os.pathsep.join(map(str, (SUPPORT / "without_unix", ROOT, ROOT / "tests", SUPPORT))),
         "PYTHONIOENCODING": "cp1252",  # a console of Western Europe
     }
-    done = subprocess.run(
-        [sys.executable, "-c", FLOW, folder, tmp_path / "out"],
-        **{"cwd": TESTS.parent, "env": environment, "capture_output": True, "text": True},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("all of it\n")
-    assert "\\u4e09.mp3" in done.stdout
+    printed = told(FLOW, folder, tmp_path / "out", cwd=ROOT, env=environment)
+    assert printed.endswith("all of it\n")
+    assert "\\u4e09.mp3" in printed
