@@ -145,7 +145,6 @@ def report(arguments: argparse.Namespace) -> None:
     For several seeds it uses the mean log-probabilities, which are those of their joined networks.
     """
     from jobs.crossval import labelled_recordings
-
     from pipeline.data.manifest import label_set
     from pipeline.data.splits import assignment, folds_of
     from pipeline.features.store import load_features
